@@ -1,0 +1,125 @@
+// The boundary between the torch glue (ops_cpu.cpp, ops_cuda.cpp) and the kernels (cpu/*.cpp, cuda/*.cu): raw pointers,
+// sizes and a stream, no torch header. CPU and CUDA take the same structs. Shapes and dtypes are checked by the caller.
+#pragma once
+#include <cstdint>
+
+namespace fastgpt {
+
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i16 = 3 };
+
+// Rows are N = n_rows, columns C = n_cols. `*_row` is the distance between two rows in elements (0 for an expanded
+// tensor); columns are contiguous. Pointers need only element alignment: kernels choose their vector width from it.
+struct LayerNormFwdArgs {
+  const void* x;         // (N, C) dtype
+  const void* residual;  // (N, C) dtype, or null
+  const void* weight;    // (C) weight_dtype, or null
+  const void* bias;      // (C) weight_dtype, or null
+  void* y;               // (N, C) dtype, contiguous
+  void* sum;             // (N, C) dtype, contiguous: x + residual; null without residual
+  float* stats;          // (2, N): mean, then 1 / sqrt(var + eps)
+  int64_t x_row, residual_row;
+  int64_t n_rows, n_cols;
+  float eps;
+  DType dtype, weight_dtype;
+};
+
+struct LayerNormBwdArgs {
+  const void* dy;      // (N, C) dtype
+  const void* dsum;    // (N, C) dtype, or null: gradient that reaches x + residual directly
+  const void* h;       // (N, C) dtype: what was normalised
+  const void* weight;  // (C) weight_dtype, or null
+  const float* stats;  // (2, N)
+  void* dx;            // (N, C) dtype, contiguous
+  void* dweight;       // (C) weight_dtype, or null
+  void* dbias;         // (C) weight_dtype, or null
+  float* partials;     // (layer_norm_bwd_blocks(N, C), 2, C): dweight, dbias of each block; null if neither is asked
+  int64_t dy_row, dsum_row, h_row;
+  int64_t n_rows, n_cols;
+  DType dtype, weight_dtype;
+};
+
+// loss_i and its gradient by logits_i; formulas in fastgpt/ops/cross_entropy.py.
+struct CrossEntropyArgs {
+  const void* logits;       // (N, n_cols) dtype, rows logits_row apart
+  void* dlogits;            // (N, n_cols) dtype, rows dlogits_row apart; may be the logits themselves
+  const int64_t* target;    // (N)
+  const float* weight;      // (n_classes), or null
+  const float* weight_sum;  // (1): sum of weight; null without weight
+  const float* scale;       // (N) or (1): factor of each row's gradient
+  float* loss;              // (N)
+  float* lse;               // (N): written by fwd, read by bwd, not used by fwd_bwd
+  int64_t logits_row, dlogits_row;
+  int64_t scale_step;       // 1 for (N), 0 for (1)
+  int64_t n_rows, n_cols, n_classes;
+  int64_t ignore_index;
+  float label_smoothing, z_loss, softcap;
+  DType dtype;
+};
+
+struct ScaleRowsArgs {
+  void* x;  // (N, n_cols) dtype, rows x_row apart
+  const float* scale;
+  int64_t x_row, scale_step;
+  int64_t n_rows, n_cols;
+  DType dtype;
+};
+
+struct AdamWTensor {
+  void* param;       // (numel) param_dtype
+  const void* grad;  // (numel) grad_dtype
+  void* exp_avg;     // (numel) moment_dtype
+  void* exp_avg_sq;  // (numel) moment_dtype
+  void* master;      // (numel) fp32 master or int16 remainder, or null
+  int64_t numel;
+  int32_t group;     // into AdamWArgs::groups and lr
+  int32_t step;      // into AdamWArgs::steps
+};
+
+struct AdamWGroup {
+  double beta1, beta2, eps, weight_decay;
+};
+
+struct AdamWArgs {
+  const AdamWTensor* tensors;  // host memory
+  int64_t n_tensors;
+  const AdamWGroup* groups;    // host memory
+  int64_t n_groups;
+  const float* lr;             // (n_groups), on the device
+  float* steps;                // on the device, indexed by AdamWTensor::step
+  float* partials;             // on the device: prepare writes [offset, offset + adamw_partials()), update reads all n_partials
+  int64_t offset, n_partials;  // n_partials == 0: no norm, no clipping
+  float max_norm;              // <= 0: the norm is computed, nothing is clipped
+  const float* grad_scale;     // (1) on the device, or null
+  const float* found_inf;      // (1) on the device, or null
+  float* grad_norm;            // (1) on the device
+  bool stochastic;             // bf16 parameters without master: stochastic rounding
+  uint64_t seed;
+  DType param_dtype, grad_dtype, moment_dtype, master_dtype;  // master_dtype: f32 or i16, meaningful where master is set
+};
+
+#define FASTGPT_LAUNCHERS(...)                                             \
+  void layer_norm_fwd(const LayerNormFwdArgs& a __VA_ARGS__);              \
+  void layer_norm_bwd(const LayerNormBwdArgs& a __VA_ARGS__);              \
+  void cross_entropy_fwd(const CrossEntropyArgs& a __VA_ARGS__);           \
+  void cross_entropy_bwd(const CrossEntropyArgs& a __VA_ARGS__);           \
+  void cross_entropy_fwd_bwd(const CrossEntropyArgs& a __VA_ARGS__);       \
+  void scale_rows(const ScaleRowsArgs& a __VA_ARGS__);                     \
+  void adamw_prepare(const AdamWArgs& a __VA_ARGS__); /* grad, numel, step of each tensor; steps, partials */ \
+  void adamw_update(const AdamWArgs& a __VA_ARGS__);                       \
+  /* sizes of the workspaces above, from shapes alone */                   \
+  int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);           \
+  int64_t adamw_partials(const int64_t* numels, int64_t n_tensors);
+
+namespace cpu {
+FASTGPT_LAUNCHERS()
+}
+
+namespace cuda {
+using Stream = void*;  // a cudaStream_t
+#define FASTGPT_STREAM , Stream stream
+FASTGPT_LAUNCHERS(FASTGPT_STREAM)
+#undef FASTGPT_STREAM
+}  // namespace cuda
+
+#undef FASTGPT_LAUNCHERS
+}  // namespace fastgpt

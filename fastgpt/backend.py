@@ -1,0 +1,196 @@
+"""The only dispatch: which backend serves each op, and why.
+
+A backend is one implementation of an op: `cuda` (csrc/cuda), `triton` (kernels/), `cpu` (csrc/cpu) or `torch` (the
+reference). Every op file registers the cells it has (op x backend x dtype); `select` picks one per call, `use` lets a
+person choose, `explain` says what was picked and why. Nothing else in fastgpt asks which device it runs on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import _native
+from fastgpt.errors import UserError
+
+log = logging.getLogger("fastgpt")
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where nothing was measured on this device ("prior"): the order in which backends are tried.
+PRIOR = ("cuda", "cpu", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One op on one backend: the dtypes it takes."""
+
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+
+
+_table: dict[str, dict[str, Cell]] = {}
+_choice: dict[str, str] = {}
+_strict: list[bool] = [False]  # a list, so that compiled code guards on its content
+_reported: set[tuple[str, str, str]] = set()
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1): on CPU tensors, for tests only."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def checks_values(t: Tensor) -> bool:
+    """Whether the values of index tensors (targets, ids, positions) are checked: always on CPU, on a GPU only under
+    FASTGPT_CHECK=1, since reading them there would stop the host."""
+    return t.device.type == "cpu" or os.environ.get("FASTGPT_CHECK") == "1"
+
+
+def register(op: str, **cells: Cell) -> None:
+    """Enter an op and the backends it has into the table; `torch`, the reference, is always there."""
+    _table[op] = {**cells, "torch": Cell((*KERNEL_DTYPES, torch.float64))}
+
+
+def ops() -> dict[str, dict[str, Cell]]:
+    """The table: op -> backend -> cell."""
+    return _table
+
+
+def missing(backend: str) -> str | None:
+    """Why a backend cannot run on this machine, with the remedy; None if it can."""
+    if backend == "torch":
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install 'triton>=3.6')"
+        return None
+    return None if _native.BUILT[backend] else _native.reason(backend)
+
+
+def _refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why `backend` cannot serve `op` for this device and dtype; None if it can."""
+    cell = _table[op].get(backend)
+    if cell is None:
+        return f"{op} has no {backend} kernel"
+    if reason := missing(backend):
+        return reason
+    if backend != "torch" and DEVICE_OF[backend] != device and not (backend == "triton" and interpreting()):
+        return f"{backend} kernels do not run on {device} tensors"
+    if dtype not in cell.dtypes:
+        return f"{op} on {backend} does not take {dtype}"
+    return None
+
+
+def _report_once(op: str, backend: str, why: str) -> None:
+    if (op, backend, why) not in _reported:
+        _reported.add((op, backend, why))
+        log.warning("%s: %s", op, why)
+
+
+@torch.compiler.assume_constant_result
+def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -> str:
+    if want != "auto":
+        why = _refusal(op, want, device, dtype)
+        if why is None:
+            return want
+        if strict:
+            raise RuntimeError(f"{op}: {want} was asked for, but {why}")
+        _report_once(op, want, f"{want} was asked for, but {why}; choosing by itself")
+    for backend in PRIOR:
+        if backend not in _table[op] or DEVICE_OF.get(backend, device) != device:
+            continue
+        why = _refusal(op, backend, device, dtype)
+        if why is None:
+            return backend
+        if dtype in _table[op][backend].dtypes:  # the cell exists, the machine lacks it: a fallback, so say so
+            if strict:
+                raise RuntimeError(f"{op}: the {backend} kernel cannot be used: {why}")
+            _report_once(op, backend, f"the {backend} kernel cannot be used: {why}")
+    return "torch"
+
+
+_cache: dict[tuple[str, str, str, torch.dtype, bool], str] = {}
+
+
+def select(op: str, x: Tensor) -> str:
+    """Name of the backend that serves `op` for tensors like `x`."""
+    want, strict = _choice.get(op, "auto"), _strict[0]
+    if torch.compiler.is_compiling():
+        return _select(op, want, x.device.type, x.dtype, strict)
+    key = (op, want, x.device.type, x.dtype, strict)
+    found = _cache.get(key)
+    if found is None:
+        found = _cache[key] = _select(*key)
+    return found
+
+
+def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """What `op` resolves to on this device and dtype, and why ('chosen', 'prior', or what is missing)."""
+    want = _choice.get(op, "auto")
+    picked = _select(op, want, device, dtype, False)
+    if want == picked:
+        return picked, "chosen"
+    refused = [
+        f"{b}: {why}"
+        for b in PRIOR
+        if DEVICE_OF.get(b, device) == device and b != picked and (why := _refusal(op, b, device, dtype))
+    ]
+    return picked, "prior" if not refused or picked != "torch" else "; ".join(refused)
+
+
+class use:
+    """Choose backends, as a plain call or as a context manager that restores the choice at its end.
+
+    `use(layer_norm="triton", adamw="torch")`; `use(all="torch")` for every op; `use(strict=True)` turns every fallback
+    into an error. Names of backends: "cuda", "triton", "cpu", "torch", "auto".
+
+    Raises:
+        UserError: an op or backend that does not exist.
+        RuntimeError: called inside a compiled region (call it outside: the compiled model then recompiles once).
+    """
+
+    def __init__(self, *, strict: bool | None = None, **choices: str) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("fastgpt.ops.use was called inside torch.compile: call it outside the compiled function")
+        everything = choices.pop("all", None)
+        wanted = {op: everything for op in _table} if everything is not None else {}
+        wanted.update(choices)
+        for op, backend in wanted.items():
+            if op not in _table:
+                raise UserError(f"kernels: there is no op {op!r}; expected one of {', '.join(sorted(_table))}, all")
+            if backend not in (*BACKENDS, "auto"):
+                raise UserError(f"kernels: {op}={backend!r}: expected one of {', '.join(BACKENDS)}, auto")
+        self._before = (dict(_choice), _strict[0])
+        _choice.update(wanted)
+        if strict is not None:
+            _strict[0] = strict
+
+    def __enter__(self) -> use:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
+        _choice.clear()
+        _choice.update(self._before[0])
+        _strict[0] = self._before[1]
+
+
+def parse_choices(text: str) -> dict[str, str]:
+    """'attention=torch,adamw=triton' or 'torch' -> keyword arguments for `use`."""
+    choices: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, backend = part.rpartition("=")
+        choices[op.strip() or "all"] = backend.strip()
+    return choices
+
+
+def apply_environment() -> None:
+    """Take FASTGPT_KERNELS (as in `--kernels`) and FASTGPT_STRICT=1 into account; called once, when the ops exist."""
+    settings: dict[str, Any] = parse_choices(os.environ.get("FASTGPT_KERNELS", ""))
+    use(strict=os.environ.get("FASTGPT_STRICT") == "1", **settings)

@@ -1,0 +1,164 @@
+"""Checkpoints that are whole or absent: written aside, renamed into place, verified on load, nothing unpickled.
+
+A run folder holds `step_00000100/` folders, each with model.safetensors (weights), optimizer.safetensors (moments,
+masters, step counters, random states) and state.json (settings, cursor, and size and sha256 of both files).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastgpt.errors import UserError
+
+FORMAT = 1
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to disk, so that the rename below cannot become visible before its content."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Optimizer state as named tensors: '<parameter number>.<name>'."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": torch.as_tensor(t).clone() for i, s in state.items() for name, t in s.items()}
+
+
+def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Load what `flatten_optimizer` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, t in tensors.items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = t
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that training draws from."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+    """Set what `random_states` gave; a generator that the checkpoint does not know is left as it is."""
+    torch.set_rng_state(states["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in states:
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+def save(
+    run: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+) -> Path:
+    """Write checkpoint `run/step_<step>`, then drop all but the last `keep`.
+
+    Raises:
+        UserError: the folder cannot be written (full disk, no permission); earlier checkpoints stay as they were.
+    """
+    final, aside = run / f"step_{step:08d}", run / f".writing_{step:08d}"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        files = {}
+        for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
+            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside / name)
+            files[name] = {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)}
+        text = json.dumps({"format": FORMAT, "step": step, "files": files, **state}, indent=1)
+        (aside / STATE).write_text(text, encoding="utf-8")
+        for name in (MODEL, OPTIMIZER, STATE):
+            _sync(aside / name)
+        _sync(aside)
+        if final.exists():  # the same step again, after a resume: the newer one replaces it
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _sync(run)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UserError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched") from e
+    for old in checkpoints(run)[:-keep] if keep > 0 else []:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return sorted(p for p in run.glob("step_*") if p.is_dir())
+
+
+def find(path: str | Path) -> Path:
+    """A checkpoint folder, or the newest one of a run folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if (path / STATE).is_file():
+        return path
+    found = checkpoints(path)
+    if not found:
+        raise UserError(f"checkpoint: {path} is neither a checkpoint nor a run folder with step_* in it")
+    return found[-1]
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint.
+
+    Raises:
+        UserError: missing, not JSON, or of another format version.
+    """
+    try:
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"checkpoint {path} is damaged: {STATE} cannot be read ({e}){_before(path)}") from e
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"checkpoint {path}: {STATE} is not of format {FORMAT}, which this version reads")
+    return state
+
+
+def read_tensors(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    """One of a checkpoint's tensor files, verified against state.json.
+
+    Raises:
+        UserError: missing, truncated or altered.
+    """
+    file, expected = path / name, state["files"][name]
+    if not file.is_file():
+        raise UserError(f"checkpoint {path} is damaged: {name} is missing{_before(path)}")
+    if file.stat().st_size != expected["bytes"]:
+        raise UserError(
+            f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, "
+            f"expected {expected['bytes']}{_before(path)}"
+        )
+    if _sha256(file) != expected["sha256"]:
+        raise UserError(f"checkpoint {path} is damaged: the content of {name} has changed{_before(path)}")
+    return load_file(file)
+
+
+def _before(path: Path) -> str:
+    """The checkpoint to fall back to, for an error message."""
+    older = [p for p in checkpoints(path.parent) if p.name < path.name]
+    return f"; the one before it is {older[-1]} (--resume {older[-1]})" if older else ""

@@ -1,0 +1,29 @@
+"""Drop-in ops: each is a function over PyTorch tensors, differentiable, safe under torch.compile, on several backends."""
+
+from fastgpt.backend import apply_environment, use
+from fastgpt.ops import adamw as _adamw  # noqa: F401 (registers the optimizer's raw ops)
+from fastgpt.ops.attention import attention
+from fastgpt.ops.bias_gelu import bias_gelu
+from fastgpt.ops.cross_entropy import cross_entropy
+from fastgpt.ops.embedding import embedding
+from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
+from fastgpt.ops.rms_norm import rms_norm
+from fastgpt.ops.rope import rope, rope_qkv
+from fastgpt.ops.swiglu import swiglu
+
+__all__ = [
+    "attention",
+    "bias_gelu",
+    "cross_entropy",
+    "embedding",
+    "layer_norm",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rope",
+    "rope_qkv",
+    "swiglu",
+    "use",
+]
+
+apply_environment()

@@ -1,0 +1,75 @@
+"""What every op file needs: the library its schemas go into, kernel registration and argument checks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.backend import interpreting
+
+LIB = torch.library.Library("fastgpt", "DEF")
+KERNEL_BACKENDS = ("cuda", "triton", "cpu")
+
+
+def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
+    """Define raw op `fastgpt::name` with one overload per backend; returns backend -> overload.
+
+    csrc registers the `.cpu` and `.cuda` overloads (when built); the Triton launcher `name` of fastgpt.kernels.`module`
+    is imported at its first call. `fake` gives outputs of the right shape, dtype and strides.
+    """
+    overloads = {}
+    for backend in KERNEL_BACKENDS:
+        full = f"{name}.{backend}"
+        LIB.define(full + schema)
+        torch.library.register_fake(f"fastgpt::{full}", fake, lib=LIB)
+        overloads[backend] = getattr(getattr(torch.ops.fastgpt, name), backend)
+    for key in ("CUDA", "CPU") if interpreting() else ("CUDA",):
+        LIB.impl(f"{name}.triton", _lazy_triton(module, name), key)
+    return overloads
+
+
+def _lazy_triton(module: str, name: str) -> Callable[..., Any]:
+    launcher: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        if not launcher:
+            launcher.append(getattr(importlib.import_module(f"fastgpt.kernels.{module}"), name))
+        return launcher[0](*args)
+
+    return call
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to be told of an op over these inputs."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def describe(t: object) -> str:
+    """A tensor for an error message: shape, dtype and device."""
+    return f"{tuple(t.shape)} {t.dtype} on {t.device}" if isinstance(t, Tensor) else repr(t)
+
+
+def check_like(op: str, name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...], why: str) -> None:
+    """Raise unless optional tensor `t` has this shape, one of these dtypes, and `like`'s device."""
+    if t is None:
+        return
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} is {t!r}, expected a tensor")
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, expected {shape} {why}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"{op}: {name} is {t.dtype}, expected {' or '.join(str(d) for d in dict.fromkeys(dtypes))}")
+    if t.device != like.device:
+        raise ValueError(f"{op}: {name} is on {t.device}, expected {like.device}")
+
+
+def check_float(op: str, name: str, t: object) -> None:
+    """Raise unless `t` is a floating-point tensor."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} is {t!r}, expected a tensor")
+    if not t.is_floating_point():
+        raise TypeError(f"{op}: {name} is {t.dtype}, expected a floating-point tensor")

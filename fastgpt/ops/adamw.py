@@ -1,0 +1,130 @@
+"""AdamW over many tensors (Loshchilov, Hutter 2019, arXiv:1711.05101), clipping and write-back included.
+
+    g = grad / grad_scale * min(1, max_norm / (norm + 1e-6))          norm over all gradients
+    p = p (1 - lr wd);  m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2
+    p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+Two launches over all tensors: `adamw_prepare` (step counters, sums of squares) and `adamw_update`; the host never waits.
+If the norm is not finite, or found_inf is set, nothing changes and the step counters go back. 16-bit parameters keep
+their low bits in `masters`: whole fp32 copies, or int16 remainders (fp32 bits = bf16 bits << 16, plus the remainder).
+`fastgpt.optim.AdamW` is the way to use this.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgpt.backend import Cell, register
+from fastgpt.ops._common import define
+
+PARTIALS = 2048  # partial sums of squares that a bucket has room for; what a backend leaves unused stays 0
+
+
+def _none_fake(*args: object) -> None:
+    return None
+
+
+PREPARE = define(
+    "adamw",
+    "adamw_prepare",
+    "(Tensor[] grads, Tensor(a!) steps, int[] index, Tensor(b!) partials, int offset, bool norm) -> ()",
+    _none_fake,
+)
+UPDATE = define(
+    "adamw",
+    "adamw_update",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, "
+    "Tensor(e!) steps, int[] index, int[] group, Tensor lr, float[] beta1, float[] beta2, float[] eps, "
+    "float[] weight_decay, Tensor partials, float max_norm, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor(f!) grad_norm, bool stochastic, int seed) -> ()",
+    _none_fake,
+)
+register("adamw", cuda=Cell(), triton=Cell(), cpu=Cell())
+
+
+@dataclass
+class Bucket:
+    """Tensors of one param dtype, grad dtype and device, updated together. Lists run in parallel."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    masters: list[Tensor]  # empty: none
+    index: list[int]  # slot in the step counters
+    group: list[int]  # parameter group
+
+
+def join_remainder(param: Tensor, remainder: Tensor) -> Tensor:
+    """bf16 parameter and int16 remainder -> the fp32 master they stand for."""
+    return ((param.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+
+
+def split_remainder(master: Tensor, param: Tensor, remainder: Tensor) -> None:
+    """Write fp32 `master` as a bf16 parameter (rounded to nearest) and an int16 remainder."""
+    bits = master.view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    param.copy_(high.to(torch.int16).view(torch.bfloat16))
+    remainder.copy_((bits - (high << 16)).to(torch.int16))
+
+
+def _stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    return ((x.view(torch.int32) + noise) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def grad_norm_ref(buckets: list[Bucket], grad_scale: Tensor | None) -> Tensor:
+    """(1,) fp32 norm over all gradients of all buckets."""
+    squares = [g.float().square().sum() for b in buckets for g in b.grads]
+    norm = torch.stack(squares).sum().sqrt().reshape(1)
+    return norm if grad_scale is None else norm / grad_scale
+
+
+def adamw_ref(
+    bucket: Bucket,
+    steps: Tensor,
+    lr: Tensor,
+    groups: list[dict[str, float]],
+    norm: Tensor | None,
+    max_norm: float,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    stochastic: bool,
+    seed: int,
+) -> None:
+    """The formula at this file's head, tensor by tensor, in fp32 (fp64 for fp64 parameters); `torch` backend.
+
+    `groups` holds beta1, beta2, eps, weight_decay. Steps in `steps` are advanced here. `norm` None: no clipping.
+    """
+    if (found_inf is not None and bool(found_inf)) or (norm is not None and not bool(torch.isfinite(norm))):
+        return
+    factor = torch.ones(1, device=lr.device)
+    factor = factor if norm is None or max_norm <= 0 else (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    factor = factor if grad_scale is None else factor / grad_scale
+    for i, param in enumerate(bucket.params):
+        g, m, v = bucket.grads[i], bucket.exp_avgs[i], bucket.exp_avg_sqs[i]
+        master = bucket.masters[i] if bucket.masters else None
+        wide = torch.promote_types(param.dtype, torch.float32)
+        p = param.to(wide) if master is None else master if master.dtype == wide else join_remainder(param, master)
+        h = groups[bucket.group[i]]
+        steps[bucket.index[i]] += 1
+        t = float(steps[bucket.index[i]])
+        rate = lr[bucket.group[i]].to(wide)
+        g = g.to(wide) * factor.to(wide)
+        new_m = m.to(wide) + (1 - h["beta1"]) * (g - m.to(wide))
+        new_v = h["beta2"] * v.to(wide) + (1 - h["beta2"]) * g * g
+        denom = new_v.sqrt() / (1 - h["beta2"] ** t) ** 0.5 + h["eps"]
+        p = p * (1 - rate * h["weight_decay"]) - rate / (1 - h["beta1"] ** t) * new_m / denom
+        m.copy_(new_m)
+        v.copy_(new_v)
+        if master is None:
+            generator = torch.Generator(p.device).manual_seed(hash((seed, t, bucket.index[i])) % (1 << 63))
+            param.copy_(_stochastic_round(p, generator) if stochastic else p)
+        elif master.dtype == torch.int16:
+            split_remainder(p, param, master)
+        else:
+            master.copy_(p)
+            param.copy_(p)

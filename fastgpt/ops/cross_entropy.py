@@ -1,0 +1,276 @@
+"""Cross-entropy over logits, gradient in the logits' own memory on request.
+
+Row i with target y, classes K = vocab_size, class weights w (1 if absent), label smoothing e:
+
+    z    = softcap * tanh(logits / softcap)      (z = logits without softcap)
+    lse  = log sum_{c < K} exp(z_c)
+    loss = (1 - e) w_y (lse - z_y) + e/K sum_c w_c (lse - z_c) + z_loss lse^2
+    dloss/dz_c = p_c [(1 - e) w_y + e/K sum(w) + 2 z_loss lse] - (1 - e) w_y [c = y] - e/K w_c
+
+A row whose target is ignore_index has loss and gradient 0; "mean" divides by the sum of w_y over the other rows (their
+number without weights), as torch.nn.functional.cross_entropy does. Not in place: logits are read in forward and again in
+backward, where the gradient is written. In place: loss and gradient come from one read and one write of the logits, and
+backward only rescales rows whose upstream gradient is not 1. Sources: Szegedy et al. 2015 (arXiv:1512.00567, smoothing),
+Chowdhery et al. 2022 (arXiv:2204.02311, z-loss), Gemma 2 (arXiv:2408.00118, softcap).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.backend import Cell, checks_values, register, select
+from fastgpt.ops._common import check_float, check_like, define, needs_grad
+
+_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, int vocab_size"
+Options = tuple[int, float, float, float, int]
+
+
+def _fwd_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
+    loss = logits.new_empty((logits.shape[0],), dtype=torch.float32)
+    return loss, torch.empty_like(loss)
+
+
+def _bwd_fake(
+    dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, weight: Tensor | None, *options: Any
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _none_fake(*args: Any) -> None:
+    return None
+
+
+FWD = define(
+    "cross_entropy",
+    "cross_entropy_fwd",
+    f"(Tensor logits, Tensor target, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+BWD = define(
+    "cross_entropy",
+    "cross_entropy_bwd",
+    f"(Tensor dloss, Tensor logits, Tensor target, Tensor lse, Tensor? weight, {_OPTIONS}) -> Tensor",
+    _bwd_fake,
+)
+FWD_BWD = define(
+    "cross_entropy",
+    "cross_entropy_fwd_bwd",
+    f"(Tensor(a!) logits, Tensor(b!) loss, Tensor target, Tensor? weight, Tensor scale, {_OPTIONS}) -> ()",
+    _none_fake,
+)
+SCALE_ROWS = define("cross_entropy", "scale_rows", "(Tensor(a!) x, Tensor scale) -> ()", _none_fake)
+register("cross_entropy", cuda=Cell(), triton=Cell(), cpu=Cell())
+
+
+def cross_entropy_ref(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """The formula at this file's head in fp32 (fp64 for fp64 logits). Ground truth of the parity tests.
+
+    A target outside [0, vocab_size) that is not ignore_index gives that row a NaN loss and a zero gradient.
+    """
+    k = logits.shape[-1] if vocab_size is None else vocab_size
+    z = logits[:, :k].to(torch.promote_types(logits.dtype, torch.float32))
+    z = softcap * torch.tanh(z / softcap) if softcap > 0 else z
+    w = z.new_ones(k) if weight is None else weight.to(z.dtype)
+    bad = ((target < 0) | (target >= k)) & (target != ignore_index)
+    counted = (target != ignore_index) & ~bad
+    safe = torch.where(counted, target, 0)
+    logp = z.log_softmax(-1)
+    lse = z.logsumexp(-1)
+    w_y = w[safe]
+    loss = -(1 - label_smoothing) * w_y * logp.gather(1, safe[:, None])[:, 0] + z_loss * lse.square()
+    if label_smoothing > 0:
+        loss = loss - label_smoothing / k * (torch.where(w == 0, 0, logp) * w).sum(-1)
+    loss = torch.where(counted, loss, torch.where(bad, torch.nan, 0.0).to(loss.dtype))
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (w_y * (target != ignore_index)).sum()
+
+
+def cross_entropy_torch(logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
+    """The `torch` backend and the parity baseline: PyTorch's own op on fp32 logits, else the formula."""
+    plain = options["z_loss"] == 0 and options["softcap"] == 0
+    if plain and options["vocab_size"] in (None, logits.shape[-1]):
+        names = ("weight", "ignore_index", "label_smoothing", "reduction")
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide, target, **{n: options[n] for n in names})
+    return cross_entropy_ref(logits, target, **options)
+
+
+def denominator(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
+    """What 'mean' divides by, as a (1,) fp32 tensor on the device: no sync."""
+    counted = target != ignore_index
+    if weight is None:
+        return counted.sum(dtype=torch.float32).reshape(1)
+    inside = target.clamp(0, weight.shape[0] - 1)
+    return torch.where(counted, weight[inside], 0.0).sum().reshape(1)
+
+
+class CrossEntropyFn(torch.autograd.Function):
+    """Autograd over the raw ops, logits left as they are: loss rows in fp32, reduced as asked."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: str,
+        options: Options,
+    ) -> Tensor:
+        loss, lse = FWD[backend](logits, target, weight, *options)
+        count = denominator(target, weight, options[0]) if reduction == "mean" else None
+        ctx.backend, ctx.reduction, ctx.options = backend, reduction, options
+        ctx.save_for_backward(logits, target, lse, weight, count)
+        return _reduce(loss, reduction, count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, lse, weight, count = ctx.saved_tensors
+        rows = grad if count is None else grad / count
+        dloss = rows.float().expand(target.shape).contiguous()
+        return None, BWD[ctx.backend](dloss, logits, target, lse, weight, *ctx.options), None, None, None, None
+
+
+class CrossEntropyInplaceFn(torch.autograd.Function):
+    """Autograd over the one-pass raw op: forward replaces the logits by their gradient, backward rescales it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor | None,
+        reduction: str,
+        options: Options,
+    ) -> Tensor:
+        loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        count = denominator(target, weight, options[0]) if reduction == "mean" else None
+        scale = torch.ones_like(loss[:1]) if count is None else count.reciprocal()
+        FWD_BWD[backend](logits, loss, target, weight, scale, *options)
+        ctx.backend = backend
+        ctx.save_for_backward(logits)
+        return _reduce(loss, reduction, count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (dlogits,) = ctx.saved_tensors
+        SCALE_ROWS[ctx.backend](dlogits, grad.float().reshape(-1).contiguous())
+        return None, dlogits, None, None, None, None
+
+
+def _reduce(loss: Tensor, reduction: str, count: Tensor | None) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() if count is None else loss.sum() / count[0]
+
+
+def _check(logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, k: int, reduction: str) -> None:
+    check_float("cross_entropy", "logits", logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"cross_entropy: logits has shape {tuple(logits.shape)}, expected (N, V) with V >= 1")
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"cross_entropy: vocab_size is {k}, expected 1 to {logits.shape[1]}, the columns of logits")
+    check_like("cross_entropy", "target", target, (logits.shape[0],), logits, (torch.int64,), "to match logits' rows")
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    check_like("cross_entropy", "weight", weight, (k,), logits, (wide,), "to match vocab_size")
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"cross_entropy: label_smoothing is {smoothing}, expected 0 to 1")
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"cross_entropy: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
+
+
+def check_values(op: str, target: Tensor, ignore_index: int, k: int) -> None:
+    """Raise if a target is neither in [0, k) nor ignore_index: on CPU, elsewhere under FASTGPT_CHECK=1 only (it syncs)."""
+    if torch.compiler.is_compiling() or target.numel() == 0 or not checks_values(target):
+        return
+    low, high = target.aminmax()
+    if int(low) >= 0 and int(high) < k:
+        return
+    bad = ((target < 0) | (target >= k)) & (target != ignore_index)
+    if bool(bad.any()):
+        row = int(bad.nonzero()[0])
+        came = int(target[row])
+        raise ValueError(f"{op}: target[{row}] is {came}, expected 0 to {k - 1} or ignore_index ({ignore_index})")
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"cross_entropy: inplace=True needs logits with contiguous rows that do not overlap, "
+            f"came with strides {logits.stride()}"
+        )
+    if not torch.compiler.is_compiling() and logits.is_leaf and logits.requires_grad:
+        raise ValueError("cross_entropy: inplace=True would overwrite a leaf that requires grad; pass an op's output")
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
+    inplace: bool = False,
+) -> Tensor:
+    """Softmax cross-entropy with integer targets; formula and sources at this file's head.
+
+    Args:
+        logits: (N, V) fp32, bf16, fp16 (fp64 on the reference).
+        target: (N,) int64 in [0, vocab_size) or ignore_index.
+        weight: (vocab_size,) fp32 class weights.
+        vocab_size: columns that exist; the ones behind it are padding (excluded, gradient 0). Default: V.
+        z_loss, softcap, label_smoothing: 0 means off.
+        reduction: "none" (N,), "sum" or "mean" (0-dim); fp32 on kernels and for 16-bit logits.
+        inplace: with gradients on, forward overwrites the logits' memory with their gradient (one read, one write):
+            nothing else may use the logits afterwards, and backward runs once.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected. Targets are checked on CPU; on a
+            GPU an out-of-range target gives a NaN loss and zero gradient (FASTGPT_CHECK=1 syncs and raises).
+    """
+    k = logits.shape[-1] if vocab_size is None else vocab_size
+    _check(logits, target, weight, label_smoothing, k, reduction)
+    check_values("cross_entropy", target, ignore_index, k)
+    backend = select("cross_entropy", logits)
+    if backend == "torch":
+        options = dict(
+            weight=weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            vocab_size=vocab_size,
+            reduction=reduction,
+        )
+        return cross_entropy_torch(logits, target, options)
+    packed = (ignore_index, float(label_smoothing), float(z_loss), float(softcap), k)
+    if needs_grad(logits):
+        if not inplace:
+            return CrossEntropyFn.apply(backend, logits, target, weight, reduction, packed)
+        _check_inplace(logits)
+        return CrossEntropyInplaceFn.apply(backend, logits, target, weight, reduction, packed)
+    loss, _ = FWD[backend](logits, target, weight, *packed)
+    return _reduce(loss, reduction, denominator(target, weight, ignore_index) if reduction == "mean" else None)

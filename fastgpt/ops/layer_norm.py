@@ -1,0 +1,156 @@
+"""LayerNorm, with the residual add in the same pass (Ba, Kiros, Hinton 2016, arXiv:1607.06450).
+
+    s = x + residual          (rounded to x's dtype; s = x without residual)
+    y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
+
+Forward reads x (and residual) and writes y (and s) once; backward reads dy and s once. Saved for backward: s, mean and
+1/sqrt(var + eps) in fp32. The gradients of x and of residual are the same tensor's values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.backend import Cell, register, select
+from fastgpt.ops._common import check_float, check_like, define, needs_grad
+
+
+def _fwd_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return y, None if residual is None else torch.empty_like(y), x.new_empty((2, rows), dtype=torch.float32)
+
+
+def _bwd_fake(
+    dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    return dx, None if weight is None else torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+
+
+FWD = define(
+    "layer_norm",
+    "layer_norm_fwd",
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor?, Tensor)",
+    _fwd_fake,
+)
+BWD = define(
+    "layer_norm",
+    "layer_norm_bwd",
+    "(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor? bias, Tensor stats) -> (Tensor, Tensor?, Tensor?)",
+    _bwd_fake,
+)
+register("layer_norm", cuda=Cell(), triton=Cell(), cpu=Cell())
+
+
+def layer_norm_ref(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Any:
+    """The formula at this file's head; statistics in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    s = x if residual is None else x + residual
+    wide = s.to(torch.promote_types(s.dtype, torch.float32))
+    centred = wide - wide.mean(-1, keepdim=True)
+    y = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    y = y if weight is None else y * weight
+    y = (y if bias is None else y + bias).to(s.dtype)
+    return y if residual is None else (y, s)
+
+
+def layer_norm_torch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
+) -> Any:
+    """The `torch` backend and the parity baseline: PyTorch's own op where it takes these dtypes, else the formula."""
+    if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
+        return layer_norm_ref(x, weight, bias, eps, residual=residual)
+    s = x if residual is None else x + residual
+    y = F.layer_norm(s, (x.shape[-1],), weight, bias, eps)
+    return y if residual is None else (y, s)
+
+
+class LayerNormFn(torch.autograd.Function):
+    """Autograd over the raw ops: (backend, x, residual, weight, bias, eps) -> (y, s or None)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        y, s, stats = FWD[backend](x, residual, weight, bias, eps)
+        ctx.backend = backend
+        ctx.has_residual = residual is not None
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if s is None else s, weight, bias, stats)
+        return y, s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, weight, bias, stats = ctx.saved_tensors
+        if dy is None:  # only x + residual was used
+            dx, dweight, dbias = dsum, None, None
+        else:
+            dx, dweight, dbias = BWD[ctx.backend](dy, dsum, h, weight, bias, stats)
+        return None, dx, dx if ctx.has_residual else None, dweight, dbias, None
+
+
+def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
+    check_float("layer_norm", "x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}, expected (..., C) with C >= 1")
+    width, dtypes = (x.shape[-1],), (x.dtype, torch.float32)
+    check_like("layer_norm", "weight", weight, width, x, dtypes, "to match x's last dimension")
+    check_like("layer_norm", "bias", bias, width, x, dtypes, "to match x's last dimension")
+    check_like("layer_norm", "residual", residual, tuple(x.shape), x, (x.dtype,), "as x")
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(f"layer_norm: bias is {bias.dtype}, expected {weight.dtype} as weight")
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Any:
+    """LayerNorm over the last dimension, optionally of `x + residual`.
+
+    Args:
+        x: (..., C), any strides; fp32, bf16, fp16 (fp64 on the reference).
+        weight, bias: (C,), x's dtype or fp32, or None.
+        eps: added to the variance.
+        residual: x's shape and dtype; added first, rounded to x's dtype.
+
+    Returns:
+        y (..., C) in x's dtype; with `residual` the pair (y, x + residual). Statistics are fp32.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what came and what was expected.
+
+    Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
+    """
+    _check(x, weight, bias, residual)
+    backend = select("layer_norm", x)
+    if backend == "torch":
+        return layer_norm_torch(x, weight, bias, eps, residual=residual)
+    if needs_grad(x, residual, weight, bias):
+        y, s = LayerNormFn.apply(backend, x, residual, weight, bias, eps)
+    else:
+        y, s, _ = FWD[backend](x, residual, weight, bias, eps)
+    return y if residual is None else (y, s)

@@ -1,0 +1,250 @@
+"""AdamW over all parameters at once: clip, unscale, decay, update and 16-bit write-back in two launches, no host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.backend import select
+from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE, Bucket, adamw_ref, grad_norm_ref
+
+MASTERS = ("fp32", "remainder", "stochastic", None)
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch.optim.AdamW's interface (names, order, defaults, state_dict) over fastgpt's fused update.
+
+    Args:
+        params: parameters or groups; fp32, bf16 or fp16, on one device. `lr` and `weight_decay` may differ by group.
+        lr: float, or a 0-dim tensor on the parameters' device (read there, so that it can change inside a CUDA graph).
+        betas, eps, weight_decay: as in torch.optim.AdamW (decoupled decay).
+        master: how 16-bit parameters keep what 16 bits cannot: "fp32" copies, "remainder" (bf16 only: 16 low bits,
+            the exact fp32 value for 2 bytes less), "stochastic" rounding (bf16 only, unbiased, from `seed`), or None.
+        max_norm: clip the global gradient norm to this (torch.nn.utils.clip_grad_norm_'s formula), None: no clipping.
+            A norm that is not finite skips the step on the device: parameters, moments and step counters stay.
+        moment_dtype: torch.float32 or torch.bfloat16.
+
+    Attributes:
+        grad_norm: (1,) fp32 on the device: global norm of the last step before clipping (with max_norm only; NaN before
+            the first step). Reading it waits for the device.
+
+    Works with torch.amp.GradScaler (grad_scale and found_inf are used on the device). Raises ValueError for settings
+    it does not support, TypeError for sparse or complex parameters. Source: arXiv:1711.05101.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        master: str | None = "fp32",
+        max_norm: float | None = None,
+        moment_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        **flags: Any,
+    ) -> None:
+        for name, value in flags.items():
+            if name not in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
+                raise TypeError(f"AdamW: there is no argument {name!r}")
+            if value and name not in ("capturable", "fused"):  # these two it always is
+                raise ValueError(f"AdamW: {name}={value!r} is not supported")
+        _check_settings(lr, betas, eps, weight_decay, master, max_norm, moment_dtype)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.master, self.max_norm, self.moment_dtype, self.seed = master, max_norm, moment_dtype, seed
+        self._slots = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        devices = {p.device for p in self._slots}
+        if len(devices) > 1:
+            raise ValueError(f"AdamW: parameters are on {sorted(map(str, devices))}, expected one device")
+        if master in ("remainder", "stochastic") and any(p.dtype == torch.float16 for p in self._slots):
+            raise ValueError(f"AdamW: master={master!r} is for bf16 parameters, came with torch.float16")
+        self.device = devices.pop()
+        self._steps = torch.zeros(len(self._slots), device=self.device)
+        self._lr = torch.zeros(len(self.param_groups), device=self.device)
+        self._lr_floats: list[float | None] = []
+        self._partials = torch.zeros(0, device=self.device)
+        self.grad_norm = torch.full((1,), torch.nan, device=self.device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "_slots"):
+            raise ValueError("AdamW: parameter groups cannot be added later, expected all of them at construction")
+        super().add_param_group(param_group)
+        for p in param_group["params"]:
+            if not p.is_floating_point() or p.layout is not torch.strided:
+                raise TypeError(f"AdamW: a parameter is {p.dtype} {p.layout}, expected dense floating point")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns closure's loss, if one was given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buckets = self._buckets()
+        if not buckets:
+            return loss
+        self._refresh_lr()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        backend = select("adamw", buckets[0].params[0])
+        if backend == "torch":
+            self._step_torch(buckets, grad_scale, found_inf)
+        else:
+            self._step_kernel(backend, buckets, grad_scale, found_inf)
+        return loss
+
+    def _step_kernel(
+        self, backend: str, buckets: list[Bucket], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        clip = self.max_norm is not None
+        if clip and self._partials.numel() != PARTIALS * len(buckets):
+            self._partials = torch.zeros(PARTIALS * len(buckets), device=self.device)
+        for i, b in enumerate(buckets):
+            PREPARE[backend](b.grads, self._steps, b.index, self._partials, i * PARTIALS, clip)
+        beta1, beta2, eps, decay = zip(*((*g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups))
+        for b in buckets:
+            UPDATE[backend](
+                b.params,
+                b.grads,
+                b.exp_avgs,
+                b.exp_avg_sqs,
+                b.masters,
+                self._steps,
+                b.index,
+                b.group,
+                self._lr,
+                beta1,
+                beta2,
+                eps,
+                decay,
+                self._partials if clip else self._partials[:0],
+                self.max_norm or 0.0,
+                grad_scale,
+                found_inf,
+                self.grad_norm,
+                self.master == "stochastic" and not b.masters and b.params[0].dtype == torch.bfloat16,
+                self.seed,
+            )
+
+    def _step_torch(self, buckets: list[Bucket], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        norm = None
+        if self.max_norm is not None:
+            norm = grad_norm_ref(buckets, grad_scale)
+            self.grad_norm.copy_(norm)
+        groups = [
+            dict(beta1=g["betas"][0], beta2=g["betas"][1], eps=g["eps"], weight_decay=g["weight_decay"])
+            for g in self.param_groups
+        ]
+        for b in buckets:
+            stochastic = self.master == "stochastic" and b.params[0].dtype == torch.bfloat16
+            adamw_ref(
+                b,
+                self._steps,
+                self._lr,
+                groups,
+                norm,
+                self.max_norm or 0.0,
+                grad_scale,
+                found_inf,
+                stochastic,
+                self.seed,
+            )
+
+    def _buckets(self) -> list[Bucket]:
+        """Parameters with a gradient, by (parameter dtype, gradient dtype)."""
+        buckets: dict[tuple[torch.dtype, torch.dtype], Bucket] = {}
+        for number, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    continue
+                state = self.state[p] or self._init_state(p)
+                if g.stride() != p.stride():
+                    g = torch.empty_like(p, dtype=g.dtype).copy_(g)
+                b = buckets.get((p.dtype, g.dtype))
+                if b is None:
+                    b = buckets[(p.dtype, g.dtype)] = Bucket([], [], [], [], [], [], [])
+                b.params.append(p)
+                b.grads.append(g)
+                b.exp_avgs.append(state["exp_avg"])
+                b.exp_avg_sqs.append(state["exp_avg_sq"])
+                if "master" in state:
+                    b.masters.append(state["master"])
+                b.index.append(self._slots[p])
+                b.group.append(number)
+        return list(buckets.values())
+
+    def _init_state(self, p: Tensor) -> dict[str, Tensor]:
+        state = self.state[p]
+        state["step"] = self._steps[self._slots[p]]  # a view: the kernels count all steps in one tensor
+        wide = torch.promote_types(p.dtype, self.moment_dtype) if p.dtype == torch.float64 else self.moment_dtype
+        state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+        if p.dtype in (torch.bfloat16, torch.float16):
+            if self.master == "fp32":
+                state["master"] = p.detach().to(torch.float32, copy=True)
+            elif self.master == "remainder":
+                state["master"] = torch.zeros_like(p, dtype=torch.int16)
+        return state
+
+    def _refresh_lr(self) -> None:
+        """Bring the groups' learning rates to the device: floats only when they changed, tensors by a device copy."""
+        rates = [g["lr"] for g in self.param_groups]
+        floats = [None if isinstance(r, Tensor) else float(r) for r in rates]
+        if floats != self._lr_floats:
+            self._lr_floats = floats
+            host = torch.tensor([0.0 if f is None else f for f in floats])
+            self._lr.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
+        for i, rate in enumerate(rates):
+            if isinstance(rate, Tensor):
+                self._lr[i].copy_(rate, non_blocking=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this optimizer's state, or torch.optim.AdamW's. Dtypes of moments and masters are kept as saved here.
+
+        (torch's own would cast fp32 moments of bf16 parameters to bf16.)
+        """
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        saved = [i for g in state_dict["param_groups"] for i in g["params"]]
+        for number, p in zip(saved, self._slots):
+            if number not in state_dict["state"]:
+                continue
+            state = self._init_state(p)
+            for name, value in state_dict["state"][number].items():
+                if name in state:
+                    if name != "step" and value.shape != p.shape:
+                        raise ValueError(
+                            f"AdamW: saved {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}"
+                        )
+                    state[name].copy_(torch.as_tensor(value))
+
+
+def _check_settings(
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    master: str | None,
+    max_norm: float | None,
+    moment_dtype: torch.dtype,
+) -> None:
+    if not isinstance(lr, Tensor) and lr < 0:
+        raise ValueError(f"AdamW: lr is {lr}, expected at least 0")
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"AdamW: lr has shape {tuple(lr.shape)}, expected one element")
+    if not all(0.0 <= b < 1.0 for b in betas):
+        raise ValueError(f"AdamW: betas are {betas}, expected 0 to less than 1")
+    if eps < 0 or weight_decay < 0:
+        raise ValueError(f"AdamW: eps is {eps} and weight_decay {weight_decay}, expected at least 0")
+    if master not in MASTERS:
+        raise ValueError(f"AdamW: master is {master!r}, expected one of {MASTERS}")
+    if max_norm is not None and max_norm <= 0:
+        raise ValueError(f"AdamW: max_norm is {max_norm}, expected more than 0, or None")
+    if moment_dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"AdamW: moment_dtype is {moment_dtype}, expected torch.float32 or torch.bfloat16")
