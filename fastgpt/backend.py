@@ -94,7 +94,6 @@ def _report_once(op: str, backend: str, why: str) -> None:
         log.warning("%s: %s", op, why)
 
 
-@torch.compiler.assume_constant_result
 def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -> str:
     if want != "auto":
         why = _refusal(op, want, device, dtype)
@@ -116,6 +115,10 @@ def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -
     return "torch"
 
 
+# torch.compiler.assume_constant_result without its import of all of Dynamo (0.8 s): compiled code takes the answer as a
+# constant, guarded by the choices that `select` reads.
+_select._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
 _cache: dict[tuple[str, str, str, torch.dtype, bool], str] = {}
 
 
@@ -128,6 +131,8 @@ def select(op: str, x: Tensor) -> str:
     found = _cache.get(key)
     if found is None:
         found = _cache[key] = _select(*key)
+    if found != "torch" and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(f"{op}: torch.func and vmap do not go through kernels; use(all='torch') lets them through")
     return found
 
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.backend import interpreting
-
 LIB = torch.library.Library("fastgpt", "DEF")
 KERNEL_BACKENDS = ("cuda", "triton", "cpu")
 
@@ -27,7 +25,7 @@ def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dic
         LIB.define(full + schema)
         torch.library.register_fake(f"fastgpt::{full}", fake, lib=LIB)
         overloads[backend] = getattr(getattr(torch.ops.fastgpt, name), backend)
-    for key in ("CUDA", "CPU") if interpreting() else ("CUDA",):
+    for key in ("CUDA", "CPU"):  # CPU: under Triton's interpreter, the only time it is selected there
         LIB.impl(f"{name}.triton", _lazy_triton(module, name), key)
     return overloads
 
@@ -53,7 +51,15 @@ def describe(t: object) -> str:
     return f"{tuple(t.shape)} {t.dtype} on {t.device}" if isinstance(t, Tensor) else repr(t)
 
 
-def check_like(op: str, name: str, t: Tensor | None, shape: tuple[int, ...], like: Tensor, dtypes: tuple[torch.dtype, ...], why: str) -> None:
+def check_like(
+    op: str,
+    name: str,
+    t: Tensor | None,
+    shape: tuple[int, ...],
+    like: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    why: str,
+) -> None:
     """Raise unless optional tensor `t` has this shape, one of these dtypes, and `like`'s device."""
     if t is None:
         return

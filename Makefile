@@ -1,0 +1,61 @@
+# Two commands do everything: `make train` and `make test`. The environment is .venv in this folder, made once and
+# again only when what it depends on has changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/fastgpt/*)
+# Two processes with one thread each use two cores; more of either only gets in the way.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: train test test-slow lint types cuda-check triton-check parity bench gpu clean
+
+train: $(VENV)/installed
+	$(BIN)/fastgpt train $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: $(VENV)/tested
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/tested
+	$(PYTEST) -m slow $(ARGS)
+
+lint: $(VENV)/tested
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/tested
+	$(BIN)/mypy
+
+cuda-check: $(VENV)/tested
+	$(BIN)/python -m fastgpt.cuda_check
+
+triton-check: $(VENV)/tested
+	$(BIN)/python -m fastgpt.triton_check
+
+parity: $(VENV)/installed
+	$(BIN)/fastgpt parity
+
+bench: $(VENV)/tested
+	$(BIN)/python -m fastgpt.bench.throughput --device cpu
+
+# On a machine with a GPU: no network, no virtual environment, the system's Python with torch, triton, numpy, pytest.
+gpu:
+	$(PYTHON) -m bench.gpu
+
+$(VENV)/created:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	touch $@
+
+$(VENV)/packages: $(VENV)/created requirements.txt
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed: $(VENV)/packages setup.py pyproject.toml $(NATIVE)
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/tested: $(VENV)/installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastgpt/*.so fastgpt/_build_info.py

@@ -1,0 +1,270 @@
+// Formulas that the CPU and the CUDA kernels share, one value at a time. Branch-free and free of libm calls unless said, so
+// that g++ -O3 -fno-trapping-math -fno-math-errno turns loops over them into vector code. Largest errors as measured over
+// every fp32 value of the range by tests/test_cuda_on_cpu.py::test_math; u is 2^-23.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FASTGPT_HD __host__ __device__ __forceinline__
+#else
+#define FASTGPT_HD inline
+#endif
+
+namespace fastgpt {
+
+// ---- number formats: 16 bits in memory, fp32 in arithmetic ----
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+FASTGPT_HD uint32_t float_bits(float x) {
+  uint32_t b;
+  memcpy(&b, &x, sizeof b);
+  return b;
+}
+
+FASTGPT_HD float bits_float(uint32_t b) {
+  float x;
+  memcpy(&x, &b, sizeof x);
+  return x;
+}
+
+FASTGPT_HD float to_float(float x) { return x; }
+FASTGPT_HD float to_float(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+
+FASTGPT_HD float to_float(f16 x) {  // exponent rebias by an exact product; it takes subnormals along
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  const uint32_t finite = float_bits(bits_float(magnitude) * 0x1p112f);
+  return bits_float(sign | (magnitude >= 0x0f800000u ? magnitude | 0x7f800000u : finite));
+}
+
+FASTGPT_HD bf16 to_bf16(float x) {  // nearest, ties to even; NaN stays NaN
+  const uint32_t b = float_bits(x);
+  const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+  const uint32_t quiet = (b >> 16) | 0x40u;
+  return bf16{static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+}
+
+FASTGPT_HD f16 to_f16(float x) {  // nearest, ties to even; beyond 65519 infinity; NaN stays NaN
+  const uint32_t sign = (float_bits(x) >> 16) & 0x8000u;
+  const uint32_t b = float_bits(x) & 0x7fffffffu;
+  const uint32_t special = b > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  const uint32_t subnormal = float_bits(bits_float(b) + 0.5f) - 0x3f000000u;  // the sum rounds at 2^-24
+  const uint32_t normal = (b - 0x38000000u + 0xfffu + ((b >> 13) & 1u)) >> 13;
+  const uint32_t finite = b < 0x38800000u ? subnormal : normal;
+  return f16{static_cast<uint16_t>(sign | (b >= 0x47800000u ? special : finite))};
+}
+
+template <typename T>
+FASTGPT_HD T from_float(float x);
+template <>
+FASTGPT_HD float from_float<float>(float x) { return x; }
+template <>
+FASTGPT_HD bf16 from_float<bf16>(float x) { return to_bf16(x); }
+template <>
+FASTGPT_HD f16 from_float<f16>(float x) { return to_f16(x); }
+
+// ---- exp, tanh ----
+
+// exp(x): relative error 1.0 u; 0 below -87.33 (no subnormal results), infinity above 88.72, NaN for NaN.
+// x = n ln 2 + r, |r| <= ln(2)/2; polynomial in r, times 2^n put together from bits.
+FASTGPT_HD float exp_f(float x) {
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n * part
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float y = (p * r * r + r) + 1.0f;
+  // 2^n in two factors: n = 128 is out of one exponent's range
+  const uint32_t half = (float_bits(shifted) - 0x4b400000u + 256u) / 2u - 128u;
+  const uint32_t rest = (float_bits(shifted) - 0x4b400000u) - half;
+  const float value = y * bits_float((half + 127u) << 23) * bits_float((rest + 127u) << 23);
+  const float low = x < -87.33654f ? 0.0f : value;
+  return x > 88.72283f ? bits_float(0x7f800000u) : low;
+}
+
+// tanh(x) from e = exp(-2|x|): polynomial below 0.625, (1 - e) / (1 + e) above. Relative error 2 u with e from exp_f.
+FASTGPT_HD float tanh_from_exp(float x, float e) {
+  const float a = bits_float(float_bits(x) & 0x7fffffffu);
+  const float s = a * a;
+  float p = -5.70498872745e-3f;
+  p = p * s + 2.06390887954e-2f;
+  p = p * s - 5.37397155531e-2f;
+  p = p * s + 1.33314422036e-1f;
+  p = p * s - 3.33332819422e-1f;
+  const float near = p * s * a + a;
+  const float far = (1.0f - e) / (1.0f + e);
+  const float t = a < 0.625f ? near : far;
+  return bits_float(float_bits(t) | (float_bits(x) & 0x80000000u));
+}
+
+FASTGPT_HD float tanh_f(float x) {
+  const float a = bits_float(float_bits(x) & 0x7fffffffu);
+  return tanh_from_exp(x, exp_f(-2.0f * a));
+}
+
+// ---- LayerNorm ----
+
+// One element of y: xhat = (x - mean) rstd.
+FASTGPT_HD float layer_norm_y(float x, float mean, float rstd, float weight, float bias) {
+  return (x - mean) * rstd * weight + bias;
+}
+
+// One element of dx: wdy = weight dy, the two means taken over the row.
+FASTGPT_HD float layer_norm_dx(float wdy, float xhat, float mean_wdy, float mean_wdy_xhat, float rstd) {
+  return (wdy - mean_wdy - xhat * mean_wdy_xhat) * rstd;
+}
+
+// ---- cross-entropy; formulas in fastgpt/ops/cross_entropy.py ----
+
+FASTGPT_HD float softcap_f(float logit, float softcap, float inv_softcap) { return softcap * tanh_f(logit * inv_softcap); }
+
+// dz/dlogit from z = softcap tanh(logit / softcap).
+FASTGPT_HD float softcap_slope(float z, float inv_softcap) {
+  const float t = z * inv_softcap;
+  return 1.0f - t * t;
+}
+
+// Loss of a row. gap = lse - z_y and smooth_sum = sum_c w_c (lse - z_c), both taken from max-shifted values;
+// smooth_sum is 0 where smoothing is 0 (it may be infinite otherwise).
+FASTGPT_HD float cross_entropy_loss(float gap, float smooth_sum, float w_y, float lse, float smoothing, float z_loss,
+                                    float n_classes) {
+  return (1.0f - smoothing) * w_y * gap + smoothing / n_classes * smooth_sum + z_loss * lse * lse;
+}
+
+// Factors of a row's gradient: dl/dz_c = p_c * p_scale - w_c * smooth - [c == y] * hit, times the row's `scale`.
+struct CrossEntropyGrad {
+  float p_scale, smooth, hit;
+};
+
+FASTGPT_HD CrossEntropyGrad cross_entropy_grad_row(float scale, float w_y, float weight_sum, float lse, float smoothing,
+                                                   float z_loss, float n_classes) {
+  const float hit = (1.0f - smoothing) * w_y;
+  const float smooth = smoothing / n_classes;
+  return CrossEntropyGrad{scale * (hit + smooth * weight_sum + 2.0f * z_loss * lse), scale * smooth, scale * hit};
+}
+
+// dl/dz_c without the target's `hit`.
+FASTGPT_HD float cross_entropy_dz(const CrossEntropyGrad& g, float p, float weight) {
+  return p * g.p_scale - weight * g.smooth;
+}
+
+// ---- AdamW ----
+
+// 1 - base^t in double for t >= 0 (0 for t = 0): cancels in fp32. Relative error of base^t: t 2^-52.
+FASTGPT_HD double one_minus_power(double base, int64_t t) {
+  double power = 1.0;
+  for (; t > 0; t >>= 1) {
+    power = (t & 1) ? power * base : power;
+    base *= base;
+  }
+  return 1.0 - power;
+}
+
+// What all elements of a tensor share in one step.
+struct AdamWScalars {
+  float grad_factor;       // clip coefficient / grad_scale
+  float decay;             // 1 - lr weight_decay
+  float one_minus_beta1;
+  float beta2, one_minus_beta2;
+  float step_size;         // lr / (1 - beta1^t)
+  float inv_sqrt_bc2;      // 1 / sqrt(1 - beta2^t)
+  float eps;
+};
+
+// Not vectorised; once per tensor (sqrt of a double).
+FASTGPT_HD AdamWScalars adamw_scalars(double lr, double beta1, double beta2, double eps, double weight_decay, int64_t t,
+                                      float grad_factor) {
+  AdamWScalars s;
+  s.grad_factor = grad_factor;
+  s.decay = static_cast<float>(1.0 - lr * weight_decay);
+  s.one_minus_beta1 = static_cast<float>(1.0 - beta1);
+  s.beta2 = static_cast<float>(beta2);
+  s.one_minus_beta2 = static_cast<float>(1.0 - beta2);
+  s.step_size = static_cast<float>(lr / one_minus_power(beta1, t));
+  s.inv_sqrt_bc2 = static_cast<float>(1.0 / sqrt(one_minus_power(beta2, t)));
+  s.eps = static_cast<float>(eps);
+  return s;
+}
+
+// min(1, max_norm / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s; 1 where max_norm <= 0.
+FASTGPT_HD float clip_coefficient(float norm, float max_norm) {
+  const float c = max_norm / (norm + 1e-6f);
+  return max_norm > 0.0f && c < 1.0f ? c : 1.0f;
+}
+
+// One element: p, m, v in fp32, updated in place.
+FASTGPT_HD void adamw_element(float& p, float g, float& m, float& v, const AdamWScalars& s) {
+  g *= s.grad_factor;
+  m += s.one_minus_beta1 * (g - m);
+  v = s.beta2 * v + s.one_minus_beta2 * (g * g);
+  p = p * s.decay - s.step_size * (m / (sqrtf(v) * s.inv_sqrt_bc2 + s.eps));
+}
+
+// ---- fp32 master = bf16 parameter + 16-bit remainder, exact ----
+
+FASTGPT_HD float join_remainder(bf16 high, int16_t low) {
+  return bits_float((static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
+}
+
+FASTGPT_HD bf16 remainder_high(float master) {  // nearest, ties away from zero
+  return bf16{static_cast<uint16_t>((float_bits(master) + 0x8000u) >> 16)};
+}
+
+FASTGPT_HD int16_t remainder_low(float master) {
+  return static_cast<int16_t>(float_bits(master) & 0xffffu);  // what is left after remainder_high, modulo 2^16
+}
+
+// ---- stochastic rounding ----
+
+// Key of one tensor in one step; two words, mixed once (splitmix64's finaliser).
+struct RandomKey {
+  uint32_t a, b;
+};
+
+FASTGPT_HD uint64_t mix64(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+
+FASTGPT_HD RandomKey random_key(uint64_t seed, int64_t t, int32_t index) {
+  const uint64_t golden = 0x9e3779b97f4a7c15ull;
+  uint64_t k = mix64(seed + golden);
+  k = mix64(k + golden * (static_cast<uint64_t>(t) + 1));
+  k = mix64(k + golden * (static_cast<uint64_t>(static_cast<uint32_t>(index)) + 1));
+  return RandomKey{static_cast<uint32_t>(k), static_cast<uint32_t>(k >> 32)};
+}
+
+// 32 random bits for one element: two rounds of a 32-bit finaliser, keyed before each.
+FASTGPT_HD uint32_t random_bits(const RandomKey& key, uint64_t element) {
+  uint32_t x = static_cast<uint32_t>(element) ^ key.a;
+  x ^= static_cast<uint32_t>(element >> 32) * 0x9e3779b9u;
+  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x = (x ^ (x >> 15)) * 0x735a2d97u;
+  x = (x ^ (x >> 15)) + key.b;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// Rounds up with the probability of the part that is cut off: unbiased. NaN stays NaN, infinity stays.
+FASTGPT_HD bf16 round_stochastic(float x, uint32_t random) {
+  const uint32_t b = float_bits(x);
+  const uint32_t rounded = (b + (random >> 16)) >> 16;
+  const uint32_t quiet = (b >> 16) | 0x40u;
+  return bf16{static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+}
+
+}  // namespace fastgpt

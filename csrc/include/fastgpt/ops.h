@@ -1,0 +1,44 @@
+// The raw ops as C++ functions, once for every device: Ops<Cpu> in ops_cpu.cpp, Ops<Cuda> in ops_cuda.cpp. Schemas and
+// meaning are in fastgpt/ops/<op>.py; bodies (checks, outputs, row strides, launch) in ops_impl.h.
+#pragma once
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+
+namespace fastgpt {
+
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using Tensors = std::vector<Tensor>;
+using Ints = std::vector<int64_t>;
+using Doubles = std::vector<double>;
+
+struct Cpu;
+struct Cuda;
+
+template <class Device>
+struct Ops {
+  static std::tuple<Tensor, OptTensor, Tensor> layer_norm_fwd(Tensor x, OptTensor residual, OptTensor weight,
+                                                              OptTensor bias, double eps);
+  static std::tuple<Tensor, OptTensor, OptTensor> layer_norm_bwd(Tensor dy, OptTensor dsum, Tensor h, OptTensor weight,
+                                                                 OptTensor bias, Tensor stats);
+  static std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, OptTensor weight,
+                                                      int64_t ignore_index, double label_smoothing, double z_loss,
+                                                      double softcap, int64_t vocab_size);
+  static Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, OptTensor weight,
+                                  int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                                  int64_t vocab_size);
+  static void cross_entropy_fwd_bwd(Tensor logits, Tensor loss, Tensor target, OptTensor weight, Tensor scale,
+                                    int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
+                                    int64_t vocab_size);
+  static void scale_rows(Tensor x, Tensor scale);
+  static void adamw_prepare(Tensors grads, Tensor steps, Ints index, Tensor partials, int64_t offset, bool norm);
+  static void adamw_update(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors masters,
+                           Tensor steps, Ints index, Ints group, Tensor lr, Doubles beta1, Doubles beta2, Doubles eps,
+                           Doubles weight_decay, Tensor partials, double max_norm, OptTensor grad_scale,
+                           OptTensor found_inf, Tensor grad_norm, bool stochastic, int64_t seed);
+};
+
+}  // namespace fastgpt

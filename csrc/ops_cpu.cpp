@@ -1,0 +1,27 @@
+// The CPU dispatch key: Ops<Cpu>, and parallel_for on PyTorch's thread pool.
+#include "fastgpt/ops_impl.h"
+#include "fastgpt/parallel.h"
+
+namespace fastgpt {
+
+void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, const void* context) {
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) { fn(context, begin, end); });
+}
+
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+  void layer_norm_fwd(const LayerNormFwdArgs& a) { cpu::layer_norm_fwd(a); }
+  void layer_norm_bwd(const LayerNormBwdArgs& a) { cpu::layer_norm_bwd(a); }
+  void cross_entropy_fwd(const CrossEntropyArgs& a) { cpu::cross_entropy_fwd(a); }
+  void cross_entropy_bwd(const CrossEntropyArgs& a) { cpu::cross_entropy_bwd(a); }
+  void cross_entropy_fwd_bwd(const CrossEntropyArgs& a) { cpu::cross_entropy_fwd_bwd(a); }
+  void scale_rows(const ScaleRowsArgs& a) { cpu::scale_rows(a); }
+  void adamw_prepare(const AdamWArgs& a) { cpu::adamw_prepare(a); }
+  void adamw_update(const AdamWArgs& a) { cpu::adamw_update(a); }
+  int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::layer_norm_bwd_blocks(n_rows, n_cols); }
+  int64_t adamw_partials(const int64_t* numels, int64_t n) { return cpu::adamw_partials(numels, n); }
+};
+
+template struct Ops<Cpu>;
+
+}  // namespace fastgpt

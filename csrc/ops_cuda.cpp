@@ -1,0 +1,37 @@
+// The CUDA dispatch key: Ops<Cuda>, on the tensors' device and PyTorch's current stream there.
+#include <torch/csrc/stable/accelerator.h>
+
+#include "fastgpt/ops_impl.h"
+
+// Lives in libtorch_cuda, which a CPU-only torch does not have: weak, so that one binary loads on both.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace fastgpt {
+
+static void* current_stream(int32_t device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastgpt: this torch has no CUDA support");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+struct Cuda {
+  torch::stable::accelerator::DeviceGuard guard;
+  cuda::Stream stream;
+
+  explicit Cuda(const Tensor& t) : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
+  void layer_norm_fwd(const LayerNormFwdArgs& a) { cuda::layer_norm_fwd(a, stream); }
+  void layer_norm_bwd(const LayerNormBwdArgs& a) { cuda::layer_norm_bwd(a, stream); }
+  void cross_entropy_fwd(const CrossEntropyArgs& a) { cuda::cross_entropy_fwd(a, stream); }
+  void cross_entropy_bwd(const CrossEntropyArgs& a) { cuda::cross_entropy_bwd(a, stream); }
+  void cross_entropy_fwd_bwd(const CrossEntropyArgs& a) { cuda::cross_entropy_fwd_bwd(a, stream); }
+  void scale_rows(const ScaleRowsArgs& a) { cuda::scale_rows(a, stream); }
+  void adamw_prepare(const AdamWArgs& a) { cuda::adamw_prepare(a, stream); }
+  void adamw_update(const AdamWArgs& a) { cuda::adamw_update(a, stream); }
+  int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cuda::layer_norm_bwd_blocks(n_rows, n_cols); }
+  int64_t adamw_partials(const int64_t* numels, int64_t n) { return cuda::adamw_partials(numels, n); }
+};
+
+template struct Ops<Cuda>;
+
+}  // namespace fastgpt

@@ -1,0 +1,37 @@
+// Which implementation serves which op. Schemas are defined once, in fastgpt/ops/<op>.py; each backend is an overload.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include "fastgpt/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
+  using Op = fastgpt::Ops<fastgpt::Cpu>;
+  m.impl("layer_norm_fwd.cpu", TORCH_BOX(&Op::layer_norm_fwd));
+  m.impl("layer_norm_bwd.cpu", TORCH_BOX(&Op::layer_norm_bwd));
+  m.impl("cross_entropy_fwd.cpu", TORCH_BOX(&Op::cross_entropy_fwd));
+  m.impl("cross_entropy_bwd.cpu", TORCH_BOX(&Op::cross_entropy_bwd));
+  m.impl("cross_entropy_fwd_bwd.cpu", TORCH_BOX(&Op::cross_entropy_fwd_bwd));
+  m.impl("scale_rows.cpu", TORCH_BOX(&Op::scale_rows));
+  m.impl("adamw_prepare.cpu", TORCH_BOX(&Op::adamw_prepare));
+  m.impl("adamw_update.cpu", TORCH_BOX(&Op::adamw_update));
+}
+
+#ifdef FASTGPT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
+  using Op = fastgpt::Ops<fastgpt::Cuda>;
+  m.impl("layer_norm_fwd.cuda", TORCH_BOX(&Op::layer_norm_fwd));
+  m.impl("layer_norm_bwd.cuda", TORCH_BOX(&Op::layer_norm_bwd));
+  m.impl("cross_entropy_fwd.cuda", TORCH_BOX(&Op::cross_entropy_fwd));
+  m.impl("cross_entropy_bwd.cuda", TORCH_BOX(&Op::cross_entropy_bwd));
+  m.impl("cross_entropy_fwd_bwd.cuda", TORCH_BOX(&Op::cross_entropy_fwd_bwd));
+  m.impl("scale_rows.cuda", TORCH_BOX(&Op::scale_rows));
+  m.impl("adamw_prepare.cuda", TORCH_BOX(&Op::adamw_prepare));
+  m.impl("adamw_update.cuda", TORCH_BOX(&Op::adamw_update));
+}
+#endif
+
+// `import fastgpt._C` loads the library, and with it the registrations above; the module itself is empty.
+extern "C" PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,134 @@
+"""The `fastgpt` command: train, sample, doctor, parity. Errors of the user's are one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from fastgpt.errors import UserError
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command; a UserError becomes one line on stderr and exit code 2, without a traceback."""
+    try:
+        return command()
+    except UserError as e:
+        print(f"fastgpt: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastgpt: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush is quiet
+        return 1
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors read like fastgpt's own."""
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise UserError(f"{self.prog.split()[-1]}: {message} (see {self.prog} --help)")
+
+
+def sample(argv: list[str]) -> int:
+    """`fastgpt sample`: continue a prompt with a trained model."""
+    parser = Parser(prog="fastgpt sample", description="Continue a prompt with a trained model.")
+    parser.add_argument("--run", default="runs/tiny", help="run folder or checkpoint (default: runs/tiny)")
+    parser.add_argument("--prompt", default="def ", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from fastgpt import checkpoint
+    from fastgpt.config import model_from_dict
+    from fastgpt.data import Tokenizer
+    from fastgpt.device import default_device
+    from fastgpt.generate import generate
+    from fastgpt.model import GPT
+
+    path = checkpoint.find(args.run)
+    state = checkpoint.read_state(path)
+    tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
+    if tokenizer.fingerprint != state["tokenizer"]:
+        raise UserError(f"sample: {path.parent / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
+    device = default_device(args.device)
+    model = GPT(model_from_dict(state["model"]))
+    model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
+    model = model.to(device).eval()
+    ids = torch.tensor(tokenizer.encode(args.prompt).tolist(), dtype=torch.int64, device=device)[None]
+    if ids.numel() == 0:
+        raise UserError("sample: --prompt is empty, expected at least one token")
+    generator = torch.Generator(device).manual_seed(args.seed)
+    out = generate(
+        model,
+        ids,
+        args.tokens,
+        temperature=args.temperature,
+        top_k=args.top_k or None,
+        eot=tokenizer.eot,
+        generator=generator,
+    )
+    print(tokenizer.decode(out[0].tolist()))
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """`fastgpt doctor`: what is installed and built, which backend serves each op, and why."""
+    Parser(prog="fastgpt doctor", description="What is built, what each op resolves to, and why.").parse_args(argv)
+
+    import torch
+
+    from fastgpt import _native, backend, ops  # noqa: F401 (ops fill the table)
+    from fastgpt.device import default_device, describe_machine
+
+    device = default_device()
+    for name, value in describe_machine(device).items():
+        print(f"{name:<12} {value}")
+    print(*_native.describe(), sep="\n")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    print(f"\nop on {device} in {dtype}: backend (why)")
+    for op in backend.ops():
+        picked, why = backend.explain(op, device.type, dtype)
+        print(f"  {op:<22} {picked:<7} {why}")
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    """`fastgpt train`: see fastgpt/train.py."""
+    from fastgpt.train import main as train_main
+
+    return train_main(argv)
+
+
+def parity(argv: list[str]) -> int:
+    """`fastgpt parity`: see fastgpt/parity.py."""
+    from fastgpt.parity import main as parity_main
+
+    return parity_main(argv)
+
+
+COMMANDS = {"train": train, "sample": sample, "doctor": doctor, "parity": parity}
+
+
+def main() -> int:
+    """Entry point of the console command."""
+    parser = Parser(prog="fastgpt", description=__doc__)
+    parser.add_argument("command", choices=COMMANDS, help="what to do; `fastgpt COMMAND --help` tells more")
+    argv = sys.argv[1:]
+
+    def command() -> int:
+        name = parser.parse_args(argv[:1]).command
+        return COMMANDS[name](argv[1:])
+
+    return run_command(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""Settings: two dataclasses, read from YAML and overridden on the command line (jsonargparse).
+
+`load_config(argv)` gives a checked TrainConfig or raises UserError: one sentence with the key, what came and what was
+expected. Option names take hyphens or underscores; model fields are nested: `--model.n-layers 6`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fastgpt import options
+from fastgpt.errors import UserError
+
+GATED = {"swiglu": "silu", "geglu": "gelu", "reglu2": "relu2"}  # model.activation -> ops.swiglu's activation
+
+
+def _need(ok: bool, key: str, came: object, expected: str) -> None:
+    if not ok:
+        raise UserError(f"{key} is {came!r}, expected {expected}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the model; the defaults are GPT-2 124M.
+
+    Attributes:
+        n_layers: number of blocks.
+        n_heads: query heads.
+        n_kv_heads: key and value heads (grouped-query attention); null is n_heads.
+        width: size C of a token's vector in the residual stream.
+        head_dim: size D of a head; null is width / n_heads.
+        mlp_width: hidden size of the MLP; null is 4 width, for gated activations 8/3 width rounded up to 256.
+        vocab_size: tokens that exist; null is taken from the tokenizer or the data.
+        vocab_multiple: embedding and head have rows for vocab_size rounded up to a multiple of this.
+        block_size: most positions (rows of the position table); null is the trainer's block_size.
+        norm: kind of norm.
+        norm_placement: pre is GPT-2's, post is GPT-1's (no norm at the end).
+        norm_eps: added to the variance.
+        norm_bias: whether LayerNorm has a bias.
+        parallel: attention and MLP side by side, from one norm (shared, GPT-J) or two (separate, GPT-NeoX).
+        activation: of the MLP; swiglu, geglu and reglu2 are gated (silu, gelu or squared ReLU of the gate, times up).
+        positions: learned table, rotary, or none.
+        rotary_dim: leading columns of each head that turn; null is all.
+        rope_theta: base of the rotary frequencies.
+        rope_interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2).
+        rope_scaling: "{rope_type: linear, factor: F} or {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
+            original_max_position_embeddings}"
+        qk_norm: norm over each head of queries and keys.
+        qkv_bias: bias on the query, key and value projection.
+        proj_bias: bias on attention's output projection.
+        mlp_bias: biases in the MLP.
+        head_bias: bias on the logits.
+        tied: the head's weight is the token embedding's.
+        window: keys seen back from a query, its own included; null is all; a list is repeated over the layers.
+        attn_scale: factor on q k^T; null is 1 / sqrt(head_dim), GPT-Neo's is 1.0.
+        attn_softcap: attention scores become cap tanh(score / cap); 0 is off.
+        logit_softcap: the same for the logits; 0 is off.
+        embed_dropout: dropout on the embeddings.
+        attn_dropout: dropout on the attention weights.
+        resid_dropout: dropout on what a block adds to the residual stream.
+        init_std: standard deviation of initial weights; 1 / sqrt(2 n_layers) of it where a block writes its output.
+    """
+
+    n_layers: int = 12
+    n_heads: int = 12
+    n_kv_heads: int | None = None
+    width: int = 768
+    head_dim: int | None = None
+    mlp_width: int | None = None
+    vocab_size: int | None = None
+    vocab_multiple: int = 128
+    block_size: int | None = None
+    norm: Literal["layer", "rms"] = "layer"
+    norm_placement: Literal["pre", "post"] = "pre"
+    norm_eps: float = 1e-5
+    norm_bias: bool = True
+    parallel: Literal["none", "shared", "separate"] = "none"
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu", "geglu", "reglu2"] = "gelu_tanh"
+    positions: Literal["learned", "rope", "none"] = "learned"
+    rotary_dim: int | None = None
+    rope_theta: float = 10000.0
+    rope_interleaved: bool = False
+    rope_scaling: dict[str, Any] | None = None
+    qk_norm: bool = False
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    head_bias: bool = False
+    tied: bool = True
+    window: int | list[int | None] | None = None
+    attn_scale: float | None = None
+    attn_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embed_dropout: float = 0.0
+    attn_dropout: float = 0.0
+    resid_dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "n_heads", "n_kv_heads", "width", "head_dim", "mlp_width", "vocab_size"):
+            self._positive(name)
+        for name in ("vocab_multiple", "block_size", "rope_theta", "norm_eps", "init_std"):
+            self._positive(name)
+        heads, kv = self.n_heads, self.kv_heads
+        _need(
+            self.head_dim is not None or self.width % heads == 0,
+            "model.n_heads",
+            heads,
+            f"a divisor of model.width {self.width} (or model.head_dim set)",
+        )
+        _need(heads % kv == 0, "model.n_kv_heads", kv, f"a divisor of model.n_heads {heads}")
+        for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
+            rate = getattr(self, name)
+            _need(0.0 <= rate < 1.0, f"model.{name}", rate, "0 to less than 1")
+        for name in ("attn_softcap", "logit_softcap"):
+            cap = getattr(self, name)
+            _need(0.0 <= cap < math.inf, f"model.{name}", cap, "0 (off) or more")
+        parallel_post = self.parallel != "none" and self.norm_placement == "post"
+        _need(not parallel_post, "model.parallel", self.parallel, "none with model.norm_placement post")
+        self._check_rope()
+        self._check_window()
+
+    def _positive(self, name: str) -> None:
+        value = getattr(self, name)
+        _need(value is None or 0 < value < math.inf, f"model.{name}", value, "more than 0")
+
+    def _check_rope(self) -> None:
+        r, d = self.rotary, self.d_head
+        if self.positions == "rope":
+            key = "model.rotary_dim" if self.rotary_dim is not None else "model.head_dim"
+            _need(0 < r <= d and r % 2 == 0, key, r, f"an even number from 2 to the head dimension {d}")
+        if self.rope_scaling is None:
+            return
+        kind, need = self.rope_scaling.get("rope_type"), {"factor"}
+        _need(kind in ("linear", "llama3"), "model.rope_scaling.rope_type", kind, "linear or llama3")
+        if kind == "llama3":
+            need |= {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+        keys = set(self.rope_scaling) - {"rope_type"}
+        _need(keys == need, "model.rope_scaling", sorted(keys), f"the keys {', '.join(sorted(need))} beside rope_type")
+        for name in sorted(need):
+            value = self.rope_scaling[name]
+            ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+            _need(ok, f"model.rope_scaling.{name}", value, "a number more than 0")
+
+    def _check_window(self) -> None:
+        if not isinstance(self.window, list):
+            self._positive("window")
+            return
+        ok = 1 <= len(self.window) <= self.n_layers and all(w is None or w >= 1 for w in self.window)
+        _need(ok, "model.window", self.window, f"1 to {self.n_layers} (model.n_layers) entries, each null or above 0")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def d_head(self) -> int:
+        """Size D of a head."""
+        return self.width // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def rotary(self) -> int:
+        """Columns of a head that turn."""
+        return self.d_head if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def d_mlp(self) -> int:
+        """Hidden size F of the MLP."""
+        if self.mlp_width is not None:
+            return self.mlp_width
+        return -(-8 * self.width // 3 // 256) * 256 if self.activation in GATED else 4 * self.width
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
+        if self.vocab_size is None:
+            raise ValueError("ModelConfig: vocab_size is None, expected a number (dataclasses.replace sets it)")
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def window_of(self, layer: int) -> int | None:
+        """Attention window of a layer; None sees everything."""
+        return self.window[layer % len(self.window)] if isinstance(self.window, list) else self.window
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run is told.
+
+    Attributes:
+        model: Shape of the model.
+        data: text file, folder of text, or .bin shards ('shards_*.bin'); null is the Python standard library's source.
+        val_data: the same for validation; null splits val_fraction off the training data.
+        tokenizer: tokenizer.json that .bin data was made with (for samples).
+        vocab_size: size of the tokenizer that is trained when data is text.
+        val_fraction: share of text files held out for validation.
+        out: folder of the run; empty is runs/ and the configuration's name.
+        resume: auto continues in the run folder if it has a checkpoint, never starts anew, a path continues from there.
+        seed: of initial weights, data order and dropout.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU.
+        kernels: backend per op, as in 'attention=torch,adamw=triton'; empty is the best there is.
+        compile: torch.compile around the model.
+        block_size: tokens T of a training sequence.
+        micro_batch: sequences B in one forward and backward.
+        batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
+        max_steps: optimizer steps to train for.
+        max_minutes: end training after this time if max_steps was not reached; null is no limit.
+        lr: highest learning rate.
+        min_lr_ratio: the last learning rate as a fraction of lr.
+        warmup_steps: steps of linear warm-up.
+        schedule: course of the learning rate after warm-up; wsd holds it, then decays linearly.
+        decay_fraction: share of the run in which wsd decays.
+        weight_decay: decoupled weight decay of matrices and embeddings (norms and biases have none).
+        beta1: AdamW's first decay rate.
+        beta2: AdamW's second decay rate.
+        eps: AdamW's epsilon.
+        clip: largest gradient norm; 0 is no clipping.
+        master: what 16-bit parameters keep beside them.
+        eval_every: steps between validations; 0 is only at the end.
+        eval_batches: micro-batches of a validation.
+        save_every: steps between checkpoints; 0 is only at the end.
+        keep: checkpoints kept, the last ones; 0 keeps all.
+        log_every: steps between lines on the console.
+        sample_every: steps between samples; 0 is only at the end.
+        sample_tokens: length of a sample.
+        prompt: text that samples begin with; several are separated by |.
+        check_baseline: exit 1 unless the validation loss ends at least 1 nat under a unigram model's.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: str | None = None
+    val_data: str | None = None
+    tokenizer: str | None = None
+    vocab_size: int = 4096
+    val_fraction: float = 0.02
+    out: str = ""
+    resume: str = "auto"
+    seed: int = 1337
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    kernels: str = ""
+    compile: bool = False
+    block_size: int = 1024
+    micro_batch: int = 32
+    batch_tokens: int = 524288
+    max_steps: int = 18865
+    max_minutes: float | None = None
+    lr: float = 6e-4
+    min_lr_ratio: float = 0.0
+    warmup_steps: int = 700
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    decay_fraction: float = 0.2
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+    master: Literal["fp32", "remainder", "stochastic", "none"] = "fp32"
+    eval_every: int = 250
+    eval_batches: int = 20
+    save_every: int = 1000
+    keep: int = 2
+    log_every: int = 1
+    sample_every: int = 0
+    sample_tokens: int = 200
+    prompt: str = ""
+    check_baseline: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "micro_batch", "max_steps", "lr", "eps", "max_minutes", "log_every", "eval_batches"):
+            value = getattr(self, name)
+            _need(value is None or 0 < value < math.inf, name, value, "more than 0")
+        for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "save_every", "keep", "seed"):
+            value = getattr(self, name)
+            _need(0 <= value < math.inf, name, value, "0 or more")
+        for name in ("beta1", "beta2", "val_fraction"):
+            value = getattr(self, name)
+            _need(0.0 <= value < 1.0, name, value, "0 to less than 1")
+        for name in ("min_lr_ratio", "decay_fraction"):
+            value = getattr(self, name)
+            _need(0.0 <= value <= 1.0, name, value, "0 to 1")
+        _need(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end mark)")
+        for name in ("sample_every", "sample_tokens"):
+            value = getattr(self, name)
+            _need(value >= 0, name, value, "0 or more")
+        rows = self.micro_batch * self.block_size
+        fits = self.batch_tokens > 0 and self.batch_tokens % rows == 0
+        _need(fits, "batch_tokens", self.batch_tokens, f"a multiple of micro_batch * block_size = {rows}")
+        if self.model.block_size is None:
+            object.__setattr__(self, "model", replace(self.model, block_size=self.block_size))
+        most = self.model.block_size or self.block_size
+        _need(self.block_size <= most, "block_size", self.block_size, f"at most model.block_size {most}")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of one optimizer step."""
+        return self.batch_tokens // (self.micro_batch * self.block_size)
+
+
+def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
+    """Settings from a command line: `--config NAME_OR_PATH` (a name from fastgpt/configs), then overrides in order.
+
+    Args:
+        argv: without the program's name; `--help` prints every option and exits.
+        default: configuration where argv names none.
+
+    Raises:
+        UserError: naming the key, what came and what was expected.
+    """
+    settings, name = options.from_command_line(TrainConfig, argv, default)
+    if not settings["out"]:
+        settings["out"] = f"runs/{Path(name).stem}"
+    return _build(settings)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values (for JSON in a checkpoint)."""
+    return asdict(config)
+
+
+def from_dict(settings: dict[str, Any]) -> TrainConfig:
+    """What `to_dict` gave; absent keys take their defaults.
+
+    Raises:
+        UserError: unknown keys, wrong types, impossible values.
+    """
+    return _build(options.from_mapping(TrainConfig, settings))
+
+
+def model_from_dict(settings: dict[str, Any]) -> ModelConfig:
+    """The model's part of `to_dict`, or dataclasses.asdict(model.config); errors as in `from_dict`."""
+    return from_dict({"model": settings, "block_size": 1, "micro_batch": 1}).model
+
+
+def _build(settings: dict[str, Any]) -> TrainConfig:
+    _need(isinstance(settings["model"], dict), "model", settings["model"], "a mapping of its fields")
+    return TrainConfig(**{**settings, "model": ModelConfig(**settings["model"])})

@@ -1,0 +1,194 @@
+"""Byte-level BPE: trained with Hugging Face `tokenizers`, stored as its tokenizer.json, run by `tiktoken`.
+
+A text is cut into words by GPT-2's pattern, each word into bytes, and neighbours are merged in the order in which
+training learned the merges (Sennrich et al. 2016; bytes as the alphabet: Radford et al. 2019). Any text therefore has
+ids, and decode(encode(text)) == text. Both libraries give the same ids; tiktoken gives them about three times as fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastgpt.data.corpus import EOT
+from fastgpt.data.shards import atomic_file
+from fastgpt.errors import UserError
+
+# GPT-2's word pattern; possessive where that cannot change a match, so that long runs never backtrack
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+PIECE = 1 << 18  # characters encoded in one call, where the text can be cut
+
+# Between "\n" and a character that is no space, after a character that is no space, every word ends: cutting there
+# changes no id.
+_SEAM = re.compile(r"(?<=\S\n)(?=\S)")
+
+
+class Tokenizer:
+    """A byte-level BPE with one special token, `<|endoftext|>`.
+
+    n_vocab: number of ids, specials included; eot: the id of `<|endoftext|>`; fingerprint: sha256 over what decides
+    ids (not over the file's layout): a checkpoint stores it, and another tokenizer is told apart by it.
+    """
+
+    def __init__(self, text: str, where: str = "tokenizer.json") -> None:
+        """`text` is the content of a tokenizer.json. Raises UserError that names `where` and what is wrong with it."""
+        import tiktoken
+
+        ranks, specials = _parse(text, where)
+        if EOT not in specials:
+            raise UserError(f"{where} has no {EOT} token")
+        self.text = text
+        self.eot: int = specials[EOT]
+        self.n_vocab: int = len(ranks) + len(specials)
+        digest = hashlib.sha256(PATTERN.encode())
+        for token, i in sorted([*ranks.items(), *((s.encode(), i) for s, i in specials.items())], key=lambda ti: ti[1]):
+            digest.update(b"%d:%d:%b" % (i, len(token), token))
+        self.fingerprint: str = digest.hexdigest()
+        self._bpe = tiktoken.Encoding("fastgpt", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """Reads a tokenizer.json, or the one in a folder. UserError where it is missing, damaged or of another kind."""
+        path = Path(path)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        try:
+            return cls(path.read_text(encoding="utf-8"), str(path))
+        except FileNotFoundError:
+            raise UserError(f"tokenizer file {path} does not exist") from None
+        except OSError as e:
+            raise UserError(f"cannot read tokenizer file {path}: {e.strerror}") from None
+        except UnicodeDecodeError as e:
+            raise UserError(f"tokenizer file {path} is damaged: not UTF-8 at byte {e.start}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Writes tokenizer.json, whole or not at all; `tokenizers.Tokenizer.from_file` reads it too."""
+        with atomic_file(Path(path)) as f:
+            f.write(self.text.encode("utf-8"))
+
+    def encode(self, text: str) -> npt.NDArray[np.uint32]:
+        """Ids (n,) uint32; a literal `<|endoftext|>` is ordinary text. UserError for lone surrogates."""
+        try:
+            ids = [self._encode_piece(piece) for piece in pieces(text)]
+        except UnicodeEncodeError as e:
+            raise UserError(f"text is not Unicode: character {text.index(e.object[e.start])} is a surrogate") from None
+        return ids[0] if len(ids) == 1 else np.concatenate([np.empty(0, np.uint32), *ids])
+
+    def _encode_piece(self, piece: str) -> npt.NDArray[np.uint32]:
+        try:
+            return self._bpe.encode_to_numpy(piece, disallowed_special=())
+        except UnicodeEncodeError:
+            raise
+        except ValueError:  # the pattern's stack does not hold a run of some 10^6 blanks; the other library's does
+            from tokenizers import Tokenizer as HFTokenizer
+
+            spec = json.loads(self.text)
+            spec["added_tokens"] = []  # its encode would find specials in the text
+            return np.array(HFTokenizer.from_str(json.dumps(spec)).encode(piece).ids, np.uint32)
+
+    def encode_documents(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
+        """`encode` of each text, on `threads` threads (default: the cores this process may use, at most 8)."""
+        with ThreadPoolExecutor(threads or min(8, available_cores())) as pool:
+            return list(pool.map(self.encode, texts))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids (any iterable of ints, arrays included); bytes that form no character become U+FFFD.
+
+        Raises ValueError for an id outside [0, n_vocab).
+        """
+        checked = [int(i) for i in ids]
+        for i in checked:
+            if not 0 <= i < self.n_vocab:
+                raise ValueError(f"decode: ids must be in [0, {self.n_vocab}), got {i}")
+        return self._bpe.decode(checked, errors="replace")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
+    """Learns a BPE of at most `vocab_size` ids (fewer where the texts have no more pairs to merge).
+
+    Raises UserError for a vocab_size below 257 (256 bytes and `<|endoftext|>`).
+    """
+    from tokenizers import Tokenizer as HFTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise UserError(f"vocab_size is {vocab_size}; a byte-level BPE has at least 257 ids (256 bytes and {EOT})")
+    bpe = HFTokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return Tokenizer(bpe.to_str())
+
+
+def pieces(text: str) -> list[str]:
+    """Cuts a text into pieces of about PIECE characters where that changes no id; without such places, one piece."""
+    cuts = [0]
+    while len(text) - cuts[-1] > PIECE:
+        seam = _SEAM.search(text, cuts[-1] + PIECE)
+        if seam is None:
+            break
+        cuts.append(seam.start())
+    return [text[a:b] for a, b in pairwise([*cuts, len(text)])]
+
+
+def available_cores() -> int:
+    """Cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _parse(text: str, where: str) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Token bytes -> id (rank) and special token -> id of a byte-level BPE's tokenizer.json."""
+    try:
+        spec = json.loads(text)
+        specials = {t["content"]: int(t["id"]) for t in spec["added_tokens"]}
+        _check_kind(spec, where)
+        alphabet = _byte_alphabet()
+        ranks = {
+            bytes(alphabet[c] for c in token): int(i)
+            for token, i in spec["model"]["vocab"].items()
+            if token not in specials
+        }
+        merged = ["".join(m if isinstance(m, list) else m.split(" ")) for m in spec["model"]["merges"]]
+        order = [spec["model"]["vocab"][m] for m in merged]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as e:
+        raise UserError(f"{where} is damaged or not a byte-level BPE tokenizer ({type(e).__name__}: {e})") from None
+    ids = sorted([*ranks.values(), *specials.values()])
+    if ids != list(range(len(ids))) or len(ranks) != 256 + len(order) or any(a >= b for a, b in pairwise(order)):
+        raise UserError(f"{where} is damaged: its ids are not 0..{len(ids) - 1} with the merges in id order")
+    return ranks, specials
+
+
+def _check_kind(spec: dict[str, Any], where: str) -> None:
+    """Only what PATTERN and plain merges reproduce: anything else would give other ids in silence."""
+    pre = spec["pre_tokenizer"] or {}
+    for what, ok in {
+        "model.type": spec["model"]["type"] == "BPE",
+        "pre_tokenizer": pre.get("type") == "ByteLevel" and pre.get("use_regex", True) and not pre["add_prefix_space"],
+        "normalizer": spec["normalizer"] is None,
+        "model.ignore_merges": not spec["model"].get("ignore_merges"),
+        "model.dropout": not spec["model"].get("dropout"),
+    }.items():
+        if not ok:
+            raise UserError(f"{where} has a {what} other than a GPT-2 style byte-level BPE's")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's stand-in for each byte -> the byte: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(rest)}

@@ -1,0 +1,104 @@
+"""What machine this is: default device, peak arithmetic rate, memory in use, versions for run headers."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Dense bf16 peak, FLOP/s, from the makers' datasheets; the longest name that the device's name contains counts.
+PEAK_BF16 = {
+    "A100": 312e12,
+    "A10": 125e12,
+    "A30": 165e12,
+    "A40": 149.7e12,
+    "RTX 3090": 71e12,
+    "RTX 4090": 165.2e12,
+    "L4": 121e12,
+    "L40S": 362e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.5e12,
+    "H200": 989.5e12,
+    "B200": 2250e12,
+}
+
+
+def default_device(name: str = "auto") -> torch.device:
+    """The device to train on: what was asked for, or a GPU where there is one."""
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+@functools.cache
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak FLOP/s for matrix products and where the figure is from: 'datasheet' or 'measured'."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        known = [key for key in PEAK_BF16 if key in name]
+        if known:
+            return PEAK_BF16[max(known, key=len)], "datasheet"
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        start = time.perf_counter()
+        a @ a
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best, "measured"
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory so far in GB: of the device's allocator on a GPU, of the process (Linux, else 0) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM:")), 0.0)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Versions and device for the header of a run or a result."""
+    import fastgpt
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "fastgpt": fastgpt.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "python": platform.python_version(),
+        "system": platform.system(),
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that fastgpt runs from; None when installed as a wheel."""
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,104 @@
+"""Sampling from a model, with keys and values cached: temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751).
+
+A text longer than block_size is read from a later start, which moves by half a block at a time: so the cache is filled
+anew only every block_size / 2 tokens, and with or without cache the model sees the same tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgpt.model import GPT, KVCache
+
+
+def context_start(length: int, block_size: int) -> int:
+    """First token the model reads when `length` tokens are there."""
+    half = max(1, block_size // 2)
+    return 0 if length <= block_size else -(-(length - block_size) // half) * half
+
+
+def sample(
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One token per row: logits (B, V) -> (B,) int64. temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    z = logits.float() / temperature
+    if top_k is not None and top_k < z.shape[-1]:
+        z = z.masked_fill(z < z.topk(top_k).values[:, -1:], -torch.inf)
+    p = z.softmax(-1)
+    if top_p is not None and top_p < 1:
+        ordered, index = p.sort(stable=True, dim=-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # a token stays while those before it hold less than top_p
+        p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
+    return torch.multinomial(p, 1, generator=generator)[:, 0]
+
+
+def _check(model: GPT, ids: Tensor, count: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"generate: ids has shape {tuple(ids.shape)}, expected (B, T) with T >= 1")
+    if count < 0:
+        raise ValueError(f"generate: max_new_tokens is {count}, expected 0 or more")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"generate: temperature is {temperature}, expected 0 or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate: top_k is {top_k}, expected at least 1")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate: top_p is {top_p}, expected more than 0, at most 1")
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eot: int | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """ids (B, T) with up to max_new_tokens sampled tokens behind them: (B, T + n).
+
+    Args:
+        temperature: 0 takes the likeliest token. top_k: only the k likeliest. top_p: only the likeliest whose
+            probabilities reach p.
+        eot: token that ends a row (kept, and repeated while other rows go on); None never ends.
+        generator: for reproducible samples, on the model's device.
+        use_cache: False reads the whole context for every token: slow, the same result.
+
+    The model is in eval mode meanwhile. Raises ValueError naming the argument.
+    """
+    _check(model, ids, max_new_tokens, temperature, top_k, top_p)
+    was_training = model.training
+    model.eval()
+    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    done = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+    size = min(model.block_size, ids.shape[1] + max_new_tokens)
+    cache, first = None, -1
+    try:
+        for _ in range(max_new_tokens):
+            start = context_start(ids.shape[1], model.block_size)
+            if not use_cache or start != first:  # the first pass, or the context has moved
+                cache = KVCache(model.config, ids.shape[0], size, model.wte.weight) if use_cache else None
+                first = start
+            seen = 0 if cache is None else cache.length
+            h = model.hidden(ids[:, start + seen :], kv_cache=cache)
+            token = sample(model.logits(h[:, -1]), **options)  # type: ignore[arg-type]
+            if eot is not None:
+                token = torch.where(done, eot, token)
+                done |= token == eot
+            ids = torch.cat((ids, token[:, None]), dim=1)
+            if eot is not None and bool(done.all()):
+                break
+    finally:
+        model.train(was_training)
+    return ids

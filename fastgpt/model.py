@@ -1,0 +1,345 @@
+"""One decoder-only transformer over fastgpt.ops: GPT-2, GPT-Neo, GPT-J, NeoX, Llama, Mistral or Qwen by its settings.
+
+    x = wte[ids] + wpe[positions]
+    pre-norm    x = x + attn(norm1(x));  x = x + mlp(norm2(x))
+    post-norm   x = norm1(x + attn(x));  x = norm2(x + mlp(x))
+    parallel    x = x + attn(norm1(x)) + mlp(norm1(x) or norm2(x))
+    logits = norm_f(x) head^T, loss = cross-entropy in the same op
+
+The residual add is fused into the norm behind it: a block hands on (branch, residual), two tensors whose sum is x.
+Dims: B, T, C width, H query heads, G key/value heads, D head, F MLP, S keys, V vocabulary (rows padded to Vp).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from fastgpt import ops
+from fastgpt.config import GATED, ModelConfig
+from fastgpt.nn import LayerNorm, RMSNorm
+
+
+class KVCache:
+    """Keys and values of the positions seen so far: k and v (L, B, size, G, D), the first `length` of them filled."""
+
+    def __init__(self, config: ModelConfig, batch: int, size: int, like: Tensor) -> None:
+        shape = (config.n_layers, batch, size, config.kv_heads, config.d_head)
+        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
+        self.size, self.length = size, 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, T, G, D) behind what is there; returns all of it (B, S, G, D). `length` moves after a pass."""
+        end = self.length + k.shape[1]
+        self.k[layer, :, self.length : end] = k
+        self.v[layer, :, self.length : end] = v
+        return self.k[layer, :, :end], self.v[layer, :, :end]
+
+
+class Pass(NamedTuple):
+    """What every block of one forward pass shares."""
+
+    cos: Tensor | None  # (block_size, rotary / 2), fp32
+    sin: Tensor | None
+    positions: Tensor | None  # (T,) or (B, T)
+    doc_ids: Tensor | None  # (B, T)
+    cache: KVCache | None
+
+
+def _make(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
+    """A module whose values are left for init_weights: no second draw, no use of the global generator."""
+    return skip_init(kind, *args, device=torch.get_default_device(), **options)
+
+
+def _norm(c: ModelConfig, size: int) -> LayerNorm | RMSNorm:
+    return LayerNorm(size, c.norm_eps, bias=c.norm_bias) if c.norm == "layer" else RMSNorm(size, c.norm_eps)
+
+
+def rope_frequencies(c: ModelConfig) -> Tensor:
+    """(rotary / 2,) fp64 radians per position: theta^(-2i / rotary), scaled (linear arXiv:2306.15595; llama3: long
+    wavelengths divided by factor, short ones kept, a ramp between)."""
+    f = c.rope_theta ** (-torch.arange(0, c.rotary, 2, dtype=torch.float64, device="cpu") / c.rotary)
+    s = c.rope_scaling
+    if s is None:
+        return f
+    if s["rope_type"] == "linear":
+        return f / s["factor"]
+    turns = s["original_max_position_embeddings"] * f / (2 * math.pi)  # turns within the original context
+    keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return keep * f + (1 - keep) * f / s["factor"]
+
+
+class RotaryTable(nn.Module):
+    """cos and sin (block_size, rotary / 2): always fp32, whatever the model is cast to; not in the state_dict."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self._fill()
+
+    def _fill(self) -> None:
+        rows = torch.arange(self.config.block_size or 0, dtype=torch.float64, device="cpu")
+        angle = torch.outer(rows, rope_frequencies(self.config))
+        device = self.cos.device
+        self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RotaryTable:
+        super()._apply(fn, recurse)  # moves; a cast or a way through the meta device would lose the values
+        self._fill()
+        return self
+
+
+class Attention(nn.Module):
+    """Causal self-attention over one packed projection (query heads, key heads, value heads)."""
+
+    def __init__(self, c: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.window, self.scale, self.softcap = layer, c.window_of(layer), c.attn_scale, c.attn_softcap
+        self.n_heads, self.kv_heads, self.d_head = c.n_heads, c.kv_heads, c.d_head
+        self.interleaved, self.attn_dropout, self.resid_dropout = c.rope_interleaved, c.attn_dropout, c.resid_dropout
+        self.qkv = _make(nn.Linear, c.width, (c.n_heads + 2 * c.kv_heads) * c.d_head, bias=c.qkv_bias)
+        self.proj = _make(nn.Linear, c.n_heads * c.d_head, c.width, bias=c.proj_bias)
+        self.q_norm = _norm(c, c.d_head) if c.qk_norm else None
+        self.k_norm = _norm(c, c.d_head) if c.qk_norm else None
+
+    def _heads(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, T, H + 2G, D) -> q (B, T, H, D), k and v (B, T, G, D), normalised and turned."""
+        sizes = [self.n_heads, self.kv_heads, self.kv_heads]
+        if self.q_norm is None or self.k_norm is None:
+            if run.cos is not None and run.sin is not None:
+                heads = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads)
+                qkv = ops.rope_qkv(
+                    qkv, run.cos, run.sin, interleaved=self.interleaved, positions=run.positions, **heads
+                )
+            q, k, v = qkv.split(sizes, dim=2)
+            return q, k, v
+        q, k, v = qkv.split(sizes, dim=2)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if run.cos is not None and run.sin is not None:
+            q, k = ops.rope(q, k, run.cos, run.sin, interleaved=self.interleaved, positions=run.positions)
+        return q, k, v
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = self._heads(self.qkv(x).view(b, t, -1, self.d_head), run)
+        if run.cache is not None:
+            k, v = run.cache.append(self.layer, k, v)
+        window = self.window
+        if window is not None and t == 1:  # one query: the window is the last keys, and no mask is needed
+            k, v = k[:, -window:], v[:, -window:]
+        if window is not None and window >= k.shape[1]:
+            window = None
+        y = ops.attention(
+            q,
+            k,
+            v,
+            causal=t > 1,
+            scale=self.scale,
+            window=window,
+            softcap=self.softcap,
+            dropout_p=self.attn_dropout if self.training else 0.0,
+            doc_ids=run.doc_ids,
+        )
+        return _dropout(self.proj(y.reshape(b, t, -1)), self.resid_dropout, self.training)
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))); for gated activations `up` is packed, gate first."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        self.activation, self.dropout = c.activation, c.resid_dropout
+        self.up = _make(nn.Linear, c.width, c.d_mlp * (2 if c.activation in GATED else 1), bias=c.mlp_bias)
+        self.down = _make(nn.Linear, c.d_mlp, c.width, bias=c.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activation in GATED:
+            h = ops.swiglu(self.up(x), activation=GATED[self.activation])  # (B, T, 2F) -> (B, T, F)
+        elif self.activation == "relu2":
+            h = F.relu(self.up(x)).square()
+        else:
+            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+            h = ops.bias_gelu(F.linear(x, self.up.weight), self.up.bias, approximate=approximate)
+        return _dropout(self.down(h), self.dropout, self.training)
+
+
+def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    return F.dropout(x, p) if training and p > 0 else x
+
+
+class Block(nn.Module):
+    """Attention and MLP with their norms: (branch, residual or None) -> the same, their sum being the stream x."""
+
+    def __init__(self, c: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.post, self.parallel = c.norm_placement == "post", c.parallel != "none"
+        self.norm1 = _norm(c, c.width)
+        self.attn = Attention(c, layer)
+        self.norm2 = _norm(c, c.width) if c.parallel != "shared" else None
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
+        if self.post and self.norm2 is not None:
+            x, _ = self.norm1(self.attn(x, run), x)
+            x, _ = self.norm2(self.mlp(x), x)
+            return x, None
+        h, residual = add_norm(self.norm1, x, residual)
+        a = self.attn(h, run)
+        if self.parallel:
+            return a + self.mlp(h if self.norm2 is None else self.norm2(residual)), residual
+        h, residual = add_norm(self.norm2, a, residual)
+        return self.mlp(h), residual
+
+
+def add_norm(norm: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual) in one op."""
+    return (norm(x), x) if residual is None else norm(x, residual)
+
+
+class GPT(nn.Module):
+    """The model of `config`; initial weights are drawn on the CPU from `generator`, so alike on every device.
+
+    Raises:
+        ValueError: config.vocab_size or config.block_size is None.
+    """
+
+    def __init__(self, config: ModelConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        if config.vocab_size is None or config.block_size is None:
+            raise ValueError("GPT: config.vocab_size or config.block_size is None, expected numbers")
+        self.config, c = config, config
+        self.vocab_size, self.block_size = config.vocab_size, config.block_size
+        self.wte = _make(nn.Embedding, c.padded_vocab_size, c.width)
+        self.wpe = _make(nn.Embedding, self.block_size, c.width) if c.positions == "learned" else None
+        self.rotary = RotaryTable(c) if c.positions == "rope" else None
+        self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
+        self.norm_f = _norm(c, c.width) if c.norm_placement == "pre" else None
+        self.head = _make(nn.Linear, c.width, c.padded_vocab_size, bias=c.head_bias)
+        if c.tied:
+            self.head.register_parameter("weight", None)
+        self.init_weights(generator)
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """GPT-2's initial values: normal weights, smaller where a block writes its output; biases 0, norms 1."""
+        std, small = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.n_layers)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                p.fill_(1.0 if name.endswith("weight") else 0.0)
+            elif not p.is_meta:
+                s = small if name.endswith(("proj.weight", "down.weight")) else std
+                p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, s, generator=generator))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(Vp, C): the head's own weight, or the token embedding's."""
+        return self.wte.weight if self.config.tied else self.head.weight
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+    ) -> Tensor:
+        """ids (B, T) -> what the head reads, (B, T, C). Arguments as in `forward`."""
+        if ids.dim() != 2:
+            raise ValueError(f"GPT: ids has shape {tuple(ids.shape)}, expected (B, T)")
+        past, t = (0 if kv_cache is None else kv_cache.length), ids.shape[1]
+        room = self.block_size if kv_cache is None else min(self.block_size, kv_cache.size)
+        if past + t > room:
+            raise ValueError(f"GPT: ids reach position {past + t}, expected at most {room} (block_size or kv_cache)")
+        if kv_cache is not None and doc_ids is not None:
+            raise ValueError("GPT: doc_ids came with kv_cache, expected one of them")
+        if past and positions is None:
+            positions = torch.arange(past, past + t, device=ids.device)
+        cos, sin = (None, None) if self.rotary is None else (self.rotary.cos, self.rotary.sin)
+        run = Pass(cos, sin, positions, doc_ids, kv_cache)
+        x = ops.embedding(ids, self.wte.weight, None if self.wpe is None else self.wpe.weight, positions=positions)
+        x, residual = _dropout(x, self.config.embed_dropout, self.training), None
+        for block in self.blocks:
+            x, residual = block(x, residual, run)
+        if self.norm_f is not None:
+            x, _ = add_norm(self.norm_f, x, residual)
+        if kv_cache is not None:
+            kv_cache.length += t
+        return x
+
+    def logits(self, h: Tensor) -> Tensor:
+        """(..., C) from `hidden` -> (..., vocab_size), without the padding."""
+        bias = self.head.bias
+        z = F.linear(h, self.head_weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size])
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(z / cap) if cap > 0 else z
+
+    def forward(
+        self,
+        ids: Tensor,
+        targets: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Loss of predicting `targets`, or logits (B, T, vocab_size) without them.
+
+        Args:
+            ids: (B, T) int64. targets: (B, T) int64, the token after each of ids; -100 does not count.
+            positions: (T,) or (B, T) int64; default 0, 1, 2, ... behind what kv_cache holds.
+            doc_ids: (B, T) int: tokens attend within their own document only.
+            kv_cache: keys and values of earlier calls; this call's are added.
+            reduction: "mean" and "sum" give a 0-dim loss in fp32, "none" (B, T).
+
+        Raises:
+            ValueError, TypeError: naming the argument, what came and what was expected.
+        """
+        h = self.hidden(ids, positions=positions, doc_ids=doc_ids, kv_cache=kv_cache)
+        if targets is None:
+            return self.logits(h)
+        loss = ops.linear_cross_entropy(
+            h.view(-1, h.shape[-1]),
+            self.head_weight,
+            targets.reshape(-1),
+            linear_bias=self.head.bias,
+            vocab_size=self.vocab_size,
+            softcap=self.config.logit_softcap,
+            reduction=reduction,
+        )
+        return loss.view(targets.shape) if reduction == "none" else loss
+
+    def num_params(self) -> int:
+        """All parameters, padding rows included; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self, block_size: int) -> dict[str, float]:
+        """Forward and backward FLOP per token of a sequence of T = block_size, A = n_heads * head_dim:
+
+        full: nanoGPT's (and PaLM's), 6 (N - wpe) + 12 L A T, attention counted whole;
+        causal: llm.c's (and Megatron's), 6 N + 6 L A T, attention counted under the diagonal.
+        N is `num_params()`, less the token embedding where the head is not tied to it: a lookup multiplies nothing.
+        """
+        c = self.config
+        n = self.num_params() - (0 if c.tied else self.wte.weight.numel())
+        table = 0 if self.wpe is None else self.wpe.weight.numel()
+        pairs = 6 * c.n_layers * c.n_heads * c.d_head * block_size
+        return {"full": 6.0 * (n - table) + 2 * pairs, "causal": 6.0 * n + pairs}
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """For an optimizer: decay on tensors of two and more dimensions (embeddings too), none on norms and biases."""
+        ps = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in ps if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in ps if p.dim() < 2], "weight_decay": 0.0},
+        ]

@@ -1,0 +1,181 @@
+"""Ahead-of-time check of the Triton kernels: `python -m fastgpt.triton_check [--arch 80 --arch 90] [--all]`.
+
+Compiles every configuration that a launcher may pick (each kernel file's `configurations`) for explicit GPU targets; no
+GPU is needed. Registers, stack (spills) and shared memory come from the cubin, read by the cuobjdump that Triton
+ships. Exits 1 on a spill that ALLOWED_SPILLS does not list, on shared memory that the chip lacks, or on a failed
+compilation. Not to be run under TRITON_INTERPRET=1, where nothing is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+MODULES = ("layer_norm", "cross_entropy", "adamw")
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
+REGISTERS = 65536  # of one multiprocessor, on every chip above
+# "kernel[case] dtype" (fnmatch pattern) -> (bytes of stack allowed, why)
+ALLOWED_SPILLS: dict[str, tuple[int, str]] = {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One configuration to compile: module, dtypes (torch's names), its number in `configurations`, target."""
+
+    module: str
+    dtype: str
+    weight_dtype: str
+    number: int
+    arch: int
+    aligned: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of one configuration."""
+
+    name: str
+    arch: int
+    num_warps: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    error: str = ""
+
+
+def configurations(module: str, dtype: str, weight_dtype: str) -> list[Any]:
+    """The configurations of one kernel file for one dtype."""
+    kernels = importlib.import_module(f"fastgpt.kernels.{module}")
+    return list(kernels.configurations(getattr(torch, dtype), getattr(torch, weight_dtype)))
+
+
+def jobs(archs: list[int], every: bool) -> list[Job]:
+    """bf16 with bf16 parameters, 16-byte aligned; `every`: fp16, fp32, mixed, and element-aligned pointers too."""
+    pairs = [("bfloat16", "bfloat16")]
+    if every:
+        pairs += [("bfloat16", "float32"), ("float16", "float16"), ("float32", "float32")]
+    found = []
+    for module in MODULES:
+        for dtype, weight_dtype in pairs:
+            count = len(configurations(module, dtype, weight_dtype))
+            for aligned in (True, False) if every else (True,):
+                found += [Job(module, dtype, weight_dtype, i, arch, aligned) for arch in archs for i in range(count)]
+    return found
+
+
+def _source(configuration: Any, aligned: bool) -> ASTSource:
+    kernel, arguments = configuration.kernel, configuration.arguments
+    names = kernel.arg_names
+    unknown = set(arguments) | set(configuration.constexprs)
+    if unknown != set(names):
+        raise ValueError(f"{configuration.name}: arguments differ from the kernel's: {sorted(unknown ^ set(names))}")
+    typed = {n: t for n, t in arguments.items() if isinstance(t, str)}
+    constexprs = {n: t for n, t in arguments.items() if not isinstance(t, str)} | configuration.constexprs
+    signature = {n: typed.get(n, "constexpr") for n in names}
+    fixed = set(kernel.do_not_specialize or ())
+    divisible = [i for i, n in enumerate(names) if aligned and typed.get(n, "fp32") != "fp32" and n not in fixed]
+    return ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(n),): v for n, v in constexprs.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in divisible},
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, stack bytes) of the one kernel in a cubin."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(cubin)
+        f.flush()
+        text = subprocess.run([tool, "-res-usage", f.name], check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def compile_one(job: Job) -> Report:
+    """Compile one configuration; a failure is a report, so that the rest is still checked."""
+    configuration = configurations(job.module, job.dtype, job.weight_dtype)[job.number]
+    types = job.dtype if job.dtype == job.weight_dtype else f"{job.dtype}/{job.weight_dtype}"
+    name = f"{configuration.name} {types}{'' if job.aligned else ' unaligned'}"
+    try:
+        compiled = triton.compile(
+            _source(configuration, job.aligned),
+            target=GPUTarget("cuda", job.arch, 32),
+            options={"num_warps": configuration.num_warps},
+        )
+        registers, stack = _resources(compiled.asm["cubin"])
+    except Exception as e:
+        return Report(name, job.arch, configuration.num_warps, error=f"{type(e).__name__}: {str(e)[-300:]}")
+    return Report(name, job.arch, configuration.num_warps, registers, stack, compiled.metadata.shared)
+
+
+def problem(report: Report) -> str:
+    """Why this configuration must not ship; empty if it may."""
+    if report.error:
+        return report.error
+    if report.shared > SHARED_KB[report.arch] * 1024:
+        return f"{report.shared} bytes of shared memory, sm_{report.arch} has {SHARED_KB[report.arch]} KB"
+    if report.registers * report.num_warps * 32 > REGISTERS:
+        return f"{report.registers} registers x {report.num_warps} warps do not fit a multiprocessor"
+    allowed = max((b for pattern, (b, _) in ALLOWED_SPILLS.items() if re.fullmatch(pattern, report.name)), default=0)
+    return f"{report.stack} bytes of stack, {allowed} allowed" if report.stack > allowed else ""
+
+
+def check(archs: list[int], every: bool) -> list[Report]:
+    """Compile all configurations on all cores of this process's affinity, with a cache that is thrown away."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        with multiprocessing.get_context("fork").Pool(workers) as pool:
+            return pool.map(compile_one, jobs(archs, every), chunksize=1)
+
+
+def _print(reports: list[Report]) -> int:
+    width = max(len(r.name) for r in reports)
+    print(f"{'configuration':{width}}  sm  warps  registers  stack  shared")
+    bad = 0
+    for r in sorted(reports, key=lambda r: (r.name, r.arch)):
+        why = problem(r)
+        bad += bool(why)
+        mark = f"  FAIL: {why}" if why else ""
+        print(f"{r.name:{width}}  {r.arch}  {r.num_warps:5}  {r.registers:9}  {r.stack:5}  {r.shared:6}{mark}")
+    print(f"{len(reports)} configurations, {bad} refused")
+    return bad
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.triton_check", description="compile every Triton kernel")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_KB), help="default: 80 and 90")
+    parser.add_argument("--all", action="store_true", help="every dtype and alignment, and sm_86 and sm_89")
+    parser.add_argument("--json", type=Path, help="write the reports to this file")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        print("triton_check: TRITON_INTERPRET is set, nothing would be compiled; run it without", file=sys.stderr)
+        return 2
+    reports = check(options.arch or (sorted(SHARED_KB) if options.all else [80, 90]), options.all)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(r) | {"problem": problem(r)} for r in reports], indent=1))
+    return 1 if _print(reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

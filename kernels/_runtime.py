@@ -1,0 +1,105 @@
+"""What every Triton kernel file needs: rounding that holds in the interpreter too, row views, device facts.
+
+Triton's interpreter (TRITON_INTERPRET=1, tests without a GPU) truncates on a cast to bf16 and takes milliseconds per
+program whatever its width. So kernels round through `cast`, and shapes give the interpreter fewer, larger programs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+# torch dtype -> name in a Triton signature and type inside a kernel
+TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int16: "i16"}
+TYPE_NAMES |= {torch.int32: "i32", torch.int64: "i64"}
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int16: tl.int16}
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """fp32 to `dtype`, to nearest, ties to even: the hardware's conversion; integer steps in the interpreter."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        odd = (bits >> 16) & 1
+        high = tl.where(x == x, bits + 0x7FFF + odd, 0x7FC00000) >> 16
+        return high.to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return INTERPRETED.value
+
+
+def ceil_pow2(n: int) -> int:
+    """The smallest power of two >= n (>= 1): what tl.arange takes."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., C) as (N, C), contiguous columns, any distance between rows: a view where one exists, else a copy."""
+    if x.dim() != 2:
+        x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; 1 in the interpreter, where programs run one after another."""
+    return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device: make it x's, at no cost where it already is."""
+    if x.device.type == "cpu" or x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One specialisation that a launcher may pick, for the ahead-of-time check.
+
+    arguments: name -> signature type ("*bf16", "i64", "fp32"), or the constexpr's value.
+    """
+
+    kernel: Any
+    case: str
+    arguments: dict[str, Any]
+    num_warps: int
+    constexprs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Kernel and case, as the report and the list of allowed spills name it."""
+        return f"{self.kernel.__name__}[{self.case}]"
+
+
+def pointers(**dtypes: torch.dtype | None) -> dict[str, str | None]:
+    """Signature types of pointer arguments; None stays None (an absent tensor is a constexpr)."""
+    return {name: None if t is None else f"*{TYPE_NAMES[t]}" for name, t in dtypes.items()}
+
+
+def split_meta(meta: dict[str, int]) -> tuple[dict[str, int], int]:
+    """A launch shape as (constexprs, num_warps)."""
+    return {k: v for k, v in meta.items() if k != "num_warps"}, meta["num_warps"]
+
+
+def powers_of_two(low: int, high: int) -> Iterator[int]:
+    """low, 2 low, ... high."""
+    while low <= high:
+        yield low
+        low *= 2

@@ -1,0 +1,284 @@
+"""Builds fastgpt._C, the CPU and CUDA kernels in csrc/, and installs fastgpt with or without it.
+
+With torch present (`pip install --no-build-isolation -e .`) both halves are built where a C++ compiler and nvcc are
+found. What cannot be built is left out, and the last line says what, why and the remedy; `fastgpt doctor` repeats it.
+
+Environment: FASTGPT_CUDA=0 (CPU kernels only), 1 (anything less than everything is an error), auto (default);
+FASTGPT_NO_EXT=1 (pure Python); CUDA_HOME; TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"); MAX_JOBS (default: cores); CXX.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import PlatformError
+
+ROOT = Path(__file__).resolve().parent
+TORCH_TARGET = (2, 11)  # the stable ABI of this release: one binary serves it and every later one
+CPU_SOURCES = [
+    "csrc/registration.cpp",
+    "csrc/ops_cpu.cpp",
+    "csrc/cpu/layer_norm.cpp",
+    "csrc/cpu/cross_entropy.cpp",
+    "csrc/cpu/adamw.cpp",
+]
+CUDA_SOURCES = [
+    "csrc/ops_cuda.cpp",
+    "csrc/cuda/layer_norm.cu",
+    "csrc/cuda/cross_entropy.cu",
+    "csrc/cuda/adamw.cu",
+]
+DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; PTX for every other card from 8.0 on
+REBUILD = "pip install --no-build-isolation -e ."
+
+
+class Unbuildable(Exception):
+    """Why a backend cannot be built here, and the remedy."""
+
+
+class Facts:
+    """What this build found and did: printed last, and written to fastgpt/_build_info.py."""
+
+    def __init__(self) -> None:
+        self.built: list[str] = []
+        self.missing: dict[str, str] = {}  # backend -> reason and remedy
+        self.torch = self.nvcc = ""
+        self.archs: list[str] = []
+
+    def leave_out(self, backend: str, why: str) -> None:
+        if wanted("FASTGPT_CUDA", "auto") == "1":
+            raise PlatformError(f"fastgpt: FASTGPT_CUDA=1, but the {backend} kernels cannot be built: {why}")
+        self.missing.setdefault(backend, why)
+
+    def write(self, folder: Path) -> None:
+        """Write _build_info.py into `folder`, the package's."""
+        epoch = os.environ.get("SOURCE_DATE_EPOCH")
+        utc = datetime.timezone.utc
+        when = datetime.datetime.fromtimestamp(int(epoch), utc) if epoch else datetime.datetime.now(utc)
+        lines = [
+            '"""What setup.py built here; written by it, read by fastgpt._native."""',
+            f"TORCH = {self.torch!r}",
+            f"NVCC = {self.nvcc!r}",
+            f"ARCHS = {self.archs!r}",
+            f"DATE = {when.strftime('%Y-%m-%d %H:%M UTC')!r}",
+            f"BUILT = {self.built!r}",
+            f"MISSING = {self.missing!r}",
+            f"SOURCES = {sources_hash() if self.built else ''!r}",
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
+
+    def summary(self) -> str:
+        built = f"fastgpt: built the {' and '.join(self.built)} kernels" if self.built else "fastgpt: pure Python install"
+        left_out = [f"left out {backend}: {why}" for backend, why in self.missing.items()]
+        return "; ".join([built, *left_out])
+
+
+def wanted(name: str, default: str) -> str:
+    """A switch from the environment, checked."""
+    value = os.environ.get(name, "").lower() or default
+    if value not in ("0", "1", "auto"):
+        raise PlatformError(f"fastgpt: {name}={value!r}, expected 0, 1 or auto")
+    return value
+
+
+def sources_hash() -> str:
+    """Digest of csrc/, so that `fastgpt doctor` can tell a binary that is older than its sources."""
+    digest = hashlib.sha256()
+    for path in sorted((ROOT / "csrc").rglob("*")):
+        if path.suffix in (".cpp", ".cu", ".h", ".cuh"):
+            digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def find_torch() -> Any:
+    """torch, new enough for the ABI this is built on."""
+    try:
+        import torch
+        import torch.utils.cpp_extension
+    except ImportError:
+        raise Unbuildable(f"torch is not importable in the build; run `pip install torch`, then `{REBUILD}`") from None
+    version = tuple(int(n) for n in torch.__version__.split(".")[:2])
+    if version < TORCH_TARGET:
+        raise Unbuildable(f"torch {torch.__version__} is older than 2.11; run `pip install -U torch`, then `{REBUILD}`")
+    return torch
+
+
+def find_compiler() -> None:
+    """The C++ compiler that setuptools will call exists."""
+    command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    if shutil.which(shlex.split(command)[0]) is None:
+        raise Unbuildable(f"no C++ compiler ({command}); install g++ (or set CXX), then `{REBUILD}`")
+
+
+def find_cuda_home() -> Path:
+    """The toolkit's folder: CUDA_HOME, or what nvcc itself says (on PATH it may be a wrapper or a link)."""
+    remedy = f"install the CUDA toolkit or set CUDA_HOME to its folder, then `{REBUILD}`"
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if home := os.environ.get(name):
+            if (Path(home) / "bin" / "nvcc").is_file():
+                return Path(home)
+            raise Unbuildable(f"{name}={home} has no bin/nvcc; {remedy}")
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        raise Unbuildable(f"nvcc was not found; {remedy}")
+    dryrun = subprocess.run([nvcc, "-v", "--dryrun", "x.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.M)
+    home_path = Path(top.group(1).strip()).resolve() if top else Path(nvcc).resolve().parent.parent
+    if not (home_path / "bin" / "nvcc").is_file():
+        raise Unbuildable(f"{nvcc} does not tell its toolkit's folder; {remedy}")
+    return home_path
+
+
+def gencode_flags(archs: str) -> list[str]:
+    """TORCH_CUDA_ARCH_LIST's "8.0;9.0a+PTX" -> nvcc's flags."""
+    flags = []
+    for arch in filter(None, re.split(r"[;,\s]+", archs)):
+        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if found is None:
+            raise PlatformError(f"fastgpt: TORCH_CUDA_ARCH_LIST holds {arch!r}, expected numbers such as 8.0 or 9.0a+PTX")
+        number = found[1] + found[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def native_extension(torch: Any, cuda_home: Path | None, archs: str) -> Extension:
+    """The extension for BuildExtension; .cu sources in a CppExtension, so that a CPU-only torch builds them too."""
+    torch_include = Path(torch.__file__).parent / "include"
+    prefix_maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include}/="]
+    target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", target, *prefix_maps]
+    # errno and FP traps are never read, and both would keep loops scalar; NaN, infinity and order of sums stay exact
+    cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    sources, options = list(CPU_SOURCES), {"cxx": cxx}
+    kwargs: dict[str, Any] = {"extra_link_args": ["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else []}
+    if cuda_home is not None:
+        torch.utils.cpp_extension.CUDA_HOME = str(cuda_home)
+        sources += CUDA_SOURCES
+        cxx.append("-DFASTGPT_WITH_CUDA")
+        host = ",".join(["-fvisibility=hidden", *prefix_maps])
+        options["nvcc"] = ["-O3", "-lineinfo", "-Xcompiler", host, *gencode_flags(archs)]
+        # cudart inside: no dependence on the libcudart that torch brings, or does not
+        kwargs["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
+        kwargs["library_dirs"] = [str(p) for p in (cuda_home / "lib64", cuda_home / "lib") if p.is_dir()]
+        kwargs["include_dirs"] = [str(cuda_home / "include")]
+    kwargs.setdefault("include_dirs", []).append(str(ROOT / "csrc" / "include"))
+    return torch.utils.cpp_extension.CppExtension(
+        "fastgpt._C", sources, extra_compile_args=options, py_limited_api=True, **kwargs
+    )
+
+
+class BuildNative(build_ext):
+    """build_ext that finds out what can be built, and hands that to torch's BuildExtension."""
+
+    def run(self) -> None:
+        os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # ninja
+        facts.built, facts.missing = [], {}
+        extension = self._build()
+        self.extensions = [extension] if extension else []
+        self.distribution.ext_modules = self.extensions or None  # None: the wheel is tagged as pure Python
+        place_build_info(self.inplace or self.editable_mode, Path(self.build_lib))
+
+    def _build(self) -> Extension | None:
+        try:
+            torch = find_torch()
+            find_compiler()
+        except Unbuildable as why:
+            facts.leave_out("cpu", str(why))
+            facts.leave_out("cuda", "as cpu")
+            return None
+        facts.torch = torch.__version__
+        if wanted("FASTGPT_CUDA", "auto") == "0":
+            facts.missing["cuda"] = f"FASTGPT_CUDA=0 was set; `FASTGPT_CUDA=auto {REBUILD}` builds it"
+            return self._compile(torch, None)
+        try:
+            home = find_cuda_home()
+            absent = [name for name in CUDA_SOURCES if not (ROOT / name).exists()]
+            if absent:
+                raise Unbuildable(f"{', '.join(absent)} not found in the sources")
+        except Unbuildable as why:
+            facts.leave_out("cuda", str(why))
+            return self._compile(torch, None)
+        return self._compile(torch, home) or self._compile(torch, None)
+
+    def _compile(self, torch: Any, cuda_home: Path | None) -> Extension | None:
+        """Compile and place one extension; None, with the reason noted, if that fails."""
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        extension = native_extension(torch, cuda_home, archs)
+        command = torch.utils.cpp_extension.BuildExtension(self.distribution)
+        self.distribution.ext_modules = [extension]
+        command.inplace, command.editable_mode = self.inplace, self.editable_mode
+        command.build_lib, command.build_temp = self.build_lib, self.build_temp
+        half = "cuda" if cuda_home else "cpu"
+        try:
+            command.ensure_finalized()
+            command.run()
+        except (Exception, SystemExit) as error:  # torch, setuptools, ninja and the compilers each raise their own
+            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            facts.leave_out(half, f"compiling failed ({first}); the log above says why; fix that, then `{REBUILD}`")
+            return None
+        facts.built = ["cpu", "cuda"] if cuda_home else ["cpu"]
+        if cuda_home:
+            release = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
+            facts.nvcc = (re.findall(r"V([\d.]+)", release) or ["unknown"])[0]
+            facts.archs = [flag.rsplit("=", 1)[1] for flag in gencode_flags(archs)]
+        return command.extensions[0]
+
+
+def place_build_info(inplace: bool, build_lib: Path) -> None:
+    """_build_info.py beside the package's modules: in the checkout if that is what will be imported, else the build."""
+    facts.write(ROOT / "fastgpt" if inplace else build_lib / "fastgpt")
+
+
+class BuildPython(build_py):
+    """build_py that also says in a pure Python build what is missing."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.distribution.ext_modules:
+            for backend in ("cpu", "cuda"):
+                facts.missing[backend] = f"FASTGPT_NO_EXT=1 was set; `{REBUILD}` without it builds the kernels"
+            place_build_info(self.editable_mode, Path(self.build_lib))
+
+
+class Wheel(bdist_wheel):
+    """bdist_wheel whose tag follows from what was built: cp310-abi3, or py3-none-any without an extension."""
+
+    def run_command(self, command: str) -> None:
+        super().run_command(command)
+        if command == "build" and not self.distribution.ext_modules:
+            self.root_is_pure = True
+
+
+facts = Facts()
+if __name__ == "__main__":
+    pure = wanted("FASTGPT_NO_EXT", "0") == "1"
+    setup(
+        packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels", "fastgpt.bench"],
+        package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels", "fastgpt.bench": "bench"},
+        package_data={"fastgpt": ["configs/*.yaml", "configs/*/*.yaml", "py.typed"]},
+        include_package_data=False,
+        # a placeholder until BuildNative knows what can be built
+        ext_modules=[] if pure else [Extension("fastgpt._C", CPU_SOURCES, py_limited_api=True)],
+        cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+    if facts.built or facts.missing:
+        print(facts.summary(), flush=True)

@@ -1,0 +1,239 @@
+"""What DESIGN's contract promises of every op beside its numbers: registration, compile, selection, errors, purity."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import backend, ops, parity
+from fastgpt.backend import use
+from fastgpt.errors import UserError
+from fastgpt.ops import adamw as adamw_op
+from fastgpt.ops import cross_entropy as ce
+from fastgpt.ops import layer_norm as ln
+from fastgpt.optim import AdamW
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNELS = [(op, name) for op in ("layer_norm", "cross_entropy", "adamw") for name in parity.backends_here(op)]
+ON = pytest.mark.parametrize("name", parity.backends_here("layer_norm"))
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """Every raw op with arguments that it takes."""
+    x, w, t = rand(6, 33), rand(33), torch.arange(6, device=DEVICE)
+    stats = torch.stack((x.mean(-1), torch.rsqrt(x.var(-1, unbiased=False) + 1e-5)))
+    options = (-100, 0.1, 1e-3, 0.0, 30)
+    p, m, v = [rand(5, 3), rand(4)], [rand(5, 3), rand(4)], [rand(5, 3).abs(), rand(4).abs()]
+    steps, partials = torch.ones(2, device=DEVICE), torch.ones(adamw_op.PARTIALS, device=DEVICE)
+    group = ([0, 0], torch.full((1,), 1e-3, device=DEVICE), [0.9], [0.999], [1e-8], [0.01])
+    tail = (partials, 1.0, None, None, torch.zeros(1, device=DEVICE), False, 0)
+    return {
+        "layer_norm_fwd": (ln.FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5)),
+        "layer_norm_fwd plain": (ln.FWD[name], (x, None, None, None, 1e-5)),
+        "layer_norm_bwd": (ln.BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats)),
+        "layer_norm_bwd plain": (ln.BWD[name], (x, None, x, None, None, stats)),
+        "cross_entropy_fwd": (ce.FWD[name], (x, t, None, *options)),
+        "cross_entropy_bwd": (ce.BWD[name], (rand(6), x, t, x.logsumexp(-1), None, *options)),
+        "cross_entropy_fwd_bwd": (ce.FWD_BWD[name], (x.clone(), rand(6), t, None, rand(1), *options)),
+        "scale_rows": (ce.SCALE_ROWS[name], (x.clone(), rand(6))),
+        "adamw_prepare": (adamw_op.PREPARE[name], (p, steps, [0, 1], partials, 0, True)),
+        "adamw_update": (adamw_op.UPDATE[name], (p, [rand(5, 3), rand(4)], m, v, [], steps, [0, 1], *group, *tail)),
+    }
+
+
+@ON
+@pytest.mark.parametrize("call", list(raw_calls("cpu")))
+def test_opcheck(name: str, call: str) -> None:
+    op, args = raw_calls(name)[call]
+    torch.library.opcheck(op, args)
+
+
+def norm_and_loss(x: Tensor, r: Tensor, w: Tensor, t: Tensor, inplace: bool = False) -> Tensor:
+    y, s = ops.layer_norm(x, w, w, residual=r)
+    return ops.cross_entropy(y @ w.diag() + s, t, inplace=inplace)
+
+
+@ON
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fullgraph_compile_with_dynamic_shapes(name: str, inplace: bool) -> None:
+    compiled = torch.compile(norm_and_loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    with use(layer_norm=name, cross_entropy=name):
+        for n in (4, 9):
+            args = [rand(n, 33, seed=1), rand(n, 33, seed=2), rand(33, seed=3)]
+            target = torch.arange(n, device=DEVICE)
+            got, expected = [], []
+            for fn, out in ((compiled, got), (norm_and_loss, expected)):
+                leaves = [a.clone().requires_grad_() for a in args]
+                loss = fn(*leaves, target, inplace)
+                loss.backward()
+                out += [loss.detach(), *(leaf.grad for leaf in leaves)]
+            for a, b in zip(got, expected):
+                torch.testing.assert_close(a, b)
+
+
+def test_changing_the_choice_recompiles_once() -> None:
+    names = [n for n in parity.backends_here("layer_norm")] + ["torch"]
+    if len(names) < 2:
+        pytest.skip("needs two backends: no kernel is built")
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x: ops.layer_norm(x), fullgraph=True, backend=counter)
+    x = rand(3, 8)
+    for name in (names[0], names[-1], names[0], names[-1]):
+        with use(layer_norm=name):
+            compiled(x)
+    assert counter.frame_count == 2
+
+
+def test_use_inside_a_compiled_region_is_an_error() -> None:
+    def inside(x: Tensor) -> Tensor:
+        with use(layer_norm="torch"):
+            return ops.layer_norm(x)
+
+    with pytest.raises(Exception, match="outside"):
+        torch.compile(inside, fullgraph=True, backend="eager")(rand(2, 4))
+
+
+@ON
+def test_torch_func_is_a_clear_error(name: str) -> None:
+    with use(all="auto", layer_norm=name):
+        for transform in (torch.func.grad(lambda x: ops.layer_norm(x).sum()), torch.vmap(ops.layer_norm)):
+            with pytest.raises(RuntimeError, match="layer_norm.*torch.func"):
+                transform(rand(3, 4))
+
+
+@ON
+def test_only_what_needs_a_gradient_gets_one(name: str) -> None:
+    with use(layer_norm=name):
+        for which in range(3):
+            leaves = [rand(4, 8), rand(8, seed=1), rand(8, seed=2)]
+            leaves[which].requires_grad_()
+            ops.layer_norm(*leaves).sum().backward()
+            assert [t.grad is not None for t in leaves] == [i == which for i in range(3)]
+
+
+@ON
+def test_unused_output_and_second_backward(name: str) -> None:
+    """Only one of (y, sum) used; backward twice with retain_graph doubles the gradient; inputs stay as they were."""
+    with use(layer_norm=name):
+        for pick in (0, 1):
+            x, r, w = rand(4, 8), rand(4, 8, seed=1), rand(8, seed=2)
+            before = [t.clone() for t in (x, r, w)]
+            for t in (x, r, w):
+                t.requires_grad_()
+            out = ops.layer_norm(x, w, residual=r)[pick]
+            g = rand(4, 8, seed=3)
+            out.backward(g, retain_graph=True)
+            once = x.grad.clone()
+            out.backward(g)
+            torch.testing.assert_close(x.grad, 2 * once, rtol=0, atol=0)
+            torch.testing.assert_close(x.grad, r.grad, rtol=0, atol=0)
+            assert all(torch.equal(a, b.detach()) for a, b in zip(before, (x, r, w)))
+
+
+@pytest.mark.parametrize("op,name", KERNELS)
+def test_runs_are_bitwise_equal(op: str, name: str) -> None:
+    """Run to run, and for any number of threads."""
+    wanted = {"layer_norm": (67, 128), "cross_entropy": (7, 61), "adamw": (70001,)}[op]
+    case = next(c for c in parity.cases(op) if c.shape == wanted and c.dtype == torch.float32)
+    results = []
+    threads = torch.get_num_threads()
+    for n in (1, 2, 1):
+        torch.set_num_threads(n)
+        with use(strict=True, **{op: name}):
+            results.append(parity.SUBJECTS[op].run(case, parity.SUBJECTS[op].ours, parity.Inputs(case, DEVICE, False)))
+    torch.set_num_threads(threads)
+    for key, value in results[0].items():
+        assert torch.equal(value, results[1][key]) and torch.equal(value, results[2][key]), key
+
+
+def test_inplace_cross_entropy_refuses_what_it_would_destroy() -> None:
+    t = torch.tensor([1, 2])
+    leaf = torch.randn(2, 5, requires_grad=True)
+    if not parity.backends_here("cross_entropy"):
+        pytest.skip("no kernel is built: the reference does not write in place")
+    with pytest.raises(ValueError, match="leaf"):
+        ops.cross_entropy(leaf, t, inplace=True)
+    with pytest.raises(ValueError, match="contiguous rows"):
+        ops.cross_entropy((leaf * 1).t().contiguous().t(), t, inplace=True)
+    loss = ops.cross_entropy(leaf * 1, t, inplace=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+def test_gradcheck_of_the_references() -> None:
+    x, w, b = (rand(*s, dtype=torch.float64, seed=i).requires_grad_() for i, s in enumerate([(3, 5), (5,), (5,)]))
+    assert torch.autograd.gradcheck(lambda *a: ln.layer_norm_ref(*a, residual=x.detach() * 2), (x, w, b))
+    target = torch.tensor([1, -100, 4], device=DEVICE)
+    options = dict(label_smoothing=0.1, z_loss=0.1, softcap=3.0, weight=w.detach().abs(), vocab_size=5)
+    logits = rand(3, 7, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: ce.cross_entropy_ref(z, target, **options), (logits,))
+
+
+ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: ops.layer_norm(rand(2, 8), rand(7)), ValueError, r"layer_norm: weight has shape \(7,\), expected \(8,\)"),
+    (lambda: ops.layer_norm(rand(2, 8), rand(8).half()), TypeError, "layer_norm: weight is torch.float16, expected"),
+    (lambda: ops.layer_norm(rand(2, 8), residual=rand(3, 8)), ValueError, r"residual has shape \(3, 8\)"),
+    (lambda: ops.layer_norm(rand(2, 8).long()), TypeError, "layer_norm: x is torch.int64, expected a floating-point"),
+    (lambda: ops.layer_norm(rand(2, 0)), ValueError, r"layer_norm: x has shape \(2, 0\)"),
+    (lambda: ops.cross_entropy(rand(2, 3, 4), rand(2)), ValueError, r"logits has shape \(2, 3, 4\), expected \(N, V\)"),
+    (lambda: ops.cross_entropy(rand(2, 5), rand(2)), TypeError, "target is torch.float32, expected torch.int64"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([1, 2, 3])), ValueError, r"target has shape \(3,\)"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([1, 5])), ValueError, r"target\[1\] is 5, expected 0 to 4"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), vocab_size=6), ValueError, "vocab_size is 6"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), reduction="max"), ValueError, "reduction is 'max'"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), label_smoothing=2.0), ValueError, "label_smoothing"),
+    (lambda: ops.embedding(torch.tensor([9]), rand(4, 2)), ValueError, "ids reach from 9 to 9, expected 0 to 3"),
+    (lambda: ops.rope(rand(1, 3, 2, 4), rand(1, 3, 2, 6), rand(9, 2), rand(9, 2)), ValueError, r"rope: q .* and k"),
+    (lambda: ops.attention(rand(1, 3, 3, 4), rand(1, 3, 2, 4), rand(1, 3, 2, 4)), ValueError, "multiple of k's 2"),
+    (lambda: ops.linear_cross_entropy(rand(2, 4), rand(9, 5), torch.tensor([0, 1])), ValueError, r"expected \(N, C\)"),
+    (lambda: ops.swiglu(rand(2, 7)), ValueError, "packed gate has 7 columns"),
+    (lambda: ops.bias_gelu(rand(2, 7), approximate="sigmoid"), ValueError, "approximate is 'sigmoid'"),
+    (lambda: ops.rms_norm(rand(2, 7), rand(8)), ValueError, r"rms_norm: weight has shape \(8,\)"),
+    (lambda: use(layer_norn="torch"), UserError, "there is no op 'layer_norn'"),
+    (lambda: use(layer_norm="tritno"), UserError, "layer_norm='tritno': expected one of cuda"),
+    (lambda: AdamW([torch.nn.Parameter(rand(2))], amsgrad=True), ValueError, "amsgrad=True is not supported"),
+    (lambda: AdamW([torch.nn.Parameter(rand(2))], master="bf16"), ValueError, "master is 'bf16'"),
+    (lambda: AdamW([torch.nn.Parameter(rand(2))], max_norm=0.0), ValueError, "max_norm is 0.0"),
+]
+
+
+@pytest.mark.parametrize("call,kind,message", ERRORS, ids=[m for _, _, m in ERRORS])
+@pytest.mark.skipif(DEVICE == "cuda", reason="these calls build CPU targets")
+def test_errors_name_the_argument(call: Callable[[], Any], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        call()
+
+
+def test_use_restores_and_strict_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(backend, "missing", lambda b: "it was taken away" if b != "torch" else None)
+    monkeypatch.setattr(backend, "_cache", {})
+    monkeypatch.setattr(backend, "_reported", set())
+    x = rand(2, 8)
+    for _ in range(2):
+        ops.layer_norm(x)
+    assert len(caplog.records) == 1 and "it was taken away" in caplog.text
+    with use(strict=True), pytest.raises(RuntimeError, match="it was taken away"):
+        ops.layer_norm(x)
+    with use(strict=True, layer_norm="triton"), pytest.raises(RuntimeError, match="triton was asked for"):
+        ops.layer_norm(x)
+    with use(layer_norm="torch"):
+        assert backend.select("layer_norm", x) == "torch"
+        with use(all="auto"):
+            assert backend._choice["layer_norm"] == "auto"
+        assert backend._choice["layer_norm"] == "torch"
+
+
+def test_environment_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGPT_KERNELS", "torch, adamw=auto")
+    monkeypatch.setenv("FASTGPT_STRICT", "1")
+    with use(all="auto", strict=False):
+        backend.apply_environment()
+        assert backend._choice["layer_norm"] == "torch" and backend._choice["adamw"] == "auto"
+        assert backend._strict == [True]

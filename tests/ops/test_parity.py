@@ -1,0 +1,60 @@
+"""Every op x backend x dtype x layout against the fp64 reference, by the one rule of fastgpt/parity.py."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import backend, parity
+from fastgpt.ops.layer_norm import layer_norm_torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EVERY = [(case, name) for op in parity.SUBJECTS for name in parity.backends_here(op) for case in parity.cases(op)]
+
+
+@pytest.mark.parametrize("case,name", EVERY, ids=lambda v: str(v))
+def test_parity(case: parity.Case, name: str, record_property: pytest.RecordProperty) -> None:
+    rows = parity.check(case, name, DEVICE)
+    record_property("parity", json.dumps([asdict(r) for r in rows]))
+    over = [f"{r.output}: error {r.error:.3e}, allowed {r.allowed:.3e}" for r in rows if not r.ratio <= 1]
+    assert not over, f"{case} on {name}: {over}"
+
+
+def test_every_cell_has_a_case() -> None:
+    covered = {(c.op, name, c.dtype, c.layout) for c, name in EVERY}
+    for op, cells in backend.ops().items():
+        for name in [b for b in cells if b in parity.backends_here(op)]:
+            for dtype in cells[name].dtypes:
+                for layout in parity.SUBJECTS[op].layouts:
+                    assert (op, name, dtype, layout) in covered
+
+
+def test_the_rule_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A LayerNorm that is off by one part in a thousand is over the bound in fp32."""
+    wrong = parity.Subject(
+        parity.run_layer_norm,
+        lambda *a, **k: tuple(1.001 * t for t in layer_norm_torch(*a, **k)),
+        layer_norm_torch,
+        parity.SUBJECTS["layer_norm"].reference,
+    )
+    monkeypatch.setitem(parity.SUBJECTS, "layer_norm", wrong)
+    case = next(c for c in parity.cases("layer_norm") if c.dtype == torch.float32)
+    assert max(r.ratio for r in parity.check(case, "torch")) > 1
+
+
+def test_nan_is_over_the_bound() -> None:
+    row = parity.Row("op", "cpu", "float32", "contiguous", "case", "y", float("nan"), 0.0, 1.0)
+    assert not row.ratio <= 1
+
+
+def test_command_writes_the_table_and_names_missing_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backend, "interpreting", lambda: True)
+    monkeypatch.setattr(parity, "run_all", lambda only: parity.check(next(parity.cases("adamw")), "torch"))
+    monkeypatch.setattr(parity, "backends_here", lambda op: ["triton"])
+    assert parity.main(["--json", str(tmp_path / "table.json")]) == 1
+    assert "missing: adamw triton float32 contiguous" in capsys.readouterr().out
+    assert {"ratio", "error", "allowed", "case"} <= json.loads((tmp_path / "table.json").read_text())[0].keys()
