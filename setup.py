@@ -163,7 +163,7 @@ def native_extension(torch: Any, cuda_home: Path | None, archs: str) -> Extensio
     torch_include = Path(torch.__file__).parent / "include"
     prefix_maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include}/="]
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", target, *prefix_maps]
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-Wno-maybe-uninitialized", target, *prefix_maps]
     # errno and FP traps are never read, and both would keep loops scalar; NaN, infinity and order of sums stay exact
     cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
     sources, options = list(CPU_SOURCES), {"cxx": cxx}

@@ -314,7 +314,7 @@ def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
     """
     settings, name = options.from_command_line(TrainConfig, argv, default)
     if not settings["out"]:
-        settings["out"] = f"runs/{Path(name).stem}"
+        settings["out"] = "runs/" + Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     return _build(settings)
 
 
@@ -334,7 +334,7 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
 
 def model_from_dict(settings: dict[str, Any]) -> ModelConfig:
     """The model's part of `to_dict`, or dataclasses.asdict(model.config); errors as in `from_dict`."""
-    return from_dict({"model": settings, "block_size": 1, "micro_batch": 1}).model
+    return ModelConfig(**options.from_mapping(ModelConfig, settings))
 
 
 def _build(settings: dict[str, Any]) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Sampling from a model, with keys and values cached: temperature, top-k, top-p (Holtzman et al. 2019, arXiv:1904.09751).
+"""Sampling from a model, with keys and values cached: temperature, top-k, top-p (Holtzman 2019, arXiv:1904.09751).
 
 A text longer than block_size is read from a later start, which moves by half a block at a time: so the cache is filled
 anew only every block_size / 2 tokens, and with or without cache the model sees the same tokens.
@@ -53,7 +53,7 @@ def _check(model: GPT, ids: Tensor, count: int, temperature: float, top_k: int |
         raise ValueError(f"generate: top_p is {top_p}, expected more than 0, at most 1")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: GPT,
     ids: Tensor,
@@ -95,7 +95,7 @@ def generate(
             token = sample(model.logits(h[:, -1]), **options)  # type: ignore[arg-type]
             if eot is not None:
                 token = torch.where(done, eot, token)
-                done |= token == eot
+                done = token == eot
             ids = torch.cat((ids, token[:, None]), dim=1)
             if eot is not None and bool(done.all()):
                 break

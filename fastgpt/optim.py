@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.backend import select
+from fastgpt.ops._common import mark_mutated
 from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE, Bucket, adamw_ref, grad_norm_ref
 
 MASTERS = ("fp32", "remainder", "stochastic", None)
@@ -128,9 +129,10 @@ class AdamW(torch.optim.Optimizer):
                 grad_scale,
                 found_inf,
                 self.grad_norm,
-                self.master == "stochastic" and not b.masters and b.params[0].dtype == torch.bfloat16,
+                self.master == "stochastic" and b.params[0].dtype == torch.bfloat16,
                 self.seed,
             )
+            mark_mutated(b.params)
 
     def _step_torch(self, buckets: list[Bucket], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         norm = None

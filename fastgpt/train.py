@@ -216,6 +216,8 @@ class Run:
         vocab = cfg.model.vocab_size or self.data.n_vocab
         if vocab < self.data.n_vocab:
             raise UserError(f"model.vocab_size is {vocab}, but {self.data.name} has {self.data.n_vocab} token ids")
+        if len(self.data.val) < 2:
+            raise UserError(f"{self.data.name} has {len(self.data.val)} validation tokens, expected at least 2")
         self.model = build_model(cfg, vocab, self.device)
         self.optimizer = build_optimizer(cfg, self.model)
         self.loader = TokenLoader(
@@ -400,6 +402,8 @@ def train(cfg: TrainConfig) -> int:
     header = {"config": to_dict(cfg), "machine": describe_machine(run.device), "data": run.data.describe()}
     header["kernels"] = {op: backend.explain(op, run.device.type, next(run.model.parameters()).dtype) for op in backend.ops()}
     (run.folder / "run.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+    if run.data.tokenizer is not None:  # beside the checkpoints: a run folder is all that `fastgpt sample` needs
+        run.data.tokenizer.save(run.folder / "tokenizer.json")
     log = Log(run.folder, run.progress, cfg)
     log.say(
         f"{run.folder}: {run.model.num_params():,} parameters, {run.data.describe()}, device {run.device}, "

@@ -6,6 +6,7 @@ whole or not at all (built aside, renamed into place), and is taken as it is whe
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -206,7 +207,7 @@ def _make_aside(out: Path) -> Path:
     """An empty folder beside `out`; what killed runs left there is removed."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        for old in out.parent.glob(f".{out.name}.*.partial"):
+        for old in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
             pid = old.name.split(".")[-2]
             if pid.isdigit() and not _alive(int(pid)):
                 shutil.rmtree(old, ignore_errors=True)

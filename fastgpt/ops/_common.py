@@ -46,9 +46,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def describe(t: object) -> str:
-    """A tensor for an error message: shape, dtype and device."""
-    return f"{tuple(t.shape)} {t.dtype} on {t.device}" if isinstance(t, Tensor) else repr(t)
+def mark_mutated(tensors: list[Tensor]) -> None:
+    """Tell autograd that a raw op wrote to these (raw ops do not), so that a backward that still needs the old values
+    raises instead of being wrong."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(tensors)
 
 
 def check_like(

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.backend import Cell, checks_values, register, select
-from fastgpt.ops._common import check_float, check_like, define, needs_grad
+from fastgpt.ops._common import check_float, check_like, define, mark_mutated, needs_grad
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, int vocab_size"
 Options = tuple[int, float, float, float, int]
@@ -165,6 +165,7 @@ class CrossEntropyInplaceFn(torch.autograd.Function):
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
         scale = torch.ones_like(loss[:1]) if count is None else count.reciprocal()
         FWD_BWD[backend](logits, loss, target, weight, scale, *options)
+        mark_mutated([logits])
         ctx.backend = backend
         ctx.save_for_backward(logits)
         return _reduce(loss, reduction, count)
@@ -174,6 +175,7 @@ class CrossEntropyInplaceFn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (dlogits,) = ctx.saved_tensors
         SCALE_ROWS[ctx.backend](dlogits, grad.float().reshape(-1).contiguous())
+        mark_mutated([dlogits])
         return None, dlogits, None, None, None, None
 
 
@@ -266,6 +268,8 @@ def cross_entropy(
             reduction=reduction,
         )
         return cross_entropy_torch(logits, target, options)
+    if not inplace and logits.stride(1) != 1:
+        logits = logits.contiguous()  # kernels take any distance between rows, but whole rows
     packed = (ignore_index, float(label_smoothing), float(z_loss), float(softcap), k)
     if needs_grad(logits):
         if not inplace:

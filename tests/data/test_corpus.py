@@ -31,6 +31,8 @@ def test_default_corpus_is_python_source_without_tests():
 def test_files_come_in_name_order_without_binary_hidden_empty_and_copied_ones(folder: Path):
     (folder / "image.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\r")
     (folder / ".hidden.txt").write_text("x")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("y")
     (folder / "empty.txt").write_text(" \n")
     (folder / "z_copy.txt").write_bytes((folder / "a00.txt").read_bytes())
     corpus = text_files(folder)

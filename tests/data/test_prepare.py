@@ -33,7 +33,7 @@ def test_data_set_holds_the_text_again(folder: Path, tmp_path: Path):
         assert (ids == data.tokenizer.eot).sum() == len(parts) == meta["documents"] == meta["files"]
         assert meta["bytes"] == sum(p.file.size for p in parts) and meta["tokens"] == len(ids)
         assert meta["bytes_per_token"] == meta["bytes"] / meta["tokens"] > 1.5
-    assert data.meta["tokenizer"] == data.tokenizer.fingerprint and data.meta["n_vocab"] == 400
+    assert data.meta["tokenizer"] == data.tokenizer.fingerprint and data.meta["n_vocab"] == data.tokenizer.n_vocab
     assert {s for s, _, _ in stages} == {"tokenizer", "train", "val"}
     assert all(0 < done <= total for _, done, total in stages) and stages[-1][1] == stages[-1][2]
 
@@ -79,16 +79,19 @@ def test_a_damaged_data_set_is_made_again(folder: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_run_that_fails_midway_leaves_what_was_there(folder, tmp_path, monkeypatch, existing, error):
+@pytest.mark.parametrize(
+    ("error", "seen"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, "No space left on device"), UserError)]
+)
+def test_a_run_that_fails_midway_leaves_what_was_there(folder, tmp_path, monkeypatch, existing, error, seen):
     before = content(prepare(folder, tmp_path / "set", 300).path) if existing else None
 
     def fail(self, texts, threads=None):
         raise error
 
     monkeypatch.setattr(Tokenizer, "encode_documents", fail)
-    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else UserError, match="set: No space left|^$|"):
+    with pytest.raises(seen) as e:
         prepare(folder, tmp_path / "set", 400)
+    assert seen is KeyboardInterrupt or "No space left on device" in str(e.value)
     left = {p.name for p in tmp_path.iterdir()} - {"texts"}
     assert left == ({"set"} if existing else set())
     if before is not None:

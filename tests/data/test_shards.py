@@ -60,7 +60,10 @@ def test_writer_left_by_an_exception_leaves_nothing(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path / "b.bin", 500):
         raise KeyboardInterrupt
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"] and (tmp_path / "a.bin").read_bytes() == b"before"
-    with pytest.raises(UserError, match="cannot write .*no/a.bin: No such file"), atomic_file(tmp_path / "no" / "a.bin"):
+    with (
+        pytest.raises(UserError, match="cannot write .*no/a.bin: No such file"),
+        atomic_file(tmp_path / "no" / "a.bin"),
+    ):
         pass
 
 
@@ -90,7 +93,10 @@ DAMAGE = {
     "truncated body": (lambda p: cut(p, 2000), r"2000 bytes, but its header says 3000 tokens, that is 7024 bytes"),
     "too long": (lambda p: p.write_bytes(p.read_bytes() + b"ab"), "7026 bytes, but its header says 3000 tokens"),
     "version": (lambda p: llmc(p, IDS.astype("<u2"), version=3), "version 3, expected 1 for magic 20240520"),
-    "magic": (lambda p: llmc(p, IDS.astype("<u2"), magic=77), "damaged header: magic 77, expected 20240520 or 20240801"),
+    "magic": (
+        lambda p: llmc(p, IDS.astype("<u2"), magic=77),
+        "damaged header: magic 77, expected 20240520 or 20240801",
+    ),
     "no tokens": (lambda p: llmc(p, IDS[:0].astype("<u2")), "holds no tokens"),
     "negative count": (lambda p: llmc(p, IDS.astype("<u2"), n=-1), "header says 4294967295 tokens"),
     "empty": (lambda p: cut(p, 0), "is empty"),

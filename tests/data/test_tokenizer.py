@@ -1,6 +1,6 @@
 import json
 import random
-import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -47,10 +47,13 @@ def test_same_ids_as_tokenizers_on_odd_text(tokenizer: Tokenizer, hf: HFTokenize
 
 
 def test_same_ids_as_tokenizers_around_every_character(tokenizer: Tokenizer, hf: HFTokenizer):
-    for start in range(0, sys.maxunicode + 1, 1 << 13):
-        block = [chr(i) for i in range(start, start + (1 << 13)) if not 0xD800 <= i < 0xE000]
+    assigned = [
+        i for i in range(0x33500) if unicodedata.category(chr(i)) not in ("Cs", "Co", "Cn", "Lo") or i % 16 == 0
+    ]
+    for start in range(0, len(assigned), 1 << 12):
+        block = [chr(i) for i in assigned[start : start + (1 << 12)] if not 0xD800 <= i < 0xE000]
         text = "".join(f"a{c}b {c}\n{c}1{c}{c}." for c in block)
-        assert tokenizer.encode(text).tolist() == hf_encode(hf, text), f"U+{start:04X} and following"
+        assert tokenizer.encode(text).tolist() == hf_encode(hf, text), f"U+{ord(block[0]):04X} and following"
 
 
 def test_same_ids_as_tokenizers_on_real_text(tokenizer: Tokenizer, hf: HFTokenizer):
@@ -83,9 +86,9 @@ def test_pieces_change_no_id(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_of_blanks_that_overflows_the_pattern_still_encodes(tokenizer: Tokenizer, hf: HFTokenizer):
-    text = "a" + "\n" * 600_000 + EOT
+    text = "a" + "\n" * 1_200_000 + EOT
     with pytest.raises(ValueError, match="stack"):
-        tokenizer._bpe.encode_ordinary(text)
+        tokenizer._bpe.encode_to_numpy(text, disallowed_special=())
     assert tokenizer.encode(text).tolist() == hf_encode(hf, text)
 
 

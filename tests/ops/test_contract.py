@@ -10,9 +10,13 @@ from torch import Tensor
 from fastgpt import backend, ops, parity
 from fastgpt.backend import use
 from fastgpt.errors import UserError
-from fastgpt.ops import adamw as adamw_op
-from fastgpt.ops import cross_entropy as ce
-from fastgpt.ops import layer_norm as ln
+from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE
+from fastgpt.ops.cross_entropy import BWD as CE_BWD
+from fastgpt.ops.cross_entropy import FWD as CE_FWD
+from fastgpt.ops.cross_entropy import FWD_BWD, SCALE_ROWS, cross_entropy_ref
+from fastgpt.ops.layer_norm import BWD as LN_BWD
+from fastgpt.ops.layer_norm import FWD as LN_FWD
+from fastgpt.ops.layer_norm import layer_norm_ref
 from fastgpt.optim import AdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,20 +34,20 @@ def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     stats = torch.stack((x.mean(-1), torch.rsqrt(x.var(-1, unbiased=False) + 1e-5)))
     options = (-100, 0.1, 1e-3, 0.0, 30)
     p, m, v = [rand(5, 3), rand(4)], [rand(5, 3), rand(4)], [rand(5, 3).abs(), rand(4).abs()]
-    steps, partials = torch.ones(2, device=DEVICE), torch.ones(adamw_op.PARTIALS, device=DEVICE)
+    steps, partials = torch.ones(2, device=DEVICE), torch.ones(PARTIALS, device=DEVICE)
     group = ([0, 0], torch.full((1,), 1e-3, device=DEVICE), [0.9], [0.999], [1e-8], [0.01])
     tail = (partials, 1.0, None, None, torch.zeros(1, device=DEVICE), False, 0)
     return {
-        "layer_norm_fwd": (ln.FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5)),
-        "layer_norm_fwd plain": (ln.FWD[name], (x, None, None, None, 1e-5)),
-        "layer_norm_bwd": (ln.BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats)),
-        "layer_norm_bwd plain": (ln.BWD[name], (x, None, x, None, None, stats)),
-        "cross_entropy_fwd": (ce.FWD[name], (x, t, None, *options)),
-        "cross_entropy_bwd": (ce.BWD[name], (rand(6), x, t, x.logsumexp(-1), None, *options)),
-        "cross_entropy_fwd_bwd": (ce.FWD_BWD[name], (x.clone(), rand(6), t, None, rand(1), *options)),
-        "scale_rows": (ce.SCALE_ROWS[name], (x.clone(), rand(6))),
-        "adamw_prepare": (adamw_op.PREPARE[name], (p, steps, [0, 1], partials, 0, True)),
-        "adamw_update": (adamw_op.UPDATE[name], (p, [rand(5, 3), rand(4)], m, v, [], steps, [0, 1], *group, *tail)),
+        "layer_norm_fwd": (LN_FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5)),
+        "layer_norm_fwd plain": (LN_FWD[name], (x, None, None, None, 1e-5)),
+        "layer_norm_bwd": (LN_BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats)),
+        "layer_norm_bwd plain": (LN_BWD[name], (x, None, x, None, None, stats)),
+        "cross_entropy_fwd": (CE_FWD[name], (x, t, None, *options)),
+        "cross_entropy_bwd": (CE_BWD[name], (rand(6), x, t, x.logsumexp(-1), None, *options)),
+        "cross_entropy_fwd_bwd": (FWD_BWD[name], (x.clone(), rand(6), t, None, rand(1), *options)),
+        "scale_rows": (SCALE_ROWS[name], (x.clone(), rand(6))),
+        "adamw_prepare": (PREPARE[name], (p, steps, [0, 1], partials, 0, True)),
+        "adamw_update": (UPDATE[name], (p, [rand(5, 3), rand(4)], m, v, [], steps, [0, 1], *group, *tail)),
     }
 
 
@@ -54,8 +58,8 @@ def test_opcheck(name: str, call: str) -> None:
     torch.library.opcheck(op, args)
 
 
-def norm_and_loss(x: Tensor, r: Tensor, w: Tensor, t: Tensor, inplace: bool = False) -> Tensor:
-    y, s = ops.layer_norm(x, w, w, residual=r)
+def norm_and_loss(x: Tensor, r: Tensor, w: Tensor, b: Tensor, t: Tensor, inplace: bool = False) -> Tensor:
+    y, s = ops.layer_norm(x, w, b, residual=r)
     return ops.cross_entropy(y @ w.diag() + s, t, inplace=inplace)
 
 
@@ -65,9 +69,10 @@ def test_fullgraph_compile_with_dynamic_shapes(name: str, inplace: bool) -> None
     compiled = torch.compile(norm_and_loss, fullgraph=True, backend="aot_eager", dynamic=True)
     with use(layer_norm=name, cross_entropy=name):
         for n in (4, 9):
-            args = [rand(n, 33, seed=1), rand(n, 33, seed=2), rand(33, seed=3)]
+            args = [rand(n, 33, seed=1), rand(n, 33, seed=2), rand(33, seed=3), rand(33, seed=4)]
             target = torch.arange(n, device=DEVICE)
-            got, expected = [], []
+            got: list[Any] = []
+            expected: list[Any] = []
             for fn, out in ((compiled, got), (norm_and_loss, expected)):
                 leaves = [a.clone().requires_grad_() for a in args]
                 loss = fn(*leaves, target, inplace)
@@ -152,28 +157,29 @@ def test_runs_are_bitwise_equal(op: str, name: str) -> None:
         assert torch.equal(value, results[1][key]) and torch.equal(value, results[2][key]), key
 
 
-def test_inplace_cross_entropy_refuses_what_it_would_destroy() -> None:
-    t = torch.tensor([1, 2])
-    leaf = torch.randn(2, 5, requires_grad=True)
-    if not parity.backends_here("cross_entropy"):
-        pytest.skip("no kernel is built: the reference does not write in place")
-    with pytest.raises(ValueError, match="leaf"):
-        ops.cross_entropy(leaf, t, inplace=True)
-    with pytest.raises(ValueError, match="contiguous rows"):
-        ops.cross_entropy((leaf * 1).t().contiguous().t(), t, inplace=True)
-    loss = ops.cross_entropy(leaf * 1, t, inplace=True)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace"):
-        loss.backward()
+@ON
+def test_inplace_cross_entropy_refuses_what_it_would_destroy(name: str) -> None:
+    t = torch.tensor([1, 2], device=DEVICE)
+    leaf = rand(2, 5).requires_grad_()
+    with use(strict=True, cross_entropy=name):
+        with pytest.raises(ValueError, match="leaf"):
+            ops.cross_entropy(leaf, t, inplace=True)
+        with pytest.raises(ValueError, match="contiguous rows"):
+            ops.cross_entropy((leaf * 1).t().contiguous().t(), t, inplace=True)
+        loss = ops.cross_entropy(leaf * 1, t, inplace=True)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="inplace"):
+            loss.backward()
 
 
 def test_gradcheck_of_the_references() -> None:
     x, w, b = (rand(*s, dtype=torch.float64, seed=i).requires_grad_() for i, s in enumerate([(3, 5), (5,), (5,)]))
-    assert torch.autograd.gradcheck(lambda *a: ln.layer_norm_ref(*a, residual=x.detach() * 2), (x, w, b))
+    residual = rand(3, 5, dtype=torch.float64, seed=9)
+    assert torch.autograd.gradcheck(lambda *a: layer_norm_ref(*a, residual=residual), (x, w, b))
     target = torch.tensor([1, -100, 4], device=DEVICE)
     options = dict(label_smoothing=0.1, z_loss=0.1, softcap=3.0, weight=w.detach().abs(), vocab_size=5)
     logits = rand(3, 7, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: ce.cross_entropy_ref(z, target, **options), (logits,))
+    assert torch.autograd.gradcheck(lambda z: cross_entropy_ref(z, target, **options), (logits,))
 
 
 ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [

@@ -1,6 +1,7 @@
 """Every op x backend x dtype x layout against the fp64 reference, by the one rule of fastgpt/parity.py."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ EVERY = [(case, name) for op in parity.SUBJECTS for name in parity.backends_here
 
 
 @pytest.mark.parametrize("case,name", EVERY, ids=lambda v: str(v))
-def test_parity(case: parity.Case, name: str, record_property: pytest.RecordProperty) -> None:
+def test_parity(case: parity.Case, name: str, record_property: Callable[[str, object], None]) -> None:
     rows = parity.check(case, name, DEVICE)
     record_property("parity", json.dumps([asdict(r) for r in rows]))
     over = [f"{r.output}: error {r.error:.3e}, allowed {r.allowed:.3e}" for r in rows if not r.ratio <= 1]

@@ -1,0 +1,184 @@
+// LayerNorm on the CPU; formulas in fastgpt/ops/layer_norm.py.
+//
+// Forward reads x (and residual) once, writes y (and their sum) once; variance in two passes over the row in cache, the
+// second of which also corrects the mean (Chan, Golub, LeVeque 1983). Backward reads dy and h once, writes dx once, and
+// sums dweight and dbias per block of rows: blocks follow from the shape alone, so thread counts change no bit.
+#include <cmath>
+#include <vector>
+
+#include "fastgpt/parallel.h"
+#include "simd.h"
+
+namespace fastgpt::cpu {
+
+// weight or bias in fp32, `value` where there is none: (C)
+static std::vector<float> widen(const void* data, DType dtype, int64_t n_cols, float value) {
+  std::vector<float> wide(n_cols, value);
+  if (data != nullptr) {
+    with_type(dtype, [&](auto tag) { to_floats(static_cast<const decltype(tag)*>(data), wide.data(), n_cols); });
+  }
+  return wide;
+}
+
+// x, or x + residual rounded to T and stored in sum, as floats in `row`. Returns the row's sum.
+template <class T>
+inline float load_row(const T* x, const T* residual, T* sum, float* row, int64_t n_cols) {
+  float total = 0.0f;
+  if (residual != nullptr) {
+    FASTGPT_SUM(total)
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const T s = from_float<T>(to_float(x[c]) + to_float(residual[c]));
+      sum[c] = s;
+      row[c] = to_float(s);
+      total += row[c];
+    }
+    return total;
+  }
+  FASTGPT_SUM(total)
+  for (int64_t c = 0; c < n_cols; ++c) {
+    row[c] = to_float(x[c]);
+    total += row[c];
+  }
+  return total;
+}
+
+template <class T>
+inline void fwd_rows_of(const LayerNormFwdArgs& a, const float* weight, const float* bias, float* row, int64_t begin,
+                        int64_t end) {
+  const int64_t n_cols = a.n_cols;
+  const float inv_cols = 1.0f / static_cast<float>(n_cols);
+  for (int64_t n = begin; n < end; ++n) {
+    const T* x = static_cast<const T*>(a.x) + n * a.x_row;
+    const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + n * a.residual_row;
+    T* sum = a.sum == nullptr ? nullptr : static_cast<T*>(a.sum) + n * n_cols;
+    T* y = static_cast<T*>(a.y) + n * n_cols;
+    const float guess = load_row(x, residual, sum, row, n_cols) * inv_cols;
+    float off = 0.0f, squares = 0.0f;
+    FASTGPT_SUM(off, squares)
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const float d = row[c] - guess;
+      off += d;
+      squares += d * d;
+    }
+    off *= inv_cols;
+    const float mean = guess + off;
+    const float var = squares * inv_cols - off * off;
+    const float rstd = 1.0f / std::sqrt((var > 0.0f ? var : var * 0.0f) + a.eps);  // NaN stays NaN
+    a.stats[n] = mean;
+    a.stats[a.n_rows + n] = rstd;
+    FASTGPT_SIMD
+    for (int64_t c = 0; c < n_cols; ++c) y[c] = from_float<T>(layer_norm_y(row[c], mean, rstd, weight[c], bias[c]));
+  }
+}
+
+FASTGPT_CLONES static void fwd_rows(const LayerNormFwdArgs& a, const float* weight, const float* bias, float* row,
+                                    int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto tag) { fwd_rows_of<decltype(tag)>(a, weight, bias, row, begin, end); });
+}
+
+// dweight += dy xhat, dbias += dy, and sum(w dy), sum(w dy xhat) over one row.
+template <class T>
+inline void bwd_sums(const T* dy, const T* h, const float* weight, float mean, float rstd, float* dweight, float* dbias,
+                     int64_t n_cols, float& sum_wdy, float& sum_wdy_xhat) {
+  float s = 0.0f, sx = 0.0f;
+  if (dweight == nullptr) {
+    FASTGPT_SUM(s, sx)
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const float wdy = to_float(dy[c]) * weight[c];
+      s += wdy;
+      sx += wdy * ((to_float(h[c]) - mean) * rstd);
+    }
+  } else {
+    FASTGPT_SUM(s, sx)
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const float g = to_float(dy[c]), xhat = (to_float(h[c]) - mean) * rstd;
+      dweight[c] += g * xhat;
+      dbias[c] += g;
+      s += g * weight[c];
+      sx += g * weight[c] * xhat;
+    }
+  }
+  sum_wdy = s, sum_wdy_xhat = sx;
+}
+
+template <class T>
+inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweight, float* dbias, int64_t n) {
+  const int64_t n_cols = a.n_cols;
+  const T* dy = static_cast<const T*>(a.dy) + n * a.dy_row;
+  const T* h = static_cast<const T*>(a.h) + n * a.h_row;
+  T* dx = static_cast<T*>(a.dx) + n * n_cols;
+  const float mean = a.stats[n], rstd = a.stats[a.n_rows + n];
+  float mean_wdy, mean_wdy_xhat;
+  bwd_sums(dy, h, weight, mean, rstd, dweight, dbias, n_cols, mean_wdy, mean_wdy_xhat);
+  mean_wdy /= static_cast<float>(n_cols), mean_wdy_xhat /= static_cast<float>(n_cols);
+  if (a.dsum == nullptr) {
+    FASTGPT_SIMD
+    for (int64_t c = 0; c < n_cols; ++c) {
+      const float xhat = (to_float(h[c]) - mean) * rstd;
+      dx[c] = from_float<T>(layer_norm_dx(to_float(dy[c]) * weight[c], xhat, mean_wdy, mean_wdy_xhat, rstd));
+    }
+    return;
+  }
+  const T* dsum = static_cast<const T*>(a.dsum) + n * a.dsum_row;
+  FASTGPT_SIMD
+  for (int64_t c = 0; c < n_cols; ++c) {
+    const float xhat = (to_float(h[c]) - mean) * rstd;
+    const float d = layer_norm_dx(to_float(dy[c]) * weight[c], xhat, mean_wdy, mean_wdy_xhat, rstd);
+    dx[c] = from_float<T>(d + to_float(dsum[c]));
+  }
+}
+
+static int64_t rows_per_block(int64_t n_rows) { return max_of(32, ceil_div(n_rows, 128)); }
+
+// Rows of one block; its partial sums start at zero.
+FASTGPT_CLONES static void bwd_block(const LayerNormBwdArgs& a, const float* weight, int64_t block) {
+  const int64_t rows = rows_per_block(a.n_rows), end = min_of(a.n_rows, (block + 1) * rows);
+  float* dweight = a.partials == nullptr ? nullptr : a.partials + block * 2 * a.n_cols;
+  float* dbias = a.partials == nullptr ? nullptr : dweight + a.n_cols;
+  for (int64_t c = 0; dweight != nullptr && c < 2 * a.n_cols; ++c) dweight[c] = 0.0f;
+  with_type(a.dtype, [&](auto tag) {
+    for (int64_t n = block * rows; n < end; ++n) bwd_row<decltype(tag)>(a, weight, dweight, dbias, n);
+  });
+}
+
+// Columns [begin, end) of one of the two sums over blocks, in the blocks' order.
+FASTGPT_CLONES static void reduce_blocks(const LayerNormBwdArgs& a, int64_t which, void* out, int64_t begin,
+                                         int64_t end) {
+  const int64_t n_blocks = layer_norm_bwd_blocks(a.n_rows, a.n_cols);
+  for (int64_t first = begin; first < end; first += 64) {
+    const int64_t n = min_of(64, end - first);
+    float total[64] = {};
+    for (int64_t block = 0; block < n_blocks; ++block) {
+      const float* partial = a.partials + (block * 2 + which) * a.n_cols + first;
+      FASTGPT_SIMD
+      for (int64_t c = 0; c < n; ++c) total[c] += partial[c];
+    }
+    with_type(a.weight_dtype, [&](auto tag) { from_floats(total, static_cast<decltype(tag)*>(out) + first, n); });
+  }
+}
+
+// ---- launchers ----
+
+void layer_norm_fwd(const LayerNormFwdArgs& a) {
+  const auto weight = widen(a.weight, a.weight_dtype, a.n_cols, 1.0f), bias = widen(a.bias, a.weight_dtype, a.n_cols, 0.0f);
+  parallel_for(a.n_rows, row_grain(a.n_cols), [&](int64_t begin, int64_t end) {
+    std::vector<float> row(a.n_cols);
+    fwd_rows(a, weight.data(), bias.data(), row.data(), begin, end);
+  });
+}
+
+int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t) { return ceil_div(n_rows, rows_per_block(n_rows)); }
+
+void layer_norm_bwd(const LayerNormBwdArgs& a) {
+  const auto weight = widen(a.weight, a.weight_dtype, a.n_cols, 1.0f);
+  const int64_t n_blocks = layer_norm_bwd_blocks(a.n_rows, a.n_cols);
+  parallel_for(n_blocks, ceil_div(row_grain(a.n_cols), rows_per_block(a.n_rows)), [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) bwd_block(a, weight.data(), block);
+  });
+  parallel_for(a.n_cols, 1024, [&](int64_t begin, int64_t end) {
+    if (a.dweight != nullptr) reduce_blocks(a, 0, a.dweight, begin, end);
+    if (a.dbias != nullptr) reduce_blocks(a, 1, a.dbias, begin, end);
+  });
+}
+
+}  // namespace fastgpt::cpu

@@ -1,0 +1,59 @@
+// How the CPU kernels get vector code without -march=native and without -ffast-math.
+//
+// FASTGPT_CLONES: a function compiled for AVX-512, AVX2 and the baseline, picked when the library loads; `flatten` brings
+// the templates and formulas it calls into each copy. FASTGPT_SUM, FASTGPT_MAX: this loop may reduce in several
+// accumulators, no other reordering is allowed. Lane counts differ between CPUs, never between thread counts.
+#pragma once
+#include <cstdint>
+
+#include "fastgpt/launch.h"
+#include "fastgpt/math.h"
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FASTGPT_CLONES __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__GNUC__)
+#define FASTGPT_CLONES __attribute__((flatten))
+#else
+#define FASTGPT_CLONES
+#endif
+
+#define FASTGPT_PRAGMA(x) _Pragma(#x)
+#define FASTGPT_SIMD FASTGPT_PRAGMA(omp simd)
+#define FASTGPT_SUM(...) FASTGPT_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
+#define FASTGPT_MAX(name) FASTGPT_PRAGMA(omp simd reduction(max : name))
+
+namespace fastgpt::cpu {
+
+constexpr int64_t kChunk = 1024;  // floats that a pass keeps in L1; sums of chunks are added up in double
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows that one task should take at least, so that handing it out does not cost more than doing it.
+inline int64_t row_grain(int64_t n_cols) { return max_of(1, 32768 / max_of(1, n_cols)); }
+
+// Calls fn with a value of the element type that `dtype` stands for.
+template <class F>
+inline void with_type(DType dtype, const F& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::bf16: return fn(bf16{});
+    case DType::f16: return fn(f16{});
+    case DType::i16: return;  // remainders; never elements
+  }
+}
+
+template <class T>
+inline void to_floats(const T* in, float* out, int64_t n) {
+  FASTGPT_SIMD
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
+}
+
+template <class T>
+inline void from_floats(const float* in, T* out, int64_t n) {
+  FASTGPT_SIMD
+  for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(in[i]);
+}
+
+}  // namespace fastgpt::cpu

@@ -1,0 +1,250 @@
+// CUDA kernels on the host, for tests: this file stands in for the toolkit's cuda_runtime.h, so that g++ compiles csrc/cuda/*.cu
+// unchanged. Blocks run one after the other; the threads of a block are fibers that run until they wait, in an order that
+// set_schedule picks. Barriers and warp shuffles are rendezvous; a thread that never comes is reported as a deadlock. Each
+// 16-byte access is checked for alignment, each launch for CUDA's limits; AddressSanitizer sees shared memory as well, dynamic
+// shared memory being allocated to its exact size.
+//
+// What it cannot show: races between threads that run at the same time (it shows those that some order of whole stretches
+// between barriers brings out), memory ordering, the device's rounding of ex2 and its fused multiply-adds, registers,
+// spills, occupancy, speed, and anything of streams and devices.
+#pragma once
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_UNPOISON_MEMORY_REGION(p, n) ((void)(p), (void)(n))
+#endif
+
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __shared__ static  // blocks run one at a time
+#define FASTGPT_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulator::machine().dynamic_shared.get())
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716, cudaErrorLaunchFailure = 719 };
+using cudaStream_t = struct CUstream_st*;
+
+namespace emulator {
+
+enum class Schedule { forward, backward, random };
+enum class State { ready, at_barrier, at_shuffle, done };
+
+struct Fiber {
+  Context context;
+  State state;
+  uint3 thread;
+  unsigned warp, lane;
+};
+
+struct Warp {
+  uint32_t value[32], result[32];
+  int arrived;
+};
+
+constexpr size_t kStack = 256 * 1024;
+constexpr unsigned kMaxThreads = 1024;
+
+// One block at work. All state of the emulation is here.
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::function<void()> body;
+  Context scheduler;
+  Fiber* current = nullptr;
+  uint3 block{};
+  dim3 block_dim, grid_dim;
+  unsigned live = 0, waiting = 0;
+  Schedule schedule = Schedule::forward;
+  std::mt19937 random{0};
+  bool misaligned = false;
+  std::string error;
+  std::unique_ptr<void, void (*)(void*)> dynamic_shared{nullptr, std::free};
+  char* stacks = static_cast<char*>(
+      mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+
+  void wait(State state) {
+    Fiber* me = current;
+    me->state = state;
+    switch_to(me->context, scheduler);
+  }
+
+  void open_barrier_if_full() {
+    if (live == 0 || waiting < live) return;
+    waiting = 0;
+    for (Fiber& f : fibers) {
+      if (f.state == State::at_barrier) f.state = State::ready;
+    }
+  }
+
+  void barrier() {
+    ++waiting;
+    Fiber* me = current;
+    me->state = State::at_barrier;
+    open_barrier_if_full();
+    if (me->state == State::at_barrier) switch_to(me->context, scheduler);
+  }
+
+  // The last of the warp's 32 lanes computes for all.
+  uint32_t shuffle_xor(uint32_t value, int lane_mask) {
+    Fiber* me = current;
+    Warp& warp = warps[me->warp];
+    warp.value[me->lane] = value;
+    if (++warp.arrived < 32) {
+      wait(State::at_shuffle);
+      return warp.result[me->lane];
+    }
+    warp.arrived = 0;
+    for (int lane = 0; lane < 32; ++lane) warp.result[lane] = warp.value[lane ^ lane_mask];
+    for (Fiber& f : fibers) {
+      if (f.warp == me->warp && f.state == State::at_shuffle) f.state = State::ready;
+    }
+    return warp.result[me->lane];
+  }
+
+  void run_block();
+  cudaError_t run(dim3 grid, dim3 block_size, size_t shared_bytes, std::function<void()> kernel);
+};
+
+Machine& machine();
+
+inline void fiber_main() {
+  Machine& m = machine();
+  m.body();
+  m.current->state = State::done;
+  --m.live;
+  m.open_barrier_if_full();
+  switch_to(m.current->context, m.scheduler);
+  std::abort();
+}
+
+inline void Machine::run_block() {
+  const unsigned n = block_dim.x * block_dim.y * block_dim.z;
+  fibers.resize(n);
+  warps.assign((n + 31) / 32, Warp{});
+  live = n;
+  waiting = 0;
+  std::vector<unsigned> order(n);
+  std::iota(order.begin(), order.end(), 0u);
+  if (schedule == Schedule::backward) std::reverse(order.begin(), order.end());
+  for (unsigned i = 0; i < n; ++i) {
+    char* stack = stacks + i * kStack;
+    ASAN_UNPOISON_MEMORY_REGION(stack, kStack);
+    start_at(fibers[i].context, stack, kStack, fiber_main);
+    fibers[i].state = State::ready;
+    fibers[i].thread = {i % block_dim.x, i / block_dim.x % block_dim.y, i / (block_dim.x * block_dim.y)};
+    fibers[i].warp = i / 32;
+    fibers[i].lane = i % 32;
+  }
+  while (live > 0) {
+    bool progress = false;
+    if (schedule == Schedule::random) std::shuffle(order.begin(), order.end(), random);
+    for (const unsigned i : order) {
+      if (fibers[i].state != State::ready) continue;
+      progress = true;
+      current = &fibers[i];
+      switch_to(scheduler, current->context);
+    }
+    if (progress) continue;
+    error = "deadlock: " + std::to_string(waiting) + " of " + std::to_string(live) + " threads wait at __syncthreads";
+    return;
+  }
+}
+
+inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes, std::function<void()> kernel) {
+  const uint64_t n = uint64_t{block_size.x} * block_size.y * block_size.z;
+  if (n == 0 || n > kMaxThreads || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > 48 * 1024) {
+    return cudaErrorInvalidConfiguration;
+  }
+  grid_dim = grid;
+  block_dim = block_size;
+  body = std::move(kernel);
+  misaligned = false;
+  error.clear();
+  const uint64_t n_blocks = uint64_t{grid.x} * grid.y * grid.z;
+  for (uint64_t k = 0; k < n_blocks && error.empty(); ++k) {
+    const uint64_t b = schedule == Schedule::backward ? n_blocks - 1 - k : k;
+    block = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+             static_cast<unsigned>(b / grid.x / grid.y)};
+    dynamic_shared.reset(shared_bytes == 0 ? nullptr : std::malloc(shared_bytes));
+    if (shared_bytes > 0) std::memset(dynamic_shared.get(), 0xff, shared_bytes);  // NaN: nothing may count on zeros
+    run_block();
+  }
+  if (misaligned) return cudaErrorMisalignedAddress;
+  return error.empty() ? cudaSuccess : cudaErrorLaunchFailure;
+}
+
+}  // namespace emulator
+
+// 16 bytes; an access through a misaligned pointer fails the launch, as on the device.
+struct uint4 {
+  uint32_t x, y, z, w;
+  uint4() = default;
+  uint4(uint32_t x_, uint32_t y_, uint32_t z_, uint32_t w_) : x(x_), y(y_), z(z_), w(w_) {}
+  uint4(const uint4& o) { *this = o; }
+  uint4& operator=(const uint4& o) {
+    const uintptr_t here = reinterpret_cast<uintptr_t>(this), there = reinterpret_cast<uintptr_t>(&o);
+    if ((here | there) % 16 != 0) emulator::machine().misaligned = true;
+    x = o.x, y = o.y, z = o.z, w = o.w;
+    return *this;
+  }
+} __attribute__((aligned(8)));  // less than CUDA's 16, or the compiler would take the check for granted
+
+#define threadIdx (emulator::machine().current->thread)
+#define blockIdx (emulator::machine().block)
+#define blockDim (emulator::machine().block_dim)
+#define gridDim (emulator::machine().grid_dim)
+
+inline void __syncthreads() { emulator::machine().barrier(); }
+
+inline float __shfl_xor_sync(unsigned, float v, int lane_mask) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  bits = emulator::machine().shuffle_xor(bits, lane_mask);
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim_, blockDim_;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
+  if (error == cudaErrorMisalignedAddress) return "misaligned address";
+  return emulator::machine().error.c_str();
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments);

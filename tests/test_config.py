@@ -1,0 +1,255 @@
+"""Settings: what the configurations hold, how options override them, and one sentence for everything that is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastgpt import options
+from fastgpt.config import ModelConfig, TrainConfig, from_dict, load_config, model_from_dict, to_dict
+from fastgpt.errors import UserError
+from fastgpt.model import GPT
+
+SIZES = {  # layers, width, heads, parameters: padded vocabulary rows included
+    "tiny": (4, 192, 6, 2_590_848),  # with a vocabulary of 4096
+    "gpt2-124m": (12, 768, 12, 124_475_904),
+    "gpt2-350m": (24, 1024, 16, 354_871_296),
+    "gpt2-774m": (36, 1280, 20, 774_090_240),
+    "gpt2-1.5b": (48, 1600, 25, 1_557_686_400),
+    "llama-125m": (12, 768, 12, 134_105_856),
+}
+
+
+def gpt2_size(layers: int, width: int, vocab: int, block: int) -> int:
+    """Parameters of a GPT-2: per block 12 C^2 weights, 9 C biases, 4 C in norms; embeddings; the last norm."""
+    return layers * (12 * width**2 + 13 * width) + (vocab + block) * width + 2 * width
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_configurations_are_the_known_shapes(name: str) -> None:
+    layers, width, heads, parameters = SIZES[name]
+    cfg = load_config(["--config", name])
+    m = cfg.model
+    assert (m.n_layers, m.width, m.n_heads) == (layers, width, heads)
+    assert cfg.out == f"runs/{name}" and m.block_size == cfg.block_size
+    if name.startswith("gpt2"):
+        assert (m.vocab_size, m.padded_vocab_size, m.block_size) == (50257, 50304, 1024)
+        assert parameters == gpt2_size(layers, width, 50304, 1024)
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(m, vocab_size=m.vocab_size or 4096))
+    assert model.num_params() == parameters
+
+
+def test_every_configuration_is_listed_here() -> None:
+    assert options.names() == sorted(SIZES)
+
+
+def test_gpt2_124m_follows_llm_c() -> None:
+    cfg = load_config(["--config", "gpt2-124m"])
+    assert (cfg.batch_tokens, cfg.lr, cfg.warmup_steps, cfg.max_steps) == (524288, 6e-4, 700, 18865)
+    assert cfg.accumulation * cfg.micro_batch * cfg.block_size == 524288
+
+
+def test_tiny_is_the_default_and_options_override_it() -> None:
+    assert load_config([]) == load_config(["--config", "tiny"]) == load_config(["--config=tiny"])
+    assert load_config([], default="gpt2-124m").model.n_layers == 12
+    cfg = load_config(["--max-steps", "7", "--model.n-layers", "6", "--lr=1e-4", "--data", "123", "--out", "x"])
+    same = load_config(["--max_steps=7", "--model.n_layers=6", "--lr", "1e-4", "--data=123", "--out=x"])
+    assert cfg == same
+    assert (cfg.max_steps, cfg.model.n_layers, cfg.lr, cfg.data, cfg.out) == (7, 6, 1e-4, "123", "x")
+    assert cfg.model.width == 192, "what was not overridden stays the configuration's"
+
+
+def test_values_of_every_kind() -> None:
+    argv = ["--model.window", "[null, 256]", "--model.head-dim", "null", "--max-minutes", "null", "--compile"]
+    argv += ["--prompt", "a-b --c=1".replace(" --", " - "), "--check-baseline", "false", "--data", "shards_*.bin"]
+    argv += ["--model.positions", "rope", "--model.rope-scaling", "{rope_type: linear, factor: 2}"]
+    cfg = load_config(argv)
+    assert cfg.model.window == [None, 256] and cfg.model.window_of(3) == 256 and cfg.model.window_of(2) is None
+    assert (cfg.max_minutes, cfg.compile, cfg.prompt, cfg.check_baseline) == (None, True, "a-b - c=1", False)
+    assert cfg.data == "shards_*.bin" and cfg.model.rope_scaling == {"rope_type": "linear", "factor": 2}
+
+
+def test_a_file_of_ones_own(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 6e-4\nmodel:\n  n_layers: 3\n", encoding="utf-8")
+    cfg = load_config(["--config", str(file), "--model.width", "384"])
+    assert (cfg.lr, cfg.model.n_layers, cfg.model.width, cfg.out) == (6e-4, 3, 384, "runs/mine")
+    both = load_config(["--config", "tiny", "--config", str(file)])
+    assert (both.model.n_layers, both.model.width, both.out) == (3, 192, "runs/mine")
+
+
+def test_block_size_of_the_model_is_the_trainers_unless_set() -> None:
+    assert load_config(["--block-size", "64"]).model.block_size == 64
+    cfg = load_config(["--block-size", "64", "--model.block-size", "256"])
+    assert (cfg.block_size, cfg.model.block_size) == (64, 256)
+
+
+def test_derived_sizes() -> None:
+    gated = ModelConfig(activation="swiglu", vocab_size=50257)
+    assert (gated.d_mlp, gated.padded_vocab_size, ModelConfig().d_mlp) == (2048, 50304, 3072)
+    assert ModelConfig(vocab_size=50304).padded_vocab_size == 50304
+    assert (ModelConfig().d_head, ModelConfig(head_dim=96).d_head, ModelConfig(n_kv_heads=4).kv_heads) == (64, 96, 4)
+    with pytest.raises(ValueError, match="vocab_size is None"):
+        _ = ModelConfig().padded_vocab_size
+
+
+def test_round_trip_through_json() -> None:
+    cfg = load_config(["--config", "llama-125m", "--model.window", "[null, 8]", "--max-minutes", "2"])
+    stored = json.loads(json.dumps(to_dict(cfg)))
+    assert from_dict(stored) == cfg
+    assert model_from_dict(stored["model"]) == cfg.model
+    assert from_dict({}) == TrainConfig()
+
+
+WRONG_OPTIONS: list[tuple[list[str], str]] = [
+    (["--lr", "abc"], "lr is 'abc', expected a number"),
+    (["--lr="], "lr is '', expected a number"),
+    (["--lr", "0"], "lr is 0.0, expected more than 0"),
+    (["--lr", ".inf"], "lr is inf, expected more than 0"),
+    (["--seed", "1.5"], "seed is '1.5', expected a whole number"),
+    (["--max-steps", "-3"], "max_steps is -3, expected more than 0"),
+    (["--max-steps"], "max_steps came without a value, expected a whole number"),
+    (["--max-minutes", "x"], "max_minutes is 'x', expected a number or null"),
+    (["--compile", "maybe"], "compile is 'maybe', expected true or false"),
+    (["--dtype", "fp8"], "dtype is 'fp8', expected one of auto, fp32, bf16"),
+    (["--max-stps", "3"], "max_stps is not a setting (did you mean max_steps?)"),
+    (["--max", "3"], "max is not a setting (--help lists them)"),
+    (["stray"], "stray is not a setting (--help lists them)"),
+    (["--model.widht", "3"], "model.widht is not a setting (did you mean model.width?)"),
+    (["--model", "3"], "model is '3', expected a mapping"),
+    (["--model.n-layers", "x"], "model.n_layers is 'x', expected a whole number"),
+    (["--model.n-layers", "0"], "model.n_layers is 0, expected more than 0"),
+    (
+        ["--model.activation", "tanh"],
+        "model.activation is 'tanh', expected one of gelu_tanh, gelu, relu2, swiglu, geglu, reglu2",
+    ),
+    (
+        ["--model.window", "wide"],
+        "model.window is 'wide', expected a whole number or a list of (a whole number or null) or null",
+    ),
+    (["--model.window", "0"], "model.window is 0, expected more than 0"),
+    (
+        ["--model.window", "[1, 2, 3, 4, 5]"],
+        "model.window is [1, 2, 3, 4, 5], expected 1 to 4 (model.n_layers) entries, each null or above 0",
+    ),
+    (["--model.n-heads", "5"], "model.n_heads is 5, expected a divisor of model.width 192 (or model.head_dim set)"),
+    (["--model.n-kv-heads", "4"], "model.n_kv_heads is 4, expected a divisor of model.n_heads 6"),
+    (["--model.resid-dropout", "1"], "model.resid_dropout is 1.0, expected 0 to less than 1"),
+    (["--model.logit-softcap", "-1"], "model.logit_softcap is -1.0, expected 0 (off) or more"),
+    (
+        ["--model.positions", "rope", "--model.rotary-dim", "7"],
+        "model.rotary_dim is 7, expected an even number from 2 to the head dimension 32",
+    ),
+    (
+        ["--model.rope-scaling", "{rope_type: yarn}"],
+        "model.rope_scaling.rope_type is 'yarn', expected linear or llama3",
+    ),
+    (
+        ["--model.rope-scaling", "{rope_type: linear, by: 2}"],
+        "model.rope_scaling is ['by'], expected the keys factor beside rope_type",
+    ),
+    (
+        ["--model.rope-scaling", "{rope_type: linear, factor: two}"],
+        "model.rope_scaling.factor is 'two', expected a number more than 0",
+    ),
+    (
+        ["--model.parallel", "shared", "--model.norm-placement", "post"],
+        "model.parallel is 'shared', expected none with model.norm_placement post",
+    ),
+    (["--block-size", "0"], "block_size is 0, expected more than 0"),
+    (["--model.block-size", "64"], "block_size is 128, expected at most model.block_size 64"),
+    (["--batch-tokens", "1000"], "batch_tokens is 1000, expected a multiple of micro_batch * block_size = 2048"),
+    (["--batch-tokens", "0"], "batch_tokens is 0, expected a multiple of micro_batch * block_size = 2048"),
+    (["--vocab-size", "100"], "vocab_size is 100, expected at least 257 (the bytes and an end mark)"),
+    (["--val-fraction", "1"], "val_fraction is 1.0, expected 0 to less than 1"),
+    (["--beta2", "1"], "beta2 is 1.0, expected 0 to less than 1"),
+    (["--min-lr-ratio", "2"], "min_lr_ratio is 2.0, expected 0 to 1"),
+    (["--clip", "-1"], "clip is -1.0, expected 0 or more"),
+    (["--sample-tokens", "-1"], "sample_tokens is -1, expected 0 or more"),
+    (["--config"], "config came without a value, expected text"),
+    (
+        ["--config", "nope"],
+        "config is 'nope', expected a YAML file or one of " + ", ".join(sorted(SIZES)),
+    ),
+]
+
+
+@pytest.mark.parametrize("argv, message", WRONG_OPTIONS, ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+def test_wrong_options_are_one_sentence(argv: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(argv)
+    assert str(caught.value) == message
+
+
+WRONG_FILES: list[tuple[bytes, str]] = [
+    (b"lr: [\n", "config {file} is not valid YAML (while parsing a flow node did not find expected node content"),
+    (b"- 1\n- 2\n", "config {file} holds '- 1 - 2', expected a mapping of settings"),
+    (b"lr: 1\nleraning_rate: 2\n", "config {file}: leraning_rate is not a setting (--help lists them)"),
+    (b"modle:\n  n_layers: 2\n", "config {file}: modle is not a setting (did you mean model?)"),
+    (b"model:\n  layers: 2\n", "config {file}: model.layers is not a setting (did you mean model.n_layers?)"),
+    (b"model: 3\n", "model is 3, expected a mapping of its fields"),
+    (b"lr: fast\n", "lr is 'fast', expected a number"),
+    (b"lr:\n  a: 1\n", "lr is \"{{'a': 1}}\", expected a number"),
+    (b"model:\n  n_heads: 7\n", "model.n_heads is 7, expected a divisor of model.width 768"),
+    (b"\xff\xfe\x00lr: 1", "config {file}"),
+]
+
+
+@pytest.mark.parametrize("content, message", WRONG_FILES, ids=[repr(c) for c, _ in WRONG_FILES])
+def test_wrong_files_are_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_config(["--config", str(file)])
+    assert str(caught.value).startswith(message.format(file=file)) and "\n" not in str(caught.value)
+
+
+def test_an_empty_file_and_a_folder(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match="expected a mapping of settings"):
+        load_config(["--config", str(empty)])
+    with pytest.raises(UserError, match="expected a YAML file or one of"):
+        load_config(["--config", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    "stored, message",
+    [
+        ({"lrr": 1}, "the stored settings: lrr is not a setting (did you mean lr?)"),
+        (
+            {"model": {"n_layer": 1}},
+            "the stored settings: model.n_layer is not a setting (did you mean model.n_layers?)",
+        ),
+        ({"lr": "x"}, "lr is 'x', expected a number"),
+        (
+            {"model": {"n_heads": 5}},
+            "model.n_heads is 5, expected a divisor of model.width 768 (or model.head_dim set)",
+        ),
+    ],
+)
+def test_wrong_stored_settings(stored: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        from_dict(stored)
+    assert str(caught.value) == message
+
+
+def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        load_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0
+    for key in options.key_types(TrainConfig):
+        assert f"--{key}" in text, key
+    for cls in (TrainConfig, ModelConfig):
+        assert cls.__doc__ is not None
+        documented = [line.split(":")[0].strip() for line in cls.__doc__.splitlines() if line.startswith("        ")]
+        for f in dataclasses.fields(cls):
+            assert f.name in documented, f"{cls.__name__}.{f.name} has no help"
+    assert "oldest" not in text and "steps of linear warm-up" in text and "Shape of the model" in text

@@ -1,0 +1,287 @@
+"""The loop as a user runs it: to the end, resumed, on bad input, copied out; small models, real text."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import checkpoint, train
+from fastgpt.backend import use
+from fastgpt.cli import run_command
+from fastgpt.config import load_config
+from fastgpt.data.source import open_source
+from fastgpt.errors import UserError
+
+SMALL = (
+    "--model.n-layers 2 --model.n-heads 2 --model.width 32 --block-size 32 --micro-batch 4 --batch-tokens 256 "
+    "--max-minutes null --max-steps 12 --warmup-steps 2 --eval-every 6 --eval-batches 2 --save-every 4 --log-every 4 "
+    "--vocab-size 300 --sample-tokens 8 --device cpu"
+).split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real text: this file's neighbours' own source."""
+    folder = tmp_path_factory.mktemp("text")
+    for path in sorted(Path(train.__file__).parent.glob("*.py")):
+        shutil.copy(path, folder / f"{path.stem}.txt")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Runs and prepared data go to a folder of the test's own; kernel choices do not outlive it."""
+    monkeypatch.chdir(tmp_path)
+    with use():
+        yield tmp_path
+
+
+def go(text: Path, *more: str) -> int:
+    return train.main([*SMALL, "--data", str(text), "--out", "run", *more])
+
+
+def rows(run: str = "run") -> list[dict[str, float]]:
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: str = "run") -> list[tuple[int, float]]:
+    return [(int(r["step"]), r["loss"]) for r in rows(run) if "loss" in r]
+
+
+def test_a_run_leaves_everything_a_person_expects(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go(text) == 0
+    out = capsys.readouterr()
+    assert "validation loss" in out.out and "unigram model of the same tokens" in out.out and "--- sample ---" in out.out
+    assert "tok/s" in out.err and "12/12" in out.err, "progress bar"
+    names = {p.name for p in Path("run").iterdir()}
+    assert {"metrics.jsonl", "loss.png", "samples.txt", "run.json", "tokenizer.json", "step_00000012"} <= names
+    assert "step_00000004" not in names, "only the last two checkpoints are kept"
+    assert Path("run/loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert [s for s, _ in losses()] == list(range(1, 13)) and losses()[-1][1] < losses()[0][1]
+    header = json.loads(Path("run/run.json").read_text())
+    assert header["config"]["max_steps"] == 12 and header["machine"]["torch"] == torch.__version__
+    assert {"grad_norm", "lr", "tokens_per_second", "mfu_causal", "mfu_full", "memory_gb"} <= rows()[0].keys()
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_resume_is_bitwise(text: Path, kernels: str) -> None:
+    """Stopped anywhere and continued, with accumulation and dropout: the losses of the uninterrupted run."""
+    extra = ["--model.resid-dropout", "0.1", "--model.attn-dropout", "0.1", "--kernels", f"all={kernels}"]
+    assert go(text, *extra) == 0
+    whole, weights = losses(), torch.cat([p.flatten() for p in _weights("run").values()])
+    shutil.rmtree("run")
+    for stop in (5, 9):
+        cfg = load_config([*SMALL, "--data", str(text), "--out", "run", *extra])
+        run = train.Run(cfg)
+        run.resume()
+        run.folder.mkdir(exist_ok=True)
+        log = train.Log(run.folder, run.progress, cfg)
+        stopper = train.Stop()
+        step = run.step
+
+        def step_and_ask(model: object, step=step, run=run, stop=stop, stopper=stopper) -> torch.Tensor:  # type: ignore[no-untyped-def]
+            values = step(model)
+            stopper.asked = run.progress.step == stop
+            return values
+
+        run.step = step_and_ask  # type: ignore[method-assign]
+        train.loop(run, run.model, log, stopper)
+        assert run.progress.step == stop
+        if stop == 5:
+            run.save()  # the second time the run is lost from step 8 on, as after SIGKILL
+        log.close()
+        stopper.restore()
+    assert go(text, *extra) == 0
+    assert losses() == whole
+    assert torch.equal(weights, torch.cat([p.flatten() for p in _weights("run").values()]))
+
+
+def _weights(run: str) -> dict[str, torch.Tensor]:
+    path = checkpoint.find(run)
+    return checkpoint.read_tensors(path, checkpoint.MODEL, checkpoint.read_state(path))
+
+
+def test_accumulation_does_not_change_the_gradient(text: Path) -> None:
+    """1 x 16 sequences and 4 x 4 give the same steps up to fp32 rounding."""
+    more = ["--batch-tokens", "512", "--max-steps", "4"]
+    assert go(text, *more, "--micro-batch", "16", "--out", "a") == 0
+    assert go(text, *more, "--micro-batch", "4", "--out", "b") == 0
+    for (_, a), (_, b) in zip(losses("a"), losses("b"), strict=True):
+        assert a == pytest.approx(b, rel=2e-5)
+
+
+def test_finished_run_is_not_trained_again(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go(text) == 0 and go(text) == 0
+    assert "resumed at step 12 of 12" in capsys.readouterr().out
+    assert len(losses()) == 12
+    assert go(text, "--max-steps", "14") == 0
+    assert [s for s, _ in losses()] == list(range(1, 15))
+
+
+def test_signal_ends_with_a_checkpoint_and_exit_0(text: Path) -> None:
+    command = [sys.executable, "-m", "fastgpt.train", *SMALL, "--data", str(text), "--out", "run"]
+    process = subprocess.Popen(
+        [*command, "--max-steps", "100000", "--save-every", "0", "--eval-every", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.time() + 60
+    while time.time() < deadline and (not Path("run/metrics.jsonl").exists() or len(rows()) < 3):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "to continue: the same command again" in output
+    done = checkpoint.read_state(checkpoint.find("run"))["progress"]["step"]
+    assert done >= 3 and losses()[-1][0] == done
+
+
+def test_minutes_fix_the_number_of_steps_once(text: Path) -> None:
+    assert go(text, "--max-minutes", "0.03", "--max-steps", "100000", "--eval-every", "0", "--save-every", "0") == 0
+    progress = checkpoint.read_state(checkpoint.find("run"))["progress"]
+    assert progress["length_known"] and progress["last_step"] < 100000
+    assert train.MEASURED_STEPS < progress["step"] <= progress["last_step"]
+    assert rows()[-2]["lr"] < 0.5 * 3e-3 or progress["step"] < progress["last_step"], "the schedule reached its end"
+
+
+def test_baseline_check_fails_a_model_that_learnt_nothing(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go(text, "--check-baseline", "true", "--lr", "1e-9", "--max-steps", "2") == 1
+    assert "under the unigram model, expected at least 1" in capsys.readouterr().out
+
+
+def test_gradients_that_stay_nan_stop_the_run(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "STOP_AFTER_SKIPS", 3)
+    real = train.train_step
+
+    def broken(model: torch.nn.Module, *rest: object) -> torch.Tensor:
+        with torch.no_grad():
+            model.norm_f.weight[0] = torch.nan  # type: ignore[union-attr, index]
+        return real(model, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "train_step", broken)
+    with pytest.raises(UserError, match="3 steps in a row had no finite gradient; there is no checkpoint yet"):
+        go(text)
+
+
+def test_token_shards_train_without_a_tokenizer(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = open_source(str(text), vocab_size=300)
+    folder = Path("data") / f"{text.name}-300"
+    assert made.name == str(folder)
+    assert train.main([*SMALL, "--data", f"{folder}/*.bin", "--out", "bin", "--max-steps", "3"]) == 0
+    assert "came without a tokenizer" in capsys.readouterr().out
+    with_tokenizer = ["--tokenizer", str(folder / "tokenizer.json"), "--out", "bin2", "--max-steps", "3"]
+    assert train.main([*SMALL, "--data", f"{folder}/train.bin", *with_tokenizer]) == 0
+
+
+def test_train_py_copied_out_of_the_checkout_runs(text: Path, here: Path) -> None:
+    open_source(str(text), vocab_size=300)
+    tokens = next(Path("data").glob("*/train.bin")).resolve()
+    shutil.copy(train.__file__, here / "train.py")
+    done = subprocess.run(
+        [sys.executable, "train.py", *SMALL, "--data", str(tokens), "--max-steps", "20", "--save-every", "0"],
+        cwd=here,
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH" or "shim" in v},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step     20/20" in done.stdout
+
+
+def bad(text: Path, change: str) -> list[str]:
+    """Arguments of a run that must fail, and what was prepared to make it so."""
+    if change == "missing":
+        return ["--data", "nowhere.txt"]
+    if change == "empty":
+        Path("empty.txt").touch()
+        return ["--data", "empty.txt"]
+    if change == "not utf-8":
+        Path("latin.txt").write_bytes(b"caf\xe9\n" * 1000)
+        return ["--data", "latin.txt"]
+    if change == "short":
+        Path("short.txt").write_text("less than a block of text\n" * 9)
+        return ["--data", "short.txt", "--block-size", "4096", "--batch-tokens", "16384"]
+    if change == "heads":
+        return ["--model.n-heads", "3"]
+    if change == "kernels":
+        return ["--kernels", "atention=torch"]
+    if change == "corrupt shard":
+        Path("train.bin").write_bytes(struct.pack("<3i", 20240520, 1, 10**6) + bytes(1012))
+        return ["--data", "train.bin"]
+    assert go(text, "--max-steps", "4") == 0
+    newest = checkpoint.find("run")
+    if change == "truncated":
+        file = newest / checkpoint.MODEL
+        file.write_bytes(file.read_bytes()[:-10])
+    elif change == "altered":
+        file = newest / checkpoint.OPTIMIZER
+        raw = bytearray(file.read_bytes())
+        raw[-1] ^= 1
+        file.write_bytes(raw)
+    elif change == "state":
+        (newest / checkpoint.STATE).write_text("{")
+    elif change == "tokenizer":
+        return ["--vocab-size", "301"]
+    elif change == "model":
+        return ["--model.width", "64"]
+    elif change == "occupied":
+        return ["--resume", "never"]
+    return []
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ("missing", "nowhere.txt"),
+        ("empty", "empty.txt"),
+        ("not utf-8", "latin.txt.*UTF-8"),
+        ("short", r"the corpus has \d+ tokens, one block needs 4096"),
+        ("heads", "model.n_heads is 3, expected a divisor of model.width 32"),
+        ("kernels", "there is no op 'atention'"),
+        ("corrupt shard", "train.bin has 1024 bytes, but its header says 1000000 tokens"),
+        ("truncated", "is damaged: model.safetensors has .* bytes, expected"),
+        ("altered", "is damaged: the content of optimizer.safetensors has changed"),
+        ("state", "is damaged: state.json cannot be read"),
+        ("tokenizer", "another tokenizer"),
+        ("model", "model.width 32, expected 64"),
+        ("occupied", "already holds a run"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(
+    text: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = bad(text, change)
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} if Path("run").exists() else {}
+    capsys.readouterr()
+    assert run_command(lambda: go(text, *more)) == 2
+    err = capsys.readouterr().err
+    line = [part for part in err.splitlines() if part.startswith("fastgpt: error: ")]
+    assert len(line) == 1 and re.search(message, line[0]) and "Traceback" not in err, err
+    after = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*")} if Path("run").exists() else {}
+    assert after == before, "nothing overwritten, nothing half written"
+
+
+def test_learning_rate_schedules() -> None:
+    base = load_config([*SMALL, "--lr", "1.0", "--min-lr-ratio", "0.1", "--warmup-steps", "10", "--max-steps", "110"])
+    expected = {
+        "cosine": (0.1, 1.0, 0.55, 0.1),
+        "linear": (0.1, 1.0, 0.55, 0.1),
+        "constant": (0.1, 1.0, 1.0, 1.0),
+        "wsd": (0.1, 1.0, 1.0, 0.1),
+    }
+    for schedule, values in expected.items():
+        cfg = dataclasses.replace(base, schedule=schedule)
+        got = [train.learning_rate(cfg, step, 110) for step in (0, 10, 60, 110)]
+        assert got == pytest.approx(values), schedule
