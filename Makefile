@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 .PHONY: train test test-slow lint types cuda-check triton-check parity bench gpu clean
 
 train: $(VENV)/installed
-	$(BIN)/fastgpt train $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(BIN)/fastgpt train $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data '$(DATA)',--check-baseline true) $(ARGS)
 
 test: $(VENV)/tested
 	$(PYTEST) -m "not slow" $(ARGS)

@@ -1,25 +1,25 @@
-"""What every bench file shares: correctness gate, interleaved timers, bytes, provenance, rows and the table.
+"""What every benchmark shares: interleaved timers, rotating inputs, memory, provenance, rows.
 
-A figure is the median of interleaved samples with its 20 and 80 % quantiles. Every provider of a phase (our backends,
-PyTorch, and a copy that moves as many bytes) takes its turn in every round, the order turning from round to round, so
-that a drift of the machine meets all of them alike. Inputs are random and rotate among sets that together are larger
-than the last cache. GPU: each provider's calls over all sets are one CUDA graph, timed by events, long enough for a
-launch not to count. CPU: a loop of at least a millisecond. An op that fails its parity check prints no speed.
+A figure is the median of interleaved samples with its 20 and 80 % quantiles. Everyone compared (our backends, PyTorch,
+and a copy that moves as many bytes) takes a turn in every round, the order turning from round to round, so that a drift
+of the machine meets all of them alike. Inputs are random and rotate among sets that together are larger than the last
+cache. GPU: one CUDA graph over all sets, timed by events, long enough for a launch not to count. CPU: a loop of at least
+a millisecond.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend, parity
-from fastgpt.device import default_device, describe_machine
+from fastgpt.device import describe_machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_SAMPLE, GPU_SAMPLE = 1e-3, 3e-4  # seconds that one timed sample lasts at least
+LEAST_ROUNDS, MOST_ROUNDS = 7, 1000
 MOST_SETS, MOST_BYTES = 64, 1 << 30  # of rotating inputs, by number and by memory
 PROVENANCE = ("fastgpt", "sources", "torch", "device_name", "threads", "date")  # and commit, where there is a checkout
+Context = Callable[[str], AbstractContextManager[Any]]
+Timed = tuple[dict[str, "Samples"], dict[str, str]]  # by name: samples of those that ran, errors of the others
 
 
 @dataclass(frozen=True)
@@ -59,36 +61,6 @@ class Job:
     reset: Callable[[], Any] | None = None
 
 
-@dataclass(frozen=True)
-class Provider:
-    """One way to do an op. With a `backend` it is ours, so that it is gated; without one it is a baseline."""
-
-    name: str
-    fn: Callable[..., Any]
-    backend: str | None = None
-    phases: tuple[str, ...] = ("forward", "backward", "both", "step")
-    inplace: bool = False
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One op's benchmark.
-
-    job(provider, setting, phase, seed) -> Job over its own input set. bytes_moved(shape, dtype, phase): the fewest bytes
-    that the phase moves. gate_cases: (shape for parity, options) of what is measured. tiny: a shape whose maths is
-    nothing, for the cost of a call on the host.
-    """
-
-    op: str
-    phases: tuple[str, ...]
-    job: Callable[[Provider, Setting, str, int], Job]
-    bytes_moved: Callable[[tuple[int, ...], torch.dtype, str], int]
-    providers: Callable[[Setting, bool], list[Provider]]
-    gate_cases: Callable[[tuple[int, ...]], list[tuple[tuple[int, ...], dict[str, Any]]]]
-    shapes: dict[str, tuple[int, ...]]
-    tiny: tuple[int, ...]
-
-
 @dataclass
 class Samples:
     """Seconds per call of one provider, one entry per round."""
@@ -100,55 +72,6 @@ class Samples:
         return float(torch.tensor(self.seconds, dtype=torch.float64).quantile(q))
 
 
-def ours(op: str, device: torch.device, fn: Callable[..., Any], **options: Any) -> list[Provider]:
-    """One provider per kernel backend of `op` that runs on this device. Never Triton's interpreter: its times say nothing."""
-    names = [b for b in backend.ops()[op] if backend.DEVICE_OF.get(b) == device.type and backend.missing(b) is None]
-    suffix = " in place" if options.get("inplace") else ""
-    return [Provider(name + suffix, fn, name, **options) for name in names]
-
-
-def compiled(fn: Callable[..., Any]) -> Provider:
-    """torch.compile of the eager baseline; its backward keeps its buffers, since it is timed again and again."""
-    import torch._functorch.config as functorch
-
-    functorch.donated_buffer = False
-    return Provider("torch.compile", torch.compile(fn, dynamic=False))
-
-
-def chosen(op: str, provider: Provider) -> AbstractContextManager[Any]:
-    """What makes the public function go to this provider's backend, strictly."""
-    return nullcontext() if provider.backend is None else backend.use(strict=True, **{op: provider.backend})
-
-
-def autograd_job(call: Callable[[], Any], leaves: list[Tensor], grads: list[Tensor], phase: str) -> Job:
-    """forward: `call` with autograd recording; backward: gradients of its outputs; both: one after the other."""
-
-    def backward(out: Any, **keep: bool) -> tuple[Tensor, ...]:
-        outputs = out if isinstance(out, tuple) else (out,)
-        return torch.autograd.grad(outputs, leaves, grads[: len(outputs)], **keep)
-
-    if phase == "forward":
-        return Job(call)
-    if phase == "both":
-        return Job(lambda: backward(call()))
-    out = call()
-    return Job(lambda: backward(out, retain_graph=True))
-
-
-def gate(bench: Bench, provider: Provider, setting: Setting) -> str | None:
-    """Why this provider's figures must not be shown: parity at this dtype and row length; None if it holds."""
-    every = [c for c in parity.cases(bench.op) if c.dtype == setting.dtype and c.layout == "contiguous"]
-    picked = every[:: max(1, len(every) // 6)]
-    for shape, options in bench.gate_cases(setting.shape):
-        picked.append(parity.Case(bench.op, setting.dtype, "contiguous", shape, tuple(options.items())))
-    try:
-        rows = [r for c in picked for r in parity.check(c, provider.backend or "torch", setting.device.type)]
-    except Exception as e:  # whatever stops a kernel from giving its result is a reason not to time it
-        return f"{type(e).__name__}: {e}"
-    bad = [r for r in rows if not r.ratio <= 1]
-    return f"{bad[0].case} {bad[0].output}: error {bad[0].error:.2e}, allowed {bad[0].allowed:.2e}" if bad else None
-
-
 def turns(names: list[str], number: int) -> list[str]:
     """The order of one round: everyone once, beginning one further each time, every other round backwards."""
     start = (number // 2) % len(names)
@@ -157,25 +80,30 @@ def turns(names: list[str], number: int) -> list[str]:
 
 
 def time_cpu(
-    jobs: dict[str, list[Job]],
-    context: Callable[[str], AbstractContextManager[Any]],
+    make: dict[str, Callable[[], list[Job]]],
+    context: Context,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Samples]:
-    """Interleaved samples of each provider's jobs (one per input set) until `seconds` are over; at least 7 rounds."""
-    repeats = {}
-    for name, sets in jobs.items():
-        with context(name):
-            once = min(_sample(sets, 1, i, clock) for i in range(3))
-        repeats[name] = 1 if sets[0].reset else max(1, math.ceil(CPU_SAMPLE / max(once, 1e-7)))
-    samples = {name: Samples() for name in jobs}
+) -> Timed:
+    """Interleaved samples of each one's jobs (one per input set) until `seconds` are over."""
+    jobs, repeats, errors = {}, {}, {}
+    for name in make:
+        try:
+            with context(name):
+                jobs[name] = make[name]()
+                once = min(_sample(jobs[name], 1, i, clock) for i in range(3))
+        except Exception as e:  # one that cannot run must not end the others' comparison
+            errors[name] = f"{type(e).__name__}: {e}"
+            continue
+        repeats[name] = 1 if jobs[name][0].reset else max(1, math.ceil(CPU_SAMPLE / max(once, 1e-7)))
+    samples = {name: Samples() for name in repeats}
     end, number = clock() + seconds, 0
-    while number < 7 or (number < 1000 and clock() < end):
-        for name in turns(list(jobs), number):
+    while samples and (number < LEAST_ROUNDS or (number < MOST_ROUNDS and clock() < end)):
+        for name in turns(list(samples), number):
             with context(name):
                 samples[name].seconds.append(_sample(jobs[name], repeats[name], number * repeats[name], clock))
         number += 1
-    return samples
+    return samples, errors
 
 
 def _sample(sets: list[Job], repeats: int, first: int, clock: Callable[[], float]) -> float:
@@ -189,40 +117,52 @@ def _sample(sets: list[Job], repeats: int, first: int, clock: Callable[[], float
     return (clock() - start) / repeats
 
 
-def time_gpu(
-    make: dict[str, Callable[[], list[Job]]], context: Callable[[str], AbstractContextManager[Any]], seconds: float
-) -> dict[str, Samples]:
-    """Interleaved samples of CUDA graphs, launch by launch; each graph runs over all input sets of its provider."""
+@dataclass
+class Graph:
+    """A CUDA graph of `calls` jobs, and what restores their inputs before a replay."""
+
+    graph: Any
+    calls: int
+    resets: list[Callable[[], Any]]
+
+
+def time_gpu(make: dict[str, Callable[[], list[Job]]], context: Context, seconds: float) -> Timed:
+    """Interleaved samples of CUDA graphs, launch by launch; each graph runs over all input sets of its own."""
     stream = torch.cuda.Stream()
+    graphs: dict[str, Graph] = {}
+    errors = {}
     with torch.cuda.stream(stream):  # forward too: autograd runs backward on the stream of forward
-        graphs = {}
         for name in make:
-            with context(name):
-                graphs[name] = _capture(make[name](), stream)
-        samples = {name: Samples() for name in make}
+            try:
+                with context(name):
+                    graphs[name] = _capture(make[name](), stream)
+            except Exception as e:  # as in time_cpu
+                errors[name] = f"{type(e).__name__}: {e}"
+        samples = {name: Samples() for name in graphs}
         end, number = time.perf_counter() + seconds, 0
-        while number < 7 or (number < 1000 and time.perf_counter() < end):
-            torch.cuda._sleep(400_000)  # so that the host is ahead when the first graph starts
-            events = {}
-            for name in turns(list(graphs), number):
-                graph, _, resets = graphs[name]
-                for reset in resets:
-                    reset()
-                events[name] = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                events[name][0].record()
-                graph.replay()
-                events[name][1].record()
-            stream.synchronize()
-            for name, (start, stop) in events.items():
-                samples[name].seconds.append(start.elapsed_time(stop) / 1e3 / graphs[name][1])
+        while graphs and (number < LEAST_ROUNDS or (number < MOST_ROUNDS and time.perf_counter() < end)):
+            _round(graphs, turns(list(graphs), number), samples, stream)
             number += 1
-    return samples
+    return samples, errors
 
 
-def _capture(sets: list[Job], stream: torch.cuda.Stream) -> tuple[Any, int, list[Callable[[], Any]]]:
-    """(graph, calls in it, what to do before each replay)."""
-    resets = [job.reset for job in sets if job.reset]
-    for _ in range(3):
+def _round(graphs: dict[str, Graph], order: list[str], samples: dict[str, Samples], stream: Any) -> None:
+    torch.cuda._sleep(400_000)  # cycles: the host is then ahead of the device when the first graph starts
+    events = {}
+    for name in order:
+        for reset in graphs[name].resets:
+            reset()
+        events[name] = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        events[name][0].record()
+        graphs[name].graph.replay()
+        events[name][1].record()
+    stream.synchronize()
+    for name, (start, stop) in events.items():
+        samples[name].seconds.append(start.elapsed_time(stop) / 1e3 / graphs[name].calls)
+
+
+def _capture(sets: list[Job], stream: Any) -> Graph:
+    for _ in range(3):  # compiles, allocates, tunes
         for job in sets:
             job.run()
     stream.synchronize()
@@ -230,13 +170,14 @@ def _capture(sets: list[Job], stream: torch.cuda.Stream) -> tuple[Any, int, list
     for job in sets:
         job.run()
     stream.synchronize()
+    resets = [job.reset for job in sets if job.reset]
     passes = 1 if resets else max(1, math.ceil(GPU_SAMPLE / (time.perf_counter() - start)))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(passes):
             for job in sets:
                 job.run()
-    return graph, passes * len(sets), resets
+    return Graph(graph, passes * len(sets), resets)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -263,35 +204,6 @@ def copy_job(moved: int, setting: Setting, seed: int) -> Job:
     return Job(functools.partial(torch.empty_like(source).copy_, source))
 
 
-def host_us(bench: Bench, provider: Provider, setting: Setting, phase: str) -> float:
-    """Microseconds of the host per call, without waiting for a GPU: at the tiny shape, where the maths is nothing."""
-    job = bench.job(provider, Setting(bench.tiny, setting.dtype, setting.device), phase, 1)
-    best = math.inf
-    with chosen(bench.op, provider):
-        for _ in range(8):
-            if setting.device.type == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(25):
-                job.run()
-            best = min(best, (time.perf_counter() - start) / 25)
-    return best * 1e6
-
-
-def peak_mb(bench: Bench, provider: Provider, setting: Setting, phase: str) -> float | None:
-    """Memory of the device that one call takes beside its inputs, outputs included; None on a CPU: not measured."""
-    if setting.device.type != "cuda":
-        return None
-    job = bench.job(provider, setting, phase, 1)
-    with chosen(bench.op, provider):
-        job.run()
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        job.run()
-    return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
 def gpu_state(device: torch.device) -> dict[str, Any]:
     """Driver, clocks (MHz), power (W), temperature (C) from NVML: read, never set; empty where there is none."""
     if device.type != "cuda":
@@ -314,14 +226,28 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a figure is from: machine, versions, commit, a digest of the code that ran, date."""
-    package = Path(backend.__file__).parent
-    digest = hashlib.sha256()
-    folders = (package, Path(__file__).parent, package.parent / "kernels")  # the latter: an editable install's
-    for path in sorted({p for f in folders for s in ("*.py", "*.so") for p in f.rglob(s)}):
-        digest.update(path.name.encode() + path.read_bytes())
+    """Where a figure is from: machine, versions, commit (None from a wheel), a digest of the sources, date."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {**describe_machine(device), "cuda": torch.version.cuda, "sources": digest.hexdigest()[:16], "date": now}
+    return {**describe_machine(device), "cuda": torch.version.cuda, "sources": sources(), "date": now}
+
+
+def sources() -> str:
+    """Digest of fastgpt's Python and of the native sources that the binary was built from."""
+    digest = hashlib.sha256()
+    folders = [f for name in ("fastgpt", "fastgpt.kernels", "fastgpt.bench") for f in _folders(name)]
+    files = {p.resolve() for f in folders for p in Path(f).rglob("*.py") if p.name != "_build_info.py"}
+    for text in sorted(p.name.encode() + p.read_bytes() for p in files):  # the same from a checkout and from a wheel
+        digest.update(text)
+    try:
+        digest.update(importlib.import_module("fastgpt._build_info").SOURCES.encode())
+    except ImportError:
+        digest.update(b"not built")
+    return digest.hexdigest()[:16]
+
+
+def _folders(name: str) -> list[str]:
+    spec = importlib.util.find_spec(name)
+    return list(spec.submodule_search_locations or []) if spec else []
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:

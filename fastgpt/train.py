@@ -59,8 +59,8 @@ def learning_rate(cfg: TrainConfig, step: int, last_step: int) -> float:
         share = 0.5 * (1 + math.cos(math.pi * done))
     elif cfg.schedule == "linear":
         share = 1 - done
-    elif cfg.schedule == "wsd":  # warm-up, stable, decay over the last fifth
-        share = min(1.0, (1 - done) / 0.2)
+    elif cfg.schedule == "wsd":  # warm-up, stable, decay
+        share = min(1.0, (1 - done) / cfg.decay_fraction) if cfg.decay_fraction > 0 else 1.0
     else:
         share = 1.0
     return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share)
@@ -426,8 +426,9 @@ def train(cfg: TrainConfig) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`fastgpt train`: settings from `argv` (default: the command line)."""
-    return train(load_config(sys.argv[1:] if argv is None else argv))
+    """`fastgpt train`: settings from `argv` (default: the command line); without --config, what suits the machine."""
+    default = "gpt2-124m-demo" if torch.cuda.is_available() else "tiny"
+    return train(load_config(sys.argv[1:] if argv is None else argv, default))
 
 
 if __name__ == "__main__":

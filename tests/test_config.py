@@ -45,8 +45,10 @@ def test_configurations_are_the_known_shapes(name: str) -> None:
     assert model.num_params() == parameters
 
 
-def test_every_configuration_is_listed_here() -> None:
-    assert options.names() == sorted(SIZES)
+@pytest.mark.parametrize("name", options.names())
+def test_every_configuration_loads(name: str) -> None:
+    assert load_config(["--config", name]).out == f"runs/{name}"
+    assert set(SIZES) <= set(options.names())
 
 
 def test_gpt2_124m_follows_llm_c() -> None:
@@ -175,7 +177,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--config"], "config came without a value, expected text"),
     (
         ["--config", "nope"],
-        "config is 'nope', expected a YAML file or one of " + ", ".join(sorted(SIZES)),
+        "config is 'nope', expected a YAML file or one of " + ", ".join(options.names()),
     ),
 ]
 

@@ -48,6 +48,10 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
+// Of the fiber that runs; the scheduler sets them.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716, cudaErrorLaunchFailure = 719 };
 using cudaStream_t = struct CUstream_st*;
 
@@ -78,8 +82,6 @@ struct Machine {
   std::function<void()> body;
   Context scheduler;
   Fiber* current = nullptr;
-  uint3 block{};
-  dim3 block_dim, grid_dim;
   unsigned live = 0, waiting = 0;
   Schedule schedule = Schedule::forward;
   std::mt19937 random{0};
@@ -132,7 +134,10 @@ struct Machine {
   cudaError_t run(dim3 grid, dim3 block_size, size_t shared_bytes, std::function<void()> kernel);
 };
 
-Machine& machine();
+inline Machine& machine() {
+  static Machine m;
+  return m;
+}
 
 inline void fiber_main() {
   Machine& m = machine();
@@ -145,7 +150,7 @@ inline void fiber_main() {
 }
 
 inline void Machine::run_block() {
-  const unsigned n = block_dim.x * block_dim.y * block_dim.z;
+  const unsigned n = blockDim.x * blockDim.y * blockDim.z;
   fibers.resize(n);
   warps.assign((n + 31) / 32, Warp{});
   live = n;
@@ -158,7 +163,7 @@ inline void Machine::run_block() {
     ASAN_UNPOISON_MEMORY_REGION(stack, kStack);
     start_at(fibers[i].context, stack, kStack, fiber_main);
     fibers[i].state = State::ready;
-    fibers[i].thread = {i % block_dim.x, i / block_dim.x % block_dim.y, i / (block_dim.x * block_dim.y)};
+    fibers[i].thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
     fibers[i].warp = i / 32;
     fibers[i].lane = i % 32;
   }
@@ -169,6 +174,7 @@ inline void Machine::run_block() {
       if (fibers[i].state != State::ready) continue;
       progress = true;
       current = &fibers[i];
+      threadIdx = current->thread;
       switch_to(scheduler, current->context);
     }
     if (progress) continue;
@@ -183,15 +189,15 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
       grid.z > 65535 || shared_bytes > 48 * 1024) {
     return cudaErrorInvalidConfiguration;
   }
-  grid_dim = grid;
-  block_dim = block_size;
+  gridDim = grid;
+  blockDim = block_size;
   body = std::move(kernel);
   misaligned = false;
   error.clear();
   const uint64_t n_blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t k = 0; k < n_blocks && error.empty(); ++k) {
     const uint64_t b = schedule == Schedule::backward ? n_blocks - 1 - k : k;
-    block = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
+    blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
              static_cast<unsigned>(b / grid.x / grid.y)};
     dynamic_shared.reset(shared_bytes == 0 ? nullptr : std::malloc(shared_bytes));
     if (shared_bytes > 0) std::memset(dynamic_shared.get(), 0xff, shared_bytes);  // NaN: nothing may count on zeros
@@ -204,23 +210,19 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
 }  // namespace emulator
 
 // 16 bytes; an access through a misaligned pointer fails the launch, as on the device.
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
   uint4() = default;
   uint4(uint32_t x_, uint32_t y_, uint32_t z_, uint32_t w_) : x(x_), y(y_), z(z_), w(w_) {}
   uint4(const uint4& o) { *this = o; }
   uint4& operator=(const uint4& o) {
-    const uintptr_t here = reinterpret_cast<uintptr_t>(this), there = reinterpret_cast<uintptr_t>(&o);
-    if ((here | there) % 16 != 0) emulator::machine().misaligned = true;
-    x = o.x, y = o.y, z = o.z, w = o.w;
+    uintptr_t to = reinterpret_cast<uintptr_t>(this), from = reinterpret_cast<uintptr_t>(&o);
+    asm("" : "+r"(to), "+r"(from));  // the compiler must not take their alignment for granted
+    if ((to | from) % 16 != 0) emulator::machine().misaligned = true;
+    std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), 16);
     return *this;
   }
-} __attribute__((aligned(8)));  // less than CUDA's 16, or the compiler would take the check for granted
-
-#define threadIdx (emulator::machine().current->thread)
-#define blockIdx (emulator::machine().block)
-#define blockDim (emulator::machine().block_dim)
-#define gridDim (emulator::machine().grid_dim)
+};
 
 inline void __syncthreads() { emulator::machine().barrier(); }
 
@@ -233,7 +235,7 @@ inline float __shfl_xor_sync(unsigned, float v, int lane_mask) {
 }
 
 struct cudaLaunchConfig_t {
-  dim3 gridDim_, blockDim_;
+  dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
   cudaStream_t stream;
 };
@@ -246,5 +248,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return emulator::machine().error.c_str();
 }
 
+// Runs to the end before it returns.
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments);
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
+  return emulator::machine().run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+}

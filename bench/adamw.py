@@ -1,0 +1,103 @@
+"""AdamW with clipping: one optimizer step over all parameters of a GPT-2 of L layers and width C (--shape LxC).
+
+Bytes per parameter (norm: reads g; update: reads g, p, m, v; writes p, m, v), whatever the provider:
+    fp32        4 + 16 + 12 = 32
+    16 bits     2 + (2 + 12) + (12 + 2) = 30: fp32 master, moments in fp32, the 16-bit copy written
+PyTorch's side is clip_grad_norm_ and AdamW(fused=True); with --dtype bf16 it keeps fp32 parameters and gradients, as a
+trainer under autocast does: no optimizer of PyTorch's keeps fp32 masters of bf16 parameters.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from fastgpt.bench._harness import Job, Setting
+from fastgpt.bench._op import (
+    Bench,
+    Provider,
+    Shape,
+    main,
+    ours,
+    pytest_generate_tests,  # noqa: F401
+    run_benchmark,
+)
+from torch import Tensor, nn
+
+from fastgpt.optim import AdamW
+
+VOCAB, POSITIONS, MAX_NORM = 50304, 1024, 1.0
+SETTINGS: dict[str, Any] = dict(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
+
+
+def parameter_shapes(layers: int, width: int) -> list[Shape]:
+    """Shapes of a GPT-2's parameters, token and position tables included (one row each in the tiny shape)."""
+    tables = [(VOCAB, width), (POSITIONS, width)] if layers > 1 else [(1, width)]
+    one = [(3, 1), (1, 1), (4, 1), (1, 4)]  # matrices of a layer, in widths: qkv, proj, up, down
+    matrices = [s for a, b in one for s in ((a * width, b * width), (a * width,))]
+    return [*tables, *(layers * [*matrices, *(4 * [(width,)])]), (width,), (width,)]
+
+
+def fastgpt_step(params: list[nn.Parameter]) -> Callable[[], Any]:
+    """Our optimizer, clipping inside."""
+    return AdamW(params, max_norm=MAX_NORM, **SETTINGS).step
+
+
+def torch_step(params: list[nn.Parameter]) -> Callable[[], Any]:
+    """PyTorch's fused optimizer behind clip_grad_norm_."""
+    cuda = params[0].is_cuda
+    optimizer = torch.optim.AdamW(params, fused=True, capturable=cuda, **SETTINGS)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+
+    return step
+
+
+def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
+    """A step over parameters and gradients of its own."""
+    dtype = setting.dtype if provider.backend else torch.float32
+
+    def tensor(shape: Shape, number: int, scale: float) -> Tensor:
+        return (setting.random(*shape, seed=1000 * seed + number, dtype=torch.float32) * scale).to(dtype)
+
+    shapes = parameter_shapes(*setting.shape)
+    params = [nn.Parameter(tensor(shape, i, 0.02)) for i, shape in enumerate(shapes)]
+    for i, p in enumerate(params):
+        p.grad = tensor(tuple(p.shape), 500 + i, 1e-4)
+    return Job(provider.fn(params))
+
+
+def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
+    """The formula at this file's head."""
+    count = sum(torch.Size(s).numel() for s in parameter_shapes(*shape))
+    return count * (32 if dtype == torch.float32 else 30)
+
+
+def providers(setting: Setting, compile: bool) -> list[Provider]:
+    """Our backends and PyTorch's fused optimizer; --compile adds nothing, fused optimizers are one launch already."""
+    return [*ours("adamw", setting.device, fastgpt_step), Provider("torch fused", torch_step)]
+
+
+BENCH = Bench(
+    "adamw",
+    ("step",),
+    job,
+    bytes_moved,
+    providers,
+    gate_cases=lambda shape: [((4 * shape[1], shape[1]), {"max_norm": 0.5})],
+    shapes={"cpu": (4, 128), "cuda": (12, 768)},
+    tiny=(1, 8),
+)
+
+
+def test_adamw(benchmark: Any, provider: Provider, phase: str, shape: Shape) -> None:
+    """pytest bench --benchmark-only"""
+    run_benchmark(benchmark, BENCH, provider, phase, shape)
+
+
+if __name__ == "__main__":
+    sys.exit(main(BENCH))

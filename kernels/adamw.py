@@ -1,0 +1,244 @@
+"""AdamW over all tensors in two launches: gradient norm, then unscale, clip, decay, update and write-back.
+
+    g = grad / grad_scale * min(1, max_norm / (norm + 1e-6)),  norm = sqrt(sum over all tensors of grad^2) / grad_scale
+    t = steps[index],  p *= 1 - lr wd,  m += (1 - b1) (g - m),  v = b2 v + (1 - b2) g^2
+    p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+Loshchilov, Hutter 2017 (arXiv:1711.05101). fp32 maths on fp32 or bf16 moments. Parameters: fp32, or 16-bit with an fp32
+master, with the master's low 16 bits (bf16; exact), rounded stochastically (bf16), or rounded to nearest.
+1 - b^t cancels in fp32 where b^t is near 1; -expm1(t log b) with log b rounded once from double does not (2e-7).
+Bytes an element, bf16 with fp32 master and moments: 2 (norm) + 28. Nothing is saved, nothing synchronises with the host.
+
+Addresses, sizes and hyperparameters travel as tables on the device, cached by their content: an unchanged set of
+tensors uploads nothing. Under CUDA graph capture a table that is already cached is used as it is; gradients that moved
+into the graph's memory need a new one, whose upload from pinned memory set aside beforehand is captured as a copy and
+is never reused. A found_inf or a norm that is not finite skips the update and takes prepare's step back.
+Deterministic: every program adds the same partial sums in the same order; no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._runtime import TYPES, Configuration, cast, interpreted, on_device, pointers, processors
+from ._tables import Tables
+
+CHUNK = 8192  # elements that one program takes at a time, all of one tensor
+BLOCK = 8192 if interpreted() else 2048
+NUM_WARPS = 8
+MAX_PARTIALS = 4 if interpreted() else 1024  # partial sums of one prepare; every program of update reads all
+SUM_BLOCK = 1024
+MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
+STOCHASTIC = 3
+# columns of the table of tensors
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, NUMEL, FIRST_CHUNK, SLOT, GROUP, COLUMNS = (tl.constexpr(i) for i in range(10))
+# columns of the table of groups
+LOG_BETA1, LOG_BETA2, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, DECAY, GROUP_COLUMNS = (
+    tl.constexpr(i) for i in range(8)
+)
+
+
+@triton.jit
+def _pointer(table_ptr, tensor, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """Address in one column of the table of tensors."""
+    p = tl.load(table_ptr + tensor * COLUMNS + column).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        p = tl.multiple_of(p, 16)
+    return p
+
+
+@triton.jit
+def _one_minus_power(log_beta, t):
+    """1 - beta^t = -expm1(t log beta), relative error 2e-7: a polynomial near 0, where 1 - exp cancels."""
+    x = log_beta * t
+    near = 0.008325044065713882 + x * (0.0013637071242555976 + x * 0.0001599568931851536)
+    near = x + x * x * (0.5 + x * (0.16666655242443085 + x * (0.041665270924568176 + x * near)))
+    return tl.where(x > -0.5, -near, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _mix(x):
+    """A bijective hash of 32 bits (two multiply-xorshift rounds)."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _round_stochastic(p, key, element):
+    """fp32 to bf16 bits (int16), up with the probability of the fraction that is cut off; not finite: as it is."""
+    bits = p.to(tl.uint32, bitcast=True)
+    key += (element >> 32).to(tl.uint32) * 0x9E3779B9
+    noise = _mix(_mix(key ^ (element & 0xFFFFFFFF).to(tl.uint32)) + key) & 0xFFFF
+    finite = (bits & 0x7F800000) != 0x7F800000
+    bits = tl.where(finite, bits + noise, tl.where(p == p, bits, 0x7FC00000))
+    return (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks", "offset"])
+def adamw_prepare_kernel(
+    table_ptr,  # (n_tensors, COLUMNS) int64
+    chunks_ptr,  # (n_chunks) int32: the tensor of each chunk
+    steps_ptr,  # fp32
+    partials_ptr,  # fp32
+    n_tensors,
+    n_chunks,
+    offset,
+    NORM: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """steps += 1; program p writes the sum of squares of chunks p, p + programs, ..."""
+    pid = tl.program_id(0)
+    _add_to_steps(table_ptr, steps_ptr, n_tensors, 1.0)
+    if NORM:
+        acc = tl.zeros([BLOCK], tl.float32)
+        for chunk in range(pid, n_chunks, tl.num_programs(0)):
+            tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
+            numel = tl.load(table_ptr + tensor * COLUMNS + NUMEL)
+            begin = (chunk - tl.load(table_ptr + tensor * COLUMNS + FIRST_CHUNK)) * CHUNK
+            grad_ptr = _pointer(table_ptr, tensor, GRAD, DTYPE, ALIGNED)
+            for start in range(0, CHUNK, BLOCK):
+                i = begin + start + tl.arange(0, BLOCK)
+                g = tl.load(grad_ptr + i, i < numel, other=0.0).to(tl.float32)
+                acc += g * g
+        tl.store(partials_ptr + offset + pid, tl.sum(acc, axis=0))
+
+
+@triton.jit
+def _add_to_steps(table_ptr, steps_ptr, n_tensors, value):
+    """steps[slot] += value for every tensor; 256 tensors a program."""
+    for start in range(tl.program_id(0) * 256, n_tensors, tl.num_programs(0) * 256):
+        i = start + tl.arange(0, 256)
+        slot = tl.load(table_ptr + i * COLUMNS + SLOT, i < n_tensors, other=0)
+        tl.store(steps_ptr + slot, tl.load(steps_ptr + slot, i < n_tensors, other=0.0) + value, i < n_tensors)
+
+
+@triton.jit
+def _gradient_factor(
+    partials_ptr, n_partials, max_norm, grad_scale_ptr, found_inf_ptr, grad_norm_ptr, SUM_BLOCK: tl.constexpr
+):
+    """What gradients are multiplied by (1 / grad_scale, clipping), and whether this step is skipped."""
+    factor = 1.0
+    skip = False
+    if grad_scale_ptr is not None:
+        factor = tl.div_rn(1.0, tl.load(grad_scale_ptr))
+    if found_inf_ptr is not None:
+        skip = tl.load(found_inf_ptr) != 0.0
+    if n_partials > 0:
+        acc = tl.zeros([SUM_BLOCK], tl.float32)
+        for start in range(0, n_partials, SUM_BLOCK):
+            i = start + tl.arange(0, SUM_BLOCK)
+            acc += tl.load(partials_ptr + i, i < n_partials, other=0.0)
+        norm = tl.sqrt_rn(tl.sum(acc, axis=0)) * factor
+        if tl.program_id(0) == 0:
+            tl.store(grad_norm_ptr, norm)
+        skip = skip | ((norm < float("inf")) == 0)
+        if max_norm > 0:
+            factor *= tl.minimum(1.0, tl.div_rn(max_norm, norm + 1e-6))
+    return factor, skip
+
+
+@triton.jit
+def _load_param(table_ptr, tensor, i, mask, PARAM_TYPE: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr):
+    """fp32 value of the parameters: the parameter, its master, or its bits above the remainder's."""
+    if MODE == 1:
+        return tl.load(_pointer(table_ptr, tensor, MASTER, tl.float32, ALIGNED) + i, mask, other=0.0)
+    elif MODE == 2:
+        high = tl.load(_pointer(table_ptr, tensor, PARAM, tl.int16, ALIGNED) + i, mask, other=0).to(tl.int32)
+        low = tl.load(_pointer(table_ptr, tensor, MASTER, tl.int16, ALIGNED) + i, mask, other=0).to(tl.int32)
+        return ((high << 16) + low).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(_pointer(table_ptr, tensor, PARAM, PARAM_TYPE, ALIGNED) + i, mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_param(
+    p, table_ptr, tensor, i, mask, key, PARAM_TYPE: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Write fp32 value p back: rounded, with its master or remainder, or rounded stochastically."""
+    if MODE == 2:
+        bits = tl.where(p == p, p.to(tl.int32, bitcast=True), 0x7FC00000)  # the GPU's own NaN would round to -0
+        high = (bits + 0x8000) >> 16
+        tl.store(_pointer(table_ptr, tensor, PARAM, tl.int16, ALIGNED) + i, high.to(tl.int16), mask)
+        tl.store(_pointer(table_ptr, tensor, MASTER, tl.int16, ALIGNED) + i, (bits - (high << 16)).to(tl.int16), mask)
+    elif MODE == 3:
+        tl.store(_pointer(table_ptr, tensor, PARAM, tl.int16, ALIGNED) + i, _round_stochastic(p, key, i), mask)
+    else:
+        tl.store(_pointer(table_ptr, tensor, PARAM, PARAM_TYPE, ALIGNED) + i, cast(p, PARAM_TYPE), mask)
+        if MODE == 1:
+            tl.store(_pointer(table_ptr, tensor, MASTER, tl.float32, ALIGNED) + i, p, mask)
+
+
+@triton.jit(do_not_specialize=["n_tensors", "n_chunks", "n_partials", "max_norm", "seed_low", "seed_high"])
+def adamw_update_kernel(
+    table_ptr,  # (n_tensors, COLUMNS) int64
+    chunks_ptr,  # (n_chunks) int32: the tensor of each chunk
+    groups_ptr,  # (n_groups, GROUP_COLUMNS) fp32
+    lr_ptr,  # (n_groups) fp32
+    steps_ptr,  # fp32
+    partials_ptr,  # (n_partials) fp32
+    grad_scale_ptr,  # (1) fp32 or None
+    found_inf_ptr,  # (1) fp32 or None
+    grad_norm_ptr,  # (1) fp32
+    n_tensors,
+    n_chunks,
+    n_partials,
+    max_norm,
+    seed_low,
+    seed_high,
+    PARAM_TYPE: tl.constexpr,
+    GRAD_TYPE: tl.constexpr,
+    MOMENT_TYPE: tl.constexpr,
+    MODE: tl.constexpr,  # 0 no master, 1 fp32 master, 2 remainder, 3 stochastic rounding
+    ALIGNED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+):
+    """Program p updates chunks p, p + programs, ..."""
+    factor, skip = _gradient_factor(
+        partials_ptr, n_partials, max_norm, grad_scale_ptr, found_inf_ptr, grad_norm_ptr, SUM_BLOCK
+    )
+    if skip:
+        _add_to_steps(table_ptr, steps_ptr, n_tensors, -1.0)
+        n_chunks = 0
+    for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
+        tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
+        row = table_ptr + tensor * COLUMNS
+        numel = tl.load(row + NUMEL)
+        begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
+        slot = tl.load(row + SLOT)
+        group = tl.load(row + GROUP)
+        t = tl.load(steps_ptr + slot)
+        lr = tl.load(lr_ptr + group)
+        g_row = groups_ptr + group * GROUP_COLUMNS
+        step_size = tl.div_rn(lr, _one_minus_power(tl.load(g_row + LOG_BETA1), t))
+        v_factor = tl.div_rn(1.0, tl.sqrt_rn(_one_minus_power(tl.load(g_row + LOG_BETA2), t)))
+        key = _mix(_mix(_mix(seed_low.to(tl.uint32)) + seed_high.to(tl.uint32)) + t.to(tl.uint32))
+        key = _mix(key + slot.to(tl.uint32))
+        m_ptr = _pointer(table_ptr, tensor, EXP_AVG, MOMENT_TYPE, ALIGNED)
+        v_ptr = _pointer(table_ptr, tensor, EXP_AVG_SQ, MOMENT_TYPE, ALIGNED)
+        grad_ptr = _pointer(table_ptr, tensor, GRAD, GRAD_TYPE, ALIGNED)
+        for start in range(0, CHUNK, BLOCK):
+            i = begin + start + tl.arange(0, BLOCK)
+            mask = i < numel
+            g = tl.load(grad_ptr + i, mask, other=0.0).to(tl.float32) * factor
+            m = tl.load(m_ptr + i, mask, other=0.0).to(tl.float32)
+            v = tl.load(v_ptr + i, mask, other=0.0).to(tl.float32)
+            p = _load_param(table_ptr, tensor, i, mask, PARAM_TYPE, MODE, ALIGNED)
+            m += tl.load(g_row + ONE_MINUS_BETA1) * (g - m)
+            v = tl.load(g_row + BETA2) * v + tl.load(g_row + ONE_MINUS_BETA2) * g * g
+            p *= 1.0 - lr * tl.load(g_row + DECAY)
+            p -= step_size * m / (tl.sqrt(v) * v_factor + tl.load(g_row + EPS))
+            tl.store(m_ptr + i, cast(m, MOMENT_TYPE), mask)
+            tl.store(v_ptr + i, cast(v, MOMENT_TYPE), mask)
+            _store_param(p, table_ptr, tensor, i, mask, key, PARAM_TYPE, MODE, ALIGNED)

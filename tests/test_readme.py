@@ -1,0 +1,67 @@
+"""README's commands, executed word for word (make's two are run by .ci/run; here their recipes must exist)."""
+
+import os
+import re
+import shlex
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def commands() -> list[str]:
+    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+RUN = [c for c in commands() if c.startswith("fastgpt ")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the commands speak of: a text and a token shard."""
+    here = tmp_path_factory.mktemp("readme")
+    shutil.copy(ROOT / "fastgpt" / "train.py", here / "my.txt")
+    (here / "shards").mkdir()
+    ids = [i * 7919 % 500 for i in range(5000)]
+    (here / "shards" / "train.bin").write_bytes(struct.pack(f"<{len(ids)}H", *ids))
+    return here
+
+
+@pytest.mark.parametrize("command", RUN)
+def test_fastgpt_command(command: str, folder: Path) -> None:
+    """In README's order, in one folder: `fastgpt sample` uses the run that the commands before it left."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        shlex.split(command), cwd=folder, capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_make_commands_exist_and_the_rest_is_covered() -> None:
+    for command in [c for c in commands() if c.startswith("make ")]:
+        subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make train" in ci and "make test" in ci
+    others = [c for c in commands() if not c.startswith(("make ", "fastgpt "))]
+    assert all(c.startswith("pip install") for c in others), "tests/test_packaging.py installs in these ways"
+
+
+def test_every_configuration_and_link_exists() -> None:
+    assert {p.stem for p in (ROOT / "fastgpt" / "configs").glob("*.yaml")} <= set(re.findall(r"`([\w.-]+)`", README))
+    assert all((ROOT / target).exists() for target in re.findall(r"\]\((?!http)([^)#]+)\)", README))
