@@ -164,8 +164,9 @@ def native_extension(torch: Any, cuda_home: Path | None, archs: str) -> Extensio
     prefix_maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include}/="]
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-Wno-maybe-uninitialized", target, *prefix_maps]
-    # errno and FP traps are never read, and both would keep loops scalar; NaN, infinity and order of sums stay exact
-    cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+    # errno and FP traps are never read, and both would keep loops scalar; NaN, infinity and order of sums stay exact.
+    # No contraction into FMA: a*b - c with c = a*b rounded must give 0, on every CPU.
+    cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
     sources, options = list(CPU_SOURCES), {"cxx": cxx}
     kwargs: dict[str, Any] = {"extra_link_args": ["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else []}
     if cuda_home is not None:

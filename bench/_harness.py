@@ -1,10 +1,10 @@
 """What every benchmark shares: interleaved timers, rotating inputs, memory, provenance, rows.
 
 A figure is the median of interleaved samples with its 20 and 80 % quantiles. Everyone compared (our backends, PyTorch,
-and a copy that moves as many bytes) takes a turn in every round, the order turning from round to round, so that a drift
-of the machine meets all of them alike. Inputs are random and rotate among sets that together are larger than the last
-cache. GPU: one CUDA graph over all sets, timed by events, long enough for a launch not to count. CPU: a loop of at least
-a millisecond.
+a copy that moves as many bytes) takes a turn in every round, the order turning from round to round, so that a drift of
+the machine meets all of them alike. Inputs are random and rotate among sets that together are larger than the last
+cache. GPU: one CUDA graph over all sets, timed by events, long enough for a launch not to count. CPU: a loop of at
+least a millisecond.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -228,7 +229,26 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
 def provenance(device: torch.device) -> dict[str, Any]:
     """Where a figure is from: machine, versions, commit (None from a wheel), a digest of the sources, date."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {**describe_machine(device), "cuda": torch.version.cuda, "sources": sources(), "date": now}
+    machine = {**describe_machine(device), "cpu": cpu_name(), "cuda": torch.version.cuda}
+    if device.type == "cpu":
+        machine["device_name"] = machine["cpu"]
+    return {**machine, "sources": sources(), "date": now}
+
+
+def cpu_name() -> str:
+    """The processor as it names itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def where(machine: dict[str, Any]) -> str:
+    """Machine, versions and commit in one line."""
+    commit = machine["commit"] or f"sources {machine['sources']}"
+    return (
+        f"{machine['device_name']}, {machine['threads']} threads, torch {machine['torch']}, {commit}, {machine['date']}"
+    )
 
 
 def sources() -> str:

@@ -9,6 +9,7 @@ pytest-benchmark functions: `pytest bench --benchmark-only`.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from fastgpt.bench._harness import (
     provenance,
     time_cpu,
     time_gpu,
+    where,
 )
 from torch import Tensor
 
@@ -55,9 +57,9 @@ class Provider:
 class Bench:
     """One op's benchmark.
 
-    job(provider, setting, phase, seed) -> Job over its own input set. bytes_moved(shape, dtype, phase): the fewest bytes
-    that the phase moves. gate_cases: (shape for parity, options) of what is measured. tiny: a shape whose maths is
-    nothing, for the cost of a call on the host.
+    job(provider, setting, phase, seed) -> Job over an input set of its own. bytes_moved(shape, dtype, phase): the least
+    that the phase moves. gate_cases(shape): (shape, options) of parity cases like what is measured. shapes: the
+    default by device. tiny: a shape whose maths is nothing, for the cost of a call on the host.
     """
 
     op: str
@@ -71,7 +73,7 @@ class Bench:
 
 
 def ours(op: str, device: torch.device, fn: Callable[..., Any], **options: Any) -> list[Provider]:
-    """One provider per kernel backend of `op` that runs on this device. Never Triton's interpreter: its times say nothing."""
+    """One provider per kernel backend of `op` that runs on this device (never Triton in its interpreter)."""
     names = [b for b in backend.ops()[op] if backend.DEVICE_OF.get(b) == device.type and backend.missing(b) is None]
     suffix = " in place" if options.get("inplace") else ""
     return [Provider(name + suffix, fn, name, **options) for name in names]
@@ -148,38 +150,42 @@ def peak_mb(bench: Bench, provider: Provider, setting: Setting, phase: str) -> f
     return (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
-def measure(bench: Bench, setting: Setting, phases: list[str], providers: list[Provider], seconds: float) -> list[dict]:
+def measure(
+    bench: Bench, setting: Setting, phases: list[str], providers: list[Provider], seconds: float
+) -> list[dict[str, Any]]:
     """One row per phase and provider: time, bytes, memory, host cost, provenance; or why there is none ("red")."""
     red = {p.name: why for p in providers if p.backend and (why := gate(bench, p, setting))}
+    return [row for phase in phases for row in _measure_phase(bench, setting, phase, providers, seconds, red)]
+
+
+def _measure_phase(
+    bench: Bench, setting: Setting, phase: str, providers: list[Provider], seconds: float, red: dict[str, str]
+) -> list[dict[str, Any]]:
+    here = {p.name: p for p in providers if phase in p.phases}
+    moved = bench.bytes_moved(setting.shape, setting.dtype, phase)
+    sets = range(1, 1 + count_sets(moved, setting.device))
+    make: dict[str, Callable[[], list[Job]]] = {
+        p.name: functools.partial(_jobs, bench, p, setting, phase, sets) for p in here.values() if p.name not in red
+    }
+    make[COPY] = lambda: [copy_job(moved, setting, seed) for seed in sets]
+    timer = time_gpu if setting.device.type == "cuda" else time_cpu
+    samples, errors = timer(make, lambda n: nullcontext() if n == COPY else chosen(bench.op, here[n]), seconds)
+    about = {"bench": bench.op, "phase": phase, "dtype": str(setting.dtype).split(".")[1], "shape": setting.shape}
+    about |= {"sets": len(sets), "gpu": gpu_state(setting.device), "machine": provenance(setting.device)}
+    floor = samples[COPY].quantile(0.5)
     rows = []
-    for phase in phases:
-        here = {p.name: p for p in providers if phase in p.phases and p.name not in red}
-        moved = bench.bytes_moved(setting.shape, setting.dtype, phase)
-        sets = range(1, 1 + count_sets(moved, setting.device))
-        make = {name: _maker(bench, p, setting, phase, sets) for name, p in here.items()}
-        make[COPY] = lambda: [copy_job(moved, setting, seed) for seed in sets]
-
-        def context(name: str) -> AbstractContextManager[Any]:
-            return nullcontext() if name == COPY else chosen(bench.op, here[name])
-
-        timer = time_gpu if setting.device.type == "cuda" else time_cpu
-        samples, errors = timer(make, context, seconds)
-        state, floor = gpu_state(setting.device), samples[COPY].quantile(0.5)
-        for p in [p for p in providers if phase in p.phases]:
-            row = {"bench": bench.op, "phase": phase, "provider": p.name, "backend": p.backend}
-            why = red.get(p.name) or errors.get(p.name)
-            rows.append(row | _figures(samples[p.name], moved, floor) if why is None else row | {"red": why})
-            if why is None:
-                rows[-1]["host_us"] = host_us(bench, p, setting, phase)
-                rows[-1]["peak_mb"] = peak_mb(bench, p, setting, phase)
-        rows.append({"bench": bench.op, "phase": phase, "provider": COPY, **_figures(samples[COPY], moved, floor)})
-        about = {"dtype": str(setting.dtype).split(".")[1], "shape": setting.shape, "sets": len(sets), "gpu": state}
-        rows = [about | {"machine": provenance(setting.device)} | row for row in rows]
-    return rows
+    for p in here.values():
+        row = {**about, "provider": p.name, "backend": p.backend}
+        if why := red.get(p.name) or errors.get(p.name):
+            rows.append({**row, "red": why})
+            continue
+        costs = {"host_us": host_us(bench, p, setting, phase), "peak_mb": peak_mb(bench, p, setting, phase)}
+        rows.append({**row, **_figures(samples[p.name], moved, floor), **costs})
+    return [*rows, {**about, "provider": COPY, **_figures(samples[COPY], moved, floor)}]
 
 
-def _maker(bench: Bench, p: Provider, setting: Setting, phase: str, sets: range) -> Callable[[], list[Job]]:
-    return lambda: [bench.job(p, setting, phase, seed) for seed in sets]
+def _jobs(bench: Bench, provider: Provider, setting: Setting, phase: str, sets: range) -> list[Job]:
+    return [bench.job(provider, setting, phase, seed) for seed in sets]
 
 
 def _figures(samples: Samples, moved: int, floor: float) -> dict[str, Any]:
@@ -224,9 +230,10 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
     status = 0
     for shape in args.shape or [bench.shapes[device.type]]:
         setting = Setting(shape, dtype, device)
-        rows = measure(bench, setting, args.phase or list(bench.phases), bench.providers(setting, args.compile), args.seconds)
-        name = rows[0]["machine"]["device_name"]
-        print(f"{bench.op} {'x'.join(map(str, shape))} {dtype} on {name}, {torch.get_num_threads()} threads\n{show(rows)}")
+        providers = bench.providers(setting, args.compile)
+        rows = measure(bench, setting, args.phase or list(bench.phases), providers, args.seconds)
+        print(f"{bench.op} {'x'.join(map(str, shape))} {dtype} on {where(rows[0]['machine'])}")
+        print(show(rows))
         for b in backend.ops()[bench.op]:
             if backend.DEVICE_OF.get(b) == device.type and (why := backend.missing(b)):
                 print(f"not measured: {b}: {why}")
@@ -244,7 +251,7 @@ def _shape(text: str) -> Shape:
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    """For `pytest bench`: every provider and phase of the module's BENCH, at the CPU's shape or the tiny one for host cost."""
+    """For `pytest bench`: providers and phases of the module's BENCH; "host" is the tiny shape, the cost of a call."""
     device = torch.device("cpu")
     bench = metafunc.module.BENCH
     setting = Setting(bench.shapes["cpu"], torch.float32, device)

@@ -5,8 +5,8 @@ Bytes, e per logit, n = N V:
     backward            reads logits; writes their gradient           2 n e
     both                forward, then backward                        3 n e
     both, in place      reads logits, writes the gradient over them   2 n e
-and 20 N for targets (int64), losses and log-sum-exps. GB/s and % of the copy count 2 n e for `both`, for everyone: a loss
-and a gradient need no more than that, so a provider that reads the logits again shows it.
+and 20 N for targets (int64), losses and log-sum-exps. GB/s and % of the copy count 2 n e for `both`, for everyone: a
+loss and a gradient need no more than that, so a provider that reads the logits again shows it.
 """
 
 from __future__ import annotations

@@ -186,9 +186,9 @@ class use:
         _strict[0] = self._before[1]
 
 
-def parse_choices(text: str) -> dict[str, str]:
+def parse_choices(text: str) -> dict[str, Any]:
     """'attention=torch,adamw=triton' or 'torch' -> keyword arguments for `use`."""
-    choices: dict[str, str] = {}
+    choices: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         op, _, backend = part.rpartition("=")
         choices[op.strip() or "all"] = backend.strip()
@@ -197,5 +197,4 @@ def parse_choices(text: str) -> dict[str, str]:
 
 def apply_environment() -> None:
     """Take FASTGPT_KERNELS (as in `--kernels`) and FASTGPT_STRICT=1 into account; called once, when the ops exist."""
-    settings: dict[str, Any] = parse_choices(os.environ.get("FASTGPT_KERNELS", ""))
-    use(strict=os.environ.get("FASTGPT_STRICT") == "1", **settings)
+    use(strict=os.environ.get("FASTGPT_STRICT") == "1", **parse_choices(os.environ.get("FASTGPT_KERNELS", "")))

@@ -1,4 +1,4 @@
-"""AdamW over all parameters at once: clip, unscale, decay, update and 16-bit write-back in two launches, no host sync."""
+"""AdamW over all parameters at once: clip, unscale, decay, update, 16-bit write-back in two launches, no host sync."""
 
 from __future__ import annotations
 

@@ -78,7 +78,11 @@ def lay(t: Tensor, layout: str) -> Tensor:
         wide[..., 2:-3] = t
         return wide[..., 2:-3]
     if layout == "expanded" and t.numel():
-        return t[:1].expand(t.shape) if t.dim() == 1 else t.reshape(-1, t.shape[-1])[:1].expand(t.shape[:-1].numel(), -1).view(t.shape)
+        return (
+            t[:1].expand(t.shape)
+            if t.dim() == 1
+            else t.reshape(-1, t.shape[-1])[:1].expand(t.shape[:-1].numel(), -1).view(t.shape)
+        )
     if layout == "misaligned":
         return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
     return t.clone()
@@ -92,7 +96,7 @@ def allowed_error(name: str, truth: Tensor, torch_error: float, dtype: torch.dty
 
 
 class Inputs:
-    """Seeded tensors of one case: the same values, rounded to their dtype, in its layout and, for the truth, in fp64."""
+    """Seeded tensors of one case: the same values, rounded to their dtype, in its layout; for the truth in fp64."""
 
     def __init__(self, case: Case, device: str, wide: bool) -> None:
         self.case, self.device, self.wide, self.seed = case, device, wide, 0
@@ -219,10 +223,12 @@ def check(case: Case, name: str, device: str = "cpu") -> list[Row]:
         AssertionError: an output's shape or dtype is not the baseline's.
     """
     subject = SUBJECTS[case.op]
-    with backend.use(strict=True, **{case.op: name}):
+    choice: dict[str, Any] = {case.op: name}
+    with backend.use(strict=True, **choice):
         ours = subject.run(case, subject.ours, Inputs(case, device, wide=False))
     baseline = subject.run(case, subject.torch, Inputs(case, device, wide=False))
-    with backend.use(**{case.op: "torch"}):
+    choice[case.op] = "torch"
+    with backend.use(**choice):
         truth = subject.run(case, subject.reference, Inputs(case, device, wide=True))
     assert ours.keys() == truth.keys() == baseline.keys(), (ours.keys(), baseline.keys(), truth.keys())
     rows = []
@@ -306,7 +312,9 @@ def backends_here(op: str) -> list[str]:
     """Kernel backends of `op` that run on this machine (Triton on a CPU: in its interpreter)."""
     on_gpu = torch.cuda.is_available()
     names = [b for b in backend.ops()[op] if b != "torch" and backend.missing(b) is None]
-    return [b for b in names if (backend.DEVICE_OF[b] == "cuda") == on_gpu or (b == "triton" and backend.interpreting())]
+    return [
+        b for b in names if (backend.DEVICE_OF[b] == "cuda") == on_gpu or (b == "triton" and backend.interpreting())
+    ]
 
 
 def run_all(only: list[str]) -> list[Row]:
@@ -336,7 +344,7 @@ def missing_cells(rows: list[Row]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`fastgpt parity`: run the cases, print the table, worst ratio first; 1 if a ratio is over 1 or a cell is missing."""
+    """`fastgpt parity`: run the cases, print the table; 1 if a ratio is over 1 or a cell is missing."""
     parser = argparse.ArgumentParser(prog="fastgpt parity", description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("only", nargs="*", help="ops or backends; default: all that run here")
     parser.add_argument("--json", type=Path, help="write every row to this file")

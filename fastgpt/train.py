@@ -220,9 +220,7 @@ class Run:
             raise UserError(f"{self.data.name} has {len(self.data.val)} validation tokens, expected at least 2")
         self.model = build_model(cfg, vocab, self.device)
         self.optimizer = build_optimizer(cfg, self.model)
-        self.loader = TokenLoader(
-            self.data.train, cfg.micro_batch, cfg.block_size, seed=cfg.seed, device=self.device
-        )
+        self.loader = TokenLoader(self.data.train, cfg.micro_batch, cfg.block_size, seed=cfg.seed, device=self.device)
         self.progress = Progress(last_step=cfg.max_steps, length_known=cfg.max_minutes is None)
 
     def save(self) -> Path:
@@ -312,14 +310,18 @@ def report(run: Run, log: Log, lagged: Lagged, everything: bool = False) -> None
         if p.skipped >= STOP_AFTER_SKIPS:
             good = checkpoint.checkpoints(run.folder)
             last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
-            raise UserError(f"training: {p.skipped} steps in a row had no finite gradient; {last}; try a lower lr than {cfg.lr}")
+            raise UserError(
+                f"training: {p.skipped} steps in a row had no finite gradient; {last}; try a lower lr than {cfg.lr}"
+            )
 
 
 def side_work(run: Run, log: Log) -> bool:
     """Evaluation, samples and checkpoints that are due after this step; whether there were any."""
     cfg, p = run.cfg, run.progress
     last = p.step >= p.last_step
-    due = [bool(every) and p.step % every == 0 and not last for every in (cfg.eval_every, cfg.save_every, cfg.sample_every)]
+    due = [
+        bool(every) and p.step % every == 0 and not last for every in (cfg.eval_every, cfg.save_every, cfg.sample_every)
+    ]
     if due[0]:
         validate(run, log, cfg.eval_batches)
     if due[1]:
@@ -399,15 +401,17 @@ def train(cfg: TrainConfig) -> int:
     run = Run(cfg)
     run.resume()
     run.folder.mkdir(parents=True, exist_ok=True)
+    dtype = next(run.model.parameters()).dtype
+    kernels = {op: backend.explain(op, run.device.type, dtype) for op in backend.ops()}
     header = {"config": to_dict(cfg), "machine": describe_machine(run.device), "data": run.data.describe()}
-    header["kernels"] = {op: backend.explain(op, run.device.type, next(run.model.parameters()).dtype) for op in backend.ops()}
+    header["kernels"] = kernels
     (run.folder / "run.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
     if run.data.tokenizer is not None:  # beside the checkpoints: a run folder is all that `fastgpt sample` needs
         run.data.tokenizer.save(run.folder / "tokenizer.json")
     log = Log(run.folder, run.progress, cfg)
     log.say(
         f"{run.folder}: {run.model.num_params():,} parameters, {run.data.describe()}, device {run.device}, "
-        f"kernels {', '.join(f'{op} {picked}' for op, (picked, _) in header['kernels'].items())}"
+        f"kernels {', '.join(f'{op} {picked}' for op, (picked, _) in kernels.items())}"
     )
     if run.progress.step:
         log.say(f"resumed at step {run.progress.step} of {run.progress.last_step}")

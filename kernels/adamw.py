@@ -7,7 +7,7 @@
 Loshchilov, Hutter 2017 (arXiv:1711.05101). fp32 maths on fp32 or bf16 moments. Parameters: fp32, or 16-bit with an fp32
 master, with the master's low 16 bits (bf16; exact), rounded stochastically (bf16), or rounded to nearest.
 1 - b^t cancels in fp32 where b^t is near 1; -expm1(t log b) with log b rounded once from double does not (2e-7).
-Bytes an element, bf16 with fp32 master and moments: 2 (norm) + 28. Nothing is saved, nothing synchronises with the host.
+Bytes an element, bf16 with fp32 master and moments: 2 (norm) + 28. No synchronisation with the host.
 
 Addresses, sizes and hyperparameters travel as tables on the device, cached by their content: an unchanged set of
 tensors uploads nothing. Under CUDA graph capture a table that is already cached is used as it is; gradients that moved
@@ -18,6 +18,7 @@ Deterministic: every program adds the same partial sums in the same order; no at
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -26,18 +27,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import TYPES, Configuration, cast, interpreted, on_device, pointers, processors
+from ._runtime import TYPES, Configuration, cast, interpreted, on_device, pointers, processors, split_meta
 from ._tables import Tables
 
-CHUNK = 8192  # elements that one program takes at a time, all of one tensor
-BLOCK = 8192 if interpreted() else 2048
-NUM_WARPS = 8
+CHUNK = 4096  # elements that one program takes at a time, all of one tensor
+# update: 4 elements a thread, so that 16- and 32-bit tensors get one layout (more: conversions through shared memory)
+UPDATE = {"BLOCK": CHUNK if interpreted() else 512, "num_warps": 4}
+PREPARE = {"BLOCK": CHUNK if interpreted() else 2048, "num_warps": 8}
 MAX_PARTIALS = 4 if interpreted() else 1024  # partial sums of one prepare; every program of update reads all
 SUM_BLOCK = 1024
 MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
 STOCHASTIC = 3
 # columns of the table of tensors
-PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, NUMEL, FIRST_CHUNK, SLOT, GROUP, COLUMNS = (tl.constexpr(i) for i in range(10))
+PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MASTER, NUMEL, FIRST_CHUNK, SLOT, GROUP, COLUMNS = (
+    tl.constexpr(i) for i in range(10)
+)
 # columns of the table of groups
 LOG_BETA1, LOG_BETA2, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, DECAY, GROUP_COLUMNS = (
     tl.constexpr(i) for i in range(8)
@@ -128,7 +132,7 @@ def _gradient_factor(
 ):
     """What gradients are multiplied by (1 / grad_scale, clipping), and whether this step is skipped."""
     factor = 1.0
-    skip = False
+    skip = n_partials < 0  # False, as a tensor
     if grad_scale_ptr is not None:
         factor = tl.div_rn(1.0, tl.load(grad_scale_ptr))
     if found_inf_ptr is not None:
@@ -210,7 +214,7 @@ def adamw_update_kernel(
     )
     if skip:
         _add_to_steps(table_ptr, steps_ptr, n_tensors, -1.0)
-        n_chunks = 0
+    n_chunks = tl.where(skip, 0, n_chunks)
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
         row = table_ptr + tensor * COLUMNS
@@ -221,6 +225,11 @@ def adamw_update_kernel(
         t = tl.load(steps_ptr + slot)
         lr = tl.load(lr_ptr + group)
         g_row = groups_ptr + group * GROUP_COLUMNS
+        one_minus_beta1 = tl.load(g_row + ONE_MINUS_BETA1)
+        beta2 = tl.load(g_row + BETA2)
+        one_minus_beta2 = tl.load(g_row + ONE_MINUS_BETA2)
+        eps = tl.load(g_row + EPS)
+        keep = 1.0 - lr * tl.load(g_row + DECAY)
         step_size = tl.div_rn(lr, _one_minus_power(tl.load(g_row + LOG_BETA1), t))
         v_factor = tl.div_rn(1.0, tl.sqrt_rn(_one_minus_power(tl.load(g_row + LOG_BETA2), t)))
         key = _mix(_mix(_mix(seed_low.to(tl.uint32)) + seed_high.to(tl.uint32)) + t.to(tl.uint32))
@@ -235,10 +244,134 @@ def adamw_update_kernel(
             m = tl.load(m_ptr + i, mask, other=0.0).to(tl.float32)
             v = tl.load(v_ptr + i, mask, other=0.0).to(tl.float32)
             p = _load_param(table_ptr, tensor, i, mask, PARAM_TYPE, MODE, ALIGNED)
-            m += tl.load(g_row + ONE_MINUS_BETA1) * (g - m)
-            v = tl.load(g_row + BETA2) * v + tl.load(g_row + ONE_MINUS_BETA2) * g * g
-            p *= 1.0 - lr * tl.load(g_row + DECAY)
-            p -= step_size * m / (tl.sqrt(v) * v_factor + tl.load(g_row + EPS))
+            m += one_minus_beta1 * (g - m)
+            v = beta2 * v + one_minus_beta2 * g * g
+            p = p * keep - step_size * m / (tl.sqrt(v) * v_factor + eps)
             tl.store(m_ptr + i, cast(m, MOMENT_TYPE), mask)
             tl.store(v_ptr + i, cast(v, MOMENT_TYPE), mask)
             _store_param(p, table_ptr, tensor, i, mask, key, PARAM_TYPE, MODE, ALIGNED)
+
+
+_tables: dict[torch.device, Tables] = {}
+
+
+def _n_chunks(numels: Sequence[int]) -> int:
+    return sum(triton.cdiv(n, CHUNK) for n in numels)
+
+
+def adamw_partials(numels: Sequence[int]) -> int:
+    """How many partial sums prepare writes for tensors of these sizes."""
+    return max(1, min(MAX_PARTIALS, _n_chunks(numels))) if len(numels) else 0
+
+
+def _chunk_map(numels: tuple[int, ...]) -> tuple[Tensor, int]:
+    """The tensor of each chunk, and the number of chunks."""
+    counts = torch.tensor([triton.cdiv(n, CHUNK) for n in numels])
+    of_chunk = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), counts)
+    return of_chunk, of_chunk.numel()
+
+
+def _tensor_table(addresses: Sequence[tuple[int, ...]], rest: Sequence[tuple[int, ...]]) -> tuple[Tensor, bool]:
+    """The table of tensors, and whether every address is 16-byte aligned. rest: numels, index, group."""
+    numels, index, group = rest
+    first = [0, *itertools.accumulate(triton.cdiv(n, CHUNK) for n in numels)][:-1]
+    columns = [*(a or (0,) * len(numels) for a in addresses), numels, first, index, group]
+    return torch.tensor(columns).T.contiguous(), all(a % 16 == 0 for column in addresses for a in column)
+
+
+def _upload(
+    lists: Sequence[Sequence[Tensor]], index: Sequence[int], group: Sequence[int]
+) -> tuple[Tensor, bool, Tensor, int]:
+    """Tables of params, grads, exp_avgs, exp_avg_sqs, masters: tensors, whether aligned, chunks, number of chunks."""
+    device = lists[1][0].device
+    tables = _tables.setdefault(device, Tables(device))
+    addresses = tuple(tuple(t.data_ptr() for t in column) for column in lists)
+    numels = tuple(t.numel() for t in lists[1])
+    rest = (numels, tuple(index), tuple(group) or (0,) * len(numels))
+    chunks, n_chunks = tables.get(("chunks", numels), lambda: _chunk_map(numels))
+    table, aligned = tables.get((addresses, rest), lambda: _tensor_table(addresses, rest), moves=True)
+    return table, aligned, chunks, n_chunks
+
+
+def _group_table(groups: Sequence[tuple[float, float, float, float]]) -> tuple[Tensor, None]:
+    """Per group: constants of the update, computed in double, rounded once."""
+    rows = [(_log(b1), _log(b2), 1 - b1, b2, 1 - b2, eps, decay) for b1, b2, eps, decay in groups]
+    return torch.tensor(rows, dtype=torch.float64).to(torch.float32), None
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf
+
+
+def adamw_prepare(
+    grads: list[Tensor], steps: Tensor, index: list[int], partials: Tensor, offset: int, norm: bool
+) -> None:
+    """Count the step of every tensor; with `norm` write adamw_partials() sums of squares from partials[offset] on."""
+    if not grads:
+        return
+    table, aligned, chunks, n_chunks = _upload(((), grads, (), (), ()), index, ())
+    programs = max(1, min(MAX_PARTIALS, n_chunks)) if norm else 1
+    with on_device(steps):
+        adamw_prepare_kernel[(programs,)](
+            table, chunks, steps, partials, len(grads), n_chunks, offset, NORM=norm, DTYPE=TYPES[grads[0].dtype],
+            ALIGNED=aligned, CHUNK=CHUNK, **PREPARE,
+        )  # fmt: skip
+
+
+def adamw_update(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    masters: list[Tensor], steps: Tensor, index: list[int], group: list[int], lr: Tensor, beta1: list[float],
+    beta2: list[float], eps: list[float], weight_decay: list[float], partials: Tensor, max_norm: float,
+    grad_scale: Tensor | None, found_inf: Tensor | None, grad_norm: Tensor, stochastic: bool, seed: int,
+) -> None:  # fmt: skip
+    """One AdamW step of all tensors, in place; norm, clipping, skipping as the file's head says."""
+    if not params:
+        return
+    table, aligned, chunks, n_chunks = _upload((params, grads, exp_avgs, exp_avg_sqs, masters), index, group)
+    groups = tuple(zip(beta1, beta2, eps, weight_decay, strict=True))
+    constants, _ = _tables[steps.device].get(("groups", groups), lambda: _group_table(groups))
+    programs = max(1, min(n_chunks, 8 * processors(steps.device)))
+    with on_device(steps):
+        adamw_update_kernel[(programs,)](
+            table, chunks, constants, lr, steps, partials, grad_scale, found_inf, grad_norm, len(params), n_chunks,
+            partials.numel(), max_norm, _int32(seed), _int32(seed >> 32),
+            **_types(params, grads, exp_avgs, masters, stochastic), ALIGNED=aligned, CHUNK=CHUNK, SUM_BLOCK=SUM_BLOCK,
+            **UPDATE,
+        )  # fmt: skip
+
+
+def _types(
+    params: list[Tensor], grads: list[Tensor], moments: list[Tensor], masters: list[Tensor], stochastic: bool
+) -> dict[str, object]:
+    """The kernel's compile-time types and its way of writing parameters back."""
+    dtype = params[0].dtype
+    mode = MASTERS[masters[0].dtype if masters else None]
+    if not masters and stochastic and dtype == torch.bfloat16:
+        mode = STOCHASTIC
+    types = {"PARAM_TYPE": TYPES[dtype], "GRAD_TYPE": TYPES[grads[0].dtype], "MOMENT_TYPE": TYPES[moments[0].dtype]}
+    return {**types, "MODE": mode}
+
+
+def _int32(x: int) -> int:
+    """The low 32 bits as a signed number, so that the argument's type does not depend on its value."""
+    return ((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+
+
+def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:
+    """Every way of writing parameters of this dtype back, with gradients of either dtype and fp32 or bf16 moments."""
+    f32, i64, sizes = torch.float32, torch.int64, {"n_tensors": "i32", "n_chunks": "i32"}
+    tables = pointers(table_ptr=i64, chunks_ptr=torch.int32, steps_ptr=f32, partials_ptr=f32)
+    prepare, update = split_meta(PREPARE), split_meta(UPDATE)
+    modes = {"no master": 0, "fp32 master": 1} | ({"remainder": 2, "stochastic": 3} if dtype == torch.bfloat16 else {})
+    seeds = {"n_partials": "i32", "max_norm": "fp32", "seed_low": "i32", "seed_high": "i32"}
+    for aligned in (True, False):
+        for norm in (True, False):
+            flags = {**prepare[0], "CHUNK": CHUNK, "NORM": norm, "DTYPE": TYPES[dtype], "ALIGNED": aligned}
+            case = f"norm={norm} ALIGNED={aligned}"
+            yield Configuration(adamw_prepare_kernel, case, {**tables, **sizes, "offset": "i32"}, prepare[1], flags)
+        for (name, mode), grad, moment in itertools.product(modes.items(), {dtype, f32}, (f32, torch.bfloat16)):
+            extra = pointers(groups_ptr=f32, lr_ptr=f32, grad_norm_ptr=f32, grad_scale_ptr=f32, found_inf_ptr=f32)
+            types = {"PARAM_TYPE": TYPES[dtype], "GRAD_TYPE": TYPES[grad], "MOMENT_TYPE": TYPES[moment]}
+            flags = {**update[0], **types, "CHUNK": CHUNK, "SUM_BLOCK": SUM_BLOCK, "MODE": mode, "ALIGNED": aligned}
+            case = f"{name} grad={TYPES[grad]} moments={TYPES[moment]} ALIGNED={aligned}"
+            yield Configuration(adamw_update_kernel, case, {**tables, **extra, **sizes, **seeds}, update[1], flags)

@@ -257,7 +257,7 @@ def scale_rows_kernel(
 
 def rows_meta(K: int) -> dict[str, int]:
     """Launch shape for K classes: several short rows a program, long rows in column blocks."""
-    most, elements, rows = (4096, 1 << 17, 64) if interpreted() else (4096, 1024, 8)
+    most, elements, rows = (4096, 1 << 17, 64) if interpreted() else (4096, 512, 4)
     block = min(max(16, ceil_pow2(K)), most)
     rows = max(1, min(rows, elements // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, min(8, rows * block // 256))}

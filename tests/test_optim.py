@@ -163,7 +163,7 @@ def test_split_and_join_are_inverse() -> None:
 
 @ON
 def test_stochastic_rounding_is_unbiased_and_repeatable(name: str) -> None:
-    """Many parameters a third of the way between two bf16 values: a third must round up, and again for the same seed."""
+    """Parameters a third of the way between two bf16 values: a third must round up, and again for the same seed."""
     low, step = 1.0, 2.0**-7
     n = 1 << 15
     rounds = []

@@ -62,7 +62,9 @@ def losses(run: str = "run") -> list[tuple[int, float]]:
 def test_a_run_leaves_everything_a_person_expects(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert go(text) == 0
     out = capsys.readouterr()
-    assert "validation loss" in out.out and "unigram model of the same tokens" in out.out and "--- sample ---" in out.out
+    assert (
+        "validation loss" in out.out and "unigram model of the same tokens" in out.out and "--- sample ---" in out.out
+    )
     assert "tok/s" in out.err and "12/12" in out.err, "progress bar"
     names = {p.name for p in Path("run").iterdir()}
     assert {"metrics.jsonl", "loss.png", "samples.txt", "run.json", "tokenizer.json", "step_00000012"} <= names

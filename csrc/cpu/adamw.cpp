@@ -1,8 +1,8 @@
 // AdamW on the CPU; formulas in fastgpt/ops/adamw.py.
 //
-// All tensors together are one long row of elements, cut into blocks whose length follows from the total alone: the unit
-// of work for threads and of the norm's partial sums. Every element of p, g, m, v is read once and p, m, v written once;
-// what is not fp32 passes through a buffer in L1, so that one loop over floats serves every mix of dtypes.
+// All tensors together are one long row of elements, cut into blocks whose length follows from the total alone: the
+// unit of work for threads and of the norm's partial sums. Every element of p, g, m, v is read once and p, m, v written
+// once; what is not fp32 passes through a buffer in L1, so that one loop over floats serves every mix of dtypes.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -92,7 +92,9 @@ inline void close_param(const AdamWArgs& a, const AdamWTensor& t, int64_t i, int
     }
   } else if (a.stochastic) {
     FASTGPT_SIMD
-    for (int64_t k = 0; k < n; ++k) high[k] = round_stochastic(values[k], random_bits(key, static_cast<uint64_t>(i + k)));
+    for (int64_t k = 0; k < n; ++k) {
+      high[k] = round_stochastic(values[k], random_bits(key, static_cast<uint64_t>(i + k)));
+    }
   } else {
     close(t.param, a.param_dtype, i, n, values);
   }

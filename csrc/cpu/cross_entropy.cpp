@@ -1,7 +1,8 @@
 // Cross-entropy on the CPU; formulas in fastgpt/ops/cross_entropy.py.
 //
-// A row stays in cache: its maximum, then the sum of exponentials, then (if asked) the gradient, written over the logits
-// or elsewhere. So logits are read from memory once and the gradient written once. Padding columns get gradient 0.
+// A row goes by in chunks of 1024 columns: the largest z so far and the sum of exponentials around it (Milakov,
+// Gimelshein 2018, arXiv:1805.02867), then, if asked, the gradient while the row is still in cache, over the logits or
+// elsewhere. So logits are read from memory once and the gradient is written once. Padding columns get gradient 0.
 #include <cmath>
 
 #include "fastgpt/parallel.h"
@@ -9,119 +10,127 @@
 
 namespace fastgpt::cpu {
 
+// What a row's loss and gradient need, gathered chunk by chunk around the largest z so far.
 struct RowStats {
-  float max, log_sum;  // log_sum = log(sum exp(z - max)), so lse = max + log_sum without its rounding
-  float smooth_sum;    // sum_c w_c (lse - z_c); 0 without smoothing
+  float max = -INFINITY;
+  double sum_exp = 0.0;   // sum exp(z - max)
+  double sum_gap = 0.0;   // sum_c w_c (max - z_c), with label smoothing only
+  double sum_weight = 0.0;
 };
 
-// z of a logit; the cap only where there is one.
 template <bool Softcap, class T>
 inline float z_of(T logit, float softcap, float inv_softcap) {
   return Softcap ? softcap_f(to_float(logit), softcap, inv_softcap) : to_float(logit);
 }
 
+// z of n logits into `z`, filled up with -inf to whole vectors; returns the filled-up length.
 template <bool Softcap, class T>
-inline float row_max(const T* logits, const CrossEntropyArgs& a) {
-  float top = -INFINITY;  // softcap is monotonic: the largest logit has the largest z
+inline int64_t load_chunk(const T* logits, int64_t n, float softcap, float* z) {
+  const float inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
+  FASTGPT_SIMD
+  for (int64_t c = 0; c < n; ++c) z[c] = z_of<Softcap>(logits[c], softcap, inv_softcap);
+  const int64_t padded = ceil_div(n, kLanes) * kLanes;
+  for (int64_t c = n; c < padded; ++c) z[c] = -INFINITY;
+  return padded;
+}
+
+// Take a chunk into the statistics; a NaN among its z makes sum_exp NaN.
+inline void add_exp(RowStats& s, const float* z, int64_t padded) {
+  float top = -INFINITY;
   FASTGPT_MAX(top)
-  for (int64_t c = 0; c < a.n_classes; ++c) {
-    const float x = to_float(logits[c]);
-    top = x > top ? x : top;
+  for (int64_t c = 0; c < padded; ++c) top = z[c] > top ? z[c] : top;
+  if (top > s.max) {
+    const float step = top - s.max;  // infinite at first, when there is nothing to rescale
+    s.sum_exp *= exp_f(-step);
+    if (s.sum_weight > 0.0) s.sum_gap += s.sum_weight * step;
+    s.max = top;
   }
-  return Softcap ? softcap_f(top, a.softcap, 1.0f / a.softcap) : top;
+  const float shift = s.max == -INFINITY ? 0.0f : s.max;
+  float part = 0.0f;
+  FASTGPT_SUM(part)
+  for (int64_t c = 0; c < padded; ++c) part += exp_f(z[c] - shift);
+  s.sum_exp += part;
 }
 
-// sum exp(z - top) over the row
-template <bool Softcap, class T>
-inline double sum_exp(const T* logits, float top, const CrossEntropyArgs& a) {
-  const float softcap = a.softcap, inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
-  double total = 0.0;
-  for (int64_t first = 0; first < a.n_classes; first += kChunk) {
-    const int64_t end = min_of(a.n_classes, first + kChunk);
-    float part = 0.0f;
+// Smoothing's part of a chunk: weight null means 1; classes of weight 0 do not count, even at z = -inf.
+inline void add_gaps(RowStats& s, const float* z, const float* weight, int64_t n) {
+  const float max = s.max;
+  float part = 0.0f, weights = 0.0f;
+  if (weight == nullptr) {
     FASTGPT_SUM(part)
-    for (int64_t c = first; c < end; ++c) part += exp_f(z_of<Softcap>(logits[c], softcap, inv_softcap) - top);
-    total += part;
-  }
-  return total;
-}
-
-// sum_c w_c (top - z_c); classes of weight 0 do not count, even at z = -inf
-template <bool Softcap, class T>
-inline double sum_gaps(const T* logits, float top, const CrossEntropyArgs& a) {
-  const float softcap = a.softcap, inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
-  double total = 0.0;
-  for (int64_t first = 0; first < a.n_classes; first += kChunk) {
-    const int64_t end = min_of(a.n_classes, first + kChunk);
-    float part = 0.0f;
-    if (a.weight == nullptr) {
-      FASTGPT_SUM(part)
-      for (int64_t c = first; c < end; ++c) part += top - z_of<Softcap>(logits[c], softcap, inv_softcap);
-    } else {
-      FASTGPT_SUM(part)
-      for (int64_t c = first; c < end; ++c) {
-        const float w = a.weight[c], gap = top - z_of<Softcap>(logits[c], softcap, inv_softcap);
-        part += w == 0.0f ? 0.0f : w * gap;
-      }
+    for (int64_t c = 0; c < n; ++c) part += max - z[c];
+    weights = static_cast<float>(n);
+  } else {
+    FASTGPT_SUM(part, weights)
+    for (int64_t c = 0; c < n; ++c) {
+      part += weight[c] == 0.0f ? 0.0f : weight[c] * (max - z[c]);
+      weights += weight[c];
     }
-    total += part;
   }
-  return total;
+  s.sum_gap += part;
+  s.sum_weight += weights;
 }
 
+// Statistics of a row. A row of one chunk leaves its z in `z`.
 template <bool Softcap, class T>
-inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a) {
-  RowStats s{row_max<Softcap>(logits, a), 0.0f, 0.0f};
-  const double log_sum = std::log(sum_exp<Softcap>(logits, s.max, a));
-  s.log_sum = static_cast<float>(log_sum);
-  if (a.label_smoothing > 0.0f) {
-    const double weight_sum = a.weight == nullptr ? static_cast<double>(a.n_classes) : *a.weight_sum;
-    s.smooth_sum = static_cast<float>(sum_gaps<Softcap>(logits, s.max, a) + weight_sum * log_sum);
+inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smooth, float* z) {
+  RowStats s;
+  for (int64_t first = 0; first < a.n_classes; first += kChunk) {
+    const int64_t n = min_of(kChunk, a.n_classes - first);
+    add_exp(s, z, load_chunk<Softcap>(logits + first, n, a.softcap, z));
+    if (smooth) add_gaps(s, z, a.weight == nullptr ? nullptr : a.weight + first, n);
   }
   return s;
 }
 
-// dlogits = scale dl/dz dz/dlogit over the row; p_c = exp(z_c - max - log_sum).
+// dlogits of n columns from their z: scale dl/dz dz/dlogit, p_c = exp(z_c - max) / sum_exp; the target's hit is missing.
 template <bool Softcap, bool Weighted, class T>
-inline void row_grad(const T* logits, T* dlogits, const CrossEntropyGrad& g, float max, float log_sum, int64_t y,
-                     const CrossEntropyArgs& a) {
-  const float softcap = a.softcap, inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
-  const float inv_sum = exp_f(-log_sum);
-  const float z_y = z_of<Softcap>(logits[y], softcap, inv_softcap);  // before it is overwritten
-  const float* weight = a.weight;
+inline void store_chunk(const float* z, const float* weight, T* dlogits, const CrossEntropyGrad& g, float max,
+                        float inv_sum, float inv_softcap, int64_t n) {
   FASTGPT_SIMD
-  for (int64_t c = 0; c < a.n_classes; ++c) {
-    const float z = z_of<Softcap>(logits[c], softcap, inv_softcap);
-    const float d = cross_entropy_dz(g, exp_f(z - max) * inv_sum, Weighted ? weight[c] : 1.0f);
-    dlogits[c] = from_float<T>(Softcap ? d * softcap_slope(z, inv_softcap) : d);
+  for (int64_t c = 0; c < n; ++c) {
+    const float d = cross_entropy_dz(g, exp_f(z[c] - max) * inv_sum, Weighted ? weight[c] : 1.0f);
+    dlogits[c] = from_float<T>(Softcap ? d * softcap_slope(z[c], inv_softcap) : d);
   }
-  const float p_y = exp_f(z_y - max) * inv_sum;
-  const float d_y = cross_entropy_dz(g, p_y, Weighted ? weight[y] : 1.0f) - g.hit;
-  dlogits[y] = from_float<T>(Softcap ? d_y * softcap_slope(z_y, inv_softcap) : d_y);
-  for (int64_t c = a.n_classes; c < a.n_cols; ++c) dlogits[c] = from_float<T>(0.0f);
 }
 
 template <bool Softcap, class T>
-inline void store_grad(const T* logits, T* dlogits, float max, float log_sum, float lse, int64_t n, int64_t y,
-                       const CrossEntropyArgs& a) {
+inline void store_grad(const T* logits, T* dlogits, const RowStats& s, float lse, int64_t n, int64_t y,
+                       const CrossEntropyArgs& a, float* z) {
   const float w_y = a.weight == nullptr ? 1.0f : a.weight[y];
   const float weight_sum = a.weight == nullptr ? static_cast<float>(a.n_classes) : *a.weight_sum;
   const CrossEntropyGrad g = cross_entropy_grad_row(a.scale[n * a.scale_step], w_y, weight_sum, lse, a.label_smoothing,
                                                     a.z_loss, static_cast<float>(a.n_classes));
-  if (a.weight != nullptr && a.label_smoothing > 0.0f) {
-    row_grad<Softcap, true>(logits, dlogits, g, max, log_sum, y, a);
-  } else {
-    row_grad<Softcap, false>(logits, dlogits, g, max, log_sum, y, a);
+  const bool weighted = a.weight != nullptr && a.label_smoothing > 0.0f;
+  const float inv_sum = static_cast<float>(1.0 / s.sum_exp), inv_softcap = Softcap ? 1.0f / a.softcap : 0.0f;
+  float d_y = 0.0f;
+  for (int64_t first = 0; first < a.n_classes; first += kChunk) {
+    const int64_t n_chunk = min_of(kChunk, a.n_classes - first);
+    if (a.n_classes > kChunk) load_chunk<Softcap>(logits + first, n_chunk, a.softcap, z);
+    if (y >= first && y < first + n_chunk) {
+      const float z_y = z[y - first];
+      d_y = cross_entropy_dz(g, exp_f(z_y - s.max) * inv_sum, weighted ? w_y : 1.0f) - g.hit;
+      d_y = Softcap ? d_y * softcap_slope(z_y, inv_softcap) : d_y;
+    }
+    if (weighted) {
+      store_chunk<Softcap, true>(z, a.weight + first, dlogits + first, g, s.max, inv_sum, inv_softcap, n_chunk);
+    } else {
+      store_chunk<Softcap, false>(z, z, dlogits + first, g, s.max, inv_sum, inv_softcap, n_chunk);
+    }
   }
-}
-
-// Row without a target to learn from: ignored, or out of range. Gradient 0.
-template <class T>
-inline void store_zeros(T* dlogits, int64_t n_cols) {
-  for (int64_t c = 0; c < n_cols; ++c) dlogits[c] = from_float<T>(0.0f);
+  dlogits[y] = from_float<T>(d_y);
+  for (int64_t c = a.n_classes; c < a.n_cols; ++c) dlogits[c] = from_float<T>(0.0f);
 }
 
 enum class Pass { fwd, bwd, fwd_bwd };
+
+// A row without a target to learn from: ignored (loss 0), or out of range (loss NaN).
+template <Pass P, class T>
+inline void empty_row(const CrossEntropyArgs& a, T* dlogits, int64_t n, bool ignored) {
+  if (P != Pass::bwd) a.loss[n] = ignored ? 0.0f : NAN;
+  if (P == Pass::fwd) a.lse[n] = 0.0f;  // not read by bwd
+  for (int64_t c = 0; P != Pass::fwd && c < a.n_cols; ++c) dlogits[c] = from_float<T>(0.0f);
+}
 
 // One row of one pass. bwd has lse, but sums again: lse's own rounding would shift every p of the row.
 template <Pass P, bool Softcap, class T>
@@ -129,26 +138,20 @@ inline void loss_row(const CrossEntropyArgs& a, int64_t n) {
   const T* logits = static_cast<const T*>(a.logits) + n * a.logits_row;
   T* dlogits = P == Pass::fwd ? nullptr : static_cast<T*>(a.dlogits) + n * a.dlogits_row;
   const int64_t y = a.target[n];
-  const bool ignored = y == a.ignore_index, inside = y >= 0 && y < a.n_classes;
-  if (P != Pass::fwd && (ignored || !inside)) store_zeros(dlogits, a.n_cols);
-  if (P != Pass::bwd && (ignored || !inside)) a.loss[n] = ignored ? 0.0f : NAN;
-  if (ignored || !inside) {
-    if (P == Pass::fwd) a.lse[n] = 0.0f;  // not read by bwd
-    return;
+  if (y == a.ignore_index || y < 0 || y >= a.n_classes) return empty_row<P>(a, dlogits, n, y == a.ignore_index);
+  alignas(64) float z[kChunk];
+  const RowStats s = row_stats<Softcap>(logits, a, P != Pass::bwd && a.label_smoothing > 0.0f, z);
+  float lse = P == Pass::bwd ? a.lse[n] : 0.0f;
+  if constexpr (P != Pass::bwd) {
+    const float log_sum = std::log(static_cast<float>(s.sum_exp));
+    const float z_y = z_of<Softcap>(logits[y], a.softcap, Softcap ? 1.0f / a.softcap : 0.0f);
+    lse = s.max + log_sum;
+    const float smooth_sum = static_cast<float>(s.sum_gap + s.sum_weight * log_sum);
+    a.loss[n] = cross_entropy_loss((s.max - z_y) + log_sum, smooth_sum, a.weight == nullptr ? 1.0f : a.weight[y], lse,
+                                   a.label_smoothing, a.z_loss, static_cast<float>(a.n_classes));
   }
-  if constexpr (P == Pass::bwd) {
-    const float max = row_max<Softcap>(logits, a);
-    const float log_sum = static_cast<float>(std::log(sum_exp<Softcap>(logits, max, a)));
-    store_grad<Softcap>(logits, dlogits, max, log_sum, a.lse[n], n, y, a);
-    return;
-  }
-  const RowStats s = row_stats<Softcap>(logits, a);
-  const float gap = (s.max - z_of<Softcap>(logits[y], a.softcap, Softcap ? 1.0f / a.softcap : 0.0f)) + s.log_sum;
-  const float lse = s.max + s.log_sum, w_y = a.weight == nullptr ? 1.0f : a.weight[y];
-  a.loss[n] = cross_entropy_loss(gap, s.smooth_sum, w_y, lse, a.label_smoothing, a.z_loss,
-                                 static_cast<float>(a.n_classes));
   if constexpr (P == Pass::fwd) a.lse[n] = lse;
-  if constexpr (P == Pass::fwd_bwd) store_grad<Softcap>(logits, dlogits, s.max, s.log_sum, lse, n, y, a);
+  if constexpr (P != Pass::fwd) store_grad<Softcap>(logits, dlogits, s, lse, n, y, a, z);
 }
 
 template <Pass P>

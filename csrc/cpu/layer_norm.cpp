@@ -20,54 +20,70 @@ static std::vector<float> widen(const void* data, DType dtype, int64_t n_cols, f
   return wide;
 }
 
-// x, or x + residual rounded to T and stored in sum, as floats in `row`. Returns the row's sum.
+// Columns [begin, end) of x, or of x + residual rounded to T and stored in sum, as floats in `row`. Returns their sum.
 template <class T>
-inline float load_row(const T* x, const T* residual, T* sum, float* row, int64_t n_cols) {
+inline float load_columns(const T* x, const T* residual, T* sum, float* row, int64_t begin, int64_t end) {
   float total = 0.0f;
   if (residual != nullptr) {
     FASTGPT_SUM(total)
-    for (int64_t c = 0; c < n_cols; ++c) {
-      const T s = from_float<T>(to_float(x[c]) + to_float(residual[c]));
-      sum[c] = s;
-      row[c] = to_float(s);
+    for (int64_t c = begin; c < end; ++c) {
+      row[c] = to_float(from_float<T>(to_float(x[c]) + to_float(residual[c])));
+      sum[c] = from_float<T>(row[c]);  // exact; a T in between would keep the loop scalar
       total += row[c];
     }
     return total;
   }
   FASTGPT_SUM(total)
-  for (int64_t c = 0; c < n_cols; ++c) {
+  for (int64_t c = begin; c < end; ++c) {
     row[c] = to_float(x[c]);
     total += row[c];
   }
   return total;
 }
 
+struct Moments {
+  float mean, var;
+};
+
+// Mean and variance of `row` from its sum, in one more pass.
+inline Moments moments_of(const float* row, double sum, int64_t n_cols) {
+  const float guess = static_cast<float>(sum / static_cast<double>(n_cols));
+  double off = 0.0, squares = 0.0;
+  for (int64_t first = 0; first < n_cols; first += kChunk) {
+    const int64_t end = min_of(n_cols, first + kChunk);
+    float o = 0.0f, s = 0.0f;
+    FASTGPT_SUM(o, s)
+    for (int64_t c = first; c < end; ++c) {
+      const float d = row[c] - guess;
+      o += d;
+      s += d * d;
+    }
+    off += o, squares += s;
+  }
+  off /= static_cast<double>(n_cols);
+  const double var = squares / static_cast<double>(n_cols) - off * off;
+  return {static_cast<float>(guess + off), static_cast<float>(var > 0.0 ? var : var * 0.0)};  // NaN stays NaN
+}
+
 template <class T>
 inline void fwd_rows_of(const LayerNormFwdArgs& a, const float* weight, const float* bias, float* row, int64_t begin,
                         int64_t end) {
   const int64_t n_cols = a.n_cols;
-  const float inv_cols = 1.0f / static_cast<float>(n_cols);
   for (int64_t n = begin; n < end; ++n) {
     const T* x = static_cast<const T*>(a.x) + n * a.x_row;
     const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + n * a.residual_row;
     T* sum = a.sum == nullptr ? nullptr : static_cast<T*>(a.sum) + n * n_cols;
     T* y = static_cast<T*>(a.y) + n * n_cols;
-    const float guess = load_row(x, residual, sum, row, n_cols) * inv_cols;
-    float off = 0.0f, squares = 0.0f;
-    FASTGPT_SUM(off, squares)
-    for (int64_t c = 0; c < n_cols; ++c) {
-      const float d = row[c] - guess;
-      off += d;
-      squares += d * d;
+    double total = 0.0;
+    for (int64_t c = 0; c < n_cols; c += kChunk) {
+      total += load_columns(x, residual, sum, row, c, min_of(n_cols, c + kChunk));
     }
-    off *= inv_cols;
-    const float mean = guess + off;
-    const float var = squares * inv_cols - off * off;
-    const float rstd = 1.0f / std::sqrt((var > 0.0f ? var : var * 0.0f) + a.eps);  // NaN stays NaN
-    a.stats[n] = mean;
+    const Moments m = moments_of(row, total, n_cols);
+    const float rstd = 1.0f / std::sqrt(m.var + a.eps);
+    a.stats[n] = m.mean;
     a.stats[a.n_rows + n] = rstd;
     FASTGPT_SIMD
-    for (int64_t c = 0; c < n_cols; ++c) y[c] = from_float<T>(layer_norm_y(row[c], mean, rstd, weight[c], bias[c]));
+    for (int64_t c = 0; c < n_cols; ++c) y[c] = from_float<T>(layer_norm_y(row[c], m.mean, rstd, weight[c], bias[c]));
   }
 }
 
@@ -76,21 +92,25 @@ FASTGPT_CLONES static void fwd_rows(const LayerNormFwdArgs& a, const float* weig
   with_type(a.dtype, [&](auto tag) { fwd_rows_of<decltype(tag)>(a, weight, bias, row, begin, end); });
 }
 
-// dweight += dy xhat, dbias += dy, and sum(w dy), sum(w dy xhat) over one row.
+struct BwdSums {
+  double wdy = 0.0, wdy_xhat = 0.0;
+};
+
+// Columns [begin, end) of a row: dweight += dy xhat, dbias += dy (where asked), and sums of w dy and of w dy xhat.
 template <class T>
-inline void bwd_sums(const T* dy, const T* h, const float* weight, float mean, float rstd, float* dweight, float* dbias,
-                     int64_t n_cols, float& sum_wdy, float& sum_wdy_xhat) {
+inline void add_columns(const T* dy, const T* h, const float* weight, float mean, float rstd, float* dweight,
+                        float* dbias, int64_t begin, int64_t end, BwdSums& sums) {
   float s = 0.0f, sx = 0.0f;
   if (dweight == nullptr) {
     FASTGPT_SUM(s, sx)
-    for (int64_t c = 0; c < n_cols; ++c) {
+    for (int64_t c = begin; c < end; ++c) {
       const float wdy = to_float(dy[c]) * weight[c];
       s += wdy;
       sx += wdy * ((to_float(h[c]) - mean) * rstd);
     }
   } else {
     FASTGPT_SUM(s, sx)
-    for (int64_t c = 0; c < n_cols; ++c) {
+    for (int64_t c = begin; c < end; ++c) {
       const float g = to_float(dy[c]), xhat = (to_float(h[c]) - mean) * rstd;
       dweight[c] += g * xhat;
       dbias[c] += g;
@@ -98,7 +118,7 @@ inline void bwd_sums(const T* dy, const T* h, const float* weight, float mean, f
       sx += g * weight[c] * xhat;
     }
   }
-  sum_wdy = s, sum_wdy_xhat = sx;
+  sums.wdy += s, sums.wdy_xhat += sx;
 }
 
 template <class T>
@@ -108,9 +128,12 @@ inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweig
   const T* h = static_cast<const T*>(a.h) + n * a.h_row;
   T* dx = static_cast<T*>(a.dx) + n * n_cols;
   const float mean = a.stats[n], rstd = a.stats[a.n_rows + n];
-  float mean_wdy, mean_wdy_xhat;
-  bwd_sums(dy, h, weight, mean, rstd, dweight, dbias, n_cols, mean_wdy, mean_wdy_xhat);
-  mean_wdy /= static_cast<float>(n_cols), mean_wdy_xhat /= static_cast<float>(n_cols);
+  BwdSums sums;
+  for (int64_t c = 0; c < n_cols; c += kChunk) {
+    add_columns(dy, h, weight, mean, rstd, dweight, dbias, c, min_of(n_cols, c + kChunk), sums);
+  }
+  const float mean_wdy = static_cast<float>(sums.wdy / static_cast<double>(n_cols));
+  const float mean_wdy_xhat = static_cast<float>(sums.wdy_xhat / static_cast<double>(n_cols));
   if (a.dsum == nullptr) {
     FASTGPT_SIMD
     for (int64_t c = 0; c < n_cols; ++c) {
@@ -160,7 +183,8 @@ FASTGPT_CLONES static void reduce_blocks(const LayerNormBwdArgs& a, int64_t whic
 // ---- launchers ----
 
 void layer_norm_fwd(const LayerNormFwdArgs& a) {
-  const auto weight = widen(a.weight, a.weight_dtype, a.n_cols, 1.0f), bias = widen(a.bias, a.weight_dtype, a.n_cols, 0.0f);
+  const auto weight = widen(a.weight, a.weight_dtype, a.n_cols, 1.0f);
+  const auto bias = widen(a.bias, a.weight_dtype, a.n_cols, 0.0f);
   parallel_for(a.n_rows, row_grain(a.n_cols), [&](int64_t begin, int64_t end) {
     std::vector<float> row(a.n_cols);
     fwd_rows(a, weight.data(), bias.data(), row.data(), begin, end);

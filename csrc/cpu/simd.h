@@ -1,7 +1,7 @@
 // How the CPU kernels get vector code without -march=native and without -ffast-math.
 //
-// FASTGPT_CLONES: a function compiled for AVX-512, AVX2 and the baseline, picked when the library loads; `flatten` brings
-// the templates and formulas it calls into each copy. FASTGPT_SUM, FASTGPT_MAX: this loop may reduce in several
+// FASTGPT_CLONES: a function compiled for AVX-512, AVX2 and the baseline, picked when the library loads; `flatten`
+// brings the templates and formulas it calls into each copy. FASTGPT_SUM, FASTGPT_MAX: this loop may reduce in several
 // accumulators, no other reordering is allowed. Lane counts differ between CPUs, never between thread counts.
 #pragma once
 #include <cstdint>
@@ -25,6 +25,7 @@
 namespace fastgpt::cpu {
 
 constexpr int64_t kChunk = 1024;  // floats that a pass keeps in L1; sums of chunks are added up in double
+constexpr int64_t kLanes = 16;    // of the widest vectors
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -74,11 +74,16 @@ def prepare(
     train, val = split_files(corpus.files, val_fraction)
     known = {f.sha256 for f in corpus.files}
     train += [Part(f) for f in extra.files if f.sha256 not in known]
+    about = {"inputs": inputs, "source": corpus.source, "skipped": corpus.skipped + extra.skipped}
+    return _make(out, train, val, vocab_size, about, progress or (lambda stage, done, total: None))
+
+
+def _make(
+    out: Path, train: list[Part], val: list[Part], vocab_size: int, about: dict[str, Any], progress: Progress
+) -> Dataset:
     aside = _make_aside(out)
     try:
-        meta = _build(aside, train, val, vocab_size, progress or (lambda stage, done, total: None))
-        meta |= {"version": VERSION, "inputs": inputs, "source": corpus.source}
-        meta["skipped"] = corpus.skipped + extra.skipped
+        meta = {"version": VERSION, **_build(aside, train, val, vocab_size, progress), **about}
         (aside / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         _put_in_place(aside, out)
     except OSError as e:

@@ -1,4 +1,4 @@
-"""Drop-in ops: each is a function over PyTorch tensors, differentiable, safe under torch.compile, on several backends."""
+"""Drop-in ops: each is a function over PyTorch tensors, differentiable, compile-safe, on several backends."""
 
 from fastgpt.backend import apply_environment, use
 from fastgpt.ops import adamw as _adamw  # noqa: F401 (registers the optimizer's raw ops)

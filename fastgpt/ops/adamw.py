@@ -4,7 +4,7 @@
     p = p (1 - lr wd);  m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2
     p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-Two launches over all tensors: `adamw_prepare` (step counters, sums of squares) and `adamw_update`; the host never waits.
+Two launches over all tensors: `adamw_prepare` (step counters, sums of squares), `adamw_update`; the host never waits.
 If the norm is not finite, or found_inf is set, nothing changes and the step counters go back. 16-bit parameters keep
 their low bits in `masters`: whole fp32 copies, or int16 remainders (fp32 bits = bf16 bits << 16, plus the remainder).
 `fastgpt.optim.AdamW` is the way to use this.

@@ -1,7 +1,7 @@
 """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped heads, masks and softcap.
 
-    z = scale * q k^T, softcapped: softcap * tanh(z / softcap); masked entries -inf
-    out = softmax(z) v, lse = log sum exp(z); a row without any key gives out = 0, lse = -inf
+z = scale * q k^T, softcapped: softcap * tanh(z / softcap); masked entries -inf
+out = softmax(z) v, lse = log sum exp(z); a row without any key gives out = 0, lse = -inf
 """
 
 from __future__ import annotations

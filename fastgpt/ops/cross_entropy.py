@@ -8,10 +8,10 @@ Row i with target y, classes K = vocab_size, class weights w (1 if absent), labe
     dloss/dz_c = p_c [(1 - e) w_y + e/K sum(w) + 2 z_loss lse] - (1 - e) w_y [c = y] - e/K w_c
 
 A row whose target is ignore_index has loss and gradient 0; "mean" divides by the sum of w_y over the other rows (their
-number without weights), as torch.nn.functional.cross_entropy does. Not in place: logits are read in forward and again in
-backward, where the gradient is written. In place: loss and gradient come from one read and one write of the logits, and
-backward only rescales rows whose upstream gradient is not 1. Sources: Szegedy et al. 2015 (arXiv:1512.00567, smoothing),
-Chowdhery et al. 2022 (arXiv:2204.02311, z-loss), Gemma 2 (arXiv:2408.00118, softcap).
+number without weights), as torch.nn.functional.cross_entropy does. Not in place: logits are read in forward and again
+in backward, where the gradient is written. In place: loss and gradient come from one read and one write of the logits,
+and backward only rescales rows whose upstream gradient is not 1. Sources: Szegedy et al. 2015 (arXiv:1512.00567,
+smoothing), Chowdhery et al. 2022 (arXiv:2204.02311, z-loss), Gemma 2 (arXiv:2408.00118, softcap).
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: flo
 
 
 def check_values(op: str, target: Tensor, ignore_index: int, k: int) -> None:
-    """Raise if a target is neither in [0, k) nor ignore_index: on CPU, elsewhere under FASTGPT_CHECK=1 only (it syncs)."""
+    """Raise if a target is neither in [0, k) nor ignore_index: on CPU, elsewhere only under FASTGPT_CHECK=1."""
     if torch.compiler.is_compiling() or target.numel() == 0 or not checks_values(target):
         return
     low, high = target.aminmax()

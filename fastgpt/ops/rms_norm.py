@@ -1,7 +1,7 @@
 """RMSNorm, with the residual add (Zhang, Sennrich 2019, arXiv:1910.07467).
 
-    s = x + residual          (rounded to x's dtype; s = x without residual)
-    y = s / sqrt(mean(s^2) + eps) * (weight_offset + weight)
+s = x + residual          (rounded to x's dtype; s = x without residual)
+y = s / sqrt(mean(s^2) + eps) * (weight_offset + weight)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-The first rotary_dim columns of each head turn by position: pairs (a, b) become (a cos - b sin, b cos + a sin). Pairs are
-(i, i + rotary_dim/2) by default ("half", GPT-NeoX, Llama) or (2i, 2i + 1) ("interleaved", GPT-J).
+The first rotary_dim columns of each head turn by position: pairs (a, b) become (a cos - b sin, b cos + a sin). Pairs
+are (i, i + rotary_dim/2) by default ("half", GPT-NeoX, Llama) or (2i, 2i + 1) ("interleaved", GPT-J).
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") 
         raise ValueError(f"swiglu: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
     if up is None:
         if gate.shape[-1] % 2:
-            raise ValueError(f"swiglu: packed gate has {gate.shape[-1]} columns, expected an even number (gate, then up)")
+            raise ValueError(
+                f"swiglu: packed gate has {gate.shape[-1]} columns, expected an even number (gate, then up)"
+            )
         gate, up = gate.chunk(2, dim=-1)
     else:
         check_like("swiglu", "up", up, tuple(gate.shape), gate, (gate.dtype,), "as gate")

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -86,7 +87,8 @@ def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None) -> Path:
 
 
 def load(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("kernels", path)
+    name = f"{path.stem}.kernels"  # pybind11 keeps modules by their full name; PyInit_ goes by the last part
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -102,17 +104,19 @@ def row_stride(t: Tensor | None) -> int:
 
 
 class Kernels:
-    """The launchers on tensors. Outputs are allocated between canaries, which every call checks."""
+    """The launchers on tensors. Outputs are allocated between canaries, which every call checks; without canaries
+    (guard = 0) a tensor ends where its memory does, for AddressSanitizer."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, guard: int = 64) -> None:
         self.raw = load(path)
+        self.guard = guard
         self.guards: list[tuple[Tensor, Tensor]] = []
 
     def empty(self, *shape: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
-        """Contiguous, filled with NaN (or 7), `offset` elements off alignment, 64 elements of 7 on both sides."""
+        """Contiguous, filled with NaN (or 7), `offset` elements off alignment, `guard` elements of 7 on both sides."""
         numel = torch.Size(shape).numel()
-        flat = torch.full((numel + 128 + offset,), 7, dtype=dtype)
-        inside = flat[64 + offset : 64 + offset + numel]
+        flat = torch.full((numel + 2 * self.guard + offset,), 7, dtype=dtype)
+        inside = flat[self.guard + offset : self.guard + offset + numel]
         inside.fill_(float("nan") if dtype.is_floating_point else 7)
         self.guards.append((flat, inside))
         return inside.view(shape)
@@ -204,3 +208,68 @@ class Kernels:
             n_cols=x.shape[1], dtype=DTYPES[x.dtype],
         )  # fmt: skip
         self.check_guards()
+
+    def adamw(
+        self,
+        tensors: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]],  # param, grad, exp_avg, exp_avg_sq, master
+        steps: Tensor,
+        lr: Tensor,
+        groups: list[tuple[float, float, float, float]],  # beta1, beta2, eps, weight_decay
+        group: list[int] | None = None,
+        norm: bool = True,
+        **options: Any,
+    ) -> Tensor:
+        """prepare and update; returns grad_norm (1,)."""
+        p, g, m, _, master = tensors[0]
+        table = [
+            dict(
+                param=pointer(t[0]), grad=pointer(t[1]), exp_avg=pointer(t[2]), exp_avg_sq=pointer(t[3]),
+                master=pointer(t[4]), numel=t[0].numel(), group=group[i] if group else 0, step=i,
+            )
+            for i, t in enumerate(tensors)
+        ]  # fmt: skip
+        n_partials = self.raw.adamw_partials([t[0].numel() for t in tensors]) if norm else 0
+        partials = self.empty(max(n_partials, 1), dtype=torch.float32)
+        grad_norm = self.empty(1, dtype=torch.float32)
+        arguments = dict(
+            tensors=table, groups=groups, lr=pointer(lr), steps=pointer(steps), partials=pointer(partials),
+            n_partials=n_partials, grad_norm=pointer(grad_norm), param_dtype=DTYPES[p.dtype], grad_dtype=DTYPES[g.dtype],
+            moment_dtype=DTYPES[m.dtype], master_dtype=DTYPES[torch.float32 if master is None else master.dtype],
+        )  # fmt: skip
+        arguments |= {k: pointer(v) if isinstance(v, Tensor) else v for k, v in options.items()}
+        self.raw.adamw_prepare(**arguments)
+        self.raw.adamw_update(**arguments)
+        self.check_guards()
+        return grad_norm
+
+
+def smoke(kernels: Kernels, dtype: torch.dtype, n: int, c: int, schedule: str = "random") -> list[Tensor]:
+    """Every launcher once on (n, c); what it returned. Rows are spaced by c + 1 and start off alignment."""
+    torch.manual_seed(c)
+    kernels.raw.set_schedule(schedule, c)
+
+    def rows() -> Tensor:
+        flat = torch.randn(1 + n * (c + 1) - 1).to(dtype)  # ends with the last row's last column
+        return flat[1:].as_strided((n, c), (c + 1, 1), 1)
+
+    x, dy, weight, target = rows(), rows(), torch.randn(c).to(dtype), torch.randint(c, (n,))
+    y, total, stats = kernels.layer_norm_fwd(x, rows(), weight, weight.clone(), 1e-5)
+    assert total is not None
+    found = [y, stats, *kernels.layer_norm_bwd(dy, rows(), total, weight, weight, stats)]
+    options = dict(weight=torch.rand(c), label_smoothing=0.1, z_loss=1e-3, softcap=5.0)
+    loss, lse = kernels.cross_entropy_fwd(x, target, **options)
+    found += [loss, lse, kernels.cross_entropy_bwd(torch.rand(n), x, target, lse, **options)]
+    logits = x.clone()
+    found += [kernels.cross_entropy_fwd_bwd(logits, target, torch.ones(1), **options), logits]
+    kernels.scale_rows(logits, torch.full((1,), 0.5))
+    state = [torch.zeros(n, c) for _ in range(2)]
+    kernels.adamw([(y, dy.clone(), *state, None)], torch.zeros(1), torch.full((1,), 0.1), [(0.9, 0.95, 1e-8, 0.1)])
+    return [t for t in (*found, *state) if t is not None]
+
+
+if __name__ == "__main__":  # module.so: `smoke` on shapes that end anywhere; in the process that AddressSanitizer watches
+    emulated = Kernels(Path(sys.argv[1]), guard=0)
+    for name in (torch.float32, torch.bfloat16, torch.float16):
+        for shape in ((1, 1), (3, 7), (2, 64), (5, 97), (3, 770), (2, 8200)):
+            smoke(emulated, name, *shape)
+    print("done")

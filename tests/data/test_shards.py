@@ -156,11 +156,13 @@ def test_validation_comes_from_where_it_says(tmp_path: Path):
     for name, size in (("a_train_1", 30), ("a_train_2", 40), ("a_val_0", 50), ("interval", 2000)):
         llmc(tmp_path / f"{name}.bin", IDS[:size].astype("<u2"))
 
+    llmc(tmp_path / "a_interval.bin", IDS[:7].astype("<u2"))
+
     def sizes(*args, **kwargs) -> tuple[int, int]:
         train, val = open_split(*args, **kwargs)
         return len(train), len(val)
 
-    assert sizes(tmp_path / "a_*.bin") == (70, 50)
+    assert sizes(tmp_path / "a_*.bin") == (77, 50)
     assert sizes(tmp_path / "a_train_*.bin") == (70, 50)
     assert sizes(tmp_path / "a_train_*.bin", val=tmp_path / "interval.bin") == (70, 2000)
     assert sizes(tmp_path / "interval.bin") == (1900, 100)

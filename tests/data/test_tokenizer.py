@@ -78,11 +78,12 @@ def test_any_text_comes_back(tokenizer: Tokenizer, hf: HFTokenizer):
 
 
 def test_pieces_change_no_id(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
-    text = sentences(300) + "\n\n  x\n\ty\n's\n" * 50 + "\x1c\nz\n\x1c\n" * 20
+    text = sentences(300) + "\n\n    x\n\ty\n's\n" * 50 + "\x1c\nz\n\x1c\n" * 20
     whole = tokenizer.encode(text)
-    monkeypatch.setattr(module, "PIECE", 10)
-    assert len(module.pieces(text)) > 300 and "".join(module.pieces(text)) == text
-    assert np.array_equal(tokenizer.encode(text), whole)
+    for size in (1, 10):
+        monkeypatch.setattr(module, "PIECE", size)
+        assert len(module.pieces(text)) > 300 and "".join(module.pieces(text)) == text
+        assert np.array_equal(tokenizer.encode(text), whole)
 
 
 def test_a_run_of_blanks_that_overflows_the_pattern_still_encodes(tokenizer: Tokenizer, hf: HFTokenizer):

@@ -1,4 +1,4 @@
-// Bodies of Ops<Device>: check, allocate, fill the launcher's struct, launch. A Device is constructed from a tensor (and
+// Bodies of Ops<Device>: check, allocate, fill the launcher's struct, launch. A Device is constructed from a tensor (it
 // holds the guard and the stream where there are any) and has one method per launcher, and the two workspace sizes.
 #pragma once
 #include <array>

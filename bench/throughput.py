@@ -1,0 +1,375 @@
+"""The trainer's step against the same model in plain PyTorch: `python -m fastgpt.bench.throughput --device cpu`.
+
+fastgpt: fastgpt.train's build_model, build_optimizer and train_step, nothing of its own here. torch: a nanoGPT-class
+model in fastgpt/bench/plain.py (nn.LayerNorm, F.gelu, SDPA, F.cross_entropy over padded logits, clip_grad_norm_,
+AdamW(fused=True); on a GPU fp32 weights under bf16 autocast), eager and, with --compile, under torch.compile. Same
+weights, tokens, seed and schedule; steps are interleaved, one after another; speeds are shown only if every op's parity
+check holds and the losses of all steps agree within TOLERANCE. Tokens are synthetic (rank r with probability ~ 1/(r+1),
+so that losses fall) and lie on the device before a step. --ablation adds fastgpt with one op at a time on PyTorch.
+
+small: 4 layers, width 128, T 64, B 12, 65 characters; medium: 6 layers, width 384, T 256, B 16, 65 characters;
+gpt2-124m: 12 layers, width 768, vocabulary 50304, B 4 of T 64 on a CPU, B 64 of T 1024 on a GPU (--batch sweeps B).
+
+Peak memory: on a GPU of the allocator during a step, the other variants' tensors left out; on a CPU the most resident
+memory of a process that trains this variant only, over what it had before it built the model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import itertools
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from fastgpt.bench import plain
+from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, turns, where
+from fastgpt.bench._op import gate
+from torch import Tensor
+
+from fastgpt import backend
+from fastgpt.config import ModelConfig, TrainConfig
+from fastgpt.device import default_device, peak_flops
+
+TOLERANCE = {"fp32": 1e-3, "bf16": 1e-2}  # relative difference of any step's loss
+WARM_STEPS = 3  # before timing; compared, too
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Model, batch and length of one comparison, and how many steps are timed."""
+
+    layers: int
+    heads: int
+    width: int
+    vocab: int
+    block: int
+    batch: int
+    steps: int
+
+
+SHAPES = {
+    "small": Shape(4, 4, 128, 65, 64, 12, 60),
+    "medium": Shape(6, 6, 384, 65, 256, 16, 6),
+    "gpt2-124m": Shape(12, 12, 768, 50304, 64, 4, 6),
+}
+GPU_SHAPES = {"gpt2-124m": Shape(12, 12, 768, 50304, 1024, 64, 20)}
+
+
+def settings(shape: Shape, device: torch.device) -> TrainConfig:
+    """The trainer's settings for this shape; GPT-2 keeps its 1024 positions."""
+    model = ModelConfig(
+        n_layers=shape.layers,
+        n_heads=shape.heads,
+        width=shape.width,
+        vocab_size=shape.vocab,
+        vocab_multiple=1,  # 50304 is nanoGPT's padded vocabulary, 65 it does not pad
+        block_size=1024 if shape.vocab == 50304 else shape.block,
+    )
+    return TrainConfig(
+        model=model,
+        device=str(device),
+        dtype="bf16" if device.type == "cuda" else "fp32",
+        block_size=shape.block,
+        micro_batch=shape.batch,
+        batch_tokens=shape.batch * shape.block,
+        max_steps=1000,
+        warmup_steps=10,
+        lr=1e-3,
+    )
+
+
+def trainer() -> ModuleType:
+    """fastgpt.train; what only its console, files and samples need (tqdm, safetensors) may be missing on a GPU machine."""
+    while True:
+        try:
+            import fastgpt.train
+
+            return fastgpt.train
+        except ModuleNotFoundError as e:
+            if e.name is None or e.name.split(".")[0] in ("fastgpt", "torch", "numpy"):
+                raise
+            sys.modules[e.name] = mock.MagicMock()  # a step calls nothing of it
+
+
+def batches(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Eight batches of (ids, targets), each (B, T), that all variants read in turn."""
+    generator = torch.Generator().manual_seed(1)
+    u = torch.rand((8, shape.batch, shape.block + 1), generator=generator, dtype=torch.float64)
+    ids = ((shape.vocab**u).long() - 1).to(device)
+    return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in ids]
+
+
+@dataclass
+class Variant:
+    """One way to train: `step(rate)` does one optimizer step and returns its loss, on the device."""
+
+    name: str
+    step: Callable[[float], Tensor]
+    kernels: dict[str, Any] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    peak_mb: float | None = None
+
+    def train(self, cfg: TrainConfig, steps: int) -> None:
+        """The next steps of the schedule."""
+        learning_rate = trainer().learning_rate
+        with backend.use(**self.kernels):
+            for _ in range(steps):
+                self.losses.append(self.step(learning_rate(cfg, len(self.losses), cfg.max_steps)))
+
+
+def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
+    """'fastgpt', 'torch', either with ' compile'; 'fastgpt -OP': OP on PyTorch."""
+    train, device = trainer(), torch.device(cfg.device)
+    assert cfg.model.vocab_size is not None
+    model = train.build_model(cfg, cfg.model.vocab_size, device)
+    compiled, loader = name.endswith(" compile"), itertools.cycle(data)
+    if name.startswith("torch"):
+        return Variant(name, plain.make_step(model, cfg, loader, compiled))
+    optimizer = train.build_optimizer(cfg, model)
+    run = torch.compile(model) if compiled else model
+
+    def step(rate: float) -> Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return train.train_step(run, optimizer, loader, cfg.accumulation)[0]
+
+    _, _, without = name.partition(" -")
+    return Variant(name, step, {without: "torch"} if without else {}, model.flops_per_token(cfg.block_size))
+
+
+def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Which backend serves each op."""
+    return {op: backend.explain(op, device.type, dtype)[0] for op in backend.ops()}
+
+
+def red_ops(cfg: TrainConfig, dtype: torch.dtype) -> list[str]:
+    """Why a kernel in use is not right, by its parity check at the model's width."""
+    from fastgpt.bench import adamw, cross_entropy, layer_norm
+
+    device, c = torch.device(cfg.device), cfg.model
+    widths = {"layer_norm": c.width, "cross_entropy": c.padded_vocab_size, "adamw": c.width}
+    found = []
+    for bench in (layer_norm.BENCH, cross_entropy.BENCH, adamw.BENCH):
+        setting = Setting((64, widths[bench.op]), dtype, device)
+        picked = backend.explain(bench.op, device.type, dtype)[0]
+        for provider in bench.providers(setting, False):
+            if provider.backend == picked and (why := gate(bench, provider, setting)):
+                found.append(f"{bench.op} on {picked}: {why}")
+    return found
+
+
+def disagreement(variants: list[Variant], tolerance: float) -> tuple[float, str]:
+    """The largest relative difference of any step's loss to the first variant's, and a sentence if it is too large."""
+    worst, sentence = 0.0, ""
+    truth = torch.stack(variants[0].losses).double().cpu()
+    for v in variants[1:]:
+        losses = torch.stack(v.losses).double().cpu()
+        gaps = torch.nan_to_num((losses - truth).abs() / truth.abs(), nan=math.inf)
+        step = int(gaps.argmax())
+        if float(gaps[step]) > tolerance and not sentence:
+            sentence = f"loss of {v.name} at step {step} is {losses[step]:.6f}, of {variants[0].name} {truth[step]:.6f}"
+        worst = max(worst, float(gaps[step]))
+    return worst, sentence
+
+
+def time_steps(variants: list[Variant], cfg: TrainConfig, rounds: int, block: int) -> dict[str, Samples]:
+    """Seconds per step, one sample a round: `block` steps of each variant in turn, then a wait for the device."""
+    samples = {v.name: Samples() for v in variants}
+    by_name = {v.name: v for v in variants}
+    wait = torch.cuda.synchronize if torch.device(cfg.device).type == "cuda" else lambda: None
+    for number in range(rounds):
+        for name in turns(list(by_name), number):
+            gc.collect() if number == 0 else None
+            wait()
+            start = time.perf_counter()
+            by_name[name].train(cfg, block)
+            wait()
+            samples[name].seconds.append((time.perf_counter() - start) / block)
+    return samples
+
+
+def prepare(names: list[str], cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> tuple[list[Variant], list[str]]:
+    """Variants warmed up, with their peak memory on a GPU; and the names of those that do not fit."""
+    variants, too_large = [], []
+    cuda = cfg.device.startswith("cuda")
+    for name in names:
+        try:
+            before = torch.cuda.memory_allocated() if cuda else 0
+            v = build(name, cfg, data)
+            v.train(cfg, WARM_STEPS - 1)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            v.train(cfg, 1)
+            v.peak_mb = (torch.cuda.max_memory_allocated() - before) / 1e6 if cuda else None
+            variants.append(v)
+        except torch.OutOfMemoryError:
+            too_large.append(name)
+        if cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+    return variants, too_large
+
+
+def resident_mb(key: str) -> float:
+    """VmRSS or VmHWM of this process in MB (Linux; elsewhere NaN)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(key + ":")), math.nan)
+
+
+def own_memory(name: str, shape: Shape, device: torch.device) -> float:
+    """Peak resident MB of training this variant in this process, over what the process had before; warm-up left out."""
+    cfg = settings(shape, device)
+    trainer()
+    before = resident_mb("VmRSS")
+    v = build(name, cfg, batches(shape, device))
+    v.train(cfg, 2)
+    gc.collect()
+    with contextlib.suppress(OSError):  # without it the peak includes warm-up
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+    v.train(cfg, 2)
+    return resident_mb("VmHWM") - before
+
+
+def memory_elsewhere(name: str, shape_name: str, batch: int) -> float | None:
+    """`own_memory` in a process of its own."""
+    command = [sys.executable, "-m", "fastgpt.bench.throughput", "--device", "cpu", "--shape", shape_name]
+    done = subprocess.run([*command, "--batch", str(batch), "--memory-of", name], capture_output=True, text=True)
+    if done.returncode:
+        print(f"peak memory of {name} was not measured: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        return None
+    return float(done.stdout.split()[-1])
+
+
+def compare(names: list[str], shape_name: str, shape: Shape, device: torch.device) -> list[dict[str, Any]]:
+    """One row per variant, or a single row with the reason why no speed is shown."""
+    cfg = settings(shape, device)
+    tolerance = TOLERANCE[cfg.dtype]
+    dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
+    data = batches(shape, device)
+    about = {"bench": "throughput", "shape": shape_name, "batch": shape.batch, "block": shape.block, "dtype": cfg.dtype}
+    about |= {"model": vars(cfg.model), "kernels": kernels(device, dtype), "machine": provenance(device)}
+    if red := red_ops(cfg, dtype):
+        return [{**about, "red": "; ".join(red)}]
+    variants, too_large = prepare(names, cfg, data)
+    if len(variants) < 2 or variants[0].name != names[0]:
+        return [{**about, "red": f"out of memory: {', '.join(too_large)}"}]
+    block = 1 if device.type == "cpu" else min(8, max(1, 64 // shape.batch))
+    samples = time_steps(variants, cfg, shape.steps, block)
+    state = gpu_state(device)
+    gap, sentence = disagreement(variants, tolerance)
+    about |= {"loss_gap": gap, "loss_tolerance": tolerance, "steps_per_sample": block, "gpu": state}
+    if sentence:
+        return [{**about, "red": f"{sentence}: more than {tolerance:g} apart"}]
+    if device.type == "cpu":
+        for v in variants:
+            v.peak_mb = memory_elsewhere(v.name, shape_name, shape.batch)
+    flops = next(v.flops for v in variants if v.flops)
+    rows = [{**about, **figures(v, variants, samples, shape, flops, peak_flops(device, dtype))} for v in variants]
+    return rows + [{**about, "variant": name, "red": "out of memory"} for name in too_large]
+
+
+def figures(
+    v: Variant,
+    variants: list[Variant],
+    samples: dict[str, Samples],
+    shape: Shape,
+    flops: dict[str, float],
+    peak: tuple[float, str],
+) -> dict[str, Any]:
+    """Time, speed, both MFUs and memory of one variant; ratios are medians over the rounds, more than 1 is faster."""
+    mine, tokens = samples[v.name], shape.batch * shape.block
+    low, middle, high = (mine.quantile(q) for q in (0.2, 0.5, 0.8))
+    row: dict[str, Any] = {"variant": v.name, "ms": middle * 1e3, "ms_q20": low * 1e3, "ms_q80": high * 1e3}
+    row |= {"samples": len(mine.seconds), "tokens_per_s": tokens / middle, "peak_mb": v.peak_mb}
+    row |= {f"mfu_{name}": per_token * tokens / middle / peak[0] for name, per_token in flops.items()}
+    row |= {"peak_flops": peak[0], "peak_flops_from": peak[1], "losses": torch.stack(v.losses).tolist()}
+    for other in variants:
+        if other.name.startswith("torch") and other is not v:
+            paired = Samples([b / a for a, b in zip(mine.seconds, samples[other.name].seconds)])
+            row[f"speed_vs_{other.name}"] = [paired.quantile(q) for q in (0.5, 0.2, 0.8)]
+    return row
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The rows as a table, or the reason why there is none."""
+    good = [r for r in rows if "red" not in r]
+    lines = []
+    if good:
+        first = good[0]
+        served = ", ".join(f"{op} {b}" for op, b in first["kernels"].items() if b != "torch") or "all torch"
+        lines.append(f"kernels: {served}; peak {first['peak_flops'] / 1e12:.3g} TFLOP/s ({first['peak_flops_from']})")
+        lines.append(f"losses agree: {first['loss_gap']:.1e} apart, {first['loss_tolerance']:g} allowed")
+        lines.append(
+            f"{'variant':<24}{'ms a step (20 .. 80 %)':<28}{'tokens/s':>10}{'MFU full':>10}{'causal':>8}{'peak MB':>10}"
+            "  speed (20 .. 80 %) against"
+        )
+    for r in good:
+        times = f"{r['ms']:.1f} ({r['ms_q20']:.1f} .. {r['ms_q80']:.1f})"
+        peak = "-" if r["peak_mb"] is None else f"{r['peak_mb']:,.0f}"
+        against = [
+            f"{key[9:]} {m:.3f} ({low:.3f} .. {high:.3f})"
+            for key, (m, low, high) in ((k, v) for k, v in r.items() if k.startswith("speed_vs_"))
+        ]
+        mfu = f"{r['mfu_full']:>10.1%}{r['mfu_causal']:>8.1%}"
+        lines.append(f"{r['variant']:<24}{times:<28}{r['tokens_per_s']:>10,.0f}{mfu}{peak:>10}  {', '.join(against)}")
+    return "\n".join(lines + [f"{r.get('variant', 'no speed is shown')}: {r['red']}" for r in rows if "red" in r])
+
+
+def variant_names(args: argparse.Namespace, device: torch.device) -> list[str]:
+    """The first is what the others' losses are compared with."""
+    names = ["torch", "fastgpt"] + (["torch compile", "fastgpt compile"] if args.compile else [])
+    if args.ablation:
+        served = kernels(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        names += [f"fastgpt -{op}" for op, picked in served.items() if picked != "torch"]
+    return names
+
+
+def main(argv: list[str] | None = None) -> int:
+    """1 if losses or an op were wrong, so that no speed was shown."""
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.throughput", description=__doc__)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="default: small on a CPU, gpt2-124m on a GPU")
+    parser.add_argument("--batch", action="append", type=int, help="sequences; may be repeated (a sweep)")
+    parser.add_argument("--steps", type=int, help="rounds that are timed")
+    parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
+    parser.add_argument("--ablation", action="store_true", help="fastgpt with one op at a time on PyTorch, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
+    parser.add_argument("--memory-of", metavar="VARIANT", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    device = default_device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    shapes = GPU_SHAPES | {k: v for k, v in SHAPES.items() if k not in GPU_SHAPES} if device.type == "cuda" else SHAPES
+    status = 0
+    for name in args.shape or ["gpt2-124m" if device.type == "cuda" else "small"]:
+        for batch in args.batch or [shapes[name].batch]:
+            shape = dataclasses.replace(shapes[name], batch=batch, steps=args.steps or shapes[name].steps)
+            if args.memory_of:
+                print(own_memory(args.memory_of, shape, device))
+                continue
+            rows = compare(variant_names(args, device), name, shape, device)
+            about = f"{name}: {shape.layers} layers, width {shape.width}, vocabulary {shape.vocab}"
+            print(f"{about}, B {batch} x T {shape.block}, {rows[0]['dtype']}, {where(rows[0]['machine'])}")
+            print(show(rows), flush=True)
+            if args.json:
+                append_rows(args.json, rows)
+            status |= any("red" in r and r["red"] != "out of memory" for r in rows)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
