@@ -52,6 +52,11 @@ def reason(backend: str) -> str:
     return _MISSING.get(backend, "")
 
 
+def identity() -> str:
+    """Which sources the compiled kernels are of; empty without any."""
+    return str(_INFO.get("SOURCES", ""))
+
+
 def _stale() -> str:
     """A note if this checkout's csrc/ is newer than _C; empty outside a checkout."""
     root = Path(__file__).resolve().parent.parent

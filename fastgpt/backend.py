@@ -7,10 +7,15 @@ person choose, `explain` says what was picked and why. Nothing else in fastgpt a
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import logging
 import os
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -36,7 +41,13 @@ class Cell:
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
 
 
+# A self-check runs an op on one backend and a CUDA device and returns its relative error against the fp64 reference.
+SelfCheck = Callable[[str, torch.device], float]
+SELF_CHECK_BOUND = 1e-4  # fp32 kernels are around 1e-6; a wrong index or a miscompiled kernel is far over it
+
 _table: dict[str, dict[str, Cell]] = {}
+_self_checks: dict[str, SelfCheck] = {}
+_verdicts: dict[str, str | None] = {}  # "<op>.<backend>" -> why it failed, None if it passed
 _choice: dict[str, str] = {}
 _strict: list[bool] = [False]  # a list, so that compiled code guards on its content
 _reported: set[tuple[str, str, str]] = set()
@@ -53,9 +64,11 @@ def checks_values(t: Tensor) -> bool:
     return t.device.type == "cpu" or os.environ.get("FASTGPT_CHECK") == "1"
 
 
-def register(op: str, **cells: Cell) -> None:
+def register(op: str, check: SelfCheck | None = None, **cells: Cell) -> None:
     """Enter an op and the backends it has into the table; `torch`, the reference, is always there."""
     _table[op] = {**cells, "torch": Cell((*KERNEL_DTYPES, torch.float64))}
+    if check is not None:
+        _self_checks[op] = check
 
 
 def ops() -> dict[str, dict[str, Cell]]:
@@ -85,7 +98,64 @@ def _refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | No
         return f"{backend} kernels do not run on {device} tensors"
     if dtype not in cell.dtypes:
         return f"{op} on {backend} does not take {dtype}"
-    return None
+    return _verdict(op, backend) if device == "cuda" and backend != "torch" else None
+
+
+def _verdict(op: str, backend: str) -> str | None:
+    """Why the self-check of a kernel failed on this device; None if it passed.
+
+    Runs at the first use on a device, driver and version (milliseconds), never while compiling or capturing; the
+    verdict is kept in the user's cache folder.
+    """
+    name = f"{op}.{backend}"
+    if not _verdicts:
+        _verdicts.update(_read_verdicts())
+    if name in _verdicts or op not in _self_checks:
+        return _verdicts.get(name)
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return None
+    _verdicts[name] = None  # the check itself calls the op
+    device = torch.device("cuda", torch.cuda.current_device())
+    try:
+        with torch.random.fork_rng([device]), torch.enable_grad(), torch.autocast("cuda", enabled=False):
+            torch.manual_seed(0)  # inside the fork: the caller's random state is not touched
+            error = _self_checks[op](backend, device)
+        why = None if error <= SELF_CHECK_BOUND else f"it is wrong on this device (relative error {error:.1e})"
+    except Exception as e:  # whatever a broken kernel or driver raises, the op must still run elsewhere
+        why = f"it fails on this device ({type(e).__name__}: {str(e).splitlines()[0]})"
+    _verdicts[name] = why
+    _write_verdicts()
+    return why
+
+
+def _verdict_file() -> Path:
+    """One file per device, driver and version of everything that makes the kernels."""
+    facts = [torch.cuda.get_device_name(), torch.version.cuda, torch.__version__, _native.identity()]
+    driver = Path("/proc/driver/nvidia/version")
+    facts.append(driver.read_text() if driver.exists() else "")
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "fastgpt" / f"selfcheck-{key}.json"
+
+
+def _read_verdicts() -> dict[str, str | None]:
+    """Kernels that passed here before; one that failed is tried again by every process."""
+    try:
+        passed = json.loads(_verdict_file().read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict.fromkeys(passed) if isinstance(passed, list) else {}
+
+
+def _write_verdicts() -> None:
+    path = _verdict_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
+            json.dump(sorted(n for n, why in _verdicts.items() if why is None), f)
+        os.replace(f.name, path)
+    except OSError:  # a read-only home: the check is repeated next time
+        pass
 
 
 def _report_once(op: str, backend: str, why: str) -> None:

@@ -27,29 +27,35 @@ inline float z_of(T logit, float softcap, float inv_softcap) {
 template <bool Softcap, class T>
 inline int64_t load_chunk(const T* logits, int64_t n, float softcap, float* z) {
   const float inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
+  const int64_t padded = ceil_div(n, kLanes) * kLanes;
+  for (int64_t c = padded - kLanes; c < padded; ++c) z[c] = -INFINITY;
   FASTGPT_SIMD
   for (int64_t c = 0; c < n; ++c) z[c] = z_of<Softcap>(logits[c], softcap, inv_softcap);
-  const int64_t padded = ceil_div(n, kLanes) * kLanes;
-  for (int64_t c = n; c < padded; ++c) z[c] = -INFINITY;
   return padded;
 }
 
+// What a chunk is worked on in: z, and exp(z - max).
+struct Scratch {
+  alignas(64) float z[kChunk];
+  alignas(64) float e[kChunk];
+};
+
+inline void exp_chunk(Scratch& b, float max, int64_t padded) {
+  FASTGPT_SIMD
+  for (int64_t c = 0; c < padded; ++c) b.e[c] = exp_f(b.z[c] - max);
+}
+
 // Take a chunk into the statistics; a NaN among its z makes sum_exp NaN.
-inline void add_exp(RowStats& s, const float* z, int64_t padded) {
-  float top = -INFINITY;
-  FASTGPT_MAX(top)
-  for (int64_t c = 0; c < padded; ++c) top = z[c] > top ? z[c] : top;
+inline void add_exp(RowStats& s, Scratch& b, int64_t padded) {
+  const float top = max_of(b.z, padded);
   if (top > s.max) {
     const float step = top - s.max;  // infinite at first, when there is nothing to rescale
-    s.sum_exp *= exp_f(-step);
+    if (s.sum_exp != 0.0) s.sum_exp *= exp_f(-step);
     if (s.sum_weight > 0.0) s.sum_gap += s.sum_weight * step;
     s.max = top;
   }
-  const float shift = s.max == -INFINITY ? 0.0f : s.max;
-  float part = 0.0f;
-  FASTGPT_SUM(part)
-  for (int64_t c = 0; c < padded; ++c) part += exp_f(z[c] - shift);
-  s.sum_exp += part;
+  exp_chunk(b, s.max == -INFINITY ? 0.0f : s.max, padded);
+  s.sum_exp += sum_of(b.e, padded);
 }
 
 // Smoothing's part of a chunk: weight null means 1; classes of weight 0 do not count, even at z = -inf.
@@ -71,32 +77,32 @@ inline void add_gaps(RowStats& s, const float* z, const float* weight, int64_t n
   s.sum_weight += weights;
 }
 
-// Statistics of a row. A row of one chunk leaves its z in `z`.
+// Statistics of a row. A row of one chunk leaves its z and exp(z - max) behind.
 template <bool Softcap, class T>
-inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smooth, float* z) {
+inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smooth, Scratch& b) {
   RowStats s;
   for (int64_t first = 0; first < a.n_classes; first += kChunk) {
     const int64_t n = min_of(kChunk, a.n_classes - first);
-    add_exp(s, z, load_chunk<Softcap>(logits + first, n, a.softcap, z));
-    if (smooth) add_gaps(s, z, a.weight == nullptr ? nullptr : a.weight + first, n);
+    add_exp(s, b, load_chunk<Softcap>(logits + first, n, a.softcap, b.z));
+    if (smooth) add_gaps(s, b.z, a.weight == nullptr ? nullptr : a.weight + first, n);
   }
   return s;
 }
 
-// dlogits of n columns from their z: scale dl/dz dz/dlogit, p_c = exp(z_c - max) / sum_exp; the target's hit is missing.
+// dlogits of n columns: scale dl/dz dz/dlogit with p_c = e_c / sum_exp; the target's hit is missing.
 template <bool Softcap, bool Weighted, class T>
-inline void store_chunk(const float* z, const float* weight, T* dlogits, const CrossEntropyGrad& g, float max,
-                        float inv_sum, float inv_softcap, int64_t n) {
+inline void store_chunk(const Scratch& b, const float* weight, T* dlogits, const CrossEntropyGrad& g, float inv_sum,
+                        float inv_softcap, int64_t n) {
   FASTGPT_SIMD
   for (int64_t c = 0; c < n; ++c) {
-    const float d = cross_entropy_dz(g, exp_f(z[c] - max) * inv_sum, Weighted ? weight[c] : 1.0f);
-    dlogits[c] = from_float<T>(Softcap ? d * softcap_slope(z[c], inv_softcap) : d);
+    const float d = cross_entropy_dz(g, b.e[c] * inv_sum, Weighted ? weight[c] : 1.0f);
+    dlogits[c] = from_float<T>(Softcap ? d * softcap_slope(b.z[c], inv_softcap) : d);
   }
 }
 
 template <bool Softcap, class T>
 inline void store_grad(const T* logits, T* dlogits, const RowStats& s, float lse, int64_t n, int64_t y,
-                       const CrossEntropyArgs& a, float* z) {
+                       const CrossEntropyArgs& a, Scratch& b) {
   const float w_y = a.weight == nullptr ? 1.0f : a.weight[y];
   const float weight_sum = a.weight == nullptr ? static_cast<float>(a.n_classes) : *a.weight_sum;
   const CrossEntropyGrad g = cross_entropy_grad_row(a.scale[n * a.scale_step], w_y, weight_sum, lse, a.label_smoothing,
@@ -106,16 +112,15 @@ inline void store_grad(const T* logits, T* dlogits, const RowStats& s, float lse
   float d_y = 0.0f;
   for (int64_t first = 0; first < a.n_classes; first += kChunk) {
     const int64_t n_chunk = min_of(kChunk, a.n_classes - first);
-    if (a.n_classes > kChunk) load_chunk<Softcap>(logits + first, n_chunk, a.softcap, z);
+    if (a.n_classes > kChunk) exp_chunk(b, s.max, load_chunk<Softcap>(logits + first, n_chunk, a.softcap, b.z));
     if (y >= first && y < first + n_chunk) {
-      const float z_y = z[y - first];
-      d_y = cross_entropy_dz(g, exp_f(z_y - s.max) * inv_sum, weighted ? w_y : 1.0f) - g.hit;
-      d_y = Softcap ? d_y * softcap_slope(z_y, inv_softcap) : d_y;
+      d_y = cross_entropy_dz(g, b.e[y - first] * inv_sum, weighted ? w_y : 1.0f) - g.hit;
+      d_y = Softcap ? d_y * softcap_slope(b.z[y - first], inv_softcap) : d_y;
     }
     if (weighted) {
-      store_chunk<Softcap, true>(z, a.weight + first, dlogits + first, g, s.max, inv_sum, inv_softcap, n_chunk);
+      store_chunk<Softcap, true>(b, a.weight + first, dlogits + first, g, inv_sum, inv_softcap, n_chunk);
     } else {
-      store_chunk<Softcap, false>(z, z, dlogits + first, g, s.max, inv_sum, inv_softcap, n_chunk);
+      store_chunk<Softcap, false>(b, nullptr, dlogits + first, g, inv_sum, inv_softcap, n_chunk);
     }
   }
   dlogits[y] = from_float<T>(d_y);
@@ -139,8 +144,8 @@ inline void loss_row(const CrossEntropyArgs& a, int64_t n) {
   T* dlogits = P == Pass::fwd ? nullptr : static_cast<T*>(a.dlogits) + n * a.dlogits_row;
   const int64_t y = a.target[n];
   if (y == a.ignore_index || y < 0 || y >= a.n_classes) return empty_row<P>(a, dlogits, n, y == a.ignore_index);
-  alignas(64) float z[kChunk];
-  const RowStats s = row_stats<Softcap>(logits, a, P != Pass::bwd && a.label_smoothing > 0.0f, z);
+  Scratch b;
+  const RowStats s = row_stats<Softcap>(logits, a, P != Pass::bwd && a.label_smoothing > 0.0f, b);
   float lse = P == Pass::bwd ? a.lse[n] : 0.0f;
   if constexpr (P != Pass::bwd) {
     const float log_sum = std::log(static_cast<float>(s.sum_exp));
@@ -151,7 +156,7 @@ inline void loss_row(const CrossEntropyArgs& a, int64_t n) {
                                    a.label_smoothing, a.z_loss, static_cast<float>(a.n_classes));
   }
   if constexpr (P == Pass::fwd) a.lse[n] = lse;
-  if constexpr (P != Pass::fwd) store_grad<Softcap>(logits, dlogits, s, lse, n, y, a, z);
+  if constexpr (P != Pass::fwd) store_grad<Softcap>(logits, dlogits, s, lse, n, y, a, b);
 }
 
 template <Pass P>

@@ -45,6 +45,44 @@ inline void with_type(DType dtype, const F& fn) {
   }
 }
 
+// Sum and maximum of n floats, n a multiple of kLanes, x aligned to a whole vector. By hand, since what a compiler makes
+// of a reduction adds up the lanes one after another, which is half the time of a short row.
+#if defined(__GNUC__)
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+
+template <class Combine>
+inline float reduce_floats(const float* x, int64_t n, const Combine& combine) {
+  const Lanes* v = reinterpret_cast<const Lanes*>(x);
+  Lanes all = v[0];
+  for (int64_t i = 1; i < n / kLanes; ++i) all = combine(all, v[i]);
+  typedef float Half __attribute__((vector_size(32)));
+  typedef float Quarter __attribute__((vector_size(16)));
+  Half halves[2];
+  Quarter quarters[2];
+  memcpy(halves, &all, sizeof all);
+  const Half half = combine(halves[0], halves[1]);
+  memcpy(quarters, &half, sizeof half);
+  const Quarter q = combine(quarters[0], quarters[1]);
+  return combine(combine(q[0], q[1]), combine(q[2], q[3]));
+}
+#else
+template <class Combine>
+inline float reduce_floats(const float* x, int64_t n, const Combine& combine) {
+  float all = x[0];
+  for (int64_t i = 1; i < n; ++i) all = combine(all, x[i]);
+  return all;
+}
+#endif
+
+inline float sum_of(const float* x, int64_t n) {
+  return reduce_floats(x, n, [](auto a, auto b) { return a + b; });
+}
+
+// NaN is passed over, unless it is all there is.
+inline float max_of(const float* x, int64_t n) {
+  return reduce_floats(x, n, [](auto a, auto b) { return b > a ? b : a; });
+}
+
 template <class T>
 inline void to_floats(const T* in, float* out, int64_t n) {
   FASTGPT_SIMD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,12 @@ def _lazy_triton(module: str, name: str) -> Callable[..., Any]:
         return launcher[0](*args)
 
     return call
+
+
+def relative_error(got: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest relative L2 error of several tensors (NaN counts as infinite), for self-checks."""
+    errors = [float((g.double() - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True)]
+    return max(math.inf if math.isnan(e) else e for e in errors)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.backend import Cell, register
-from fastgpt.ops._common import define
+from fastgpt.ops._common import define, relative_error
 
 PARTIALS = 2048  # partial sums of squares that a bucket has room for; what a backend leaves unused stays 0
 
@@ -42,7 +42,6 @@ UPDATE = define(
     "Tensor(f!) grad_norm, bool stochastic, int seed) -> ()",
     _none_fake,
 )
-register("adamw", cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 @dataclass
@@ -128,3 +127,25 @@ def adamw_ref(
         else:
             master.copy_(p)
             param.copy_(p)
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    params, grads = ([torch.randn(n, device=device) for n in (1300, 7)] for _ in range(2))
+    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
+    bucket = Bucket(params, grads, *moments, [], [0, 1], [0, 0])
+    wide = [[t.double() for t in tensors] for tensors in (params, grads, *moments)]
+    steps, lr, norm = torch.zeros(2, device=device), torch.full((1,), 0.1, device=device), torch.zeros(1, device=device)
+    partials = torch.zeros(PARTIALS, device=device)
+    group = ([0.9], [0.999], [1e-8], [0.1])
+    PREPARE[backend](grads, steps, bucket.index, partials, 0, True)
+    tail = (*group, partials, 1.0, None, None, norm, False, 0)
+    UPDATE[backend](params, grads, *moments, [], steps, bucket.index, bucket.group, lr, *tail)
+    exact = Bucket(*wide, [], [0, 1], [0, 0])
+    exact_norm = torch.cat(wide[1]).norm().reshape(1)
+    settings = dict(zip(("beta1", "beta2", "eps", "weight_decay"), (g[0] for g in group)))
+    adamw_ref(exact, torch.zeros(2, device=device), lr, [settings], exact_norm, 1.0, None, None, False, 0)
+    got = [*params, *moments[0], *moments[1], norm]
+    return relative_error(got, [*exact.params, *exact.exp_avgs, *exact.exp_avg_sqs, exact_norm])
+
+
+register("adamw", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.backend import Cell, checks_values, register, select
-from fastgpt.ops._common import check_float, check_like, define, mark_mutated, needs_grad
+from fastgpt.ops._common import check_float, check_like, define, mark_mutated, needs_grad, relative_error
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, int vocab_size"
 Options = tuple[int, float, float, float, int]
@@ -63,7 +63,6 @@ FWD_BWD = define(
     _none_fake,
 )
 SCALE_ROWS = define("cross_entropy", "scale_rows", "(Tensor(a!) x, Tensor scale) -> ()", _none_fake)
-register("cross_entropy", cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def cross_entropy_ref(
@@ -222,6 +221,28 @@ def _check_inplace(logits: Tensor) -> None:
         )
     if not torch.compiler.is_compiling() and logits.is_leaf and logits.requires_grad:
         raise ValueError("cross_entropy: inplace=True would overwrite a leaf that requires grad; pass an op's output")
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    logits, target = torch.randn(5, 203, device=device), torch.tensor([0, 199, 7, -100, 50], device=device)
+    options: Options = (-100, 0.1, 1e-3, 5.0, 200)
+    dloss = torch.rand(5, device=device)
+    loss, lse = FWD[backend](logits, target, None, *options)
+    dlogits = BWD[backend](dloss, logits, target, lse, None, *options)
+    fused, fused_loss = logits.clone(), torch.empty_like(loss)
+    FWD_BWD[backend](fused, fused_loss, target, None, dloss, *options)
+    halved = dlogits.clone()
+    SCALE_ROWS[backend](halved, torch.full((1,), 0.5, device=device))
+    leaf = logits.double().requires_grad_()
+    exact = cross_entropy_ref(
+        leaf, target, label_smoothing=0.1, z_loss=1e-3, softcap=5.0, vocab_size=200, reduction="none"
+    )
+    (grad,) = torch.autograd.grad(exact, leaf, dloss.double())
+    exact = exact.detach()
+    return relative_error([loss, dlogits, fused_loss, fused, halved], [exact, grad, exact, grad, grad / 2])
+
+
+register("cross_entropy", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def cross_entropy(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.backend import Cell, register, select
-from fastgpt.ops._common import check_float, check_like, define, needs_grad
+from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
 
 
 def _fwd_fake(
@@ -46,7 +46,6 @@ BWD = define(
     "(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor? bias, Tensor stats) -> (Tensor, Tensor?, Tensor?)",
     _bwd_fake,
 )
-register("layer_norm", cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def layer_norm_ref(
@@ -119,6 +118,20 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
     check_like("layer_norm", "residual", residual, tuple(x.shape), x, (x.dtype,), "as x")
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"layer_norm: bias is {bias.dtype}, expected {weight.dtype} as weight")
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    x, residual, dy, dsum = torch.randn(4, 5, 130, device=device).unbind()
+    weight, bias = torch.randn(2, 130, device=device).unbind()
+    y, s, stats = FWD[backend](x, residual, weight, bias, 1e-5)
+    got = [y, s, *BWD[backend](dy, dsum, s, weight, bias, stats)]
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    exact = layer_norm_ref(*leaves, residual=residual.double())
+    grads = torch.autograd.grad(exact, leaves, (dy.double(), dsum.double()))
+    return relative_error(got, [t.detach() for t in (*exact, *grads)])
+
+
+register("layer_norm", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def layer_norm(

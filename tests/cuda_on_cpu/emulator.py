@@ -15,6 +15,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None) -> Path:
     CACHE.mkdir(exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for old in CACHE.glob("*-*"):
+            if old.stat().st_mtime < time.time() - 86400:
+                old.unlink()
         root, headers = _sources(mutate)
         kernels = sorted((root / "cuda").glob("*.cu"))
         objects = [_object(p, root, headers, ["-O1", *flags]) for p in kernels]
@@ -244,13 +248,13 @@ class Kernels:
 
 
 def smoke(kernels: Kernels, dtype: torch.dtype, n: int, c: int, schedule: str = "random") -> list[Tensor]:
-    """Every launcher once on (n, c); what it returned. Rows are spaced by c + 1 and start off alignment."""
+    """Every launcher once on (n, c); what it returned. Rows are c + 8 apart and start off alignment."""
     torch.manual_seed(c)
     kernels.raw.set_schedule(schedule, c)
 
     def rows() -> Tensor:
-        flat = torch.randn(1 + n * (c + 1) - 1).to(dtype)  # ends with the last row's last column
-        return flat[1:].as_strided((n, c), (c + 1, 1), 1)
+        flat = torch.randn(1 + (n - 1) * (c + 8) + c).to(dtype)  # ends with the last row's last column
+        return flat.as_strided((n, c), (c + 8, 1), 1)
 
     x, dy, weight, target = rows(), rows(), torch.randn(c).to(dtype), torch.randint(c, (n,))
     y, total, stats = kernels.layer_norm_fwd(x, rows(), weight, weight.clone(), 1e-5)
@@ -263,7 +267,7 @@ def smoke(kernels: Kernels, dtype: torch.dtype, n: int, c: int, schedule: str = 
     found += [kernels.cross_entropy_fwd_bwd(logits, target, torch.ones(1), **options), logits]
     kernels.scale_rows(logits, torch.full((1,), 0.5))
     state = [torch.zeros(n, c) for _ in range(2)]
-    kernels.adamw([(y, dy.clone(), *state, None)], torch.zeros(1), torch.full((1,), 0.1), [(0.9, 0.95, 1e-8, 0.1)])
+    kernels.adamw([(y, dy.clone(), *state, None)], torch.zeros(1), torch.full((1,), 1 / c), [(0.9, 0.95, 1e-8, 0.1)])
     return [t for t in (*found, *state) if t is not None]
 
 

@@ -1,6 +1,9 @@
 """What DESIGN's contract promises of every op beside its numbers: registration, compile, selection, errors, purity."""
 
+import contextlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,3 +246,52 @@ def test_environment_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.apply_environment()
         assert backend._choice["layer_norm"] == "torch" and backend._choice["adamw"] == "auto"
         assert backend._strict == [True]
+
+
+def test_a_kernel_that_fails_its_self_check_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a GPU (here: pretended) each kernel is checked once; the verdict is cached, a failed kernel is reported."""
+    calls: list[str] = []
+    state = torch.get_rng_state()
+
+    def check(name: str, device: torch.device) -> float:
+        calls.append(name)
+        torch.randn(3)
+        if name == "triton":
+            raise RuntimeError("no kernel image is available\nmore")
+        return {"cuda": 0.5}[name]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: real_fork([]))
+    monkeypatch.setattr(backend, "missing", lambda b: None)
+    monkeypatch.setattr(backend, "_self_checks", {"layer_norm": check})
+    monkeypatch.setattr(backend, "_verdicts", {})
+    monkeypatch.setattr(backend, "_reported", set())
+    assert backend._select("layer_norm", "auto", "cuda", torch.float32, False) == "torch"
+    assert calls == ["cuda", "triton"], "each once"
+    assert "it is wrong on this device (relative error 5.0e-01)" in caplog.text
+    assert "it fails on this device (RuntimeError: no kernel image is available)" in caplog.text
+    monkeypatch.setattr(backend, "_self_checks", {"layer_norm": lambda name, device: calls.append(name) or 1e-7})
+    monkeypatch.setattr(backend, "_verdicts", {})
+    assert backend._select("layer_norm", "auto", "cuda", torch.float32, False) == "cuda"
+    monkeypatch.setattr(backend, "_verdicts", {})
+    assert backend._select("layer_norm", "auto", "cuda", torch.float32, False) == "cuda"
+    assert calls == ["cuda", "triton", "cuda"], "what passed before is not run again"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+real_fork = torch.random.fork_rng
+
+
+@pytest.mark.parametrize("op,name", KERNELS)
+def test_self_checks_pass_and_can_fail(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules[f"fastgpt.ops.{op}"]
+    assert backend._self_checks[op](name, torch.device(DEVICE)) <= backend.SELF_CHECK_BOUND
+    first = "PREPARE" if op == "adamw" else "FWD"
+    monkeypatch.setitem(getattr(module, first), name, lambda *args: None)
+    with pytest.raises(TypeError) if op != "adamw" else contextlib.nullcontext():
+        assert backend._self_checks[op](name, torch.device(DEVICE)) > backend.SELF_CHECK_BOUND
