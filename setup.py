@@ -83,9 +83,8 @@ class Facts:
         (folder / "_build_info.py").write_text("\n".join(lines) + "\n")
 
     def summary(self) -> str:
-        built = f"fastgpt: built the {' and '.join(self.built)} kernels" if self.built else "fastgpt: pure Python install"
-        left_out = [f"left out {backend}: {why}" for backend, why in self.missing.items()]
-        return "; ".join([built, *left_out])
+        built = f"built the {' and '.join(self.built)} kernels" if self.built else "pure Python install"
+        return "; ".join([f"fastgpt: {built}", *(f"left out {b}: {why}" for b, why in self.missing.items())])
 
 
 def wanted(name: str, default: str) -> str:
@@ -150,7 +149,7 @@ def gencode_flags(archs: str) -> list[str]:
     for arch in filter(None, re.split(r"[;,\s]+", archs)):
         found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
         if found is None:
-            raise PlatformError(f"fastgpt: TORCH_CUDA_ARCH_LIST holds {arch!r}, expected numbers such as 8.0 or 9.0a+PTX")
+            raise PlatformError(f"fastgpt: TORCH_CUDA_ARCH_LIST holds {arch!r}, expected numbers like 8.0 or 9.0a+PTX")
         number = found[1] + found[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if found[3]:
@@ -163,7 +162,11 @@ def native_extension(torch: Any, cuda_home: Path | None, archs: str) -> Extensio
     torch_include = Path(torch.__file__).parent / "include"
     prefix_maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include}/="]
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", "-Wno-maybe-uninitialized", target, *prefix_maps]
+    cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", target, *prefix_maps]
+    cxx += [
+        "-Wno-maybe-uninitialized",
+        "-Wno-psabi",
+    ]  # std::optional of a shared_ptr; vectors between inlined functions
     # errno and FP traps are never read, and both would keep loops scalar; NaN, infinity and order of sums stay exact.
     # No contraction into FMA: a*b - c with c = a*b rounded must give 0, on every CPU.
     cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
@@ -189,7 +192,7 @@ class BuildNative(build_ext):
     """build_ext that finds out what can be built, and hands that to torch's BuildExtension."""
 
     def run(self) -> None:
-        os.environ.setdefault("MAX_JOBS", str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+        os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
         os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])  # ninja
         facts.built, facts.missing = [], {}
         extension = self._build()

@@ -120,10 +120,11 @@ def _sample(sets: list[Job], repeats: int, first: int, clock: Callable[[], float
 
 @dataclass
 class Graph:
-    """A CUDA graph of `calls` jobs, and what restores their inputs before a replay."""
+    """A CUDA graph of `calls` jobs, the jobs, whose tensors it points at, and what restores inputs before a replay."""
 
     graph: Any
     calls: int
+    jobs: list[Job]
     resets: list[Callable[[], Any]]
 
 
@@ -178,7 +179,7 @@ def _capture(sets: list[Job], stream: Any) -> Graph:
         for _ in range(passes):
             for job in sets:
                 job.run()
-    return Graph(graph, passes * len(sets), resets)
+    return Graph(graph, passes * len(sets), sets, resets)
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -316,6 +316,8 @@ def show(rows: list[dict[str, Any]]) -> str:
             f"{'variant':<24}{'ms a step (20 .. 80 %)':<28}{'tokens/s':>10}{'MFU full':>10}{'causal':>8}{'peak MB':>10}"
             "  speed (20 .. 80 %) against"
         )
+    if any(max(r["mfu_full"], r["mfu_causal"]) > 1 for r in good):
+        lines.insert(1, "the measured peak is under the steps' own rate (a busy machine?): MFU means nothing here")
     for r in good:
         times = f"{r['ms']:.1f} ({r['ms_q20']:.1f} .. {r['ms_q80']:.1f})"
         peak = "-" if r["peak_mb"] is None else f"{r['peak_mb']:,.0f}"

@@ -58,6 +58,15 @@ def _pointer(table_ptr, tensor, column: tl.constexpr, dtype: tl.constexpr, ALIGN
 
 
 @triton.jit
+def _size(table_ptr, tensor, ALIGNED: tl.constexpr):
+    """Number of elements of a tensor; known to be a multiple of 16, a mask made from it allows vector loads."""
+    numel = tl.load(table_ptr + tensor * COLUMNS + NUMEL)
+    if ALIGNED:
+        numel = tl.multiple_of(numel, 16)
+    return numel
+
+
+@triton.jit
 def _one_minus_power(log_beta, t):
     """1 - beta^t = -expm1(t log beta), relative error 2e-7: a polynomial near 0, where 1 - exp cancels."""
     x = log_beta * t
@@ -107,7 +116,7 @@ def adamw_prepare_kernel(
         acc = tl.zeros([BLOCK], tl.float32)
         for chunk in range(pid, n_chunks, tl.num_programs(0)):
             tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
-            numel = tl.load(table_ptr + tensor * COLUMNS + NUMEL)
+            numel = _size(table_ptr, tensor, ALIGNED)
             begin = (chunk - tl.load(table_ptr + tensor * COLUMNS + FIRST_CHUNK)) * CHUNK
             grad_ptr = _pointer(table_ptr, tensor, GRAD, DTYPE, ALIGNED)
             for start in range(0, CHUNK, BLOCK):
@@ -218,7 +227,7 @@ def adamw_update_kernel(
     for chunk in range(tl.program_id(0), n_chunks, tl.num_programs(0)):
         tensor = tl.load(chunks_ptr + chunk).to(tl.int64)
         row = table_ptr + tensor * COLUMNS
-        numel = tl.load(row + NUMEL)
+        numel = _size(table_ptr, tensor, ALIGNED)
         begin = (chunk - tl.load(row + FIRST_CHUNK)) * CHUNK
         slot = tl.load(row + SLOT)
         group = tl.load(row + GROUP)
@@ -272,11 +281,12 @@ def _chunk_map(numels: tuple[int, ...]) -> tuple[Tensor, int]:
 
 
 def _tensor_table(addresses: Sequence[tuple[int, ...]], rest: Sequence[tuple[int, ...]]) -> tuple[Tensor, bool]:
-    """The table of tensors, and whether every address is 16-byte aligned. rest: numels, index, group."""
+    """The table of tensors, and whether all addresses and sizes are multiples of 16. rest: numels, index, group."""
     numels, index, group = rest
     first = [0, *itertools.accumulate(triton.cdiv(n, CHUNK) for n in numels)][:-1]
     columns = [*(a or (0,) * len(numels) for a in addresses), numels, first, index, group]
-    return torch.tensor(columns).T.contiguous(), all(a % 16 == 0 for column in addresses for a in column)
+    aligned = all(a % 16 == 0 for column in (*addresses, numels) for a in column)
+    return torch.tensor(columns).T.contiguous(), aligned
 
 
 def _upload(

@@ -75,7 +75,7 @@ def _row_terms(target_ptr, logits_ptr, offset, weight_ptr, row, in_batch, K, ign
 
 @triton.jit
 def _softmax_sums(
-    logits_ptr, offset, rows_mask, weight_ptr, shift, softcap, K,
+    logits_ptr, offset, rows_mask, weight_ptr, shift, softcap, K, V,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Per row (ROWS, 1), online over blocks: m = max z, s = sum exp(z - m), for SMOOTH also sum w_c (z_c - shift)."""
@@ -85,7 +85,9 @@ def _softmax_sums(
     for start in range(0, K, BLOCK):
         c = start + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
         mask = rows_mask & (c < K)
-        z = _capped(tl.load(logits_ptr + offset + c, mask, other=0.0).to(tl.float32), softcap, CAP)
+        # read up to V, not K: an odd K would break up the vector loads
+        x = tl.load(logits_ptr + offset + c, rows_mask & (c < V), other=0.0).to(tl.float32)
+        z = _capped(x, softcap, CAP)
         if SMOOTH:
             from_shift = tl.where(mask, z - shift, 0.0)
             if weight_ptr is not None:
@@ -125,7 +127,8 @@ def _store_gradient(
     for start in range(0, V, BLOCK):
         c = start + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
         mask = valid & (c < K)
-        z = _capped(tl.load(logits_ptr + offset + c, mask, other=0.0).to(tl.float32), softcap, CAP)
+        x = tl.load(logits_ptr + offset + c, valid & (c < V), other=0.0).to(tl.float32)
+        z = _capped(x, softcap, CAP)
         grad = tl.exp(z - m) * of_p - tl.where(c == y, at_target, 0.0)
         if SMOOTH:
             if weight_ptr is not None:
@@ -147,7 +150,7 @@ def cross_entropy_fwd_kernel(
     weight_sum_ptr,  # (1) fp32, or None without weight
     loss_ptr,  # (N) fp32
     lse_ptr,  # (N) fp32
-    logits_row, N, K,
+    logits_row, N, K, V,
     ignore_index, label_smoothing, z_loss, softcap,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -160,7 +163,7 @@ def cross_entropy_fwd_kernel(
     )
     shift = tl.where(tl.abs(z_y) < float("inf"), z_y, 0.0)
     m, s, weighted = _softmax_sums(
-        logits_ptr, offset, in_batch, weight_ptr, shift, softcap, K, SMOOTH, CAP, ROWS, BLOCK
+        logits_ptr, offset, in_batch, weight_ptr, shift, softcap, K, V, SMOOTH, CAP, ROWS, BLOCK
     )
     w_sum = tl.load(weight_sum_ptr) if weight_ptr is not None else K * 1.0
     loss, lse = _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH)
@@ -193,7 +196,7 @@ def cross_entropy_bwd_kernel(
     m = lse
     s = tl.full([ROWS, 1], 1.0, tl.float32)
     if logits_ptr.dtype.element_ty == tl.float32 or tl.max(tl.abs(lse)) > LSE_IS_EXACT_ENOUGH:
-        m, s, _ = _softmax_sums(logits_ptr, offset, valid, None, lse, softcap, K, False, CAP, ROWS, BLOCK)
+        m, s, _ = _softmax_sums(logits_ptr, offset, valid, None, lse, softcap, K, V, False, CAP, ROWS, BLOCK)
     w_sum = tl.load(weight_sum_ptr) if weight_ptr is not None else K * 1.0
     _store_gradient(
         logits_ptr, offset, dlogits_ptr, row * V, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, lse, scale,
@@ -222,7 +225,9 @@ def cross_entropy_fwd_bwd_kernel(
     )
     scale = tl.load(scale_ptr + row * scale_step, in_batch, other=0.0)
     shift = tl.where(tl.abs(z_y) < float("inf"), z_y, 0.0)
-    m, s, weighted = _softmax_sums(logits_ptr, offset, valid, weight_ptr, shift, softcap, K, SMOOTH, CAP, ROWS, BLOCK)
+    m, s, weighted = _softmax_sums(
+        logits_ptr, offset, valid, weight_ptr, shift, softcap, K, V, SMOOTH, CAP, ROWS, BLOCK
+    )
     w_sum = tl.load(weight_sum_ptr) if weight_ptr is not None else K * 1.0
     loss, lse = _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH)
     tl.store(loss_ptr + row, loss, in_batch)
@@ -258,7 +263,7 @@ def scale_rows_kernel(
 def rows_meta(K: int) -> dict[str, int]:
     """Launch shape for K classes: several short rows a program, long rows in column blocks."""
     most, elements, rows = (4096, 1 << 17, 64) if interpreted() else (4096, 512, 4)
-    block = min(max(16, ceil_pow2(K)), most)
+    block = min(max(32, ceil_pow2(K)), most)
     rows = max(1, min(rows, elements // block))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, min(8, rows * block // 256))}
 
@@ -285,7 +290,8 @@ def cross_entropy_fwd(
         with on_device(logits):
             cross_entropy_fwd_kernel[(triton.cdiv(N, meta["ROWS"]),)](
                 logits, target.contiguous(), weight, _weight_sum(weight), loss, lse, logits.stride(0), N, vocab_size,
-                ignore_index, label_smoothing, z_loss, softcap, SMOOTH=label_smoothing > 0, CAP=softcap > 0, **meta,
+                logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, SMOOTH=label_smoothing > 0,
+                CAP=softcap > 0, **meta,
             )  # fmt: skip
     return loss, lse
 
@@ -343,18 +349,18 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
     """Every launch shape, with all options and with none."""
     f32 = torch.float32
     scalars = {"ignore_index": "i32", "label_smoothing": "fp32", "z_loss": "fp32", "softcap": "fp32"}
-    sizes = {"logits_row": "i32", "N": "i32", "K": "i32"}
+    sizes = {"logits_row": "i32", "N": "i32", "K": "i32", "V": "i32"}
     for full in (True, False):
         w = f32 if full else None
         weights = pointers(weight_ptr=w, weight_sum_ptr=w)
         common = {**pointers(logits_ptr=dtype, target_ptr=torch.int64), **weights, **sizes, **scalars}
-        for block in powers_of_two(16, 4096):
+        for block in powers_of_two(32, 4096):
             meta, warps = split_meta(rows_meta(block))
             flags = {"SMOOTH": full, "CAP": full, **meta}
             case = f"K={block} {'full' if full else 'plain'}"
             out = pointers(loss_ptr=f32, lse_ptr=f32)
             yield Configuration(cross_entropy_fwd_kernel, case, {**common, **out}, warps, flags)
-            both = {**common, "V": "i32", "scale_step": "i32"}
+            both = {**common, "scale_step": "i32"}
             out = pointers(dloss_ptr=f32, lse_ptr=f32, dlogits_ptr=dtype)
             yield Configuration(cross_entropy_bwd_kernel, case, {**both, **out}, warps, flags)
             out = pointers(loss_ptr=f32, scale_ptr=f32)

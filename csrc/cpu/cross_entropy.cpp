@@ -23,15 +23,19 @@ inline float z_of(T logit, float softcap, float inv_softcap) {
   return Softcap ? softcap_f(to_float(logit), softcap, inv_softcap) : to_float(logit);
 }
 
-// z of n logits into `z`, filled up with -inf to whole vectors; returns the filled-up length.
+// z of n logits into `z`; fewer than a vector of them are filled up with -inf. Returns the length then.
 template <bool Softcap, class T>
 inline int64_t load_chunk(const T* logits, int64_t n, float softcap, float* z) {
   const float inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
-  const int64_t padded = ceil_div(n, kLanes) * kLanes;
-  for (int64_t c = padded - kLanes; c < padded; ++c) z[c] = -INFINITY;
-  FASTGPT_SIMD
-  for (int64_t c = 0; c < n; ++c) z[c] = z_of<Softcap>(logits[c], softcap, inv_softcap);
-  return padded;
+  if (n < kLanes) {
+    for (int64_t c = 0; c < kLanes; ++c) z[c] = c < n ? z_of<Softcap>(logits[c], softcap, inv_softcap) : -INFINITY;
+    return kLanes;
+  }
+  for_vectors(n, [&](int64_t c) {
+    FASTGPT_SIMD
+    for (int64_t k = c; k < c + kLanes; ++k) z[k] = z_of<Softcap>(logits[k], softcap, inv_softcap);
+  });
+  return n;
 }
 
 // What a chunk is worked on in: z, and exp(z - max).
@@ -40,22 +44,24 @@ struct Scratch {
   alignas(64) float e[kChunk];
 };
 
-inline void exp_chunk(Scratch& b, float max, int64_t padded) {
-  FASTGPT_SIMD
-  for (int64_t c = 0; c < padded; ++c) b.e[c] = exp_f(b.z[c] - max);
+inline void exp_chunk(Scratch& b, float max, int64_t n) {
+  for_vectors(n, [&](int64_t c) {
+    FASTGPT_SIMD
+    for (int64_t k = c; k < c + kLanes; ++k) b.e[k] = exp_f(b.z[k] - max);
+  });
 }
 
 // Take a chunk into the statistics; a NaN among its z makes sum_exp NaN.
-inline void add_exp(RowStats& s, Scratch& b, int64_t padded) {
-  const float top = max_of(b.z, padded);
+inline void add_exp(RowStats& s, Scratch& b, int64_t n) {
+  const float top = max_of(b.z, n);
   if (top > s.max) {
     const float step = top - s.max;  // infinite at first, when there is nothing to rescale
     if (s.sum_exp != 0.0) s.sum_exp *= exp_f(-step);
     if (s.sum_weight > 0.0) s.sum_gap += s.sum_weight * step;
     s.max = top;
   }
-  exp_chunk(b, s.max == -INFINITY ? 0.0f : s.max, padded);
-  s.sum_exp += sum_of(b.e, padded);
+  exp_chunk(b, s.max == -INFINITY ? 0.0f : s.max, n);
+  s.sum_exp += sum_of(b.e, n);
 }
 
 // Smoothing's part of a chunk: weight null means 1; classes of weight 0 do not count, even at z = -inf.
@@ -93,11 +99,15 @@ inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smoot
 template <bool Softcap, bool Weighted, class T>
 inline void store_chunk(const Scratch& b, const float* weight, T* dlogits, const CrossEntropyGrad& g, float inv_sum,
                         float inv_softcap, int64_t n) {
-  FASTGPT_SIMD
-  for (int64_t c = 0; c < n; ++c) {
-    const float d = cross_entropy_dz(g, b.e[c] * inv_sum, Weighted ? weight[c] : 1.0f);
-    dlogits[c] = from_float<T>(Softcap ? d * softcap_slope(b.z[c], inv_softcap) : d);
-  }
+  const auto store = [&](int64_t begin, int64_t end) {
+    FASTGPT_SIMD
+    for (int64_t c = begin; c < end; ++c) {
+      const float d = cross_entropy_dz(g, b.e[c] * inv_sum, Weighted ? weight[c] : 1.0f);
+      dlogits[c] = from_float<T>(Softcap ? d * softcap_slope(b.z[c], inv_softcap) : d);
+    }
+  };
+  if (n < kLanes) return store(0, n);
+  for_vectors(n, [&](int64_t c) { store(c, c + kLanes); });
 }
 
 template <bool Softcap, class T>

@@ -45,18 +45,25 @@ inline void with_type(DType dtype, const F& fn) {
   }
 }
 
-// Sum and maximum of n floats, n a multiple of kLanes, x aligned to a whole vector. By hand, since what a compiler makes
-// of a reduction adds up the lanes one after another, which is half the time of a short row.
+// Calls fn(c) so that vectors of kLanes columns from c on cover [0, n), n >= kLanes; the last one may overlap the one
+// before it. So no column is left over, and every later load of a vector finds one whole earlier store.
+template <class F>
+inline void for_vectors(int64_t n, const F& fn) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) fn(c);
+  if (c < n) fn(n - kLanes);
+}
+
+// Sum and maximum of n floats, n >= kLanes. By hand, since a compiler's own reduction adds up the lanes one after
+// another, which is half the time of a short row.
 #if defined(__GNUC__)
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 template <class Combine>
-inline float reduce_floats(const float* x, int64_t n, const Combine& combine) {
-  const Lanes* v = reinterpret_cast<const Lanes*>(x);
-  Lanes all = v[0];
-  for (int64_t i = 1; i < n / kLanes; ++i) all = combine(all, v[i]);
-  typedef float Half __attribute__((vector_size(32)));
-  typedef float Quarter __attribute__((vector_size(16)));
+inline float combine_lanes(Lanes all, const Combine& combine) {
+  typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+  typedef float Quarter __attribute__((vector_size(kLanes / 4 * sizeof(float))));
   Half halves[2];
   Quarter quarters[2];
   memcpy(halves, &all, sizeof all);
@@ -65,23 +72,41 @@ inline float reduce_floats(const float* x, int64_t n, const Combine& combine) {
   const Quarter q = combine(quarters[0], quarters[1]);
   return combine(combine(q[0], q[1]), combine(q[2], q[3]));
 }
-#else
-template <class Combine>
-inline float reduce_floats(const float* x, int64_t n, const Combine& combine) {
-  float all = x[0];
-  for (int64_t i = 1; i < n; ++i) all = combine(all, x[i]);
-  return all;
-}
-#endif
 
 inline float sum_of(const float* x, int64_t n) {
-  return reduce_floats(x, n, [](auto a, auto b) { return a + b; });
+  Lanes all = {};
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) all += *reinterpret_cast<const Lanes*>(x + c);
+  if (c < n) {  // of the overlapping vector only the columns that are new
+    const Mask lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Lanes last = *reinterpret_cast<const Lanes*>(x + n - kLanes), none = {};
+    all += lane >= static_cast<int32_t>(c - (n - kLanes)) ? last : none;
+  }
+  return combine_lanes(all, [](auto a, auto b) { return a + b; });
 }
 
-// NaN is passed over, unless it is all there is.
+// NaN is passed over, unless it comes first.
 inline float max_of(const float* x, int64_t n) {
-  return reduce_floats(x, n, [](auto a, auto b) { return b > a ? b : a; });
+  Lanes all = *reinterpret_cast<const Lanes*>(x);
+  for_vectors(n, [&](int64_t c) {
+    const Lanes v = *reinterpret_cast<const Lanes*>(x + c);
+    all = v > all ? v : all;
+  });
+  return combine_lanes(all, [](auto a, auto b) { return b > a ? b : a; });
 }
+#else
+inline float sum_of(const float* x, int64_t n) {
+  float total = 0.0f;
+  for (int64_t c = 0; c < n; ++c) total += x[c];
+  return total;
+}
+
+inline float max_of(const float* x, int64_t n) {
+  float top = x[0];
+  for (int64_t c = 1; c < n; ++c) top = x[c] > top ? x[c] : top;
+  return top;
+}
+#endif
 
 template <class T>
 inline void to_floats(const T* in, float* out, int64_t n) {

@@ -2,15 +2,18 @@
 // fastgpt/ops/adamw.py, those of one element in math.h.
 //
 //   prepare: step counters + 1; partial sums of squares of the gradients
-//   update:  norm and clip coefficient, bias corrections, moments, decay, parameter, master or remainder or random rounding
+//   update:  norm, clip coefficient, bias corrections, moments, decay, parameter, master or remainder or rounding
 //
-// Every block of update adds all partials in the same order, so that there is no third launch and no host sync. Bytes for each
-// bf16 parameter: prepare 2 (grad); update with fp32 master and fp32 moments 28 (read grad 2, master 4, m 4, v 4; write
-// param 2, master 4, m 4, v 4), with a remainder 24 (param 2, remainder 2 each way), bf16 moments and random rounding 14.
-// Floor for 124e6 parameters, fp32 master (3.7 GB both launches): A100 1.8 ms, H100 1.1, H200 0.78.
-// How: tensors are cut into chunks of 32768 elements, one block each; the table of up to 512 tensors travels in the kernel's
-// parameters (< 32 KB, CUDA >= 12.1), so nothing is copied beforehand. A thread has 8 elements of every array in flight, in
-// 16-byte pieces; a tensor off 16-byte alignment goes element by element. Bias corrections in double, once a block.
+// Every block of update adds all partials in the same order, so that there is no third launch and no host sync. Bytes
+// for each bf16 parameter: prepare 2 (grad); update with fp32 master and fp32 moments 28 (read grad 2, master 4, m 4,
+// v 4; write param 2, master 4, m 4, v 4), with a remainder 24 (param 2, remainder 2 each way), bf16 moments and
+// random rounding 14. Floor for 124e6 parameters, fp32 master (3.7 GB both launches): A100 1.8 ms, H100 1.1, H200
+// 0.78.
+//
+// How: tensors are cut into chunks of 32768 elements, one block each; the table of up to 512 tensors travels in the
+// kernel's parameters (< 32 KB, CUDA >= 12.1), so nothing is copied beforehand. A thread has 8 elements of every
+// array in flight, in 16-byte pieces; a tensor off 16-byte alignment goes element by element. Bias corrections in
+// double, once a block.
 #include <fastgpt/cuda_launch.cuh>
 #include <fastgpt/launch.h>
 #include <fastgpt/reduce.cuh>
@@ -22,11 +25,11 @@ namespace fastgpt::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTensors = 512;       // of one launch
-constexpr int kGroups = 64;         // of one launch
-constexpr int64_t kChunk = 32768;   // elements of a block
-constexpr int64_t kPartials = 2048; // at most, of one call (fastgpt/ops/adamw.py leaves that much room)
-constexpr int kLanesOfAll = 8;      // elements of a thread at a time
+constexpr int kTensors = 512;        // of one launch
+constexpr int kGroups = 64;          // of one launch
+constexpr int64_t kChunk = 32768;    // elements of a block
+constexpr int64_t kPartials = 2048;  // at most, of one call (fastgpt/ops/adamw.py leaves that much room)
+constexpr int kLanesOfAll = 8;       // elements of a thread at a time
 
 // Chunks of tensor i: first_chunk[i] up to first_chunk[i + 1], or n_chunks.
 struct GradTable {
@@ -94,9 +97,10 @@ __global__ void __launch_bounds__(kThreads) adamw_prepare_kernel(const __grid_co
     const int i = find_tensor(table, chunk);
     const int64_t begin = (chunk - table.first_chunk[i]) * kChunk;
     const int64_t left = table.numel[i] - begin;
-    sweep<4>(static_cast<const G*>(table.grad[i]) + begin, static_cast<int>(left < kChunk ? left : kChunk), [&](int, auto& x) {
-      for (const float g : x) sum += g * g;
-    });
+    sweep<4>(static_cast<const G*>(table.grad[i]) + begin, static_cast<int>(left < kChunk ? left : kChunk),
+             [&](int, auto& x) {
+               for (const float g : x) sum += g * g;
+             });
   }
   sum = row_sum(sum, scratch);
   if (threadIdx.x == 0) table.partials[blockIdx.x] = sum;
@@ -192,8 +196,8 @@ __global__ void __launch_bounds__(kThreads) adamw_update_kernel(const __grid_con
                                        static_cast<M*>(table.exp_avg[i]), static_cast<M*>(table.exp_avg_sq[i]),
                                        table.master[i]};
   const int64_t end = begin + kChunk < table.numel[i] ? begin + kChunk : table.numel[i];
-  const bool aligned =
-      is_aligned(t.param) && is_aligned(t.grad) && is_aligned(t.exp_avg) && is_aligned(t.exp_avg_sq) && is_aligned(t.master);
+  const bool aligned = is_aligned(t.param) && is_aligned(t.grad) && is_aligned(t.exp_avg) && is_aligned(t.exp_avg_sq) &&
+                       is_aligned(t.master);
   const int64_t in_pieces = aligned ? begin + (end - begin) / L * L : begin;
   for (int64_t e = begin + threadIdx.x * L; e < in_pieces; e += kThreads * L) update<L>(t, e, step);
   for (int64_t e = in_pieces + threadIdx.x; e < end; e += kThreads) update<1>(t, e, step);
@@ -218,7 +222,8 @@ void launch_prepare(const GradTable& table, int64_t blocks, Stream stream) {
 
 template <typename P, typename G, typename M, Master kMaster>
 void launch_update(const UpdateTable& table, Stream stream) {
-  launch("adamw_update_kernel", adamw_update_kernel<P, G, M, kMaster>, dim3(table.n_chunks), dim3(kThreads), 0, stream, table);
+  launch("adamw_update_kernel", adamw_update_kernel<P, G, M, kMaster>, dim3(table.n_chunks), dim3(kThreads), 0, stream,
+         table);
 }
 
 template <typename P, typename G, Master kMaster>
@@ -265,7 +270,8 @@ int64_t adamw_partials(const int64_t* numels, int64_t n_tensors) {
   int64_t total = 0;
   for (int64_t first = 0; first < n_tensors; first += kTensors) {
     int64_t chunks = 0;
-    for (int64_t i = first; i < n_tensors && i < first + kTensors; ++i) chunks += numels[i] > 0 ? n_chunks(numels[i]) : 1;
+    for (int64_t i = first; i < n_tensors && i < first + kTensors; ++i)
+      chunks += numels[i] > 0 ? n_chunks(numels[i]) : 1;
     total += launch_partials(chunks, n_launches(n_tensors));
   }
   return total;
@@ -299,7 +305,8 @@ void adamw_update(const AdamWArgs& a, Stream stream) {
   for (int64_t i = 0; i < a.n_tensors;) {
     *table = UpdateTable{};
     table->lr = a.lr, table->steps = a.steps, table->partials = a.partials, table->n_partials = a.n_partials;
-    table->max_norm = a.max_norm, table->grad_scale = a.grad_scale, table->found_inf = a.found_inf, table->seed = a.seed;
+    table->max_norm = a.max_norm, table->grad_scale = a.grad_scale, table->found_inf = a.found_inf,
+    table->seed = a.seed;
     table->grad_norm = i == 0 ? a.grad_norm : nullptr;
     for (; i < a.n_tensors && table->n_tensors < kTensors; ++i) {
       const AdamWTensor& t = a.tensors[i];

@@ -1,15 +1,16 @@
 // Softmax cross-entropy with its gradient; the formulas stand in fastgpt/ops/cross_entropy.py.
 //
-//   m = max z, s = sum exp(z - m), lse = m + log s        online, one sweep (Milakov, Gimelshein 2018, arXiv:1805.02867)
+//   m = max z, s = sum exp(z - m), lse = m + log s        online (Milakov, Gimelshein 2018, arXiv:1805.02867)
 //   dz_c = exp(z_c - m) / s * p_scale - w_c * smooth - [c == y] * hit
 //
-// Fused: softcap, class weights, label smoothing, z-loss, padding columns, ignored rows, the factor of each row. fwd_bwd reads
-// the logits from HBM once and writes the gradient in their place; its second sweep over a row finds it in L2. Saved for a
-// separate backward: lse. Bytes for each 16-bit logit: fwd 2, bwd 4, fwd_bwd 4. Floor of fwd_bwd for 65536 rows of 50304
-// (13.2 GB): A100 6.5 ms, H100 3.9, H200 2.7; of fwd half as much.
-// How: a row belongs to one block; four 16-byte loads of a thread are in flight; rows that start off a 16-byte boundary
-// (odd V) peel their first and last columns. 512 threads at two blocks a multiprocessor keep 2 * 132 rows of 100 KB in
-// flight: 26 MB, inside the L2 of an H100 (50 MB) and, with 22 MB, of an A100 (40 MB).
+// Fused: softcap, class weights, label smoothing, z-loss, padding columns, ignored rows, the factor of each row.
+// fwd_bwd reads the logits from HBM once and writes the gradient in their place; its second sweep over a row finds it
+// in L2. Saved for a separate backward: lse. Bytes for each 16-bit logit: fwd 2, bwd 4, fwd_bwd 4. Floor of fwd_bwd
+// for 65536 rows of 50304 (13.2 GB): A100 6.5 ms, H100 3.9, H200 2.7; of fwd half as much.
+//
+// How: a row belongs to one block; four 16-byte loads of a thread are in flight; rows that start off a 16-byte
+// boundary (odd V) peel their first and last columns. 512 threads at two blocks a multiprocessor keep 2 * 132 rows of
+// 100 KB in flight: 26 MB, inside the L2 of an H100 (50 MB) and, with 22 MB, of an A100 (40 MB).
 #include <fastgpt/cuda_launch.cuh>
 #include <fastgpt/launch.h>
 #include <fastgpt/reduce.cuh>
@@ -45,7 +46,9 @@ struct Row {
   __device__ bool ignored() const { return target == a.ignore_index; }
   __device__ bool counted() const { return !ignored() && target >= 0 && target < a.n_classes; }
   __device__ float weight(int64_t c) const { return kPlain || a.weight == nullptr ? 1.0f : a.weight[c]; }
-  __device__ float weight_sum() const { return kPlain || a.weight == nullptr ? static_cast<float>(n_classes) : *a.weight_sum; }
+  __device__ float weight_sum() const {
+    return kPlain || a.weight == nullptr ? static_cast<float>(n_classes) : *a.weight_sum;
+  }
   __device__ float scale() const { return a.scale[index * a.scale_step]; }
 
   __device__ float z(float logit) const {
@@ -62,8 +65,8 @@ struct Stats {
 
 __device__ __forceinline__ float finite_shift(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// One sweep over the classes. Every thread gets the same result. scratch: 3 * kMaxWarps, free to use on entry; on return
-// the whole block has passed a barrier.
+// One sweep over the classes. Every thread gets the same result. scratch: 3 * kMaxWarps, free to use on entry; on
+// return the whole block has passed a barrier.
 template <typename T, bool kPlain>
 __device__ __forceinline__ Stats row_stats(const Row<T, kPlain>& row, float z_ref, float* scratch) {
   float max = -INFINITY, sum = 0.0f, weighted = 0.0f;
@@ -157,7 +160,8 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_fwd_kernel(const Cross
   }
 }
 
-// p from the saved lse where its rounding cannot show; else max and sum once more (the second sweep finds the row in L2).
+// p from the saved lse where its rounding cannot show; else max and sum once more (the second sweep finds the row in
+// L2).
 template <typename T, bool kPlain>
 __global__ void __launch_bounds__(kThreads) cross_entropy_bwd_kernel(const CrossEntropyArgs a) {
   __shared__ float scratch[3 * kMaxWarps];
@@ -217,19 +221,23 @@ dim3 row_block(int64_t n_cols) {
 }
 
 // Picks the instance of a kernel for dtype and options; K names the kernel with its two template parameters.
-#define FASTGPT_LAUNCH_CROSS_ENTROPY(K)                                                                     \
-  if (a.n_rows == 0) return;                                                                               \
-  with_type(a.dtype, [&](auto t) {                                                                         \
-    using T = decltype(t);                                                                                 \
-    const bool plain = a.weight == nullptr && a.softcap <= 0.0f && a.label_smoothing <= 0.0f;              \
-    launch(#K, plain ? K<T, true> : K<T, false>, dim3(a.n_rows), row_block(a.n_cols), 0, stream, a);       \
+#define FASTGPT_LAUNCH_CROSS_ENTROPY(K)                                                              \
+  if (a.n_rows == 0) return;                                                                         \
+  with_type(a.dtype, [&](auto t) {                                                                   \
+    using T = decltype(t);                                                                           \
+    const bool plain = a.weight == nullptr && a.softcap <= 0.0f && a.label_smoothing <= 0.0f;        \
+    launch(#K, plain ? K<T, true> : K<T, false>, dim3(a.n_rows), row_block(a.n_cols), 0, stream, a); \
   })
 
 }  // namespace
 
-void cross_entropy_fwd(const CrossEntropyArgs& a, Stream stream) { FASTGPT_LAUNCH_CROSS_ENTROPY(cross_entropy_fwd_kernel); }
+void cross_entropy_fwd(const CrossEntropyArgs& a, Stream stream) {
+  FASTGPT_LAUNCH_CROSS_ENTROPY(cross_entropy_fwd_kernel);
+}
 
-void cross_entropy_bwd(const CrossEntropyArgs& a, Stream stream) { FASTGPT_LAUNCH_CROSS_ENTROPY(cross_entropy_bwd_kernel); }
+void cross_entropy_bwd(const CrossEntropyArgs& a, Stream stream) {
+  FASTGPT_LAUNCH_CROSS_ENTROPY(cross_entropy_bwd_kernel);
+}
 
 void cross_entropy_fwd_bwd(const CrossEntropyArgs& a, Stream stream) {
   FASTGPT_LAUNCH_CROSS_ENTROPY(cross_entropy_fwd_bwd_kernel);

@@ -4,13 +4,15 @@
 //   y = (h - mean) rstd w + b
 //   dx = rstd (w dy - mean(w dy) - xhat mean(w dy xhat)) + dsum;  dw = sum_rows dy xhat;  db = sum_rows dy
 //
-// Saved for backward: h and (mean, rstd) in fp32. Bytes for each element of 16 bits: forward 4 (read x, write y), 8 with a
-// residual; backward 6 (read dy and h, write dx), 8 with dsum. Floor for N = 65536, C = 768, forward with residual (403 MB):
-// A100 197 us, H100 120, H200 84; backward without dsum (302 MB): 148, 90, 63.
-// How: a row stays in registers between its passes, so each tensor crosses HBM once, in 16-byte pieces; rows of up to 1024
-// columns (16 bits) belong to one warp and need no barrier. Backward runs 432 blocks (4 on each multiprocessor of an A100,
-// about 3 of an H100), which sum dw and db of their rows in registers and write one fp32 partial each; a second kernel adds
-// the partials in a fixed order: no atomics, the same bits in every run. Rows too wide for registers are read again from L2.
+// Saved for backward: h and (mean, rstd) in fp32. Bytes for each element of 16 bits: forward 4 (read x, write y), 8
+// with a residual; backward 6 (read dy and h, write dx), 8 with dsum. Floor for N = 65536, C = 768, forward with
+// residual (403 MB): A100 197 us, H100 120, H200 84; backward without dsum (302 MB): 148, 90, 63.
+//
+// How: a row stays in registers between its passes, so each tensor crosses HBM once, in 16-byte pieces; rows of up to
+// 1024 columns (16 bits) belong to one warp and need no barrier. Backward runs 432 blocks (4 on each multiprocessor
+// of an A100, about 3 of an H100), which sum dw and db of their rows in registers and write one fp32 partial each; a
+// second kernel adds the partials in a fixed order: no atomics, the same bits in every run. Rows too wide for
+// registers are read again from L2.
 #include <fastgpt/cuda_launch.cuh>
 #include <fastgpt/launch.h>
 #include <fastgpt/reduce.cuh>
@@ -19,12 +21,12 @@
 namespace fastgpt::cuda {
 namespace {
 
-constexpr int kWideThreads = 512;   // of a block that walks over the columns of a wide row
-constexpr int kFwdThreads = 512;    // at most, for one row in registers
-constexpr int kBwdItems = 8;        // columns of a thread in backward
-constexpr int kBwdThreads = 1024;   // at most, for one row in registers
+constexpr int kWideThreads = 512;  // of a block that walks over the columns of a wide row
+constexpr int kFwdThreads = 512;   // at most, for one row in registers
+constexpr int kBwdItems = 8;       // columns of a thread in backward
+constexpr int kBwdThreads = 1024;  // at most, for one row in registers
 constexpr int64_t kBwdBlocks = 432;
-constexpr int kWideRows = 8;        // rows that a backward block of wide rows handles together
+constexpr int kWideRows = 8;  // rows that a backward block of wide rows handles together
 
 template <typename T>
 constexpr int kFwdItems = sizeof(T) == 2 ? 32 : 16;  // columns of a thread in forward
@@ -47,7 +49,8 @@ __device__ __forceinline__ void load_h(const LayerNormFwdArgs& a, int64_t row, i
 }
 
 template <typename T, typename W, int L>
-__device__ __forceinline__ void store_y(const LayerNormFwdArgs& a, int64_t row, int c, float (&h)[L], float mean, float rstd) {
+__device__ __forceinline__ void store_y(const LayerNormFwdArgs& a, int64_t row, int c, float (&h)[L], float mean,
+                                        float rstd) {
   float w[L], b[L];
 #pragma unroll
   for (int l = 0; l < L; ++l) w[l] = 1.0f, b[l] = 0.0f;
@@ -58,7 +61,8 @@ __device__ __forceinline__ void store_y(const LayerNormFwdArgs& a, int64_t row, 
   store(static_cast<T*>(a.y) + row * a.n_cols + c, h);
 }
 
-// One row for each threadIdx.y, held in registers; more than one row in a block only where a row is one warp (no barrier).
+// One row for each threadIdx.y, held in registers; more than one row in a block only where a row is one warp (no
+// barrier).
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kFwdThreads) layer_norm_fwd_kernel(const LayerNormFwdArgs a) {
   constexpr int kPacks = kFwdItems<T> / L;
@@ -136,8 +140,8 @@ __device__ __forceinline__ void load_weight(const LayerNormBwdArgs& a, int c, fl
 
 // dx of columns c..c+L from w dy and xhat.
 template <typename T, int L>
-__device__ __forceinline__ void store_dx(const LayerNormBwdArgs& a, int64_t row, int c, float (&wdy)[L], const float (&xhat)[L],
-                                         float mean_wdy, float mean_wdy_xhat, float rstd) {
+__device__ __forceinline__ void store_dx(const LayerNormBwdArgs& a, int64_t row, int c, float (&wdy)[L],
+                                         const float (&xhat)[L], float mean_wdy, float mean_wdy_xhat, float rstd) {
   float dsum[L];
 #pragma unroll
   for (int l = 0; l < L; ++l) dsum[l] = 0.0f;
@@ -214,8 +218,9 @@ __global__ void __launch_bounds__(kBwdThreads) layer_norm_bwd_kernel(const Layer
   write_partial(a, shared);
 }
 
-// Wide rows, kWideRows at a time: first the two means of each row, then, column by column, dx and the sums over the rows,
-// which are kept in the block's partial between two groups of rows (each thread its own columns). dy and h are read twice.
+// Wide rows, kWideRows at a time: first the two means of each row, then, column by column, dx and the sums over the
+// rows, which are kept in the block's partial between two groups of rows (each thread its own columns). dy and h are
+// read twice.
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const LayerNormBwdArgs a) {
   __shared__ float scratch[2][2 * kMaxWarps];
@@ -268,7 +273,8 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
   }
 }
 
-// partials (n_blocks, 2, C) -> dweight (blockIdx.y 0), dbias (1): 32 columns a block, threadIdx.y strides over the partials.
+// partials (n_blocks, 2, C) -> dweight (blockIdx.y 0), dbias (1): 32 columns a block, threadIdx.y strides over the
+// partials.
 template <typename W>
 __global__ void __launch_bounds__(1024) layer_norm_bwd_reduce_kernel(const LayerNormBwdArgs a, int64_t n_blocks) {
   __shared__ float sums[32][33];
@@ -276,7 +282,8 @@ __global__ void __launch_bounds__(1024) layer_norm_bwd_reduce_kernel(const Layer
   if (out == nullptr) return;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   float sum = 0.0f;
-  for (int64_t b = threadIdx.y; b < n_blocks && c < a.n_cols; b += 32) sum += a.partials[(b * 2 + blockIdx.y) * a.n_cols + c];
+  for (int64_t b = threadIdx.y; b < n_blocks && c < a.n_cols; b += 32)
+    sum += a.partials[(b * 2 + blockIdx.y) * a.n_cols + c];
   sums[threadIdx.x][threadIdx.y] = sum;
   __syncthreads();
   const float total = warp_sum(sums[threadIdx.y][threadIdx.x]);  // warp y adds column y
@@ -295,13 +302,14 @@ int row_threads(int64_t n_cols, int items, int lanes) {
 template <typename T, typename W, int L>
 void fwd(const LayerNormFwdArgs& a, Stream stream) {
   if (a.n_cols > static_cast<int64_t>(kFwdThreads) * kFwdItems<T>) {
-    launch("layer_norm_fwd_wide_kernel", layer_norm_fwd_wide_kernel<T, W, L>, dim3(a.n_rows), dim3(kWideThreads), 0, stream, a);
+    launch("layer_norm_fwd_wide_kernel", layer_norm_fwd_wide_kernel<T, W, L>, dim3(a.n_rows), dim3(kWideThreads), 0,
+           stream, a);
     return;
   }
   const int threads = row_threads(a.n_cols, kFwdItems<T>, L);
   const int rows = threads == 32 ? 4 : 1;
-  launch("layer_norm_fwd_kernel", layer_norm_fwd_kernel<T, W, L>, dim3((a.n_rows + rows - 1) / rows), dim3(threads, rows), 0,
-         stream, a);
+  launch("layer_norm_fwd_kernel", layer_norm_fwd_kernel<T, W, L>, dim3((a.n_rows + rows - 1) / rows),
+         dim3(threads, rows), 0, stream, a);
 }
 
 // Rows that a backward block works on side by side.
@@ -311,15 +319,17 @@ template <typename T, typename W, int L>
 void bwd(const LayerNormBwdArgs& a, Stream stream) {
   const int64_t n_blocks = layer_norm_bwd_blocks(a.n_rows, a.n_cols);
   if (a.n_rows > 0 && a.n_cols > static_cast<int64_t>(kBwdThreads) * kBwdItems) {
-    launch("layer_norm_bwd_wide_kernel", layer_norm_bwd_wide_kernel<T, W, L>, dim3(n_blocks), dim3(kWideThreads), 0, stream, a);
+    launch("layer_norm_bwd_wide_kernel", layer_norm_bwd_wide_kernel<T, W, L>, dim3(n_blocks), dim3(kWideThreads), 0,
+           stream, a);
   } else if (a.n_rows > 0) {
     const int threads = row_threads(a.n_cols, kBwdItems, L), rows = bwd_rows(threads);
     const size_t smem = rows > 1 ? sizeof(float) * rows * 2 * a.n_cols : 0;
-    launch("layer_norm_bwd_kernel", layer_norm_bwd_kernel<T, W, L>, dim3(n_blocks), dim3(threads, rows), smem, stream, a);
+    launch("layer_norm_bwd_kernel", layer_norm_bwd_kernel<T, W, L>, dim3(n_blocks), dim3(threads, rows), smem, stream,
+           a);
   }
   if (a.dweight == nullptr && a.dbias == nullptr) return;
-  launch("layer_norm_bwd_reduce_kernel", layer_norm_bwd_reduce_kernel<W>, dim3((a.n_cols + 31) / 32, 2), dim3(32, 32), 0,
-         stream, a, n_blocks);
+  launch("layer_norm_bwd_reduce_kernel", layer_norm_bwd_reduce_kernel<W>, dim3((a.n_cols + 31) / 32, 2), dim3(32, 32),
+         0, stream, a, n_blocks);
 }
 
 // Calls f(T{}, W{}) for the dtype of x and of the weights.

@@ -53,6 +53,15 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Under torch.autocast, the tensors in its dtype (fp64 stays): what matmul-like ops do with their inputs."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+
+
 def mark_mutated(tensors: list[Tensor]) -> None:
     """Tell autograd that a raw op wrote to these (raw ops do not), so that a backward that still needs the old values
     raises instead of being wrong."""

@@ -132,7 +132,7 @@ def adamw_ref(
 def _self_check(backend: str, device: torch.device) -> float:
     params, grads = ([torch.randn(n, device=device) for n in (1300, 7)] for _ in range(2))
     moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-    bucket = Bucket(params, grads, *moments, [], [0, 1], [0, 0])
+    bucket = Bucket(params, grads, moments[0], moments[1], [], [0, 1], [0, 0])
     wide = [[t.double() for t in tensors] for tensors in (params, grads, *moments)]
     steps, lr, norm = torch.zeros(2, device=device), torch.full((1,), 0.1, device=device), torch.zeros(1, device=device)
     partials = torch.zeros(PARTIALS, device=device)
@@ -140,7 +140,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     PREPARE[backend](grads, steps, bucket.index, partials, 0, True)
     tail = (*group, partials, 1.0, None, None, norm, False, 0)
     UPDATE[backend](params, grads, *moments, [], steps, bucket.index, bucket.group, lr, *tail)
-    exact = Bucket(*wide, [], [0, 1], [0, 0])
+    exact = Bucket(wide[0], wide[1], wide[2], wide[3], [], [0, 1], [0, 0])
     exact_norm = torch.cat(wide[1]).norm().reshape(1)
     settings = dict(zip(("beta1", "beta2", "eps", "weight_decay"), (g[0] for g in group)))
     adamw_ref(exact, torch.zeros(2, device=device), lr, [settings], exact_norm, 1.0, None, None, False, 0)

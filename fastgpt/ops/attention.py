@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.backend import register, select
-from fastgpt.ops._common import check_float, check_like
+from fastgpt.ops._common import autocast, check_float, check_like
 
 register("attention")
 
@@ -165,6 +165,8 @@ def attention(
         kv_start=kv_start,
         return_lse=return_lse,
     )
+    if all(isinstance(t, Tensor) and t.is_floating_point() for t in (q, k, v)):
+        q, k, v = (t for t in autocast(q, k, v) if t is not None)
     _check(q, k, v, options)
     select("attention", q)
     return attention_torch(q, k, v, options)

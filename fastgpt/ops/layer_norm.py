@@ -125,8 +125,8 @@ def _self_check(backend: str, device: torch.device) -> float:
     weight, bias = torch.randn(2, 130, device=device).unbind()
     y, s, stats = FWD[backend](x, residual, weight, bias, 1e-5)
     got = [y, s, *BWD[backend](dy, dsum, s, weight, bias, stats)]
-    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
-    exact = layer_norm_ref(*leaves, residual=residual.double())
+    leaves = x64, weight64, bias64 = [t.double().requires_grad_() for t in (x, weight, bias)]
+    exact = layer_norm_ref(x64, weight64, bias64, residual=residual.double())
     grads = torch.autograd.grad(exact, leaves, (dy.double(), dsum.double()))
     return relative_error(got, [t.detach() for t in (*exact, *grads)])
 

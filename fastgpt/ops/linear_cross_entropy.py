@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.backend import register, select
-from fastgpt.ops._common import check_float, check_like
+from fastgpt.ops._common import autocast, check_float, check_like
 from fastgpt.ops.cross_entropy import cross_entropy
 
 register("linear_cross_entropy")
@@ -42,6 +42,8 @@ def linear_cross_entropy(
             f"linear_cross_entropy: x {tuple(x.shape)} and linear_weight {tuple(linear_weight.shape)}, "
             f"expected (N, C) and (V, C)"
         )
+    cast = autocast(x, linear_weight, linear_bias)
+    x, linear_weight, linear_bias = cast[0], cast[1], cast[2]  # type: ignore[assignment]
     v = (linear_weight.shape[0],)
     check_like("linear_cross_entropy", "linear_bias", linear_bias, v, x, (x.dtype,), "to match linear_weight's rows")
     if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):

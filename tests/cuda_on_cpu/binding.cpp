@@ -1,5 +1,5 @@
-// The launchers of csrc/cuda/*.cu, compiled for the host, as Python functions. Arguments go by the structs' field names; pointers
-// are integers (Tensor.data_ptr()), dtypes the numbers of DType. What is not given is zero or null.
+// The launchers of csrc/cuda/*.cu, compiled for the host, as Python functions. Arguments go by the structs' field
+// names; pointers are integers (Tensor.data_ptr()), dtypes the numbers of DType. What is not given is zero or null.
 #include <cuda_runtime.h>
 #include <fastgpt/launch.h>
 #include <fastgpt/math.h>
@@ -23,15 +23,15 @@ void set(T& field, py::handle value) {
 
 LayerNormFwdArgs layer_norm_fwd_args(const py::dict& values) {
   LayerNormFwdArgs a{};
-  FIELD(x); FIELD(residual); FIELD(weight); FIELD(bias); FIELD(y); FIELD(sum); FIELD(stats); FIELD(x_row); FIELD(residual_row);
-  FIELD(n_rows); FIELD(n_cols); FIELD(eps); FIELD(dtype); FIELD(weight_dtype);
+  FIELD(x); FIELD(residual); FIELD(weight); FIELD(bias); FIELD(y); FIELD(sum); FIELD(stats); FIELD(x_row);
+  FIELD(residual_row); FIELD(n_rows); FIELD(n_cols); FIELD(eps); FIELD(dtype); FIELD(weight_dtype);
   return a;
 }
 
 LayerNormBwdArgs layer_norm_bwd_args(const py::dict& values) {
   LayerNormBwdArgs a{};
-  FIELD(dy); FIELD(dsum); FIELD(h); FIELD(weight); FIELD(stats); FIELD(dx); FIELD(dweight); FIELD(dbias); FIELD(partials);
-  FIELD(dy_row); FIELD(dsum_row); FIELD(h_row); FIELD(n_rows); FIELD(n_cols); FIELD(dtype); FIELD(weight_dtype);
+  FIELD(dy); FIELD(dsum); FIELD(h); FIELD(weight); FIELD(stats); FIELD(dx); FIELD(dweight); FIELD(dbias);
+  FIELD(partials); FIELD(dy_row); FIELD(dsum_row); FIELD(h_row); FIELD(n_rows); FIELD(n_cols); FIELD(dtype); FIELD(weight_dtype);
   return a;
 }
 
@@ -99,7 +99,8 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
   m.def("layer_norm_bwd_blocks", &cuda::layer_norm_bwd_blocks);
   m.def("cross_entropy_fwd", [](const py::kwargs& v) { cuda::cross_entropy_fwd(cross_entropy_args(v), nullptr); });
   m.def("cross_entropy_bwd", [](const py::kwargs& v) { cuda::cross_entropy_bwd(cross_entropy_args(v), nullptr); });
-  m.def("cross_entropy_fwd_bwd", [](const py::kwargs& v) { cuda::cross_entropy_fwd_bwd(cross_entropy_args(v), nullptr); });
+  m.def("cross_entropy_fwd_bwd",
+        [](const py::kwargs& v) { cuda::cross_entropy_fwd_bwd(cross_entropy_args(v), nullptr); });
   m.def("scale_rows", [](const py::kwargs& v) { cuda::scale_rows(scale_rows_args(v), nullptr); });
   m.def("adamw_prepare", [](const py::kwargs& v) { adamw(cuda::adamw_prepare, v); });
   m.def("adamw_update", [](const py::kwargs& v) { adamw(cuda::adamw_update, v); });

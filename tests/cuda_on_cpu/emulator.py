@@ -137,7 +137,13 @@ class Kernels:
         self.guards.clear()
 
     def layer_norm_fwd(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float, offset: int = 0
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        offset: int = 0,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         n, c = x.shape
         y = self.empty(n, c, dtype=x.dtype, offset=offset)
@@ -163,9 +169,9 @@ class Kernels:
         blocks = self.raw.layer_norm_bwd_blocks(n, c)
         partials = None if some is None else self.empty(blocks, 2, c, dtype=torch.float32)
         self.raw.layer_norm_bwd(
-            dy=pointer(dy), dsum=pointer(dsum), h=pointer(h), weight=pointer(weight), stats=pointer(stats), dx=pointer(dx),
-            dweight=pointer(dweight), dbias=pointer(dbias), partials=pointer(partials), dy_row=row_stride(dy),
-            dsum_row=row_stride(dsum), h_row=row_stride(h), n_rows=n, n_cols=c, dtype=DTYPES[h.dtype],
+            dy=pointer(dy), dsum=pointer(dsum), h=pointer(h), weight=pointer(weight), stats=pointer(stats),
+            dx=pointer(dx), dweight=pointer(dweight), dbias=pointer(dbias), partials=pointer(partials),
+            dy_row=row_stride(dy), dsum_row=row_stride(dsum), h_row=row_stride(h), n_rows=n, n_cols=c, dtype=DTYPES[h.dtype],
             weight_dtype=DTYPES[h.dtype if some is None else some.dtype],
         )  # fmt: skip
         self.check_guards()
@@ -208,14 +214,14 @@ class Kernels:
 
     def scale_rows(self, x: Tensor, scale: Tensor) -> None:
         self.raw.scale_rows(
-            x=pointer(x), scale=pointer(scale), x_row=row_stride(x), scale_step=int(scale.numel() > 1), n_rows=x.shape[0],
-            n_cols=x.shape[1], dtype=DTYPES[x.dtype],
+            x=pointer(x), scale=pointer(scale), x_row=row_stride(x), scale_step=int(scale.numel() > 1),
+            n_rows=x.shape[0], n_cols=x.shape[1], dtype=DTYPES[x.dtype],
         )  # fmt: skip
         self.check_guards()
 
     def adamw(
         self,
-        tensors: list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]],  # param, grad, exp_avg, exp_avg_sq, master
+        tensors: list[Any],  # of (param, grad, exp_avg, exp_avg_sq, master or None)
         steps: Tensor,
         lr: Tensor,
         groups: list[tuple[float, float, float, float]],  # beta1, beta2, eps, weight_decay
@@ -237,8 +243,9 @@ class Kernels:
         grad_norm = self.empty(1, dtype=torch.float32)
         arguments = dict(
             tensors=table, groups=groups, lr=pointer(lr), steps=pointer(steps), partials=pointer(partials),
-            n_partials=n_partials, grad_norm=pointer(grad_norm), param_dtype=DTYPES[p.dtype], grad_dtype=DTYPES[g.dtype],
-            moment_dtype=DTYPES[m.dtype], master_dtype=DTYPES[torch.float32 if master is None else master.dtype],
+            n_partials=n_partials, grad_norm=pointer(grad_norm), param_dtype=DTYPES[p.dtype],
+            grad_dtype=DTYPES[g.dtype], moment_dtype=DTYPES[m.dtype],
+            master_dtype=DTYPES[torch.float32 if master is None else master.dtype],
         )  # fmt: skip
         arguments |= {k: pointer(v) if isinstance(v, Tensor) else v for k, v in options.items()}
         self.raw.adamw_prepare(**arguments)
@@ -260,7 +267,7 @@ def smoke(kernels: Kernels, dtype: torch.dtype, n: int, c: int, schedule: str = 
     y, total, stats = kernels.layer_norm_fwd(x, rows(), weight, weight.clone(), 1e-5)
     assert total is not None
     found = [y, stats, *kernels.layer_norm_bwd(dy, rows(), total, weight, weight, stats)]
-    options = dict(weight=torch.rand(c), label_smoothing=0.1, z_loss=1e-3, softcap=5.0)
+    options: dict[str, Any] = dict(weight=torch.rand(c), label_smoothing=0.1, z_loss=1e-3, softcap=5.0)
     loss, lse = kernels.cross_entropy_fwd(x, target, **options)
     found += [loss, lse, kernels.cross_entropy_bwd(torch.rand(n), x, target, lse, **options)]
     logits = x.clone()
@@ -271,7 +278,7 @@ def smoke(kernels: Kernels, dtype: torch.dtype, n: int, c: int, schedule: str = 
     return [t for t in (*found, *state) if t is not None]
 
 
-if __name__ == "__main__":  # module.so: `smoke` on shapes that end anywhere; in the process that AddressSanitizer watches
+if __name__ == "__main__":  # for AddressSanitizer: module.so -> `smoke` on shapes that end anywhere
     emulated = Kernels(Path(sys.argv[1]), guard=0)
     for name in (torch.float32, torch.bfloat16, torch.float16):
         for shape in ((1, 1), (3, 7), (2, 64), (5, 97), (3, 770), (2, 8200)):

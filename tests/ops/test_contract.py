@@ -295,3 +295,16 @@ def test_self_checks_pass_and_can_fail(op: str, name: str, monkeypatch: pytest.M
     monkeypatch.setitem(getattr(module, first), name, lambda *args: None)
     with pytest.raises(TypeError) if op != "adamw" else contextlib.nullcontext():
         assert backend._self_checks[op](name, torch.device(DEVICE)) > backend.SELF_CHECK_BOUND
+
+
+def test_autocast_casts_products_and_keeps_norms_wide() -> None:
+    """As torch's autocast: attention and the LM head in its dtype, norms in their input's, losses in fp32."""
+    q, x, w = rand(1, 4, 2, 8), rand(6, 16), rand(16)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert ops.attention(q, q.bfloat16(), q, causal=True).dtype == torch.bfloat16
+        assert ops.layer_norm(x, w).dtype == torch.float32
+        assert ops.layer_norm(x.bfloat16(), w).dtype == torch.bfloat16
+        head = rand(20, 16, seed=1).requires_grad_()
+        loss = ops.linear_cross_entropy(x, head, torch.arange(6, device=DEVICE))
+    loss.backward()
+    assert loss.dtype == torch.float32 and head.grad is not None and head.grad.dtype == torch.float32

@@ -6,7 +6,7 @@
 #include <string>
 
 #if !defined(FASTGPT_DYNAMIC_SHARED)
-#define FASTGPT_DYNAMIC_SHARED(type, name)                       \
+#define FASTGPT_DYNAMIC_SHARED(type, name)                      \
   extern __shared__ __align__(16) unsigned char name##_bytes[]; \
   type* const name = reinterpret_cast<type*>(name##_bytes)
 #endif

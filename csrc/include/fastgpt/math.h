@@ -1,6 +1,6 @@
-// Formulas that the CPU and the CUDA kernels share, one value at a time. Branch-free and free of libm calls unless said, so
-// that g++ -O3 -fno-trapping-math -fno-math-errno turns loops over them into vector code. Largest errors as measured over
-// every fp32 value of the range by tests/test_cuda_on_cpu.py::test_math; u is 2^-23.
+// Formulas that the CPU and the CUDA kernels share, one value at a time. Branch-free and free of libm calls unless
+// said, so that g++ -O3 -fno-trapping-math -fno-math-errno turns loops over them into vector code. Largest errors as
+// measured over every fp32 value of the range by tests/test_cuda_on_cpu.py::test_math; u is 2^-23.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -65,11 +65,17 @@ FASTGPT_HD f16 to_f16(float x) {  // nearest, ties to even; beyond 65519 infinit
 template <typename T>
 FASTGPT_HD T from_float(float x);
 template <>
-FASTGPT_HD float from_float<float>(float x) { return x; }
+FASTGPT_HD float from_float<float>(float x) {
+  return x;
+}
 template <>
-FASTGPT_HD bf16 from_float<bf16>(float x) { return to_bf16(x); }
+FASTGPT_HD bf16 from_float<bf16>(float x) {
+  return to_bf16(x);
+}
 template <>
-FASTGPT_HD f16 from_float<f16>(float x) { return to_f16(x); }
+FASTGPT_HD f16 from_float<f16>(float x) {
+  return to_f16(x);
+}
 
 // ---- exp, tanh ----
 
@@ -94,7 +100,8 @@ FASTGPT_HD float exp_f(float x) {
   return x > 88.72283f ? bits_float(0x7f800000u) : low;
 }
 
-// tanh(x) from e = exp(-2|x|): polynomial below 0.625, (1 - e) / (1 + e) above. Relative error 1.25 u with e from exp_f.
+// tanh(x) from e = exp(-2|x|): polynomial below 0.625, (1 - e) / (1 + e) above. Relative error 1.25 u with e from
+// exp_f.
 FASTGPT_HD float tanh_from_exp(float x, float e) {
   const float a = bits_float(float_bits(x) & 0x7fffffffu);
   const float s = a * a;
@@ -128,7 +135,9 @@ FASTGPT_HD float layer_norm_dx(float wdy, float xhat, float mean_wdy, float mean
 
 // ---- cross-entropy; formulas in fastgpt/ops/cross_entropy.py ----
 
-FASTGPT_HD float softcap_f(float logit, float softcap, float inv_softcap) { return softcap * tanh_f(logit * inv_softcap); }
+FASTGPT_HD float softcap_f(float logit, float softcap, float inv_softcap) {
+  return softcap * tanh_f(logit * inv_softcap);
+}
 
 // dz/dlogit from z = softcap tanh(logit / softcap).
 FASTGPT_HD float softcap_slope(float z, float inv_softcap) {
@@ -174,12 +183,12 @@ FASTGPT_HD double one_minus_power(double base, int64_t t) {
 
 // What all elements of a tensor share in one step.
 struct AdamWScalars {
-  float grad_factor;       // clip coefficient / grad_scale
-  float decay;             // 1 - lr weight_decay
+  float grad_factor;  // clip coefficient / grad_scale
+  float decay;        // 1 - lr weight_decay
   float one_minus_beta1;
   float beta2, one_minus_beta2;
-  float step_size;         // lr / (1 - beta1^t)
-  float inv_sqrt_bc2;      // 1 / sqrt(1 - beta2^t)
+  float step_size;     // lr / (1 - beta1^t)
+  float inv_sqrt_bc2;  // 1 / sqrt(1 - beta2^t)
   float eps;
 };
 

@@ -1,5 +1,5 @@
-// Sums and maxima over a warp and over the threads of one threadIdx.y ("row group": blockDim.x threads, a multiple of 32).
-// The order is fixed and every thread gets the same bits.
+// Sums and maxima over a warp and over the threads of one threadIdx.y ("row group": blockDim.x threads, a multiple of
+// 32). The order is fixed and every thread gets the same bits.
 #pragma once
 #include <cuda_runtime.h>
 #include <fastgpt/ptx.cuh>
@@ -23,8 +23,8 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// The three below: `scratch` has kMaxWarps floats for each value reduced, shared memory that no other reduction touches
-// before the next barrier. With one warp in the row group there is no barrier.
+// The three below: `scratch` has kMaxWarps floats for each value reduced, shared memory that no other reduction
+// touches before the next barrier. With one warp in the row group there is no barrier.
 __device__ __forceinline__ float row_sum(float v, float* scratch) {
   v = warp_sum(v);
   if (blockDim.x == 32) return v;

@@ -107,8 +107,9 @@ __device__ __forceinline__ void store_words(int16_t* p, const int16_t (&x)[L]) {
   }
 }
 
-// Calls f(c, x) for all columns of a row, x[0] being column c: x has kLanes<T> values, or one before the first 16-byte
-// boundary and behind the last. kUnroll loads are in flight at once. f may overwrite the columns it was given.
+// Calls f(c, x) for all columns of a row, x[0] being column c: x has kLanes<T> values, or one before the first
+// 16-byte boundary and behind the last. kUnroll loads are in flight at once. f may overwrite the columns it was
+// given.
 template <int kUnroll, typename T, typename F>
 __device__ __forceinline__ void sweep(const T* row, int n, F f) {
   constexpr int L = kLanes<T>;

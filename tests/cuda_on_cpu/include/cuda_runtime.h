@@ -1,12 +1,12 @@
-// CUDA kernels on the host, for tests: this file stands in for the toolkit's cuda_runtime.h, so that g++ compiles csrc/cuda/*.cu
-// unchanged. Blocks run one after the other; the threads of a block are fibers that run until they wait, in an order that
-// set_schedule picks. Barriers and warp shuffles are rendezvous; a thread that never comes is reported as a deadlock. Each
-// 16-byte access is checked for alignment, each launch for CUDA's limits; AddressSanitizer sees shared memory as well, dynamic
-// shared memory being allocated to its exact size.
+// CUDA kernels on the host, for tests: this file stands in for the toolkit's cuda_runtime.h, so that g++ compiles
+// csrc/cuda/*.cu unchanged. Blocks run one after the other; the threads of a block are fibers that run until they
+// wait, in an order that set_schedule picks. Barriers and warp shuffles are rendezvous; a thread that never comes is
+// reported as a deadlock. Each 16-byte access is checked for alignment, each launch for CUDA's limits;
+// AddressSanitizer sees shared memory as well, dynamic shared memory being allocated to its exact size.
 //
-// What it cannot show: races between threads that run at the same time (it shows those that some order of whole stretches
-// between barriers brings out), memory ordering, the device's rounding of ex2 and its fused multiply-adds, registers,
-// spills, occupancy, speed, and anything of streams and devices.
+// What it cannot show: races between threads that run at the same time (it shows those that some order of whole
+// stretches between barriers brings out), memory ordering, the device's rounding of ex2 and its fused multiply-adds,
+// registers, spills, occupancy, speed, and anything of streams and devices.
 #pragma once
 #include <sys/mman.h>
 
@@ -37,7 +37,8 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static  // blocks run one at a time
-#define FASTGPT_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(emulator::machine().dynamic_shared.get())
+#define FASTGPT_DYNAMIC_SHARED(type, name) \
+  type* const name = static_cast<type*>(emulator::machine().dynamic_shared.get())
 
 struct uint3 {
   unsigned x, y, z;
@@ -52,7 +53,12 @@ struct dim3 {
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorMisalignedAddress = 716, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorMisalignedAddress = 716,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = struct CUstream_st*;
 
 namespace emulator {
@@ -89,7 +95,7 @@ struct Machine {
   std::string error;
   std::unique_ptr<void, void (*)(void*)> dynamic_shared{nullptr, std::free};
   char* stacks = static_cast<char*>(
-      mmap(nullptr, kStack * kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+      mmap(nullptr, kStack* kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
 
   void wait(State state) {
     Fiber* me = current;
@@ -185,8 +191,8 @@ inline void Machine::run_block() {
 
 inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes, std::function<void()> kernel) {
   const uint64_t n = uint64_t{block_size.x} * block_size.y * block_size.z;
-  if (n == 0 || n > kMaxThreads || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || shared_bytes > 48 * 1024) {
+  if (n == 0 || n > kMaxThreads || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu ||
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > 48 * 1024) {
     return cudaErrorInvalidConfiguration;
   }
   gridDim = grid;
@@ -198,7 +204,7 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
   for (uint64_t k = 0; k < n_blocks && error.empty(); ++k) {
     const uint64_t b = schedule == Schedule::backward ? n_blocks - 1 - k : k;
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
-             static_cast<unsigned>(b / grid.x / grid.y)};
+                static_cast<unsigned>(b / grid.x / grid.y)};
     dynamic_shared.reset(shared_bytes == 0 ? nullptr : std::malloc(shared_bytes));
     if (shared_bytes > 0) std::memset(dynamic_shared.get(), 0xff, shared_bytes);  // NaN: nothing may count on zeros
     run_block();
@@ -250,6 +256,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 
 // Runs to the end before it returns.
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), const Arguments&... arguments) {
-  return emulator::machine().run(config->gridDim, config->blockDim, config->dynamicSmemBytes, [&] { kernel(arguments...); });
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  return emulator::machine().run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                                 [&] { kernel(arguments...); });
 }

@@ -1,0 +1,209 @@
+"""Compile check of the CUDA kernels, no GPU used: `python -m fastgpt.cuda_check [--source DIR] [--arch A] [--json F]`.
+
+Every csrc/cuda/*.cu is compiled by itself for sm_80 and sm_90a. ptxas tells registers, stack, spills and shared memory
+of each kernel; nvdisasm (it comes with Triton) tells whether the loads are 128 bits wide. Exit code 1: a compilation
+failed, a kernel uses local memory that spills.json (beside the sources: {"kernel": {"bytes": n, "reason": why}}, names
+as printed, with * and ?) does not allow, or a memory-bound kernel has no 128-bit load. Exit code 2: a tool is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
+FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-cubin")
+# kernels that need no 128-bit load: pattern -> why
+SCALAR = {
+    "layer_norm_*, 1>": "instance for pointers and rows off 16-byte alignment",
+    "layer_norm_bwd_reduce_kernel<*": "adds fp32 partials, 128 bytes a warp and row",
+}
+REMEDY = (
+    "cuda_check: no nvcc found; set CUDA_HOME to a CUDA toolkit, or pip install -r requirements-dev.txt, "
+    "which names the packages nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt and nvidia-cuda-runtime"
+)
+
+
+class ToolMissing(Exception):
+    """A tool that this check runs is not there; the message names the remedy."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the compiler made of one kernel for one architecture."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int  # bytes of local memory for each thread
+    spills: int  # bytes stored and loaded
+    shared: int
+    wide_loads: int  # LDG.E.128 instructions
+    problem: str = ""
+
+
+def _toolkit_of(nvcc: Path) -> Path:
+    """The real nvcc behind one that may be a wrapper: it names its own folder in a dry run."""
+    text = subprocess.run([nvcc, "-v", "--dryrun", "x.cu"], capture_output=True, text=True)
+    found = re.search(r"^#\$ _HERE_=(.+)$", text.stdout + text.stderr, re.M)
+    real = Path(found[1].strip()) / "nvcc" if found else nvcc
+    return real if real.exists() else nvcc
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME, of PATH, or of NVIDIA's PyPI packages (nvidia/cu13/bin in site-packages), in this order."""
+    home = os.environ.get("CUDA_HOME")
+    if home and (Path(home) / "bin" / "nvcc").exists():
+        return Path(home) / "bin" / "nvcc"
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return _toolkit_of(Path(on_path))
+    candidates = [found for entry in sys.path for found in sorted(Path(entry or ".").glob("nvidia/*/bin/nvcc"))]
+    return candidates[-1] if candidates else None
+
+
+def find_nvdisasm() -> Path:
+    spec = importlib.util.find_spec("triton")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for path in (Path(f) / "backends" / "nvidia" / "bin" / "nvdisasm" for f in folders):
+        if path.exists():
+            return path
+    on_path = shutil.which("nvdisasm")
+    if on_path is None:
+        raise ToolMissing("cuda_check: no nvdisasm found; pip install triton, which brings it")
+    return Path(on_path)
+
+
+def short_names(mangled: list[str]) -> dict[str, str]:
+    """Mangled -> kernel<types>, without namespaces and arguments."""
+    if shutil.which("c++filt") is None or not mangled:
+        return {m: m for m in mangled}
+    lines = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
+    names = {}
+    for m, line in zip(mangled, lines.splitlines(), strict=True):
+        plain = re.sub(r"\(anonymous namespace\)::|fastgpt::|cuda::|^void ", "", line)
+        plain = re.sub(r"\([A-Za-z:]+\)(\d)", r"\1", plain)  # (Master)1 -> 1
+        names[m] = re.sub(r"\((?![^<]*>).*$", "", plain)
+    return names
+
+
+def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
+    """ptxas -v -> mangled name -> registers, stack, spills, shared."""
+    found: dict[str, dict[str, int]] = {}
+    for block in text.split("Compiling entry function '")[1:]:
+        numbers = {"stack": 0, "spills": 0, "shared": 0}
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block)
+        used = re.search(r"Used (\d+) registers", block)
+        shared = re.search(r"(\d+) bytes smem", block)
+        if frame is None or used is None:
+            raise ValueError(f"ptxas -v printed no resources for {block[:80]!r}")
+        numbers |= {"stack": int(frame[1]), "spills": int(frame[2]) + int(frame[3]), "registers": int(used[1])}
+        found[block.split("'")[0]] = numbers | {"shared": int(shared[1]) if shared else 0}
+    return found
+
+
+def wide_loads(disassembly: str) -> dict[str, int]:
+    """nvdisasm -c -> mangled name -> number of 128-bit global loads."""
+    sections = re.split(r"^\s*\.section\s+\.text\.", disassembly, flags=re.M)[1:]
+    return {s.split(",")[0].strip(): len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", s)) for s in sections}
+
+
+def problem(kernel: Kernel, allowed: dict[str, dict[str, object]]) -> str:
+    """Why this kernel must not ship; empty if it may."""
+    limits = [int(str(a["bytes"])) for pattern, a in allowed.items() if fnmatch.fnmatchcase(kernel.name, pattern)]
+    local, limit = max(kernel.stack, kernel.spills), max(limits, default=0)
+    if local > limit:
+        return f"{kernel.stack} bytes of stack, {kernel.spills} of spills; spills.json allows {limit}"
+    if kernel.wide_loads == 0 and not any(fnmatch.fnmatchcase(kernel.name, pattern) for pattern in SCALAR):
+        return "no 128-bit load (LDG.E.128)"
+    return ""
+
+
+def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Path) -> list[Kernel]:
+    """All kernels of a file for one architecture; raises RuntimeError with the compiler's words."""
+    cubin = folder / f"{source.stem}.{arch}.cubin"
+    include = ["-I", str(source.parent.parent / "include")]
+    target = f"arch={ARCHS[arch]},code={arch}"
+    command = [str(nvcc), *FLAGS, *include, "-gencode", target, str(source), "-o", str(cubin)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0 or re.search(r"\bwarning\b", done.stderr):
+        raise RuntimeError(f"{source.name} for {arch}:\n{done.stdout}{done.stderr}")
+    resources = parse_ptxas(done.stdout + done.stderr)
+    listing = subprocess.run([str(nvdisasm), "-c", str(cubin)], capture_output=True, text=True)
+    loads = wide_loads(listing.stdout)
+    if set(resources) - set(loads):
+        raise RuntimeError(f"nvdisasm lists no code for {sorted(set(resources) - set(loads))}: {listing.stderr[-300:]}")
+    names = short_names(list(resources))
+    return [
+        Kernel(names[m], arch, r["registers"], r["stack"], r["spills"], r["shared"], loads[m])
+        for m, r in sorted(resources.items())
+    ]
+
+
+def check(source: Path, archs: list[str]) -> tuple[list[Kernel], list[str]]:
+    """Every kernel below `source` with its problem, and the compilations that failed."""
+    nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
+    if nvcc is None:
+        raise ToolMissing(REMEDY)
+    files = sorted(source.glob("*.cu"))
+    if not files:
+        raise ToolMissing(f"cuda_check: no .cu file in {source}; run it in a checkout, or give the folder by --source")
+    listed = source / "spills.json"
+    allowed = json.loads(listed.read_text()) if listed.exists() else {}
+    kernels: list[Kernel] = []
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        jobs = [pool.submit(compile_one, nvcc, nvdisasm, f, arch, Path(folder)) for f in files for arch in archs]
+        for job in jobs:
+            try:
+                kernels += [Kernel(**asdict(k) | {"problem": problem(k, allowed)}) for k in job.result()]
+            except RuntimeError as error:
+                failures.append(str(error))
+    return kernels, failures
+
+
+def _print(kernels: list[Kernel], failures: list[str]) -> None:
+    width = max((len(k.name) for k in kernels), default=6)
+    print(f"{'kernel':{width}}  arch    registers  stack  spills  shared  LDG.128")
+    for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
+        mark = f"  FAIL: {k.problem}" if k.problem else ""
+        numbers = f"{k.registers:9}  {k.stack:5}  {k.spills:6}  {k.shared:6}  {k.wide_loads:7}"
+        print(f"{k.name:{width}}  {k.arch:6}  {numbers}{mark}")
+    for failure in failures:
+        print(f"FAIL: {failure}", file=sys.stderr)
+    refused = sum(bool(k.problem) for k in kernels)
+    print(f"{len(kernels)} kernels, {refused} refused, {len(failures)} compilations failed")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.cuda_check", description="compile every CUDA kernel")
+    default = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+    parser.add_argument("--source", type=Path, default=default, help="folder of .cu files (default: csrc/cuda)")
+    parser.add_argument("--arch", action="append", choices=sorted(ARCHS), help="default: all")
+    parser.add_argument("--json", type=Path, help="write the table to this file")
+    options = parser.parse_args(arguments)
+    try:
+        kernels, failures = check(options.source, options.arch or sorted(ARCHS))
+    except ToolMissing as missing:
+        print(missing, file=sys.stderr)
+        return 2
+    _print(kernels, failures)
+    if options.json:
+        options.json.write_text(json.dumps([asdict(k) for k in kernels], indent=1))
+    return 1 if failures or any(k.problem for k in kernels) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

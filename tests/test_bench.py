@@ -1,0 +1,352 @@
+"""The benchmarks' own arithmetic, gate and provenance: a figure that is wrong must not be printed."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastgpt.bench import _harness, _op, adamw, cross_entropy, gpu, layer_norm, throughput
+from fastgpt.bench._harness import Job, Samples, Setting
+
+from fastgpt import parity
+from fastgpt.ops.layer_norm import layer_norm_torch
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
+MICRO = throughput.Shape(layers=2, heads=2, width=32, vocab=65, block=16, batch=4, steps=3)
+
+
+class Clock:
+    """Time that passes only when a job runs."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ran: list[str] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def job(self, name: str, seconds: float, reset: Callable[[], None] | None = None) -> Job:
+        def run() -> None:
+            self.ran.append(name)
+            self.now += seconds
+
+        return Job(run, reset)
+
+
+def free(name: str) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+def test_quantiles_interpolate_between_sorted_samples() -> None:
+    samples = Samples([4.0, 1.0, 3.0, 2.0, 5.0])
+    assert [samples.quantile(q) for q in (0.0, 0.2, 0.5, 0.8, 1.0)] == pytest.approx([1.0, 1.8, 3.0, 4.2, 5.0])
+
+
+def test_turns_are_fair() -> None:
+    rounds = [_harness.turns(["a", "b", "c"], i) for i in range(6)]
+    assert all(sorted(r) == ["a", "b", "c"] for r in rounds)
+    assert {r[0] for r in rounds} == {"a", "b", "c"} == {r[-1] for r in rounds}
+
+
+def test_cpu_samples_are_interleaved_and_per_call() -> None:
+    clock = Clock()
+    make = {"slow": lambda: [clock.job("slow", 2e-3)], "quick": lambda: [clock.job("quick", 1e-4)] * 3}
+    samples, errors = _harness.time_cpu(make, free, 0.0, clock)
+    assert not errors
+    assert samples["slow"].quantile(0.5) == pytest.approx(2e-3)
+    assert samples["quick"].quantile(0.5) == pytest.approx(1e-4)
+    assert len(samples["slow"].seconds) == len(samples["quick"].seconds) == _harness.LEAST_ROUNDS
+    order = [name for name, _ in itertools.groupby(clock.ran[6:])]
+    assert order[:4] == ["slow", "quick", "slow", "quick"] and len(order) > _harness.LEAST_ROUNDS
+
+
+def test_reset_is_untimed_and_comes_before_every_call() -> None:
+    clock = Clock()
+    resets: list[int] = []
+
+    def reset() -> None:
+        resets.append(len(clock.ran))
+        clock.now += 5.0
+
+    samples, _ = _harness.time_cpu({"x": lambda: [clock.job("x", 1e-6, reset)]}, free, 0.0, clock)
+    assert samples["x"].quantile(0.5) == pytest.approx(1e-6)
+    assert resets == list(range(len(clock.ran)))
+
+
+def test_one_that_fails_does_not_end_the_others() -> None:
+    def broken() -> list[Job]:
+        raise RuntimeError("no such kernel")
+
+    clock = Clock()
+    samples, errors = _harness.time_cpu({"bad": broken, "good": lambda: [clock.job("good", 1.0)]}, free, 0.0, clock)
+    assert errors == {"bad": "RuntimeError: no such kernel"} and set(samples) == {"good"}
+
+
+class FakeCuda:
+    """The part of torch.cuda that time_gpu uses, over a fake clock: a graph records what ran and replays it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+        fake, self.clock = self, clock
+
+        class Graph:
+            jobs: list[str]
+            seconds: float
+
+            def replay(self) -> None:
+                clock.ran += self.jobs
+                clock.now += self.seconds
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def elapsed_time(self, other: Any) -> float:
+                return (other.at - self.at) * 1e3
+
+        @contextlib.contextmanager
+        def capture(graph: Graph, stream: Any) -> Any:
+            ran, now = len(clock.ran), clock.now
+            yield
+            graph.jobs, graph.seconds = clock.ran[ran:], clock.now - now
+            del clock.ran[ran:]
+            clock.now = now
+
+        class Stream:
+            def synchronize(self) -> None:
+                pass
+
+        for name, value in {"CUDAGraph": Graph, "Event": Event, "graph": capture, "Stream": Stream}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch.cuda, "stream", lambda s: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: fake.pause())
+        monkeypatch.setattr(_harness.time, "perf_counter", clock)
+
+    def pause(self) -> None:
+        self.clock.now += 1.0
+
+
+def test_gpu_samples_come_from_interleaved_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    FakeCuda(monkeypatch, clock)
+    resets: list[str] = []
+    make = {
+        "a": lambda: [clock.job("a", 1e-5), clock.job("a", 1e-5)],
+        "b": lambda: [clock.job("b", 2e-3, lambda: resets.append("b"))],
+    }
+    samples, errors = _harness.time_gpu(make, free, 0.0)
+    assert not errors
+    assert samples["a"].quantile(0.5) == pytest.approx(1e-5)  # 15 passes over both sets make 0.3 ms, per call 10 us
+    assert samples["b"].quantile(0.5) == pytest.approx(2e-3)
+    replays = clock.ran[4 * 2 + 4 :]
+    order = [name for name, _ in itertools.groupby(replays)]
+    assert order[:3] == ["a", "b", "a"] and replays.count("a") == 30 * _harness.LEAST_ROUNDS
+    assert len(resets) == replays.count("b") == _harness.LEAST_ROUNDS
+
+
+def test_input_sets_exceed_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_harness, "cache_bytes", lambda device: 60 << 20)
+    assert _harness.count_sets(50 << 20, CPU) * (50 << 20) >= 2 * (60 << 20)
+    assert _harness.count_sets(1 << 33, CPU) == 1
+    assert _harness.count_sets(100, CPU) == _harness.MOST_SETS
+
+
+def test_bytes_are_counted_as_the_files_say() -> None:
+    n, c, v = 10, 16, 40
+    bf16, fp32 = torch.bfloat16, torch.float32
+    norm = layer_norm.bytes_moved((n, c), bf16, "forward")
+    assert norm == 4 * n * c * 2 + 2 * c * 2 + 2 * n * 4
+    both = [layer_norm.bytes_moved((n, c), bf16, phase) for phase in ("forward", "backward", "both")]
+    assert both[2] == both[0] + both[1]
+    assert cross_entropy.bytes_moved((n, v), fp32, "both") == 2 * n * v * 4 + 20 * n
+    assert adamw.bytes_moved((12, 768), fp32, "step") == 32 * (124_439_808 + 47 * 768)  # GPT-2 with its padded table
+
+
+def test_copy_moves_as_many_bytes() -> None:
+    job = _harness.copy_job(8000, Setting((1, 1), torch.float32, CPU), 1)
+    assert job.run().nbytes * 2 == 8000
+
+
+def test_figures_divide_bytes_by_the_median() -> None:
+    row = _op._figures(Samples([1e-3, 2e-3, 3e-3]), moved=8_000_000, floor=1e-3)
+    assert row["ms"] == pytest.approx(2.0) and row["gb_s"] == pytest.approx(4.0)
+    assert row["pct_of_copy"] == pytest.approx(50.0)
+
+
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_harness, "CPU_SAMPLE", 0.0)
+    monkeypatch.setattr(_op, "host_us", lambda *args: 1.0)
+
+
+@pytest.mark.parametrize("bench", [layer_norm.BENCH, cross_entropy.BENCH, adamw.BENCH], ids=lambda b: b.op)
+def test_every_phase_of_every_provider_has_a_figure(bench: _op.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    setting = Setting(bench.tiny, torch.float32, CPU)
+    rows = _op.measure(bench, setting, list(bench.phases), bench.providers(setting, False), 0.0)
+    assert not [r["red"] for r in rows if "red" in r]
+    wanted = {(phase, p.name) for p in bench.providers(setting, False) for phase in bench.phases if phase in p.phases}
+    assert {(r["phase"], r["provider"]) for r in rows} == wanted | {(phase, _op.COPY) for phase in bench.phases}
+
+
+def wrong_layer_norm(*args: Any, **options: Any) -> Any:
+    out = layer_norm_torch(*args, **options)
+    return tuple(1.001 * t for t in out) if isinstance(out, tuple) else 1.001 * out
+
+
+def test_a_wrong_op_prints_no_speed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    quick(monkeypatch)
+    truth = parity.SUBJECTS["layer_norm"]
+    monkeypatch.setitem(parity.SUBJECTS, "layer_norm", dataclasses.replace(truth, ours=wrong_layer_norm))
+    wrong = _op.Provider("wrong", wrong_layer_norm, backend="torch")
+    right = _op.Provider("torch", layer_norm_torch)
+    bench = dataclasses.replace(layer_norm.BENCH, providers=lambda setting, compile: [wrong, right])
+    command = ["--device", "cpu", "--shape", "4x33", "--seconds", "0", "--phase", "forward"]
+    assert _op.main(bench, [*command, "--json", str(tmp_path / "rows.jsonl")]) == 1
+    line = next(s for s in capsys.readouterr().out.splitlines() if " wrong " in s)
+    assert "RED, no speed is shown" in line and "allowed" in line
+    rows = [json.loads(s) for s in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [r["provider"] for r in rows if "ms" in r] == ["torch", _op.COPY]
+
+
+def test_rows_carry_provenance_or_are_refused(tmp_path: Path) -> None:
+    machine = _harness.provenance(CPU)
+    assert all(machine[key] for key in _harness.PROVENANCE)
+    _harness.append_rows(tmp_path / "a.jsonl", [{"bench": "x", "machine": machine}])
+    _harness.append_rows(tmp_path / "a.jsonl", [{"bench": "y", "machine": machine}])
+    rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [r["bench"] for r in rows] == ["x", "y"] and rows[0]["machine"]["date"] == machine["date"]
+    with pytest.raises(ValueError, match="a row of x has no device_name, date in its machine"):
+        lacking = {k: v for k, v in machine.items() if k not in ("date", "device_name")}
+        _harness.append_rows(tmp_path / "a.jsonl", [{"bench": "x", "machine": lacking}])
+
+
+def test_shape_on_the_command_line() -> None:
+    assert _op._shape("8192x768") == (8192, 768)
+    with pytest.raises(Exception, match="'768' is not a shape, expected two numbers"):
+        _op._shape("768")
+
+
+@pytest.fixture
+def micro(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """throughput at a shape of milliseconds; memory is measured in other tests."""
+    monkeypatch.setitem(throughput.SHAPES, "small", MICRO)
+    monkeypatch.setattr(throughput, "memory_elsewhere", lambda *args: 1.0)
+    monkeypatch.setattr(throughput, "peak_flops", lambda *args: (1e12, "measured"))
+    return ["--device", "cpu"]
+
+
+def test_throughput_compares_equal_losses(micro: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert throughput.main([*micro, "--ablation", "--json", str(tmp_path / "rows.jsonl")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [r["variant"] for r in rows][:2] == ["torch", "fastgpt"]
+    ours = rows[1]
+    assert len(ours["losses"]) == throughput.WARM_STEPS + MICRO.steps
+    assert ours["losses"][0] != ours["losses"][-1] and ours["loss_gap"] <= ours["loss_tolerance"]
+    assert ours["tokens_per_s"] == pytest.approx(MICRO.batch * MICRO.block / ours["ms"] * 1e3)
+    assert ours["speed_vs_torch"][0] > 0 and 0 < ours["mfu_causal"]
+    assert all(ours["machine"][key] for key in _harness.PROVENANCE)
+    assert "losses agree" in capsys.readouterr().out
+
+
+def test_throughput_shows_no_speed_for_other_losses(
+    micro: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = throughput.build
+
+    def tampered(name: str, *args: Any) -> throughput.Variant:
+        v = build(name, *args)
+        step = v.step
+        if name == "fastgpt":
+            v.step = lambda rate: step(1.1 * rate)  # a schedule that is 10 % off
+        return v
+
+    monkeypatch.setattr(throughput, "build", tampered)
+    assert throughput.main(micro) == 1
+    out = capsys.readouterr().out
+    assert "no speed is shown: loss of fastgpt at step" in out and "tokens/s" not in out
+
+
+def test_throughput_shows_no_speed_over_a_red_op(
+    micro: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(throughput, "red_ops", lambda *args: ["layer_norm on cpu: off"])
+    assert throughput.main(micro) == 1
+    assert "no speed is shown: layer_norm on cpu: off" in capsys.readouterr().out
+
+
+def test_memory_of_a_variant(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("resident memory is read from /proc")
+    wide = dataclasses.replace(MICRO, width=256)  # 1.6 million parameters: 25 MB with gradients and moments
+    assert 5 < throughput.own_memory("torch", wide, CPU) < 500
+
+
+def test_a_step_needs_neither_tqdm_nor_safetensors() -> None:
+    code = (
+        "import sys; sys.modules.update(tqdm=None, safetensors=None);"  # None: import says ModuleNotFoundError
+        "from fastgpt.bench import throughput; print(throughput.trainer().train_step.__module__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
+    assert done.stdout.strip() == "fastgpt.train", done.stderr
+
+
+def test_gpu_dry_run_prints_the_plan() -> None:
+    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--dry-run"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in ("build", "parity", "layer_norm", "cross_entropy", "adamw", "throughput", "memcheck"):
+        assert f"\n{name} " in done.stdout
+    assert "guesses, not measured" in done.stdout
+
+
+def test_gpu_plan_fits_its_budget(tmp_path: Path) -> None:
+    stages = gpu.plan(tmp_path / "site", tmp_path)
+    assert sum(s.guess for s in stages) <= gpu.BUDGET < 600 and all(s.guess <= s.limit for s in stages)
+    for stage in stages:  # every option exists
+        module = stage.command[stage.command.index("-m") + 1] if "-m" in stage.command else ""
+        if module.startswith("fastgpt.bench.") and not module.endswith(("throughput", "gpu")):
+            done = [a for a in stage.command if a.startswith("--")]
+            assert set(done) <= {"--device", "--dtype", "--shape", "--seconds", "--compile", "--json"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")
+def test_gpu_without_a_gpu_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_gpu_stages_are_limited_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"bench": "x", "machine": {"commit": None}}
+    site = tmp_path / "work" / "site"
+    site.parent.mkdir()
+    write = f"open({str(gpu.rows_of(site))!r}, 'w').write({json.dumps(row)!r} + chr(10)); print('done')"
+    stages = [
+        gpu.Stage("good", [sys.executable, "-c", write], 20, 1),
+        gpu.Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20, 1),
+        gpu.Stage("absent", ["no-such-command-here"], 20, 1),
+        gpu.Stage("late", [sys.executable, "-c", "import time; time.sleep(60)"], 5, 1),
+    ]
+    assert gpu.run(stages, site, tmp_path / "out", "abc") == 1
+    outcomes = [s.outcome for s in stages]
+    assert outcomes[:2] == ["passed", "FAILED: exit code 3"] and stages[0].last == "done"
+    assert outcomes[2:] == ["not run: no-such-command-here was not found", "FAILED: over its limit of 5 s"]
+    assert json.loads((tmp_path / "out" / "rows.jsonl").read_text())["machine"]["commit"] == "abc"
+    assert [s["name"] for s in json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]][0] == "good"
+    assert "stage" in capsys.readouterr().out.splitlines()[-5]
+
+
+def test_a_build_without_cuda_kernels_is_a_failure_here() -> None:
+    stage = gpu.Stage("build", [], 1, 1, "passed", last="fastgpt: built the cpu kernels; left out cuda: no nvcc")
+    gpu.judge_build(stage)
+    assert stage.outcome.startswith("FAILED")

@@ -1,0 +1,123 @@
+"""The compile check of the CUDA kernels must itself be able to fail. The kernels' own check is `make cuda-check`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastgpt import cuda_check
+
+needs_nvcc = pytest.mark.skipif(cuda_check.find_nvcc() is None, reason="no nvcc here")
+
+PTXAS = """ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_Z1av' for 'sm_80'
+ptxas info    : Function properties for _Z1av
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers, 352 bytes cmem[0]
+ptxas info    : Compiling entry function '_Z1bv' for 'sm_80'
+    16 bytes stack frame, 24 bytes spill stores, 8 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 512 bytes smem, 352 bytes cmem[0]
+"""
+WIDE = """
+#include <cuda_runtime.h>
+__global__ void copy(const uint4* x, uint4* y) { y[threadIdx.x] = x[threadIdx.x]; }
+"""
+NARROW = """
+#include <cuda_runtime.h>
+__global__ void copy(const int* x, int* y) { y[threadIdx.x] = x[threadIdx.x]; }
+"""
+LOCAL = """
+#include <cuda_runtime.h>
+__global__ void copy(const uint4* x, uint4* y, int i) {
+  unsigned a[64];
+  for (int k = 0; k < 64; ++k) a[x[k].x % 64] = x[k].y + x[k].z + x[k].w;
+  y[threadIdx.x] = uint4{a[i], a[i + 1], a[i + 2], a[i + 3]};
+}
+"""
+
+
+def test_parse_ptxas() -> None:
+    found = cuda_check.parse_ptxas(PTXAS)
+    assert found["_Z1av"] == {"registers": 8, "stack": 0, "spills": 0, "shared": 0}
+    assert found["_Z1bv"] == {"registers": 64, "stack": 16, "spills": 32, "shared": 512}
+    with pytest.raises(ValueError, match="no resources"):
+        cuda_check.parse_ptxas("Compiling entry function '_Z1av' for 'sm_80'")
+
+
+def test_wide_loads() -> None:
+    text = (
+        "\t.section\t.text._Z1av,'ax'\n LDG.E.128 R4, [R2]\n LDG.E.128.CONSTANT R4\n LDG.E.64 R2\n LDG.E.CONSTANT R1\n"
+    )
+    assert cuda_check.wide_loads(text + "\t.section\t.text._Z1bv,'ax'\n LDG.E R2\n") == {"_Z1av": 2, "_Z1bv": 0}
+
+
+def test_problem() -> None:
+    def kernel(name: str, stack: int, spills: int, loads: int) -> cuda_check.Kernel:
+        return cuda_check.Kernel(name, "sm_80", 64, stack, spills, 0, loads)
+
+    assert cuda_check.problem(kernel("a<float, 4>", 0, 0, 1), {}) == ""
+    assert "spills" in cuda_check.problem(kernel("a<float, 4>", 8, 16, 1), {})
+    allowed: dict[str, dict[str, object]] = {"a<*, 4>": {"bytes": 16, "reason": "why"}}
+    assert cuda_check.problem(kernel("a<float, 4>", 8, 16, 1), allowed) == ""
+    assert "allows 16" in cuda_check.problem(kernel("a<float, 4>", 8, 17, 1), allowed)
+    assert "128-bit" in cuda_check.problem(kernel("a<float, 4>", 0, 0, 0), {})
+    assert cuda_check.problem(kernel("layer_norm_fwd_kernel<float, float, 1>", 0, 0, 0), {}) == ""
+
+
+def test_spills_file_names_a_reason() -> None:
+    listed = json.loads((Path(__file__).parents[1] / "csrc" / "cuda" / "spills.json").read_text())
+    assert all(isinstance(entry["bytes"], int) and len(entry["reason"]) > 10 for entry in listed.values())
+
+
+def test_without_nvcc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cuda_check, "find_nvcc", lambda: None)
+    assert cuda_check.main([]) == 2
+    message = capsys.readouterr().err
+    assert "CUDA_HOME" in message and "requirements-dev.txt" in message and len(message.splitlines()) == 1
+
+
+def test_find_nvcc_in_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    nvcc = tmp_path / "site" / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch()
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("sys.path", [str(tmp_path / "site")])
+    assert cuda_check.find_nvcc() == nvcc
+    home = tmp_path / "home"
+    (home / "bin").mkdir(parents=True)
+    (home / "bin" / "nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert cuda_check.find_nvcc() == home / "bin" / "nvcc"
+
+
+@needs_nvcc
+@pytest.mark.nvcc
+@pytest.mark.parametrize(
+    "text, code, says",
+    [
+        (WIDE, 0, "0 refused"),
+        (NARROW, 1, "no 128-bit load"),
+        (LOCAL, 1, "bytes of stack"),
+        ("syntax error", 1, "1 compilations failed"),
+        (WIDE.replace("y[threadIdx.x] =", "int unused; y[threadIdx.x] ="), 1, "1 compilations failed"),
+    ],
+)
+def test_main(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, code: int, says: str) -> None:
+    (tmp_path / "a.cu").write_text(text)
+    arguments = ["--source", str(tmp_path), "--arch", "sm_80", "--json", str(tmp_path / "table.json")]
+    assert cuda_check.main(arguments) == code
+    assert says in capsys.readouterr().out
+    if code == 0:
+        (kernel,) = json.loads((tmp_path / "table.json").read_text())
+        assert kernel["name"] == "copy" and kernel["wide_loads"] == 1
+
+
+@needs_nvcc
+@pytest.mark.nvcc
+def test_allowed_spill(tmp_path: Path) -> None:
+    (tmp_path / "a.cu").write_text(LOCAL)
+    (tmp_path / "spills.json").write_text(json.dumps({"copy": {"bytes": 256, "reason": "dynamic index, for the test"}}))
+    assert cuda_check.main(["--source", str(tmp_path), "--arch", "sm_80"]) == 0

@@ -1,0 +1,176 @@
+"""What gets installed, and that an install never ends in a lesser form without saying so.
+
+Builds run in a copy of the sources through setuptools' own build hooks, as pip would call them. A build without torch
+is one in which `import torch` fails; one without a compiler has CXX set to nothing that exists.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PARTS = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "fastgpt", "kernels", "bench", "csrc"]
+UNSET = ("FASTGPT_CUDA", "FASTGPT_NO_EXT", "CUDA_HOME", "CUDA_PATH", "CXX", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout without what a build leaves behind."""
+    copy = tmp_path_factory.mktemp("sources")
+    junk = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.py", "results")
+    for part in PARTS:
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, copy / part, ignore=junk)
+        else:
+            shutil.copy(ROOT / part, copy / part)
+    (copy / "tests").mkdir()
+    (copy / "tests" / "test_nothing.py").touch()
+    (copy / "fastgpt" / "_C.abi3.so").touch()  # as an editable install leaves it: must not get into a wheel
+    return copy
+
+
+def build(sources: Path, out: Path, hook: str = "build_wheel", **env: str) -> tuple[subprocess.CompletedProcess, Path]:
+    """Run a build hook in a copy of its own; returns the process, and the file that it made (if it did)."""
+    here = out / "sources"
+    shutil.copytree(sources, here)
+    (out / "dist").mkdir()
+    command = f"from setuptools import build_meta; build_meta.{hook}({str(out / 'dist')!r})"
+    clean = {name: value for name, value in os.environ.items() if name not in UNSET} | {"MAX_JOBS": "1"} | env
+    done = subprocess.run([sys.executable, "-c", command], cwd=here, env=clean, capture_output=True, text=True)
+    made = list((out / "dist").iterdir())
+    return done, made[0] if made else out
+
+
+def last_line(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def without_torch(folder: Path) -> str:
+    """A folder for PYTHONPATH that makes `import torch` fail."""
+    stub = folder / "no_torch"
+    stub.mkdir()
+    (stub / "torch.py").write_text("raise ImportError('no torch here')\n")
+    return str(stub)
+
+
+@pytest.fixture(scope="module")
+def pure_wheel(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    done, wheel = build(sources, tmp_path_factory.mktemp("pure"), FASTGPT_NO_EXT="1")
+    assert "FASTGPT_NO_EXT=1 was set" in last_line(done)
+    return wheel
+
+
+def test_pure_wheel_contents(pure_wheel: Path) -> None:
+    assert pure_wheel.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(pure_wheel).namelist()
+    expected = {f"fastgpt/{p.relative_to(ROOT / 'fastgpt').as_posix()}" for p in (ROOT / "fastgpt").rglob("*.py")}
+    expected |= {f"fastgpt/configs/{p.name}" for p in (ROOT / "fastgpt" / "configs").glob("*.yaml")}
+    expected |= {f"fastgpt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    expected |= {f"fastgpt/bench/{p.name}" for p in (ROOT / "bench").glob("*.py")}
+    assert expected | {"fastgpt/_build_info.py"} <= set(names), "a package without __init__.py is left out of wheels"
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fastgpt"}
+    assert not [name for name in names if name.endswith((".so", ".cpp", ".cu", ".h")) or "test" in name.split("/")[0]]
+
+
+def test_metadata_does_not_depend_on_the_machine(pure_wheel: Path) -> None:
+    wheel = zipfile.ZipFile(pure_wheel)
+    metadata = wheel.read(next(n for n in wheel.namelist() if n.endswith("METADATA"))).decode()
+    assert 'Requires-Dist: triton>=3.6; platform_system == "Linux"' in metadata
+    assert "Requires-Dist: torch>=2.11\n" in metadata and "Requires-Python: >=3.10" in metadata
+    assert (
+        "fastgpt = fastgpt.cli:main"
+        in wheel.read(next(n for n in wheel.namelist() if n.endswith("entry_points.txt"))).decode()
+    )
+
+
+def test_pure_install_imports_and_says_what_is_missing(pure_wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(pure_wheel).extractall(tmp_path)
+    code = (
+        "import fastgpt, fastgpt.kernels, fastgpt.bench, torch; from fastgpt import _native; "
+        f"assert fastgpt.__file__.startswith({str(tmp_path)!r}), fastgpt.__file__; "
+        "fastgpt.ops.layer_norm(torch.ones(2, 4)); print(_native.BUILT); print(*_native.describe(), sep='\\n')"
+    )
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("{'cpu': False, 'cuda': False}")
+    assert "FASTGPT_NO_EXT=1 was set" in done.stdout and "pip install" in done.stdout
+
+
+def test_without_torch_the_install_succeeds_and_says_so(sources: Path, tmp_path: Path) -> None:
+    done, wheel = build(sources, tmp_path, PYTHONPATH=without_torch(tmp_path))
+    said = last_line(done)
+    assert "pure Python install; left out cpu: torch is not importable in the build; run `pip install torch`" in said
+    assert wheel.name.endswith("-py3-none-any.whl")
+    info = zipfile.ZipFile(wheel).read("fastgpt/_build_info.py").decode()
+    assert "torch is not importable" in info and "BUILT = []" in info
+
+
+def test_without_compiler_the_install_succeeds_and_says_so(sources: Path, tmp_path: Path) -> None:
+    done, wheel = build(sources, tmp_path, CXX="no-such-compiler")
+    assert "pure Python install; left out cpu: no C++ compiler (no-such-compiler); install g++" in last_line(done)
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_failing_compile_is_left_out_and_said(sources: Path, tmp_path: Path) -> None:
+    compiler = tmp_path / "broken-c++"
+    compiler.write_text("#!/bin/sh\necho 'broken-c++: cannot compile' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    done, wheel = build(sources, tmp_path, CXX=str(compiler), FASTGPT_CUDA="0")
+    assert "pure Python install; left out cuda: FASTGPT_CUDA=0 was set" in last_line(done)
+    assert "left out cpu: compiling failed (" in last_line(done)
+    assert wheel.name.endswith("-py3-none-any.whl")
+
+
+def test_cuda_1_without_nvcc_is_one_clear_error(sources: Path, tmp_path: Path) -> None:
+    done, _ = build(sources, tmp_path, FASTGPT_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("error: fastgpt: FASTGPT_CUDA=1, but the cuda kernels cannot be built: CUDA_HOME=")
+    assert "install the CUDA toolkit" in said
+
+
+@pytest.mark.parametrize("setting", [{"FASTGPT_CUDA": "yes"}, {"TORCH_CUDA_ARCH_LIST": "Hopper"}])
+def test_wrong_settings_are_named(sources: Path, tmp_path: Path, setting: dict[str, str]) -> None:
+    (name, value), *_ = setting.items()
+    if name == "TORCH_CUDA_ARCH_LIST" and shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    done, _ = build(sources, tmp_path, **setting)
+    assert done.returncode != 0 and f"fastgpt: {name}" in done.stderr and repr(value.lower()) in done.stderr.lower()
+
+
+def test_sdist_holds_the_native_sources(sources: Path, tmp_path: Path) -> None:
+    done, sdist = build(sources, tmp_path, hook="build_sdist")
+    assert done.returncode == 0, done.stderr
+    names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    native = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*") if p.is_file()}
+    assert native and native <= names
+    assert {"kernels/__init__.py", "bench/__init__.py", "fastgpt/configs/tiny.yaml", "setup.py"} <= names
+    assert not [name for name in names if name.endswith((".so", "_build_info.py"))]
+
+
+@pytest.mark.slow
+def test_cpu_wheel_builds_and_loads(sources: Path, tmp_path: Path) -> None:
+    done, wheel = build(sources, tmp_path, FASTGPT_CUDA="0")
+    assert last_line(done).startswith("fastgpt: built the cpu kernels; left out cuda: FASTGPT_CUDA=0 was set")
+    assert "-cp310-abi3-" in wheel.name
+    target = tmp_path / "target"
+    zipfile.ZipFile(wheel).extractall(target)
+    assert str(ROOT).encode() not in (target / "fastgpt" / "_C.abi3.so").read_bytes()
+    code = (
+        "import fastgpt, torch; from fastgpt import _native; assert _native.BUILT['cpu'], _native.describe(); "
+        "x = torch.randn(4, 8); y = torch.ops.fastgpt.layer_norm_fwd.cpu(x, None, None, None, 1e-5)[0]; "
+        "torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (8,)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(target)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=target, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
