@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from fastgpt import backend, parity
 from fastgpt.bench._harness import (
     DTYPES,
     Job,
@@ -33,9 +36,6 @@ from fastgpt.bench._harness import (
     time_gpu,
     where,
 )
-from torch import Tensor
-
-from fastgpt import backend, parity
 from fastgpt.device import default_device
 
 COPY = "copy"

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from fastgpt.bench._harness import Job, Setting
 from fastgpt.bench._op import (
     Bench,
@@ -24,8 +26,6 @@ from fastgpt.bench._op import (
     pytest_generate_tests,  # noqa: F401
     run_benchmark,
 )
-from torch import Tensor, nn
-
 from fastgpt.optim import AdamW
 
 VOCAB, POSITIONS, MAX_NORM = 50304, 1024, 1.0

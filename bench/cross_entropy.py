@@ -16,6 +16,8 @@ import sys
 from typing import Any
 
 import torch
+
+from fastgpt import ops
 from fastgpt.bench._harness import Job, Setting
 from fastgpt.bench._op import (
     Bench,
@@ -28,8 +30,6 @@ from fastgpt.bench._op import (
     pytest_generate_tests,  # noqa: F401
     run_benchmark,
 )
-
-from fastgpt import ops
 
 
 def plain(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,8 @@ import sys
 from typing import Any
 
 import torch
+
+from fastgpt import ops
 from fastgpt.bench._harness import Job, Setting
 from fastgpt.bench._op import (
     Bench,
@@ -23,8 +25,6 @@ from fastgpt.bench._op import (
     pytest_generate_tests,  # noqa: F401
     run_benchmark,
 )
-
-from fastgpt import ops
 from fastgpt.ops.layer_norm import layer_norm_torch
 
 

@@ -33,12 +33,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastgpt.bench import plain
-from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, turns, where
-from fastgpt.bench._op import gate
 from torch import Tensor
 
 from fastgpt import backend
+from fastgpt.bench import plain
+from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, turns, where
+from fastgpt.bench._op import gate
 from fastgpt.config import ModelConfig, TrainConfig
 from fastgpt.device import default_device, peak_flops
 

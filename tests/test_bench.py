@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastgpt.bench import _harness, _op, adamw, cross_entropy, gpu, layer_norm, throughput
-from fastgpt.bench._harness import Job, Samples, Setting
 
 from fastgpt import parity
+from fastgpt.bench import _harness, _op, adamw, cross_entropy, gpu, layer_norm, throughput
+from fastgpt.bench._harness import Job, Samples, Setting
 from fastgpt.ops.layer_norm import layer_norm_torch
 
 CPU = torch.device("cpu")

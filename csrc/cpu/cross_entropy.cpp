@@ -23,7 +23,8 @@ inline float z_of(T logit, float softcap, float inv_softcap) {
   return Softcap ? softcap_f(to_float(logit), softcap, inv_softcap) : to_float(logit);
 }
 
-// z of n logits into `z`; fewer than a vector of them are filled up with -inf. Returns the length then.
+// z of n logits into `z`, laid out as for_vectors says; fewer than a vector of them are filled up with -inf. Returns
+// the length then.
 template <bool Softcap, class T>
 inline int64_t load_chunk(const T* logits, int64_t n, float softcap, float* z) {
   const float inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
@@ -31,9 +32,9 @@ inline int64_t load_chunk(const T* logits, int64_t n, float softcap, float* z) {
     for (int64_t c = 0; c < kLanes; ++c) z[c] = c < n ? z_of<Softcap>(logits[c], softcap, inv_softcap) : -INFINITY;
     return kLanes;
   }
-  for_vectors(n, [&](int64_t c) {
+  for_vectors(n, [&](int64_t slot, int64_t column) {
     FASTGPT_SIMD
-    for (int64_t k = c; k < c + kLanes; ++k) z[k] = z_of<Softcap>(logits[k], softcap, inv_softcap);
+    for (int64_t k = 0; k < kLanes; ++k) z[slot + k] = z_of<Softcap>(logits[column + k], softcap, inv_softcap);
   });
   return n;
 }
@@ -45,9 +46,9 @@ struct Scratch {
 };
 
 inline void exp_chunk(Scratch& b, float max, int64_t n) {
-  for_vectors(n, [&](int64_t c) {
+  for_vectors(n, [&](int64_t slot, int64_t) {
     FASTGPT_SIMD
-    for (int64_t k = c; k < c + kLanes; ++k) b.e[k] = exp_f(b.z[k] - max);
+    for (int64_t k = slot; k < slot + kLanes; ++k) b.e[k] = exp_f(b.z[k] - max);
   });
 }
 
@@ -64,7 +65,7 @@ inline void add_exp(RowStats& s, Scratch& b, int64_t n) {
   s.sum_exp += sum_of(b.e, n);
 }
 
-// Smoothing's part of a chunk: weight null means 1; classes of weight 0 do not count, even at z = -inf.
+// Smoothing's part of n columns: weight null means 1; classes of weight 0 do not count, even at z = -inf.
 inline void add_gaps(RowStats& s, const float* z, const float* weight, int64_t n) {
   const float max = s.max;
   float part = 0.0f, weights = 0.0f;
@@ -90,7 +91,11 @@ inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smoot
   for (int64_t first = 0; first < a.n_classes; first += kChunk) {
     const int64_t n = min_of(kChunk, a.n_classes - first);
     add_exp(s, b, load_chunk<Softcap>(logits + first, n, a.softcap, b.z));
-    if (smooth) add_gaps(s, b.z, a.weight == nullptr ? nullptr : a.weight + first, n);
+    if (!smooth) continue;
+    const int64_t whole = n < kLanes ? n : n / kLanes * kLanes;  // columns that are in order; then the rest
+    const float* weight = a.weight == nullptr ? nullptr : a.weight + first;
+    add_gaps(s, b.z, weight, whole);
+    if (whole < n) add_gaps(s, b.z + slot_of(whole, n), weight == nullptr ? nullptr : weight + whole, n - whole);
   }
   return s;
 }
@@ -99,15 +104,15 @@ inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smoot
 template <bool Softcap, bool Weighted, class T>
 inline void store_chunk(const Scratch& b, const float* weight, T* dlogits, const CrossEntropyGrad& g, float inv_sum,
                         float inv_softcap, int64_t n) {
-  const auto store = [&](int64_t begin, int64_t end) {
+  const auto store = [&](int64_t slot, int64_t column, int64_t count) {
     FASTGPT_SIMD
-    for (int64_t c = begin; c < end; ++c) {
-      const float d = cross_entropy_dz(g, b.e[c] * inv_sum, Weighted ? weight[c] : 1.0f);
-      dlogits[c] = from_float<T>(Softcap ? d * softcap_slope(b.z[c], inv_softcap) : d);
+    for (int64_t k = 0; k < count; ++k) {
+      const float d = cross_entropy_dz(g, b.e[slot + k] * inv_sum, Weighted ? weight[column + k] : 1.0f);
+      dlogits[column + k] = from_float<T>(Softcap ? d * softcap_slope(b.z[slot + k], inv_softcap) : d);
     }
   };
-  if (n < kLanes) return store(0, n);
-  for_vectors(n, [&](int64_t c) { store(c, c + kLanes); });
+  if (n < kLanes) return store(0, 0, n);
+  for_vectors(n, [&](int64_t slot, int64_t column) { store(slot, column, kLanes); });
 }
 
 template <bool Softcap, class T>
@@ -124,8 +129,9 @@ inline void store_grad(const T* logits, T* dlogits, const RowStats& s, float lse
     const int64_t n_chunk = min_of(kChunk, a.n_classes - first);
     if (a.n_classes > kChunk) exp_chunk(b, s.max, load_chunk<Softcap>(logits + first, n_chunk, a.softcap, b.z));
     if (y >= first && y < first + n_chunk) {
-      d_y = cross_entropy_dz(g, b.e[y - first] * inv_sum, weighted ? w_y : 1.0f) - g.hit;
-      d_y = Softcap ? d_y * softcap_slope(b.z[y - first], inv_softcap) : d_y;
+      const int64_t slot = n_chunk < kLanes ? y - first : slot_of(y - first, n_chunk);
+      d_y = cross_entropy_dz(g, b.e[slot] * inv_sum, weighted ? w_y : 1.0f) - g.hit;
+      d_y = Softcap ? d_y * softcap_slope(b.z[slot], inv_softcap) : d_y;
     }
     if (weighted) {
       store_chunk<Softcap, true>(b, a.weight + first, dlogits + first, g, inv_sum, inv_softcap, n_chunk);

@@ -45,19 +45,26 @@ inline void with_type(DType dtype, const F& fn) {
   }
 }
 
-// Calls fn(c) so that vectors of kLanes columns from c on cover [0, n), n >= kLanes; the last one may overlap the one
-// before it. So no column is left over, and every later load of a vector finds one whole earlier store.
+// Columns [0, n), n >= kLanes, as whole vectors in a buffer: fn(slot, column) for each, slots kLanes apart. The last
+// vector holds the last kLanes columns, some of them a second time: no column is left over for slow scalar code, and
+// every later load of a vector finds exactly one earlier store (two would stall it).
 template <class F>
 inline void for_vectors(int64_t n, const F& fn) {
   int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) fn(c);
-  if (c < n) fn(n - kLanes);
+  for (; c + kLanes <= n; c += kLanes) fn(c, c);
+  if (c < n) fn(c, n - kLanes);
 }
 
-// Sum and maximum of n floats, n >= kLanes. By hand, since a compiler's own reduction adds up the lanes one after
+// Where column c of n is in such a buffer.
+inline int64_t slot_of(int64_t c, int64_t n) {
+  const int64_t whole = n / kLanes * kLanes;
+  return c < whole ? c : c + whole + kLanes - n;
+}
+
+// Sum and maximum of n columns in such a buffer. By hand, since a compiler's own reduction adds up the lanes one after
 // another, which is half the time of a short row.
 #if defined(__GNUC__)
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
 
 template <class Combine>
@@ -74,22 +81,21 @@ inline float combine_lanes(Lanes all, const Combine& combine) {
 }
 
 inline float sum_of(const float* x, int64_t n) {
+  const Mask lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   Lanes all = {};
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) all += *reinterpret_cast<const Lanes*>(x + c);
-  if (c < n) {  // of the overlapping vector only the columns that are new
-    const Mask lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    const Lanes last = *reinterpret_cast<const Lanes*>(x + n - kLanes), none = {};
-    all += lane >= static_cast<int32_t>(c - (n - kLanes)) ? last : none;
-  }
+  const Lanes none = {};
+  for_vectors(n, [&](int64_t slot, int64_t column) {
+    const Lanes v = *reinterpret_cast<const Lanes*>(x + slot);
+    all += lane >= static_cast<int32_t>(slot - column) ? v : none;  // each column once
+  });
   return combine_lanes(all, [](auto a, auto b) { return a + b; });
 }
 
 // NaN is passed over, unless it comes first.
 inline float max_of(const float* x, int64_t n) {
   Lanes all = *reinterpret_cast<const Lanes*>(x);
-  for_vectors(n, [&](int64_t c) {
-    const Lanes v = *reinterpret_cast<const Lanes*>(x + c);
+  for_vectors(n, [&](int64_t slot, int64_t) {
+    const Lanes v = *reinterpret_cast<const Lanes*>(x + slot);
     all = v > all ? v : all;
   });
   return combine_lanes(all, [](auto a, auto b) { return b > a ? b : a; });
@@ -97,13 +103,13 @@ inline float max_of(const float* x, int64_t n) {
 #else
 inline float sum_of(const float* x, int64_t n) {
   float total = 0.0f;
-  for (int64_t c = 0; c < n; ++c) total += x[c];
+  for (int64_t c = 0; c < n; ++c) total += x[slot_of(c, n)];
   return total;
 }
 
 inline float max_of(const float* x, int64_t n) {
   float top = x[0];
-  for (int64_t c = 1; c < n; ++c) top = x[c] > top ? x[c] : top;
+  for (int64_t c = 1; c < n; ++c) top = x[slot_of(c, n)] > top ? x[slot_of(c, n)] : top;
   return top;
 }
 #endif

@@ -30,8 +30,9 @@ LayerNormFwdArgs layer_norm_fwd_args(const py::dict& values) {
 
 LayerNormBwdArgs layer_norm_bwd_args(const py::dict& values) {
   LayerNormBwdArgs a{};
-  FIELD(dy); FIELD(dsum); FIELD(h); FIELD(weight); FIELD(stats); FIELD(dx); FIELD(dweight); FIELD(dbias);
-  FIELD(partials); FIELD(dy_row); FIELD(dsum_row); FIELD(h_row); FIELD(n_rows); FIELD(n_cols); FIELD(dtype); FIELD(weight_dtype);
+  FIELD(dy); FIELD(dsum); FIELD(h); FIELD(weight); FIELD(stats); FIELD(dx); FIELD(dweight);
+  FIELD(dbias); FIELD(partials); FIELD(dy_row); FIELD(dsum_row); FIELD(h_row); FIELD(n_rows); FIELD(n_cols);
+  FIELD(dtype); FIELD(weight_dtype);
   return a;
 }
 

@@ -171,8 +171,8 @@ class Kernels:
         self.raw.layer_norm_bwd(
             dy=pointer(dy), dsum=pointer(dsum), h=pointer(h), weight=pointer(weight), stats=pointer(stats),
             dx=pointer(dx), dweight=pointer(dweight), dbias=pointer(dbias), partials=pointer(partials),
-            dy_row=row_stride(dy), dsum_row=row_stride(dsum), h_row=row_stride(h), n_rows=n, n_cols=c, dtype=DTYPES[h.dtype],
-            weight_dtype=DTYPES[h.dtype if some is None else some.dtype],
+            dy_row=row_stride(dy), dsum_row=row_stride(dsum), h_row=row_stride(h), n_rows=n, n_cols=c,
+            dtype=DTYPES[h.dtype], weight_dtype=DTYPES[h.dtype if some is None else some.dtype],
         )  # fmt: skip
         self.check_guards()
         return dx, dweight, dbias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import math
 import os
@@ -90,8 +91,11 @@ MUTATIONS: dict[str, tuple[str, str, str]] = {
 }
 
 
+WRITES_ASTRAY = ("row bound", "column mask", "shifted tail")
+
+
 def caught_by(right: list[Tensor], module: Path) -> str:
-    """For each schedule y or n: does it show a difference, a canary, a misaligned access, a deadlock? -: other error."""
+    """For each schedule y, n or - (another error): does it show a difference, a canary, misalignment, a deadlock?"""
     broken, caught = emulator.Kernels(module), ""
     for schedule in SCHEDULES:
         try:
@@ -109,6 +113,7 @@ def test_a_broken_kernel_is_caught(kernels: Any, name: str) -> None:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        faulthandler.disable()
         try:
             os.write(write, caught_by(right, module).encode())
         finally:
@@ -117,7 +122,7 @@ def test_a_broken_kernel_is_caught(kernels: Any, name: str) -> None:
     with os.fdopen(read) as pipe:
         caught = pipe.read()
     killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
-    assert caught == "yyy" or killed, caught
+    assert caught == "yyy" or (killed and name in WRITES_ASTRAY), caught
 
 
 def run_under_asan(module: Path) -> subprocess.CompletedProcess[str]:
@@ -126,6 +131,8 @@ def run_under_asan(module: Path) -> subprocess.CompletedProcess[str]:
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
+    if not os.path.isabs(libraries[0]):
+        pytest.skip("g++ comes without libasan")
     env = os.environ | {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0"}
     command = [sys.executable, str(PATH), str(module)]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
