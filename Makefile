@@ -51,6 +51,7 @@ $(VENV)/packages: $(VENV)/created requirements.txt
 
 $(VENV)/installed: $(VENV)/packages setup.py pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
+	@$(BIN)/python -c "from fastgpt import _native; print(*_native.describe(), sep='\n')"  # a lesser build is never silent
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed requirements-dev.txt

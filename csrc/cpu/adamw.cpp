@@ -32,7 +32,7 @@ inline void for_pieces(const std::vector<int64_t>& starts, int64_t block, const 
   int64_t i = std::upper_bound(starts.begin(), starts.end(), first) - starts.begin() - 1;
   for (; i + 1 < static_cast<int64_t>(starts.size()) && starts[i] < last; ++i) {
     const int64_t numel = starts[i + 1] - starts[i];
-    const int64_t begin = min_of(numel, ceil_div(max_of(0, first - starts[i]), kLanes) * kLanes);
+    const int64_t begin = min_of(numel, ceil_div(max_of(int64_t{0}, first - starts[i]), kLanes) * kLanes);
     const int64_t end = min_of(numel, ceil_div(last - starts[i], kLanes) * kLanes);
     if (begin < end) fn(i, begin, end);
   }
