@@ -20,6 +20,16 @@ static std::vector<float> widen(const void* data, DType dtype, int64_t n_cols, f
   return wide;
 }
 
+// A float that came from a T, back to T: no rounding left to do.
+template <class T>
+inline T exact(float x) {
+  return from_float<T>(x);
+}
+template <>
+inline bf16 exact<bf16>(float x) {
+  return bf16{static_cast<uint16_t>(float_bits(x) >> 16)};
+}
+
 // Columns [begin, end) of x, or of x + residual rounded to T and stored in sum, as floats in `row`. Returns their sum.
 template <class T>
 inline float load_columns(const T* x, const T* residual, T* sum, float* row, int64_t begin, int64_t end) {
@@ -28,7 +38,7 @@ inline float load_columns(const T* x, const T* residual, T* sum, float* row, int
     FASTGPT_SUM(total)
     for (int64_t c = begin; c < end; ++c) {
       row[c] = to_float(from_float<T>(to_float(x[c]) + to_float(residual[c])));
-      sum[c] = from_float<T>(row[c]);  // exact; a T in between would keep the loop scalar
+      sum[c] = exact<T>(row[c]);  // from row: a T in between would keep the loop scalar
       total += row[c];
     }
     return total;
