@@ -237,7 +237,7 @@ class TrainConfig:
     val_data: str | None = None
     tokenizer: str | None = None
     vocab_size: int = 4096
-    val_fraction: float = 0.02
+    val_fraction: float = 0.05
     out: str = ""
     resume: str = "auto"
     seed: int = 1337

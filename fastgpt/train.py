@@ -97,9 +97,13 @@ class Log:
         self.path, self.cfg = run / "metrics.jsonl", cfg
         self._drop_after(progress.step)
         self.file = self.path.open("a", encoding="utf-8")
-        slow = 0.1 if sys.stderr.isatty() else 10.0
+        self.terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=progress.last_step, initial=progress.step, unit="step", mininterval=slow, dynamic_ncols=True
+            total=progress.last_step,
+            initial=progress.step,
+            unit="step",
+            mininterval=0.1 if self.terminal else 15.0,  # in a log file a bar is a line each time
+            dynamic_ncols=True,
         )
 
     def _drop_after(self, step: int) -> None:
@@ -114,7 +118,7 @@ class Log:
         self.file.flush()
 
     def say(self, text: str) -> None:
-        tqdm.write(text)
+        tqdm.write(text) if self.terminal else print(text, flush=True)
 
     def step(self, row: dict[str, Any], last_step: int) -> None:
         self.row(row)

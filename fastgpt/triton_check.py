@@ -29,8 +29,13 @@ from triton.compiler import ASTSource
 MODULES = ("layer_norm", "cross_entropy", "adamw")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 REGISTERS = 65536  # of one multiprocessor, on every chip above
-# "kernel[case] dtype" (fnmatch pattern) -> (bytes of stack allowed, why)
-ALLOWED_SPILLS: dict[str, tuple[int, str]] = {}
+_OCCUPANCY = "two to four registers, to reach ptxas's own occupancy target"
+# name as in the report (regular expression) -> (bytes of stack allowed, why)
+ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
+    r"cross_entropy_(bwd|fwd_bwd)_kernel\[K=4096 full\] float32( unaligned)?": (16, _OCCUPANCY),
+    r"cross_entropy_fwd_bwd_kernel\[K=128 full\] .* unaligned": (8, _OCCUPANCY + "; Triton 3.6 only"),
+    r"layer_norm_bwd_kernel\[C=8192 full\] bfloat16/float32 unaligned": (8, _OCCUPANCY + "; Triton 3.6 only"),
+}
 
 
 @dataclass(frozen=True)
