@@ -4,8 +4,9 @@ fastgpt: fastgpt.train's build_model, build_optimizer and train_step, nothing of
 model in fastgpt/bench/plain.py (nn.LayerNorm, F.gelu, SDPA, F.cross_entropy over padded logits, clip_grad_norm_,
 AdamW(fused=True); on a GPU fp32 weights under bf16 autocast), eager and, with --compile, under torch.compile. Same
 weights, tokens, seed and schedule; steps are interleaved, one after another; speeds are shown only if every op's parity
-check holds and the losses of all steps agree within TOLERANCE. Tokens are synthetic (rank r with probability ~ 1/(r+1),
-so that losses fall) and lie on the device before a step. --ablation adds fastgpt with one op at a time on PyTorch.
+check holds and the losses of the first AGREE_STEPS steps agree within TOLERANCE. Tokens are synthetic
+(rank r with probability ~ 1/(r+1), so that losses fall) and lie on the device before a step. --ablation adds fastgpt with
+one op at a time on PyTorch.
 
 small: 4 layers, width 128, T 64, B 12, 65 characters; medium: 6 layers, width 384, T 256, B 16, 65 characters;
 gpt2-124m: 12 layers, width 768, vocabulary 50304, B 4 of T 64 on a CPU, B 64 of T 1024 on a GPU (--batch sweeps B).
@@ -42,7 +43,10 @@ from fastgpt.bench._op import gate
 from fastgpt.config import ModelConfig, TrainConfig
 from fastgpt.device import default_device, peak_flops
 
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of any step's loss
+TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
+# Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the
+# last place is 1e-7 apart from itself up to step 48 and 2e-4 at step 60.
+AGREE_STEPS = 40
 WARM_STEPS = 3  # before timing; compared, too
 
 
@@ -172,11 +176,11 @@ def red_ops(cfg: TrainConfig, dtype: torch.dtype) -> list[str]:
 
 
 def disagreement(variants: list[Variant], tolerance: float) -> tuple[float, str]:
-    """The largest relative difference of any step's loss to the first variant's, and a sentence if it is too large."""
+    """The largest relative difference of a step's loss to the first variant's, and a sentence if it is too large."""
     worst, sentence = 0.0, ""
-    truth = torch.stack(variants[0].losses).double().cpu()
+    truth = torch.stack(variants[0].losses[:AGREE_STEPS]).double().cpu()
     for v in variants[1:]:
-        losses = torch.stack(v.losses).double().cpu()
+        losses = torch.stack(v.losses[:AGREE_STEPS]).double().cpu()
         gaps = torch.nan_to_num((losses - truth).abs() / truth.abs(), nan=math.inf)
         step = int(gaps.argmax())
         if float(gaps[step]) > tolerance and not sentence:

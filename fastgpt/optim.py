@@ -71,6 +71,7 @@ class AdamW(torch.optim.Optimizer):
         self._lr = torch.zeros(len(self.param_groups), device=self.device)
         self._lr_floats: list[float | None] = []
         self._partials = torch.zeros(0, device=self.device)
+        self._with_grad: list[tuple[int, ...]] = []
         self.grad_norm = torch.full((1,), torch.nan, device=self.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -104,7 +105,9 @@ class AdamW(torch.optim.Optimizer):
         self, backend: str, buckets: list[Bucket], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         clip = self.max_norm is not None
-        if clip and self._partials.numel() != PARTIALS * len(buckets):
+        with_grad = [tuple(b.index) for b in buckets]
+        if clip and with_grad != self._with_grad:  # other tensors leave other partial sums unused
+            self._with_grad = with_grad
             self._partials = torch.zeros(PARTIALS * len(buckets), device=self.device)
         for i, b in enumerate(buckets):
             PREPARE[backend](b.grads, self._steps, b.index, self._partials, i * PARTIALS, clip)

@@ -314,7 +314,8 @@ def layer_norm_bwd(
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if dx.numel() == 0:
-        return dx, *(None if t is None else torch.zeros_like(t) for t in (weight, bias))
+        dweight, dbias = (None if t is None else torch.zeros_like(t) for t in (weight, bias))
+        return dx, dweight, dbias
     dweight, dbias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
     dy2, h2 = as_rows(dy), as_rows(h)  # (N, C)
     dsum2 = None if dsum is None else as_rows(dsum)

@@ -119,6 +119,34 @@ def test_parameters_without_a_gradient_stay_and_keep_their_step(name: str) -> No
 
 
 @ON
+def test_norm_forgets_gradients_that_are_gone(name: str) -> None:
+    """A step over fewer and smaller tensors must not clip by what the larger set left behind."""
+    big, small = nn.Parameter(torch.zeros(1 << 17, device=DEVICE)), nn.Parameter(torch.zeros(3, device=DEVICE))
+    with use(strict=True, adamw=name):
+        opt = AdamW([big, small], max_norm=1.0)
+        big.grad, small.grad = torch.ones_like(big), torch.ones_like(small)
+        opt.step()
+        big.grad = None
+        opt.step()
+    assert float(opt.grad_norm) == pytest.approx(3**0.5)
+
+
+@ON
+def test_nan_reaches_the_parameters_without_clipping(name: str) -> None:
+    """Nothing skips without max_norm: a NaN gradient must be seen in the parameter, whatever keeps its low bits."""
+    with use(strict=True, adamw=name):
+        for dtype, master in ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "remainder")):
+            p = nn.Parameter(torch.ones(5, device=DEVICE, dtype=dtype))
+            opt = AdamW([p], master=master)
+            p.grad = torch.ones_like(p)
+            p.grad.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[2] = 0x7FFF  # all mantissa bits set
+            if dtype == torch.float32:
+                p.grad[2] = torch.nan
+            opt.step()
+            assert p.isnan().tolist() == [False, False, True, False, False], (dtype, master)
+
+
+@ON
 def test_tensor_learning_rate_and_groups(name: str) -> None:
     results = []
     with use(strict=True, adamw=name):

@@ -34,7 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(ROOT / "fastgpt" / "train.py", here / "my.txt")
     (here / "shards").mkdir()
     ids = [i * 7919 % 500 for i in range(5000)]
-    (here / "shards" / "train.bin").write_bytes(struct.pack(f"<{len(ids)}H", *ids))
+    # uint32, so that the vocabulary is what the ids need; uint16 shards without a tokenizer get GPT-2's 50257
+    (here / "shards" / "train_uint32.bin").write_bytes(struct.pack(f"<{len(ids)}I", *ids))
     return here
 
 

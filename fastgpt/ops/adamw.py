@@ -64,7 +64,7 @@ def join_remainder(param: Tensor, remainder: Tensor) -> Tensor:
 
 def split_remainder(master: Tensor, param: Tensor, remainder: Tensor) -> None:
     """Write fp32 `master` as a bf16 parameter (rounded to nearest) and an int16 remainder."""
-    bits = master.view(torch.int32)
+    bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)  # the NaN that stays one when rounded
     high = (bits + 0x8000) >> 16
     param.copy_(high.to(torch.int16).view(torch.bfloat16))
     remainder.copy_((bits - (high << 16)).to(torch.int16))

@@ -227,12 +227,17 @@ FASTGPT_HD float join_remainder(bf16 high, int16_t low) {
   return bits_float((static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
 }
 
+FASTGPT_HD uint32_t remainder_bits(float master) {  // every NaN as the one that rounding leaves a NaN
+  const uint32_t b = float_bits(master);
+  return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : b;
+}
+
 FASTGPT_HD bf16 remainder_high(float master) {  // nearest, ties away from zero
-  return bf16{static_cast<uint16_t>((float_bits(master) + 0x8000u) >> 16)};
+  return bf16{static_cast<uint16_t>((remainder_bits(master) + 0x8000u) >> 16)};
 }
 
 FASTGPT_HD int16_t remainder_low(float master) {
-  return static_cast<int16_t>(float_bits(master) & 0xffffu);  // what is left after remainder_high, modulo 2^16
+  return static_cast<int16_t>(remainder_bits(master) & 0xffffu);  // what is left after remainder_high, modulo 2^16
 }
 
 // ---- stochastic rounding ----
