@@ -5,8 +5,8 @@ model in fastgpt/bench/plain.py (nn.LayerNorm, F.gelu, SDPA, F.cross_entropy ove
 AdamW(fused=True); on a GPU fp32 weights under bf16 autocast), eager and, with --compile, under torch.compile. Same
 weights, tokens, seed and schedule; steps are interleaved, one after another; speeds are shown only if every op's parity
 check holds and the losses of the first AGREE_STEPS steps agree within TOLERANCE. Tokens are synthetic
-(rank r with probability ~ 1/(r+1), so that losses fall) and lie on the device before a step. --ablation adds fastgpt with
-one op at a time on PyTorch.
+(rank r with probability ~ 1/(r+1), so that losses fall) and lie on the device before a step. --ablation adds fastgpt
+with one op at a time on PyTorch.
 
 small: 4 layers, width 128, T 64, B 12, 65 characters; medium: 6 layers, width 384, T 256, B 16, 65 characters;
 gpt2-124m: 12 layers, width 768, vocabulary 50304, B 4 of T 64 on a CPU, B 64 of T 1024 on a GPU (--batch sweeps B).
