@@ -79,9 +79,10 @@ def save(
     Raises:
         UserError: the folder cannot be written (full disk, no permission); earlier checkpoints stay as they were.
     """
-    final, aside = run / f"step_{step:08d}", run / f".writing_{step:08d}"
+    final, aside, replaced = (run / f"{name}_{step:08d}" for name in ("step", ".writing", ".replaced"))
     try:
         shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
         aside.mkdir(parents=True)
         files = {}
         for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
@@ -92,10 +93,11 @@ def save(
         for name in (MODEL, OPTIMIZER, STATE):
             _sync(aside / name)
         _sync(aside)
-        if final.exists():  # the same step again, after a resume: the newer one replaces it
-            shutil.rmtree(final)
+        if final.exists():  # the same step again, after a resume from an earlier one
+            os.replace(final, replaced)
         os.replace(aside, final)
         _sync(run)
+        shutil.rmtree(replaced, ignore_errors=True)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched") from e

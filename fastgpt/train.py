@@ -111,7 +111,9 @@ class Log:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(kept), encoding="utf-8")
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text("".join(kept), encoding="utf-8")
+            aside.replace(self.path)
 
     def row(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
@@ -387,7 +389,8 @@ def finish(run: Run, log: Log) -> int:
     cfg = run.cfg
     loss = validate(run, log, None if run.device.type == "cuda" else 40 * cfg.eval_batches)
     unigram = unigram_nats(run.data.train, run.data.val, run.data.n_vocab)
-    texts = [sample(run, prompt) for prompt in cfg.prompt.split("|")]
+    prompts = cfg.prompt.split("|") if run.data.tokenizer is not None else [cfg.prompt]
+    texts = [sample(run, prompt) for prompt in prompts]
     (run.folder / "samples.txt").write_text("\n\n=====\n\n".join(texts), encoding="utf-8")
     for text in texts:
         log.say(f"--- sample ---\n{text}")
@@ -417,13 +420,15 @@ def train(cfg: TrainConfig) -> int:
         f"{run.folder}: {run.model.num_params():,} parameters, {run.data.describe()}, device {run.device}, "
         f"kernels {', '.join(f'{op} {picked}' for op, (picked, _) in kernels.items())}"
     )
-    if run.progress.step:
-        log.say(f"resumed at step {run.progress.step} of {run.progress.last_step}")
+    resumed = run.progress.step
+    if resumed:
+        log.say(f"resumed at step {resumed} of {run.progress.last_step}")
     stop = Stop()
     gc.freeze()
     try:
         loop(run, torch.compile(run.model) if cfg.compile else run.model, log, stop)
-        log.say(f"step {run.progress.step}: checkpoint {run.save()}")
+        if run.progress.step > resumed:
+            log.say(f"step {run.progress.step}: checkpoint {run.save()}")
         if stop.asked:
             log.say(f"stopped at step {run.progress.step}; to continue: the same command again")
             return 0

@@ -124,8 +124,12 @@ def test_accumulation_does_not_change_the_gradient(text: Path) -> None:
 
 
 def test_finished_run_is_not_trained_again(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert go(text) == 0 and go(text) == 0
+    assert go(text) == 0
+    newest = checkpoint.find("run")
+    written = newest.stat().st_mtime_ns
+    assert go(text) == 0
     assert "resumed at step 12 of 12" in capsys.readouterr().out
+    assert newest.stat().st_mtime_ns == written, "its checkpoint stays as it is"
     assert len(losses()) == 12
     assert go(text, "--max-steps", "14") == 0
     assert [s for s, _ in losses()] == list(range(1, 15))

@@ -1,0 +1,81 @@
+"""Checkpoints: whole or absent, verified, kept to the last k."""
+
+import errno
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgpt import checkpoint
+from fastgpt.errors import UserError
+from fastgpt.optim import AdamW
+
+WEIGHTS = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
+STATE = {"0.step": torch.tensor(3.0), "0.exp_avg": torch.zeros(2, 3).t()}
+
+
+def save(run: Path, step: int, keep: int = 2) -> Path:
+    return checkpoint.save(run, step, WEIGHTS, STATE, {"note": step}, keep)
+
+
+def test_round_trip_and_keep(tmp_path: Path) -> None:
+    for step in (1, 2, 10):
+        save(tmp_path, step)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["step_00000002", "step_00000010"]
+    path = checkpoint.find(tmp_path)
+    state = checkpoint.read_state(path)
+    assert state["step"] == 10 and state["note"] == 10
+    for name, expected in ((checkpoint.MODEL, WEIGHTS), (checkpoint.OPTIMIZER, STATE)):
+        got = checkpoint.read_tensors(path, name, state)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[k], expected[k]) and got[k].dtype == expected[k].dtype for k in got)
+    save(tmp_path, 10)
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "nothing is left lying about"
+
+
+@pytest.mark.parametrize("at", ["save_file", "replace", "fsync"])
+def test_a_write_that_fails_leaves_the_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
+    earlier = save(tmp_path, 1)
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint if at == "save_file" else checkpoint.os, at, full)
+    with pytest.raises(UserError, match="step_00000002 could not be written .*No space left.*; earlier .* untouched"):
+        save(tmp_path, 2)
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.iterdir()] == [earlier.name]
+    checkpoint.read_tensors(earlier, checkpoint.MODEL, checkpoint.read_state(earlier))
+
+
+def test_damage_is_named_with_the_one_before(tmp_path: Path) -> None:
+    older, newest = save(tmp_path, 1), save(tmp_path, 2)
+    state = checkpoint.read_state(newest)
+    (newest / checkpoint.MODEL).unlink()
+    with pytest.raises(UserError, match=f"model.safetensors is missing; the one before it is {older}"):
+        checkpoint.read_tensors(newest, checkpoint.MODEL, state)
+    (newest / checkpoint.STATE).write_text('{"format": 99}')
+    with pytest.raises(UserError, match="not of format 1"):
+        checkpoint.read_state(newest)
+    with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
+        checkpoint.find(tmp_path / "nowhere")
+
+
+def test_optimizer_state_survives_bitwise() -> None:
+    p = torch.nn.Parameter(torch.randn(5, 4).bfloat16())
+    opt = AdamW([p], max_norm=1.0)
+    p.grad = torch.randn_like(p)
+    opt.step()
+    q = torch.nn.Parameter(p.detach().clone())
+    again = AdamW([q], max_norm=1.0)
+    checkpoint.unflatten_optimizer(again, checkpoint.flatten_optimizer(opt))
+    for name, t in opt.state[p].items():
+        assert torch.equal(t, again.state[q][name]) and t.dtype == again.state[q][name].dtype
+
+
+def test_random_states_restore() -> None:
+    device = torch.device("cpu")
+    states = checkpoint.random_states(device)
+    first = torch.rand(3)
+    checkpoint.restore_random_states(states, device)
+    assert torch.equal(first, torch.rand(3))
