@@ -16,7 +16,7 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, Sc
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const int32_t device = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
                                                          strides.data(), code, device, like.get_device_index(),
                                                          &handle));
   return Tensor(handle);
