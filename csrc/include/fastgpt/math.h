@@ -1,6 +1,6 @@
 // Formulas that the CPU and the CUDA kernels share, one value at a time. Branch-free and free of libm calls unless
-// said, so that g++ -O3 -fno-trapping-math -fno-math-errno turns loops over them into vector code. Largest errors as
-// measured over every fp32 value of the range by tests/test_cuda_on_cpu.py::test_math; u is 2^-23.
+// said, so that g++ -O3 -fno-trapping-math -fno-math-errno turns loops over them into vector code. Largest errors are what
+// tests/test_math.py holds them to; u is 2^-23.
 #pragma once
 #include <cmath>
 #include <cstdint>

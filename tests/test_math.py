@@ -1,0 +1,94 @@
+"""csrc/include/fastgpt/math.h against fp64 and against PyTorch's conversions: the errors that it states hold."""
+
+import ctypes
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+U = 2.0**-23
+SOURCE = """
+#include "fastgpt/math.h"
+using namespace fastgpt;
+#define UNARY(name, out, in, expression) \\
+  extern "C" void name(const in* x, out* y, int64_t n) { for (int64_t i = 0; i < n; ++i) y[i] = expression; }
+UNARY(exp_f_, float, float, exp_f(x[i]))
+UNARY(tanh_f_, float, float, tanh_f(x[i]))
+UNARY(to_bf16_, uint16_t, float, to_bf16(x[i]).bits)
+UNARY(to_f16_, uint16_t, float, to_f16(x[i]).bits)
+UNARY(from_bf16_, float, uint16_t, to_float(bf16{x[i]}))
+UNARY(from_f16_, float, uint16_t, to_float(f16{x[i]}))
+UNARY(remainder_round_trip_, float, float, join_remainder(remainder_high(x[i]), remainder_low(x[i])))
+"""
+Call = Callable[[str, np.ndarray, type], np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
+    """call(function, input, output dtype): math.h compiled as the CPU kernels are."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("math")
+    (folder / "math.cpp").write_text(SOURCE)
+    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC"]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc' / 'include'}", str(folder / "math.cpp"), "-o", str(folder / "m.so")]
+    subprocess.run(command, check=True)
+    library = ctypes.CDLL(str(folder / "m.so"))
+
+    def run(name: str, x: np.ndarray, out: type) -> np.ndarray:
+        y = np.empty(x.shape, out)
+        pointers = (x.ctypes.data_as(ctypes.c_void_p), y.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(x.size))
+        getattr(library, name + "_")(*pointers)
+        return y
+
+    return run
+
+
+def floats(low: float, high: float) -> np.ndarray:
+    """Every 977th fp32 value between low and high, both signs of zero and both ends with them."""
+    bits = np.arange(0, 0x7F800000, 977, dtype=np.uint32).view(np.float32)
+    x = np.concatenate((-bits[::-1], bits, np.array([low, high], np.float32)))
+    return x[(x >= low) & (x <= high)]
+
+
+def test_exp(call: Call) -> None:
+    x = floats(-87.33, 88.72)
+    exact = np.exp(x.astype(np.float64))
+    assert np.max(np.abs(call("exp_f", x, np.float32) / exact - 1)) <= 0.70 * U
+    edge = np.array([-np.inf, -1e30, -88.0, 89.0, np.inf, np.nan, 0.0], np.float32)
+    got = call("exp_f", edge, np.float32)
+    assert got[:3].tolist() == [0, 0, 0] and got[3:5].tolist() == [math.inf] * 2 and np.isnan(got[5]) and got[6] == 1
+
+
+def test_tanh(call: Call) -> None:
+    x = floats(-20.0, 20.0)
+    x = x[np.abs(x) > 1e-37]  # subnormal results have no relative error to speak of
+    exact = np.tanh(x.astype(np.float64))
+    assert np.max(np.abs(call("tanh_f", x, np.float32) / exact - 1)) <= 1.26 * U
+    edge = call("tanh_f", np.array([0.0, -0.0, np.inf, -np.inf, np.nan], np.float32), np.float32)
+    assert edge[:4].tolist() == [0, 0, 1, -1] and np.signbit(edge[1]) and np.isnan(edge[4])
+
+
+@pytest.mark.parametrize("name,dtype", [("bf16", torch.bfloat16), ("f16", torch.float16)])
+def test_conversions_are_pytorchs(call: Call, name: str, dtype: torch.dtype) -> None:
+    half = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
+    wide = torch.from_numpy(call(f"from_{name}", half.numpy().view(np.uint16), np.float32))
+    torch.testing.assert_close(wide, half.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
+    middle = torch.cat((wide, torch.nextafter(wide, wide + 1), wide * 1.001953125, wide * 1.00048828125))  # ties, too
+    x = torch.cat((middle, torch.from_numpy(floats(-3.4e38, 3.4e38)))).contiguous()
+    got = torch.from_numpy(call(f"to_{name}", x.numpy(), np.uint16).view(np.int16)).view(dtype)
+    torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_remainder_holds_every_bit(call: Call) -> None:
+    x = floats(-3.4e38, 3.4e38)
+    assert np.array_equal(call("remainder_round_trip", x, np.float32).view(np.uint32), x.view(np.uint32))
+    nan = np.array([0x7FFFFFFF, 0x7F800001, 0xFFFFFFFF], np.uint32).view(np.float32)
+    assert np.isnan(call("remainder_round_trip", nan, np.float32)).all()
