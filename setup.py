@@ -35,6 +35,7 @@ CPU_SOURCES = [
     "csrc/cpu/layer_norm.cpp",
     "csrc/cpu/cross_entropy.cpp",
     "csrc/cpu/adamw.cpp",
+    "csrc/cpu/rms_norm.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/ops_cuda.cpp",

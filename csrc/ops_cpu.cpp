@@ -1,6 +1,7 @@
 // The CPU dispatch key: Ops<Cpu>, and parallel_for on PyTorch's thread pool.
 #include "fastgpt/ops_impl.h"
 #include "fastgpt/parallel.h"
+#include "fastgpt/rms_norm_impl.h"
 
 namespace fastgpt {
 
@@ -20,8 +21,12 @@ struct Cpu {
   void adamw_update(const AdamWArgs& a) { cpu::adamw_update(a); }
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::layer_norm_bwd_blocks(n_rows, n_cols); }
   int64_t adamw_partials(const int64_t* numels, int64_t n) { return cpu::adamw_partials(numels, n); }
+  void rms_norm_fwd(const RmsNormFwdArgs& a) { cpu::rms_norm_fwd(a); }
+  void rms_norm_bwd(const RmsNormBwdArgs& a) { cpu::rms_norm_bwd(a); }
+  int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::rms_norm_bwd_blocks(n_rows, n_cols); }
 };
 
 template struct Ops<Cpu>;
+template struct RmsNormOps<Cpu>;
 
 }  // namespace fastgpt

@@ -14,6 +14,9 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("scale_rows.cpu", TORCH_BOX(&Op::scale_rows));
   m.impl("adamw_prepare.cpu", TORCH_BOX(&Op::adamw_prepare));
   m.impl("adamw_update.cpu", TORCH_BOX(&Op::adamw_update));
+  using RmsNorm = fastgpt::RmsNormOps<fastgpt::Cpu>;
+  m.impl("rms_norm_fwd.cpu", TORCH_BOX(&RmsNorm::rms_norm_fwd));
+  m.impl("rms_norm_bwd.cpu", TORCH_BOX(&RmsNorm::rms_norm_bwd));
 }
 
 #ifdef FASTGPT_WITH_CUDA

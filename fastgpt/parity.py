@@ -27,6 +27,7 @@ from fastgpt import backend, ops
 from fastgpt.ops.adamw import join_remainder
 from fastgpt.ops.cross_entropy import cross_entropy_ref, cross_entropy_torch
 from fastgpt.ops.layer_norm import layer_norm_ref, layer_norm_torch
+from fastgpt.ops.rms_norm import rms_norm_ref, rms_norm_torch
 from fastgpt.optim import AdamW
 
 FORWARD, BACKWARD = 2.0, 3.0
@@ -114,16 +115,18 @@ class Inputs:
         return self.tensor(shape, dtype, scale, shift).detach().requires_grad_()
 
 
-def run_layer_norm(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Outputs and gradients of LayerNorm by `fn`."""
+def run_norm(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
+    """Outputs and gradients of LayerNorm, or of RMSNorm (no bias, but a weight offset), by `fn`."""
     o = dict(case.options)
     width = case.shape[-1:]
     param = torch.float32 if o.get("fp32_weight") else case.dtype
     x = inputs.leaf(case.shape, case.dtype, o.get("scale", 1.0), o.get("mean", 0.0))
     residual = inputs.leaf(case.shape, case.dtype) if o.get("residual") else None
     weight = inputs.leaf(width, param) if o.get("weight", True) else None
-    bias = inputs.leaf(width, param) if o.get("bias", True) else None
-    out = fn(x, weight, bias, o.get("eps", 1e-5), residual=residual)
+    bias = inputs.leaf(width, param) if o.get("bias", case.op == "layer_norm") else None
+    params = (weight, bias) if case.op == "layer_norm" else (weight,)
+    offset = {"weight_offset": o["weight_offset"]} if "weight_offset" in o else {}
+    out = fn(x, *params, o.get("eps", 1e-5), residual=residual, **offset)
     y, s = out if residual is not None else (out, None)
     outputs = {n: t for n, t in (("y", y), ("sum", s)) if t is not None}
     grads = [inputs.tensor(case.shape, case.dtype) for _ in outputs]
@@ -210,9 +213,10 @@ class Subject:
 
 
 SUBJECTS = {
-    "layer_norm": Subject(run_layer_norm, ops.layer_norm, layer_norm_torch, layer_norm_ref),
+    "layer_norm": Subject(run_norm, ops.layer_norm, layer_norm_torch, layer_norm_ref),
     "cross_entropy": Subject(run_cross_entropy, ops.cross_entropy, _torch_cross_entropy, cross_entropy_ref),
     "adamw": Subject(run_adamw, AdamW, TorchAdamW, AdamW, ("contiguous", "transposed", "misaligned")),
+    "rms_norm": Subject(run_norm, ops.rms_norm, rms_norm_torch, rms_norm_ref),
 }
 
 
@@ -253,11 +257,13 @@ def _error(got: Tensor, exact: Tensor) -> float:
 
 def _variants(op: str) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
     """Shapes and options beside the small base shape that goes through every layout."""
-    if op == "layer_norm":
+    if op in ("layer_norm", "rms_norm"):
         for shape in ((1, 1), (1, 7), (2, 3, 770), (67, 128), (3, 1024), (2, 5000), (2, 9001)):
             yield shape, {"residual": True}
-        plain: list[dict[str, Any]] = [{}, {"weight": False, "bias": False}, {"bias": False}, {"weight": False}]
-        for o in (*plain, {"fp32_weight": True, "residual": True}, {"eps": 1e-2}):
+        own: list[dict[str, Any]] = [{"weight": False, "bias": False}, {"bias": False}]
+        if op == "rms_norm":
+            own = [{"weight_offset": 1.0}, {"weight_offset": 1.0, "fp32_weight": True, "residual": True}]
+        for o in ({}, *own, {"weight": False}, {"fp32_weight": True, "residual": True}, {"eps": 1e-2}):
             yield (6, 33), o
         yield (5, 96), {"mean": 300.0, "scale": 0.5}
         yield (5, 96), {"scale": 1e-4, "residual": False}
@@ -294,6 +300,7 @@ def cases(op: str) -> Iterator[Case]:
         "layer_norm": ((6, 33), {"residual": True}),
         "cross_entropy": ((7, 61), {}),
         "adamw": ((33, 17), {}),
+        "rms_norm": ((6, 33), {"residual": True}),
     }
     shape, options = base[op]
     for dtype in backend.KERNEL_DTYPES:

@@ -235,18 +235,18 @@ def layer_norm_partials_wide_kernel(
 
 @triton.jit(do_not_specialize=["P"])
 def layer_norm_reduce_kernel(
-    partials_ptr,  # (P, 2, C)
+    partials_ptr,  # (P, sums, C): dweight, or dweight and dbias
     dweight_ptr,  # (C) or None
     dbias_ptr,  # (C) or None
     P, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sums BLOCK columns of partials over P in a fixed order; axis 1 of the grid: 0 dweight, 1 dbias."""
-    which = tl.program_id(1)
+    which, sums = tl.program_id(1), tl.num_programs(1)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     acc = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, P, ROWS):
         p = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
-        acc += tl.load(partials_ptr + (2 * p + which) * C + c, (p < P) & (c < C), other=0.0)
+        acc += tl.load(partials_ptr + (sums * p + which) * C + c, (p < P) & (c < C), other=0.0)
     total = tl.sum(acc, axis=0, keep_dims=True)
     if dweight_ptr is not None:
         tl.store(dweight_ptr + c, cast(total, dweight_ptr.dtype.element_ty), (c < C) & (which == 0))

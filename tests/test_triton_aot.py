@@ -25,7 +25,8 @@ def test_every_configuration_compiles_without_spills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     reports = json.loads(out.read_text())
     assert {r["arch"] for r in reports} == {80, 90}
-    for kernel in ("layer_norm_fwd", "layer_norm_bwd", "cross_entropy_fwd_bwd", "adamw_prepare", "adamw_update"):
+    kernels = ("layer_norm_fwd", "layer_norm_bwd", "cross_entropy_fwd_bwd", "adamw_prepare", "adamw_update")
+    for kernel in (*kernels, "rms_norm_fwd", "rms_norm_bwd"):
         assert any(r["name"].startswith(f"{kernel}_kernel[") for r in reports), f"{kernel} was not checked"
     assert all(r["registers"] > 0 for r in reports)
 

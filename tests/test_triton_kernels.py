@@ -20,7 +20,8 @@ pytest.importorskip("triton")
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgpt.kernels import cross_entropy, layer_norm
+from fastgpt.kernels import cross_entropy, layer_norm, rms_norm
+from fastgpt.ops.rms_norm import rms_norm_ref, rms_norm_torch
 from fastgpt.parity import allowed_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, of infinities
@@ -187,6 +188,31 @@ def test_layer_norm_empty_batch() -> None:
     assert y.shape == (0, 8) and stats.shape == (2, 0)
     dx, dweight, dbias = layer_norm.layer_norm_bwd(x, None, x, w, w, stats)
     assert dx.shape == (0, 8) and torch.equal(dweight, torch.zeros(8, device=DEVICE)) and torch.equal(dbias, dweight)
+
+
+# rms_norm; narrow rows and layouts are parity's cases
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(300, 64), (3, 16384), (3, 16385), (2, 65536)], ids=str)
+def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
+    """Many rows, and rows in column blocks; inputs between canaries, changed nowhere."""
+    data = [randn(*shape, seed=i, dtype=BF16) for i in range(4)] + [randn(shape[-1], seed=5, dtype=BF16)]
+    (x, residual, dy, dsum, w), buffers = zip(*(guarded(t) for t in data), strict=True)
+    y, h, rstd = rms_norm.rms_norm_fwd(x, residual, w, 1e-6, offset)
+    assert h is not None and torch.equal(h, x + residual)
+    ours = (y, *rms_norm.rms_norm_bwd(dy, dsum, h, w, rstd, offset))
+    found = []
+    for fn, dtype in ((rms_norm_torch, BF16), (rms_norm_ref, torch.float64)):
+        leaves = [t.to(dtype).requires_grad_() for t in (h, w)]
+        out = fn(*leaves, 1e-6, weight_offset=offset)
+        dh, dw = torch.autograd.grad(out, leaves, dy.to(dtype))
+        found.append((out.detach(), dh + dsum.to(dtype), dw))
+    for name, t, torchs, exact in zip(("y", "dx", "dweight"), ours, *found, strict=True):
+        within(name, t, torchs, exact)
+    assert all(torch.equal(a, b) for a, b in zip(data, (x, residual, dy, dsum, w))) and canaries_intact(*buffers)
+    again = rms_norm.rms_norm_bwd(dy, dsum, h, w, rstd, offset)
+    assert all(same_bits(a, b) for a, b in zip(ours[1:], again, strict=True))
 
 
 # cross_entropy

@@ -2,54 +2,14 @@
 //
 // Forward reads x (and residual) once, writes y (and their sum) once; variance in two passes over the row in cache, the
 // second of which also corrects the mean (Chan, Golub, LeVeque 1983). Backward reads dy and h once, writes dx once, and
-// sums dweight and dbias per block of rows: blocks follow from the shape alone, so thread counts change no bit.
+// sums dweight and dbias per block of rows (norm.h).
 #include <cmath>
 #include <vector>
 
 #include "fastgpt/parallel.h"
-#include "simd.h"
+#include "norm.h"
 
 namespace fastgpt::cpu {
-
-// weight or bias in fp32, `value` where there is none: (C)
-static std::vector<float> widen(const void* data, DType dtype, int64_t n_cols, float value) {
-  std::vector<float> wide(n_cols, value);
-  if (data != nullptr) {
-    with_type(dtype, [&](auto tag) { to_floats(static_cast<const decltype(tag)*>(data), wide.data(), n_cols); });
-  }
-  return wide;
-}
-
-// A float that came from a T, back to T: no rounding left to do.
-template <class T>
-inline T exact(float x) {
-  return from_float<T>(x);
-}
-template <>
-inline bf16 exact<bf16>(float x) {
-  return bf16{static_cast<uint16_t>(float_bits(x) >> 16)};
-}
-
-// Columns [begin, end) of x, or of x + residual rounded to T and stored in sum, as floats in `row`. Returns their sum.
-template <class T>
-inline float load_columns(const T* x, const T* residual, T* sum, float* row, int64_t begin, int64_t end) {
-  float total = 0.0f;
-  if (residual != nullptr) {
-    FASTGPT_SUM(total)
-    for (int64_t c = begin; c < end; ++c) {
-      row[c] = to_float(from_float<T>(to_float(x[c]) + to_float(residual[c])));
-      sum[c] = exact<T>(row[c]);  // from row: a T in between would keep the loop scalar
-      total += row[c];
-    }
-    return total;
-  }
-  FASTGPT_SUM(total)
-  for (int64_t c = begin; c < end; ++c) {
-    row[c] = to_float(x[c]);
-    total += row[c];
-  }
-  return total;
-}
 
 struct Moments {
   float mean, var;
@@ -86,7 +46,7 @@ inline void fwd_rows_of(const LayerNormFwdArgs& a, const float* weight, const fl
     T* y = static_cast<T*>(a.y) + n * n_cols;
     double total = 0.0;
     for (int64_t c = 0; c < n_cols; c += kChunk) {
-      total += load_columns(x, residual, sum, row, c, min_of(n_cols, c + kChunk));
+      total += load_columns(x, residual, sum, row, c, min_of(n_cols, c + kChunk), [](float h) { return h; });
     }
     const Moments m = moments_of(row, total, n_cols);
     const float rstd = 1.0f / std::sqrt(m.var + a.eps);
@@ -161,8 +121,6 @@ inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweig
   }
 }
 
-static int64_t rows_per_block(int64_t n_rows) { return max_of(32, ceil_div(n_rows, 128)); }
-
 // Rows of one block; its partial sums start at zero.
 FASTGPT_CLONES static void bwd_block(const LayerNormBwdArgs& a, const float* weight, int64_t block) {
   const int64_t rows = rows_per_block(a.n_rows), end = min_of(a.n_rows, (block + 1) * rows);
@@ -172,22 +130,6 @@ FASTGPT_CLONES static void bwd_block(const LayerNormBwdArgs& a, const float* wei
   with_type(a.dtype, [&](auto tag) {
     for (int64_t n = block * rows; n < end; ++n) bwd_row<decltype(tag)>(a, weight, dweight, dbias, n);
   });
-}
-
-// Columns [begin, end) of one of the two sums over blocks, in the blocks' order.
-FASTGPT_CLONES static void reduce_blocks(const LayerNormBwdArgs& a, int64_t which, void* out, int64_t begin,
-                                         int64_t end) {
-  const int64_t n_blocks = layer_norm_bwd_blocks(a.n_rows, a.n_cols);
-  for (int64_t first = begin; first < end; first += 64) {
-    const int64_t n = min_of(64, end - first);
-    float total[64] = {};
-    for (int64_t block = 0; block < n_blocks; ++block) {
-      const float* partial = a.partials + (block * 2 + which) * a.n_cols + first;
-      FASTGPT_SIMD
-      for (int64_t c = 0; c < n; ++c) total[c] += partial[c];
-    }
-    with_type(a.weight_dtype, [&](auto tag) { from_floats(total, static_cast<decltype(tag)*>(out) + first, n); });
-  }
 }
 
 // ---- launchers ----
@@ -210,8 +152,9 @@ void layer_norm_bwd(const LayerNormBwdArgs& a) {
     for (int64_t block = begin; block < end; ++block) bwd_block(a, weight.data(), block);
   });
   parallel_for(a.n_cols, 1024, [&](int64_t begin, int64_t end) {
-    if (a.dweight != nullptr) reduce_blocks(a, 0, a.dweight, begin, end);
-    if (a.dbias != nullptr) reduce_blocks(a, 1, a.dbias, begin, end);
+    const int64_t step = 2 * a.n_cols;
+    if (a.dweight != nullptr) reduce_blocks(a.partials, n_blocks, step, a.weight_dtype, a.dweight, begin, end);
+    if (a.dbias != nullptr) reduce_blocks(a.partials + a.n_cols, n_blocks, step, a.weight_dtype, a.dbias, begin, end);
   });
 }
 

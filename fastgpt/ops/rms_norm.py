@@ -1,7 +1,10 @@
-"""RMSNorm, with the residual add (Zhang, Sennrich 2019, arXiv:1910.07467).
+"""RMSNorm, with the residual add in the same pass (Zhang, Sennrich 2019, arXiv:1910.07467).
 
-s = x + residual          (rounded to x's dtype; s = x without residual)
-y = s / sqrt(mean(s^2) + eps) * (weight_offset + weight)
+    s = x + residual          (rounded to x's dtype; s = x without residual)
+    y = s / sqrt(mean(s^2) + eps) * (weight_offset + weight)
+
+Forward reads x (and residual) and writes y (and s) once; backward reads dy and s once. Saved for backward: s, and
+1/sqrt(mean(s^2) + eps) in fp32. The gradients of x and of residual are the same tensor's values.
 """
 
 from __future__ import annotations
@@ -9,12 +12,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import register, select
-from fastgpt.ops._common import check_float, check_like
+from fastgpt.backend import Cell, register, select
+from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
 
-register("rms_norm")
+
+def _fwd_fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_offset: float
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return y, None if residual is None else torch.empty_like(y), x.new_empty((rows,), dtype=torch.float32)
+
+
+def _bwd_fake(
+    dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float
+) -> tuple[Tensor, Tensor | None]:
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    return dx, None if weight is None else torch.empty_like(weight)
+
+
+FWD = define(
+    "rms_norm",
+    "rms_norm_fwd",
+    "(Tensor x, Tensor? residual, Tensor? weight, float eps, float weight_offset) -> (Tensor, Tensor?, Tensor)",
+    _fwd_fake,
+)
+BWD = define(
+    "rms_norm",
+    "rms_norm_bwd",
+    "(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor rstd, float weight_offset) -> (Tensor, Tensor?)",
+    _bwd_fake,
+)
 
 
 def rms_norm_ref(
@@ -25,12 +56,83 @@ def rms_norm_ref(
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
 ) -> Any:
-    """The formula at this file's head; statistics in fp32 (fp64 for fp64 input)."""
+    """The formula at this file's head; statistics in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
     s = x if residual is None else x + residual
     wide = s.to(torch.promote_types(s.dtype, torch.float32))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     y = y if weight is None else y * (weight.to(y.dtype) + weight_offset)
     return y.to(s.dtype) if residual is None else (y.to(s.dtype), s)
+
+
+def rms_norm_torch(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    residual: Tensor | None = None,
+    weight_offset: float = 0.0,
+) -> Any:
+    """The `torch` backend and the parity baseline: PyTorch's own op where it takes these dtypes, else the formula."""
+    if weight is not None and (weight.dtype != x.dtype or weight_offset != 0.0):
+        return rms_norm_ref(x, weight, eps, residual=residual, weight_offset=weight_offset)
+    s = x if residual is None else x + residual
+    y = F.rms_norm(s, (x.shape[-1],), weight, eps)
+    return y if residual is None else (y, s)
+
+
+class RMSNormFn(torch.autograd.Function):
+    """Autograd over the raw ops: (backend, x, residual, weight, eps, weight_offset) -> (y, s or None)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        eps: float,
+        weight_offset: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        y, s, rstd = FWD[backend](x, residual, weight, eps, weight_offset)
+        ctx.backend = backend
+        ctx.has_residual = residual is not None
+        ctx.weight_offset = weight_offset
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if s is None else s, weight, rstd)
+        return y, s
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
+        h, weight, rstd = ctx.saved_tensors
+        if dy is None:  # only x + residual was used
+            dx, dweight = dsum, None
+        else:
+            dx, dweight = BWD[ctx.backend](dy, dsum, h, weight, rstd, ctx.weight_offset)
+        return None, dx, dx if ctx.has_residual else None, dweight, None, None
+
+
+def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
+    check_float("rms_norm", "x", x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}, expected (..., C) with C >= 1")
+    dtypes = (x.dtype, torch.float32)
+    check_like("rms_norm", "weight", weight, (x.shape[-1],), x, dtypes, "to match x's last dimension")
+    check_like("rms_norm", "residual", residual, tuple(x.shape), x, (x.dtype,), "as x")
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    x, residual, dy, dsum = torch.randn(4, 5, 130, device=device).unbind()
+    weight = torch.randn(130, device=device)
+    y, s, rstd = FWD[backend](x, residual, weight, 1e-6, 1.0)
+    got = [y, s, *BWD[backend](dy, dsum, s, weight, rstd, 1.0)]
+    leaves = x64, weight64 = [t.double().requires_grad_() for t in (x, weight)]
+    exact = rms_norm_ref(x64, weight64, residual=residual.double(), weight_offset=1.0)
+    grads = torch.autograd.grad(exact, leaves, (dy.double(), dsum.double()))
+    return relative_error(got, [t.detach() for t in (*exact, *grads)])
+
+
+register("rms_norm", _self_check, triton=Cell(), cpu=Cell())
 
 
 def rms_norm(
@@ -44,18 +146,26 @@ def rms_norm(
     """RMSNorm over the last dimension, optionally of `x + residual`.
 
     Args:
-        x: (..., C); weight: (C,) in x's dtype or fp32, or None; residual: as x, added first.
-        weight_offset: 1.0 for weights stored as a difference from one (Gemma).
+        x: (..., C), any strides; fp32, bf16, fp16 (fp64 on the reference).
+        weight: (C,), x's dtype or fp32, or None.
+        eps: added to the mean of squares.
+        residual: x's shape and dtype; added first, rounded to x's dtype.
+        weight_offset: 1.0 for weights stored as a difference from one (Gemma); nothing without a weight.
 
     Returns:
-        y (..., C) in x's dtype; with `residual` the pair (y, x + residual).
+        y (..., C) in x's dtype; with `residual` the pair (y, x + residual). Statistics are fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument. Source: arXiv:1910.07467.
+        ValueError, TypeError: naming the argument, what came and what was expected.
+
+    Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
     """
-    check_float("rms_norm", "x", x)
-    dtypes = (x.dtype, torch.float32)
-    check_like("rms_norm", "weight", weight, (x.shape[-1],), x, dtypes, "to match x's last dimension")
-    check_like("rms_norm", "residual", residual, tuple(x.shape), x, (x.dtype,), "as x")
-    select("rms_norm", x)
-    return rms_norm_ref(x, weight, eps, residual=residual, weight_offset=weight_offset)
+    _check(x, weight, residual)
+    backend = select("rms_norm", x)
+    if backend == "torch":
+        return rms_norm_torch(x, weight, eps, residual=residual, weight_offset=weight_offset)
+    if needs_grad(x, residual, weight):
+        y, s = RMSNormFn.apply(backend, x, residual, weight, eps, weight_offset)
+    else:
+        y, s, _ = FWD[backend](x, residual, weight, eps, weight_offset)
+    return y if residual is None else (y, s)

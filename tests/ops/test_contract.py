@@ -20,10 +20,14 @@ from fastgpt.ops.cross_entropy import FWD_BWD, SCALE_ROWS, cross_entropy_ref
 from fastgpt.ops.layer_norm import BWD as LN_BWD
 from fastgpt.ops.layer_norm import FWD as LN_FWD
 from fastgpt.ops.layer_norm import layer_norm_ref
+from fastgpt.ops.rms_norm import BWD as RMS_BWD
+from fastgpt.ops.rms_norm import FWD as RMS_FWD
+from fastgpt.ops.rms_norm import rms_norm_ref
 from fastgpt.optim import AdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNELS = [(op, name) for op in ("layer_norm", "cross_entropy", "adamw") for name in parity.backends_here(op)]
+OPS = ("layer_norm", "cross_entropy", "adamw", "rms_norm")
+KERNELS = [(op, name) for op in OPS for name in parity.backends_here(op)]
 ON = pytest.mark.parametrize("name", parity.backends_here("layer_norm"))
 
 
@@ -40,7 +44,7 @@ def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     steps, partials = torch.ones(2, device=DEVICE), torch.ones(PARTIALS, device=DEVICE)
     group = ([0, 0], torch.full((1,), 1e-3, device=DEVICE), [0.9], [0.999], [1e-8], [0.01])
     tail = (partials, 1.0, None, None, torch.zeros(1, device=DEVICE), False, 0)
-    return {
+    calls = {
         "layer_norm_fwd": (LN_FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5)),
         "layer_norm_fwd plain": (LN_FWD[name], (x, None, None, None, 1e-5)),
         "layer_norm_bwd": (LN_BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats)),
@@ -52,10 +56,16 @@ def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "adamw_prepare": (PREPARE[name], (p, steps, [0, 1], partials, 0, True)),
         "adamw_update": (UPDATE[name], (p, [rand(5, 3), rand(4)], m, v, [], steps, [0, 1], *group, *tail)),
     }
+    rms_norm = {
+        "rms_norm_fwd": (RMS_FWD[name], (x, rand(6, 33, seed=1), w, 1e-6, 1.0)),
+        "rms_norm_fwd plain": (RMS_FWD[name], (x, None, None, 1e-6, 0.0)),
+        "rms_norm_bwd": (RMS_BWD[name], (x, rand(6, 33, seed=1), x, w, stats[1], 1.0)),
+        "rms_norm_bwd plain": (RMS_BWD[name], (x, None, x, None, stats[1], 0.0)),
+    }
+    return calls | (rms_norm if name in backend.ops()["rms_norm"] else {})
 
 
-@ON
-@pytest.mark.parametrize("call", list(raw_calls("cpu")))
+@pytest.mark.parametrize("name,call", [(n, c) for n in parity.backends_here("layer_norm") for c in raw_calls(n)])
 def test_opcheck(name: str, call: str) -> None:
     op, args = raw_calls(name)[call]
     torch.library.opcheck(op, args)
@@ -147,7 +157,7 @@ def test_unused_output_and_second_backward(name: str) -> None:
 @pytest.mark.parametrize("op,name", KERNELS)
 def test_runs_are_bitwise_equal(op: str, name: str) -> None:
     """Run to run, and for any number of threads."""
-    wanted = {"layer_norm": (67, 128), "cross_entropy": (7, 61), "adamw": (70001,)}[op]
+    wanted = {"layer_norm": (67, 128), "cross_entropy": (7, 61), "adamw": (70001,), "rms_norm": (67, 128)}[op]
     case = next(c for c in parity.cases(op) if c.shape == wanted and c.dtype == torch.float32)
     results = []
     threads = torch.get_num_threads()
@@ -179,6 +189,7 @@ def test_gradcheck_of_the_references() -> None:
     x, w, b = (rand(*s, dtype=torch.float64, seed=i).requires_grad_() for i, s in enumerate([(3, 5), (5,), (5,)]))
     residual = rand(3, 5, dtype=torch.float64, seed=9)
     assert torch.autograd.gradcheck(lambda *a: layer_norm_ref(*a, residual=residual), (x, w, b))
+    assert torch.autograd.gradcheck(lambda *a: rms_norm_ref(*a, residual=residual, weight_offset=1.0), (x, w))
     target = torch.tensor([1, -100, 4], device=DEVICE)
     options = dict(label_smoothing=0.1, z_loss=0.1, softcap=3.0, weight=w.detach().abs(), vocab_size=5)
     logits = rand(3, 7, dtype=torch.float64).requires_grad_()
@@ -205,6 +216,8 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ops.swiglu(rand(2, 7)), ValueError, "packed gate has 7 columns"),
     (lambda: ops.bias_gelu(rand(2, 7), approximate="sigmoid"), ValueError, "approximate is 'sigmoid'"),
     (lambda: ops.rms_norm(rand(2, 7), rand(8)), ValueError, r"rms_norm: weight has shape \(8,\)"),
+    (lambda: ops.rms_norm(rand(2, 8), residual=rand(3, 8)), ValueError, r"rms_norm: residual has shape \(3, 8\)"),
+    (lambda: ops.rms_norm(rand(2, 0)), ValueError, r"rms_norm: x has shape \(2, 0\)"),
     (lambda: use(layer_norn="torch"), UserError, "there is no op 'layer_norn'"),
     (lambda: use(layer_norm="tritno"), UserError, "layer_norm='tritno': expected one of cuda"),
     (lambda: AdamW([torch.nn.Parameter(rand(2))], amsgrad=True), ValueError, "amsgrad=True is not supported"),

@@ -97,6 +97,35 @@ struct AdamWArgs {
   DType param_dtype, grad_dtype, moment_dtype, master_dtype;  // master_dtype: f32 or i16, meaningful where master is set
 };
 
+// RMSNorm: as LayerNorm, without mean and bias; the weight counts as weight + weight_offset.
+struct RmsNormFwdArgs {
+  const void* x;         // (N, C) dtype
+  const void* residual;  // (N, C) dtype, or null
+  const void* weight;    // (C) weight_dtype, or null
+  void* y;               // (N, C) dtype, contiguous
+  void* sum;             // (N, C) dtype, contiguous: x + residual; null without residual
+  float* rstd;           // (N): 1 / sqrt(mean of squares + eps)
+  int64_t x_row, residual_row;
+  int64_t n_rows, n_cols;
+  float eps, weight_offset;
+  DType dtype, weight_dtype;
+};
+
+struct RmsNormBwdArgs {
+  const void* dy;      // (N, C) dtype
+  const void* dsum;    // (N, C) dtype, or null: gradient that reaches x + residual directly
+  const void* h;       // (N, C) dtype: what was normalised
+  const void* weight;  // (C) weight_dtype, or null
+  const float* rstd;   // (N)
+  void* dx;            // (N, C) dtype, contiguous
+  void* dweight;       // (C) weight_dtype, or null
+  float* partials;     // (rms_norm_bwd_blocks(N, C), C): dweight of each block; null without weight
+  int64_t dy_row, dsum_row, h_row;
+  int64_t n_rows, n_cols;
+  float weight_offset;
+  DType dtype, weight_dtype;
+};
+
 #define FASTGPT_LAUNCHERS(...)                                             \
   void layer_norm_fwd(const LayerNormFwdArgs& a __VA_ARGS__);              \
   void layer_norm_bwd(const LayerNormBwdArgs& a __VA_ARGS__);              \
@@ -112,6 +141,10 @@ struct AdamWArgs {
 
 namespace cpu {
 FASTGPT_LAUNCHERS()
+// not yet on CUDA
+void rms_norm_fwd(const RmsNormFwdArgs& a);
+void rms_norm_bwd(const RmsNormBwdArgs& a);
+int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);
 }
 
 namespace cuda {

@@ -281,4 +281,14 @@ FASTGPT_HD bf16 round_stochastic(float x, uint32_t random) {
   return bf16{static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
 }
 
+// ---- RMSNorm ----
+
+// One element of y; the weight with its offset.
+FASTGPT_HD float rms_norm_y(float x, float rstd, float weight) { return x * rstd * weight; }
+
+// One element of dx: wdy = weight dy, xhat = x rstd, the mean taken over the row.
+FASTGPT_HD float rms_norm_dx(float wdy, float xhat, float mean_wdy_xhat, float rstd) {
+  return (wdy - xhat * mean_wdy_xhat) * rstd;
+}
+
 }  // namespace fastgpt

@@ -41,4 +41,13 @@ struct Ops {
                            OptTensor found_inf, Tensor grad_norm, bool stochastic, int64_t seed);
 };
 
+// Apart from Ops until CUDA has it too; bodies in rms_norm_impl.h.
+template <class Device>
+struct RmsNormOps {
+  static std::tuple<Tensor, OptTensor, Tensor> rms_norm_fwd(Tensor x, OptTensor residual, OptTensor weight, double eps,
+                                                            double weight_offset);
+  static std::tuple<Tensor, OptTensor> rms_norm_bwd(Tensor dy, OptTensor dsum, Tensor h, OptTensor weight, Tensor rstd,
+                                                    double weight_offset);
+};
+
 }  // namespace fastgpt
