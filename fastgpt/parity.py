@@ -327,13 +327,10 @@ def backends_here(op: str) -> list[str]:
 def run_all(only: list[str]) -> list[Row]:
     """All cases of the ops and backends in `only` (empty: all) that run here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[Row] = []
-    for op in SUBJECTS:
-        for name in backends_here(op):
-            if not only or op in only or name in only:
-                for case in cases(op):
-                    rows += check(case, name, device)
-    return rows
+    wanted = [op for op in SUBJECTS if op in only] or list(SUBJECTS)
+    names = [b for b in backend.BACKENDS if b in only] or list(backend.BACKENDS)
+    pairs = [(op, name) for op in wanted for name in backends_here(op) if name in names]
+    return [row for op, name in pairs for case in cases(op) for row in check(case, name, device)]
 
 
 def missing_cells(rows: list[Row]) -> list[str]:
@@ -357,6 +354,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every row to this file")
     parser.add_argument("--top", type=int, default=20, help="rows to print")
     args = parser.parse_args(argv)
+    if unknown := [o for o in args.only if o not in SUBJECTS and o not in backend.BACKENDS]:
+        parser.error(f"{unknown[0]} is neither an op with kernels ({', '.join(SUBJECTS)}) nor a backend")
     if not torch.cuda.is_available() and not backend.interpreting():
         again = [sys.executable, "-m", "fastgpt.parity", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.call(again, env={**os.environ, "TRITON_INTERPRET": "1"})  # must be set before Triton's import
