@@ -34,6 +34,8 @@ CPU_SOURCES = [
     "csrc/ops_cpu.cpp",
     "csrc/cpu/layer_norm.cpp",
     "csrc/cpu/cross_entropy.cpp",
+    "csrc/cpu/bias_gelu.cpp",
+    "csrc/cpu/swiglu.cpp",
     "csrc/cpu/adamw.cpp",
     "csrc/cpu/rms_norm.cpp",
 ]

@@ -1,4 +1,5 @@
-// The CPU dispatch key: Ops<Cpu>, and parallel_for on PyTorch's thread pool.
+// The CPU dispatch key: Ops<Cpu>, ActivationOps<Cpu>, and parallel_for on PyTorch's thread pool.
+#include "fastgpt/activation_ops.h"
 #include "fastgpt/ops_impl.h"
 #include "fastgpt/parallel.h"
 #include "fastgpt/rms_norm_impl.h"
@@ -19,6 +20,11 @@ struct Cpu {
   void scale_rows(const ScaleRowsArgs& a) { cpu::scale_rows(a); }
   void adamw_prepare(const AdamWArgs& a) { cpu::adamw_prepare(a); }
   void adamw_update(const AdamWArgs& a) { cpu::adamw_update(a); }
+  void bias_gelu_fwd(const BiasGeluArgs& a) { cpu::bias_gelu_fwd(a); }
+  void bias_gelu_bwd(const BiasGeluArgs& a) { cpu::bias_gelu_bwd(a); }
+  void swiglu_fwd(const SwigluArgs& a) { cpu::swiglu_fwd(a); }
+  void swiglu_bwd(const SwigluArgs& a) { cpu::swiglu_bwd(a); }
+  int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::bias_gelu_bwd_blocks(n_rows, n_cols); }
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::layer_norm_bwd_blocks(n_rows, n_cols); }
   int64_t adamw_partials(const int64_t* numels, int64_t n) { return cpu::adamw_partials(numels, n); }
   void rms_norm_fwd(const RmsNormFwdArgs& a) { cpu::rms_norm_fwd(a); }
@@ -28,5 +34,6 @@ struct Cpu {
 
 template struct Ops<Cpu>;
 template struct RmsNormOps<Cpu>;
+template struct ActivationOps<Cpu>;
 
 }  // namespace fastgpt

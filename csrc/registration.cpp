@@ -17,6 +17,11 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   using RmsNorm = fastgpt::RmsNormOps<fastgpt::Cpu>;
   m.impl("rms_norm_fwd.cpu", TORCH_BOX(&RmsNorm::rms_norm_fwd));
   m.impl("rms_norm_bwd.cpu", TORCH_BOX(&RmsNorm::rms_norm_bwd));
+  using Act = fastgpt::ActivationOps<fastgpt::Cpu>;
+  m.impl("bias_gelu_fwd.cpu", TORCH_BOX(&Act::bias_gelu_fwd));
+  m.impl("bias_gelu_bwd.cpu", TORCH_BOX(&Act::bias_gelu_bwd));
+  m.impl("swiglu_fwd.cpu", TORCH_BOX(&Act::swiglu_fwd));
+  m.impl("swiglu_bwd.cpu", TORCH_BOX(&Act::swiglu_bwd));
 }
 
 #ifdef FASTGPT_WITH_CUDA

@@ -23,11 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend, ops
+from fastgpt import backend, ops, parity_activations
 from fastgpt.ops.adamw import join_remainder
+from fastgpt.ops.bias_gelu import bias_gelu_ref, bias_gelu_torch
 from fastgpt.ops.cross_entropy import cross_entropy_ref, cross_entropy_torch
 from fastgpt.ops.layer_norm import layer_norm_ref, layer_norm_torch
 from fastgpt.ops.rms_norm import rms_norm_ref, rms_norm_torch
+from fastgpt.ops.swiglu import swiglu_ref, swiglu_torch
 from fastgpt.optim import AdamW
 
 FORWARD, BACKWARD = 2.0, 3.0
@@ -215,6 +217,8 @@ class Subject:
 SUBJECTS = {
     "layer_norm": Subject(run_norm, ops.layer_norm, layer_norm_torch, layer_norm_ref),
     "cross_entropy": Subject(run_cross_entropy, ops.cross_entropy, _torch_cross_entropy, cross_entropy_ref),
+    "bias_gelu": Subject(parity_activations.run_bias_gelu, ops.bias_gelu, bias_gelu_torch, bias_gelu_ref),
+    "swiglu": Subject(parity_activations.run_swiglu, ops.swiglu, swiglu_torch, swiglu_ref),
     "adamw": Subject(run_adamw, AdamW, TorchAdamW, AdamW, ("contiguous", "transposed", "misaligned")),
     "rms_norm": Subject(run_norm, ops.rms_norm, rms_norm_torch, rms_norm_ref),
 }
@@ -292,6 +296,8 @@ def _variants(op: str) -> Iterator[tuple[tuple[int, ...], dict[str, Any]]]:
         yield (33, 17), {"max_norm": 1e9, "moment_dtype": torch.bfloat16}
         yield (70001,), {"max_norm": 1.0, "steps": 2}
         yield (0,), {}
+    else:
+        yield from parity_activations.variants(op)
 
 
 def cases(op: str) -> Iterator[Case]:
@@ -301,6 +307,7 @@ def cases(op: str) -> Iterator[Case]:
         "cross_entropy": ((7, 61), {}),
         "adamw": ((33, 17), {}),
         "rms_norm": ((6, 33), {"residual": True}),
+        **parity_activations.BASE,
     }
     shape, options = base[op]
     for dtype in backend.KERNEL_DTYPES:
@@ -309,6 +316,9 @@ def cases(op: str) -> Iterator[Case]:
         for variant, o in _variants(op):
             if not (o.get("fp32_weight") and dtype == torch.float32):
                 yield Case(op, dtype, "contiguous", variant, tuple(o.items()))
+        if op == "swiglu":
+            for layout in SUBJECTS[op].layouts:
+                yield Case(op, dtype, layout, (6, 66), (("packed", True),))
         if op == "adamw" and dtype == torch.bfloat16:
             for master in ("remainder", None):
                 for layout in SUBJECTS[op].layouts:

@@ -1,34 +1,117 @@
-"""bias + GELU (Hendrycks, Gimpel 2016, arXiv:1606.08415): gelu(x + bias), exact (erf) or by tanh (GPT-2)."""
+"""bias + GELU in one pass (Hendrycks, Gimpel 2016, arXiv:1606.08415).
+
+    u = x + bias
+    y = u Phi(u), Phi the normal distribution             (approximate="none")
+    y = u / 2 (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3)))   (approximate="tanh", GPT-2)
+    dx = dy y'(u),  dbias = sum_N(dx)
+
+Forward reads x and writes y once; backward reads dy and x and writes dx once, dbias in the same pass and a small
+reduce, in fp32. Saved for backward: x and bias; u and y' are computed again.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import register, select
-from fastgpt.ops._common import check_float, check_like
+from fastgpt.backend import Cell, register, select
+from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
 
-register("bias_gelu")
+
+def _fwd_fake(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor | None]:
+    dbias = None if bias is None else torch.empty_like(bias, memory_format=torch.contiguous_format)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), dbias
+
+
+FWD = define("bias_gelu", "bias_gelu_fwd", "(Tensor x, Tensor? bias, bool tanh) -> Tensor", _fwd_fake)
+BWD = define(
+    "bias_gelu",
+    "bias_gelu_bwd",
+    "(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor, Tensor?)",
+    _bwd_fake,
+)
+
+
+def bias_gelu_ref(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
+    """The formula at this file's head, in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    u = x.to(torch.promote_types(x.dtype, torch.float32))
+    u = u if bias is None else u + bias
+    if approximate == "tanh":
+        return (0.5 * u * (1 + torch.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))).to(x.dtype)
+    return (0.5 * u * torch.erfc(-u / math.sqrt(2))).to(x.dtype)
+
+
+def bias_gelu_torch(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
+    """The `torch` backend and the parity baseline: eager, in two passes."""
+    return F.gelu(x if bias is None else x + bias, approximate=approximate).to(x.dtype)
+
+
+class BiasGeluFn(torch.autograd.Function):
+    """Autograd over the raw ops: (backend, x, bias, tanh) -> y."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
+        ctx.backend, ctx.tanh = backend, tanh
+        ctx.save_for_backward(x, bias)
+        return FWD[backend](x, bias, tanh)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dbias = BWD[ctx.backend](dy, *ctx.saved_tensors, ctx.tanh)
+        return None, dx, dbias, None
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    x, dy = torch.randn(2, 5, 130, device=device).mul_(2).unbind()
+    bias = torch.randn(130, device=device)
+    worst = 0.0
+    for approximate in ("none", "tanh"):
+        tanh = approximate == "tanh"
+        got = [FWD[backend](x, bias, tanh), *BWD[backend](dy, x, bias, tanh)]
+        leaves = [t.double().requires_grad_() for t in (x, bias)]
+        exact = bias_gelu_ref(*leaves, approximate=approximate)
+        grads = torch.autograd.grad(exact, leaves, dy.double())
+        worst = max(worst, relative_error(got, [exact.detach(), *grads]))
+    return worst
+
+
+register("bias_gelu", _self_check, triton=Cell(), cpu=Cell())
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
     """gelu(x + bias).
 
     Args:
-        x: (..., F); bias: (F,) in x's dtype or fp32, or None.
+        x: (..., F), any strides; fp32, bf16, fp16 (fp64 on the reference); bias: (F,) in x's dtype or fp32, or None.
         approximate: "none" (erf) or "tanh" (GPT-2's).
 
     Returns:
-        (..., F) in x's dtype.
+        (..., F) in x's dtype; the sum and the function in fp32.
 
     Raises:
         ValueError, TypeError: naming the argument. Source: arXiv:1606.08415.
     """
     check_float("bias_gelu", "x", x)
+    if x.dim() == 0:
+        raise ValueError("bias_gelu: x has shape (), expected (..., F)")
     dtypes = (x.dtype, torch.float32)
     check_like("bias_gelu", "bias", bias, (x.shape[-1],), x, dtypes, "to match x's last dimension")
     if approximate not in ("none", "tanh"):
         raise ValueError(f"bias_gelu: approximate is {approximate!r}, expected 'none' or 'tanh'")
-    select("bias_gelu", x)
-    return F.gelu(x if bias is None else x + bias, approximate=approximate).to(x.dtype)
+    backend = select("bias_gelu", x)
+    if backend == "torch":
+        return bias_gelu_torch(x, bias, approximate=approximate)
+    if needs_grad(x, bias):
+        y: Tensor = BiasGeluFn.apply(backend, x, bias, approximate == "tanh")
+    else:
+        y = FWD[backend](x, bias, approximate == "tanh")
+    return y

@@ -1,47 +1,131 @@
-"""Gated activation: act(gate) * up (Shazeer 2020, arXiv:2002.05202)."""
+"""Gated activation in one pass (Shazeer 2020, arXiv:2002.05202; squared ReLU: So et al. 2021, arXiv:2109.08668).
+
+    y = act(gate) * up,   act: silu(g) = g sigmoid(g), gelu(g) = g Phi(g) or relu(g)^2
+    dgate = dy up act'(gate),  dup = dy act(gate)
+
+Forward reads gate and up and writes y once; backward reads dy, gate and up and writes both gradients once, a packed
+input's as one packed tensor. Saved for backward: gate and up; act and act' are computed again.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import register, select
-from fastgpt.ops._common import check_float, check_like
+from fastgpt.backend import Cell, register, select
+from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
 
-register("swiglu")
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # their places are the raw ops' numbers
     "silu": F.silu,
     "gelu": F.gelu,
     "relu2": lambda x: F.relu(x).square(),
 }
+NUMBERS = {name: i for i, name in enumerate(ACTIVATIONS)}
+FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": lambda g: g * torch.sigmoid(g),
+    "gelu": lambda g: 0.5 * g * torch.erfc(-g / math.sqrt(2)),
+    "relu2": lambda g: torch.where(g > 0, g, 0.0) ** 2,
+}
+
+
+def _fwd_fake(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+    width = gate.shape[-1] // 2 if up is None else gate.shape[-1]
+    return gate.new_empty((*gate.shape[:-1], width))
+
+
+def _bwd_fake(dy: Tensor, gate: Tensor, up: Tensor | None, activation: int) -> tuple[Tensor, Tensor | None]:
+    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    return dgate, None if up is None else torch.empty_like(dgate)
+
+
+FWD = define("swiglu", "swiglu_fwd", "(Tensor gate, Tensor? up, int activation) -> Tensor", _fwd_fake)
+BWD = define(
+    "swiglu",
+    "swiglu_bwd",
+    "(Tensor dy, Tensor gate, Tensor? up, int activation) -> (Tensor, Tensor?)",
+    _bwd_fake,
+)
+
+
+def swiglu_ref(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> Tensor:
+    """The formula at this file's head, in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    g, u = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    wide = torch.promote_types(g.dtype, torch.float32)
+    return (FORMULAS[activation](g.to(wide)) * u.to(wide)).to(g.dtype)
+
+
+def swiglu_torch(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> Tensor:
+    """The `torch` backend and the parity baseline: eager, in two passes or more."""
+    g, u = gate.chunk(2, dim=-1) if up is None else (gate, up)
+    return ACTIVATIONS[activation](g) * u
+
+
+class SwigluFn(torch.autograd.Function):
+    """Autograd over the raw ops: (backend, gate, up, activation) -> y."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
+        ctx.backend, ctx.activation = backend, activation
+        ctx.save_for_backward(gate, up)
+        return FWD[backend](gate, up, activation)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dgate, dup = BWD[ctx.backend](dy, *ctx.saved_tensors, ctx.activation)
+        return None, dgate, dup, None
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    gate, up, dy = torch.randn(3, 5, 130, device=device).unbind()
+    packed = torch.cat((gate, up), -1)
+    worst = 0.0
+    for name, number in NUMBERS.items():
+        leaves = [t.double().requires_grad_() for t in (gate, up)]
+        exact = swiglu_ref(*leaves, activation=name)
+        grads = torch.autograd.grad(exact, leaves, dy.double())
+        got = [FWD[backend](gate, up, number), *BWD[backend](dy, gate, up, number)]
+        got += [FWD[backend](packed, None, number), BWD[backend](dy, packed, None, number)[0]]
+        wanted = [exact.detach(), *grads, exact.detach(), torch.cat(grads, -1)]
+        worst = max(worst, relative_error(got, wanted))
+    return worst
+
+
+register("swiglu", _self_check, triton=Cell(), cpu=Cell())
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> Tensor:
     """act(gate) * up.
 
     Args:
-        gate: (..., F), or packed (..., 2F) with the gate first when up is None; up: (..., F) as gate.
+        gate: (..., F), or packed (..., 2F) with the gate first when up is None; up: (..., F) as gate. Any strides;
+            fp32, bf16, fp16 (fp64 on the reference).
         activation: "silu" (SwiGLU), "gelu" (GeGLU) or "relu2" (squared ReLU).
 
     Returns:
-        (..., F) in gate's dtype.
+        (..., F) in gate's dtype; the function and the product in fp32.
 
     Raises:
         ValueError, TypeError: naming the argument. Source: arXiv:2002.05202.
     """
     check_float("swiglu", "gate", gate)
+    if gate.dim() == 0:
+        raise ValueError("swiglu: gate has shape (), expected (..., F) or packed (..., 2F)")
     if activation not in ACTIVATIONS:
         raise ValueError(f"swiglu: activation is {activation!r}, expected one of {', '.join(ACTIVATIONS)}")
-    if up is None:
-        if gate.shape[-1] % 2:
-            raise ValueError(
-                f"swiglu: packed gate has {gate.shape[-1]} columns, expected an even number (gate, then up)"
-            )
-        gate, up = gate.chunk(2, dim=-1)
+    if up is None and gate.shape[-1] % 2:
+        raise ValueError(f"swiglu: packed gate has {gate.shape[-1]} columns, expected an even number (gate, then up)")
+    check_like("swiglu", "up", up, tuple(gate.shape), gate, (gate.dtype,), "as gate")
+    backend = select("swiglu", gate)
+    if backend == "torch":
+        return swiglu_torch(gate, up, activation=activation)
+    if needs_grad(gate, up):
+        y: Tensor = SwigluFn.apply(backend, gate, up, NUMBERS[activation])
     else:
-        check_like("swiglu", "up", up, tuple(gate.shape), gate, (gate.dtype,), "as gate")
-    select("swiglu", gate)
-    return ACTIVATIONS[activation](gate) * up
+        y = FWD[backend](gate, up, NUMBERS[activation])
+    return y

@@ -14,6 +14,9 @@ from fastgpt import backend, ops, parity
 from fastgpt.backend import use
 from fastgpt.errors import UserError
 from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE
+from fastgpt.ops.bias_gelu import BWD as BG_BWD
+from fastgpt.ops.bias_gelu import FWD as BG_FWD
+from fastgpt.ops.bias_gelu import bias_gelu_ref
 from fastgpt.ops.cross_entropy import BWD as CE_BWD
 from fastgpt.ops.cross_entropy import FWD as CE_FWD
 from fastgpt.ops.cross_entropy import FWD_BWD, SCALE_ROWS, cross_entropy_ref
@@ -23,12 +26,15 @@ from fastgpt.ops.layer_norm import layer_norm_ref
 from fastgpt.ops.rms_norm import BWD as RMS_BWD
 from fastgpt.ops.rms_norm import FWD as RMS_FWD
 from fastgpt.ops.rms_norm import rms_norm_ref
+from fastgpt.ops.swiglu import BWD as SG_BWD
+from fastgpt.ops.swiglu import FWD as SG_FWD
+from fastgpt.ops.swiglu import swiglu_ref
 from fastgpt.optim import AdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPS = ("layer_norm", "cross_entropy", "adamw", "rms_norm")
-KERNELS = [(op, name) for op in OPS for name in parity.backends_here(op)]
+KERNELS = [(op, name) for op in parity.SUBJECTS for name in parity.backends_here(op)]
 ON = pytest.mark.parametrize("name", parity.backends_here("layer_norm"))
+ACTIVATIONS_ON = pytest.mark.parametrize("name", parity.backends_here("bias_gelu"))
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -63,6 +69,28 @@ def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "rms_norm_bwd plain": (RMS_BWD[name], (x, None, x, None, stats[1], 0.0)),
     }
     return calls | (rms_norm if name in backend.ops()["rms_norm"] else {})
+
+
+def activation_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    """As raw_calls, for the ops without a cuda kernel."""
+    x, dy, bias, packed = rand(6, 33), rand(6, 33, seed=1), rand(33, seed=2), rand(6, 66, seed=3)
+    return {
+        "bias_gelu_fwd": (BG_FWD[name], (x, bias, False)),
+        "bias_gelu_fwd plain": (BG_FWD[name], (x.t(), None, True)),
+        "bias_gelu_bwd": (BG_BWD[name], (dy, x, bias, True)),
+        "bias_gelu_bwd plain": (BG_BWD[name], (dy, x, None, False)),
+        "swiglu_fwd": (SG_FWD[name], (x, dy, 0)),
+        "swiglu_fwd packed": (SG_FWD[name], (packed, None, 1)),
+        "swiglu_bwd": (SG_BWD[name], (dy, x, bias.expand(6, 33), 2)),
+        "swiglu_bwd packed": (SG_BWD[name], (dy, packed, None, 0)),
+    }
+
+
+@ACTIVATIONS_ON
+@pytest.mark.parametrize("call", list(activation_calls("cpu")))
+def test_opcheck_of_activations(name: str, call: str) -> None:
+    op, args = activation_calls(name)[call]
+    torch.library.opcheck(op, args)
 
 
 @pytest.mark.parametrize("name,call", [(n, c) for n in parity.backends_here("layer_norm") for c in raw_calls(n)])
@@ -157,7 +185,7 @@ def test_unused_output_and_second_backward(name: str) -> None:
 @pytest.mark.parametrize("op,name", KERNELS)
 def test_runs_are_bitwise_equal(op: str, name: str) -> None:
     """Run to run, and for any number of threads."""
-    wanted = {"layer_norm": (67, 128), "cross_entropy": (7, 61), "adamw": (70001,), "rms_norm": (67, 128)}[op]
+    wanted = {"cross_entropy": (7, 61), "adamw": (70001,)}.get(op, (67, 128))
     case = next(c for c in parity.cases(op) if c.shape == wanted and c.dtype == torch.float32)
     results = []
     threads = torch.get_num_threads()
@@ -192,6 +220,11 @@ def test_gradcheck_of_the_references() -> None:
     assert torch.autograd.gradcheck(lambda *a: rms_norm_ref(*a, residual=residual, weight_offset=1.0), (x, w))
     target = torch.tensor([1, -100, 4], device=DEVICE)
     options = dict(label_smoothing=0.1, z_loss=0.1, softcap=3.0, weight=w.detach().abs(), vocab_size=5)
+    for approximate in ("none", "tanh"):
+        assert torch.autograd.gradcheck(lambda *a: bias_gelu_ref(*a, approximate=approximate), (x, b))  # noqa: B023
+    up = residual.requires_grad_()
+    for act in ("silu", "gelu", "relu2"):
+        assert torch.autograd.gradcheck(lambda *a: swiglu_ref(*a, activation=act), (x, up))  # noqa: B023
     logits = rand(3, 7, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda z: cross_entropy_ref(z, target, **options), (logits,))
 
@@ -214,6 +247,13 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ops.attention(rand(1, 3, 3, 4), rand(1, 3, 2, 4), rand(1, 3, 2, 4)), ValueError, "multiple of k's 2"),
     (lambda: ops.linear_cross_entropy(rand(2, 4), rand(9, 5), torch.tensor([0, 1])), ValueError, r"expected \(N, C\)"),
     (lambda: ops.swiglu(rand(2, 7)), ValueError, "packed gate has 7 columns"),
+    (lambda: ops.swiglu(rand(2, 8), rand(2, 4)), ValueError, r"swiglu: up has shape \(2, 4\), expected \(2, 8\)"),
+    (lambda: ops.swiglu(rand(2, 8), rand(2, 8).half()), TypeError, "swiglu: up is torch.float16, expected"),
+    (lambda: ops.swiglu(rand(2, 8), activation="tanh"), ValueError, "activation is 'tanh', expected one of silu"),
+    (lambda: ops.swiglu(rand()), ValueError, r"swiglu: gate has shape \(\)"),
+    (lambda: ops.bias_gelu(rand(2, 7), rand(8)), ValueError, r"bias has shape \(8,\), expected \(7,\)"),
+    (lambda: ops.bias_gelu(rand(2, 7), rand(7).half()), TypeError, "bias_gelu: bias is torch.float16, expected"),
+    (lambda: ops.bias_gelu(rand()), ValueError, r"bias_gelu: x has shape \(\)"),
     (lambda: ops.bias_gelu(rand(2, 7), approximate="sigmoid"), ValueError, "approximate is 'sigmoid'"),
     (lambda: ops.rms_norm(rand(2, 7), rand(8)), ValueError, r"rms_norm: weight has shape \(8,\)"),
     (lambda: ops.rms_norm(rand(2, 8), residual=rand(3, 8)), ValueError, r"rms_norm: residual has shape \(3, 8\)"),
@@ -306,7 +346,7 @@ def test_self_checks_pass_and_can_fail(op: str, name: str, monkeypatch: pytest.M
     assert backend._self_checks[op](name, torch.device(DEVICE)) <= backend.SELF_CHECK_BOUND
     first = "PREPARE" if op == "adamw" else "FWD"
     monkeypatch.setitem(getattr(module, first), name, lambda *args: None)
-    with pytest.raises(TypeError) if op != "adamw" else contextlib.nullcontext():
+    with pytest.raises((TypeError, AttributeError)) if op != "adamw" else contextlib.nullcontext():
         assert backend._self_checks[op](name, torch.device(DEVICE)) > backend.SELF_CHECK_BOUND
 
 

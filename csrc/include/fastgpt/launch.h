@@ -64,6 +64,36 @@ struct ScaleRowsArgs {
   DType dtype;
 };
 
+// gelu(x + bias); formulas in fastgpt/ops/bias_gelu.py.
+struct BiasGeluArgs {
+  const void* dy;    // (N, C) dtype; bwd only
+  const void* x;     // (N, C) dtype
+  const void* bias;  // (C) bias_dtype, or null
+  void* out;         // (N, C) dtype, contiguous: y, or dx
+  void* dbias;       // (C) bias_dtype; bwd only, null without bias
+  float* partials;   // (bias_gelu_bwd_blocks(N, C), C): dbias of each block; null without bias
+  int64_t dy_row, x_row;
+  int64_t n_rows, n_cols;
+  bool tanh;
+  DType dtype, bias_dtype;
+};
+
+enum class Activation : int { silu = 0, gelu = 1, relu2 = 2 };
+
+// act(gate) * up; packed tensors are two halves of one, their rows twice as far apart.
+struct SwigluArgs {
+  const void* dy;    // (N, C) dtype; bwd only
+  const void* gate;  // (N, C) dtype
+  const void* up;    // (N, C) dtype
+  void* y;           // (N, C) dtype, contiguous; fwd only
+  void* dgate;       // (N, C) dtype; bwd only
+  void* dup;         // (N, C) dtype; bwd only
+  int64_t dy_row, gate_row, up_row, grad_row;
+  int64_t n_rows, n_cols;
+  Activation activation;
+  DType dtype;
+};
+
 struct AdamWTensor {
   void* param;       // (numel) param_dtype
   const void* grad;  // (numel) grad_dtype
@@ -145,7 +175,12 @@ FASTGPT_LAUNCHERS()
 void rms_norm_fwd(const RmsNormFwdArgs& a);
 void rms_norm_bwd(const RmsNormBwdArgs& a);
 int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);
-}
+void bias_gelu_fwd(const BiasGeluArgs& a);
+void bias_gelu_bwd(const BiasGeluArgs& a);
+int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols);
+void swiglu_fwd(const SwigluArgs& a);
+void swiglu_bwd(const SwigluArgs& a);
+}  // namespace cpu
 
 namespace cuda {
 using Stream = void*;  // a cudaStream_t

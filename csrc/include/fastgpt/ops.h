@@ -50,4 +50,13 @@ struct RmsNormOps {
                                                     double weight_offset);
 };
 
+// Activations; bodies in activation_ops.h. Apart from Ops, since not every device has them.
+template <class Device>
+struct ActivationOps {
+  static Tensor bias_gelu_fwd(Tensor x, OptTensor bias, bool tanh);
+  static std::tuple<Tensor, OptTensor> bias_gelu_bwd(Tensor dy, Tensor x, OptTensor bias, bool tanh);
+  static Tensor swiglu_fwd(Tensor gate, OptTensor up, int64_t activation);
+  static std::tuple<Tensor, OptTensor> swiglu_bwd(Tensor dy, Tensor gate, OptTensor up, int64_t activation);
+};
+
 }  // namespace fastgpt

@@ -1,0 +1,66 @@
+"""Functions of one value that several kernel files share, in fp32: the formulas of csrc/include/fastgpt/math.h.
+
+Without libdevice, so that they run in the interpreter and compile anywhere. NaN comes through.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def clamp_to(x, limit: tl.constexpr):
+    """x within [-limit, limit]; NaN stays."""
+    low = tl.where(x < -limit, -limit, x)
+    return tl.where(low > limit, limit, low)
+
+
+@triton.jit
+def normal(x):
+    """(density, cdf) of the normal distribution: cdf(-a) = exp(-a^2/2) P(a t) t with t = 1 / (a + 2), a = |x|."""
+    a = tl.abs(clamp_to(x, 13.1))
+    e = tl.exp(-0.5 * a * a)
+    t = 1.0 / (a + 2.0)
+    w = a * t
+    p = -0.097487188876 + w * 0.056855879724
+    p = 0.045122697949 + w * (-0.022045375779 + w * p)
+    p = 0.120781302452 + w * (4.59507918e-4 + w * p)
+    p = -0.191322669387 + w * (0.082399815321 + w * p)
+    p = 1.0 + w * (-0.595775187016 + w * p)
+    tail = tl.where(x < -13.1, 0.0, p * t * e)
+    return 0.398942280 * e, tl.where(x > 0.0, 1.0 - tail, tail)
+
+
+@triton.jit
+def gelu(x):
+    """Value and slope of x cdf(x)."""
+    density, cdf = normal(x)
+    return x * cdf, cdf + clamp_to(x, 13.1) * density
+
+
+@triton.jit
+def gelu_tanh(x):
+    """Value and slope of x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
+    u = clamp_to(x, 10.0)  # beyond, the value is x or 0 and the slope 1 or 0
+    s2 = 0.044715 * u * u
+    e = tl.exp(-1.59576912 * u * (1.0 + s2))
+    s = 1.0 / (1.0 + e)
+    value = tl.where(x < -10.0, 0.0, x * s)
+    return value, s + s * (e * s) * (1.59576912 * u * (1.0 + 3.0 * s2))
+
+
+@triton.jit
+def silu(x):
+    """Value and slope of x / (1 + exp(-x))."""
+    u = clamp_to(x, 87.0)
+    e = tl.exp(-u)
+    s = 1.0 / (1.0 + e)
+    return tl.where(x < -87.0, 0.0, x * s), s + s * (e * s) * u
+
+
+@triton.jit
+def relu2(x):
+    """Value and slope of relu(x)^2."""
+    r = tl.where(x < 0.0, 0.0, x)
+    return r * r, 2.0 * r
