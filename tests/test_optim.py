@@ -131,6 +131,17 @@ def test_norm_forgets_gradients_that_are_gone(name: str) -> None:
     assert float(opt.grad_norm) == pytest.approx(3**0.5)
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "triton"])  # the interpreter would take minutes
+def test_norm_of_a_large_gradient_is_exact(name: str) -> None:
+    """PyTorch's own on a CPU is 0.3 % off at 40 million elements."""
+    p = nn.Parameter(torch.zeros(1 << 23, device=DEVICE))
+    p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 1e-4
+    with use(strict=True, adamw=name):
+        opt = AdamW([p], max_norm=1.0)
+        opt.step()
+    assert float(opt.grad_norm) == pytest.approx(float(p.grad.double().norm()), rel=1e-6)
+
+
 @ON
 def test_nan_reaches_the_parameters_without_clipping(name: str) -> None:
     """Nothing skips without max_norm: a NaN gradient must be seen in the parameter, whatever keeps its low bits."""
