@@ -42,6 +42,10 @@ def _lazy_triton(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def no_outputs(*args: Any) -> None:
+    """The fake of an op that writes to its arguments and returns nothing."""
+
+
 def relative_error(got: list[Tensor], exact: list[Tensor]) -> float:
     """Largest relative L2 error of several tensors (NaN counts as infinite), for self-checks."""
     errors = [float((g.double() - e).norm() / e.norm()) for g, e in zip(got, exact, strict=True)]

@@ -18,20 +18,16 @@ import torch
 from torch import Tensor
 
 from fastgpt.backend import Cell, register
-from fastgpt.ops._common import define, relative_error
+from fastgpt.ops._common import define, no_outputs, relative_error
 
 PARTIALS = 2048  # partial sums of squares that a bucket has room for; what a backend leaves unused stays 0
-
-
-def _none_fake(*args: object) -> None:
-    return None
 
 
 PREPARE = define(
     "adamw",
     "adamw_prepare",
     "(Tensor[] grads, Tensor(a!) steps, int[] index, Tensor(b!) partials, int offset, bool norm) -> ()",
-    _none_fake,
+    no_outputs,
 )
 UPDATE = define(
     "adamw",
@@ -40,7 +36,7 @@ UPDATE = define(
     "Tensor(e!) steps, int[] index, int[] group, Tensor lr, float[] beta1, float[] beta2, float[] eps, "
     "float[] weight_decay, Tensor partials, float max_norm, Tensor? grad_scale, Tensor? found_inf, "
     "Tensor(f!) grad_norm, bool stochastic, int seed) -> ()",
-    _none_fake,
+    no_outputs,
 )
 
 

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.backend import Cell, checks_values, register, select
-from fastgpt.ops._common import check_float, check_like, define, mark_mutated, needs_grad, relative_error
+from fastgpt.ops._common import check_float, check_like, define, mark_mutated, needs_grad, no_outputs, relative_error
 
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, int vocab_size"
 Options = tuple[int, float, float, float, int]
@@ -38,10 +38,6 @@ def _bwd_fake(
     dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, weight: Tensor | None, *options: Any
 ) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _none_fake(*args: Any) -> None:
-    return None
 
 
 FWD = define(
@@ -60,9 +56,9 @@ FWD_BWD = define(
     "cross_entropy",
     "cross_entropy_fwd_bwd",
     f"(Tensor(a!) logits, Tensor(b!) loss, Tensor target, Tensor? weight, Tensor scale, {_OPTIONS}) -> ()",
-    _none_fake,
+    no_outputs,
 )
-SCALE_ROWS = define("cross_entropy", "scale_rows", "(Tensor(a!) x, Tensor scale) -> ()", _none_fake)
+SCALE_ROWS = define("cross_entropy", "scale_rows", "(Tensor(a!) x, Tensor scale) -> ()", no_outputs)
 
 
 def cross_entropy_ref(
