@@ -66,6 +66,18 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
+def gradient_place(weight: Tensor) -> tuple[Tensor | None, bool]:
+    """Where a backward may put `weight`'s gradient itself: (buffer, whether a sum is in it already), or (None, False).
+
+    Opt-in, eager only: a leaf with an attribute `grad_buffer` (of its shape) gets its gradient written or added there,
+    without a new tensor, a zero fill or an add behind it. The backward sets `weight.grad = buffer` and returns None.
+    """
+    buffer: Tensor | None = None if torch.compiler.is_compiling() else getattr(weight, "grad_buffer", None)
+    if buffer is None or (weight.grad is not None and weight.grad is not buffer):
+        return None, False
+    return buffer, weight.grad is not None
+
+
 def mark_mutated(tensors: list[Tensor]) -> None:
     """Tell autograd that a raw op wrote to these (raw ops do not), so that a backward that still needs the old values
     raises instead of being wrong."""
