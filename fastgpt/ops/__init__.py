@@ -2,7 +2,7 @@
 
 from fastgpt.backend import apply_environment, use
 from fastgpt.ops import adamw as _adamw  # noqa: F401 (registers the optimizer's raw ops)
-from fastgpt.ops.attention import attention
+from fastgpt.ops.attention import attention, attention_qkv
 from fastgpt.ops.bias_gelu import bias_gelu
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.embedding import embedding
@@ -14,6 +14,7 @@ from fastgpt.ops.swiglu import swiglu
 
 __all__ = [
     "attention",
+    "attention_qkv",
     "bias_gelu",
     "cross_entropy",
     "embedding",

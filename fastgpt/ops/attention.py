@@ -2,6 +2,11 @@
 
 z = scale * q k^T, softcapped: softcap * tanh(z / softcap); masked entries -inf
 out = softmax(z) v, lse = log sum exp(z); a row without any key gives out = 0, lse = -inf
+dz = p (keep / (1 - dropout_p) * dout v^T - rowsum(dout out) + dlse)
+dq = scale dz k,  dk = scale dz^T q,  dv = (keep / (1 - dropout_p) * p)^T dout
+
+Kernels never hold the T x S matrix (FlashAttention-2, arXiv:2307.08691): backward computes p again from lse. Saved:
+q, k, v, out, lse. `attention_qkv` takes one packed tensor and gives back one packed gradient: no concatenation.
 """
 
 from __future__ import annotations
@@ -9,88 +14,107 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import register, select
-from fastgpt.ops._common import autocast, check_float, check_like
+from fastgpt.backend import checks_values, register, select
+from fastgpt.ops._attention import attention_ref, attention_torch
+from fastgpt.ops._common import autocast, check_float, check_like, define, needs_grad, relative_error
 
-register("attention")
-
-
-def _segments(cu: Tensor, total: int) -> Tensor:
-    """cu_seqlens (n + 1,) -> (total,) number of the sequence each packed row belongs to; no sync."""
-    rows = torch.arange(total, device=cu.device)
-    return torch.searchsorted(cu[1:].contiguous().long(), rows, right=True)
+_OPTIONS = (
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? doc_ids, Tensor? kv_lens, Tensor? kv_start, Tensor? rng, "
+    "bool causal, float scale, int window, float softcap, float dropout_p"
+)
 
 
-def _mask(q: Tensor, k: Tensor, o: dict[str, Any]) -> Tensor | None:
-    """Which keys each query sees: bool (B or 1, 1, T, S), or None for all. Positions align at the bottom right."""
-    t, s, device = q.shape[1], k.shape[1], q.device
-    rows, cols = torch.arange(t, device=device)[:, None], torch.arange(s, device=device)[None]
-    if o["cu_seqlens_q"] is not None:
-        cu_q, cu_k = o["cu_seqlens_q"].long(), o["cu_seqlens_k"].long()
-        seg_q, seg_k = _segments(cu_q, t), _segments(cu_k, s)
-        last = cu_q.shape[0] - 2
-        in_q, in_k = seg_q.clamp(max=last), seg_k.clamp(max=last)
-        shift = (cu_k[1:] - cu_q[1:])[in_q]
-        rows = rows + shift[:, None]  # bottom right of each packed sequence
-        mask = ((seg_q[:, None] == seg_k[None]) & (seg_q[:, None] <= last) & (in_k[None] == seg_k[None]))[None]
-    else:
-        lens = o["kv_lens"]
-        end = torch.full((1, 1, 1), s, device=device) if lens is None else lens.long()[:, None, None]
-        rows = rows[None] + end - t
-        mask = cols[None] < end
-        if o["kv_start"] is not None:
-            mask = mask & (cols[None] >= o["kv_start"].long()[:, None, None])
-        if o["doc_ids"] is not None:
-            mask = mask & (o["doc_ids"][:, :, None] == o["doc_ids"][:, None, :])
-        mask = mask.expand(-1, t, -1) if mask.shape[1] == 1 else mask
-    rows = rows if rows.dim() == 3 else rows[None]
-    if o["causal"]:
-        mask = mask & (cols[None] <= rows)
-    if o["window"] is not None:
-        mask = mask & (cols[None] > rows - o["window"])
-    plain = not (o["causal"] or o["window"]) and all(
-        o[n] is None for n in ("cu_seqlens_q", "kv_lens", "kv_start", "doc_ids")
-    )
-    return None if plain else mask[:, None]
+def _fwd_fake(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    b, t, h, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, h, t), dtype=torch.float32)
 
 
-def attention_ref(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> tuple[Tensor, Tensor]:
-    """The formula at this file's head in fp32 (fp64 for fp64 input): (out, lse). Options as in `attention`."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[2] // k.shape[2]
-    qh, kh, vh = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # (B, H, T, D)
-    kh, vh = kh.repeat_interleave(group, 1), vh.repeat_interleave(group, 1)
-    z = qh @ kh.transpose(-1, -2) * (q.shape[-1] ** -0.5 if o["scale"] is None else o["scale"])
-    z = o["softcap"] * torch.tanh(z / o["softcap"]) if o["softcap"] > 0 else z
-    mask = _mask(q, k, o)
-    if mask is not None:
-        z = z.masked_fill(~mask, -torch.inf)
-    lse = torch.logsumexp(z, -1)
-    p = torch.exp(z - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-    p = F.dropout(p, o["dropout_p"]) if o["dropout_p"] > 0 else p
-    return (p @ vh).transpose(1, 2).to(q.dtype), lse
+def _bwd_fake(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def attention_torch(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> Any:
-    """The `torch` backend: PyTorch's fused attention for what it can express, else the formula."""
-    special = ("window", "cu_seqlens_q", "doc_ids", "kv_lens", "kv_start")
-    square = q.shape[1] == k.shape[1] or not o["causal"]
-    if o["return_lse"] or o["softcap"] > 0 or any(o[n] is not None for n in special) or not square or k.shape[1] == 0:
-        out, lse = attention_ref(q, k, v, **o)
-        return (out, lse) if o["return_lse"] else out
-    out = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        dropout_p=o["dropout_p"],
-        is_causal=o["causal"],
-        scale=o["scale"],
-        enable_gqa=q.shape[2] != k.shape[2],
-    )
-    return out.transpose(1, 2)
+def _qkv_bwd_fake(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+FWD = define("attention", "attention_fwd", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _fwd_fake)
+BWD = define(
+    "attention",
+    "attention_bwd",
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _bwd_fake,
+)
+QKV_BWD = define(
+    "attention",
+    "attention_qkv_bwd",
+    f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}, int n_heads, int n_kv_heads) -> Tensor",
+    _qkv_bwd_fake,
+)
+
+
+class AttentionFn(torch.autograd.Function):
+    """Autograd over the raw ops: (backend, q, k, v, packed options) -> (out, lse)."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+        out, lse = FWD[backend](q, k, v, *options)
+        ctx.backend, ctx.numbers = backend, options[6:]
+        ctx.save_for_backward(q, k, v, out, lse, *options[:6])
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = BWD[ctx.backend](dout, dlse, q, k, v, out, lse, *tensors, *ctx.numbers)
+        return None, *grads, *[None] * (len(tensors) + len(ctx.numbers))
+
+
+class AttentionQkvFn(torch.autograd.Function):
+    """Autograd over the raw ops for one packed tensor: (backend, qkv, heads, packed options) -> out."""
+
+    @staticmethod
+    def forward(ctx: Any, backend: str, qkv: Tensor, heads: tuple[int, int], *options: Any) -> Tensor:
+        ctx.backend, ctx.heads, ctx.numbers = backend, heads, options[6:]
+        out, lse = FWD[backend](*qkv.split([heads[0], heads[1], heads[1]], dim=2), *options)
+        ctx.save_for_backward(qkv, out, lse, *options[:6])
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, *tensors = ctx.saved_tensors
+        dqkv = QKV_BWD[ctx.backend](dout, qkv, out, lse, *tensors, *ctx.numbers, *ctx.heads)
+        return None, dqkv, None, *[None] * (len(tensors) + len(ctx.numbers))
+
+
+def _check_index(name: str, x: Tensor | None, shape: tuple[int, ...] | None, like: Tensor) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"attention: {name} is {getattr(x, 'dtype', x)!r}, expected torch.int32 or torch.int64")
+    if (x.dim() != 1 or x.shape[0] < 1) if shape is None else tuple(x.shape) != tuple(shape):
+        raise ValueError(
+            f"attention: {name} has shape {tuple(x.shape)}, expected {'(n + 1,)' if shape is None else tuple(shape)}"
+        )
+    if x.device != like.device:
+        raise ValueError(f"attention: {name} is on {x.device}, expected {like.device}")
+
+
+def _check_values(name: str, x: Tensor | None, top: int, rising: bool) -> None:
+    """On a CPU (elsewhere under FASTGPT_CHECK=1): values from 0 to top; rising: from 0 on, never falling."""
+    if x is None or torch.compiler.is_compiling() or x.numel() == 0 or not checks_values(x):
+        return
+    low, high = (int(t) for t in x.aminmax())
+    if low < 0 or high > top:
+        raise ValueError(f"attention: {name} reach from {low} to {high}, expected 0 to {top}")
+    if rising and (int(x[0]) != 0 or bool((x[1:] < x[:-1]).any())):
+        raise ValueError(f"attention: {name} are {x.tolist()[:8]}, expected starts from 0 on that never fall")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> None:
@@ -98,22 +122,68 @@ def _check(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> None:
         check_float("attention", name, x)
         if x.dim() != 4:
             raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected (B, T, H, D)")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"attention: k has shape {tuple(k.shape)}, expected ({q.shape[0]}, S, Hkv, {q.shape[3]}) as q")
+    (b, t, h, d), s = q.shape, k.shape[1]
+    if k.shape[0] != b or k.shape[3] != d:
+        raise ValueError(f"attention: k has shape {tuple(k.shape)}, expected ({b}, S, Hkv, {d}) as q")
     check_like("attention", "k", k, tuple(k.shape), q, (q.dtype,), "as q")
     check_like("attention", "v", v, tuple(k.shape), q, (q.dtype,), "as k")
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"attention: q has {q.shape[2]} heads, expected a multiple of k's {k.shape[2]}")
-    if (o["cu_seqlens_q"] is None) != (o["cu_seqlens_k"] is None):
+    if k.shape[2] == 0 or h % k.shape[2]:
+        raise ValueError(f"attention: q has {h} heads, expected a multiple of k's {k.shape[2]}")
+    cu_q, cu_k = o["cu_seqlens_q"], o["cu_seqlens_k"]
+    if (cu_q is None) != (cu_k is None):
         raise ValueError("attention: cu_seqlens_q and cu_seqlens_k: one came alone, expected both or neither")
-    if o["cu_seqlens_q"] is not None and q.shape[0] != 1:
-        raise ValueError(f"attention: cu_seqlens came with a batch of {q.shape[0]}, expected packed (1, total, H, D)")
+    for name, total, shape in (("cu_seqlens_q", t, None), ("cu_seqlens_k", s, None if cu_q is None else cu_q.shape)):
+        _check_index(name, o[name], shape, q)
+        _check_values(name, o[name], total, rising=True)
+    if cu_q is not None and (b != 1 or any(o[n] is not None for n in ("doc_ids", "kv_lens", "kv_start"))):
+        raise ValueError(
+            f"attention: cu_seqlens came with a batch of {b} or with doc_ids, kv_lens or kv_start, "
+            "expected packed (1, total, H, D) alone"
+        )
     if o["window"] is not None and o["window"] < 1:
         raise ValueError(f"attention: window is {o['window']}, expected at least 1 key (the query's own)")
-    if o["doc_ids"] is not None and (o["doc_ids"].shape != q.shape[:2] or q.shape[1] != k.shape[1]):
-        raise ValueError(f"attention: doc_ids has shape {tuple(o['doc_ids'].shape)}, expected {tuple(q.shape[:2])}")
+    if o["doc_ids"] is not None and t != s:
+        raise ValueError(f"attention: doc_ids came with {t} queries and {s} keys, expected equal numbers")
+    _check_index("doc_ids", o["doc_ids"], (b, t), q)
+    for name in ("kv_lens", "kv_start"):
+        _check_index(name, o[name], (b,), q)
+        _check_values(name, o[name], s, rising=False)
     if not 0.0 <= o["dropout_p"] < 1.0:
         raise ValueError(f"attention: dropout_p is {o['dropout_p']}, expected 0 to less than 1")
+    if o["softcap"] < 0:
+        raise ValueError(f"attention: softcap is {o['softcap']}, expected 0 (off) or more")
+
+
+def pack(q: Tensor, o: dict[str, Any]) -> tuple[Any, ...]:
+    """The raw ops' options: six optional tensors (indices int32; rng is drawn here), then five numbers."""
+    names = ("cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
+    index = [None if o[n] is None else o[n].int().contiguous() for n in names]
+    # from the device's generator, so that it is part of its state and of a captured graph
+    rng = torch.randint(0, 2**63 - 1, (2,), device=q.device) if o["dropout_p"] > 0 else None
+    scale = float(q.shape[-1] ** -0.5 if o["scale"] is None else o["scale"])
+    numbers = (o["causal"], scale, o["window"] or 0, float(o["softcap"]), float(o["dropout_p"]))
+    return *index, rng, *numbers
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    q, k, v, dout = (torch.randn(2, 67, h, 32, device=device) for h in (4, 2, 2, 4))
+    names = ("cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
+    o: dict[str, Any] = dict.fromkeys(names) | {"scale": None, "window": 40, "softcap": 3.0, "dropout_p": 0.0}
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    exact, _ = attention_ref(*leaves, causal=True, **o)
+    grads = torch.autograd.grad(exact, leaves, dout.double())
+    options = pack(q, {**o, "causal": True})
+    out, lse = FWD[backend](q, k, v, *options)
+    got = [out, *BWD[backend](dout, None, q, k, v, out, lse, *options)]
+    packed = QKV_BWD[backend](dout, torch.cat((q, k, v), 2), out, lse, *options, 4, 2)
+    return relative_error([*got, packed], [exact.detach(), *grads, torch.cat(grads, 2)])
+
+
+register("attention", _self_check)
+
+_DEFAULTS: dict[str, Any] = dict.fromkeys(
+    ("scale", "window", "cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
+) | {"causal": False, "softcap": 0.0, "dropout_p": 0.0}
 
 
 def attention(
@@ -144,7 +214,7 @@ def attention(
         doc_ids: (B, T) int: a query sees keys of its own document only.
         kv_lens, kv_start: (B,) end and start of the valid keys of each sequence.
         deterministic: forbids dispatch to a library whose backward is not; fastgpt's own always is.
-        return_lse: also return log-sum-exp (B, H, T), fp32.
+        return_lse: also return log-sum-exp (B, H, T), fp32, differentiable.
 
     Returns:
         (B, T, H, D) in q's dtype; a query without any key gives 0 (and lse -inf).
@@ -163,10 +233,48 @@ def attention(
         doc_ids=doc_ids,
         kv_lens=kv_lens,
         kv_start=kv_start,
-        return_lse=return_lse,
     )
     if all(isinstance(t, Tensor) and t.is_floating_point() for t in (q, k, v)):
         q, k, v = (t for t in autocast(q, k, v) if t is not None)
     _check(q, k, v, options)
-    select("attention", q)
-    return attention_torch(q, k, v, options)
+    backend = select("attention", q)
+    if backend == "torch":
+        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+        return attention_torch(q, k, v, {**options, "return_lse": return_lse}, deterministic)
+    packed = pack(q, options)
+    if needs_grad(q, k, v):
+        out, lse = AttentionFn.apply(backend, q, k, v, *packed)
+    else:
+        out, lse = FWD[backend](q, k, v, *packed)
+    return (out, lse) if return_lse else out
+
+
+def attention_qkv(qkv: Tensor, *, n_heads: int, n_kv_heads: int, **options: Any) -> Tensor:
+    """`attention` over one packed tensor; its gradient comes packed too, without split and concatenation.
+
+    Args:
+        qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads; any strides.
+        options: as in `attention`; return_lse is not offered.
+
+    Returns:
+        (B, T, n_heads, D) in qkv's dtype.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    check_float("attention", "qkv", qkv)
+    heads = n_heads + 2 * n_kv_heads
+    if qkv.dim() != 4 or qkv.shape[2] != heads:
+        raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}, expected (B, T, {heads}, D)")
+    qkv = autocast(qkv)[0]  # type: ignore[assignment]
+    parts = qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
+    backend = select("attention", qkv)
+    if backend == "torch" or not needs_grad(qkv):
+        out: Tensor = attention(*parts, **options)
+        return out
+    full = {**_DEFAULTS, **{k: v for k, v in options.items() if k != "deterministic"}}
+    if full.keys() != _DEFAULTS.keys():
+        raise TypeError(f"attention: unexpected options {sorted(full.keys() - _DEFAULTS.keys())}")
+    _check(*parts, full)
+    packed: Tensor = AttentionQkvFn.apply(backend, qkv, (n_heads, n_kv_heads), *pack(qkv, full))
+    return packed
