@@ -108,7 +108,7 @@ def train(argv: list[str]) -> int:
 
 
 def parity(argv: list[str]) -> int:
-    """`fastgpt parity`: see fastgpt/parity.py."""
+    """`fastgpt parity`: see fastgpt/parity."""
     from fastgpt.parity import main as parity_main
 
     return parity_main(argv)

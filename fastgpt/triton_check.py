@@ -77,9 +77,10 @@ def jobs(archs: list[int], every: bool) -> list[Job]:
     found = []
     for module in MODULES:
         for dtype, weight_dtype in pairs:
-            count = len(configurations(module, dtype, weight_dtype))
-            for aligned in (True, False) if every else (True,):
-                found += [Job(module, dtype, weight_dtype, i, arch, aligned) for arch in archs for i in range(count)]
+            for i, c in enumerate(configurations(module, dtype, weight_dtype)):
+                chips = [arch for arch in archs if c.archs is None or arch in c.archs]
+                alignments = (True, False) if every else (True,)
+                found += [Job(module, dtype, weight_dtype, i, arch, a) for a in alignments for arch in chips]
     return found
 
 
@@ -120,11 +121,12 @@ def compile_one(job: Job) -> Report:
     configuration = configurations(job.module, job.dtype, job.weight_dtype)[job.number]
     types = job.dtype if job.dtype == job.weight_dtype else f"{job.dtype}/{job.weight_dtype}"
     name = f"{configuration.name} {types}{'' if job.aligned else ' unaligned'}"
+    stages = {} if configuration.num_stages is None else {"num_stages": configuration.num_stages}
     try:
         compiled = triton.compile(
             _source(configuration, job.aligned),
             target=GPUTarget("cuda", job.arch, 32),
-            options={"num_warps": configuration.num_warps},
+            options={"num_warps": configuration.num_warps} | stages,
         )
         registers, stack = _resources(compiled.asm["cubin"])
     except Exception as e:

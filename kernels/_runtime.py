@@ -73,7 +73,8 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 class Configuration:
     """One specialisation that a launcher may pick, for the ahead-of-time check.
 
-    arguments: name -> signature type ("*bf16", "i64", "fp32"), or the constexpr's value.
+    arguments: name -> signature type ("*bf16", "i64", "fp32"), or the constexpr's value. archs: the chips (80: sm_80)
+    on which the launcher may pick it, None for every one. num_stages: as in the launch, None for Triton's default.
     """
 
     kernel: Any
@@ -81,6 +82,8 @@ class Configuration:
     arguments: dict[str, Any]
     num_warps: int
     constexprs: dict[str, Any] = field(default_factory=dict)
+    archs: tuple[int, ...] | None = None
+    num_stages: int | None = None
 
     @property
     def name(self) -> str:

@@ -1,6 +1,6 @@
 """Triton launchers of LayerNorm and cross-entropy against fp64 formulas, in the interpreter or on a GPU.
 
-By the one parity rule (fastgpt/parity.py). Outputs lie between canaries where the caller allocates them.
+By the one parity rule (fastgpt/parity/rule.py). Outputs lie between canaries where the caller allocates them.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Every op x backend x dtype x layout against the fp64 reference, by the one rule of fastgpt/parity.py."""
+"""Every op x backend x dtype x layout against the fp64 reference, by the one rule of fastgpt/parity."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from fastgpt import backend, parity
-from fastgpt.ops.layer_norm import layer_norm_torch
+from fastgpt.parity import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = [(case, name) for op in parity.SUBJECTS for name in parity.backends_here(op) for case in parity.cases(op)]
@@ -34,12 +35,8 @@ def test_every_cell_has_a_case() -> None:
 
 def test_the_rule_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     """A LayerNorm that is off by one part in a thousand is over the bound in fp32."""
-    wrong = parity.Subject(
-        parity.run_norm,
-        lambda *a, **k: tuple(1.001 * t for t in layer_norm_torch(*a, **k)),
-        layer_norm_torch,
-        parity.SUBJECTS["layer_norm"].reference,
-    )
+    truth = parity.SUBJECTS["layer_norm"]
+    wrong = dataclasses.replace(truth, ours=lambda *a, **k: tuple(1.001 * t for t in truth.torch(*a, **k)))
     monkeypatch.setitem(parity.SUBJECTS, "layer_norm", wrong)
     case = next(c for c in parity.cases("layer_norm") if c.dtype == torch.float32)
     assert max(r.ratio for r in parity.check(case, "torch")) > 1
@@ -54,8 +51,8 @@ def test_command_writes_the_table_and_names_missing_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(backend, "interpreting", lambda: True)
-    monkeypatch.setattr(parity, "run_all", lambda only: parity.check(next(parity.cases("adamw")), "torch"))
-    monkeypatch.setattr(parity, "backends_here", lambda op: ["triton"])
+    monkeypatch.setattr(table, "run_all", lambda only: parity.check(next(parity.cases("adamw")), "torch"))
+    monkeypatch.setattr(table, "backends_here", lambda op: ["triton"])
     assert parity.main(["--json", str(tmp_path / "table.json")]) == 1
     assert "missing: adamw triton float32 contiguous" in capsys.readouterr().out
     assert {"ratio", "error", "allowed", "case"} <= json.loads((tmp_path / "table.json").read_text())[0].keys()

@@ -1,0 +1,45 @@
+"""Numerical parity of every op x backend x dtype x layout against its reference in fp64, by one rule (rule.py).
+
+`fastgpt parity` prints the table, worst ratio first, and exits 1 on a ratio over 1 or a cell without a case (table.py).
+The tests run the same cases one by one.
+
+To add an op: a module here with `SUBJECTS = {"<op>": Subject(...)}` (rule.py says what a Subject is; activations.py is
+the shortest pattern), and the module's name in table.py, in the import of the families and in FAMILIES. Nothing else.
+"""
+
+from fastgpt.parity.rule import (
+    BACKWARD,
+    FORWARD,
+    LAYOUTS,
+    Case,
+    Inputs,
+    Outputs,
+    Row,
+    Subject,
+    Variant,
+    allowed_error,
+    lay,
+)
+from fastgpt.parity.table import FAMILIES, SUBJECTS, backends_here, cases, check, main, missing_cells, run_all
+
+__all__ = [
+    "BACKWARD",
+    "FAMILIES",
+    "FORWARD",
+    "LAYOUTS",
+    "SUBJECTS",
+    "Case",
+    "Inputs",
+    "Outputs",
+    "Row",
+    "Subject",
+    "Variant",
+    "allowed_error",
+    "backends_here",
+    "cases",
+    "check",
+    "lay",
+    "main",
+    "missing_cells",
+    "run_all",
+]

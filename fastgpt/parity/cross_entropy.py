@@ -1,0 +1,71 @@
+"""Parity of cross_entropy: loss and gradient of the logits, out of place and in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.ops.cross_entropy import cross_entropy_ref, cross_entropy_torch
+from fastgpt.parity.rule import Case, Inputs, Outputs, Subject, Variant
+
+
+def run_cross_entropy(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
+    """Loss and gradient of the logits by `fn`; targets hit the first and last class and, every third row, none."""
+    o = dict(case.options)
+    n, columns = case.shape
+    k = o.get("vocab_size", columns)
+    logits = inputs.leaf(case.shape, case.dtype, o.pop("scale", 1.0), o.pop("mean", 0.0))
+    target = torch.randint(0, k, (n,), generator=torch.Generator().manual_seed(7))
+    target[:1], target[-1:] = k - 1, 0
+    target[2::3] = o.get("ignore_index", -100)
+    if o.pop("weighted", False):
+        o["weight"] = inputs.tensor((k,), torch.float32).abs() + 0.1
+    inplace = o.pop("inplace", False) and not inputs.wide
+    values = torch.nn.functional.pad(logits, (1, 3))[:, 1:-3] if inplace else logits  # rows apart, memory of its own
+    loss = fn(values, target.to(inputs.device), **({**o, "inplace": True} if inplace else o))
+    loss.backward(inputs.tensor(tuple(loss.shape), torch.float32).to(loss.dtype) if loss.dim() else None)
+    assert logits.grad is not None
+    return {"loss": loss, "dlogits": logits.grad}
+
+
+def _torch_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tensor:
+    options.pop("inplace", None)
+    names = ("weight", "ignore_index", "label_smoothing", "z_loss", "softcap", "vocab_size", "reduction")
+    defaults = (None, -100, 0.0, 0.0, 0.0, None, "mean")
+    return cross_entropy_torch(logits, target, {n: options.get(n, d) for n, d in zip(names, defaults)})
+
+
+def _bases(dtype: torch.dtype) -> Iterator[Variant]:
+    yield (7, 61), {}
+
+
+def _variants(dtype: torch.dtype) -> Iterator[Variant]:
+    for shape in ((1, 1), (1, 2), (3, 1000), (2, 50257), (0, 16)):
+        for inplace in (False, True):
+            yield shape, {"reduction": "sum", "inplace": inplace}
+    single: list[dict[str, Any]] = [
+        {"reduction": "none"},
+        {"reduction": "sum"},
+        {"label_smoothing": 0.1},
+        {"z_loss": 1e-2},
+        {"softcap": 4.0},
+        {"weighted": True},
+        {"ignore_index": 3},
+        {"vocab_size": 40},
+    ]
+    pairs = [{**a, **b} for i, a in enumerate(single) for b in single[i + 1 :]]
+    everything = {k: v for o in single[2:] for k, v in o.items()}
+    for o in (*single, *pairs, everything, {"mean": 1e4}, {"scale": 1e4}):
+        for inplace in (False, True):
+            yield (7, 61), {**o, "inplace": inplace}
+
+
+SUBJECTS = {
+    "cross_entropy": Subject(
+        run_cross_entropy, ops.cross_entropy, _torch_cross_entropy, cross_entropy_ref, _bases, _variants
+    )
+}

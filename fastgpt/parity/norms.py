@@ -1,0 +1,63 @@
+"""Parity of layer_norm and rms_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from fastgpt import ops
+from fastgpt.ops.layer_norm import layer_norm_ref, layer_norm_torch
+from fastgpt.ops.rms_norm import rms_norm_ref, rms_norm_torch
+from fastgpt.parity.rule import Case, Inputs, Outputs, Subject, Variant
+
+
+def run_norm(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
+    """Outputs and gradients of LayerNorm, or of RMSNorm (no bias, but a weight offset), by `fn`."""
+    o = dict(case.options)
+    width = case.shape[-1:]
+    param = torch.float32 if o.get("fp32_weight") else case.dtype
+    x = inputs.leaf(case.shape, case.dtype, o.get("scale", 1.0), o.get("mean", 0.0))
+    residual = inputs.leaf(case.shape, case.dtype) if o.get("residual") else None
+    weight = inputs.leaf(width, param) if o.get("weight", True) else None
+    bias = inputs.leaf(width, param) if o.get("bias", case.op == "layer_norm") else None
+    params = (weight, bias) if case.op == "layer_norm" else (weight,)
+    offset = {"weight_offset": o["weight_offset"]} if "weight_offset" in o else {}
+    out = fn(x, *params, o.get("eps", 1e-5), residual=residual, **offset)
+    y, s = out if residual is not None else (out, None)
+    outputs = {n: t for n, t in (("y", y), ("sum", s)) if t is not None}
+    grads = [inputs.tensor(case.shape, case.dtype) for _ in outputs]
+    torch.autograd.backward(list(outputs.values()), grads)
+    leaves = {"dx": x, "dresidual": residual, "dweight": weight, "dbias": bias}
+    return {**outputs, **{n: t.grad for n, t in leaves.items() if t is not None and t.grad is not None}}
+
+
+def _bases(dtype: torch.dtype) -> Iterator[Variant]:
+    yield (6, 33), {"residual": True}
+
+
+def _variants(dtype: torch.dtype, own: list[dict[str, Any]]) -> Iterator[Variant]:
+    for shape in ((1, 1), (1, 7), (2, 3, 770), (67, 128), (3, 1024), (2, 5000), (2, 9001)):
+        yield shape, {"residual": True}
+    mixed = {"fp32_weight": True, "residual": True}
+    for o in ({}, *own, {"weight": False}, mixed, {"eps": 1e-2}):
+        if dtype != torch.float32 or not o.get("fp32_weight"):
+            yield (6, 33), o
+    yield (5, 96), {"mean": 300.0, "scale": 0.5}
+    yield (5, 96), {"scale": 1e-4, "residual": False}
+    yield (0, 16), {"residual": True}
+
+
+def _layer_norm_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    return _variants(dtype, [{"weight": False, "bias": False}, {"bias": False}])
+
+
+def _rms_norm_variants(dtype: torch.dtype) -> Iterator[Variant]:
+    return _variants(dtype, [{"weight_offset": 1.0}, {"weight_offset": 1.0, "fp32_weight": True, "residual": True}])
+
+
+SUBJECTS = {
+    "layer_norm": Subject(run_norm, ops.layer_norm, layer_norm_torch, layer_norm_ref, _bases, _layer_norm_variants),
+    "rms_norm": Subject(run_norm, ops.rms_norm, rms_norm_torch, rms_norm_ref, _bases, _rms_norm_variants),
+}

@@ -1,0 +1,127 @@
+"""The table of `fastgpt parity`: every case of every op on every backend, worst ratio to the bound first."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import backend
+from fastgpt.parity import activations, adamw, cross_entropy, norms
+from fastgpt.parity.rule import LAYOUTS, Case, Inputs, Row, Subject, allowed_error
+
+FAMILIES = (norms, cross_entropy, activations, adamw)
+SUBJECTS: dict[str, Subject] = {op: subject for family in FAMILIES for op, subject in family.SUBJECTS.items()}
+
+
+def check(case: Case, name: str, device: str = "cpu") -> list[Row]:
+    """Run one case on one backend; one row per output.
+
+    Raises:
+        AssertionError: an output's shape or dtype is not the baseline's.
+    """
+    subject = SUBJECTS[case.op]
+    choice: dict[str, Any] = {case.op: name}
+    with backend.use(strict=True, **choice):
+        ours = subject.run(case, subject.ours, Inputs(case, device, wide=False))
+    baseline = subject.run(case, subject.torch, Inputs(case, device, wide=False))
+    choice[case.op] = "torch"
+    with backend.use(**choice):
+        truth = subject.run(case, subject.reference, Inputs(case, device, wide=True))
+    assert ours.keys() == truth.keys() == baseline.keys(), (ours.keys(), baseline.keys(), truth.keys())
+    rows = []
+    for output, exact in truth.items():
+        got = ours[output]
+        assert got.shape == exact.shape, f"{case} {output}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+        error, torch_error = _error(got, exact), _error(baseline[output], exact)
+        limit = allowed_error(output, exact, torch_error, got.dtype)
+        dtype = str(case.dtype).split(".")[1]
+        rows.append(Row(case.op, name, dtype, case.layout, str(case), output, error, torch_error, limit))
+    return rows
+
+
+def _error(got: Tensor, exact: Tensor) -> float:
+    """Largest absolute difference; equal infinities and NaN in both places count as equal, NaN in one as NaN."""
+    if not exact.numel():
+        return 0.0
+    wide, exact = got.detach().double(), exact.detach()
+    same = (wide == exact) | (wide.isnan() & exact.isnan())
+    return float(torch.where(same, 0.0, (wide - exact).abs()).max())
+
+
+def cases(op: str) -> Iterator[Case]:
+    """Every case of an op, for all kernel dtypes: the base shapes in every layout, then the variants."""
+    subject = SUBJECTS[op]
+    for dtype in backend.KERNEL_DTYPES:
+        for layout in subject.layouts:
+            for shape, options in subject.bases(dtype):
+                yield Case(op, dtype, layout, shape, tuple(options.items()))
+        for shape, options in subject.variants(dtype):
+            yield Case(op, dtype, "contiguous", shape, tuple(options.items()))
+
+
+def backends_here(op: str) -> list[str]:
+    """Kernel backends of `op` that run on this machine (Triton on a CPU: in its interpreter)."""
+    on_gpu = torch.cuda.is_available()
+    names = [b for b in backend.ops()[op] if b != "torch" and backend.missing(b) is None]
+    return [
+        b for b in names if (backend.DEVICE_OF[b] == "cuda") == on_gpu or (b == "triton" and backend.interpreting())
+    ]
+
+
+def run_all(only: list[str]) -> list[Row]:
+    """All cases of the ops and backends in `only` (empty: all) that run here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    wanted = [op for op in SUBJECTS if op in only] or list(SUBJECTS)
+    names = [b for b in backend.BACKENDS if b in only] or list(backend.BACKENDS)
+    pairs = [(op, name) for op in wanted for name in backends_here(op) if name in names]
+    return [row for op, name in pairs for case in cases(op) for row in check(case, name, device)]
+
+
+def missing_cells(rows: list[Row]) -> list[str]:
+    """Cells of the registry (op x backend x dtype x layout) that run here and that no row covers."""
+    seen = {(r.op, r.backend, r.dtype, r.layout) for r in rows}
+    wanted = {
+        (op, name, str(dtype).split(".")[1], layout)
+        for op in backend.ops()
+        if len(backend.ops()[op]) > 1
+        for name in backends_here(op)
+        for dtype in backend.ops()[op][name].dtypes
+        for layout in (SUBJECTS[op].layouts if op in SUBJECTS else LAYOUTS)
+    }
+    return sorted(" ".join(cell) for cell in wanted - seen)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`fastgpt parity`: run the cases, print the table; 1 if a ratio is over 1 or a cell is missing."""
+    parser = argparse.ArgumentParser(
+        prog="fastgpt parity", description="errors against fp64, as a share of what is allowed"
+    )
+    parser.add_argument("only", nargs="*", help="ops or backends; default: all that run here")
+    parser.add_argument("--json", type=Path, help="write every row to this file")
+    parser.add_argument("--top", type=int, default=20, help="rows to print")
+    args = parser.parse_args(argv)
+    if unknown := [o for o in args.only if o not in SUBJECTS and o not in backend.BACKENDS]:
+        parser.error(f"{unknown[0]} is neither an op with kernels ({', '.join(SUBJECTS)}) nor a backend")
+    if not torch.cuda.is_available() and not backend.interpreting():
+        again = [sys.executable, "-m", "fastgpt.parity", *(sys.argv[1:] if argv is None else argv)]
+        return subprocess.call(again, env={**os.environ, "TRITON_INTERPRET": "1"})  # must be set before Triton's import
+    rows = sorted(run_all(args.only), key=lambda r: -r.ratio)
+    if args.json:
+        args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1), encoding="utf-8")
+    for r in rows[: args.top]:
+        print(f"{r.ratio:6.3f}  {r.backend:<7} {r.output:<12} error {r.error:.2e}  allowed {r.allowed:.2e}  {r.case}")
+    over, missing = [r for r in rows if not r.ratio <= 1], [] if args.only else missing_cells(rows)
+    for cell in missing:
+        print(f"missing: {cell}")
+    print(f"{len(rows)} figures, {len(over)} over the bound, {len(missing)} cells missing")
+    return 1 if over or missing or not rows else 0
