@@ -80,6 +80,13 @@ def turns(names: list[str], number: int) -> list[str]:
     return order[::-1] if number % 2 else order
 
 
+def resident_mb(key: str) -> float:
+    """VmRSS or VmHWM of this process in MB (Linux; elsewhere NaN)."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(key + ":")), math.nan)
+
+
 def time_cpu(
     make: dict[str, Callable[[], list[Job]]],
     context: Context,

@@ -11,8 +11,10 @@ with one op at a time on PyTorch.
 small: 4 layers, width 128, T 64, B 12, 65 characters; medium: 6 layers, width 384, T 256, B 16, 65 characters;
 gpt2-124m: 12 layers, width 768, vocabulary 50304, B 4 of T 64 on a CPU, B 64 of T 1024 on a GPU (--batch sweeps B).
 
+On a CPU every variant runs in a process of its own, as its user would run it: the trainer's has the trainer's settings
+of malloc, the others have their defaults; one waits while another runs. On a GPU they share this process.
 Peak memory: on a GPU of the allocator during a step, the other variants' tensors left out; on a CPU the most resident
-memory of a process that trains this variant only, over what it had before it built the model.
+memory of the variant's process over what it had before it built the model, warm-up left out.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ import dataclasses
 import gc
 import itertools
 import math
-import subprocess
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,10 +41,11 @@ from torch import Tensor
 
 from fastgpt import backend
 from fastgpt.bench import plain
-from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, turns, where
+from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, resident_mb, turns, where
 from fastgpt.bench._op import gate
 from fastgpt.config import ModelConfig, TrainConfig
-from fastgpt.device import default_device, peak_flops
+from fastgpt.device import default_device, keep_freed_memory, peak_flops
+from fastgpt.nn import keep_gradients
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 # Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the
@@ -126,12 +130,69 @@ class Variant:
     losses: list[Tensor] = field(default_factory=list)
     peak_mb: float | None = None
 
-    def train(self, cfg: TrainConfig, steps: int) -> None:
-        """The next steps of the schedule."""
+    def train(self, cfg: TrainConfig, steps: int) -> float:
+        """The next steps of the schedule; returns seconds, the device's work included."""
         learning_rate = trainer().learning_rate
+        wait = torch.cuda.synchronize if torch.device(cfg.device).type == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
         with backend.use(**self.kernels):
             for _ in range(steps):
                 self.losses.append(self.step(learning_rate(cfg, len(self.losses), cfg.max_steps)))
+        wait()
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Nothing to end; see Apart."""
+
+
+class Apart:
+    """A Variant on the CPU in a process of its own."""
+
+    def __init__(self, name: str, shape: Shape) -> None:
+        self.name, self.losses, self.peak_mb = name, list[Tensor](), math.nan
+        context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads without their lives
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, name, shape), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.flops: dict[str, float] = self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the process of {self.name} ended; its message is above") from None
+        return answer
+
+    def train(self, cfg: TrainConfig, steps: int) -> float:
+        """As Variant.train, timed over there."""
+        self.pipe.send(steps)
+        seconds, losses, self.peak_mb = self._answer()
+        self.losses += torch.tensor(losses).unbind()
+        return float(seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.send(0)
+        self.process.join()
+
+
+def _serve(pipe: Connection, name: str, shape: Shape) -> None:
+    """The process of an Apart: build, then train as many steps as asked for until 0 comes."""
+    cfg = settings(shape, torch.device("cpu"))
+    trainer()
+    before = resident_mb("VmRSS")
+    v = build(name, cfg, batches(shape, torch.device("cpu")))
+    pipe.send(v.flops)
+    while steps := pipe.recv():
+        seconds = v.train(cfg, steps)
+        fresh = torch.stack(v.losses[-steps:]).tolist()
+        pipe.send((seconds, fresh, resident_mb("VmHWM") - before))
+        if len(v.losses) <= WARM_STEPS:
+            gc.collect()
+            with contextlib.suppress(OSError):  # without it the peak includes warm-up
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
 
 
 def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
@@ -142,6 +203,10 @@ def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Var
     compiled, loader = name.endswith(" compile"), itertools.cycle(data)
     if name.startswith("torch"):
         return Variant(name, plain.make_step(model, cfg, loader, compiled))
+    if device.type == "cpu":
+        keep_freed_memory()
+    if not compiled:
+        keep_gradients(model)
     optimizer = train.build_optimizer(cfg, model)
     run = torch.compile(model) if compiled else model
 
@@ -175,7 +240,7 @@ def red_ops(cfg: TrainConfig, dtype: torch.dtype) -> list[str]:
     return found
 
 
-def disagreement(variants: list[Variant], tolerance: float) -> tuple[float, str]:
+def disagreement(variants: list[Any], tolerance: float) -> tuple[float, str]:
     """The largest relative difference of a step's loss to the first variant's, and a sentence if it is too large."""
     worst, sentence = 0.0, ""
     truth = torch.stack(variants[0].losses[:AGREE_STEPS]).double().cpu()
@@ -189,72 +254,40 @@ def disagreement(variants: list[Variant], tolerance: float) -> tuple[float, str]
     return worst, sentence
 
 
-def time_steps(variants: list[Variant], cfg: TrainConfig, rounds: int, block: int) -> dict[str, Samples]:
-    """Seconds per step, one sample a round: `block` steps of each variant in turn, then a wait for the device."""
+def time_steps(variants: list[Any], cfg: TrainConfig, rounds: int, block: int) -> dict[str, Samples]:
+    """Seconds per step, one sample a round: `block` steps of each variant in turn."""
     samples = {v.name: Samples() for v in variants}
     by_name = {v.name: v for v in variants}
-    wait = torch.cuda.synchronize if torch.device(cfg.device).type == "cuda" else lambda: None
     for number in range(rounds):
         for name in turns(list(by_name), number):
-            wait()
-            start = time.perf_counter()
-            by_name[name].train(cfg, block)
-            wait()
-            samples[name].seconds.append((time.perf_counter() - start) / block)
+            samples[name].seconds.append(by_name[name].train(cfg, block) / block)
     return samples
 
 
-def prepare(names: list[str], cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> tuple[list[Variant], list[str]]:
+def prepare(names: list[str], cfg: TrainConfig, shape: Shape) -> tuple[list[Any], list[str]]:
     """Variants warmed up, with their peak memory on a GPU; and the names of those that do not fit."""
-    variants, too_large = [], []
     cuda = cfg.device.startswith("cuda")
+    if not cuda:
+        apart = [Apart(name, shape) for name in names]
+        for process in apart:
+            process.train(cfg, WARM_STEPS)
+        return apart, []
+    variants: list[Any] = []
+    too_large, data = [], batches(shape, torch.device(cfg.device))
     for name in names:
         try:
-            before = torch.cuda.memory_allocated() if cuda else 0
+            before = torch.cuda.memory_allocated()
             v = build(name, cfg, data)
             v.train(cfg, WARM_STEPS - 1)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats()
             v.train(cfg, 1)
-            v.peak_mb = (torch.cuda.max_memory_allocated() - before) / 1e6 if cuda else None
+            v.peak_mb = (torch.cuda.max_memory_allocated() - before) / 1e6
             variants.append(v)
         except torch.OutOfMemoryError:
             too_large.append(name)
-        if cuda:
-            gc.collect()
-            torch.cuda.empty_cache()
+        gc.collect()
+        torch.cuda.empty_cache()
     return variants, too_large
-
-
-def resident_mb(key: str) -> float:
-    """VmRSS or VmHWM of this process in MB (Linux; elsewhere NaN)."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(key + ":")), math.nan)
-
-
-def own_memory(name: str, shape: Shape, device: torch.device) -> float:
-    """Peak resident MB of training this variant in this process, over what the process had before; warm-up left out."""
-    cfg = settings(shape, device)
-    trainer()
-    before = resident_mb("VmRSS")
-    v = build(name, cfg, batches(shape, device))
-    v.train(cfg, 2)
-    gc.collect()
-    with contextlib.suppress(OSError):  # without it the peak includes warm-up
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
-    v.train(cfg, 2)
-    return resident_mb("VmHWM") - before
-
-
-def memory_elsewhere(name: str, shape_name: str, batch: int) -> float | None:
-    """`own_memory` in a process of its own."""
-    command = [sys.executable, "-m", "fastgpt.bench.throughput", "--device", "cpu", "--shape", shape_name]
-    done = subprocess.run([*command, "--batch", str(batch), "--memory-of", name], capture_output=True, text=True)
-    if done.returncode:
-        print(f"peak memory of {name} was not measured: {(done.stderr.strip().splitlines() or ['?'])[-1]}")
-        return None
-    return float(done.stdout.split()[-1])
 
 
 def compare(names: list[str], shape_name: str, shape: Shape, device: torch.device) -> list[dict[str, Any]]:
@@ -262,32 +295,30 @@ def compare(names: list[str], shape_name: str, shape: Shape, device: torch.devic
     cfg = settings(shape, device)
     tolerance = TOLERANCE[cfg.dtype]
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
-    data = batches(shape, device)
     about = {"bench": "throughput", "shape": shape_name, "batch": shape.batch, "block": shape.block, "dtype": cfg.dtype}
     about |= {"model": vars(cfg.model), "kernels": kernels(device, dtype), "machine": provenance(device)}
     if red := red_ops(cfg, dtype):
         return [{**about, "red": "; ".join(red)}]
-    variants, too_large = prepare(names, cfg, data)
+    variants, too_large = prepare(names, cfg, shape)
     if len(variants) < 2 or variants[0].name != names[0]:
         return [{**about, "red": f"out of memory: {', '.join(too_large)}"}]
     block = 1 if device.type == "cpu" else min(8, max(1, 64 // shape.batch))
     samples = time_steps(variants, cfg, shape.steps, block)
+    for v in variants:
+        v.close()
     state = gpu_state(device)
     gap, sentence = disagreement(variants, tolerance)
     about |= {"loss_gap": gap, "loss_tolerance": tolerance, "steps_per_sample": block, "gpu": state}
     if sentence:
         return [{**about, "red": f"{sentence}: more than {tolerance:g} apart"}]
-    if device.type == "cpu":
-        for v in variants:
-            v.peak_mb = memory_elsewhere(v.name, shape_name, shape.batch)
     flops = next(v.flops for v in variants if v.flops)
     rows = [{**about, **figures(v, variants, samples, shape, flops, peak_flops(device, dtype))} for v in variants]
     return rows + [{**about, "variant": name, "red": "out of memory"} for name in too_large]
 
 
 def figures(
-    v: Variant,
-    variants: list[Variant],
+    v: Any,
+    variants: list[Any],
     samples: dict[str, Samples],
     shape: Shape,
     flops: dict[str, float],
@@ -353,7 +384,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--ablation", action="store_true", help="fastgpt with one op at a time on PyTorch, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
-    parser.add_argument("--memory-of", metavar="VARIANT", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     device = default_device(args.device)
     if device.type == "cuda":
@@ -363,9 +393,6 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.shape or ["gpt2-124m" if device.type == "cuda" else "small"]:
         for batch in args.batch or [shapes[name].batch]:
             shape = dataclasses.replace(shapes[name], batch=batch, steps=args.steps or shapes[name].steps)
-            if args.memory_of:
-                print(own_memory(args.memory_of, shape, device))
-                continue
             rows = compare(variant_names(args, device), name, shape, device)
             about = f"{name}: {shape.layers} layers, width {shape.width}, vocabulary {shape.vocab}"
             print(f"{about}, B {batch} x T {shape.block}, {rows[0]['dtype']}, {where(rows[0]['machine'])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
 import subprocess
@@ -27,10 +28,25 @@ PEAK_BF16 = {
     "B200": 2250e12,
 }
 
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+
 
 def default_device(name: str = "auto") -> torch.device:
     """The device to train on: what was asked for, or a GPU where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep memory that freed tensors leave on the CPU, for the next ones (glibc; elsewhere nothing).
+
+    By default glibc gives large blocks back at once, and every step's tensors come back page by page: a quarter of the
+    time of a CPU step of GPT-2 124M at 256 tokens. The process holds its peak until it ends.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
+        mallopt(parameter, value)
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from torch.nn.utils import skip_init
 
 from fastgpt import ops
 from fastgpt.config import GATED, ModelConfig
-from fastgpt.nn import LayerNorm, RMSNorm
+from fastgpt.nn import LayerNorm, Linear, RMSNorm
 
 
 class KVCache:
@@ -107,49 +107,52 @@ class Attention(nn.Module):
         self.layer, self.window, self.scale, self.softcap = layer, c.window_of(layer), c.attn_scale, c.attn_softcap
         self.n_heads, self.kv_heads, self.d_head = c.n_heads, c.kv_heads, c.d_head
         self.interleaved, self.attn_dropout, self.resid_dropout = c.rope_interleaved, c.attn_dropout, c.resid_dropout
-        self.qkv = _make(nn.Linear, c.width, (c.n_heads + 2 * c.kv_heads) * c.d_head, bias=c.qkv_bias)
-        self.proj = _make(nn.Linear, c.n_heads * c.d_head, c.width, bias=c.proj_bias)
+        self.qkv = _make(Linear, c.width, (c.n_heads + 2 * c.kv_heads) * c.d_head, bias=c.qkv_bias)
+        self.proj = _make(Linear, c.n_heads * c.d_head, c.width, bias=c.proj_bias)
         self.q_norm = _norm(c, c.d_head) if c.qk_norm else None
         self.k_norm = _norm(c, c.d_head) if c.qk_norm else None
 
+    def _turn(self, qkv: Tensor, run: Pass) -> Tensor:
+        """Query and key heads of qkv (B, T, H + 2G, D) turned by position."""
+        if run.cos is None or run.sin is None:
+            return qkv
+        heads = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads)
+        return ops.rope_qkv(qkv, run.cos, run.sin, interleaved=self.interleaved, positions=run.positions, **heads)
+
     def _heads(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H + 2G, D) -> q (B, T, H, D), k and v (B, T, G, D), normalised and turned."""
+        """(B, T, H + 2G, D) -> q (B, T, H, D), k and v (B, S, G, D): normalised, turned, with the cache's keys."""
         sizes = [self.n_heads, self.kv_heads, self.kv_heads]
         if self.q_norm is None or self.k_norm is None:
-            if run.cos is not None and run.sin is not None:
-                heads = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads)
-                qkv = ops.rope_qkv(
-                    qkv, run.cos, run.sin, interleaved=self.interleaved, positions=run.positions, **heads
-                )
+            q, k, v = self._turn(qkv, run).split(sizes, dim=2)
+        else:
             q, k, v = qkv.split(sizes, dim=2)
-            return q, k, v
-        q, k, v = qkv.split(sizes, dim=2)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if run.cos is not None and run.sin is not None:
-            q, k = ops.rope(q, k, run.cos, run.sin, interleaved=self.interleaved, positions=run.positions)
+            q, k = self.q_norm(q), self.k_norm(k)
+            if run.cos is not None and run.sin is not None:
+                q, k = ops.rope(q, k, run.cos, run.sin, interleaved=self.interleaved, positions=run.positions)
+        if run.cache is not None:
+            k, v = run.cache.append(self.layer, k, v)
         return q, k, v
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         b, t, _ = x.shape
-        q, k, v = self._heads(self.qkv(x).view(b, t, -1, self.d_head), run)
-        if run.cache is not None:
-            k, v = run.cache.append(self.layer, k, v)
-        window = self.window
-        if window is not None and t == 1:  # one query: the window is the last keys, and no mask is needed
-            k, v = k[:, -window:], v[:, -window:]
-        if window is not None and window >= k.shape[1]:
-            window = None
-        y = ops.attention(
-            q,
-            k,
-            v,
+        qkv = self.qkv(x).view(b, t, -1, self.d_head)
+        options: dict[str, Any] = dict(
             causal=t > 1,
             scale=self.scale,
-            window=window,
+            window=self.window,
             softcap=self.softcap,
             dropout_p=self.attn_dropout if self.training else 0.0,
             doc_ids=run.doc_ids,
         )
+        if self.q_norm is None and run.cache is None:
+            options["window"] = None if self.window is None or self.window >= t else self.window
+            y = ops.attention_qkv(self._turn(qkv, run), n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
+        else:
+            q, k, v = self._heads(qkv, run)
+            if self.window is not None and t == 1:  # one query: the window is the last keys, and no mask is needed
+                k, v = k[:, -self.window :], v[:, -self.window :]
+            options["window"] = None if self.window is None or self.window >= k.shape[1] else self.window
+            y = ops.attention(q, k, v, **options)
         return _dropout(self.proj(y.reshape(b, t, -1)), self.resid_dropout, self.training)
 
 
@@ -159,8 +162,8 @@ class MLP(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.activation, self.dropout = c.activation, c.resid_dropout
-        self.up = _make(nn.Linear, c.width, c.d_mlp * (2 if c.activation in GATED else 1), bias=c.mlp_bias)
-        self.down = _make(nn.Linear, c.d_mlp, c.width, bias=c.mlp_bias)
+        self.up = _make(Linear, c.width, c.d_mlp * (2 if c.activation in GATED else 1), bias=c.mlp_bias)
+        self.down = _make(Linear, c.d_mlp, c.width, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation in GATED:
@@ -169,7 +172,7 @@ class MLP(nn.Module):
             h = F.relu(self.up(x)).square()
         else:
             approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            h = ops.bias_gelu(F.linear(x, self.up.weight), self.up.bias, approximate=approximate)
+            h = ops.bias_gelu(ops.linear(x, self.up.weight), self.up.bias, approximate=approximate)
         return _dropout(self.down(h), self.dropout, self.training)
 
 

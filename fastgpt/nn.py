@@ -10,6 +10,18 @@ from torch import Tensor, nn
 from fastgpt import ops
 
 
+def keep_gradients(module: nn.Module) -> None:
+    """Give every matrix of `module` a `grad_buffer`: memory of its shape that its gradient stays in from step to step.
+
+    Backward of fastgpt's linear layers, embeddings and LM head then writes (after zero_grad(set_to_none=True)) or adds
+    the gradient there instead of making a new tensor. For one process, eager: hooks of DDP and FSDP see no gradient,
+    and torch.compile traces the usual way. Call it again after moving or casting the module.
+    """
+    for p in module.parameters():
+        if p.dim() == 2 and p.requires_grad:
+            p.grad_buffer = torch.empty_like(p)  # type: ignore[attr-defined]
+
+
 def _one_dimension(name: str, shape: int | list[int] | torch.Size | tuple[int, ...]) -> None:
     if not isinstance(shape, int) and len(shape) != 1:
         raise ValueError(f"{name}: normalized_shape is {tuple(shape)}, expected one dimension, the last of x")
@@ -51,3 +63,13 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         eps = torch.finfo(x.dtype).eps if self.eps is None else self.eps
         return ops.rms_norm(x, self.weight, eps, residual=residual)
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear whose weight gradient goes where `keep_gradients` said.
+
+    Args: as torch.nn.Linear. x: (..., in_features) -> (..., out_features).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)

@@ -27,10 +27,11 @@ from fastgpt import backend, checkpoint
 from fastgpt.config import TrainConfig, load_config, to_dict
 from fastgpt.data import IGNORE, TokenLoader, sequential, unigram_nats
 from fastgpt.data.source import open_source
-from fastgpt.device import default_device, describe_machine, memory_gb, peak_flops
+from fastgpt.device import default_device, describe_machine, keep_freed_memory, memory_gb, peak_flops
 from fastgpt.errors import UserError
 from fastgpt.generate import generate
 from fastgpt.model import GPT
+from fastgpt.nn import keep_gradients
 from fastgpt.optim import AdamW
 
 WARM_STEPS = 3  # left out when speed is measured
@@ -224,7 +225,9 @@ class Run:
             raise UserError(f"model.vocab_size is {vocab}, but {self.data.name} has {self.data.n_vocab} token ids")
         if len(self.data.val) < 2:
             raise UserError(f"{self.data.name} has {len(self.data.val)} validation tokens, expected at least 2")
+        keep_freed_memory()
         self.model = build_model(cfg, vocab, self.device)
+        keep_gradients(self.model)
         self.optimizer = build_optimizer(cfg, self.model)
         self.loader = TokenLoader(self.data.train, cfg.micro_batch, cfg.block_size, seed=cfg.seed, device=self.device)
         self.progress = Progress(last_step=cfg.max_steps, length_known=cfg.max_minutes is None)

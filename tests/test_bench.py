@@ -240,9 +240,11 @@ def test_shape_on_the_command_line() -> None:
 
 @pytest.fixture
 def micro(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """throughput at a shape of milliseconds; memory is measured in other tests."""
+    """throughput at a shape of milliseconds, in this process."""
     monkeypatch.setitem(throughput.SHAPES, "small", MICRO)
-    monkeypatch.setattr(throughput, "memory_elsewhere", lambda *args: 1.0)
+    cfg, data = throughput.settings(MICRO, CPU), throughput.batches(MICRO, CPU)
+    monkeypatch.setattr(throughput, "Apart", lambda name, shape: throughput.build(name, cfg, data))
+    monkeypatch.setattr(throughput, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(throughput, "peak_flops", lambda *args: (1e12, "measured"))
     return ["--device", "cpu"]
 
@@ -286,16 +288,19 @@ def test_throughput_shows_no_speed_over_a_red_op(
     assert "no speed is shown: layer_norm on cpu: off" in capsys.readouterr().out
 
 
-def test_memory_of_a_variant() -> None:
-    """In a process of its own, as the bench does: freed memory of earlier tests would serve the model here."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("resident memory is read from /proc")
-    code = (  # 1.6 million parameters: 25 MB with gradients and moments
-        "import torch; from fastgpt.bench import throughput as t;"
-        "print(t.own_memory('torch', t.Shape(2, 2, 256, 65, 16, 4, 3), torch.device('cpu')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
-    assert 20 < float(done.stdout) < 500, done.stderr
+def test_a_variant_in_a_process_of_its_own() -> None:
+    """Same losses as here; its own memory: 1.6 million parameters are 25 MB with gradients and moments."""
+    shape = throughput.Shape(layers=2, heads=2, width=256, vocab=65, block=16, batch=4, steps=3)
+    cfg = throughput.settings(shape, CPU)
+    apart, here = throughput.Apart("torch", shape), throughput.build("torch", cfg, throughput.batches(shape, CPU))
+    for steps in (throughput.WARM_STEPS, 1):
+        assert apart.train(cfg, steps) > 0
+        here.train(cfg, steps)
+    apart.close()
+    assert apart.process.exitcode == 0
+    torch.testing.assert_close(torch.stack(apart.losses), torch.stack(here.losses))
+    if Path("/proc/self/status").exists():
+        assert 20 < apart.peak_mb < 500
 
 
 def test_a_step_needs_neither_tqdm_nor_safetensors() -> None:

@@ -7,6 +7,7 @@ from fastgpt.ops.bias_gelu import bias_gelu
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.embedding import embedding
 from fastgpt.ops.layer_norm import layer_norm
+from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.rope import rope, rope_qkv
@@ -19,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "layer_norm",
+    "linear",
     "linear_cross_entropy",
     "rms_norm",
     "rope",

@@ -267,14 +267,14 @@ def attention_qkv(qkv: Tensor, *, n_heads: int, n_kv_heads: int, **options: Any)
     if qkv.dim() != 4 or qkv.shape[2] != heads:
         raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}, expected (B, T, {heads}, D)")
     qkv = autocast(qkv)[0]  # type: ignore[assignment]
-    parts = qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
+    q, k, v = qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
     backend = select("attention", qkv)
     if backend == "torch" or not needs_grad(qkv):
-        out: Tensor = attention(*parts, **options)
+        out: Tensor = attention(q, k, v, **options)
         return out
     full = {**_DEFAULTS, **{k: v for k, v in options.items() if k != "deterministic"}}
     if full.keys() != _DEFAULTS.keys():
         raise TypeError(f"attention: unexpected options {sorted(full.keys() - _DEFAULTS.keys())}")
-    _check(*parts, full)
+    _check(q, k, v, full)
     packed: Tensor = AttentionQkvFn.apply(backend, qkv, (n_heads, n_kv_heads), *pack(qkv, full))
     return packed

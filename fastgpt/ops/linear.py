@@ -1,0 +1,67 @@
+"""A linear layer whose products are PyTorch's and whose weight gradient is computed where it is kept.
+
+    y = x W^T + b;  dx = dy W,  dW = dy^T x,  db = sum of dy's rows
+
+A weight with a `grad_buffer` gets dW there, from the matrix product itself: written by the first backward of a step,
+added by later ones (Megatron-LM's gradient accumulation fusion). That saves, per weight and step, a fresh tensor (on a
+CPU its page faults cost as much as the product at small batches) and, with accumulation, one read and two writes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt.ops._common import gradient_place, needs_grad
+
+
+def weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
+    """dy^T x of rows dy (N, F) and x (N, C): (F, C), or None where it went to the weight's own buffer."""
+    place, holds_sum = gradient_place(weight)
+    if place is None:
+        return dy.t() @ x
+    if holds_sum:
+        place.addmm_(dy.t(), x)
+    else:
+        torch.mm(dy.t(), x, out=place)
+    weight.grad = place
+    return None
+
+
+class LinearFn(torch.autograd.Function):
+    """Autograd of a linear layer over rows: (x, weight, bias) -> y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        dweight = weight_gradient(weight, rows, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        dbias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return dx, dweight, dbias
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear; a weight with a `grad_buffer` (fastgpt.nn.keep_gradients) gets its gradient there.
+
+    Args:
+        x: (..., C); weight: (F, C); bias: (F,).
+
+    Returns:
+        (..., F).
+    """
+    kept = getattr(weight, "grad_buffer", None) is not None and not torch.compiler.is_compiling()
+    if not kept or not needs_grad(weight) or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    y: Tensor = LinearFn.apply(x, weight, bias)
+    return y
