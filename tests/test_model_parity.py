@@ -1,0 +1,186 @@
+"""A whole model on our kernels against the same function in plain PyTorch: loss, logits, gradients and ten steps.
+
+Truth is plain PyTorch in fp64. By DESIGN's rule: error(ours) <= 2 (loss, logits) or 3 (gradients) times the error of plain
+PyTorch in the same dtype plus one unit in the last place; after ten AdamW steps by relative L2 error per tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import backend, parity
+from fastgpt.config import ModelConfig
+from fastgpt.model import GPT
+from fastgpt.nn import keep_gradients
+from fastgpt.optim import AdamW
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COMMON: dict[str, Any] = dict(n_layers=2, n_heads=4, width=32, vocab_size=61, vocab_multiple=8, block_size=24)
+SHAPES = {
+    "gpt2": ModelConfig(**COMMON),
+    "llama": ModelConfig(
+        **COMMON, n_kv_heads=2, norm="rms", norm_eps=1e-5, activation="swiglu", mlp_width=48, positions="rope",
+        qkv_bias=False, proj_bias=False, mlp_bias=False, tied=False,
+    ),
+}  # fmt: skip
+BACKENDS = [b for b in (*parity.backends_here("layer_norm"), "torch")]
+LR, BETAS, DECAY, CLIP = 1e-2, (0.9, 0.95), 0.1, 0.5
+Params = dict[str, Tensor]
+
+
+def rotate(x: Tensor) -> Tensor:
+    """RoPE from the paper, half pairing: x (B, H, T, D)."""
+    t, half = x.shape[2], x.shape[3] // 2
+    angle = torch.outer(torch.arange(t).double(), 10000.0 ** (-torch.arange(half).double() / half)).to(x.device)
+    c, s = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat((a * c - b * s, b * c + a * s), -1)
+
+
+def plain_logits(c: ModelConfig, p: Params, ids: Tensor) -> Tensor:
+    """The model as a textbook writes it: ids (B, T) -> logits (B, T, vocab_size)."""
+    llama, d = c.norm == "rms", c.width // c.n_heads
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        if llama:
+            return F.rms_norm(x, (c.width,), p[name + ".weight"], c.norm_eps)
+        return F.layer_norm(x, (c.width,), p[name + ".weight"], p[name + ".bias"], c.norm_eps)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, p[name + ".weight"], p.get(name + ".bias"))
+
+    x = F.embedding(ids, p["wte.weight"])
+    x = x if llama else x + p["wpe.weight"][: ids.shape[1]]
+    for i in range(c.n_layers):
+        b = f"blocks.{i}."
+        qkv = linear(norm(x, b + "norm1"), b + "attn.qkv").unflatten(-1, (-1, d)).transpose(1, 2)
+        q, k, v = qkv.split([c.n_heads, c.kv_heads, c.kv_heads], dim=1)
+        q, k = (rotate(q), rotate(k)) if llama else (q, k)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + linear(y.transpose(1, 2).flatten(2), b + "attn.proj")
+        h = linear(norm(x, b + "norm2"), b + "mlp.up")
+        gate, up = h.chunk(2, -1) if llama else (h, h)
+        h = F.silu(gate) * up if llama else F.gelu(h, approximate="tanh")
+        x = x + linear(h, b + "mlp.down")
+    return F.linear(norm(x, "norm_f"), p["wte.weight" if c.tied else "head.weight"][: c.vocab_size])
+
+
+def plain_loss(c: ModelConfig, p: Params, ids: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    z = plain_logits(c, p, ids).flatten(0, 1)
+    return F.cross_entropy(z.to(torch.promote_types(z.dtype, torch.float32)), targets.flatten(), reduction=reduction)
+
+
+def batches(n: int) -> list[tuple[Tensor, Tensor]]:
+    g = torch.Generator().manual_seed(3)
+    tokens = torch.randint(61, (n, 2, 25), generator=g).to(DEVICE)
+    out = [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in tokens]
+    out[0][1][0, 3:7] = -100  # targets that do not count
+    return out
+
+
+def model_of(name: str, dtype: torch.dtype) -> GPT:
+    model = GPT(SHAPES[name], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():  # larger than initial weights, so that attention and norms matter; biases too
+        for i, p in enumerate(model.parameters()):
+            p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    return model.to(DEVICE, dtype)
+
+
+def leaves(model: GPT, dtype: torch.dtype) -> Params:
+    """The model's parameters by name, as leaves in another dtype."""
+    return {n: p.detach().to(dtype).clone().requires_grad_() for n, p in model.named_parameters()}
+
+
+def plain_step(c: ModelConfig, p: Params, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    plain_loss(c, p, ids, targets).backward()
+    with torch.no_grad():  # per token: the error of one mean is a matter of luck
+        out = {"logits": plain_logits(c, p, ids), "losses": plain_loss(c, p, ids, targets, "none")}
+    return {**out, **{f"d{n}": t.grad for n, t in p.items() if t.grad is not None}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kernels", BACKENDS)
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh", "kept"])
+def test_loss_logits_and_every_gradient(kernels: str, name: str, dtype: torch.dtype, kept: bool) -> None:
+    c, (ids, targets) = SHAPES[name], batches(1)[0]
+    model = model_of(name, dtype)
+    truth = plain_step(c, leaves(model, torch.float64), ids, targets)
+    baseline = plain_step(c, leaves(model, dtype), ids, targets)
+    if kept:
+        keep_gradients(model)
+    with backend.use(all=kernels, strict=False):
+        model(ids, targets).backward()
+        with torch.no_grad():
+            ours = {"logits": model(ids), "losses": model(ids, targets, reduction="none").flatten()}
+    ours |= {f"d{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == truth.keys()
+    for what, exact in truth.items():
+        got, base = (t[what].double() for t in (ours, baseline))
+        allowed = parity.allowed_error(what, exact, float((base - exact).abs().max()), ours[what].dtype)
+        error = float((got - exact).abs().max())
+        assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
+    for n, p in model.named_parameters():
+        own = kept and p.dim() == 2 and (kernels != "torch" or n.startswith("blocks."))
+        assert not own or p.grad is p.grad_buffer, n
+
+
+class Plain:
+    """Clip and torch.optim.AdamW on leaves of a plain model; 16-bit leaves follow fp32 masters."""
+
+    def __init__(self, model: GPT, dtype: torch.dtype, wide: torch.dtype) -> None:
+        self.params = leaves(model, dtype)
+        self.masters = {n: p.detach().to(wide).clone().requires_grad_() for n, p in self.params.items()}
+        groups = [
+            {"params": [p for p in self.masters.values() if p.dim() >= 2], "weight_decay": DECAY},
+            {"params": [p for p in self.masters.values() if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS)
+
+    def step(self, c: ModelConfig, ids: Tensor, targets: Tensor) -> float:
+        loss = plain_loss(c, self.params, ids, targets)
+        grads = torch.autograd.grad(loss, list(self.params.values()))
+        for master, g in zip(self.masters.values(), grads):
+            master.grad = g.to(master.dtype)
+        torch.nn.utils.clip_grad_norm_(self.masters.values(), CLIP)
+        self.optimizer.step()
+        with torch.no_grad():
+            for n, p in self.params.items():
+                p.copy_(self.masters[n])
+        return float(loss.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("kernels", BACKENDS)
+def test_ten_steps(kernels: str, name: str, dtype: torch.dtype) -> None:
+    c, model = SHAPES[name], model_of(name, dtype)
+    start = copy.deepcopy(model)
+    exact, base = Plain(model, torch.float64, torch.float64), Plain(model, dtype, torch.float32)
+    keep_gradients(model)
+    optimizer = AdamW(model.param_groups(DECAY), lr=LR, betas=BETAS, max_norm=CLIP)
+    losses: list[tuple[float, float, float]] = []
+    with backend.use(all=kernels, strict=False):
+        for ids, targets in batches(10):
+            loss = model(ids, targets)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append((float(loss.detach()), base.step(c, ids, targets), exact.step(c, ids, targets)))
+    unit = torch.finfo(dtype).eps
+    ours_off, base_off = (max(abs(row[i] / row[2] - 1) for row in losses) for i in (0, 1))
+    assert ours_off <= 3 * base_off + unit
+    for n, p in model.named_parameters():
+        truth = exact.params[n].detach()
+        moved = (truth - dict(start.named_parameters())[n].double()).norm()
+        assert moved > 1e-3 * truth.norm(), f"{n} did not move"
+        ours_error, base_error = (
+            float((t.detach().double() - truth).norm() / truth.norm()) for t in (p, base.params[n])
+        )
+        assert ours_error <= 3 * base_error + unit, f"{n}: {ours_error:.3e}, plain PyTorch {base_error:.3e}"
