@@ -1,6 +1,6 @@
 """A whole model on our kernels against the same function in plain PyTorch: loss, logits, gradients and ten steps.
 
-Truth is plain PyTorch in fp64. By DESIGN's rule: error(ours) <= 2 (loss, logits) or 3 (gradients) times the error of plain
+Truth is plain PyTorch in fp64. By the one rule: error(ours) <= 2 (loss, logits) or 3 (gradients) times the error of plain
 PyTorch in the same dtype plus one unit in the last place; after ten AdamW steps by relative L2 error per tensor.
 """
 
