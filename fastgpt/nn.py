@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from fastgpt import ops
 
 
-def keep_gradients(module: nn.Module) -> None:
-    """Give every matrix of `module` a `grad_buffer`: memory of its shape that its gradient stays in from step to step.
+def keep_gradients(module: nn.Module, min_numel: int = 2**18) -> None:
+    """Give every matrix of min_numel elements and more a `grad_buffer`: memory that its gradient stays in between steps.
 
     Backward of fastgpt's linear layers, embeddings and LM head then writes (after zero_grad(set_to_none=True)) or adds
     the gradient there instead of making a new tensor. For one process, eager: hooks of DDP and FSDP see no gradient,
-    and torch.compile traces the usual way. Call it again after moving or casting the module.
+    and torch.compile traces the usual way. Call it again after moving or casting the module. Smaller matrices gain less
+    than an autograd function in Python costs.
     """
     for p in module.parameters():
-        if p.dim() == 2 and p.requires_grad:
+        if p.dim() == 2 and p.numel() >= min_numel and p.requires_grad:
             p.grad_buffer = torch.empty_like(p)  # type: ignore[attr-defined]
 
 

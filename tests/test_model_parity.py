@@ -1,7 +1,7 @@
 """A whole model on our kernels against the same function in plain PyTorch: loss, logits, gradients and ten steps.
 
-Truth is plain PyTorch in fp64. By the one rule: error(ours) <= 2 (loss, logits) or 3 (gradients) times the error of plain
-PyTorch in the same dtype plus one unit in the last place; after ten AdamW steps by relative L2 error per tensor.
+Truth is plain PyTorch in fp64. By the one rule: error(ours) <= 2 (loss, logits) or 3 (gradients) times the error of
+plain PyTorch in the same dtype plus one unit in the last place; after ten AdamW steps by relative L2 error per tensor.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def test_loss_logits_and_every_gradient(kernels: str, name: str, dtype: torch.dt
     truth = plain_step(c, leaves(model, torch.float64), ids, targets)
     baseline = plain_step(c, leaves(model, dtype), ids, targets)
     if kept:
-        keep_gradients(model)
+        keep_gradients(model, min_numel=1)
     with backend.use(all=kernels, strict=False):
         model(ids, targets).backward()
         with torch.no_grad():
@@ -163,7 +163,7 @@ def test_ten_steps(kernels: str, name: str, dtype: torch.dtype) -> None:
     c, model = SHAPES[name], model_of(name, dtype)
     start = copy.deepcopy(model)
     exact, base = Plain(model, torch.float64, torch.float64), Plain(model, dtype, torch.float32)
-    keep_gradients(model)
+    keep_gradients(model, min_numel=1)
     optimizer = AdamW(model.param_groups(DECAY), lr=LR, betas=BETAS, max_norm=CLIP)
     losses: list[tuple[float, float, float]] = []
     with backend.use(all=kernels, strict=False):

@@ -16,7 +16,7 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 def layer(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
     made = nn.Linear(8, 5, bias=bias).to(DEVICE, dtype)
-    nn.keep_gradients(made)
+    nn.keep_gradients(made, min_numel=1)
     return made
 
 
@@ -79,6 +79,12 @@ def test_retain_graph_twice_is_twice_the_gradient() -> None:
     once = module.weight.grad.clone()
     y.backward()
     torch.testing.assert_close(module.weight.grad, 2 * once)
+
+
+def test_small_matrices_and_vectors_are_left_alone() -> None:
+    module = torch.nn.Sequential(nn.Linear(512, 511), nn.Linear(512, 512))
+    nn.keep_gradients(module)
+    assert [hasattr(p, "grad_buffer") for p in module.parameters()] == [False, False, True, False]
 
 
 def test_compiled_and_under_autocast_it_is_the_plain_layer() -> None:
