@@ -11,7 +11,7 @@ from fastgpt import ops
 
 
 def keep_gradients(module: nn.Module, min_numel: int = 2**18) -> None:
-    """Give every matrix of min_numel elements and more a `grad_buffer`: memory that its gradient stays in between steps.
+    """Give every matrix of min_numel elements and more a `grad_buffer`: memory its gradient stays in between steps.
 
     Backward of fastgpt's linear layers, embeddings and LM head then writes (after zero_grad(set_to_none=True)) or adds
     the gradient there instead of making a new tensor. For one process, eager: hooks of DDP and FSDP see no gradient,
