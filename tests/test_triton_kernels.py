@@ -6,7 +6,6 @@ By the one parity rule (fastgpt/parity/rule.py). Outputs lie between canaries wh
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -360,24 +359,3 @@ def test_scale_rows(dtype: torch.dtype) -> None:
     assert same_bits(x, scaled.where(scale[:, None] != 1, before))
     cross_entropy.scale_rows(x[2:], torch.tensor([2.0], device=DEVICE))
     assert same_bits(x[2:], (scaled[2:].float() * 2).to(dtype)) and canaries_intact(buffer)
-
-
-# index arithmetic
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="the sparse file is host memory")
-def test_addresses_past_2_to_31(tmp_path: Path) -> None:
-    """Rows far apart in a sparse file: row * stride does not fit 32 bits."""
-    far = 2**30 + 64
-    x = torch.from_file(str(tmp_path / "sparse"), shared=True, size=3 * far, dtype=BF16).as_strided((3, 32), (far, 1))
-    x.copy_(randn(3, 32, dtype=BF16))
-    near, y, one = x.contiguous(), targets(3, 32), torch.ones(1)
-    check_norm(x, None, None, None, near, None)
-    outputs = [layer_norm.layer_norm_fwd(t, None, None, None, 1e-5)[0] for t in (x, near)]
-    assert torch.equal(*outputs)
-    check_loss(x, y)
-    cross_entropy.cross_entropy_fwd_bwd(x, torch.empty(3), y, None, one, -100, 0.0, 0.0, 0.0, 32)
-    cross_entropy.cross_entropy_fwd_bwd(near, torch.empty(3), y, None, one, -100, 0.0, 0.0, 0.0, 32)
-    assert torch.equal(x, near)
-    cross_entropy.scale_rows(x, 2 * one)
-    assert torch.equal(x, 2 * near)

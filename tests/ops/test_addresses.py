@@ -1,0 +1,98 @@
+"""Index arithmetic past 2^31: rows far apart in a sparse file give what the same rows give side by side.
+
+The optimizer has no such case: its tensors are dense, and its kernels take 64-bit addresses from a table.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastgpt import ops, parity
+from fastgpt.backend import use
+from fastgpt.ops.cross_entropy import FWD_BWD, SCALE_ROWS
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FAR = 2**30 + 64  # elements between rows: the third row's offset does not fit 32 bits
+pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="the sparse file is host memory")
+
+
+def cross_entropy(x: Tensor) -> Tensor:
+    return ops.cross_entropy(x, torch.tensor([3, 0, 31]), reduction="none")
+
+
+def heads(x: Tensor, n: int) -> Tensor:
+    """Rows (3, 32) as (B, T, H, D) = (1, 3, n, 32 / n)."""
+    return x.unflatten(1, (n, -1))[None]
+
+
+COS, SIN = torch.rand(3, 4), torch.rand(3, 4)
+IDS = torch.tensor([[2, 0, 2, 1]])
+WEIGHT, TARGET = torch.rand(7, 32), torch.tensor([3, 0, 6])
+CALLS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
+    "layer_norm": ("layer_norm", lambda x: ops.layer_norm(x, residual=x)),
+    "rms_norm": ("rms_norm", lambda x: ops.rms_norm(x, residual=x)),
+    "cross_entropy": ("cross_entropy", cross_entropy),
+    "bias_gelu": ("bias_gelu", lambda x: ops.bias_gelu(x, x[0])),
+    "swiglu": ("swiglu", lambda x: ops.swiglu(x, x)),
+    "swiglu packed": ("swiglu", lambda x: ops.swiglu(x)),
+    "rope": ("rope", lambda x: ops.rope(heads(x, 4), heads(x, 4), COS, SIN)),
+    "embedding": ("embedding", lambda x: ops.embedding(IDS, x, x[:, :], positions=IDS)),
+    "attention": ("attention", lambda x: ops.attention(*[heads(x, 2)] * 3, causal=True)),
+    "attention packed": ("attention", lambda x: ops.attention_qkv(heads(x, 4), n_heads=2, n_kv_heads=1, causal=True)),
+    "linear_cross_entropy": (
+        "linear_cross_entropy",
+        lambda x: ops.linear_cross_entropy(x, WEIGHT.to(x.dtype), TARGET, reduction="none"),
+    ),
+    "linear_cross_entropy weight": (
+        "linear_cross_entropy",
+        lambda x: ops.linear_cross_entropy(WEIGHT.to(x.dtype)[:3], x, torch.tensor([2, 0, 1]), chunk=2),
+    ),
+}
+KERNELS = [(call, name) for call, (op, _) in CALLS.items() for name in parity.backends_here(op)]
+
+
+def far_rows(folder: Path, near: Tensor) -> Tensor:
+    """near (3, C) in a file that takes 6 GB of addresses and a few pages of disk."""
+    file = torch.from_file(str(folder / "sparse"), shared=True, size=3 * FAR, dtype=near.dtype)
+    return file.as_strided(near.shape, (FAR, 1)).copy_(near)
+
+
+@pytest.mark.parametrize("call,name", KERNELS)
+def test_far_rows_are_as_near_ones(call: str, name: str, tmp_path: Path) -> None:
+    op, fn = CALLS[call]
+    near = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    results = []
+    for x in (near, far_rows(tmp_path, near)):
+        leaf = x.detach().requires_grad_()  # no copy: the far rows stay far
+        with use(strict=True, **{op: name}):
+            out = fn(leaf)
+            outputs = out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward([o.sum() for o in outputs])
+        results.append([*outputs, leaf.grad])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", parity.backends_here("cross_entropy"))
+def test_logits_far_apart_are_replaced_by_their_gradient(name: str, tmp_path: Path) -> None:
+    near = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    far = far_rows(tmp_path, near)
+    for x in (near, far):
+        loss, options = torch.empty(3), (-100, 0.0, 0.0, 0.0, 32)
+        FWD_BWD[name](x, loss, torch.tensor([3, 0, 31]), None, torch.ones(1), *options)
+        SCALE_ROWS[name](x, torch.full((1,), 3.0))
+    assert torch.equal(far, near)
+
+
+@pytest.mark.parametrize("name", parity.backends_here("rope"))
+def test_heads_far_apart_turn_in_place(name: str, tmp_path: Path) -> None:
+    near = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    far = far_rows(tmp_path, near)
+    with use(strict=True, rope=name), torch.no_grad():
+        for x in (near, far):
+            ops.rope_qkv(heads(x, 4), COS, SIN, n_heads=2, n_kv_heads=1)
+    assert torch.equal(far, near)
