@@ -107,9 +107,12 @@ def autograd_job(call: Callable[[], Any], leaves: list[Tensor], grads: list[Tens
     return Job(lambda: backward(out, retain_graph=True))
 
 
+PLAIN = "contiguous/contiguous"
+
+
 def gate(bench: Bench, provider: Provider, setting: Setting) -> str | None:
     """Why this provider's figures must not be shown: parity at this dtype and row length; None if it holds."""
-    every = [c for c in parity.cases(bench.op) if c.dtype == setting.dtype and c.layout == "contiguous"]
+    every = [c for c in parity.cases(bench.op) if c.dtype == setting.dtype and c.layouts == PLAIN]
     picked = every[:: max(1, len(every) // 6)]
     for shape, options in bench.gate_cases(setting.shape):
         picked.append(parity.Case(bench.op, setting.dtype, "contiguous", shape, tuple(options.items())))

@@ -33,7 +33,8 @@ class AdamW(torch.optim.Optimizer):
             the first step). Reading it waits for the device.
 
     Works with torch.amp.GradScaler (grad_scale and found_inf are used on the device). Raises ValueError for settings
-    it does not support, TypeError for sparse or complex parameters. Source: arXiv:1711.05101.
+    it does not support and for parameters with gaps or overlaps in memory, TypeError for sparse or complex ones.
+    Source: arXiv:1711.05101.
     """
 
     _step_supports_amp_scaling = True
@@ -81,6 +82,11 @@ class AdamW(torch.optim.Optimizer):
         for p in param_group["params"]:
             if not p.is_floating_point() or p.layout is not torch.strided:
                 raise TypeError(f"AdamW: a parameter is {p.dtype} {p.layout}, expected dense floating point")
+            if not _is_dense(p):
+                raise ValueError(
+                    f"AdamW: a parameter of shape {tuple(p.shape)} has strides {p.stride()}, expected elements without "
+                    "gaps or overlaps in memory, in any order of dimensions (call .contiguous() on a view first)"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -228,6 +234,16 @@ class AdamW(torch.optim.Optimizer):
                             f"AdamW: saved {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}"
                         )
                     state[name].copy_(torch.as_tensor(value))
+
+
+def _is_dense(p: Tensor) -> bool:
+    """Whether p's elements fill their memory, each at a place of its own."""
+    size = 1
+    for stride, n in sorted((s, n) for s, n in zip(p.stride(), p.shape) if n != 1):
+        if stride != size and p.numel():
+            return False
+        size *= n
+    return True
 
 
 def _check_settings(

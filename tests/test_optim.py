@@ -259,6 +259,10 @@ def test_refuses_what_it_cannot_do() -> None:
         AdamW([p[0], nn.Parameter(torch.empty(3, device="meta"))])
     with pytest.raises(TypeError, match="expected dense floating point"):
         AdamW([nn.Parameter(torch.zeros(3, dtype=torch.complex64))])
+    for apart in (torch.zeros(4, 6)[:, :3], torch.zeros(3, 8)[:, ::2], torch.zeros(1, 3).expand(4, 3)):
+        with pytest.raises(ValueError, match="without gaps or overlaps"):
+            AdamW([nn.Parameter(apart)])
+    AdamW([nn.Parameter(torch.zeros(2, 3, 4).permute(1, 2, 0)), nn.Parameter(torch.zeros(0, 3)[:, :2])])
     with pytest.raises(ValueError, match="for bf16 parameters"):
         AdamW([nn.Parameter(torch.zeros(3, dtype=torch.float16))], master="remainder")
     with pytest.raises(TypeError, match="no argument 'bogus'"):

@@ -1,4 +1,4 @@
-"""Numerical parity of every op x backend x dtype x layout against its reference in fp64, by one rule (rule.py).
+"""Numerical parity of every op x backend x dtype x layouts against its reference in fp64, by one rule (rule.py).
 
 `fastgpt parity` prints the table, worst ratio first, and exits 1 on a ratio over 1 or a cell without a case (table.py).
 The tests run the same cases one by one.
@@ -7,26 +7,29 @@ To add an op: a module here with `SUBJECTS = {"<op>": Subject(...)}` (rule.py sa
 the shortest pattern), and the module's name in table.py, in the import of the families and in FAMILIES. Nothing else.
 """
 
+from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import (
     BACKWARD,
     FORWARD,
+    GRAD_LAYOUTS,
     LAYOUTS,
+    REPEATED,
     Case,
-    Inputs,
     Outputs,
     Row,
     Subject,
     Variant,
     allowed_error,
-    lay,
 )
-from fastgpt.parity.table import FAMILIES, SUBJECTS, backends_here, cases, check, main, missing_cells, run_all
+from fastgpt.parity.table import FAMILIES, SUBJECTS, backends_here, cases, check, layouts, main, missing_cells, run_all
 
 __all__ = [
     "BACKWARD",
     "FAMILIES",
     "FORWARD",
+    "GRAD_LAYOUTS",
     "LAYOUTS",
+    "REPEATED",
     "SUBJECTS",
     "Case",
     "Inputs",
@@ -38,7 +41,7 @@ __all__ = [
     "backends_here",
     "cases",
     "check",
-    "lay",
+    "layouts",
     "main",
     "missing_cells",
     "run_all",

@@ -11,7 +11,8 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops.bias_gelu import bias_gelu_ref, bias_gelu_torch
 from fastgpt.ops.swiglu import swiglu_ref, swiglu_torch
-from fastgpt.parity.rule import Case, Inputs, Outputs, Subject, Variant
+from fastgpt.parity.inputs import Inputs
+from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 
 EXTREMES: tuple[dict[str, Any], ...] = ({"mean": 1e4}, {"mean": -1e4}, {"scale": 1e-3}, {"scale": 5.0})
 
@@ -28,7 +29,7 @@ def run_bias_gelu(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs
     dtype = torch.float32 if o.get("fp32_weight") else case.dtype
     bias = inputs.leaf(case.shape[-1:], dtype, min(1.0, o.get("scale", 1.0))) if o.get("bias", True) else None
     y = fn(x, bias, approximate=o.get("approximate", "none"))
-    return _backward(y, inputs.tensor(case.shape, case.dtype), {"dx": x, "dbias": bias})
+    return _backward(y, inputs.grad(case.shape, case.dtype), {"dx": x, "dbias": bias})
 
 
 def run_swiglu(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
@@ -39,11 +40,12 @@ def run_swiglu(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
     up = None if packed else inputs.leaf(case.shape, case.dtype)
     y = fn(gate, up, activation=o.get("activation", "silu"))
     width = case.shape[-1] // 2 if packed else case.shape[-1]
-    return _backward(y, inputs.tensor((*case.shape[:-1], width), case.dtype), {"dgate": gate, "dup": up})
+    return _backward(y, inputs.grad((*case.shape[:-1], width), case.dtype), {"dgate": gate, "dup": up})
 
 
 def _bias_gelu_bases(dtype: torch.dtype) -> Iterator[Variant]:
-    yield (6, 33), {}
+    yield (2, 3, 33), {}
+    yield (2, 3, 33), {"approximate": "tanh"}
 
 
 def _bias_gelu_variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -57,8 +59,8 @@ def _bias_gelu_variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _swiglu_bases(dtype: torch.dtype) -> Iterator[Variant]:
-    yield (6, 33), {}
-    yield (6, 66), {"packed": True}
+    yield (2, 3, 33), {}
+    yield (2, 3, 66), {"packed": True}
 
 
 def _swiglu_variants(dtype: torch.dtype) -> Iterator[Variant]:

@@ -9,7 +9,8 @@ import torch
 
 from fastgpt.ops.adamw import join_remainder
 from fastgpt.optim import AdamW
-from fastgpt.parity.rule import Case, Inputs, Outputs, Subject, Variant
+from fastgpt.parity.inputs import Inputs
+from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 
 
 class TorchAdamW(torch.optim.AdamW):
@@ -33,14 +34,15 @@ def run_adamw(case: Case, make: Callable[..., torch.optim.Optimizer], inputs: In
     """Parameters, masters and moments after some steps of the optimizer that `make(groups, **settings)` gives."""
     settings = dict(case.options)
     masters = make is TorchAdamW and settings.get("master", "fp32") is not None
-    params = [inputs.tensor(shape, case.dtype) for shape in (case.shape, (7,), (3, 5))]
+    params = [inputs.tensor(shape, case.dtype, written=True) for shape in (case.shape, (7,), (3, 5))]
     params = [torch.nn.Parameter(p.float() if masters else p) for p in params]
     groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0, "lr": 3e-3}]
     steps = settings.pop("steps", 4)
     optimizer = make(groups, **settings)
     for _ in range(steps):
         for p in params:
-            p.grad = inputs.tensor(tuple(p.shape), case.dtype).to(p.dtype)
+            grad = inputs.grad(tuple(p.shape), case.dtype).to(p.dtype)
+            p.grad = grad.clone() if make is TorchAdamW else grad  # torch's clipping writes to it
         optimizer.step()
     out: Outputs = {}
     for i, p in enumerate(params):
@@ -53,10 +55,11 @@ def run_adamw(case: Case, make: Callable[..., torch.optim.Optimizer], inputs: In
 
 
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
-    yield (33, 17), {}
-    if dtype == torch.bfloat16:
-        yield (33, 17), {"master": "remainder", "max_norm": 0.5}
-        yield (33, 17), {"master": None, "max_norm": 0.5}
+    clip, narrow = {"max_norm": 0.5}, {"moment_dtype": torch.bfloat16}
+    own: list[dict[str, Any]] = [{"master": "remainder"}, {"master": None}] if dtype == torch.bfloat16 else []
+    for master in ({}, *own):  # the baseline without masters is NaN in fp16
+        for o in ({}, clip, narrow, clip | narrow):
+            yield (3, 11, 17), {**master, **o, "steps": 2}
 
 
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -66,5 +69,5 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     yield (0,), {}
 
 
-_LAYOUTS = ("contiguous", "transposed", "misaligned")
+_LAYOUTS = ("contiguous", "transposed", "permuted", "misaligned")  # a parameter is dense, its state has its layout
 SUBJECTS = {"adamw": Subject(run_adamw, AdamW, TorchAdamW, AdamW, _bases, _variants, _LAYOUTS)}

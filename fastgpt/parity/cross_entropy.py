@@ -10,7 +10,10 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.ops.cross_entropy import cross_entropy_ref, cross_entropy_torch
-from fastgpt.parity.rule import Case, Inputs, Outputs, Subject, Variant
+from fastgpt.parity.inputs import Inputs
+from fastgpt.parity.rule import LAYOUTS, Case, Outputs, Subject, Variant
+
+INPLACE_LAYOUTS = ("contiguous", "sliced", "rows", "misaligned")
 
 
 def run_cross_entropy(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
@@ -23,11 +26,14 @@ def run_cross_entropy(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Out
     target[:1], target[-1:] = k - 1, 0
     target[2::3] = o.get("ignore_index", -100)
     if o.pop("weighted", False):
-        o["weight"] = inputs.tensor((k,), torch.float32).abs() + 0.1
-    inplace = o.pop("inplace", False) and not inputs.wide
-    values = torch.nn.functional.pad(logits, (1, 3))[:, 1:-3] if inplace else logits  # rows apart, memory of its own
-    loss = fn(values, target.to(inputs.device), **({**o, "inplace": True} if inplace else o))
-    loss.backward(inputs.tensor(tuple(loss.shape), torch.float32).to(loss.dtype) if loss.dim() else None)
+        o["weight"] = inputs.place(inputs.tensor((k,), torch.float32).abs() + 0.1)
+    values, target = logits, inputs.place(target)
+    if o.pop("inplace", False) and not inputs.wide:
+        layout = case.layout if case.layout in INPLACE_LAYOUTS else "sliced"  # whole rows, apart from each other
+        values = inputs.place(torch.zeros_like(logits), layout, written=True).copy_(logits)
+        o["inplace"] = True
+    loss = fn(values, target, **o)
+    loss.backward(inputs.grad(tuple(loss.shape), torch.float32).to(loss.dtype) if loss.dim() else None)
     assert logits.grad is not None
     return {"loss": loss, "dlogits": logits.grad}
 
@@ -40,7 +46,8 @@ def _torch_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tens
 
 
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
-    yield (7, 61), {}
+    yield (7, 61), {"reduction": "none"}
+    yield (7, 61), {"reduction": "none", "inplace": True}
 
 
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -66,6 +73,13 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 SUBJECTS = {
     "cross_entropy": Subject(
-        run_cross_entropy, ops.cross_entropy, _torch_cross_entropy, cross_entropy_ref, _bases, _variants
+        run_cross_entropy,
+        ops.cross_entropy,
+        _torch_cross_entropy,
+        cross_entropy_ref,
+        _bases,
+        _variants,
+        tuple(layout for layout in LAYOUTS if layout != "permuted"),
+        ("contiguous", "rows", "expanded", "misaligned"),  # of a vector
     )
 }

@@ -17,24 +17,32 @@ import torch
 from torch import Tensor
 
 FORWARD, BACKWARD = 2.0, 3.0
-LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "misaligned")
+LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "rows", "expanded", "misaligned")  # inputs.py draws them
+GRAD_LAYOUTS = (*LAYOUTS, "broadcast")
+REPEATED = ("expanded", "broadcast")  # few values, many times: what PyTorch's error is there is left to chance
 Outputs = dict[str, Tensor]  # names of gradients begin with "d"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison; `shape` and `options` are the op's own."""
+    """One comparison; `shape` and `options` are the op's own. Layouts: of the inputs, of the upstream gradient."""
 
     op: str
     dtype: torch.dtype
     layout: str
     shape: tuple[int, ...]
     options: tuple[tuple[str, Any], ...] = ()
+    grad_layout: str = "contiguous"
+
+    @property
+    def layouts(self) -> str:
+        """Both layouts as the table names them."""
+        return f"{self.layout}/{self.grad_layout}"
 
     def __str__(self) -> str:
         opts = ",".join(f"{k}={v}" for k, v in self.options)
         shape = "x".join(map(str, self.shape))
-        return "-".join(filter(None, (self.op, str(self.dtype).split(".")[1], self.layout, shape, opts)))
+        return "-".join(filter(None, (self.op, str(self.dtype).split(".")[1], self.layouts, shape, opts)))
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Row:
     op: str
     backend: str
     dtype: str
-    layout: str
+    layouts: str
     case: str
     output: str
     error: float
@@ -56,49 +64,11 @@ class Row:
         self.ratio = math.inf if math.isnan(self.error) else self.error / self.allowed if self.allowed else self.error
 
 
-def lay(t: Tensor, layout: str) -> Tensor:
-    """A tensor of t's shape in this memory layout. Values are t's, except for 'expanded': its first row everywhere."""
-    if layout == "transposed" and t.dim() >= 2:
-        return t.transpose(-1, -2).contiguous().transpose(-1, -2)
-    if layout == "sliced":
-        wide = torch.full((*t.shape[:-1], t.shape[-1] + 5), torch.nan, dtype=t.dtype, device=t.device)
-        wide[..., 2:-3] = t
-        return wide[..., 2:-3]
-    if layout == "expanded" and t.numel():
-        return (
-            t[:1].expand(t.shape)
-            if t.dim() == 1
-            else t.reshape(-1, t.shape[-1])[:1].expand(t.shape[:-1].numel(), -1).view(t.shape)
-        )
-    if layout == "misaligned":
-        return torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape)
-    return t.clone()
-
-
 def allowed_error(name: str, truth: Tensor, torch_error: float, dtype: torch.dtype) -> float:
     """The rule at this file's head for one output."""
     eps, scale = torch.finfo(dtype).eps, float(truth.detach().abs().max()) if truth.numel() else 0.0
     unit = 32 * eps if scale == 0 else eps * 2.0 ** math.floor(math.log2(scale))
     return (BACKWARD if name.startswith("d") else FORWARD) * torch_error + unit
-
-
-class Inputs:
-    """Seeded tensors of one case: the same values, rounded to their dtype, in its layout; for the truth in fp64."""
-
-    def __init__(self, case: Case, device: str, wide: bool) -> None:
-        self.case, self.device, self.wide, self.seed = case, device, wide, 0
-
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        """The next random tensor."""
-        self.seed += 1
-        g = torch.Generator().manual_seed(self.seed)
-        t = (torch.randn(shape, generator=g, dtype=torch.float64) * scale + shift).to(dtype).to(self.device)
-        t = lay(t, self.case.layout)
-        return t.double() if self.wide else t
-
-    def leaf(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        """The next random tensor, as a leaf that requires grad."""
-        return self.tensor(shape, dtype, scale, shift).detach().requires_grad_()
 
 
 Variant = tuple[tuple[int, ...], dict[str, Any]]  # shape, options
@@ -110,8 +80,9 @@ class Subject:
     """One op: how it runs as fastgpt's public function, as PyTorch's own and as the reference; and on what.
 
     run(case, fn, inputs) makes the inputs, calls fn (one of the next three), runs backward, and returns outputs and
-    gradients by name. bases(dtype) gives the small shapes and options that go through every layout, variants(dtype)
-    the other shapes, options and extremes, each in contiguous tensors.
+    gradients by name. bases(dtype) gives small shapes and options: the first goes through every layout of the inputs x
+    every layout of the upstream gradient, the others through each of either without repeated values. variants(dtype)
+    gives the other shapes, options and extremes, in contiguous tensors. layouts, grad_layouts: those the op can have.
     """
 
     run: Callable[..., Outputs]
@@ -121,3 +92,4 @@ class Subject:
     bases: Variants
     variants: Variants
     layouts: tuple[str, ...] = LAYOUTS
+    grad_layouts: tuple[str, ...] = GRAD_LAYOUTS

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,14 +19,15 @@ from torch import Tensor
 
 from fastgpt import backend
 from fastgpt.parity import activations, adamw, cross_entropy, norms
-from fastgpt.parity.rule import LAYOUTS, Case, Inputs, Row, Subject, allowed_error
+from fastgpt.parity.inputs import Inputs
+from fastgpt.parity.rule import REPEATED, Case, Row, Subject, allowed_error
 
 FAMILIES = (norms, cross_entropy, activations, adamw)
 SUBJECTS: dict[str, Subject] = {op: subject for family in FAMILIES for op, subject in family.SUBJECTS.items()}
 
 
 def check(case: Case, name: str, device: str = "cpu") -> list[Row]:
-    """Run one case on one backend; one row per output.
+    """Run one case on one backend; one row per output, and one per input that was written to or over.
 
     Raises:
         AssertionError: an output's shape or dtype is not the baseline's.
@@ -32,20 +35,24 @@ def check(case: Case, name: str, device: str = "cpu") -> list[Row]:
     subject = SUBJECTS[case.op]
     choice: dict[str, Any] = {case.op: name}
     with backend.use(strict=True, **choice):
-        ours = subject.run(case, subject.ours, Inputs(case, device, wide=False))
+        inputs = Inputs(case, device, wide=False)
+        ours = subject.run(case, subject.ours, inputs)
     baseline = subject.run(case, subject.torch, Inputs(case, device, wide=False))
     choice[case.op] = "torch"
     with backend.use(**choice):
         truth = subject.run(case, subject.reference, Inputs(case, device, wide=True))
     assert ours.keys() == truth.keys() == baseline.keys(), (ours.keys(), baseline.keys(), truth.keys())
-    rows = []
+    dtype = str(case.dtype).split(".")[1]
+    rows = [
+        Row(case.op, name, dtype, case.layouts, str(case), what + " overwritten", math.inf, 0.0, 0.0)
+        for what in inputs.harmed()
+    ]
     for output, exact in truth.items():
         got = ours[output]
         assert got.shape == exact.shape, f"{case} {output}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
         error, torch_error = _error(got, exact), _error(baseline[output], exact)
         limit = allowed_error(output, exact, torch_error, got.dtype)
-        dtype = str(case.dtype).split(".")[1]
-        rows.append(Row(case.op, name, dtype, case.layout, str(case), output, error, torch_error, limit))
+        rows.append(Row(case.op, name, dtype, case.layouts, str(case), output, error, torch_error, limit))
     return rows
 
 
@@ -58,13 +65,23 @@ def _error(got: Tensor, exact: Tensor) -> float:
     return float(torch.where(same, 0.0, (wide - exact).abs()).max())
 
 
+def layouts(op: str) -> list[tuple[str, str]]:
+    """Every layout of the op's inputs with every layout of its upstream gradient."""
+    return list(itertools.product(SUBJECTS[op].layouts, SUBJECTS[op].grad_layouts))
+
+
 def cases(op: str) -> Iterator[Case]:
-    """Every case of an op, for all kernel dtypes: the base shapes in every layout, then the variants."""
+    """Every case of an op once, for all kernel dtypes: the base shapes through the layouts, then the variants."""
+    yield from dict.fromkeys(_cases(op))
+
+
+def _cases(op: str) -> Iterator[Case]:
     subject = SUBJECTS[op]
     for dtype in backend.KERNEL_DTYPES:
-        for layout in subject.layouts:
-            for shape, options in subject.bases(dtype):
-                yield Case(op, dtype, layout, shape, tuple(options.items()))
+        for i, (shape, options) in enumerate(subject.bases(dtype)):
+            for layout, grad_layout in layouts(op):
+                if i == 0 or ("contiguous" in (layout, grad_layout) and not {layout, grad_layout} & set(REPEATED)):
+                    yield Case(op, dtype, layout, shape, tuple(options.items()), grad_layout)
         for shape, options in subject.variants(dtype):
             yield Case(op, dtype, "contiguous", shape, tuple(options.items()))
 
@@ -88,15 +105,15 @@ def run_all(only: list[str]) -> list[Row]:
 
 
 def missing_cells(rows: list[Row]) -> list[str]:
-    """Cells of the registry (op x backend x dtype x layout) that run here and that no row covers."""
-    seen = {(r.op, r.backend, r.dtype, r.layout) for r in rows}
+    """Cells of the registry (op x backend x dtype x both layouts) that run here and that no row covers."""
+    seen = {(r.op, r.backend, r.dtype, r.layouts) for r in rows}
     wanted = {
-        (op, name, str(dtype).split(".")[1], layout)
+        (op, name, str(dtype).split(".")[1], f"{layout}/{grad_layout}")
         for op in backend.ops()
         if len(backend.ops()[op]) > 1
         for name in backends_here(op)
         for dtype in backend.ops()[op][name].dtypes
-        for layout in (SUBJECTS[op].layouts if op in SUBJECTS else LAYOUTS)
+        for layout, grad_layout in (layouts(op) if op in SUBJECTS else [("any", "any")])
     }
     return sorted(" ".join(cell) for cell in wanted - seen)
 

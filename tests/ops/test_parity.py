@@ -25,12 +25,23 @@ def test_parity(case: parity.Case, name: str, record_property: Callable[[str, ob
 
 
 def test_every_cell_has_a_case() -> None:
-    covered = {(c.op, name, c.dtype, c.layout) for c, name in EVERY}
+    covered = {(c.op, name, c.dtype, c.layout, c.grad_layout) for c, name in EVERY}
     for op, cells in backend.ops().items():
         for name in [b for b in cells if b in parity.backends_here(op)]:
             for dtype in cells[name].dtypes:
-                for layout in parity.SUBJECTS[op].layouts:
-                    assert (op, name, dtype, layout) in covered
+                for both in parity.layouts(op):
+                    assert (op, name, dtype, *both) in covered
+
+
+@pytest.mark.parametrize("op", parity.SUBJECTS)
+def test_every_op_has_400_cases(op: str) -> None:
+    """Counted over the backends that a machine without a GPU has, dtypes, layouts, shapes and options; each once."""
+    kernels = {name for name in backend.ops()[op] if name not in ("torch", "cuda")}
+    if kernels - set(parity.backends_here(op)):
+        pytest.skip(f"{op}: not every backend is here")
+    cases = [str(case) for case in parity.cases(op)]
+    assert len(set(cases)) == len(cases)
+    assert len(cases) * len(kernels) >= 400, f"{op}: {len(cases)} cases on each of {kernels}"
 
 
 def test_the_rule_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +54,7 @@ def test_the_rule_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nan_is_over_the_bound() -> None:
-    row = parity.Row("op", "cpu", "float32", "contiguous", "case", "y", float("nan"), 0.0, 1.0)
+    row = parity.Row("op", "cpu", "float32", "contiguous/contiguous", "case", "y", float("nan"), 0.0, 1.0)
     assert not row.ratio <= 1
 
 
@@ -54,5 +65,5 @@ def test_command_writes_the_table_and_names_missing_cells(
     monkeypatch.setattr(table, "run_all", lambda only: parity.check(next(parity.cases("adamw")), "torch"))
     monkeypatch.setattr(table, "backends_here", lambda op: ["triton"])
     assert parity.main(["--json", str(tmp_path / "table.json")]) == 1
-    assert "missing: adamw triton float32 contiguous" in capsys.readouterr().out
+    assert "missing: adamw triton float32 contiguous/transposed" in capsys.readouterr().out
     assert {"ratio", "error", "allowed", "case"} <= json.loads((tmp_path / "table.json").read_text())[0].keys()
