@@ -7,7 +7,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/fastgpt/*)
 # Two processes with one thread each use two cores; more of either only gets in the way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-slow lint types cuda-check triton-check parity bench gpu clean
+.PHONY: train test test-slow test-all lint types cuda-check triton-check parity bench gpu clean
 
 train: $(VENV)/installed
 	$(BIN)/fastgpt train $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data '$(DATA)',--check-baseline true) $(ARGS)
@@ -17,6 +17,10 @@ test: $(VENV)/tested
 
 test-slow: $(VENV)/tested
 	$(PYTEST) -m slow $(ARGS)
+
+# Everything that a machine without a GPU can show: about half an hour on two cores.
+test-all: test test-slow
+	$(BIN)/python -m fastgpt.triton_check --all
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Ahead-of-time check of the Triton kernels: `python -m fastgpt.triton_check [--arch 80 --arch 90] [--all]`.
+"""Ahead-of-time check of the Triton kernels: `python -m fastgpt.triton_check [--arch 90] [--all | --quick]`.
 
 Compiles every configuration that a launcher may pick (each kernel file's `configurations`) for explicit GPU targets; no
 GPU is needed. Registers, stack (spills) and shared memory come from the cubin, read by the cuobjdump that Triton
@@ -69,8 +69,11 @@ def configurations(module: str, dtype: str, weight_dtype: str) -> list[Any]:
     return list(kernels.configurations(getattr(torch, dtype), getattr(torch, weight_dtype)))
 
 
-def jobs(archs: list[int], every: bool) -> list[Job]:
-    """bf16 with bf16 parameters, 16-byte aligned; `every`: fp16, fp32, mixed, and element-aligned pointers too."""
+def jobs(archs: list[int], every: bool, quick: bool = False) -> list[Job]:
+    """bf16 with bf16 parameters, 16-byte aligned; `every`: fp16, fp32, mixed, and element-aligned pointers too.
+
+    A configuration is compiled for the chips that it may be picked on. `quick`: only what is marked so.
+    """
     pairs = [("bfloat16", "bfloat16")]
     if every:
         pairs += [("bfloat16", "float32"), ("float16", "float16"), ("float32", "float32")]
@@ -78,6 +81,8 @@ def jobs(archs: list[int], every: bool) -> list[Job]:
     for module in MODULES:
         for dtype, weight_dtype in pairs:
             for i, c in enumerate(configurations(module, dtype, weight_dtype)):
+                if quick and not c.quick:
+                    continue
                 chips = [arch for arch in archs if c.archs is None or arch in c.archs]
                 alignments = (True, False) if every else (True,)
                 found += [Job(module, dtype, weight_dtype, i, arch, a) for a in alignments for arch in chips]
@@ -146,13 +151,13 @@ def problem(report: Report) -> str:
     return f"{report.stack} bytes of stack, {allowed} allowed" if report.stack > allowed else ""
 
 
-def check(archs: list[int], every: bool) -> list[Report]:
+def check(archs: list[int], every: bool, quick: bool = False) -> list[Report]:
     """Compile all configurations on all cores of this process's affinity, with a cache that is thrown away."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            return pool.map(compile_one, jobs(archs, every), chunksize=1)
+            return pool.map(compile_one, jobs(archs, every, quick), chunksize=1)
 
 
 def _print(reports: list[Report]) -> int:
@@ -173,12 +178,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastgpt.triton_check", description="compile every Triton kernel")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_KB), help="default: 80 and 90")
     parser.add_argument("--all", action="store_true", help="every dtype and alignment, and sm_86 and sm_89")
+    parser.add_argument("--quick", action="store_true", help="no options and all options, some of the widths")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         print("triton_check: TRITON_INTERPRET is set, nothing would be compiled; run it without", file=sys.stderr)
         return 2
-    reports = check(options.arch or (sorted(SHARED_KB) if options.all else [80, 90]), options.all)
+    reports = check(options.arch or (sorted(SHARED_KB) if options.all else [80, 90]), options.all, options.quick)
     if options.json:
         options.json.write_text(json.dumps([asdict(r) | {"problem": problem(r)} for r in reports], indent=1))
     return 1 if _print(reports) else 0

@@ -75,6 +75,8 @@ class Configuration:
 
     arguments: name -> signature type ("*bf16", "i64", "fp32"), or the constexpr's value. archs: the chips (80: sm_80)
     on which the launcher may pick it, None for every one. num_stages: as in the launch, None for Triton's default.
+    quick: compiled in every `make test`, as no options, all options and some of the widths should be; the rest is for
+    `make triton-check` and `make test-all`.
     """
 
     kernel: Any
@@ -84,6 +86,7 @@ class Configuration:
     constexprs: dict[str, Any] = field(default_factory=dict)
     archs: tuple[int, ...] | None = None
     num_stages: int | None = None
+    quick: bool = True
 
     @property
     def name(self) -> str:
@@ -99,6 +102,11 @@ def pointers(**dtypes: torch.dtype | None) -> dict[str, str | None]:
 def split_meta(meta: dict[str, int]) -> tuple[dict[str, int], int]:
     """A launch shape as (constexprs, num_warps)."""
     return {k: v for k, v in meta.items() if k != "num_warps"}, meta["num_warps"]
+
+
+def quick_width(block: int) -> bool:
+    """Whether a block of this width is compiled in every `make test`: 16, 64, ... 65536."""
+    return block.bit_length() % 2 == 1
 
 
 def powers_of_two(low: int, high: int) -> Iterator[int]:

@@ -383,5 +383,7 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
             extra = pointers(groups_ptr=f32, lr_ptr=f32, grad_norm_ptr=f32, grad_scale_ptr=f32, found_inf_ptr=f32)
             types = {"PARAM_TYPE": TYPES[dtype], "GRAD_TYPE": TYPES[grad], "MOMENT_TYPE": TYPES[moment]}
             flags = {**update[0], **types, "CHUNK": CHUNK, "SUM_BLOCK": SUM_BLOCK, "MODE": mode, "ALIGNED": aligned}
+            quick = (grad, moment) == ((dtype, f32) if aligned else (f32, torch.bfloat16))  # no options, all options
             case = f"{name} grad={TYPES[grad]} moments={TYPES[moment]} ALIGNED={aligned}"
-            yield Configuration(adamw_update_kernel, case, {**tables, **extra, **sizes, **seeds}, update[1], flags)
+            arguments = {**tables, **extra, **sizes, **seeds}
+            yield Configuration(adamw_update_kernel, case, arguments, update[1], flags, quick=quick)

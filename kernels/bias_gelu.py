@@ -30,6 +30,7 @@ from ._runtime import (
     pointers,
     powers_of_two,
     processors,
+    quick_width,
     split_meta,
 )
 
@@ -180,11 +181,12 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
             for block in powers_of_two(16, MAX_BLOCK):
                 meta, warps = split_meta(fwd_meta(block))
                 types: dict[str, Any] = {**pointers(x_ptr=dtype, bias_ptr=w, y_ptr=dtype), **sizes, "TANH": tanh}
-                yield Configuration(bias_gelu_fwd_kernel, f"C={block} {case}", types, warps, meta)
+                quick = full == tanh and quick_width(block)
+                yield Configuration(bias_gelu_fwd_kernel, f"C={block} {case}", types, warps, meta, quick=quick)
                 meta, warps = split_meta(bwd_meta(block))
                 grads = pointers(dy_ptr=dtype, x_ptr=dtype, bias_ptr=w, dx_ptr=dtype, partials_ptr=partial)
                 types = {**grads, **sizes, "dy_row": "i32", "TANH": tanh}
-                yield Configuration(bias_gelu_bwd_kernel, f"C={block} {case}", types, warps, meta)
+                yield Configuration(bias_gelu_bwd_kernel, f"C={block} {case}", types, warps, meta, quick=quick)
     meta, warps = split_meta(reduce_meta())
     types = {**pointers(partials_ptr=f32, dbias_ptr=weight_dtype or dtype), "P": "i32", "C": "i32"}
     yield Configuration(bias_gelu_reduce_kernel, "any C", types, warps, meta)

@@ -32,6 +32,7 @@ from ._runtime import (
     pointers,
     powers_of_two,
     processors,
+    quick_width,
     split_meta,
 )
 
@@ -357,14 +358,14 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
         for block in powers_of_two(32, 4096):
             meta, warps = split_meta(rows_meta(block))
             flags = {"SMOOTH": full, "CAP": full, **meta}
-            case = f"K={block} {'full' if full else 'plain'}"
+            case, quick = f"K={block} {'full' if full else 'plain'}", quick_width(block)
             out = pointers(loss_ptr=f32, lse_ptr=f32)
-            yield Configuration(cross_entropy_fwd_kernel, case, {**common, **out}, warps, flags)
+            yield Configuration(cross_entropy_fwd_kernel, case, {**common, **out}, warps, flags, quick=quick)
             both = {**common, "scale_step": "i32"}
             out = pointers(dloss_ptr=f32, lse_ptr=f32, dlogits_ptr=dtype)
-            yield Configuration(cross_entropy_bwd_kernel, case, {**both, **out}, warps, flags)
+            yield Configuration(cross_entropy_bwd_kernel, case, {**both, **out}, warps, flags, quick=quick)
             out = pointers(loss_ptr=f32, scale_ptr=f32)
-            yield Configuration(cross_entropy_fwd_bwd_kernel, case, {**both, **out}, warps, flags)
+            yield Configuration(cross_entropy_fwd_bwd_kernel, case, {**both, **out}, warps, flags, quick=quick)
     meta, warps = split_meta(scale_meta())
     types = {**pointers(x_ptr=dtype, scale_ptr=f32), "x_row": "i32", "scale_step": "i32", "N": "i32", "V": "i32"}
     yield Configuration(scale_rows_kernel, "any V", types, warps, meta)

@@ -33,6 +33,7 @@ from ._runtime import (
     pointers,
     powers_of_two,
     processors,
+    quick_width,
     split_meta,
 )
 
@@ -363,19 +364,22 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
         o, ow = (dtype, w) if full else (None, None)
         case = "full" if full else "plain"
         for block in powers_of_two(16, MAX_COLUMNS):
+            quick = quick_width(block)
             if block > BWD_ONE_PIECE and not full:
                 continue
             meta, warps = split_meta(fwd_meta(block))
             kernel = layer_norm_fwd_kernel if "ROWS" in meta else layer_norm_fwd_wide_kernel
             types = pointers(x_ptr=dtype, residual_ptr=o, weight_ptr=ow, bias_ptr=ow)
             types |= pointers(y_ptr=dtype, sum_ptr=o, stats_ptr=f32)
-            yield Configuration(kernel, f"C={block} {case}", {**types, **fwd}, warps, meta)
+            yield Configuration(kernel, f"C={block} {case}", {**types, **fwd}, warps, meta, quick=quick)
             meta, warps = split_meta(bwd_meta(block))
             kernel = layer_norm_bwd_kernel if "ROWS" in meta else layer_norm_dx_wide_kernel
             types = pointers(dy_ptr=dtype, dsum_ptr=o, h_ptr=dtype, weight_ptr=ow, stats_ptr=f32, dx_ptr=dtype)
             if "ROWS" in meta:
                 types |= pointers(partials_ptr=f32 if full else None)
-            yield Configuration(kernel, f"C={block} {case}", {**types, **bwd, "dsum_row": "i32"}, warps, meta)
+            yield Configuration(
+                kernel, f"C={block} {case}", {**types, **bwd, "dsum_row": "i32"}, warps, meta, quick=quick
+            )
     meta, warps = split_meta(partials_meta())
     types = pointers(dy_ptr=dtype, h_ptr=dtype, stats_ptr=f32, partials_ptr=f32)
     yield Configuration(layer_norm_partials_wide_kernel, "C=16384", {**types, **bwd}, warps, meta)

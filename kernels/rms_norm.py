@@ -29,6 +29,7 @@ from ._runtime import (
     pointers,
     powers_of_two,
     processors,
+    quick_width,
     split_meta,
 )
 from .layer_norm import (
@@ -287,18 +288,19 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
         o, ow = (dtype, w) if full else (None, None)
         case = "full" if full else "plain"
         for block in powers_of_two(16, MAX_COLUMNS):
+            quick = quick_width(block)
             if block > BWD_ONE_PIECE and not full:
                 continue
             meta, warps = split_meta(fwd_meta(block))
             kernel = rms_norm_fwd_kernel if "ROWS" in meta else rms_norm_fwd_wide_kernel
             types = pointers(x_ptr=dtype, residual_ptr=o, weight_ptr=ow, y_ptr=dtype, sum_ptr=o, rstd_ptr=f32)
-            yield Configuration(kernel, f"C={block} {case}", {**types, **fwd}, warps, meta)
+            yield Configuration(kernel, f"C={block} {case}", {**types, **fwd}, warps, meta, quick=quick)
             meta, warps = split_meta(bwd_meta(block))
             kernel = rms_norm_bwd_kernel if "ROWS" in meta else rms_norm_dx_wide_kernel
             types = pointers(dy_ptr=dtype, dsum_ptr=o, h_ptr=dtype, weight_ptr=ow, rstd_ptr=f32, dx_ptr=dtype)
             if "ROWS" in meta:
                 types |= pointers(partials_ptr=f32 if full else None)
-            yield Configuration(kernel, f"C={block} {case}", {**types, **bwd}, warps, meta)
+            yield Configuration(kernel, f"C={block} {case}", {**types, **bwd}, warps, meta, quick=quick)
     meta, warps = split_meta(partials_meta())
     types = pointers(dy_ptr=dtype, h_ptr=dtype, rstd_ptr=f32, partials_ptr=f32)
     yield Configuration(rms_norm_partials_wide_kernel, "C=16384", {**types, **rows}, warps, meta)

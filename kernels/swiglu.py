@@ -25,6 +25,7 @@ from ._runtime import (
     on_device,
     pointers,
     powers_of_two,
+    quick_width,
     split_meta,
 )
 
@@ -136,9 +137,11 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
     for act, name in enumerate(("silu", "gelu", "relu2")):
         for block in powers_of_two(16, MAX_BLOCK):
             meta, warps = split_meta(tile_meta(block))
+            quick = name != "relu2" and quick_width(block)
             types = pointers(gate_ptr=dtype, up_ptr=dtype, y_ptr=dtype)
-            yield Configuration(swiglu_fwd_kernel, f"C={block} {name}", {**types, **sizes, "ACT": act}, warps, meta)
+            arguments = {**types, **sizes, "ACT": act}
+            yield Configuration(swiglu_fwd_kernel, f"C={block} {name}", arguments, warps, meta, quick=quick)
             del types["y_ptr"]
             types |= pointers(dy_ptr=dtype, dgate_ptr=dtype, dup_ptr=dtype)
             types = {**types, **sizes, **grads}
-            yield Configuration(swiglu_bwd_kernel, f"C={block} {name}", {**types, "ACT": act}, warps, meta)
+            yield Configuration(swiglu_bwd_kernel, f"C={block} {name}", {**types, "ACT": act}, warps, meta, quick=quick)

@@ -1,7 +1,12 @@
-"""Every configuration of the Triton kernels compiles for sm_80 and sm_90 without spilling, in a process of its own."""
+"""The Triton kernels compile for sm_80 and sm_90 without spilling, in a process of its own.
+
+Here: bf16, no options and all options, some widths. `make triton-check` takes all configurations, `make test-all` every
+dtype, alignment and chip too.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
@@ -19,9 +25,9 @@ def _check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
-def test_every_configuration_compiles_without_spills(tmp_path: Path) -> None:
+def test_configurations_compile_without_spills(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
-    done = _check("--json", str(out))
+    done = _check("--quick", "--json", str(out))
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     reports = json.loads(out.read_text())
     assert {r["arch"] for r in reports} == {80, 90}
@@ -29,6 +35,31 @@ def test_every_configuration_compiles_without_spills(tmp_path: Path) -> None:
     for kernel in (*kernels, "rms_norm_fwd", "rms_norm_bwd"):
         assert any(r["name"].startswith(f"{kernel}_kernel[") for r in reports), f"{kernel} was not checked"
     assert all(r["registers"] > 0 for r in reports)
+
+
+def test_chips_stages_and_the_quick_selection_are_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastgpt import triton_check
+    from fastgpt.kernels import swiglu
+
+    some = next(swiglu.configurations(torch.bfloat16))
+    table = [some, dataclasses.replace(some, archs=(80, 90), num_stages=3), dataclasses.replace(some, quick=False)]
+    monkeypatch.setattr(triton_check, "MODULES", ("swiglu",))
+    monkeypatch.setattr(triton_check, "configurations", lambda *_: table)
+    every = [(j.number, j.arch) for j in triton_check.jobs([80, 86], False)]
+    assert every == [(0, 80), (0, 86), (1, 80), (2, 80), (2, 86)]
+    assert [(j.number, j.arch) for j in triton_check.jobs([86, 90], False, quick=True)] == [(0, 86), (0, 90), (1, 90)]
+    assert len(triton_check.jobs([90], True)) == 3 * 4 * 2
+    options: list[dict[str, int]] = []
+    monkeypatch.setattr(triton_check, "_source", lambda *_: None)
+    monkeypatch.setattr(triton_check.triton, "compile", lambda source, target, options: seen(options))
+
+    def seen(given: dict[str, int]) -> None:
+        options.append(given)
+        raise RuntimeError("far enough")
+
+    reports = [triton_check.compile_one(job) for job in triton_check.jobs([90], False)]
+    assert options == [{"num_warps": 4}, {"num_warps": 4, "num_stages": 3}, {"num_warps": 4}]
+    assert all("far enough" in triton_check.problem(r) for r in reports)
 
 
 def test_interpreter_is_refused() -> None:
