@@ -64,6 +64,25 @@ def checks_values(t: Tensor) -> bool:
     return t.device.type == "cpu" or os.environ.get("FASTGPT_CHECK") == "1"
 
 
+def multiplies_into_fp32(t: Tensor) -> bool:
+    """Whether torch.mm and addmm give 16-bit products in fp32 (out_dtype) for tensors like `t`."""
+    return t.device.type == "cuda"
+
+
+_budgets: dict[torch.device, int] = {}
+
+
+def logits_budget(device: torch.device) -> int:
+    """Bytes of logits that linear_cross_entropy has in memory at a time: 1/16 of a GPU's memory, 512 MiB elsewhere."""
+    if device not in _budgets:
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 8 << 30
+        _budgets[device] = memory // 16
+    return _budgets[device]
+
+
+logits_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as for _select below
+
+
 def register(op: str, check: SelfCheck | None = None, **cells: Cell) -> None:
     """Enter an op and the backends it has into the table; `torch`, the reference, is always there."""
     _table[op] = {**cells, "torch": Cell((*KERNEL_DTYPES, torch.float64))}

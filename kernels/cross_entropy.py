@@ -337,7 +337,7 @@ def scale_rows(x: Tensor, scale: Tensor) -> None:
     """x (N, Vp) *= scale[row] in place; scale (1,) or (N,)."""
     N, V = x.shape
     if N and V:
-        programs = min(N, 8 * processors(x.device))
+        programs = min(N, 2 if interpreted() else 8 * processors(x.device))
         with on_device(x):
             scale_rows_kernel[(programs,)](x, scale, x.stride(0), _step(scale), N, V, **scale_meta())
 

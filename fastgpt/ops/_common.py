@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable
@@ -9,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 LIB = torch.library.Library("fastgpt", "DEF")
 KERNEL_BACKENDS = ("cuda", "triton", "cpu")
+TRITON_KEYS = ("CUDA", "CPU")  # CPU: under Triton's interpreter, the only time it is selected there
 
 
 def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
@@ -20,15 +23,34 @@ def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dic
     csrc registers the `.cpu` and `.cuda` overloads (when built); the Triton launcher `name` of fastgpt.kernels.`module`
     is imported at its first call. `fake` gives outputs of the right shape, dtype and strides.
     """
-    overloads = {}
-    for backend in KERNEL_BACKENDS:
-        full = f"{name}.{backend}"
-        LIB.define(full + schema)
-        torch.library.register_fake(f"fastgpt::{full}", fake, lib=LIB)
-        overloads[backend] = getattr(getattr(torch.ops.fastgpt, name), backend)
-    for key in ("CUDA", "CPU"):  # CPU: under Triton's interpreter, the only time it is selected there
+    overloads = {backend: _declare(f"{name}.{backend}", schema, fake) for backend in KERNEL_BACKENDS}
+    for key in TRITON_KEYS:
         LIB.impl(f"{name}.triton", _lazy_triton(module, name), key)
     return overloads
+
+
+def define_driver(name: str, schema: str, fake: Callable[..., Any], driver: Callable[..., Any]) -> dict[str, Any]:
+    """Define raw op `fastgpt::name` like `define`, served by Python: `driver(backend, *args)` calls that backend's raw
+    ops and torch's, and all of it is one opaque op to autograd and torch.compile."""
+    overloads = {}
+    for backend, keys in (("cuda", ("CUDA",)), ("triton", TRITON_KEYS), ("cpu", ("CPU",))):
+        overloads[backend] = _declare(f"{name}.{backend}", schema, fake)
+        for key in keys:
+            LIB.impl(f"{name}.{backend}", functools.partial(driver, backend), key)
+    return overloads
+
+
+def _declare(full: str, schema: str, fake: Callable[..., Any]) -> Any:
+    """Schema and fake of one overload, `name.backend`."""
+    LIB.define(full + schema)
+    torch.library.register_fake(f"fastgpt::{full}", fake, lib=LIB)
+    name, backend = full.split(".")
+    return getattr(getattr(torch.ops.fastgpt, name), backend)
+
+
+def flop_formula(name: str, formula: Callable[..., int]) -> None:
+    """Tell torch.utils.flop_counter what raw op `fastgpt::name` costs; `formula` gets shapes in its tensors' places."""
+    register_flop_formula(getattr(torch.ops.fastgpt, name))(formula)
 
 
 def _lazy_triton(module: str, name: str) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from torch import Tensor
 from fastgpt.backend import Cell, checks_values, register, select
 from fastgpt.ops._common import check_float, check_like, define, mark_mutated, needs_grad, no_outputs, relative_error
 
-_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, int vocab_size"
+OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, int vocab_size"
 Options = tuple[int, float, float, float, int]
 
 
@@ -43,19 +43,19 @@ def _bwd_fake(
 FWD = define(
     "cross_entropy",
     "cross_entropy_fwd",
-    f"(Tensor logits, Tensor target, Tensor? weight, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"(Tensor logits, Tensor target, Tensor? weight, {OPTIONS}) -> (Tensor, Tensor)",
     _fwd_fake,
 )
 BWD = define(
     "cross_entropy",
     "cross_entropy_bwd",
-    f"(Tensor dloss, Tensor logits, Tensor target, Tensor lse, Tensor? weight, {_OPTIONS}) -> Tensor",
+    f"(Tensor dloss, Tensor logits, Tensor target, Tensor lse, Tensor? weight, {OPTIONS}) -> Tensor",
     _bwd_fake,
 )
 FWD_BWD = define(
     "cross_entropy",
     "cross_entropy_fwd_bwd",
-    f"(Tensor(a!) logits, Tensor(b!) loss, Tensor target, Tensor? weight, Tensor scale, {_OPTIONS}) -> ()",
+    f"(Tensor(a!) logits, Tensor(b!) loss, Tensor target, Tensor? weight, Tensor scale, {OPTIONS}) -> ()",
     no_outputs,
 )
 SCALE_ROWS = define("cross_entropy", "scale_rows", "(Tensor(a!) x, Tensor scale) -> ()", no_outputs)
@@ -132,7 +132,7 @@ class CrossEntropyFn(torch.autograd.Function):
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
         ctx.backend, ctx.reduction, ctx.options = backend, reduction, options
         ctx.save_for_backward(logits, target, lse, weight, count)
-        return _reduce(loss, reduction, count)
+        return reduce_rows(loss, reduction, count)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -163,7 +163,7 @@ class CrossEntropyInplaceFn(torch.autograd.Function):
         mark_mutated([logits])
         ctx.backend = backend
         ctx.save_for_backward(logits)
-        return _reduce(loss, reduction, count)
+        return reduce_rows(loss, reduction, count)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -174,25 +174,36 @@ class CrossEntropyInplaceFn(torch.autograd.Function):
         return None, dlogits, None, None, None, None
 
 
-def _reduce(loss: Tensor, reduction: str, count: Tensor | None) -> Tensor:
+def reduce_rows(loss: Tensor, reduction: str, count: Tensor | None) -> Tensor:
+    """The loss as asked, in fp32: per row, their sum, or the sum by `count`; summed in fp64, so rounded once."""
     if reduction == "none":
         return loss
-    return loss.sum() if count is None else loss.sum() / count[0]
+    total = loss.sum(dtype=torch.float64)
+    return (total if count is None else total / count[0]).float()
 
 
-def _check(logits: Tensor, target: Tensor, weight: Tensor | None, smoothing: float, k: int, reduction: str) -> None:
-    check_float("cross_entropy", "logits", logits)
-    if logits.dim() != 2 or logits.shape[1] == 0:
-        raise ValueError(f"cross_entropy: logits has shape {tuple(logits.shape)}, expected (N, V) with V >= 1")
-    if not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"cross_entropy: vocab_size is {k}, expected 1 to {logits.shape[1]}, the columns of logits")
-    check_like("cross_entropy", "target", target, (logits.shape[0],), logits, (torch.int64,), "to match logits' rows")
-    wide = torch.promote_types(logits.dtype, torch.float32)
-    check_like("cross_entropy", "weight", weight, (k,), logits, (wide,), "to match vocab_size")
+def check_loss(
+    op: str,
+    shape: tuple[int, int],
+    names: tuple[str, str],
+    like: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    smoothing: float,
+    k: int,
+    reduction: str,
+) -> None:
+    """Raise unless the loss's arguments fit logits of this shape (N, V), whose sides error messages call `names`."""
+    n, v = shape
+    if not 1 <= k <= v:
+        raise ValueError(f"{op}: vocab_size is {k}, expected 1 to {v}, {names[1]}")
+    check_like(op, "target", target, (n,), like, (torch.int64,), f"to match {names[0]}")
+    wide = torch.promote_types(like.dtype, torch.float32)
+    check_like(op, "weight", weight, (k,), like, (wide,), "to match vocab_size")
     if not 0.0 <= smoothing <= 1.0:
-        raise ValueError(f"cross_entropy: label_smoothing is {smoothing}, expected 0 to 1")
+        raise ValueError(f"{op}: label_smoothing is {smoothing}, expected 0 to 1")
     if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"cross_entropy: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
+        raise ValueError(f"{op}: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
 
 
 def check_values(op: str, target: Tensor, ignore_index: int, k: int) -> None:
@@ -270,8 +281,12 @@ def cross_entropy(
         ValueError, TypeError: naming the argument, what came and what was expected. Targets are checked on CPU; on a
             GPU an out-of-range target gives a NaN loss and zero gradient (FASTGPT_CHECK=1 syncs and raises).
     """
-    k = logits.shape[-1] if vocab_size is None else vocab_size
-    _check(logits, target, weight, label_smoothing, k, reduction)
+    check_float("cross_entropy", "logits", logits)
+    if logits.dim() != 2 or logits.shape[1] == 0:
+        raise ValueError(f"cross_entropy: logits has shape {tuple(logits.shape)}, expected (N, V) with V >= 1")
+    k = logits.shape[1] if vocab_size is None else vocab_size
+    sides, shape = ("logits' rows", "the columns of logits"), (logits.shape[0], logits.shape[1])
+    check_loss("cross_entropy", shape, sides, logits, target, weight, label_smoothing, k, reduction)
     check_values("cross_entropy", target, ignore_index, k)
     backend = select("cross_entropy", logits)
     if backend == "torch":
@@ -294,4 +309,4 @@ def cross_entropy(
         _check_inplace(logits)
         return CrossEntropyInplaceFn.apply(backend, logits, target, weight, reduction, packed)
     loss, _ = FWD[backend](logits, target, weight, *packed)
-    return _reduce(loss, reduction, denominator(target, weight, ignore_index) if reduction == "mean" else None)
+    return reduce_rows(loss, reduction, denominator(target, weight, ignore_index) if reduction == "mean" else None)

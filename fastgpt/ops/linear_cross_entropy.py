@@ -1,17 +1,253 @@
-"""LM head and loss in one op: cross_entropy(x @ linear_weight.T + linear_bias, target)."""
+"""LM head and loss in one op; the logits are never whole in memory where they would take much of it.
+
+    z = x W^T + b      (N, V), then the loss of fastgpt/ops/cross_entropy.py over z, with all its options
+    dx = dz W,   dW = dz^T x,   db = sum of dz's rows
+
+In one piece (N V logits fit the budget): z is made once and replaced by dz in one pass, backward is two products. dz
+stays as it is there: the upstream gradient goes over the rows of dx and of a copy of x (N C elements each, not N V), so
+that backward may run again, and a weight's gradient may be written or added where it is kept (`gradient_place`).
+In chunks: one buffer of (chunk, V) logits, used again. For "mean" and "sum" forward makes the gradients too, dW in fp32
+over all chunks whatever the dtype, and backward multiplies them by the upstream gradient. "none" makes the loss only;
+backward makes z again chunk by chunk, its upstream gradients scaling the rows. Nothing is filtered or approximated.
+
+fp16 has five bits of exponent: there dz leaves out 1/count, which goes with the upstream gradient over fp32 products.
+
+Saved: in one piece dz, x, W; in chunks dx and dW (fp32), for "none" x and W. Products by torch.mm, 2 N V C FLOP each,
+three of them; four for "none" in chunks. Method: chunks and gradients in forward, Hsu et al. 2024 (arXiv:2410.10989).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import register, select
-from fastgpt.ops._common import autocast, check_float, check_like
-from fastgpt.ops.cross_entropy import cross_entropy
+from fastgpt.backend import Cell, logits_budget, register, select
+from fastgpt.ops._common import autocast, check_float, check_like, gradient_place, needs_grad, relative_error
+from fastgpt.ops._linear_cross_entropy import FWD, FWD_BWD, logits_of, product_in_fp32
+from fastgpt.ops.cross_entropy import FWD as CE_FWD
+from fastgpt.ops.cross_entropy import FWD_BWD as CE_FWD_BWD
+from fastgpt.ops.cross_entropy import (
+    SCALE_ROWS,
+    Options,
+    check_loss,
+    check_values,
+    cross_entropy_ref,
+    cross_entropy_torch,
+    denominator,
+    reduce_rows,
+)
+from fastgpt.ops.cross_entropy import _self_check as check_cross_entropy
 
-register("linear_cross_entropy")
+
+def linear_cross_entropy_ref(
+    x: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The formula at this file's head, in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = x.to(wide) @ linear_weight.to(wide).t()
+    return cross_entropy_ref(z if linear_bias is None else z + linear_bias.to(wide), target, **options)
+
+
+def linear_cross_entropy_torch(
+    x: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, options: dict[str, Any]
+) -> Tensor:
+    """The `torch` backend and the parity baseline: PyTorch's own linear layer, its logits in fp32 into its own loss."""
+    return cross_entropy_torch(F.linear(x, linear_weight, linear_bias), target, options)
+
+
+def _inner_scale(x: Tensor, count: Tensor | None) -> Tensor:
+    """What dz holds of the loss's scale, (1,) fp32: 1 / count, but nothing in fp16 (this file's head)."""
+    if count is None or x.dtype == torch.float16:
+        return torch.ones(1, dtype=torch.float32, device=x.device)
+    return count.reciprocal()
+
+
+def _outer_scale(grad: Tensor, count: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What it does not hold, fp32: (1,), or (N,) for "none"."""
+    rows = grad.float().reshape(-1).contiguous()
+    if count is None or dtype != torch.float16:
+        return rows
+    return torch.where(count > 0, rows / count, 0.0)
+
+
+def _scaled(backend: str, t: Tensor, scale: Tensor) -> Tensor:
+    """A copy of t (N, C) times scale[row], rounded once; with scale 1 the copy alone."""
+    t = t.clone(memory_format=torch.contiguous_format)
+    SCALE_ROWS[backend](t, scale)
+    return t
+
+
+def _deliver(weight: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor | None:
+    """scale * grad (fp32) as `weight`'s gradient: returned in its dtype, or put in its place."""
+    grad = grad if scale is None else grad * scale
+    place, filled = gradient_place(weight)
+    if place is None:
+        return grad.to(weight.dtype)
+    place.add_(grad) if filled else place.copy_(grad)
+    weight.grad = place
+    return None
+
+
+def _weight_gradient(w: Tensor, dz: Tensor, x: Tensor, scale: Tensor | None) -> Tensor | None:
+    """dz^T x, times scale (1,) if there is one: from the product straight into its place where that can be."""
+    place, filled = gradient_place(w)
+    if scale is not None or (place is not None and place.dtype != w.dtype):
+        return _deliver(w, product_in_fp32(dz, x), scale)
+    if place is None:
+        return torch.mm(dz.t(), x)
+    torch.addmm(place, dz.t(), x, out=place) if filled else torch.mm(dz.t(), x, out=place)
+    w.grad = place
+    return None
+
+
+def _bias_gradient(dz: Tensor, scale: Tensor) -> Tensor:
+    """Sum of scale[row] * dz[row] in fp32."""
+    if scale.numel() == 1:
+        return dz.sum(0, dtype=torch.float32) * scale
+    return product_in_fp32(dz, scale[:, None].to(dz.dtype))[:, 0]
+
+
+class LinearCrossEntropyFn(torch.autograd.Function):
+    """In one piece: forward leaves dz in the logits' place, backward is the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None,
+        reduction: str, options: Options,
+    ) -> Tensor:  # fmt: skip
+        dz = logits_of(x, w, b)
+        loss = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+        count = denominator(target, weight, options[0]) if reduction == "mean" else None
+        CE_FWD_BWD[backend](dz, loss, target, weight, _inner_scale(x, count), *options)
+        ctx.backend = backend
+        ctx.save_for_backward(dz, x, w, b, count)
+        return reduce_rows(loss, reduction, count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dz, x, w, b, count = ctx.saved_tensors
+        scale = _outer_scale(grad, count, x.dtype)
+        dx = dw = db = top = None
+        if ctx.needs_input_grad[1]:
+            dx = torch.mm(dz, w)
+            SCALE_ROWS[ctx.backend](dx, scale)
+        if x.dtype == torch.float16 and scale.numel():  # over x and b only the share of the largest: it is in range
+            top = scale.abs().amax().reshape(1)
+            scale = scale / torch.where(top > 0, top, 1.0)
+        if ctx.needs_input_grad[2]:
+            dw = _weight_gradient(w, dz, _scaled(ctx.backend, x, scale), top)
+        if ctx.needs_input_grad[3]:
+            db = _deliver(b, _bias_gradient(dz, scale), top)
+        return None, dx, dw, db, None, None, None, None
+
+
+class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
+    """In chunks, "mean" or "sum": forward makes the gradients, backward multiplies them by the upstream one."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None,
+        reduction: str, options: Options, chunk: int, wanted: tuple[bool, bool, bool],
+    ) -> Tensor:  # fmt: skip
+        count = denominator(target, weight, options[0]) if reduction == "mean" else None
+        scale = _inner_scale(x, count)
+        loss, dx, dw, db = FWD_BWD[backend](x, w, b, target, weight, scale, *options, chunk, wanted)
+        ctx.backend, ctx.dtype = backend, x.dtype
+        ctx.save_for_backward(dx, dw, db, w, b, count)
+        return reduce_rows(loss, reduction, count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, db, w, b, count = ctx.saved_tensors
+        scale = _outer_scale(grad, count, ctx.dtype)
+        dx = None if dx is None else _scaled(ctx.backend, dx, scale)
+        dw = None if dw is None else _deliver(w, dw, scale)
+        db = None if db is None else _deliver(b, db, scale)
+        return None, dx, dw, db, None, None, None, None, None, None
+
+
+class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
+    """In chunks, "none": forward makes the loss; backward makes the logits again and all gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None,
+        options: Options, chunk: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.backend, ctx.options, ctx.chunk = backend, options, chunk
+        ctx.save_for_backward(x, w, b, target, weight)
+        return FWD[backend](x, w, b, target, weight, *options, chunk)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b, target, weight = ctx.saved_tensors
+        wanted, scale = ctx.needs_input_grad[1:4], _outer_scale(grad, None, x.dtype)
+        _, dx, dw, db = FWD_BWD[ctx.backend](x, w, b, target, weight, scale, *ctx.options, ctx.chunk, wanted)
+        dw = None if dw is None else _deliver(w, dw, None)
+        db = None if db is None else _deliver(b, db, None)
+        return None, dx, dw, db, None, None, None, None, None
+
+
+def rows_at_once(n: int, v: int, itemsize: int, budget: int) -> int:
+    """chunk="auto": n, one piece, while its logits take at most `budget` bytes; else the fewest pieces that do.
+
+    They are alike, since a short last one costs as many passes over dW as a whole one, and a multiple of 128 rows, a
+    matrix product's tile; 128 at least.
+    """
+    if n * v * itemsize <= budget:
+        return n
+    most = max(128, budget // (v * itemsize) // 128 * 128)
+    pieces = -(-n // most)
+    return -(-n // (pieces * 128)) * 128
+
+
+def _loss(
+    backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, reduction: str,
+    options: Options, chunk: int,
+) -> Tensor:  # fmt: skip
+    """On a kernel backend: by what needs a gradient, and whether the logits are to be in one piece."""
+    whole = chunk >= x.shape[0]
+    if needs_grad(x, w, b):
+        if whole:
+            return LinearCrossEntropyFn.apply(backend, x, w, b, target, weight, reduction, options)
+        if reduction == "none":
+            return RecomputedLinearCrossEntropyFn.apply(backend, x, w, b, target, weight, options, chunk)
+        wanted = (x.requires_grad, w.requires_grad, b is not None and b.requires_grad)
+        arguments = (backend, x, w, b, target, weight, reduction, options, chunk, wanted)
+        return ChunkedLinearCrossEntropyFn.apply(*arguments)
+    if whole:
+        loss = CE_FWD[backend](logits_of(x, w, b), target, weight, *options)[0]
+    else:
+        loss = FWD[backend](x, w, b, target, weight, *options, chunk)
+    return reduce_rows(loss, reduction, denominator(target, weight, options[0]) if reduction == "mean" else None)
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    """Values that every product holds exactly, in TF32 and bf16 too, with logits 64 apart: 0 where all is right."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randint(-2, 3, s, generator=generator).to(device).double() for s in ((7, 8), (33, 8)))
+    w, b, target = 64 * w, 64 * (x.new_tensor(range(33)) % 5), torch.tensor([0, 29, 7, -100, 5, 1, 2], device=device)
+    options, worst = (-100, 0.0, 0.0, 0.0, 30), check_cross_entropy(backend, device)
+    for reduction in ("none", "sum"):
+        x, w, b = (t.detach().requires_grad_() for t in (x, w, b))
+        exact = linear_cross_entropy_ref(x, w, target, linear_bias=b, vocab_size=30, reduction=reduction)
+        wanted = [exact.detach(), *torch.autograd.grad(exact.sum(), (x, w, b))]
+        for dtype, chunk in ((torch.float32, 7), (torch.float32, 3), (torch.bfloat16, 7), (torch.bfloat16, 3)):
+            own = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
+            loss = _loss(backend, *own, target, None, reduction, options, chunk)  # type: ignore[call-arg, arg-type]
+            worst = max(worst, relative_error([loss.detach(), *torch.autograd.grad(loss.sum(), own)], wanted))
+    loss = FWD[backend](x.detach().float(), w.detach().float(), None, target, None, *options, 3)
+    exact = linear_cross_entropy_ref(x, w, target, vocab_size=30, reduction="none")
+    return max(worst, relative_error([loss], [exact.detach()]))
+
+
+register("linear_cross_entropy", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def linear_cross_entropy(
@@ -20,34 +256,55 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+    vocab_size: int | None = None,
+    reduction: str = "mean",
     chunk: int | str = "auto",
-    **options: Any,
 ) -> Tensor:
-    """Cross-entropy of a linear layer's logits.
+    """Cross-entropy of a linear layer's logits; formula and sources at this file's head and `cross_entropy`'s.
 
     Args:
-        x: (N, C); linear_weight: (V, C) and linear_bias (V,) in x's dtype; target: (N,) int64.
-        chunk: rows of logits in memory at a time; the reference makes them all at once.
-        options: weight, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction: as in `cross_entropy`.
+        x: (N, C) fp32, bf16, fp16 (fp64 on the reference); linear_weight: (V, C) and linear_bias (V,) in x's dtype.
+            Under autocast the three are cast to its dtype.
+        target: (N,) int64 in [0, vocab_size) or ignore_index.
+        weight, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction: as in `cross_entropy`. Rows of
+            linear_weight from vocab_size on are padding (gradient 0).
+        chunk: rows of logits in memory at a time. "auto": all of them while they take at most 1/16 of the GPU's memory
+            (elsewhere 512 MiB), else the fewest equal pieces of a multiple of 128 rows within that. The reference
+            makes them all at once.
 
     Returns:
         The loss in fp32 (fp64 for fp64 input): (N,) for reduction "none", else 0-dim.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: naming the argument, what came and what was expected. Targets are checked on CPU; on a
+            GPU an out-of-range target gives a NaN loss and zero gradient (FASTGPT_CHECK=1 syncs and raises).
     """
-    check_float("linear_cross_entropy", "x", x)
+    op = "linear_cross_entropy"
+    check_float(op, "x", x)
+    check_float(op, "linear_weight", linear_weight)
     if x.dim() != 2 or linear_weight.dim() != 2 or x.shape[1] != linear_weight.shape[1]:
-        raise ValueError(
-            f"linear_cross_entropy: x {tuple(x.shape)} and linear_weight {tuple(linear_weight.shape)}, "
-            f"expected (N, C) and (V, C)"
-        )
+        shapes = f"x {tuple(x.shape)} and linear_weight {tuple(linear_weight.shape)}"
+        raise ValueError(f"{op}: {shapes}, expected (N, C) and (V, C)")
     cast = autocast(x, linear_weight, linear_bias)
     x, linear_weight, linear_bias = cast[0], cast[1], cast[2]  # type: ignore[assignment]
-    v = (linear_weight.shape[0],)
-    check_like("linear_cross_entropy", "linear_bias", linear_bias, v, x, (x.dtype,), "to match linear_weight's rows")
+    (n, c), v = x.shape, linear_weight.shape[0]
+    check_like(op, "linear_weight", linear_weight, (v, c), x, (x.dtype,), "to match x")
+    check_like(op, "linear_bias", linear_bias, (v,), x, (x.dtype,), "to match linear_weight's rows")
     if chunk != "auto" and not (isinstance(chunk, int) and chunk >= 1):
-        raise ValueError(f"linear_cross_entropy: chunk is {chunk!r}, expected 'auto' or a number of rows")
-    select("linear_cross_entropy", x)
-    # The logits are this op's own, so their gradient may take their place.
-    return cross_entropy(F.linear(x, linear_weight, linear_bias), target, inplace=True, **options)
+        raise ValueError(f"{op}: chunk is {chunk!r}, expected 'auto' or a number of rows")
+    k, sides = v if vocab_size is None else vocab_size, ("x's rows", "the rows of linear_weight")
+    check_loss(op, (n, v), sides, x, target, weight, label_smoothing, k, reduction)
+    check_values(op, target, ignore_index, k)
+    backend = select(op, x)
+    if backend == "torch":
+        options: dict[str, Any] = dict(weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)
+        options |= dict(z_loss=z_loss, softcap=softcap, vocab_size=vocab_size, reduction=reduction)
+        return linear_cross_entropy_torch(x, linear_weight, target, linear_bias, options)
+    packed = (ignore_index, float(label_smoothing), float(z_loss), float(softcap), k)
+    rows = rows_at_once(n, v, x.element_size(), logits_budget(x.device)) if isinstance(chunk, str) else chunk
+    return _loss(backend, x, linear_weight, linear_bias, target, weight, reduction, packed, rows)

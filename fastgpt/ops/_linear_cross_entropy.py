@@ -1,0 +1,119 @@
+"""linear_cross_entropy's raw ops: loss, or loss and all gradients, over one reused buffer of (chunk, V) logits.
+
+    z = x W^T + b;  dx = dz W,  dW = dz^T x,  db = sum of dz's rows      (dz from fastgpt/ops/cross_entropy.py)
+
+Each is one opaque op: products by torch.mm into buffers, the loss and dz by the same backend's raw cross-entropy op.
+dW and db are summed over the chunks in fp32, whatever the dtype. 2 N V C FLOP a product: one forward, two backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.backend import multiplies_into_fp32
+from fastgpt.ops._common import define_driver, flop_formula
+from fastgpt.ops.cross_entropy import FWD as CE_FWD
+from fastgpt.ops.cross_entropy import FWD_BWD as CE_FWD_BWD
+from fastgpt.ops.cross_entropy import OPTIONS
+
+Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # after the loss
+
+
+def logits_of(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """x W^T + b, (n, V)."""
+    return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
+
+
+def product_in_fp32(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """a^T b in fp32 for a (n, V) and b (n, C) of one dtype; added to `total` (V, C) in place if there is one."""
+    wide: dict[str, Any] = {}
+    if a.dtype != torch.float32 and multiplies_into_fp32(a):
+        wide = {"out_dtype": torch.float32}
+    elif a.dtype != torch.float32:
+        a, b = a.float(), b.float()
+    return torch.mm(a.t(), b, **wide) if total is None else torch.addmm(total, a.t(), b, out=total, **wide)
+
+
+def _chunks(n: int, chunk: int) -> Iterator[slice]:
+    for start in range(0, n, chunk):
+        yield slice(start, min(start + chunk, n))
+
+
+def _fwd(
+    backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, *rest: Any
+) -> Tensor:
+    """Loss (N,) in fp32."""
+    *options, chunk = rest
+    n = x.shape[0]
+    loss = torch.empty(n, dtype=torch.float32, device=x.device)
+    buffer = x.new_empty((min(chunk, n), w.shape[0]))  # (chunk, V)
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in _chunks(n, chunk):
+            z = logits_of(x[rows], w, b, buffer[: rows.stop - rows.start])
+            loss[rows] = CE_FWD[backend](z, target[rows], weight, *options)[0]
+    return loss
+
+
+def _fwd_bwd(
+    backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, scale: Tensor,
+    *rest: Any,
+) -> Gradients:  # fmt: skip
+    """Loss (N,) in fp32 and, as `wanted`, gradients of sum(scale * loss): dx in x's dtype, dW and db in fp32."""
+    *options, chunk, wanted = rest
+    n, v, c = x.shape[0], *w.shape
+    loss = torch.empty(n, dtype=torch.float32, device=x.device)
+    buffer = x.new_empty((min(chunk, n), v))  # (chunk, V): logits, then their gradient
+    dx = x.new_empty((n, c)) if wanted[0] else None
+    dw: Tensor | None = None
+    db = loss.new_zeros(v) if wanted[2] and b is not None else None
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in _chunks(n, chunk):
+            dz = logits_of(x[rows], w, b, buffer[: rows.stop - rows.start])
+            some = scale if scale.numel() == 1 else scale[rows]
+            CE_FWD_BWD[backend](dz, loss[rows], target[rows], weight, some, *options)
+            if dx is not None:
+                torch.mm(dz, w, out=dx[rows])
+            if wanted[1]:
+                dw = product_in_fp32(dz, x[rows], dw)
+            if db is not None:
+                db += dz.sum(0, dtype=torch.float32)
+    return loss, dx, loss.new_zeros((v, c)) if wanted[1] and dw is None else dw, db
+
+
+def _fwd_fake(x: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
+def _fwd_bwd_fake(
+    x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, scale: Tensor, *rest: Any
+) -> Gradients:
+    loss = _fwd_fake(x)
+    for_x, for_w, for_b = rest[-1]
+    dx, dw = x.new_empty(x.shape) if for_x else None, loss.new_empty(w.shape) if for_w else None
+    return loss, dx, dw, loss.new_empty(b.shape) if for_b and b is not None else None
+
+
+_ARGUMENTS = "Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
+FWD = define_driver("linear_cross_entropy_fwd", f"({_ARGUMENTS}, {OPTIONS}, SymInt chunk) -> Tensor", _fwd_fake, _fwd)
+FWD_BWD = define_driver(
+    "linear_cross_entropy_fwd_bwd",
+    f"({_ARGUMENTS}, Tensor scale, {OPTIONS}, SymInt chunk, bool[3] wanted) -> (Tensor, Tensor?, Tensor?, Tensor?)",
+    _fwd_bwd_fake,
+    _fwd_bwd,
+)
+
+
+def _fwd_flop(x: Sequence[int], w: Sequence[int], *rest: Any, **out: Any) -> int:
+    return 2 * x[0] * w[0] * w[1]
+
+
+def _fwd_bwd_flop(x: Sequence[int], w: Sequence[int], *rest: Any, **out: Any) -> int:
+    return _fwd_flop(x, w) * (1 + sum(rest[-1][:2]))
+
+
+flop_formula("linear_cross_entropy_fwd", _fwd_flop)
+flop_formula("linear_cross_entropy_fwd_bwd", _fwd_bwd_flop)
