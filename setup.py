@@ -38,6 +38,8 @@ CPU_SOURCES = [
     "csrc/cpu/swiglu.cpp",
     "csrc/cpu/adamw.cpp",
     "csrc/cpu/rms_norm.cpp",
+    "csrc/cpu/rope.cpp",
+    "csrc/cpu/embedding.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/ops_cuda.cpp",

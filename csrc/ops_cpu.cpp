@@ -1,8 +1,10 @@
-// The CPU dispatch key: Ops<Cpu>, ActivationOps<Cpu>, and parallel_for on PyTorch's thread pool.
+// The CPU dispatch key: Ops<Cpu> and its siblings, and parallel_for on PyTorch's thread pool.
 #include "fastgpt/activation_ops.h"
+#include "fastgpt/embedding_ops.h"
 #include "fastgpt/ops_impl.h"
 #include "fastgpt/parallel.h"
 #include "fastgpt/rms_norm_impl.h"
+#include "fastgpt/rope_ops.h"
 
 namespace fastgpt {
 
@@ -24,6 +26,9 @@ struct Cpu {
   void bias_gelu_bwd(const BiasGeluArgs& a) { cpu::bias_gelu_bwd(a); }
   void swiglu_fwd(const SwigluArgs& a) { cpu::swiglu_fwd(a); }
   void swiglu_bwd(const SwigluArgs& a) { cpu::swiglu_bwd(a); }
+  void rope(const RopeArgs& a) { cpu::rope(a); }
+  void embedding_fwd(const EmbeddingFwdArgs& a) { cpu::embedding_fwd(a); }
+  void embedding_bwd_add(const EmbeddingBwdArgs& a) { cpu::embedding_bwd_add(a); }
   int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::bias_gelu_bwd_blocks(n_rows, n_cols); }
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::layer_norm_bwd_blocks(n_rows, n_cols); }
   int64_t adamw_partials(const int64_t* numels, int64_t n) { return cpu::adamw_partials(numels, n); }
@@ -35,5 +40,7 @@ struct Cpu {
 template struct Ops<Cpu>;
 template struct RmsNormOps<Cpu>;
 template struct ActivationOps<Cpu>;
+template struct RopeOps<Cpu>;
+template struct EmbeddingOps<Cpu>;
 
 }  // namespace fastgpt

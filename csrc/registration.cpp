@@ -22,6 +22,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("bias_gelu_bwd.cpu", TORCH_BOX(&Act::bias_gelu_bwd));
   m.impl("swiglu_fwd.cpu", TORCH_BOX(&Act::swiglu_fwd));
   m.impl("swiglu_bwd.cpu", TORCH_BOX(&Act::swiglu_bwd));
+  using Rope = fastgpt::RopeOps<fastgpt::Cpu>;
+  m.impl("rope_fwd.cpu", TORCH_BOX(&Rope::rope_fwd));
+  m.impl("rope_rows.cpu", TORCH_BOX(&Rope::rope_rows));
+  m.impl("rope_copy.cpu", TORCH_BOX(&Rope::rope_copy));
+  using Embedding = fastgpt::EmbeddingOps<fastgpt::Cpu>;
+  m.impl("embedding_fwd.cpu", TORCH_BOX(&Embedding::embedding_fwd));
+  m.impl("embedding_bwd.cpu", TORCH_BOX(&Embedding::embedding_bwd));
+  m.impl("embedding_bwd_add.cpu", TORCH_BOX(&Embedding::embedding_bwd_add));
 }
 
 #ifdef FASTGPT_WITH_CUDA

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("layer_norm", "cross_entropy", "adamw", "rms_norm", "bias_gelu", "swiglu")
+MODULES = ("layer_norm", "cross_entropy", "adamw", "rms_norm", "bias_gelu", "swiglu", "rope", "embedding")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 REGISTERS = 65536  # of one multiprocessor, on every chip above
 _OCCUPANCY = "two to four registers, to reach ptxas's own occupancy target"

@@ -1,23 +1,186 @@
-"""Token embedding plus learned position rows: weight[ids] + position_weight[positions]."""
+"""Token embedding plus learned position rows.
+
+    y[n] = weight[ids[n]] + position_weight[positions[n]]
+    dweight[v] = sum of dy[n] over ids[n] = v,  dposition_weight[p] = sum of dy[n] over positions[n] = p
+
+Forward reads both rows and writes their sum once. Backward sorts the tokens by table row and sums each row's gradients
+in fp32 in the tokens' order: no atomics, bitwise deterministic. Where a weight keeps a place for its gradient
+(gradient_place), the rows are added to what is there, so a head that shares the weight costs no second table.
+Saved for backward: ids and positions only.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import checks_values, register, select
+from fastgpt.backend import Cell, checks_values, register, select
+from fastgpt.ops._common import (
+    check_float,
+    check_like,
+    define,
+    gradient_place,
+    mark_mutated,
+    needs_grad,
+    no_outputs,
+    relative_error,
+)
 
-register("embedding")
+
+def _fwd_fake(ids: Tensor, weight: Tensor, position_weight: Tensor | None, positions: Tensor | None) -> Tensor:
+    return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
-def _check_ids(name: str, ids: Tensor, rows: int) -> None:
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"embedding: {name} is {ids.dtype}, expected torch.int64")
+def _bwd_fake(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
+    return dy.new_empty((num_rows, dy.shape[-1]))
+
+
+FWD = define(
+    "embedding",
+    "embedding_fwd",
+    "(Tensor ids, Tensor weight, Tensor? position_weight, Tensor? positions) -> Tensor",
+    _fwd_fake,
+)
+BWD = define("embedding", "embedding_bwd", "(Tensor dy, Tensor ids, int num_rows) -> Tensor", _bwd_fake)
+BWD_ADD = define(
+    "embedding", "embedding_bwd_add", "(Tensor(a!) dweight, Tensor dy, Tensor ids) -> ()", no_outputs
+)
+
+
+def embedding_ref(
+    ids: Tensor, weight: Tensor, position_weight: Tensor | None = None, *, positions: Tensor | None = None
+) -> Tensor:
+    """The `torch` backend, the parity baseline and, in fp64, its ground truth: F.embedding, twice."""
+    out = F.embedding(ids, weight)
+    if position_weight is None:
+        return out
+    if positions is None:
+        return out + position_weight[: ids.shape[-1]]
+    return out + F.embedding(positions, position_weight)
+
+
+class EmbeddingFn(torch.autograd.Function):
+    """Autograd over the raw ops: (backend, ids, weight, position_weight, positions) -> y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, ids: Tensor, weight: Tensor, position_weight: Tensor | None, positions: Tensor | None
+    ) -> Tensor:
+        ctx.backend, ctx.rows = backend, weight.shape[0]
+        ctx.position_rows = 0 if position_weight is None else position_weight.shape[0]
+        # Not saved tensors: their values are not needed, and an optimizer may change them before backward.
+        ctx.tables = (None, None) if torch.compiler.is_compiling() else (weight, position_weight)
+        ctx.save_for_backward(ids, positions)
+        return FWD[backend](ids, weight, position_weight, positions)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ids, positions = ctx.saved_tensors
+        dweight = dposition = None
+        if ctx.needs_input_grad[2]:
+            dweight = _gather(ctx.backend, ctx.tables[0], ctx.rows, dy, ids)
+        if ctx.needs_input_grad[3] and positions is None:
+            dposition = _sum_batch(ctx.tables[1], ctx.position_rows, dy)
+        elif ctx.needs_input_grad[3]:
+            where = positions.expand(ids.shape)
+            dposition = _gather(ctx.backend, ctx.tables[1], ctx.position_rows, dy, where)
+        return None, None, dweight, dposition, None
+
+
+def _place(table: Tensor | None) -> Tensor | None:
+    """The buffer that takes this table's gradient, zeros if no sum is in it yet; None without one."""
+    buffer, filled = (None, False) if table is None else gradient_place(table)
+    if table is not None and buffer is not None:
+        if not filled:
+            buffer.zero_()
+        table.grad = buffer
+    return buffer
+
+
+def _gather(backend: str, table: Tensor | None, rows: int, dy: Tensor, ids: Tensor) -> Tensor | None:
+    """Gradient of a table whose rows `ids` were read; None where it went to its place."""
+    buffer = _place(table)
+    if buffer is None:
+        grad: Tensor = BWD[backend](dy, ids, rows)
+        return grad
+    BWD_ADD[backend](buffer, dy, ids)
+    mark_mutated([buffer])
+    return None
+
+
+def _sum_batch(table: Tensor | None, rows: int, dy: Tensor) -> Tensor | None:
+    """As _gather, where token t of every sequence read row t."""
+    total = (dy if dy.dim() > 2 else dy[None]).flatten(0, -3).sum(0, dtype=torch.float32)  # (T, C)
+    buffer = _place(table)
+    if buffer is None:
+        return F.pad(total.to(dy.dtype), (0, 0, 0, rows - total.shape[0]))
+    buffer[: total.shape[0]] += total
+    return None
+
+
+def _check_ids(name: str, ids: object, rows: int, weight: Tensor) -> None:
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"embedding: {name} is {getattr(ids, 'dtype', repr(ids))}, expected torch.int64 or torch.int32")
+    if ids.device != weight.device:
+        raise ValueError(f"embedding: {name} is on {ids.device}, expected {weight.device}")
     if not torch.compiler.is_compiling() and ids.numel() and checks_values(ids):
         low, high = (int(v) for v in ids.aminmax())
         if low < 0 or high >= rows:
             raise ValueError(f"embedding: {name} reach from {low} to {high}, expected 0 to {rows - 1}")
+
+
+def _check(ids: Tensor, weight: Tensor, position_weight: Tensor | None, positions: Tensor | None) -> None:
+    check_float("embedding", "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"embedding: weight has shape {tuple(weight.shape)}, expected (V, C)")
+    _check_ids("ids", ids, weight.shape[0], weight)
+    if position_weight is None:
+        return
+    check_float("embedding", "position_weight", position_weight)
+    if position_weight.dim() != 2 or position_weight.shape[1] != weight.shape[1]:
+        came = tuple(position_weight.shape)
+        raise ValueError(f"embedding: position_weight has shape {came}, expected (T_max, {weight.shape[1]})")
+    check_like(
+        "embedding", "position_weight", position_weight, tuple(position_weight.shape), weight, (weight.dtype,), ""
+    )
+    if ids.dim() == 0:
+        raise ValueError("embedding: ids has shape (), expected (..., T) beside position_weight")
+    t = ids.shape[-1]
+    if positions is None:
+        if t > position_weight.shape[0]:
+            raise ValueError(
+                f"embedding: ids have {t} positions, position_weight only {position_weight.shape[0]} rows"
+            )
+        return
+    _check_ids("positions", positions, position_weight.shape[0], weight)
+    if tuple(positions.shape) not in ((t,), tuple(ids.shape)):
+        raise ValueError(
+            f"embedding: positions has shape {tuple(positions.shape)}, expected ({t},) or ids' {tuple(ids.shape)}"
+        )
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    weight, position_weight = torch.randn(11, 130, device=device), torch.randn(7, 130, device=device)
+    ids, positions = torch.randint(11, (4, 5), device=device), torch.randint(7, (4, 5), device=device)
+    dy = torch.randn(4, 5, 130, device=device)
+    leaves = [t.double().requires_grad_() for t in (weight, position_weight)]
+    exact = embedding_ref(ids, *leaves, positions=positions)
+    grads = torch.autograd.grad(exact, leaves, dy.double())
+    exact = exact.detach()
+    dweight = BWD[backend](dy, ids, 11)
+    twice = dweight.clone()
+    BWD_ADD[backend](twice, dy, ids)
+    got = [FWD[backend](ids, weight, position_weight, positions), FWD[backend](ids, weight, None, None)]
+    got += [FWD[backend](ids, weight, position_weight, None), dweight, twice, BWD[backend](dy, positions, 7)]
+    table, rows = weight.double()[ids], position_weight.double()
+    return relative_error(got, [exact, table, table + rows[:5], grads[0], 2 * grads[0], grads[1]])
+
+
+register("embedding", _self_check, triton=Cell(), cpu=Cell())
 
 
 def embedding(
@@ -26,25 +189,24 @@ def embedding(
     """weight[ids], plus position_weight[positions] if given.
 
     Args:
-        ids: (B, T) int64; weight: (V, C); position_weight: (T_max, C), weight's dtype.
-        positions: (T,) or (B, T) int64; default 0, 1, 2, ... along T.
+        ids: (..., T) int64 or int32, mostly (B, T).
+        weight: (V, C) fp32, bf16, fp16 (fp64 on the reference); position_weight: (T_max, C), weight's dtype.
+        positions: (T,) or ids' shape, int64 or int32; default 0, 1, 2, ... along T; not read without position_weight.
 
     Returns:
-        (B, T, C) in weight's dtype.
+        (..., T, C) in weight's dtype, summed in fp32. Gradients are dense, in weight's dtype, summed in fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument; ids and positions out of range are found on CPU.
+        ValueError, TypeError: naming the argument. Ids and positions out of range are found on CPU; on a GPU such a
+            token's row is NaN, and it adds nothing to a gradient (FASTGPT_CHECK=1 syncs and raises).
     """
-    _check_ids("ids", ids, weight.shape[0])
-    select("embedding", weight)
-    out = F.embedding(ids, weight)
-    if position_weight is None:
-        return out
-    if positions is not None:
-        _check_ids("positions", positions, position_weight.shape[0])
-        return out + F.embedding(positions, position_weight)
-    if ids.shape[-1] > position_weight.shape[0]:
-        raise ValueError(
-            f"embedding: ids have {ids.shape[-1]} positions, position_weight only {position_weight.shape[0]} rows"
-        )
-    return out + position_weight[: ids.shape[-1]]
+    _check(ids, weight, position_weight, positions)
+    backend = select("embedding", weight)
+    positions = None if position_weight is None else positions
+    if backend == "torch":
+        return embedding_ref(ids, weight, position_weight, positions=positions)
+    if needs_grad(weight, position_weight):
+        y: Tensor = EmbeddingFn.apply(backend, ids, weight, position_weight, positions)
+    else:
+        y = FWD[backend](ids, weight, position_weight, positions)
+    return y

@@ -1,48 +1,216 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-The first rotary_dim columns of each head turn by position: pairs (a, b) become (a cos - b sin, b cos + a sin). Pairs
-are (i, i + rotary_dim/2) by default ("half", GPT-NeoX, Llama) or (2i, 2i + 1) ("interleaved", GPT-J).
+    (a, b) -> (a cos - b sin, b cos + a sin)      turned back by -sin
+
+for each pair of a head's first rotary_dim columns: (i, i + rotary_dim/2) by default ("half", GPT-NeoX, Llama) or
+(2i, 2i + 1) ("interleaved", GPT-J); cos and sin by the token's position, the other columns as they are.
+
+Fused: q and k in one launch, or all heads of a packed tensor in place. Each element is read and written once, forward
+and backward; backward turns the gradient back into a tensor of its own, since others may hold the one that came.
+Saved for backward: cos, sin and positions only.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from fastgpt.backend import checks_values, register, select
-from fastgpt.ops._common import check_float
+from fastgpt.backend import Cell, checks_values, register, select
+from fastgpt.ops._common import (
+    check_float,
+    check_like,
+    define,
+    mark_mutated,
+    needs_grad,
+    no_outputs,
+    relative_error,
+)
 
-register("rope")
+
+def _fwd_fake(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def _copy_fake(qkv: Tensor, *args: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+_TABLES = "Tensor cos, Tensor sin, Tensor? positions"
+FWD = define(
+    "rope",
+    "rope_fwd",
+    f"(Tensor q, Tensor k, {_TABLES}, bool interleaved, bool inverse) -> (Tensor, Tensor)",
+    _fwd_fake,
+)
+ROWS = define(  # in place, the first n_turned heads
+    "rope",
+    "rope_rows",
+    f"(Tensor(a!) qkv, {_TABLES}, int n_turned, bool interleaved, bool inverse) -> ()",
+    no_outputs,
+)
+COPY = define(  # as rope_rows, into a new tensor
+    "rope",
+    "rope_copy",
+    f"(Tensor qkv, {_TABLES}, int n_turned, bool interleaved, bool inverse) -> Tensor",
+    _copy_fake,
+)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
+    """The formula at this file's head, in fp32 (fp64 for fp64 input)."""
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half].to(torch.promote_types(x.dtype, torch.float32)), x[..., 2 * half :]
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
-    c, s = cos.to(turned.dtype).unsqueeze(-2), sin.to(turned.dtype).unsqueeze(-2)
+    rows = slice(x.shape[1]) if positions is None else positions
+    c, s = (table[rows].to(turned.dtype).unsqueeze(-2) for table in (cos, sin))  # ((B,) T, 1, half)
     pair = (a * c - b * s, b * c + a * s)
     out = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat((out.to(x.dtype), rest), -1) if rest.shape[-1] else out.to(x.dtype)
+    return torch.cat((out.to(x.dtype), rest), -1)
 
 
-def _tables(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-    """cos and sin for x's rows: (T, R/2), or (B, T, R/2) with positions per sequence."""
-    t, d = x.shape[1], x.shape[-1]
-    if cos.shape != sin.shape or cos.dim() != 2:
+def rope_ref(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The `torch` backend, the parity baseline and, in fp64, its ground truth: eager, in fp32 inside as the kernels
+    (a composition that rounds to 16 bits between its steps would be a wider bound than this op needs)."""
+    return _rotate(q, cos, sin, positions, interleaved), _rotate(k, cos, sin, positions, interleaved)
+
+
+def rope_qkv_ref(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    interleaved: bool = False,
+    positions: Tensor | None = None,
+) -> Tensor:
+    """As rope_ref, for one packed tensor; returns a new one."""
+    n = n_heads + n_kv_heads
+    return torch.cat((_rotate(qkv[:, :, :n], cos, sin, positions, interleaved), qkv[:, :, n:]), dim=2)
+
+
+class RopeFn(torch.autograd.Function):
+    """Autograd over the raw op: (backend, q, k, cos, sin, positions, interleaved) -> (q, k) turned."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, backend: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, pairs: bool
+    ) -> tuple[Tensor, Tensor]:
+        ctx.backend, ctx.pairs = backend, pairs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(cos, sin, positions)
+        return FWD[backend](q, k, cos, sin, positions, pairs, False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        dq, dk = (g if needed else None for g, needed in zip((dq, dk), ctx.needs_input_grad[1:3]))
+        some = dk if dq is None else dq
+        if some is None:
+            return (None,) * 7
+        nothing = some[:, :, :0]  # no heads: a gradient that nobody wants costs nothing
+        turned = FWD[ctx.backend](
+            nothing if dq is None else dq, nothing if dk is None else dk, *ctx.saved_tensors, ctx.pairs, True
+        )
+        return None, None if dq is None else turned[0], None if dk is None else turned[1], None, None, None, None
+
+
+class RopeQkvFn(torch.autograd.Function):
+    """Autograd over the raw op in place: (backend, x, shape, cos, sin, positions, n_turned, interleaved) -> x, where x
+    is a packed (B, T, H, D) tensor, or what holds one of this shape."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        x: Tensor,
+        shape: torch.Size | None,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None,
+        n_turned: int,
+        interleaved: bool,
+    ) -> Tensor:
+        ctx.backend, ctx.shape, ctx.options = backend, shape, (n_turned, interleaved)
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.mark_dirty(x)
+        ROWS[backend](x if shape is None else x.view(shape), cos, sin, positions, n_turned, interleaved, False)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        packed = dy if ctx.shape is None else dy.reshape(ctx.shape)
+        dx = COPY[ctx.backend](packed, *ctx.saved_tensors, *ctx.options, True)
+        return None, dx if ctx.shape is None else dx.view(dy.shape), None, None, None, None, None, None
+
+
+def _held_by(x: Tensor) -> Tensor | None:
+    """The tensor that x is a plain view of all of (x itself where it is no view), None where there is none.
+
+    Autograd is told of the write there: told of a write to a view, its backward copies the whole gradient three times.
+    """
+    base, node = x._base, x.grad_fn
+    if base is None:
+        return x
+    while node is not None and node is not base.grad_fn and node.name() == "ViewBackward0":
+        node = node.next_functions[0][0]
+    return base if node is not None and node is base.grad_fn and base.is_contiguous() else None
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
+    """Tables and positions against x (B, T, H, D)."""
+    b, t, d = x.shape[0], x.shape[1], x.shape[3]
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_float("rope", name, table)
+        if table.requires_grad:
+            raise ValueError(f"rope: {name} requires grad, expected a constant table")
+    if cos.dim() != 2 or cos.shape != sin.shape:
         raise ValueError(f"rope: cos {tuple(cos.shape)} and sin {tuple(sin.shape)}, expected both (T, rotary_dim / 2)")
     if 2 * cos.shape[1] > d:
         raise ValueError(f"rope: cos covers {2 * cos.shape[1]} columns, expected at most the head dimension {d}")
+    dtypes = (torch.float32, torch.promote_types(x.dtype, torch.float32))
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_like("rope", name, table, tuple(cos.shape), x, dtypes, "")
     if positions is None:
         if t > cos.shape[0]:
             raise ValueError(f"rope: x has {t} positions, cos and sin only {cos.shape[0]}")
-        return cos[:t], sin[:t]
-    if positions.shape not in ((t,), (x.shape[0], t)):
-        raise ValueError(f"rope: positions has shape {tuple(positions.shape)}, expected ({t},) or ({x.shape[0]}, {t})")
+        return
+    if tuple(positions.shape) not in ((t,), (b, t)):
+        raise ValueError(f"rope: positions has shape {tuple(positions.shape)}, expected ({t},) or ({b}, {t})")
+    check_like("rope", "positions", positions, tuple(positions.shape), x, (torch.int64,), "")
     if checks_values(positions) and not torch.compiler.is_compiling() and positions.numel():
         low, high = (int(v) for v in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(f"rope: positions reach from {low} to {high}, expected 0 to {cos.shape[0] - 1}")
-    return cos[positions], sin[positions]
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    q, k = torch.randn(2, 5, 3, 20, device=device), torch.randn(2, 5, 2, 20, device=device)
+    cos, sin = torch.randn(2, 9, 8, device=device).unbind()
+    positions = torch.randint(9, (2, 5), device=device)
+    got: list[Tensor] = []
+    wanted: list[Tensor] = []
+    for interleaved in (False, True):
+        for inverse in (False, True):
+            s = -sin if inverse else sin
+            exact = rope_ref(q.double(), k.double(), cos, s, interleaved=interleaved, positions=positions)
+            packed = torch.cat((q, k), 2)
+            wanted += [*exact, torch.cat((exact[0], k.double()), 2), torch.cat(exact, 2)]
+            got += FWD[backend](q, k, cos, sin, positions, interleaved, inverse)
+            got.append(COPY[backend](packed, cos, sin, positions, 3, interleaved, inverse))
+            ROWS[backend](packed, cos, sin, positions, 5, interleaved, inverse)
+            got.append(packed)
+    return relative_error(got, wanted)
+
+
+register("rope", _self_check, triton=Cell(), cpu=Cell())
 
 
 def rope(
@@ -51,23 +219,30 @@ def rope(
     """Rotate queries and keys.
 
     Args:
-        q: (B, T, H, D); k: (B, T, Hkv, D); any strides.
-        cos, sin: (T_max, rotary_dim / 2), fp32.
+        q: (B, T, H, D); k: (B, T, Hkv, D) in q's dtype; any strides; fp32, bf16, fp16 (fp64 on the reference).
+        cos, sin: (T_max, rotary_dim / 2), fp32, of position times frequency in radians; constants.
         positions: (T,) or (B, T) int64 row of cos and sin for each token; default 0, 1, 2, ...
 
     Returns:
-        q and k turned, in their dtypes.
+        q and k turned, in their dtypes, contiguous; computed in fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument. Source: arXiv:2104.09864.
+        ValueError, TypeError: naming the argument. Positions out of range are found on CPU; on a GPU the turned
+            columns of such a token are NaN (FASTGPT_CHECK=1 syncs and raises). Source: arXiv:2104.09864.
     """
     check_float("rope", "q", q)
     check_float("rope", "k", k)
     if q.dim() != 4 or k.dim() != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"rope: q {tuple(q.shape)} and k {tuple(k.shape)}, expected (B, T, H, D) and (B, T, Hkv, D)")
-    select("rope", q)
-    c, s = _tables(q, cos, sin, positions)
-    return _rotate(q, c, s, interleaved), _rotate(k, c, s, interleaved)
+    check_like("rope", "k", k, tuple(k.shape), q, (q.dtype,), "")
+    _check(q, cos, sin, positions)
+    backend = select("rope", q)
+    if backend == "torch":
+        return rope_ref(q, k, cos, sin, interleaved=interleaved, positions=positions)
+    if needs_grad(q, k):
+        turned: tuple[Tensor, Tensor] = RopeFn.apply(backend, q, k, cos, sin, positions, interleaved)
+        return turned
+    return FWD[backend](q, k, cos, sin, positions, interleaved, False)
 
 
 def rope_qkv(
@@ -80,22 +255,42 @@ def rope_qkv(
     interleaved: bool = False,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """Rotate the query and key heads of one packed tensor; the reference returns a new tensor, kernels write in place.
+    """Rotate the query and key heads of one packed tensor: in place on kernels, into a new tensor on the reference.
 
     Args:
-        qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads. Use only what is returned.
+        qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads. Its memory is overwritten where
+            it is contiguous (and, with gradients on, holds nothing else); otherwise a copy is. Use what is returned.
+        cos, sin, interleaved, positions: as in `rope`.
 
     Returns:
         qkv with its first n_heads + n_kv_heads heads turned.
 
     Raises:
-        ValueError, TypeError: naming the argument. Source: arXiv:2104.09864.
+        ValueError, TypeError: naming the argument; as in `rope`, and on kernels for a leaf that requires grad.
+            Source: arXiv:2104.09864.
     """
     check_float("rope", "qkv", qkv)
-    heads = n_heads + 2 * n_kv_heads
+    heads, n_turned = n_heads + 2 * n_kv_heads, n_heads + n_kv_heads
     if qkv.dim() != 4 or qkv.shape[2] != heads:
         raise ValueError(f"rope: qkv has shape {tuple(qkv.shape)}, expected (B, T, {heads}, D)")
-    select("rope", qkv)
-    c, s = _tables(qkv, cos, sin, positions)
-    turned = n_heads + n_kv_heads
-    return torch.cat((_rotate(qkv[:, :, :turned], c, s, interleaved), qkv[:, :, turned:]), dim=2)
+    _check(qkv, cos, sin, positions)
+    backend = select("rope", qkv)
+    if backend == "torch":
+        names = dict(n_heads=n_heads, n_kv_heads=n_kv_heads)
+        return rope_qkv_ref(qkv, cos, sin, interleaved=interleaved, positions=positions, **names)
+    options = (cos, sin, positions, n_turned, interleaved)
+    compiling = torch.compiler.is_compiling()
+    if needs_grad(qkv) and not compiling and qkv.is_leaf:
+        raise ValueError("rope: qkv is a leaf that requires grad and would be overwritten; pass an op's output")
+    if not qkv.is_contiguous():
+        qkv = qkv.contiguous()
+    if not needs_grad(qkv):
+        ROWS[backend](qkv, *options, False)
+        if not qkv.is_inference():
+            mark_mutated([qkv])
+        return qkv
+    if compiling:  # the compiler sees through the copies that _held_by avoids
+        return RopeQkvFn.apply(backend, qkv, None, *options)
+    held = _held_by(qkv)
+    held = qkv.clone() if held is None else held
+    return RopeQkvFn.apply(backend, held, qkv.shape, *options).view(qkv.shape)

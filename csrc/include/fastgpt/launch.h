@@ -156,6 +156,56 @@ struct RmsNormBwdArgs {
   DType dtype, weight_dtype;
 };
 
+// Rotary embedding of one or two tensors in one pass; formulas in fastgpt/ops/rope.py. Strides are in elements, columns
+// contiguous; a position outside [0, n_positions) gives NaN in the columns that are turned.
+struct RopePart {
+  const void* x;  // (B, T, H, D) dtype
+  void* y;        // (B, T, H, D) dtype; may be x
+  int64_t x_batch, x_time, x_head;
+  int64_t y_batch, y_time, y_head;
+  int64_t n_heads, n_turned;  // heads from n_turned on are copied
+};
+
+struct RopeArgs {
+  RopePart parts[2];
+  const float* cos;          // (n_positions, half)
+  const float* sin;          // (n_positions, half)
+  const int64_t* positions;  // (T) or (B, T); null: 0, 1, 2, ...
+  int64_t positions_batch;   // distance between two batches' positions: T, or 0 for (T)
+  int64_t n_batch, n_time, n_cols, half, n_positions;
+  float sign;  // -1 turns back
+  bool interleaved;
+  DType dtype;
+};
+
+struct Indices {
+  const void* data;  // int64 where wide, else int32; null where absent
+  bool wide;
+};
+
+// weight[ids] + position_weight[positions]; formulas in fastgpt/ops/embedding.py. An index outside its table gives a
+// row of NaN.
+struct EmbeddingFwdArgs {
+  Indices ids;                  // (N)
+  Indices positions;            // (period); absent: token n has position n % period
+  const void* weight;           // (n_rows, C) dtype, rows weight_row apart
+  const void* position_weight;  // (n_positions, C) dtype, rows position_row apart, or null
+  void* y;                      // (N, C) dtype, contiguous
+  int64_t weight_row, position_row;
+  int64_t n_tokens, n_cols, n_rows, n_positions, period;
+  DType dtype;
+};
+
+// dweight[ids[n]] += dy[n]; an index outside the table adds nothing.
+struct EmbeddingBwdArgs {
+  Indices ids;     // (N)
+  const void* dy;  // (N, C) dtype, rows dy_row apart
+  void* dweight;   // (n_rows, C) dweight_dtype, rows dweight_row apart
+  int64_t dy_row, dweight_row;
+  int64_t n_tokens, n_cols, n_rows;
+  DType dtype, dweight_dtype;  // dweight_dtype: dtype or f32
+};
+
 #define FASTGPT_LAUNCHERS(...)                                             \
   void layer_norm_fwd(const LayerNormFwdArgs& a __VA_ARGS__);              \
   void layer_norm_bwd(const LayerNormBwdArgs& a __VA_ARGS__);              \
@@ -180,6 +230,9 @@ void bias_gelu_bwd(const BiasGeluArgs& a);
 int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols);
 void swiglu_fwd(const SwigluArgs& a);
 void swiglu_bwd(const SwigluArgs& a);
+void rope(const RopeArgs& a);
+void embedding_fwd(const EmbeddingFwdArgs& a);
+void embedding_bwd_add(const EmbeddingBwdArgs& a);
 }  // namespace cpu
 
 namespace cuda {

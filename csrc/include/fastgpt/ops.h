@@ -59,4 +59,23 @@ struct ActivationOps {
   static std::tuple<Tensor, OptTensor> swiglu_bwd(Tensor dy, Tensor gate, OptTensor up, int64_t activation);
 };
 
+// Apart from Ops until CUDA has it too; bodies in rope_ops.h.
+template <class Device>
+struct RopeOps {
+  static std::tuple<Tensor, Tensor> rope_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, OptTensor positions,
+                                             bool interleaved, bool inverse);
+  static void rope_rows(Tensor qkv, Tensor cos, Tensor sin, OptTensor positions, int64_t n_turned, bool interleaved,
+                        bool inverse);
+  static Tensor rope_copy(Tensor qkv, Tensor cos, Tensor sin, OptTensor positions, int64_t n_turned, bool interleaved,
+                          bool inverse);
+};
+
+// Apart from Ops until CUDA has it too; bodies in embedding_ops.h.
+template <class Device>
+struct EmbeddingOps {
+  static Tensor embedding_fwd(Tensor ids, Tensor weight, OptTensor position_weight, OptTensor positions);
+  static Tensor embedding_bwd(Tensor dy, Tensor ids, int64_t num_rows);
+  static void embedding_bwd_add(Tensor dweight, Tensor dy, Tensor ids);
+};
+
 }  // namespace fastgpt
