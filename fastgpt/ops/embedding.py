@@ -45,9 +45,7 @@ FWD = define(
     _fwd_fake,
 )
 BWD = define("embedding", "embedding_bwd", "(Tensor dy, Tensor ids, int num_rows) -> Tensor", _bwd_fake)
-BWD_ADD = define(
-    "embedding", "embedding_bwd_add", "(Tensor(a!) dweight, Tensor dy, Tensor ids) -> ()", no_outputs
-)
+BWD_ADD = define("embedding", "embedding_bwd_add", "(Tensor(a!) dweight, Tensor dy, Tensor ids) -> ()", no_outputs)
 
 
 def embedding_ref(
@@ -152,9 +150,7 @@ def _check(ids: Tensor, weight: Tensor, position_weight: Tensor | None, position
     t = ids.shape[-1]
     if positions is None:
         if t > position_weight.shape[0]:
-            raise ValueError(
-                f"embedding: ids have {t} positions, position_weight only {position_weight.shape[0]} rows"
-            )
+            raise ValueError(f"embedding: ids have {t} positions, position_weight only {position_weight.shape[0]} rows")
         return
     _check_ids("positions", positions, position_weight.shape[0], weight)
     if tuple(positions.shape) not in ((t,), tuple(ids.shape)):

@@ -286,8 +286,7 @@ def rope_qkv(
         qkv = qkv.contiguous()
     if not needs_grad(qkv):
         ROWS[backend](qkv, *options, False)
-        if not qkv.is_inference():
-            mark_mutated([qkv])
+        mark_mutated([qkv])
         return qkv
     if compiling:  # the compiler sees through the copies that _held_by avoids
         return RopeQkvFn.apply(backend, qkv, None, *options)
