@@ -122,8 +122,8 @@ class RopeFn(torch.autograd.Function):
 
 
 class RopeQkvFn(torch.autograd.Function):
-    """Autograd over the raw op in place: (backend, x, shape, cos, sin, positions, n_turned, interleaved) -> x, where x
-    is a packed (B, T, H, D) tensor, or what holds one of this shape."""
+    """Autograd over the raw ops: (backend, x, shape, inplace, cos, sin, positions, n_turned, interleaved) -> x turned,
+    where x is a packed (B, T, H, D) tensor, or what holds one of this shape."""
 
     @staticmethod
     def forward(
@@ -131,16 +131,18 @@ class RopeQkvFn(torch.autograd.Function):
         backend: str,
         x: Tensor,
         shape: torch.Size | None,
+        inplace: bool,
         cos: Tensor,
         sin: Tensor,
         positions: Tensor | None,
-        n_turned: int,
-        interleaved: bool,
+        *options: Any,
     ) -> Tensor:
-        ctx.backend, ctx.shape, ctx.options = backend, shape, (n_turned, interleaved)
+        ctx.backend, ctx.shape, ctx.options = backend, shape, options
         ctx.save_for_backward(cos, sin, positions)
+        if not inplace:
+            return COPY[backend](x, cos, sin, positions, *options, False)
         ctx.mark_dirty(x)
-        ROWS[backend](x if shape is None else x.view(shape), cos, sin, positions, n_turned, interleaved, False)
+        ROWS[backend](x if shape is None else x.view(shape), cos, sin, positions, *options, False)
         return x
 
     @staticmethod
@@ -148,17 +150,32 @@ class RopeQkvFn(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         packed = dy if ctx.shape is None else dy.reshape(ctx.shape)
         dx = COPY[ctx.backend](packed, *ctx.saved_tensors, *ctx.options, True)
-        return None, dx if ctx.shape is None else dx.view(dy.shape), None, None, None, None, None, None
+        return None, dx if ctx.shape is None else dx.view(dy.shape), *(None,) * 7
+
+
+def _writable(x: Tensor) -> bool:
+    """Whether columns are contiguous and every element has an address of its own."""
+    if torch.compiler.is_compiling() or x.is_contiguous():
+        return x.is_contiguous()
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        return False
+    reach = 0  # of the dimensions within
+    for step, size in sorted(zip(x.stride(), x.shape)):
+        if size > 1 and step <= reach:
+            return False
+        reach += step * (size - 1)
+    return True
 
 
 def _held_by(x: Tensor) -> Tensor | None:
     """The tensor that x is a plain view of all of (x itself where it is no view), None where there is none.
 
     Autograd is told of the write there: told of a write to a view, its backward copies the whole gradient three times.
+    Compilers see through those copies, but not through `_base`.
     """
-    base, node = x._base, x.grad_fn
-    if base is None:
+    if torch.compiler.is_compiling() or x._base is None:
         return x
+    base, node = x._base, x.grad_fn
     while node is not None and node is not base.grad_fn and node.name() == "ViewBackward0":
         node = node.next_functions[0][0]
     return base if node is not None and node is base.grad_fn and base.is_contiguous() else None
@@ -258,8 +275,9 @@ def rope_qkv(
     """Rotate the query and key heads of one packed tensor: in place on kernels, into a new tensor on the reference.
 
     Args:
-        qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads. Its memory is overwritten where
-            it is contiguous (and, with gradients on, holds nothing else); otherwise a copy is. Use what is returned.
+        qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads; any strides. Its memory is
+            overwritten where its columns are contiguous, no element is there twice and, with gradients on, it is all
+            of a tensor rather than a part; else it stays as it is. Use what is returned.
         cos, sin, interleaved, positions: as in `rope`.
 
     Returns:
@@ -278,18 +296,17 @@ def rope_qkv(
     if backend == "torch":
         names = dict(n_heads=n_heads, n_kv_heads=n_kv_heads)
         return rope_qkv_ref(qkv, cos, sin, interleaved=interleaved, positions=positions, **names)
-    options = (cos, sin, positions, n_turned, interleaved)
-    compiling = torch.compiler.is_compiling()
-    if needs_grad(qkv) and not compiling and qkv.is_leaf:
+    if needs_grad(qkv) and not torch.compiler.is_compiling() and qkv.is_leaf:
         raise ValueError("rope: qkv is a leaf that requires grad and would be overwritten; pass an op's output")
-    if not qkv.is_contiguous():
-        qkv = qkv.contiguous()
+    options = (cos, sin, positions, n_turned, interleaved)
+    writable = _writable(qkv)
     if not needs_grad(qkv):
+        if not writable:
+            return COPY[backend](qkv, *options, False)
         ROWS[backend](qkv, *options, False)
         mark_mutated([qkv])
         return qkv
-    if compiling:  # the compiler sees through the copies that _held_by avoids
-        return RopeQkvFn.apply(backend, qkv, None, *options)
-    held = _held_by(qkv)
-    held = qkv.clone() if held is None else held
-    return RopeQkvFn.apply(backend, held, qkv.shape, *options).view(qkv.shape)
+    held = _held_by(qkv) if writable else None
+    shape = None if held is None or held is qkv else qkv.shape
+    out: Tensor = RopeQkvFn.apply(backend, qkv if held is None else held, shape, held is not None, *options)
+    return out if shape is None else out.view(shape)

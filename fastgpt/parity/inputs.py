@@ -115,9 +115,9 @@ class Inputs:
         """The next random tensor, as a leaf that requires grad."""
         return self.tensor(shape, dtype, scale, shift).requires_grad_()
 
-    def grad(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def grad(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         """The next random tensor, in the layout of upstream gradients."""
-        return self.place(self._random(shape, dtype), self.case.grad_layout)
+        return self.place(self._random(shape, dtype, scale, shift), self.case.grad_layout)
 
     def harmed(self) -> list[str]:
         """The tensors, by number and shape, whose canaries or (unless `written`) values changed."""

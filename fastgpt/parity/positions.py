@@ -11,7 +11,8 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops.embedding import embedding_ref
 from fastgpt.ops.rope import rope_qkv_ref, rope_ref
-from fastgpt.parity.rule import Case, Inputs, Outputs, Subject, Variant, lay
+from fastgpt.parity.inputs import Inputs
+from fastgpt.parity.rule import REPEATED, Case, Outputs, Subject, Variant
 
 
 def _either(plain: Callable[..., Any], packed: Callable[..., Any]) -> Callable[..., Any]:
@@ -24,7 +25,7 @@ def _rows(case: Case, inputs: Inputs, top: int, shape: tuple[int, ...], kind: st
     if kind is None:
         return None
     g = torch.Generator().manual_seed(5)
-    return torch.randint(top, shape[-1:] if kind == "shared" else shape, generator=g).to(inputs.device)
+    return inputs.place(torch.randint(top, shape[-1:] if kind == "shared" else shape, generator=g))
 
 
 def run_rope(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
@@ -36,14 +37,17 @@ def run_rope(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
     cos, sin = (inputs.tensor((t + 3, half), torch.float32) for _ in range(2))
     if packed:
         leaf = inputs.leaf((b, t, h + 2 * g, d), case.dtype, scale)
-        qkv = lay(leaf * 1, case.layout)  # not a leaf, so that it may be overwritten
+        layout = "sliced" if case.layout in REPEATED else case.layout
+        qkv = leaf  # the reference's; kernels get what they may overwrite: not a leaf
+        if not inputs.wide:
+            qkv = inputs.place(torch.zeros_like(leaf), layout, written=True).copy_(leaf)
         out = fn(qkv, cos, sin, n_heads=h, n_kv_heads=g, **o)
-        out.backward(inputs.tensor(tuple(out.shape), case.dtype))
+        out.backward(inputs.grad(tuple(out.shape), case.dtype))
         assert leaf.grad is not None
         return {"qkv": out, "dqkv": leaf.grad}
     q, k = inputs.leaf((b, t, h, d), case.dtype, scale), inputs.leaf((b, t, g, d), case.dtype, scale)
     turned = fn(q, k, cos, sin, **o)
-    torch.autograd.backward(turned, [inputs.tensor(tuple(x.shape), case.dtype) for x in turned])
+    torch.autograd.backward(turned, [inputs.grad(tuple(x.shape), case.dtype) for x in turned])
     assert q.grad is not None and k.grad is not None
     return {"q": turned[0], "k": turned[1], "dq": q.grad, "dk": k.grad}
 
@@ -52,14 +56,14 @@ def run_embedding(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs
     """Rows and the tables' gradients. Shape: V, T_max (0: no position rows), C, then that of ids."""
     v, p, c, *shape = case.shape
     o = dict(case.options)
-    ids = torch.randint(v, shape, generator=torch.Generator().manual_seed(3)).to(inputs.device)
+    ids = torch.randint(v, shape, generator=torch.Generator().manual_seed(3))
     ids = ids // o.get("distinct", 1) * o.get("distinct", 1)
-    ids = ids.int() if o.get("int32") else ids
+    ids = inputs.place(ids.int() if o.get("int32") else ids)
     weight = inputs.leaf((v, c), case.dtype)
     position_weight = inputs.leaf((p, c), case.dtype) if p else None
     positions = _rows(case, inputs, p, tuple(shape), o.get("positions"))
     y = fn(ids, weight, position_weight, positions=positions)
-    y.backward(inputs.tensor(tuple(y.shape), case.dtype, o.get("scale", 1.0), o.get("mean", 0.0)))
+    y.backward(inputs.grad(tuple(y.shape), case.dtype, o.get("scale", 1.0), o.get("mean", 0.0)))
     leaves = {"dweight": weight, "dposition_weight": position_weight}
     return {"y": y, **{n: t.grad for n, t in leaves.items() if t is not None and t.grad is not None}}
 
