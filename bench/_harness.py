@@ -17,7 +17,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -28,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.device import describe_machine
+from fastgpt.device import cpu_name, describe_machine
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_SAMPLE, GPU_SAMPLE = 1e-3, 3e-4  # seconds that one timed sample lasts at least
@@ -52,6 +51,15 @@ class Setting:
         generator = torch.Generator(self.device).manual_seed(seed)
         t = torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32).to(dtype or self.dtype)
         return t.requires_grad_() if grad else t
+
+    def tensors(self, seed: int, *shapes: tuple[int, ...], grad: bool = False) -> list[Tensor]:
+        """One random tensor per shape."""
+        return [self.random(*shape, seed=100 * seed + 2 * i + grad, grad=grad) for i, shape in enumerate(shapes)]
+
+    def tokens(self, vocab: int, *shape: int, seed: int) -> Tensor:
+        """int64 token ids, rank r with probability ~ 1/(r+1), as in text."""
+        u = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        return ((vocab**u).long() - 1).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -213,6 +221,13 @@ def copy_job(moved: int, setting: Setting, seed: int) -> Job:
     return Job(functools.partial(torch.empty_like(source).copy_, source))
 
 
+def gemm_job(flops: float, setting: Setting, seed: int) -> tuple[Job, float]:
+    """A square matrix product in the same dtype, and how many of it make `flops`: what an op could reach at best."""
+    n = 64 * max(1, min(128, round((flops / 2) ** (1 / 3) / 64)))
+    a, b = setting.tensors(seed, (n, n), (n, n))
+    return Job(functools.partial(torch.mm, a, b)), flops / (2 * n**3)
+
+
 def gpu_state(device: torch.device) -> dict[str, Any]:
     """Driver, clocks (MHz), power (W), temperature (C) from NVML: read, never set; empty where there is none."""
     if device.type != "cuda":
@@ -241,14 +256,6 @@ def provenance(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         machine["device_name"] = machine["cpu"]
     return {**machine, "sources": sources(), "date": now}
-
-
-def cpu_name() -> str:
-    """The processor as it names itself."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def where(machine: dict[str, Any]) -> str:

@@ -1,15 +1,18 @@
 """One op's benchmark: which providers there are, the gate before them, the figures, the table, the command line.
 
 `python -m fastgpt.bench.OP --dtype bf16 --shape 8192x768 [--device cuda] [--phase forward] [--compile] [--json FILE]`
-compares every backend of ours that runs here with PyTorch and with a copy of as many bytes, interleaved; rows go to
-FILE as JSON Lines. A backend that fails its parity check prints no speed and makes the exit code 1. The same jobs are
-pytest-benchmark functions: `pytest bench --benchmark-only`.
+compares every backend of ours that runs here with PyTorch, with other libraries that are installed and with a copy of
+as many bytes (for an op that multiplies: a matrix product of as many FLOP), interleaved; rows go to FILE as JSON Lines.
+A backend that fails its parity check prints no speed and makes the exit code 1. The same jobs are pytest-benchmark
+functions: `pytest bench --benchmark-only`.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib
+import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import backend, parity
+from fastgpt.bench import OPS
 from fastgpt.bench._harness import (
     DTYPES,
     Job,
@@ -30,15 +34,17 @@ from fastgpt.bench._harness import (
     append_rows,
     copy_job,
     count_sets,
+    gemm_job,
     gpu_state,
     provenance,
     time_cpu,
     time_gpu,
     where,
 )
+from fastgpt.config import ModelConfig
 from fastgpt.device import default_device
 
-COPY = "copy"
+COPY, GEMM = "copy", "gemm"
 Shape = tuple[int, ...]
 
 
@@ -53,43 +59,90 @@ class Provider:
     inplace: bool = False
 
 
+def no_gate_cases(shape: Shape) -> list[tuple[Shape, dict[str, Any]]]:
+    """The op's own parity cases are enough."""
+    return []
+
+
+def no_others(setting: Setting) -> list[Provider]:
+    """No baseline beside PyTorch's."""
+    return []
+
+
 @dataclass(frozen=True)
 class Bench:
     """One op's benchmark.
 
-    job(provider, setting, phase, seed) -> Job over an input set of its own. bytes_moved(shape, dtype, phase): the least
-    that the phase moves. gate_cases(shape): (shape, options) of parity cases like what is measured. shapes: the
-    default by device. tiny: a shape whose maths is nothing, for the cost of a call on the host.
+    dims: names of a shape's numbers, as in NxC. public: fastgpt's function, called by every provider with a backend;
+    inplace: the same over its input. baseline: PyTorch's; others(setting): further baselines. job(provider, setting,
+    phase, seed) -> Job over an input set of its own. bytes_moved(shape, dtype, phase), flops(shape, phase): the least
+    that the phase moves and multiplies. of_model(model, B, T): shape and options of the public function in a training
+    step, None if the model does without the op. gate_cases(shape): (shape, options) of parity cases like what is
+    measured. shapes: the defaults by device. tiny: a shape whose maths is nothing, for the cost of a call on the host.
     """
 
     op: str
-    phases: tuple[str, ...]
+    dims: str
+    public: Callable[..., Any]
+    baseline: Provider
     job: Callable[[Provider, Setting, str, int], Job]
     bytes_moved: Callable[[Shape, torch.dtype, str], int]
-    providers: Callable[[Setting, bool], list[Provider]]
-    gate_cases: Callable[[Shape], list[tuple[Shape, dict[str, Any]]]]
-    shapes: dict[str, Shape]
+    of_model: Callable[[ModelConfig, int, int], tuple[Shape, dict[str, Any]] | None]
+    shapes: dict[str, tuple[Shape, ...]]
     tiny: Shape
+    gate_cases: Callable[[Shape], list[tuple[Shape, dict[str, Any]]]] = no_gate_cases
+    flops: Callable[[Shape, str], float] | None = None
+    phases: tuple[str, ...] = ("forward", "backward", "both")
+    inplace: Callable[..., Any] | None = None
+    others: Callable[[Setting], list[Provider]] = no_others
 
 
-def ours(op: str, device: torch.device, fn: Callable[..., Any], **options: Any) -> list[Provider]:
-    """One provider per kernel backend of `op` that runs on this device (never Triton in its interpreter)."""
-    names = [b for b in backend.ops()[op] if backend.DEVICE_OF.get(b) == device.type and backend.missing(b) is None]
-    suffix = " in place" if options.get("inplace") else ""
-    return [Provider(name + suffix, fn, name, **options) for name in names]
+def bench_of(op: str) -> Bench:
+    """The benchmark of an op."""
+    bench: Bench = importlib.import_module(f"fastgpt.bench.{op}").BENCH
+    return bench
 
 
-def compiled(fn: Callable[..., Any]) -> Provider:
+def every() -> list[Bench]:
+    """The benchmarks of all ops."""
+    return [bench_of(op) for op in OPS]
+
+
+def providers(bench: Bench, setting: Setting, compile_modes: tuple[str, ...] = ()) -> list[Provider]:
+    """Each kernel backend of ours that runs on this device (never Triton in its interpreter), then the baselines."""
+    device = setting.device.type
+    names = [b for b in backend.ops()[bench.op] if backend.DEVICE_OF.get(b) == device and backend.missing(b) is None]
+    found = [Provider(name, bench.public, name) for name in names]
+    if bench.inplace is not None:
+        found += [Provider(f"{name} in place", bench.inplace, name, ("both",), inplace=True) for name in names]
+    compiled = [_compiled(bench.baseline.fn, mode) for mode in compile_modes if "step" not in bench.phases]
+    return [*found, bench.baseline, *compiled, *bench.others(setting)]
+
+
+def _compiled(fn: Callable[..., Any], mode: str) -> Provider:
     """torch.compile of the eager baseline; its backward keeps its buffers, since it is timed again and again."""
     import torch._functorch.config as functorch
 
     functorch.donated_buffer = False
-    return Provider("torch.compile", torch.compile(fn, dynamic=False))
+    name = "torch.compile" if mode == "default" else f"compile {mode.removesuffix('-no-cudagraphs')}"
+    return Provider(name, torch.compile(fn, dynamic=False, mode=mode))
+
+
+def installed(setting: Setting, **baselines: Callable[..., Any]) -> list[Provider]:
+    """Baselines by the package that each imports when called: those of installed ones, on a GPU."""
+    if setting.device.type != "cuda":
+        return []
+    return [Provider(name, fn) for name, fn in baselines.items() if importlib.util.find_spec(name)]
 
 
 def chosen(op: str, provider: Provider) -> AbstractContextManager[Any]:
     """What makes the public function go to this provider's backend, strictly."""
     return nullcontext() if provider.backend is None else backend.use(strict=True, **{op: provider.backend})
+
+
+def of_phase(phase: str, forward: float, backward: float) -> Any:
+    """What a phase moves or multiplies: forward, backward, or both one after the other."""
+    return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
 
 
 def autograd_job(call: Callable[[], Any], leaves: list[Tensor], grads: list[Tensor], phase: str) -> Job:
@@ -112,6 +165,8 @@ PLAIN = "contiguous/contiguous"
 
 def gate(bench: Bench, provider: Provider, setting: Setting) -> str | None:
     """Why this provider's figures must not be shown: parity at this dtype and row length; None if it holds."""
+    if bench.op not in parity.SUBJECTS:
+        return f"{bench.op} has no parity cases"
     every = [c for c in parity.cases(bench.op) if c.dtype == setting.dtype and c.layouts == PLAIN]
     picked = every[:: max(1, len(every) // 6)]
     for shape, options in bench.gate_cases(setting.shape):
@@ -166,16 +221,23 @@ def _measure_phase(
 ) -> list[dict[str, Any]]:
     here = {p.name: p for p in providers if phase in p.phases}
     moved = bench.bytes_moved(setting.shape, setting.dtype, phase)
+    flops = None if bench.flops is None else bench.flops(setting.shape, phase)
     sets = range(1, 1 + count_sets(moved, setting.device))
     make: dict[str, Callable[[], list[Job]]] = {
-        p.name: functools.partial(_jobs, bench, p, setting, phase, sets) for p in here.values() if p.name not in red
+        p.name: functools.partial(jobs, bench, p, setting, phase, sets) for p in here.values() if p.name not in red
     }
-    make[COPY] = lambda: [copy_job(moved, setting, seed) for seed in sets]
+    best, scale = COPY, 1.0
+    if flops is None:
+        make[COPY] = lambda: [copy_job(moved, setting, seed) for seed in sets]
+    else:
+        best, (product, scale) = GEMM, gemm_job(flops, setting, 1)
+        make[GEMM] = lambda: [product]
     timer = time_gpu if setting.device.type == "cuda" else time_cpu
-    samples, errors = timer(make, lambda n: nullcontext() if n == COPY else chosen(bench.op, here[n]), seconds)
+    samples, errors = timer(make, lambda n: nullcontext() if n == best else chosen(bench.op, here[n]), seconds)
+    floor = samples[best] = Samples([scale * s for s in samples[best].seconds])
     about = {"bench": bench.op, "phase": phase, "dtype": str(setting.dtype).split(".")[1], "shape": setting.shape}
     about |= {"sets": len(sets), "gpu": gpu_state(setting.device), "machine": provenance(setting.device)}
-    floor = samples[COPY].quantile(0.5)
+    figures = functools.partial(_figures, moved=moved, flops=flops, best=best, floor=floor.quantile(0.5))
     rows = []
     for p in here.values():
         row = {**about, "provider": p.name, "backend": p.backend}
@@ -183,31 +245,39 @@ def _measure_phase(
             rows.append({**row, "red": why})
             continue
         costs = {"host_us": host_us(bench, p, setting, phase), "peak_mb": peak_mb(bench, p, setting, phase)}
-        rows.append({**row, **_figures(samples[p.name], moved, floor), **costs})
-    return [*rows, {**about, "provider": COPY, **_figures(samples[COPY], moved, floor)}]
+        rows.append({**row, **figures(samples[p.name]), **costs})
+    return [*rows, {**about, "provider": best, **figures(floor)}]
 
 
-def _jobs(bench: Bench, provider: Provider, setting: Setting, phase: str, sets: range) -> list[Job]:
+def jobs(bench: Bench, provider: Provider, setting: Setting, phase: str, sets: range) -> list[Job]:
+    """One job per input set."""
     return [bench.job(provider, setting, phase, seed) for seed in sets]
 
 
-def _figures(samples: Samples, moved: int, floor: float) -> dict[str, Any]:
+def _figures(
+    samples: Samples, moved: int, floor: float, flops: float | None = None, best: str = COPY
+) -> dict[str, Any]:
     low, middle, high = (samples.quantile(q) for q in (0.2, 0.5, 0.8))
-    times = {"ms": middle * 1e3, "ms_q20": low * 1e3, "ms_q80": high * 1e3, "samples": len(samples.seconds)}
-    return {**times, "bytes": moved, "gb_s": moved / middle / 1e9, "pct_of_copy": 100 * floor / middle}
+    row = {"ms": middle * 1e3, "ms_q20": low * 1e3, "ms_q80": high * 1e3, "samples": len(samples.seconds)}
+    row |= {"bytes": moved, "gb_s": moved / middle / 1e9, f"pct_of_{best}": 100 * floor / middle}
+    return row if flops is None else row | {"flops": flops, "tflop_s": flops / middle / 1e12}
 
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The rows as a table; a red provider has its reason where its figures would be."""
-    lines = [f"{'phase':<9}{'provider':<16}{'ms (20 .. 80 %)':<32}{'GB/s':>8}{'% copy':>8}{'peak MB':>9}{'host us':>9}"]
+    multiplies = any("tflop_s" in r for r in rows)
+    rate, unit, best = ("tflop_s", "TFLOP/s", GEMM) if multiplies else ("gb_s", "GB/s", COPY)
+    head = f"{'phase':<9}{'provider':<22}{'ms (20 .. 80 %)':<32}{unit:>8}"
+    lines = [f"{head}{'% ' + best:>8}{'peak MB':>9}{'host us':>9}"]
     for r in rows:
-        start = f"{r['phase']:<9}{r['provider']:<16}"
+        start = f"{r['phase']:<9}{r['provider']:<22}"
         if "red" in r:
-            lines.append(f"{start}RED, no speed is shown: {r['red']}")
+            lines.append(f"{start}{'RED, no speed is shown' if r['backend'] else 'not measured'}: {r['red']}")
             continue
         times = f"{r['ms']:.4f} ({r['ms_q20']:.4f} .. {r['ms_q80']:.4f})"
         memory, host = (_cell(r.get(key)) for key in ("peak_mb", "host_us"))
-        lines.append(f"{start}{times:<32}{r['gb_s']:>8.1f}{r['pct_of_copy']:>8.1f}{memory:>9}{host:>9}")
+        speed = f"{r[rate]:>8.3g}" if multiplies else f"{r[rate]:>8.1f}"
+        lines.append(f"{start}{times:<32}{speed}{r['pct_of_' + best]:>8.1f}{memory:>9}{host:>9}")
     return "\n".join(lines)
 
 
@@ -216,13 +286,15 @@ def _cell(value: float | None) -> str:
 
 
 def main(bench: Bench, argv: list[str] | None = None) -> int:
-    """`python -m fastgpt.bench.OP`; 1 if a provider was red."""
+    """`python -m fastgpt.bench.OP`; 1 if a provider of ours was red."""
     parser = argparse.ArgumentParser(prog=f"python -m fastgpt.bench.{bench.op}", description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--shape", action="append", metavar="AxB", type=_shape, help="may be repeated")
+    shape_type = functools.partial(parse_shape, bench.dims)
+    parser.add_argument("--shape", action="append", metavar=bench.dims, type=shape_type, help="may be repeated")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--phase", action="append", choices=bench.phases, help="may be repeated; default: all")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the baseline, too")
+    parser.add_argument("--max-autotune", action="store_true", help="the same in its mode max-autotune, too")
     parser.add_argument("--seconds", type=float, default=2.0, help="of samples per phase")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
@@ -230,11 +302,11 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    modes = ("default",) * args.compile + ("max-autotune-no-cudagraphs",) * args.max_autotune  # the graph is ours
     status = 0
-    for shape in args.shape or [bench.shapes[device.type]]:
+    for shape in args.shape or bench.shapes[device.type]:
         setting = Setting(shape, dtype, device)
-        providers = bench.providers(setting, args.compile)
-        rows = measure(bench, setting, args.phase or list(bench.phases), providers, args.seconds)
+        rows = measure(bench, setting, args.phase or list(bench.phases), providers(bench, setting, modes), args.seconds)
         print(f"{bench.op} {'x'.join(map(str, shape))} {dtype} on {where(rows[0]['machine'])}")
         print(show(rows))
         for b in backend.ops()[bench.op]:
@@ -242,29 +314,31 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
                 print(f"not measured: {b}: {why}")
         if args.json:
             append_rows(args.json, rows)
-        status |= any("red" in r for r in rows)
+        status |= any("red" in r and r["backend"] is not None for r in rows)
     return status
 
 
-def _shape(text: str) -> Shape:
-    parts = text.split("x")
-    if len(parts) != 2 or not all(p.isdigit() and int(p) for p in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a shape, expected two numbers such as 8192x768")
+def parse_shape(dims: str, text: str) -> Shape:
+    """'8192x768' for dims NxC -> (8192, 768)."""
+    parts, wanted = text.split("x"), dims.split("x")
+    if len(parts) != len(wanted) or not all(p.isdigit() and int(p) for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape, expected {len(wanted)} numbers {dims}")
     return tuple(map(int, parts))
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
     """For `pytest bench`: providers and phases of the module's BENCH; "host" is the tiny shape, the cost of a call."""
-    device = torch.device("cpu")
     bench = metafunc.module.BENCH
-    setting = Setting(bench.shapes["cpu"], torch.float32, device)
-    cases = [(p, phase) for p in bench.providers(setting, False) for phase in bench.phases if phase in p.phases]
-    metafunc.parametrize("shape", [bench.shapes["cpu"], bench.tiny], ids=["full", "host"])
+    full = bench.shapes["cpu"][0]
+    found = providers(bench, Setting(full, torch.float32, torch.device("cpu")))
+    cases = [(p, phase) for p in found for phase in bench.phases if phase in p.phases]
+    metafunc.parametrize("shape", [full, bench.tiny], ids=["full", "host"])
     metafunc.parametrize("provider,phase", cases, ids=[f"{p.name}-{phase}".replace(" ", "_") for p, phase in cases])
 
 
-def run_benchmark(benchmark: Any, bench: Bench, provider: Provider, phase: str, shape: Shape) -> None:
-    """One pytest-benchmark figure, after the gate."""
+def run_benchmark(request: Any, benchmark: Any, provider: Provider, phase: str, shape: Shape) -> None:
+    """`pytest bench --benchmark-only`: one figure of the module's BENCH, after the gate."""
+    bench = request.module.BENCH
     setting = Setting(shape, torch.float32, torch.device("cpu"))
     why = gate(bench, provider, setting) if provider.backend else None
     assert why is None, why

@@ -1,4 +1,4 @@
-"""AdamW with clipping: one optimizer step over all parameters of a GPT-2 of L layers and width C (--shape LxC).
+"""AdamW with clipping: one optimizer step over all parameters of a GPT-2 of L layers, width C and vocabulary V.
 
 Bytes per parameter (norm: reads g; update: reads g, p, m, v; writes p, m, v), whatever the provider:
     fp32        4 + 16 + 12 = 32
@@ -16,25 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.bench._harness import Job, Setting
-from fastgpt.bench._op import (
-    Bench,
-    Provider,
-    Shape,
-    main,
-    ours,
-    pytest_generate_tests,  # noqa: F401
-    run_benchmark,
-)
+from fastgpt.bench import _op
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape
+from fastgpt.config import ModelConfig
 from fastgpt.optim import AdamW
 
-VOCAB, POSITIONS, MAX_NORM = 50304, 1024, 1.0
+POSITIONS, MAX_NORM = 1024, 1.0
 SETTINGS: dict[str, Any] = dict(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def parameter_shapes(layers: int, width: int) -> list[Shape]:
-    """Shapes of a GPT-2's parameters, token and position tables included (one row each in the tiny shape)."""
-    tables = [(VOCAB, width), (POSITIONS, width)] if layers > 1 else [(1, width)]
+def parameter_shapes(layers: int, width: int, vocab: int) -> list[Shape]:
+    """Shapes of a GPT-2's parameters, token and position tables included (V = 1: one row each, as if without)."""
+    tables = [(vocab, width), (POSITIONS, width)] if vocab > 1 else [(1, width)]
     one = [(3, 1), (1, 1), (4, 1), (1, 4)]  # matrices of a layer, in widths: qkv, proj, up, down
     matrices = [s for a, b in one for s in ((a * width, b * width), (a * width,))]
     return [*tables, *(layers * [*matrices, *(4 * [(width,)])]), (width,), (width,)]
@@ -77,27 +70,25 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
     return count * (32 if dtype == torch.float32 else 30)
 
 
-def providers(setting: Setting, compile: bool) -> list[Provider]:
-    """Our backends and PyTorch's fused optimizer; --compile adds nothing, fused optimizers are one launch already."""
-    return [*ours("adamw", setting.device, fastgpt_step), Provider("torch fused", torch_step)]
+def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
+    """Four layers stand for all: the step's time is linear in the elements."""
+    return (min(4, c.n_layers), c.width, c.padded_vocab_size), {}
 
 
 BENCH = Bench(
     "adamw",
-    ("step",),
+    "LxCxV",
+    fastgpt_step,
+    Provider("torch fused", torch_step),
     job,
     bytes_moved,
-    providers,
+    of_model,
+    shapes={"cpu": ((4, 128, 50304),), "cuda": ((12, 768, 50304), (1, 4096, 1))},
+    tiny=(1, 8, 1),
     gate_cases=lambda shape: [((4 * shape[1], shape[1]), {"max_norm": 0.5})],
-    shapes={"cpu": (4, 128), "cuda": (12, 768)},
-    tiny=(1, 8),
+    phases=("step",),
 )
-
-
-def test_adamw(benchmark: Any, provider: Provider, phase: str, shape: Shape) -> None:
-    """pytest bench --benchmark-only"""
-    run_benchmark(benchmark, BENCH, provider, phase, shape)
-
+pytest_generate_tests, test_adamw = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(main(BENCH))
+    sys.exit(_op.main(BENCH))

@@ -16,33 +16,38 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.bench._harness import Job, Setting
-from fastgpt.bench._op import (
-    Bench,
-    Provider,
-    Shape,
-    autograd_job,
-    compiled,
-    main,
-    ours,
-    pytest_generate_tests,  # noqa: F401
-    run_benchmark,
-)
+from fastgpt.bench import _op
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed
+from fastgpt.config import ModelConfig
 
 
-def plain(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def plain(logits: Tensor, target: Tensor) -> Tensor:
     """PyTorch's own, on fp32 logits, as under autocast."""
-    return torch.nn.functional.cross_entropy(logits.float(), target)
+    return F.cross_entropy(logits.float(), target)
+
+
+def liger(logits: Tensor, target: Tensor) -> Tensor:
+    """Liger-Kernel's; it writes the gradient over the logits in forward."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return liger_cross_entropy(logits, target)
+
+
+def quack(logits: Tensor, target: Tensor) -> Tensor:
+    """quack's."""
+    from quack import cross_entropy
+
+    return cross_entropy(logits, target, reduction="mean")
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
     """One call over its own logits and targets; in place: the logits are restored before each call, untimed."""
     n, v = setting.shape
-    logits = setting.random(n, v, seed=2 * seed, grad=True)
-    generator = torch.Generator(setting.device).manual_seed(2 * seed + 1)
-    target = torch.randint(0, v, (n,), generator=generator, device=setting.device)
+    logits, target = setting.random(n, v, seed=seed, grad=True), setting.tokens(v, n, seed=seed)
     one = torch.ones((), device=setting.device)
     if not provider.inplace:
         return autograd_job(lambda: provider.fn(logits, target), [logits], [one], phase)
@@ -57,33 +62,27 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
     return n * v * dtype.itemsize * (1 if phase == "forward" else 2) + 20 * n
 
 
-def providers(setting: Setting, compile: bool) -> list[Provider]:
-    """Our backends, out of place and in place, PyTorch's F.cross_entropy, and torch.compile of it."""
-    inplace = functools.partial(ops.cross_entropy, inplace=True)
-    found = [
-        *ours("cross_entropy", setting.device, ops.cross_entropy),
-        *ours("cross_entropy", setting.device, inplace, inplace=True, phases=("both",)),
-        Provider("torch", plain),
-    ]
-    return [*found, compiled(plain)] if compile else found
+def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
+    """The loss behind a head that makes all logits: linear_cross_entropy's reference."""
+    options = {"vocab_size": c.vocab_size, "softcap": c.logit_softcap}
+    return (batch * block, c.padded_vocab_size), options
 
 
 BENCH = Bench(
     "cross_entropy",
-    ("forward", "backward", "both"),
+    "NxV",
+    ops.cross_entropy,
+    Provider("torch", plain),
     job,
     bytes_moved,
-    providers,
-    gate_cases=lambda shape: [((min(shape[0], 4), shape[1]), {"inplace": inplace}) for inplace in (False, True)],
-    shapes={"cpu": (256, 4096), "cuda": (8192, 50304)},
+    of_model,
+    shapes={"cpu": ((256, 4096),), "cuda": ((8192, 50304), (4096, 128256))},
     tiny=(1, 8),
+    gate_cases=lambda shape: [((min(shape[0], 4), shape[1]), {"inplace": inplace}) for inplace in (False, True)],
+    inplace=functools.partial(ops.cross_entropy, inplace=True),
+    others=lambda setting: installed(setting, liger_kernel=liger, quack=quack),
 )
-
-
-def test_cross_entropy(benchmark: Any, provider: Provider, phase: str, shape: Shape) -> None:
-    """pytest bench --benchmark-only"""
-    run_benchmark(benchmark, BENCH, provider, phase, shape)
-
+pytest_generate_tests, test_cross_entropy = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(main(BENCH))
+    sys.exit(_op.main(BENCH))

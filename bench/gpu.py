@@ -21,6 +21,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from . import OPS  # relative: this file runs as bench.gpu, before fastgpt is built, and as fastgpt.bench.gpu
+
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 590.0  # seconds for all stages
 CHECKED_DTYPES = ("float32", "bfloat16")
@@ -51,21 +53,15 @@ def plan(site: Path, out: Path, python: str = sys.executable) -> list[Stage]:
     work = str(site.parent / "objects")
     module = [python, "-m"]
     throughput = [*module, "fastgpt.bench.throughput", "--device", "cuda", *rows]
+    quick = ["--dtype", "bf16", "--seconds", "0.3", "--compile"]
     small = [*module, "fastgpt.bench.gpu", "--small-cases"]
     build = [python, "setup.py", "build", "--build-base", work, "--build-lib", str(site), "--build-temp", work]
     return [
         Stage("build", build, 180, 60),
         Stage("doctor", [*module, "fastgpt.cli", "doctor"], 40, 8),
         Stage("parity", [*module, "fastgpt.parity", "--json", str(out / "parity.json")], 180, 80),
-        *(
-            Stage(op, [*module, f"fastgpt.bench.{op}", "--device", "cuda", "--dtype", "bf16", *shapes, *rows], 60, 25)
-            for op, shapes in (
-                ("layer_norm", ["--shape", "8192x768", "--shape", "65536x768", "--seconds", "0.5", "--compile"]),
-                ("cross_entropy", ["--shape", "8192x50304", "--seconds", "0.5", "--compile"]),
-                ("adamw", ["--shape", "12x768", "--seconds", "0.5"]),
-            )
-        ),
         Stage("throughput", [*throughput, "--batch", "64", "--compile", "--ablation"], 200, 120),
+        *(Stage(op, [*module, f"fastgpt.bench.{op}", "--device", "cuda", *quick, *rows], 45, 14) for op in OPS),
         Stage("memcheck", [SANITIZER, "--tool", "memcheck", "--error-exitcode", "3", *small], 90, 60),
         Stage("racecheck", [SANITIZER, "--tool", "racecheck", "--error-exitcode", "3", *small], 90, 60),
         Stage("sweep", [*throughput, *(f"--batch={b}" for b in (1, 4, 16))], 90, 40),
@@ -136,18 +132,18 @@ def checkout_commit() -> str | None:
 
 def show(stages: list[Stage]) -> str:
     """The short table."""
-    lines = [f"{'stage':<15}{'seconds':>8}  outcome"]
+    lines = [f"{'stage':<21}{'seconds':>8}  outcome"]
     for s in stages:
-        lines.append(f"{s.name:<15}{s.seconds:>8.1f}  {s.outcome}" + (f" | {s.last[:90]}" if s.last else ""))
+        lines.append(f"{s.name:<21}{s.seconds:>8.1f}  {s.outcome}" + (f" | {s.last[:90]}" if s.last else ""))
     return "\n".join(lines)
 
 
 def show_plan(stages: list[Stage]) -> str:
     """The plan as a table; times are guesses, no figure was measured."""
-    lines = [f"{'stage':<15}{'guess':>6}{'limit':>7}  command (seconds; guesses, not measured)"]
-    lines += [f"{s.name:<15}{s.guess:>6.0f}{s.limit:>7.0f}  {' '.join(s.command)}" for s in stages]
+    lines = [f"{'stage':<21}{'guess':>6}{'limit':>7}  command (seconds; guesses, not measured)"]
+    lines += [f"{s.name:<21}{s.guess:>6.0f}{s.limit:>7.0f}  {' '.join(s.command)}" for s in stages]
     total = sum(s.guess for s in stages)
-    return "\n".join([*lines, f"{'together':<15}{total:>6.0f}{BUDGET:>7.0f}  a stage gets what is left at most"])
+    return "\n".join([*lines, f"{'together':<21}{total:>6.0f}{BUDGET:>7.0f}  a stage gets what is left at most"])
 
 
 def small_cases() -> int:

@@ -11,30 +11,20 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.bench._harness import Job, Setting
-from fastgpt.bench._op import (
-    Bench,
-    Provider,
-    Shape,
-    autograd_job,
-    compiled,
-    main,
-    ours,
-    pytest_generate_tests,  # noqa: F401
-    run_benchmark,
-)
+from fastgpt.bench import _op
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
+from fastgpt.config import ModelConfig
 from fastgpt.ops.layer_norm import layer_norm_torch
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
     """One call over its own x, residual, weight, bias and upstream gradients."""
     n, c = setting.shape
-    shapes = ((n, c), (n, c), (c,), (c,))
-    leaves = [setting.random(*shape, seed=8 * seed + i, grad=True) for i, shape in enumerate(shapes)]
-    grads = [setting.random(n, c, seed=8 * seed + i) for i in (4, 5)]
-    x, residual, weight, bias = leaves
+    leaves = x, residual, weight, bias = setting.tensors(seed, (n, c), (n, c), (c,), (c,), grad=True)
+    grads = setting.tensors(seed, (n, c), (n, c))
     return autograd_job(lambda: provider.fn(x, weight, bias, 1e-5, residual=residual), leaves, grads, phase)
 
 
@@ -42,32 +32,36 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
     """The formula at this file's head."""
     n, c = shape
     forward = (4 * n * c + 2 * c) * dtype.itemsize + 8 * n
-    backward = (4 * n * c + 4 * c) * dtype.itemsize + 8 * n
-    return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
+    return of_phase(phase, forward, forward + 2 * c * dtype.itemsize)
 
 
-def providers(setting: Setting, compile: bool) -> list[Provider]:
-    """Our backends, PyTorch's add and F.layer_norm, and torch.compile of these."""
-    found = [*ours("layer_norm", setting.device, ops.layer_norm), Provider("torch", layer_norm_torch)]
-    return [*found, compiled(layer_norm_torch)] if compile else found
+def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
+    """The norms of the residual stream."""
+    return ((batch * block, c.width), {}) if c.norm == "layer" else None
+
+
+def liger(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Liger-Kernel's, behind an add."""
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    s = x + residual
+    return liger_layer_norm(s, weight, bias, eps), s
 
 
 BENCH = Bench(
     "layer_norm",
-    ("forward", "backward", "both"),
+    "NxC",
+    ops.layer_norm,
+    Provider("torch", layer_norm_torch),
     job,
     bytes_moved,
-    providers,
-    gate_cases=lambda shape: [((min(shape[0], 64), shape[1]), {"residual": True})],
-    shapes={"cpu": (1024, 768), "cuda": (65536, 768)},
+    of_model,
+    shapes={"cpu": ((1024, 768),), "cuda": ((65536, 768), (8192, 4096))},
     tiny=(1, 8),
+    gate_cases=lambda shape: [((min(shape[0], 64), shape[1]), {"residual": True})],
+    others=lambda setting: installed(setting, liger_kernel=liger),
 )
-
-
-def test_layer_norm(benchmark: Any, provider: Provider, phase: str, shape: Shape) -> None:
-    """pytest bench --benchmark-only"""
-    run_benchmark(benchmark, BENCH, provider, phase, shape)
-
+pytest_generate_tests, test_layer_norm = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(main(BENCH))
+    sys.exit(_op.main(BENCH))

@@ -42,7 +42,7 @@ from torch import Tensor
 from fastgpt import backend
 from fastgpt.bench import plain
 from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, resident_mb, turns, where
-from fastgpt.bench._op import gate
+from fastgpt.bench._op import Provider, every, gate
 from fastgpt.config import ModelConfig, TrainConfig
 from fastgpt.device import default_device, keep_freed_memory, peak_flops
 from fastgpt.nn import keep_gradients
@@ -225,18 +225,15 @@ def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
 
 
 def red_ops(cfg: TrainConfig, dtype: torch.dtype) -> list[str]:
-    """Why a kernel in use is not right, by its parity check at the model's width."""
-    from fastgpt.bench import adamw, cross_entropy, layer_norm
-
-    device, c = torch.device(cfg.device), cfg.model
-    widths = {"layer_norm": c.width, "cross_entropy": c.padded_vocab_size, "adamw": c.width}
-    found = []
-    for bench in (layer_norm.BENCH, cross_entropy.BENCH, adamw.BENCH):
-        setting = Setting((64, widths[bench.op]), dtype, device)
+    """Why a kernel in use is not right, by its parity check at the model's widths."""
+    device, found = torch.device(cfg.device), []
+    for bench in every():
         picked = backend.explain(bench.op, device.type, dtype)[0]
-        for provider in bench.providers(setting, False):
-            if provider.backend == picked and (why := gate(bench, provider, setting)):
-                found.append(f"{bench.op} on {picked}: {why}")
+        used = bench.of_model(cfg.model, 1, min(64, cfg.block_size))
+        if picked == "torch" or used is None:
+            continue
+        if why := gate(bench, Provider(picked, bench.public, picked), Setting(used[0], dtype, device)):
+            found.append(f"{bench.op} on {picked}: {why}")
     return found
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import _native
+from fastgpt.device import cpu_name, package_version
 from fastgpt.errors import UserError
 
 log = logging.getLogger("fastgpt")
@@ -30,7 +31,8 @@ log = logging.getLogger("fastgpt")
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Where nothing was measured on this device ("prior"): the order in which backends are tried.
+# Where nothing was measured on this device ("prior"): the order in which backends are tried. `fastgpt tune` measures;
+# the backend that its table names is then tried first.
 PRIOR = ("cuda", "cpu", "triton", "torch")
 
 
@@ -48,6 +50,7 @@ SELF_CHECK_BOUND = 1e-4  # fp32 kernels are around 1e-6; a wrong index or a misc
 _table: dict[str, dict[str, Cell]] = {}
 _self_checks: dict[str, SelfCheck] = {}
 _verdicts: dict[str, str | None] = {}  # "<op>.<backend>" -> why it failed, None if it passed
+_tuned: dict[str, dict[str, dict[str, Any]]] = {}  # device type -> "<op>.<dtype>" -> what was measured, once read
 _choice: dict[str, str] = {}
 _strict: list[bool] = [False]  # a list, so that compiled code guards on its content
 _reported: set[tuple[str, str, str]] = set()
@@ -147,34 +150,91 @@ def _verdict(op: str, backend: str) -> str | None:
     return why
 
 
-def _verdict_file() -> Path:
-    """One file per device, driver and version of everything that makes the kernels."""
-    facts = [torch.cuda.get_device_name(), torch.version.cuda, torch.__version__, _native.identity()]
+def machine_facts(device: str) -> dict[str, str]:
+    """What a result kept on disk holds for: the device, its driver, and versions of everything that makes kernels."""
+    facts = {"torch": torch.__version__, "triton": package_version("triton"), "native": _native.identity()}
+    if device != "cuda":
+        return {"device": cpu_name(), "threads": str(torch.get_num_threads()), **facts}
     driver = Path("/proc/driver/nvidia/version")
-    facts.append(driver.read_text() if driver.exists() else "")
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    facts["driver"] = driver.read_text(encoding="utf-8") if driver.exists() else ""
+    return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), **facts}
+
+
+def _cache_file(kind: str, device: str) -> Path:
+    """The user's file of this kind for this machine as it is."""
+    key = hashlib.sha256(json.dumps(machine_facts(device), sort_keys=True).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fastgpt" / f"selfcheck-{key}.json"
+    return cache / "fastgpt" / f"{kind}-{key}.json"
+
+
+def _write_json(path: Path, content: Any) -> None:
+    """Write aside and rename: a reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
+        json.dump(content, f, indent=1)
+    os.replace(f.name, path)
 
 
 def _read_verdicts() -> dict[str, str | None]:
     """Kernels that passed here before; one that failed is tried again by every process."""
     try:
-        passed = json.loads(_verdict_file().read_text(encoding="utf-8"))
+        passed = json.loads(_cache_file("selfcheck", "cuda").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return dict.fromkeys(passed) if isinstance(passed, list) else {}
 
 
 def _write_verdicts() -> None:
-    path = _verdict_file()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
-            json.dump(sorted(n for n, why in _verdicts.items() if why is None), f)
-        os.replace(f.name, path)
+        _write_json(_cache_file("selfcheck", "cuda"), sorted(n for n, why in _verdicts.items() if why is None))
     except OSError:  # a read-only home: the check is repeated next time
         pass
+
+
+def tuned(op: str, device: str, dtype: torch.dtype) -> dict[str, Any] | None:
+    """What `fastgpt tune` measured for `op` on this machine as it is: {"backend", "date", "note", ...}, or None.
+
+    The table is read once a process. FASTGPT_TUNED=0 leaves it aside.
+    """
+    table = _tuned.get(device)
+    if table is None:
+        wanted = device in DEVICE_OF.values() and os.environ.get("FASTGPT_TUNED") != "0"
+        table = _tuned[device] = _read_tuned(device) if wanted else {}
+    return table.get(f"{op}.{str(dtype).split('.')[1]}")
+
+
+def _read_tuned(device: str) -> dict[str, dict[str, Any]]:
+    """The table on disk; empty where there is none, and, said so, where the file is not what `write_tuned` wrote."""
+    try:
+        path = _cache_file("tuned", device)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, RuntimeError, AssertionError):  # the last two: a device that is not here
+        return {}
+    try:
+        content = json.loads(text)
+        if content["facts"] != machine_facts(device):
+            raise ValueError("it is of another machine or version")
+        for name, entry in content["entries"].items():
+            if entry["backend"] not in BACKENDS or not isinstance(entry["date"], str) or not entry["note"]:
+                raise ValueError(f"its entry {name} has no backend, date or note")
+        return dict(content["entries"])
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        log.warning("tune: %s is ignored (%s: %s); fastgpt tune writes a new one", path, type(e).__name__, e)
+        return {}
+
+
+def write_tuned(device: str, entries: dict[str, dict[str, Any]]) -> Path:
+    """Add measured entries ("<op>.<dtype>" -> {"backend", "date", "note", ...}) to this machine's table; what is
+    selected from here on goes by it (compiled code keeps what it was compiled with).
+
+    Raises:
+        OSError: the user's cache folder cannot be written to.
+    """
+    path = _cache_file("tuned", device)
+    _write_json(path, {"facts": machine_facts(device), "entries": {**_read_tuned(device), **entries}})
+    _tuned.clear()
+    _cache.clear()
+    return path
 
 
 def _report_once(op: str, backend: str, why: str) -> None:
@@ -191,7 +251,9 @@ def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -
         if strict:
             raise RuntimeError(f"{op}: {want} was asked for, but {why}")
         _report_once(op, want, f"{want} was asked for, but {why}; choosing by itself")
-    for backend in PRIOR:
+    measured = tuned(op, device, dtype)
+    first = () if measured is None else (measured["backend"],)
+    for backend in (*first, *(b for b in PRIOR if b not in first)):
         if backend not in _table[op] or DEVICE_OF.get(backend, device) != device:
             continue
         why = _refusal(op, backend, device, dtype)
@@ -226,11 +288,13 @@ def select(op: str, x: Tensor) -> str:
 
 
 def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """What `op` resolves to on this device and dtype, and why ('chosen', 'prior', or what is missing)."""
+    """What `op` resolves to on this device and dtype, and why ('chosen', 'measured', 'prior', or what is missing)."""
     want = _choice.get(op, "auto")
     picked = _select(op, want, device, dtype, False)
     if want == picked:
         return picked, "chosen"
+    if (tuned(op, device, dtype) or {}).get("backend") == picked:
+        return picked, "measured"
     refused = [
         f"{b}: {why}"
         for b in PRIOR

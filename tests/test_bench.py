@@ -13,8 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import parity
-from fastgpt.bench import _harness, _op, adamw, cross_entropy, gpu, layer_norm, throughput
+from fastgpt import backend, parity
+from fastgpt.bench import (
+    OPS,
+    _harness,
+    _op,
+    adamw,
+    attention,
+    cross_entropy,
+    embedding,
+    gpu,
+    layer_norm,
+    linear_cross_entropy,
+    throughput,
+)
 from fastgpt.bench._harness import Job, Samples, Setting
 from fastgpt.ops.layer_norm import layer_norm_torch
 
@@ -169,7 +181,23 @@ def test_bytes_are_counted_as_the_files_say() -> None:
     both = [layer_norm.bytes_moved((n, c), bf16, phase) for phase in ("forward", "backward", "both")]
     assert both[2] == both[0] + both[1]
     assert cross_entropy.bytes_moved((n, v), fp32, "both") == 2 * n * v * 4 + 20 * n
-    assert adamw.bytes_moved((12, 768), fp32, "step") == 32 * (124_439_808 + 47 * 768)  # GPT-2 with its padded table
+    assert adamw.bytes_moved((12, 768, 50304), fp32, "step") == 32 * (124_439_808 + 47 * 768)  # GPT-2, padded table
+    assert adamw.bytes_moved((1, 4096, 1), fp32, "step") == 32 * 4096 * (12 * 4096 + 16)
+    assert embedding.bytes_moved((2, 5, n, v), bf16, "both") == 2 * n * (30 + 10 + v) + 160
+
+
+def test_flops_are_counted_as_the_files_say() -> None:
+    phases = ("forward", "backward", "both")
+    assert [attention.flops((2, 1024, 12, 4, 64), p) / (4 * 2 * 12 * 1024**2 * 64) for p in phases] == [0.5, 1.25, 1.75]
+    assert [linear_cross_entropy.flops((3, 5, 7), p) / 105 for p in phases] == [2, 4, 6]
+    flops = 3.7e12
+    job, scale = _harness.gemm_job(1e6, Setting((1, 1), torch.float32, CPU), 1)
+    assert job.run().shape == (64, 64) and scale == pytest.approx(1e6 / (2 * 64**3))
+    row = _op._figures(Samples([1e-2]), moved=1, floor=5e-3, flops=flops, best=_op.GEMM)
+    assert row["tflop_s"] == pytest.approx(370) and row["pct_of_gemm"] == pytest.approx(50)
+    machine = _harness.provenance(CPU)
+    text = _op.show([{"phase": "both", "provider": "cpu", "backend": "cpu", "machine": machine, **row}])
+    assert "TFLOP/s  % gemm" in text and "     370    50.0" in text
 
 
 def test_copy_moves_as_many_bytes() -> None:
@@ -188,14 +216,68 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_op, "host_us", lambda *args: 1.0)
 
 
-@pytest.mark.parametrize("bench", [layer_norm.BENCH, cross_entropy.BENCH, adamw.BENCH], ids=lambda b: b.op)
+def test_every_op_has_a_bench() -> None:
+    assert set(OPS) == set(backend.ops()) and [b.op for b in _op.every()] == list(OPS)
+    for bench in _op.every():
+        assert all(len(s) == len(bench.dims.split("x")) for ss in bench.shapes.values() for s in (*ss, bench.tiny))
+
+
+@pytest.mark.parametrize("bench", _op.every(), ids=lambda b: b.op)
 def test_every_phase_of_every_provider_has_a_figure(bench: _op.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
     setting = Setting(bench.tiny, torch.float32, CPU)
-    rows = _op.measure(bench, setting, list(bench.phases), bench.providers(setting, False), 0.0)
+    providers = _op.providers(bench, setting)
+    rows = _op.measure(bench, setting, list(bench.phases), providers, 0.0)
     assert not [r["red"] for r in rows if "red" in r]
-    wanted = {(phase, p.name) for p in bench.providers(setting, False) for phase in bench.phases if phase in p.phases}
-    assert {(r["phase"], r["provider"]) for r in rows} == wanted | {(phase, _op.COPY) for phase in bench.phases}
+    assert {p.backend for p in providers} >= {b for b in backend.ops()[bench.op] if b == "cpu"}
+    best = _op.COPY if bench.flops is None else _op.GEMM
+    wanted = {(phase, p.name) for p in providers for phase in bench.phases if phase in p.phases}
+    assert {(r["phase"], r["provider"]) for r in rows} == wanted | {(phase, best) for phase in bench.phases}
+
+
+@pytest.mark.parametrize("bench", [b for b in _op.every() if "both" in b.phases], ids=lambda b: b.op)
+def test_a_baseline_computes_what_fastgpt_does(bench: _op.Bench) -> None:
+    """The job of `both` gives the same gradients by every provider; else their times would not be of one thing."""
+    setting = Setting(bench.tiny, torch.float32, CPU)
+    ours = bench.job(_op.Provider("torch", bench.public, "torch"), setting, "both", 3).run()
+    for provider in _op.providers(bench, setting):
+        if not provider.inplace:
+            theirs = bench.job(provider, setting, "both", 3).run()
+            torch.testing.assert_close(theirs, ours, rtol=2e-4, atol=2e-5)
+
+
+def test_max_autotune_and_compile_are_baselines_of_their_own() -> None:
+    setting = Setting((4, 8), torch.float32, CPU)
+    names = [p.name for p in _op.providers(layer_norm.BENCH, setting, ("default", "max-autotune-no-cudagraphs"))]
+    assert names[-2:] == ["torch.compile", "compile max-autotune"]
+    modes = _op.providers(adamw.BENCH, Setting(adamw.BENCH.tiny, torch.float32, CPU), ("default",))
+    assert not [p for p in modes if "compile" in p.name], "a fused optimizer is one launch already"
+
+
+def test_libraries_are_baselines_where_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu_setting = Setting((4, 8), torch.float32, torch.device("cuda"))
+    monkeypatch.setattr(_op.importlib.util, "find_spec", lambda name: name == "json")
+    assert [p.name for p in _op.installed(gpu_setting, json=len, no_such_library=len)] == ["json"]
+    assert _op.installed(Setting((4, 8), torch.float32, CPU), json=len) == []
+
+
+def test_a_baseline_that_cannot_run_is_no_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent(*args: Any, **options: Any) -> Any:
+        raise RuntimeError("No available kernel")
+
+    quick(monkeypatch)
+    bench = dataclasses.replace(layer_norm.BENCH, others=lambda setting: [_op.Provider("sdpa cudnn", absent)])
+    assert _op.main(bench, "--device cpu --shape 4x33 --seconds 0 --phase forward".split()) == 0
+    assert "not measured: RuntimeError: No available kernel" in capsys.readouterr().out
+
+
+def test_no_parity_cases_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(parity.SUBJECTS, "layer_norm")
+    provider = _op.Provider("cpu", layer_norm.BENCH.public, "cpu")
+    why = _op.gate(layer_norm.BENCH, provider, Setting((4, 8), torch.float32, CPU))
+    assert why == "layer_norm has no parity cases"
 
 
 def wrong_layer_norm(*args: Any, **options: Any) -> Any:
@@ -211,9 +293,9 @@ def test_a_wrong_op_prints_no_speed(
     monkeypatch.setitem(parity.SUBJECTS, "layer_norm", dataclasses.replace(truth, ours=wrong_layer_norm))
     wrong = _op.Provider("wrong", wrong_layer_norm, backend="torch")
     right = _op.Provider("torch", layer_norm_torch)
-    bench = dataclasses.replace(layer_norm.BENCH, providers=lambda setting, compile: [wrong, right])
+    monkeypatch.setattr(_op, "providers", lambda bench, setting, modes: [wrong, right])
     command = ["--device", "cpu", "--shape", "4x33", "--seconds", "0", "--phase", "forward"]
-    assert _op.main(bench, [*command, "--json", str(tmp_path / "rows.jsonl")]) == 1
+    assert _op.main(layer_norm.BENCH, [*command, "--json", str(tmp_path / "rows.jsonl")]) == 1
     line = next(s for s in capsys.readouterr().out.splitlines() if " wrong " in s)
     assert "RED, no speed is shown" in line and "allowed" in line
     rows = [json.loads(s) for s in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -233,9 +315,11 @@ def test_rows_carry_provenance_or_are_refused(tmp_path: Path) -> None:
 
 
 def test_shape_on_the_command_line() -> None:
-    assert _op._shape("8192x768") == (8192, 768)
-    with pytest.raises(Exception, match="'768' is not a shape, expected two numbers"):
-        _op._shape("768")
+    assert _op.parse_shape("NxC", "8192x768") == (8192, 768)
+    assert _op.parse_shape(attention.BENCH.dims, "1x2x3x4x5") == (1, 2, 3, 4, 5)
+    for text in ("768", "8x0", "8x-1", "1x2x3"):
+        with pytest.raises(Exception, match=f"'{text}' is not a shape, expected 2 numbers NxC"):
+            _op.parse_shape("NxC", text)
 
 
 @pytest.fixture
@@ -315,7 +399,7 @@ def test_a_step_needs_neither_tqdm_nor_safetensors() -> None:
 def test_gpu_dry_run_prints_the_plan() -> None:
     done = subprocess.run([sys.executable, "-m", "bench.gpu", "--dry-run"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("build", "parity", "layer_norm", "cross_entropy", "adamw", "throughput", "memcheck"):
+    for name in ("build", "parity", *OPS, "throughput", "memcheck"):
         assert f"\n{name} " in done.stdout
     assert "guesses, not measured" in done.stdout
 

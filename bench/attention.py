@@ -1,0 +1,106 @@
+"""Causal attention over q (B, T, H, D), k and v (B, T, G, D), at (B, T, H, G, D).
+
+FLOP: forward 4 B H T T D, halved for causal; backward 2.5 times that (five products for two).
+Bytes, e per element, q = B T H D, k = B T G D, l = 4 B H T for log-sum-exps:
+    forward   reads q, k, v; writes out, lse                         2 q e + 2 k e + l
+    backward  reads dout, q, k, v, out, lse; writes dq, dk, dv       4 q e + 4 k e + l
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fastgpt import ops
+from fastgpt.bench import _op
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
+from fastgpt.config import ModelConfig
+
+SDPA = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's scaled_dot_product_attention, the backend of its own choice."""
+    grouped = q.shape[2] != k.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def sdpa(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same by one of its backends."""
+    with sdpa_kernel(kernel):
+        return plain(q, k, v)
+
+
+def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """flash-attn's."""
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v, causal=True)
+
+
+def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
+    """One call over its own q, k, v and upstream gradient."""
+    b, t, h, g, d = setting.shape
+    leaves = setting.tensors(seed, (b, t, h, d), (b, t, g, d), (b, t, g, d), grad=True)
+    return autograd_job(lambda: provider.fn(*leaves), leaves, setting.tensors(seed, (b, t, h, d)), phase)
+
+
+def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
+    """The formula at this file's head."""
+    b, t, h, g, d = shape
+    one, lse = 2 * b * t * (h + g) * d * dtype.itemsize, 4 * b * h * t
+    return of_phase(phase, one + lse, 2 * one + lse)
+
+
+def flops(shape: Shape, phase: str) -> float:
+    """The formula at this file's head."""
+    b, t, h, _, d = shape
+    forward = 4.0 * b * h * t * t * d / 2
+    return of_phase(phase, forward, 2.5 * forward)
+
+
+def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
+    """The first layer's, with the model's window, softcap and scale."""
+    window = c.window_of(0)
+    options: dict[str, Any] = {"window": window if window is not None and window < block else None}
+    options |= {"softcap": c.attn_softcap, "scale": c.attn_scale}
+    return (batch, block, c.n_heads, c.kv_heads, c.d_head), options
+
+
+def others(setting: Setting) -> list[Provider]:
+    """SDPA's backends, flash-attn."""
+    names = SDPA if setting.device.type == "cuda" else ("math", "flash")
+    found = [Provider(f"sdpa {name}", functools.partial(sdpa, SDPA[name])) for name in names]
+    return [*found, *installed(setting, flash_attn=flash_attn)]
+
+
+BENCH = Bench(
+    "attention",
+    "BxTxHxGxD",
+    functools.partial(ops.attention, causal=True),
+    Provider("torch", plain),
+    job,
+    bytes_moved,
+    of_model,
+    shapes={"cpu": ((1, 512, 12, 12, 64),), "cuda": ((16, 1024, 12, 12, 64), (1, 8192, 32, 8, 128))},
+    tiny=(1, 2, 2, 1, 16),
+    flops=flops,
+    others=others,
+)
+pytest_generate_tests, test_attention = _op.pytest_generate_tests, _op.run_benchmark
+
+if __name__ == "__main__":
+    sys.exit(_op.main(BENCH))

@@ -1,0 +1,63 @@
+"""Token and position rows, weight[ids] + position_weight[:T], at (B, T, C, V); both gradients are dense tables.
+
+Bytes, e per element, n = B T C:
+    forward   reads ids, rows, positions; writes y          2 n e + T C e + 8 B T
+    backward  reads ids, dy; writes dweight, dpositions       n e + T C e + V C e + 8 B T
+Ids are drawn as in text: a few rows get many gradients.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.bench import _op
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, of_phase
+from fastgpt.config import ModelConfig
+
+
+def plain(ids: Tensor, weight: Tensor, position_weight: Tensor) -> Tensor:
+    """PyTorch's two lookups and their sum."""
+    return F.embedding(ids, weight) + position_weight
+
+
+def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
+    """One call over its own ids, tables and upstream gradient."""
+    b, t, c, v = setting.shape
+    leaves = setting.tensors(seed, (v, c), (t, c), grad=True)
+    ids, grads = setting.tokens(v, b, t, seed=seed), setting.tensors(seed, (b, t, c))
+    return autograd_job(lambda: provider.fn(ids, *leaves), leaves, grads, phase)
+
+
+def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
+    """The formula at this file's head."""
+    b, t, c, v = shape
+    n, positions, table = (rows * c * dtype.itemsize for rows in (b * t, t, v))
+    return of_phase(phase, 2 * n + positions + 8 * b * t, n + positions + table + 8 * b * t)
+
+
+def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
+    """Timed with position rows, whether the model has them or turns its heads."""
+    return (batch, block, c.width, c.padded_vocab_size), {}
+
+
+BENCH = Bench(
+    "embedding",
+    "BxTxCxV",
+    ops.embedding,
+    Provider("torch", plain),
+    job,
+    bytes_moved,
+    of_model,
+    shapes={"cpu": ((4, 256, 768, 4096),), "cuda": ((64, 1024, 768, 50304), (1, 8192, 4096, 128256))},
+    tiny=(1, 2, 8, 4),
+)
+pytest_generate_tests, test_embedding = _op.pytest_generate_tests, _op.run_benchmark
+
+if __name__ == "__main__":
+    sys.exit(_op.main(BENCH))

@@ -1,0 +1,73 @@
+"""RMSNorm with residual, s = x + residual, y = norm(s) weight, at (N, C).
+
+Bytes, e per element of x, n = N C (weights and statistics are counted, too):
+    forward   reads x, residual; writes y, s           4 n e +   C e + 4 N
+    backward  reads dy, ds, s; writes dx               4 n e + 2 C e + 4 N
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.bench import _op
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
+from fastgpt.config import ModelConfig
+from fastgpt.ops.rms_norm import rms_norm_torch
+
+
+def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
+    """One call over its own x, residual, weight and upstream gradients."""
+    n, c = setting.shape
+    leaves = x, residual, weight = setting.tensors(seed, (n, c), (n, c), (c,), grad=True)
+    grads = setting.tensors(seed, (n, c), (n, c))
+    return autograd_job(lambda: provider.fn(x, weight, 1e-6, residual=residual), leaves, grads, phase)
+
+
+def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
+    """The formula at this file's head."""
+    n, c = shape
+    forward = (4 * n * c + c) * dtype.itemsize + 4 * n
+    return of_phase(phase, forward, forward + c * dtype.itemsize)
+
+
+def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
+    """The norms of the residual stream."""
+    return ((batch * block, c.width), {}) if c.norm == "rms" else None
+
+
+def liger(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Liger-Kernel's; not in place, since its gradients are asked for again and again."""
+    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
+
+    return liger_fused_add_rms_norm(x, residual, weight, eps, in_place=False)
+
+
+def quack(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """quack's."""
+    from quack import rmsnorm
+
+    return rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
+
+
+BENCH = Bench(
+    "rms_norm",
+    "NxC",
+    ops.rms_norm,
+    Provider("torch", rms_norm_torch),
+    job,
+    bytes_moved,
+    of_model,
+    shapes={"cpu": ((1024, 768),), "cuda": ((65536, 768), (8192, 4096))},
+    tiny=(1, 8),
+    gate_cases=lambda shape: [((min(shape[0], 64), shape[1]), {"residual": True})],
+    others=lambda setting: installed(setting, liger_kernel=liger, quack=quack),
+)
+pytest_generate_tests, test_rms_norm = _op.pytest_generate_tests, _op.run_benchmark
+
+if __name__ == "__main__":
+    sys.exit(_op.main(BENCH))

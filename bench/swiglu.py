@@ -1,0 +1,65 @@
+"""silu(gate) * up from one packed tensor (N, 2F), gate first, at (N, F).
+
+Bytes, e per element, n = N F:
+    forward   reads gate, up; writes y                 3 n e
+    backward  reads dy, gate, up; writes dgate, dup    5 n e
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.bench import _op
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
+from fastgpt.config import GATED, ModelConfig
+from fastgpt.ops.swiglu import swiglu_torch
+
+
+def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
+    """One call over its own packed tensor (Liger-Kernel, which takes two: over its halves apart)."""
+    n, f = setting.shape
+    apart = provider.fn is liger
+    leaves = setting.tensors(seed, *([(n, f)] * 2 if apart else [(n, 2 * f)]), grad=True)
+    return autograd_job(lambda: provider.fn(*leaves), leaves, setting.tensors(seed, (n, f)), phase)
+
+
+def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
+    """The formula at this file's head."""
+    n = shape[0] * shape[1] * dtype.itemsize
+    return of_phase(phase, 3 * n, 5 * n)
+
+
+def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
+    """The MLP's activation."""
+    return ((batch * block, c.d_mlp), {"activation": GATED[c.activation]}) if c.activation in GATED else None
+
+
+def liger(gate: Tensor, up: Tensor) -> Tensor:
+    """Liger-Kernel's."""
+    from liger_kernel.transformers.functional import liger_swiglu
+
+    return liger_swiglu(gate, up)
+
+
+BENCH = Bench(
+    "swiglu",
+    "NxF",
+    ops.swiglu,
+    Provider("torch", swiglu_torch),
+    job,
+    bytes_moved,
+    of_model,
+    shapes={"cpu": ((1024, 2048),), "cuda": ((65536, 2048), (8192, 14336))},
+    tiny=(1, 8),
+    gate_cases=lambda shape: [((min(shape[0], 64), 2 * shape[1]), {"packed": True})],
+    others=lambda setting: installed(setting, liger_kernel=liger),
+)
+pytest_generate_tests, test_swiglu = _op.pytest_generate_tests, _op.run_benchmark
+
+if __name__ == "__main__":
+    sys.exit(_op.main(BENCH))
