@@ -109,7 +109,7 @@ def missing(backend: str) -> str | None:
     return None if _native.BUILT[backend] else _native.reason(backend)
 
 
-def _refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
     """Why `backend` cannot serve `op` for this device and dtype; None if it can."""
     cell = _table[op].get(backend)
     if cell is None:
@@ -245,7 +245,7 @@ def _report_once(op: str, backend: str, why: str) -> None:
 
 def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -> str:
     if want != "auto":
-        why = _refusal(op, want, device, dtype)
+        why = refusal(op, want, device, dtype)
         if why is None:
             return want
         if strict:
@@ -256,7 +256,7 @@ def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -
     for backend in (*first, *(b for b in PRIOR if b not in first)):
         if backend not in _table[op] or DEVICE_OF.get(backend, device) != device:
             continue
-        why = _refusal(op, backend, device, dtype)
+        why = refusal(op, backend, device, dtype)
         if why is None:
             return backend
         if dtype in _table[op][backend].dtypes:  # the cell exists, the machine lacks it: a fallback, so say so
@@ -298,7 +298,7 @@ def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     refused = [
         f"{b}: {why}"
         for b in PRIOR
-        if DEVICE_OF.get(b, device) == device and b != picked and (why := _refusal(op, b, device, dtype))
+        if DEVICE_OF.get(b, device) == device and b != picked and (why := refusal(op, b, device, dtype))
     ]
     return picked, "prior" if not refused or picked != "torch" else "; ".join(refused)
 

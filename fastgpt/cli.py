@@ -1,4 +1,4 @@
-"""The `fastgpt` command: train, sample, doctor, parity. Errors of the user's are one sentence and exit code 2."""
+"""The `fastgpt` command: train, sample, doctor, tune, parity. Errors of the user's are one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -96,8 +96,29 @@ def doctor(argv: list[str]) -> int:
     print(f"\nop on {device} in {dtype}: backend (why)")
     for op in backend.ops():
         picked, why = backend.explain(op, device.type, dtype)
+        if why == "measured" and (entry := backend.tuned(op, device.type, dtype)):
+            why = f"measured {entry['date']} ({entry['note']})"
         print(f"  {op:<22} {picked:<7} {why}")
     return 0
+
+
+def tune(argv: list[str]) -> int:
+    """`fastgpt tune`: see fastgpt/tune.py."""
+    about = "Time every backend of every op at a model's shapes on this machine; from then on the fastest serves."
+    parser = Parser(prog="fastgpt tune", description=about)
+    parser.add_argument("--config", help="NAME or file.yaml, as for train (default: what suits the machine)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the configuration's")
+    parser.add_argument("--batch", type=int, help="sequences B (default: the configuration's; fewer on a CPU)")
+    parser.add_argument("--block", type=int, help="tokens T of a sequence (default: the configuration's)")
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of samples per op")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be timed; time and write nothing")
+    args = parser.parse_args(argv)
+
+    from fastgpt.tune import run
+
+    return run(args)
 
 
 def train(argv: list[str]) -> int:
@@ -114,7 +135,7 @@ def parity(argv: list[str]) -> int:
     return parity_main(argv)
 
 
-COMMANDS = {"train": train, "sample": sample, "doctor": doctor, "parity": parity}
+COMMANDS = {"train": train, "sample": sample, "doctor": doctor, "tune": tune, "parity": parity}
 
 
 def main() -> int:

@@ -1,12 +1,16 @@
-"""Set-up for every test: Triton's interpreter where no GPU is, one home for what the tests share."""
+"""Set-up for every test: Triton's interpreter where no GPU is, an empty cache folder, a count of the skips."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+
+_cache = tempfile.TemporaryDirectory(prefix="fastgpt-tests-")
+os.environ["XDG_CACHE_HOME"] = _cache.name  # what a developer's own `fastgpt tune` measured must not change a result
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

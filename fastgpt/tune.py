@@ -1,0 +1,212 @@
+"""Which backend serves each op fastest on this machine: `fastgpt tune` measures it and remembers.
+
+For every op that a model's training step calls, every backend that runs here does forward and backward (adamw: its
+step) at the model's shape, interleaved round by round on rotating inputs (bench/_harness.py). A backend that fails its
+parity check first is not timed. The prior's choice keeps its place unless another is at least 3 % faster in the median
+of the paired rounds: less than that is noise. Answers go to a file in the user's cache folder, one per device, driver
+and versions (backend.write_tuned); `auto` then tries the measured backend first, and every refusal still applies.
+
+One answer per op and dtype, not per shape: what a backend's forward saves only its own backward reads, so that a step
+chooses once for both; a training step has few shapes per op, and they grow with the model together; and a choice by
+size would make compiled code with dynamic shapes recompile. Tune again for another model: the last answer counts.
+
+On a CPU the ops see at most CPU_TOKENS tokens unless told otherwise, so that the command takes about a minute. Triton
+kernels are timed on a GPU only, never in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from fastgpt import backend
+from fastgpt.bench._harness import DTYPES, Samples, Setting, count_sets, time_cpu, time_gpu
+from fastgpt.bench._op import Bench, Provider, Shape, bench_of, chosen, every, gate, jobs
+from fastgpt.config import ModelConfig, TrainConfig, load_config
+from fastgpt.device import cpu_name, default_device
+from fastgpt.errors import UserError
+
+LEAST_GAIN = 1.03  # how much faster than the prior's choice a backend must be to take its place
+CPU_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Task:
+    """One op to measure: its shape and options in the model, who is timed (in the prior's order), who cannot be."""
+
+    op: str
+    shape: Shape
+    options: dict[str, Any]
+    backends: list[str]
+    refused: dict[str, str]
+
+
+@dataclass
+class Result:
+    """What was measured for a task; `chosen` is None if nobody gave a right result."""
+
+    task: Task
+    chosen: str | None = None
+    note: str = ""
+    ms: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+def plan(
+    model: ModelConfig, batch: int, block: int, device: str, dtype: torch.dtype, only: Iterable[str] = ()
+) -> tuple[list[Task], dict[str, str]]:
+    """The tasks, and the ops that are skipped with the reason."""
+    tasks, skipped = [], {}
+    for bench in every():
+        if only and bench.op not in only:
+            continue
+        used, cells = bench.of_model(model, batch, block), backend.ops()[bench.op]
+        here = [b for b in backend.PRIOR if b in cells and backend.DEVICE_OF.get(b, device) == device]
+        refused = {b: why for b in here if (why := backend.refusal(bench.op, b, device, dtype))}
+        runs = [b for b in here if b not in refused]
+        if used is None:
+            skipped[bench.op] = "this model does without it"
+        elif runs == ["torch"]:
+            skipped[bench.op] = "only torch: " + ("; ".join(refused.values()) or f"no kernel for {device} yet")
+        else:
+            shape, options = used
+            tasks.append(Task(bench.op, shape, options, runs, refused))
+    return tasks, skipped
+
+
+def measure(task: Task, device: torch.device, dtype: torch.dtype, seconds: float) -> Result:
+    """Gate, then time the task's backends for `seconds` (seven rounds at least), and choose."""
+    bench, setting = bench_of(task.op), Setting(task.shape, dtype, device)
+    fn = functools.partial(bench.inplace or bench.public, **task.options)
+    ours = {b: Provider(b, fn, b, inplace=bench.inplace is not None) for b in task.backends}
+    wrong = {b: f"wrong: {why}" for b, p in ours.items() if b != "torch" and (why := gate(bench, p, setting))}
+    samples, errors = _time(bench, setting, [p for b, p in ours.items() if b not in wrong], seconds)
+    result = Result(task, refused={**task.refused, **wrong, **errors})
+    result.ms = {b: s.quantile(0.5) * 1e3 for b, s in samples.items()}
+    if samples:
+        result.chosen = choose(samples)
+        result.note = compare(samples, result.chosen)
+    return result
+
+
+def _time(
+    bench: Bench, setting: Setting, providers: list[Provider], seconds: float
+) -> tuple[dict[str, Samples], dict[str, str]]:
+    phase, by_name = bench.phases[-1], {p.name: p for p in providers}  # forward and backward, or the step
+    sets = range(1, 1 + count_sets(bench.bytes_moved(setting.shape, setting.dtype, phase), setting.device))
+    make = {p.name: functools.partial(jobs, bench, p, setting, phase, sets) for p in providers}
+    timer = time_gpu if setting.device.type == "cuda" else time_cpu
+    samples, errors = timer(make, lambda name: chosen(bench.op, by_name[name]), seconds)
+    if setting.device.type == "cuda":
+        torch.cuda.empty_cache()  # the next op's inputs need the room
+    return samples, {name: f"does not run: {why}" for name, why in errors.items()}
+
+
+def speedup(samples: dict[str, Samples], name: str, over: str) -> float:
+    """How much faster `name` is than `over`: the median over the rounds of their ratio."""
+    return Samples([b / a for a, b in zip(samples[name].seconds, samples[over].seconds)]).quantile(0.5)
+
+
+def choose(samples: dict[str, Samples]) -> str:
+    """The first one (the prior's choice) unless another is faster by LEAST_GAIN."""
+    first = next(iter(samples))
+    gains = {name: speedup(samples, name, first) for name in samples}
+    best = max(gains, key=lambda name: gains[name])
+    return best if gains[best] >= LEAST_GAIN else first
+
+
+def compare(samples: dict[str, Samples], name: str) -> str:
+    """The choice against torch, or against the next best where torch itself was chosen: '1.31x torch'."""
+    others = {o: speedup(samples, name, o) for o in samples if o != name}
+    if not others:
+        return "the only one that is right"
+    other = "torch" if "torch" in others else min(others, key=lambda o: others[o])
+    return f"{others[other]:.2f}x {other}"
+
+
+def entries(results: list[Result], dtype: torch.dtype, model: str) -> dict[str, dict[str, Any]]:
+    """The results as backend.write_tuned takes them."""
+    today = datetime.date.today().isoformat()
+    return {
+        f"{r.task.op}.{str(dtype).split('.')[1]}": {
+            "backend": r.chosen,
+            "date": today,
+            "note": r.note,
+            "model": model,
+            "shape": r.task.shape,
+            "ms": r.ms,
+            "refused": r.refused,
+        }
+        for r in results
+        if r.chosen is not None
+    }
+
+
+def line(r: Result) -> str:
+    """One op's line of the table, then one for each backend that was refused."""
+    times = "  ".join(f"{b} {ms:.4g}" for b, ms in r.ms.items())
+    picked = f"{r.chosen} ({r.note})" if r.chosen else "nothing: the prior stays"
+    shape = "x".join(map(str, r.task.shape))
+    lines = [f"{r.task.op:<22}{shape:<20}{times:<44}{picked}"]
+    return "\n".join([*lines, *(f"{'':<22}{b} is left out: {why}" for b, why in r.refused.items())])
+
+
+def _setting_of(args: argparse.Namespace) -> tuple[TrainConfig, torch.device, torch.dtype]:
+    device = default_device(args.device)
+    if device.type not in backend.DEVICE_OF.values():
+        raise UserError(f"tune: --device is {args.device!r}, expected cpu or cuda")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError(f"tune: --device is {args.device!r}, but there is no CUDA device here")
+        torch.cuda.set_device(device)
+    cfg = load_config(["--config", args.config or ("gpt2-124m-demo" if device.type == "cuda" else "tiny")])
+    name = args.dtype or ({"auto": "bf16" if device.type == "cuda" else "fp32"}.get(cfg.dtype, cfg.dtype))
+    return cfg, device, DTYPES[name]
+
+
+def _batch_of(cfg: TrainConfig, args: argparse.Namespace, device: torch.device) -> tuple[int, int]:
+    """B and T: what was asked for, else the configuration's, on a CPU at most CPU_TOKENS tokens."""
+    for name in ("batch", "block"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"tune: --{name} is {getattr(args, name)}, expected at least 1")
+    most = CPU_TOKENS if device.type == "cpu" else cfg.micro_batch * cfg.block_size
+    block = args.block or min(cfg.block_size, most)
+    return args.batch or max(1, min(cfg.micro_batch, most // block)), block
+
+
+def run(args: argparse.Namespace) -> int:
+    """`fastgpt tune` with its options parsed; 1 if a backend gave a wrong result."""
+    if unknown := [op for op in args.ops or () if op not in backend.ops()]:
+        raise UserError(f"tune: there is no op {unknown[0]!r}; expected some of {', '.join(backend.ops())}")
+    cfg, device, dtype = _setting_of(args)
+    batch, block = _batch_of(cfg, args, device)
+    model = replace(cfg.model, vocab_size=cfg.model.vocab_size or cfg.vocab_size)
+    tasks, skipped = plan(model, batch, block, device.type, dtype, args.ops or ())
+    name = args.config or cfg.out.removeprefix("runs/")
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
+    )
+    print(f"{name}: B {batch} x T {block}, {str(dtype).split('.')[1]}, on {where}")
+    print(f"{'op':<22}{'shape':<20}{'ms of forward + backward, or of a step':<44}chosen")
+    for op, why in skipped.items():
+        print(f"{op:<22}skipped: {why}")
+    if args.dry_run:
+        for t in tasks:
+            print(f"{t.op:<22}{'x'.join(map(str, t.shape)):<20}would time {', '.join(t.backends)}")
+        return 0
+    results = []
+    for task in tasks:
+        results.append(measure(task, device, dtype, args.seconds))
+        print(line(results[-1]), flush=True)
+    if found := entries(results, dtype, name):
+        try:
+            print(f"written to {backend.write_tuned(device.type, found)}; `fastgpt doctor` shows what is in use")
+        except OSError as e:
+            raise UserError(f"tune: the table cannot be written ({e}); XDG_CACHE_HOME names another folder") from e
+    return int(any(why.startswith("wrong") for r in results for why in r.refused.values()))
