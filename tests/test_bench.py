@@ -372,6 +372,15 @@ def test_throughput_shows_no_speed_over_a_red_op(
     assert "no speed is shown: layer_norm on cpu: off" in capsys.readouterr().out
 
 
+def test_every_op_that_the_model_uses_is_gated(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "gate", lambda bench, provider, setting: f"off at {setting.shape}")
+    found = throughput.red_ops(throughput.settings(MICRO, CPU), torch.float32)
+    served = {op for op in backend.ops() if backend.explain(op, "cpu", torch.float32)[0] != "torch"}
+    assert {line.split()[0] for line in found} == served - {"rms_norm", "swiglu", "rope"}
+    if "layer_norm" in served:
+        assert "layer_norm on cpu: off at (16, 32)" in found
+
+
 def test_a_variant_in_a_process_of_its_own() -> None:
     """Same losses as here; its own memory: 1.6 million parameters are 25 MB with gradients and moments."""
     shape = throughput.Shape(layers=2, heads=2, width=256, vocab=65, block=16, batch=4, steps=3)

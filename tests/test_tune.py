@@ -90,7 +90,7 @@ def test_environment_over_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_cpu
-def test_another_machine_has_another_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_machine_has_another_table(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.write_tuned("cpu", {"layer_norm.float32": entry("torch")})
     facts = backend.machine_facts("cpu")
     assert facts["threads"] == str(torch.get_num_threads()) and facts["device"]
@@ -98,6 +98,11 @@ def test_another_machine_has_another_table(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(backend, "machine_facts", lambda device, name=name: {**facts, name: "other"})
         again()
         assert backend.explain("layer_norm", "cpu", FP32) == ("cpu", "prior"), name
+    backend.write_tuned("cpu", {"layer_norm.float32": entry("cpu")})
+    assert len(list(cache.iterdir())) == 2
+    monkeypatch.setattr(backend, "machine_facts", lambda device: facts)
+    again()
+    assert backend.explain("layer_norm", "cpu", FP32) == ("torch", "measured"), "each machine has its own"
 
 
 @needs_cpu
