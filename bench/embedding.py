@@ -56,6 +56,7 @@ BENCH = Bench(
     of_model,
     shapes={"cpu": ((4, 256, 768, 4096),), "cuda": ((64, 1024, 768, 50304), (1, 8192, 4096, 128256))},
     tiny=(1, 2, 8, 4),
+    gate_cases=lambda shape: [((min(shape[3], 1000), 16, shape[2], 4, 16), {})],  # V, positions, C, B, T
 )
 pytest_generate_tests, test_embedding = _op.pytest_generate_tests, _op.run_benchmark
 

@@ -91,6 +91,7 @@ BENCH = Bench(
     of_model,
     shapes={"cpu": ((256, 256, 4096),), "cuda": ((16384, 768, 50304), (8192, 4096, 128256))},
     tiny=(2, 8, 16),
+    gate_cases=lambda shape: [((min(shape[0], 4), *shape[1:]), {"reduction": "mean"})],
     flops=flops,
     others=others,
 )

@@ -100,6 +100,7 @@ BENCH = Bench(
     of_model,
     shapes={"cpu": ((4, 256, 12, 12, 64),), "cuda": ((64, 1024, 12, 12, 64), (1, 8192, 32, 8, 128))},
     tiny=(1, 2, 2, 1, 4),
+    gate_cases=lambda shape: [((1, min(shape[1], 16), *shape[2:], shape[4] // 2), {"packed": True})],
     others=lambda setting: installed(setting, liger_kernel=liger, flash_attn=flash_attn),
 )
 pytest_generate_tests, test_rope = _op.pytest_generate_tests, _op.run_benchmark

@@ -112,7 +112,7 @@ def tune(argv: list[str]) -> int:
     parser.add_argument("--batch", type=int, help="sequences B (default: the configuration's; fewer on a CPU)")
     parser.add_argument("--block", type=int, help="tokens T of a sequence (default: the configuration's)")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of samples per op")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of samples per op")
     parser.add_argument("--dry-run", action="store_true", help="say what would be timed; time and write nothing")
     args = parser.parse_args(argv)
 
