@@ -56,7 +56,7 @@ class Provider:
     fn: Callable[..., Any]
     backend: str | None = None
     phases: tuple[str, ...] = ("forward", "backward", "both", "step")
-    inplace: bool = False
+    in_step: bool = False
 
 
 def no_gate_cases(shape: Shape) -> list[tuple[Shape, dict[str, Any]]]:
@@ -74,11 +74,12 @@ class Bench:
     """One op's benchmark.
 
     dims: names of a shape's numbers, as in NxC. public: fastgpt's function, called by every provider with a backend;
-    inplace: the same over its input. baseline: PyTorch's; others(setting): further baselines. job(provider, setting,
-    phase, seed) -> Job over an input set of its own. bytes_moved(shape, dtype, phase), flops(shape, phase): the least
-    that the phase moves and multiplies. of_model(model, B, T): shape and options of the public function in a training
-    step, None if the model does without the op. gate_cases(shape): (shape, options) of parity cases like what is
-    measured. shapes: the defaults by device. tiny: a shape whose maths is nothing, for the cost of a call on the host.
+    in_step: a suffix and the form that a training step calls, where that is another. baseline: PyTorch's;
+    others(setting): further baselines. job(provider, setting, phase, seed) -> Job over an input set of its own.
+    bytes_moved(shape, dtype, phase), flops(shape, phase): the least that the phase moves and multiplies.
+    of_model(model, B, T): shape and options of the public function in a training step, None if the model does without
+    the op. gate_cases(shape): (shape, options) of parity cases like what is measured. shapes: the defaults by device.
+    tiny: a shape whose maths is nothing, for the cost of a call on the host.
     """
 
     op: str
@@ -93,7 +94,7 @@ class Bench:
     gate_cases: Callable[[Shape], list[tuple[Shape, dict[str, Any]]]] = no_gate_cases
     flops: Callable[[Shape, str], float] | None = None
     phases: tuple[str, ...] = ("forward", "backward", "both")
-    inplace: Callable[..., Any] | None = None
+    in_step: tuple[str, Callable[..., Any]] | None = None
     others: Callable[[Setting], list[Provider]] = no_others
 
 
@@ -113,8 +114,9 @@ def providers(bench: Bench, setting: Setting, compile_modes: tuple[str, ...] = (
     device = setting.device.type
     names = [b for b in backend.ops()[bench.op] if backend.DEVICE_OF.get(b) == device and backend.missing(b) is None]
     found = [Provider(name, bench.public, name) for name in names]
-    if bench.inplace is not None:
-        found += [Provider(f"{name} in place", bench.inplace, name, ("both",), inplace=True) for name in names]
+    if bench.in_step is not None:
+        suffix, fn = bench.in_step
+        found += [Provider(f"{name} {suffix}", fn, name, ("both",), in_step=True) for name in names]
     compiled = [_compiled(bench.baseline.fn, mode) for mode in compile_modes if "step" not in bench.phases]
     return [*found, bench.baseline, *compiled, *bench.others(setting)]
 

@@ -52,10 +52,12 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own q, k, v and upstream gradient."""
+    """One call over its own q, k, v, or packed qkv, and upstream gradient."""
     b, t, h, g, d = setting.shape
-    leaves = setting.tensors(seed, (b, t, h, d), (b, t, g, d), (b, t, g, d), grad=True)
-    return autograd_job(lambda: provider.fn(*leaves), leaves, setting.tensors(seed, (b, t, h, d)), phase)
+    heads = (h + 2 * g,) if provider.in_step else (h, g, g)
+    packed = dict(n_heads=h, n_kv_heads=g) if provider.in_step else {}
+    leaves = setting.tensors(seed, *((b, t, n, d) for n in heads), grad=True)
+    return autograd_job(lambda: provider.fn(*leaves, **packed), leaves, setting.tensors(seed, (b, t, h, d)), phase)
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
@@ -98,6 +100,7 @@ BENCH = Bench(
     shapes={"cpu": ((1, 512, 12, 12, 64),), "cuda": ((16, 1024, 12, 12, 64), (1, 8192, 32, 8, 128))},
     tiny=(1, 2, 2, 1, 16),
     flops=flops,
+    in_step=("packed", functools.partial(ops.attention_qkv, causal=True)),
     others=others,
 )
 pytest_generate_tests, test_attention = _op.pytest_generate_tests, _op.run_benchmark

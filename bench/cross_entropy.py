@@ -49,7 +49,7 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
     n, v = setting.shape
     logits, target = setting.random(n, v, seed=seed, grad=True), setting.tokens(v, n, seed=seed)
     one = torch.ones((), device=setting.device)
-    if not provider.inplace:
+    if not provider.in_step:
         return autograd_job(lambda: provider.fn(logits, target), [logits], [one], phase)
     saved = logits.detach().clone()
     run = autograd_job(lambda: provider.fn(logits.view_as(logits), target), [logits], [one], phase).run
@@ -79,7 +79,7 @@ BENCH = Bench(
     shapes={"cpu": ((256, 4096),), "cuda": ((8192, 50304), (4096, 128256))},
     tiny=(1, 8),
     gate_cases=lambda shape: [((min(shape[0], 4), shape[1]), {"inplace": inplace}) for inplace in (False, True)],
-    inplace=functools.partial(ops.cross_entropy, inplace=True),
+    in_step=("in place", functools.partial(ops.cross_entropy, inplace=True)),
     others=lambda setting: installed(setting, liger_kernel=liger, quack=quack),
 )
 pytest_generate_tests, test_cross_entropy = _op.pytest_generate_tests, _op.run_benchmark

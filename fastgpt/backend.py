@@ -243,7 +243,7 @@ def _report_once(op: str, backend: str, why: str) -> None:
         log.warning("%s: %s", op, why)
 
 
-def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -> str:
+def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool, measured: bool = True) -> str:
     if want != "auto":
         why = refusal(op, want, device, dtype)
         if why is None:
@@ -251,8 +251,8 @@ def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -
         if strict:
             raise RuntimeError(f"{op}: {want} was asked for, but {why}")
         _report_once(op, want, f"{want} was asked for, but {why}; choosing by itself")
-    measured = tuned(op, device, dtype)
-    first = () if measured is None else (measured["backend"],)
+    entry = tuned(op, device, dtype) if measured else None
+    first = () if entry is None else (entry["backend"],)
     for backend in (*first, *(b for b in PRIOR if b not in first)):
         if backend not in _table[op] or DEVICE_OF.get(backend, device) != device:
             continue
@@ -270,15 +270,16 @@ def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool) -
 # constant, guarded by the choices that `select` reads.
 _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-_cache: dict[tuple[str, str, str, torch.dtype, bool], str] = {}
+_cache: dict[tuple[str, str, str, torch.dtype, bool, bool], str] = {}
 
 
-def select(op: str, x: Tensor) -> str:
-    """Name of the backend that serves `op` for tensors like `x`."""
+def select(op: str, x: Tensor, measured: bool = True) -> str:
+    """Name of the backend that serves `op` for tensors like `x`; measured=False: for a call unlike what was measured,
+    so that the prior holds."""
     want, strict = _choice.get(op, "auto"), _strict[0]
     if torch.compiler.is_compiling():
-        return _select(op, want, x.device.type, x.dtype, strict)
-    key = (op, want, x.device.type, x.dtype, strict)
+        return _select(op, want, x.device.type, x.dtype, strict, measured)
+    key = (op, want, x.device.type, x.dtype, strict, measured)
     found = _cache.get(key)
     if found is None:
         found = _cache[key] = _select(*key)

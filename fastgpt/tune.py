@@ -29,7 +29,7 @@ from fastgpt import backend
 from fastgpt.bench._harness import DTYPES, Samples, Setting, count_sets, time_cpu, time_gpu
 from fastgpt.bench._op import Bench, Provider, Shape, bench_of, chosen, every, gate, jobs
 from fastgpt.config import ModelConfig, TrainConfig, load_config
-from fastgpt.device import cpu_name, default_device
+from fastgpt.device import cpu_name, default_device, keep_freed_memory
 from fastgpt.errors import UserError
 
 LEAST_GAIN = 1.03  # how much faster than the prior's choice a backend must be to take its place
@@ -83,8 +83,8 @@ def plan(
 def measure(task: Task, device: torch.device, dtype: torch.dtype, seconds: float) -> Result:
     """Gate, then time the task's backends for `seconds` (seven rounds at least), and choose."""
     bench, setting = bench_of(task.op), Setting(task.shape, dtype, device)
-    fn = functools.partial(bench.inplace or bench.public, **task.options)
-    ours = {b: Provider(b, fn, b, inplace=bench.inplace is not None) for b in task.backends}
+    fn = functools.partial(bench.in_step[1] if bench.in_step else bench.public, **task.options)
+    ours = {b: Provider(b, fn, b, in_step=bench.in_step is not None) for b in task.backends}
     wrong = {b: f"wrong: {why}" for b, p in ours.items() if b != "torch" and (why := gate(bench, p, setting))}
     samples, errors = _time(bench, setting, [p for b, p in ours.items() if b not in wrong], seconds)
     result = Result(task, refused={**task.refused, **wrong, **errors})
@@ -200,6 +200,7 @@ def run(args: argparse.Namespace) -> int:
         for t in tasks:
             print(f"{t.op:<22}{'x'.join(map(str, t.shape)):<20}would time {', '.join(t.backends)}")
         return 0
+    keep_freed_memory()  # as the trainer does
     results = []
     for task in tasks:
         results.append(measure(task, device, dtype, args.seconds))

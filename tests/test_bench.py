@@ -241,9 +241,17 @@ def test_a_baseline_computes_what_fastgpt_does(bench: _op.Bench) -> None:
     setting = Setting(bench.tiny, torch.float32, CPU)
     ours = bench.job(_op.Provider("torch", bench.public, "torch"), setting, "both", 3).run()
     for provider in _op.providers(bench, setting):
-        if not provider.inplace:
+        if not provider.in_step:
             theirs = bench.job(provider, setting, "both", 3).run()
             torch.testing.assert_close(theirs, ours, rtol=2e-4, atol=2e-5)
+
+
+def test_the_form_that_a_step_calls_is_timed_as_well() -> None:
+    q, k, v, d = 4, 2, 2, 16
+    setting = Setting((1, 3, q, k, d), torch.float32, CPU)
+    suffix, fn = attention.BENCH.in_step or ("", None)
+    (dqkv,) = attention.job(_op.Provider(suffix, fn, "torch", in_step=True), setting, "both", 1).run()
+    assert suffix == "packed" and dqkv.shape == (1, 3, q + k + v, d)
 
 
 def test_max_autotune_and_compile_are_baselines_of_their_own() -> None:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,22 @@ def test_a_table_reorders_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: p
     assert "layer_norm: the cpu kernel cannot be used: it is not built" in caplog.text
     with pytest.raises(RuntimeError, match="the cpu kernel cannot be used: it is not built"):
         backend._select("layer_norm", "auto", "cpu", FP32, True)
+
+
+def test_a_call_unlike_what_was_measured_keeps_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's attention is fastest where its fused one serves; its formula, with a T x T matrix, was not measured."""
+    module = sys.modules["fastgpt.ops.attention"]
+    monkeypatch.setitem(backend._table, "attention", {"cpu": backend.Cell(), "torch": backend.Cell()})
+    monkeypatch.setattr(backend, "missing", lambda b: None)
+    backend.write_tuned("cpu", {"attention.float32": entry("torch")})
+    q = torch.randn(1, 4, 2, 16)
+    options = {**module._DEFAULTS, "return_lse": False}
+    assert module._select(q, q, {**options, "causal": True}, False) == "torch"
+    for special in ({"window": 2}, {"softcap": 3.0}, {"return_lse": True}, {"doc_ids": torch.zeros(1, 4).int()}):
+        assert module._select(q, q, {**options, **special}, False) == "cpu", special
+    assert module._select(q[:, :2], q, {**options, "causal": True}, False) == "cpu", "not square"
+    with use(attention="torch"):
+        assert module._select(q, q, {**options, "window": 2}, False) == "torch", "chosen is chosen"
 
 
 @needs_cpu

@@ -100,12 +100,17 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, rng: Tensor | None = None,
     return (p @ vh).transpose(1, 2).to(q.dtype), lse
 
 
+def sdpa_can(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> bool:
+    """Whether PyTorch's fused attention can express this call."""
+    special = ("window", "cu_seqlens_q", "doc_ids", "kv_lens", "kv_start")
+    if o["return_lse"] or o["softcap"] > 0 or any(o[n] is not None for n in special) or (deterministic and q.is_cuda):
+        return False
+    return k.shape[1] > 0 and (q.shape[1] == k.shape[1] or not o["causal"])
+
+
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any], deterministic: bool = False) -> Any:
     """The `torch` backend: PyTorch's fused attention for what it can express, else the formula."""
-    special = ("window", "cu_seqlens_q", "doc_ids", "kv_lens", "kv_start")
-    square = q.shape[1] == k.shape[1] or not o["causal"]
-    formula = o["return_lse"] or o["softcap"] > 0 or any(o[n] is not None for n in special)
-    if formula or not square or k.shape[1] == 0 or (deterministic and q.is_cuda):
+    if not sdpa_can(q, k, o, deterministic):
         out, lse = attention_ref(q, k, v, **o)
         return (out, lse) if o["return_lse"] else out
     out = F.scaled_dot_product_attention(

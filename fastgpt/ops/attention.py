@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.backend import checks_values, register, select
-from fastgpt.ops._attention import attention_ref, attention_torch
+from fastgpt.ops._attention import attention_ref, attention_torch, sdpa_can
 from fastgpt.ops._common import autocast, check_float, check_like, define, needs_grad, relative_error
 
 _OPTIONS = (
@@ -237,9 +237,9 @@ def attention(
     if all(isinstance(t, Tensor) and t.is_floating_point() for t in (q, k, v)):
         q, k, v = (t for t in autocast(q, k, v) if t is not None)
     _check(q, k, v, options)
-    backend = select("attention", q)
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    backend = _select(q, k, {**options, "return_lse": return_lse}, deterministic)
     if backend == "torch":
-        deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
         return attention_torch(q, k, v, {**options, "return_lse": return_lse}, deterministic)
     packed = pack(q, options)
     if needs_grad(q, k, v):
@@ -247,6 +247,14 @@ def attention(
     else:
         out, lse = FWD[backend](q, k, v, *packed)
     return (out, lse) if return_lse else out
+
+
+def _select(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> str:
+    """The backend; where torch only measured fastest, and this call would take its formula, the prior's."""
+    backend = select("attention", q)
+    if backend == "torch" and not sdpa_can(q, k, o, deterministic):
+        backend = select("attention", q, measured=False)
+    return backend
 
 
 def attention_qkv(qkv: Tensor, *, n_heads: int, n_kv_heads: int, **options: Any) -> Tensor:
@@ -268,7 +276,8 @@ def attention_qkv(qkv: Tensor, *, n_heads: int, n_kv_heads: int, **options: Any)
         raise ValueError(f"attention: qkv has shape {tuple(qkv.shape)}, expected (B, T, {heads}, D)")
     qkv = autocast(qkv)[0]  # type: ignore[assignment]
     q, k, v = qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
-    backend = select("attention", qkv)
+    deterministic = options.get("deterministic", False) or torch.are_deterministic_algorithms_enabled()
+    backend = _select(q, k, {**_DEFAULTS, "return_lse": False, **options}, deterministic)
     if backend == "torch" or not needs_grad(qkv):
         out: Tensor = attention(q, k, v, **options)
         return out
