@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
+_users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+os.environ.setdefault("MPLCONFIGDIR", str(_users / "matplotlib"))  # its list of fonts takes seconds to make anew
 _cache = tempfile.TemporaryDirectory(prefix="fastgpt-tests-")
 os.environ["XDG_CACHE_HOME"] = _cache.name  # what a developer's own `fastgpt tune` measured must not change a result
 
