@@ -84,6 +84,11 @@ def batches(n: int) -> list[tuple[Tensor, Tensor]]:
     return out
 
 
+def drawn(targets: Tensor) -> list[Tensor]:
+    """Targets for losses per token, some hundred of them: of few, or of their mean, the error is a matter of luck."""
+    return [targets, *((targets + shift) % 61 for shift in range(7, 61, 9))]
+
+
 def model_of(name: str, dtype: torch.dtype) -> GPT:
     model = GPT(SHAPES[name], generator=torch.Generator().manual_seed(1))
     with torch.no_grad():  # larger than initial weights, so that attention and norms matter; biases too
@@ -99,8 +104,9 @@ def leaves(model: GPT, dtype: torch.dtype) -> Params:
 
 def plain_step(c: ModelConfig, p: Params, ids: Tensor, targets: Tensor) -> dict[str, Tensor]:
     plain_loss(c, p, ids, targets).backward()
-    with torch.no_grad():  # per token: the error of one mean is a matter of luck
-        out = {"logits": plain_logits(c, p, ids), "losses": plain_loss(c, p, ids, targets, "none")}
+    with torch.no_grad():
+        losses = [plain_loss(c, p, ids, t, "none") for t in drawn(targets)]
+        out = {"logits": plain_logits(c, p, ids), "losses": torch.cat(losses)}
     return {**out, **{f"d{n}": t.grad for n, t in p.items() if t.grad is not None}}
 
 
@@ -118,7 +124,8 @@ def test_loss_logits_and_every_gradient(kernels: str, name: str, dtype: torch.dt
     with backend.use(all=kernels, strict=False):
         model(ids, targets).backward()
         with torch.no_grad():
-            ours = {"logits": model(ids), "losses": model(ids, targets, reduction="none").flatten()}
+            losses = [model(ids, t, reduction="none").flatten() for t in drawn(targets)]
+            ours = {"logits": model(ids), "losses": torch.cat(losses)}
     ours |= {f"d{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert ours.keys() == truth.keys()
     for what, exact in truth.items():
