@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from fastgpt import backend
-from fastgpt.parity import activations, adamw, cross_entropy, linear_cross_entropy, norms, positions
+from fastgpt.parity import activations, adamw, attention, cross_entropy, linear_cross_entropy, norms, positions
 from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import REPEATED, Case, Row, Subject, allowed_error
 
-FAMILIES = (norms, cross_entropy, linear_cross_entropy, activations, positions, adamw)
+FAMILIES = (norms, cross_entropy, linear_cross_entropy, activations, positions, attention, adamw)
 SUBJECTS: dict[str, Subject] = {op: subject for family in FAMILIES for op, subject in family.SUBJECTS.items()}
 
 
