@@ -1,6 +1,6 @@
 """Parity of attention, from three tensors and from one packed one.
 
-The baseline is F.scaled_dot_product_attention, its mask given as a tensor; for what that cannot do (softcap, dropout by a
+The baseline is F.scaled_dot_product_attention, its mask a tensor; for what that cannot do (softcap, dropout by a
 known key, lse) the eager composition in the case's dtype: products, softmax and dropout, each rounded to it.
 """
 
@@ -150,7 +150,7 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     yield (1, 130, 130, 2, 1, 32), {"causal": True, "segments": True}
     yield (2, 70, 70, 4, 2, 16), {"causal": True, "packed": True}
     yield (0, 5, 5, 2, 1, 16), {}
-    # |z| of 1000 in 16 bits; in fp32 its rounding alone moves p by |z| 2^-24, and which side is nearer is a matter of luck
+    # |z| of 1000 in 16 bits; in fp32 its own rounding moves p by |z| 2^-24, and whose is nearer is a matter of luck
     for spread in (1e-3, 2.0 if dtype == torch.float32 else 30.0):
         yield (1, 9, 11, 2, 1, 16), {"causal": True, "spread": spread}
 
