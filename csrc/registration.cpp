@@ -47,7 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
 #endif
 
 // `import fastgpt._C` loads the library, and with it the registrations above; the module itself is empty.
-extern "C" PyMODINIT_FUNC PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -69,10 +69,11 @@ def configurations(module: str, dtype: str, weight_dtype: str) -> list[Any]:
     return list(kernels.configurations(getattr(torch, dtype), getattr(torch, weight_dtype)))
 
 
-def jobs(archs: list[int], every: bool, quick: bool = False) -> list[Job]:
+def jobs(archs: list[int] | None, every: bool, quick: bool = False) -> list[Job]:
     """bf16 with bf16 parameters, 16-byte aligned; `every`: fp16, fp32, mixed, and element-aligned pointers too.
 
-    A configuration is compiled for the chips that it may be picked on. `quick`: only what is marked so.
+    archs None: sm_80 and sm_90, or the first chip of a configuration that is for neither; `every`: all chips. A
+    configuration is compiled only for chips that it may be picked on. `quick`: only what is marked so.
     """
     pairs = [("bfloat16", "bfloat16")]
     if every:
@@ -83,7 +84,10 @@ def jobs(archs: list[int], every: bool, quick: bool = False) -> list[Job]:
             for i, c in enumerate(configurations(module, dtype, weight_dtype)):
                 if quick and not c.quick:
                     continue
-                chips = [arch for arch in archs if c.archs is None or arch in c.archs]
+                wanted = archs or (sorted(SHARED_KB) if every else [80, 90])
+                chips = [arch for arch in wanted if c.archs is None or arch in c.archs]
+                if archs is None and not chips:
+                    chips = [c.archs[0]]
                 alignments = (True, False) if every else (True,)
                 found += [Job(module, dtype, weight_dtype, i, arch, a) for a in alignments for arch in chips]
     return found
@@ -151,7 +155,7 @@ def problem(report: Report) -> str:
     return f"{report.stack} bytes of stack, {allowed} allowed" if report.stack > allowed else ""
 
 
-def check(archs: list[int], every: bool, quick: bool = False) -> list[Report]:
+def check(archs: list[int] | None, every: bool, quick: bool = False) -> list[Report]:
     """Compile all configurations on all cores of this process's affinity, with a cache that is thrown away."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
@@ -176,15 +180,21 @@ def _print(reports: list[Report]) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastgpt.triton_check", description="compile every Triton kernel")
-    parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_KB), help="default: 80 and 90")
-    parser.add_argument("--all", action="store_true", help="every dtype and alignment, and sm_86 and sm_89")
+    parser.add_argument(
+        "--arch",
+        type=int,
+        action="append",
+        choices=sorted(SHARED_KB),
+        help="default: 80, 90",
+    )
+    parser.add_argument("--all", action="store_true", help="every dtype, alignment and chip")
     parser.add_argument("--quick", action="store_true", help="no options and all options, some of the widths")
     parser.add_argument("--json", type=Path, help="write the reports to this file")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         print("triton_check: TRITON_INTERPRET is set, nothing would be compiled; run it without", file=sys.stderr)
         return 2
-    reports = check(options.arch or (sorted(SHARED_KB) if options.all else [80, 90]), options.all, options.quick)
+    reports = check(options.arch, options.all, options.quick)
     if options.json:
         options.json.write_text(json.dumps([asdict(r) | {"problem": problem(r)} for r in reports], indent=1))
     return 1 if _print(reports) else 0
