@@ -32,7 +32,7 @@ def test_configurations_compile_without_spills(tmp_path: Path) -> None:
     reports = json.loads(out.read_text())
     assert {r["arch"] for r in reports} >= {80, 90}
     kernels = ("layer_norm_fwd", "layer_norm_bwd", "cross_entropy_fwd_bwd", "adamw_prepare", "adamw_update")
-    for kernel in (*kernels, "rms_norm_fwd", "rms_norm_bwd"):
+    for kernel in (*kernels, "rms_norm_fwd", "rms_norm_bwd", "rope_fwd", "rope_rows", "embedding_fwd", "embedding_bwd"):
         assert any(r["name"].startswith(f"{kernel}_kernel[") for r in reports), f"{kernel} was not checked"
     assert all(r["registers"] > 0 for r in reports)
 

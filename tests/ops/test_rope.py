@@ -247,10 +247,16 @@ def test_without_gradients(name: str, mode: Any) -> None:
             before, address = qkv.clone(), qkv.data_ptr()
             out = ops.rope_qkv(qkv, COS, SIN, **PACKED)
             assert out.data_ptr() == address and not torch.equal(qkv, before)
-            columns = rand(2, 3, 10, 5)
-            before = columns.clone()
-            out = ops.rope_qkv(columns.mT, COS, SIN, **PACKED)  # not contiguous: a copy is turned
-            assert torch.equal(columns, before) and out.data_ptr() != columns.data_ptr()
+            for other in (rand(2, 3, 10, 5).mT, rand(1, 1, 5, 10).expand(2, 3, 5, 10)):  # a copy is turned
+                before = other.clone()
+                out = ops.rope_qkv(other, COS, SIN, **PACKED)
+                assert torch.equal(other, before)
+                torch.testing.assert_close(out, rope_qkv_ref(other, COS, SIN, **PACKED))
+            apart = rand(3, 2, 7, 12).transpose(0, 1)[:, :, 1:6, 1:11]
+            wanted = rope_qkv_ref(apart, COS, SIN, **PACKED)
+            out = ops.rope_qkv(apart, COS, SIN, **PACKED)
+            assert out.data_ptr() == apart.data_ptr()
+            torch.testing.assert_close(apart, wanted)
 
 
 def nodes(t: Tensor) -> list[str]:
