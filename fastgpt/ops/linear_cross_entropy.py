@@ -10,7 +10,8 @@ In chunks: one buffer of (chunk, V) logits, used again. For "mean" and "sum" for
 over all chunks whatever the dtype, and backward multiplies them by the upstream gradient. "none" makes the loss only;
 backward makes z again chunk by chunk, its upstream gradients scaling the rows. Nothing is filtered or approximated.
 
-fp16 has five bits of exponent: there dz leaves out 1/count, which goes with the upstream gradient over fp32 products.
+fp16 has five bits of exponent: there dz leaves out 1/count, and the largest upstream gradient too; both go over fp32
+products.
 
 Saved: in one piece dz, x, W; in chunks dx and dW (fp32), for "none" x and W. Products by torch.mm, 2 N V C FLOP each,
 three of them; four for "none" in chunks. Method: chunks and gradients in forward, Hsu et al. 2024 (arXiv:2410.10989).
@@ -73,6 +74,15 @@ def _outer_scale(grad: Tensor, count: Tensor | None, dtype: torch.dtype) -> Tens
     return torch.where(count > 0, rows / count, 0.0)
 
 
+def _in_range(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """scale in two: over 16-bit values, and over their fp32 products. In fp16 the second is the largest of scale, so
+    that the first is at most 1."""
+    if dtype != torch.float16 or not scale.numel():
+        return scale, None
+    top = scale.abs().amax().reshape(1)
+    return scale / torch.where(top > 0, top, 1.0), top
+
+
 def _scaled(backend: str, t: Tensor, scale: Tensor) -> Tensor:
     """A copy of t (N, C) times scale[row], rounded once; with scale 1 the copy alone."""
     t = t.clone(memory_format=torch.contiguous_format)
@@ -131,13 +141,11 @@ class LinearCrossEntropyFn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dz, x, w, b, count = ctx.saved_tensors
         scale = _outer_scale(grad, count, x.dtype)
-        dx = dw = db = top = None
+        dx = dw = db = None
         if ctx.needs_input_grad[1]:
             dx = torch.mm(dz, w)
             SCALE_ROWS[ctx.backend](dx, scale)
-        if x.dtype == torch.float16 and scale.numel():  # over x and b only the share of the largest: it is in range
-            top = scale.abs().amax().reshape(1)
-            scale = scale / torch.where(top > 0, top, 1.0)
+        scale, top = _in_range(scale, x.dtype)
         if ctx.needs_input_grad[2]:
             dw = _weight_gradient(w, dz, _scaled(ctx.backend, x, scale), top)
         if ctx.needs_input_grad[3]:
@@ -187,10 +195,11 @@ class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, target, weight = ctx.saved_tensors
-        wanted, scale = ctx.needs_input_grad[1:4], _outer_scale(grad, None, x.dtype)
+        wanted, (scale, top) = ctx.needs_input_grad[1:4], _in_range(_outer_scale(grad, None, x.dtype), x.dtype)
         _, dx, dw, db = FWD_BWD[ctx.backend](x, w, b, target, weight, scale, *ctx.options, ctx.chunk, wanted)
-        dw = None if dw is None else _deliver(w, dw, None)
-        db = None if db is None else _deliver(b, db, None)
+        dx = dx if dx is None or top is None else _scaled(ctx.backend, dx, top)
+        dw = None if dw is None else _deliver(w, dw, top)
+        db = None if db is None else _deliver(b, db, top)
         return None, dx, dw, db, None, None, None, None, None
 
 
