@@ -41,6 +41,7 @@ from fastgpt.ops.cross_entropy import (
     reduce_rows,
 )
 from fastgpt.ops.cross_entropy import _self_check as check_cross_entropy
+from fastgpt.ops.linear import weight_gradient
 
 
 def linear_cross_entropy_ref(
@@ -102,15 +103,11 @@ def _deliver(weight: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor | Non
 
 
 def _weight_gradient(w: Tensor, dz: Tensor, x: Tensor, scale: Tensor | None) -> Tensor | None:
-    """dz^T x, times scale (1,) if there is one: from the product straight into its place where that can be."""
-    place, filled = gradient_place(w)
-    if scale is not None or (place is not None and place.dtype != w.dtype):
-        return _deliver(w, product_in_fp32(dz, x), scale)
-    if place is None:
-        return torch.mm(dz.t(), x)
-    torch.addmm(place, dz.t(), x, out=place) if filled else torch.mm(dz.t(), x, out=place)
-    w.grad = place
-    return None
+    """dz^T x, times scale (1,) if there is one: by the product itself in its place where dtypes let it."""
+    place, _ = gradient_place(w)
+    if scale is None and (place is None or place.dtype == w.dtype):
+        return weight_gradient(w, dz, x)
+    return _deliver(w, product_in_fp32(dz, x), scale)
 
 
 def _bias_gradient(dz: Tensor, scale: Tensor) -> Tensor:
