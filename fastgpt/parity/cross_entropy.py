@@ -11,7 +11,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops.cross_entropy import cross_entropy_ref, cross_entropy_torch
 from fastgpt.parity.inputs import Inputs
-from fastgpt.parity.rule import LAYOUTS, Case, Outputs, Subject, Variant
+from fastgpt.parity.rule import MATRIX_LAYOUTS, VECTOR_LAYOUTS, Case, Outputs, Subject, Variant
 
 INPLACE_LAYOUTS = ("contiguous", "sliced", "rows", "misaligned")
 
@@ -79,7 +79,7 @@ SUBJECTS = {
         cross_entropy_ref,
         _bases,
         _variants,
-        tuple(layout for layout in LAYOUTS if layout != "permuted"),
-        ("contiguous", "rows", "expanded", "misaligned"),  # of a vector
+        MATRIX_LAYOUTS,
+        VECTOR_LAYOUTS,
     )
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy_ref, linear_cross_entropy_torch
 from fastgpt.parity.inputs import Inputs
-from fastgpt.parity.rule import Case, Outputs, Subject, Variant
+from fastgpt.parity.rule import MATRIX_LAYOUTS, VECTOR_LAYOUTS, Case, Outputs, Subject, Variant
 
 SINGLE: tuple[dict[str, Any], ...] = (
     {"label_smoothing": 0.1},
@@ -84,6 +84,13 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 SUBJECTS = {
     "linear_cross_entropy": Subject(
-        run_linear_cross_entropy, ops.linear_cross_entropy, _torch, _reference, _bases, _variants
+        run_linear_cross_entropy,
+        ops.linear_cross_entropy,
+        _torch,
+        _reference,
+        _bases,
+        _variants,
+        MATRIX_LAYOUTS,
+        VECTOR_LAYOUTS,
     )
 }

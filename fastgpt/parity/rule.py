@@ -20,6 +20,8 @@ FORWARD, BACKWARD = 2.0, 3.0
 FP64_NOISE = 2.0**-48  # an fp64 reference cannot tell less from zero, at values around 1
 LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "rows", "expanded", "misaligned")  # inputs.py draws them
 GRAD_LAYOUTS = (*LAYOUTS, "broadcast")
+MATRIX_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "permuted")  # what differs in two dimensions
+VECTOR_LAYOUTS = ("contiguous", "rows", "expanded", "misaligned")  # and in one
 REPEATED = ("expanded", "broadcast")  # few values, many times: what PyTorch's error is there is left to chance
 Outputs = dict[str, Tensor]  # names of gradients begin with "d"
 
