@@ -40,6 +40,8 @@ CPU_SOURCES = [
     "csrc/cpu/rms_norm.cpp",
     "csrc/cpu/rope.cpp",
     "csrc/cpu/embedding.cpp",
+    "csrc/cpu/attention.cpp",
+    "csrc/cpu/attention_bwd.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/ops_cuda.cpp",

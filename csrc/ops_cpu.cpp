@@ -1,5 +1,6 @@
 // The CPU dispatch key: Ops<Cpu> and its siblings, and parallel_for on PyTorch's thread pool.
 #include "fastgpt/activation_ops.h"
+#include "fastgpt/attention_ops.h"
 #include "fastgpt/embedding_ops.h"
 #include "fastgpt/ops_impl.h"
 #include "fastgpt/parallel.h"
@@ -29,6 +30,8 @@ struct Cpu {
   void rope(const RopeArgs& a) { cpu::rope(a); }
   void embedding_fwd(const EmbeddingFwdArgs& a) { cpu::embedding_fwd(a); }
   void embedding_bwd_add(const EmbeddingBwdArgs& a) { cpu::embedding_bwd_add(a); }
+  void attention_fwd(const AttentionArgs& a) { cpu::attention_fwd(a); }
+  void attention_bwd(const AttentionArgs& a) { cpu::attention_bwd(a); }
   int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::bias_gelu_bwd_blocks(n_rows, n_cols); }
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::layer_norm_bwd_blocks(n_rows, n_cols); }
   int64_t adamw_partials(const int64_t* numels, int64_t n) { return cpu::adamw_partials(numels, n); }
@@ -42,5 +45,6 @@ template struct RmsNormOps<Cpu>;
 template struct ActivationOps<Cpu>;
 template struct RopeOps<Cpu>;
 template struct EmbeddingOps<Cpu>;
+template struct AttentionOps<Cpu>;
 
 }  // namespace fastgpt

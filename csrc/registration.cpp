@@ -30,6 +30,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("embedding_fwd.cpu", TORCH_BOX(&Embedding::embedding_fwd));
   m.impl("embedding_bwd.cpu", TORCH_BOX(&Embedding::embedding_bwd));
   m.impl("embedding_bwd_add.cpu", TORCH_BOX(&Embedding::embedding_bwd_add));
+  using Attention = fastgpt::AttentionOps<fastgpt::Cpu>;
+  m.impl("attention_fwd.cpu", TORCH_BOX(&Attention::fwd));
+  m.impl("attention_bwd.cpu", TORCH_BOX(&Attention::bwd));
+  m.impl("attention_qkv_bwd.cpu", TORCH_BOX(&Attention::qkv_bwd));
 }
 
 #ifdef FASTGPT_WITH_CUDA

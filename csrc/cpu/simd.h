@@ -17,6 +17,26 @@
 #define FASTGPT_CLONES
 #endif
 
+// For code whose blocks depend on the registers there are: the same kernel once per level, picked by level(). `flatten`
+// as above; what an explicit vector type computes must carry the level's attribute itself, since vectors are split into
+// what a function's own target has before anything is inlined.
+#if defined(__GNUC__)
+#define FASTGPT_FLAT __attribute__((flatten))
+#define FASTGPT_INLINE __attribute__((always_inline)) inline
+#define FASTGPT_NOINLINE __attribute__((noinline))
+#define FASTGPT_UNROLL FASTGPT_PRAGMA(GCC unroll 32)
+#else
+#define FASTGPT_FLAT
+#define FASTGPT_INLINE inline
+#define FASTGPT_NOINLINE
+#define FASTGPT_UNROLL
+#endif
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FASTGPT_LEVELS
+#define FASTGPT_V4 __attribute__((target("arch=x86-64-v4")))
+#define FASTGPT_V3 __attribute__((target("arch=x86-64-v3")))
+#endif
+
 #define FASTGPT_PRAGMA(x) _Pragma(#x)
 #define FASTGPT_SIMD FASTGPT_PRAGMA(omp simd)
 #define FASTGPT_SUM(...) FASTGPT_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
@@ -26,6 +46,13 @@ namespace fastgpt::cpu {
 
 constexpr int64_t kChunk = 1024;  // floats that a pass keeps in L1; sums of chunks are added up in double
 constexpr int64_t kLanes = 16;    // of the widest vectors
+
+#if defined(FASTGPT_LEVELS)
+inline int level() {
+  static const int found = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 0;
+  return found;
+}
+#endif
 
 inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }

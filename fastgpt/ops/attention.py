@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.backend import checks_values, register, select
+from fastgpt.backend import Cell, checks_values, register, select
 from fastgpt.ops._attention import attention_ref, attention_torch, sdpa_can
 from fastgpt.ops._common import autocast, check_float, check_like, define, needs_grad, relative_error
 
@@ -179,7 +179,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     return relative_error([*got, packed], [exact.detach(), *grads, torch.cat(grads, 2)])
 
 
-register("attention", _self_check)
+register("attention", _self_check, cpu=Cell())
 
 _DEFAULTS: dict[str, Any] = dict.fromkeys(
     ("scale", "window", "cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")

@@ -383,6 +383,28 @@ FASTGPT_HD bf16 round_stochastic(float x, uint32_t random) {
   return bf16{static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
 }
 
+// ---- attention; formulas in fastgpt/ops/attention.py ----
+
+// exp(x) for x <= 86 (and NaN): exp_near, and 0 below -86.
+FASTGPT_HD float exp_low(float x) {
+  const float e = exp_near(x);
+  return x < -86.0f ? 0.0f : e;
+}
+
+// First word of Philox4x32-7 (Salmon et al. 2011) for a counter of four words and a key of two: dropout's random bits,
+// as `dropout_keep` in fastgpt/ops/_attention.py.
+FASTGPT_HD uint32_t philox_first(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t a = static_cast<uint64_t>(c0) * 0xd2511f53u, b = static_cast<uint64_t>(c2) * 0xcd9e8d57u;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(b);
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(a);
+    k0 += 0x9e3779b9u, k1 += 0xbb67ae85u;
+  }
+  return c0;
+}
+
 // ---- RMSNorm ----
 
 // One element of y; the weight with its offset.

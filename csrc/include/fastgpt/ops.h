@@ -76,6 +76,28 @@ struct EmbeddingOps {
   static Tensor embedding_fwd(Tensor ids, Tensor weight, OptTensor position_weight, OptTensor positions);
   static Tensor embedding_bwd(Tensor dy, Tensor ids, int64_t num_rows);
   static void embedding_bwd_add(Tensor dweight, Tensor dy, Tensor ids);
+// Attention's options, in the order of its schemas.
+struct AttentionOptions {
+  const OptTensor &cu_seqlens_q, &cu_seqlens_k, &doc_ids, &kv_lens, &kv_start, &rng;
+  bool causal;
+  double scale;
+  int64_t window;
+  double softcap, dropout_p;
+};
+#define FASTGPT_ATTENTION_OPTIONS                                                                           \
+  OptTensor cu_seqlens_q, OptTensor cu_seqlens_k, OptTensor doc_ids, OptTensor kv_lens, OptTensor kv_start, \
+      OptTensor rng, bool causal, double scale, int64_t window, double softcap, double dropout_p
+#define FASTGPT_ATTENTION_PACK \
+  {cu_seqlens_q, cu_seqlens_k, doc_ids, kv_lens, kv_start, rng, causal, scale, window, softcap, dropout_p}
+
+// Attention; bodies in attention_ops.h. Apart from Ops, since not every device has it.
+template <class Device>
+struct AttentionOps {
+  static std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, FASTGPT_ATTENTION_OPTIONS);
+  static std::tuple<Tensor, Tensor, Tensor> bwd(Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                Tensor lse, FASTGPT_ATTENTION_OPTIONS);
+  static Tensor qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, FASTGPT_ATTENTION_OPTIONS, int64_t n_heads,
+                        int64_t n_kv_heads);
 };
 
 }  // namespace fastgpt
