@@ -6,7 +6,7 @@
 #if defined(__clang__)
 #pragma clang fp contract(fast)  // no formula here relies on a rounded product
 #elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=fast")
+#pragma GCC optimize("fp-contract=fast,no-tree-loop-distribute-patterns")
 #endif
 #include "attention.h"
 
@@ -24,10 +24,15 @@ struct Softmax {
 inline void softmax_tile(const Sight& sight, float* z, int64_t width, Softmax& s) {
   alignas(64) float base[kTile], rescale[kTile];
   memcpy(base, s.max, sizeof base);
-  for_scores(sight, [&](int64_t row, int64_t column) {
+  for_groups(sight, [&](int64_t row, int64_t column) {
     const float* x = z + row * kTile + column;
     FASTGPT_SIMD
-    for (int64_t n = 0; n < kLanes; ++n) base[column + n] = x[n] > base[column + n] ? x[n] : base[column + n];
+    for (int64_t n = 0; n < kLanes; ++n) {
+      float max = base[column + n];
+      FASTGPT_UNROLL
+      for (int64_t r = 0; r < kGroup; ++r) max = x[r * kTile + n] > max ? x[r * kTile + n] : max;
+      base[column + n] = max;
+    }
   });
   FASTGPT_SIMD
   for (int64_t n = 0; n < kTile; ++n) {
@@ -43,12 +48,18 @@ inline void softmax_tile(const Sight& sight, float* z, int64_t width, Softmax& s
     FASTGPT_SIMD
     for (int64_t d = 0; d < width; ++d) row[d] *= rescale[n];
   }
-  for_scores(sight, [&](int64_t row, int64_t column) {
+  for_groups(sight, [&](int64_t row, int64_t column) {
     float* x = z + row * kTile + column;
     FASTGPT_SIMD
     for (int64_t n = 0; n < kLanes; ++n) {
-      x[n] = exp_low(x[n] - base[column + n]);
-      s.sum[column + n] += x[n];
+      const float max = base[column + n];
+      float sum = s.sum[column + n];
+      FASTGPT_UNROLL
+      for (int64_t r = 0; r < kGroup; ++r) {
+        x[r * kTile + n] = exp_low(x[r * kTile + n] - max);
+        sum += x[r * kTile + n];
+      }
+      s.sum[column + n] = sum;
     }
   });
 }

@@ -218,15 +218,23 @@ inline bool look(const AttentionArgs& a, const Ranges& r, int64_t key0, Sight& s
   return any;
 }
 
-// Calls fn(row, column) for the columns [column, column + kLanes) of each row of a tile of scores that `scores` filled.
+// Calls fn(row, column) for the columns [column, column + kLanes) of the kGroup rows from `row` on of a tile of scores,
+// wherever `scores` filled it. What goes over rows should do so inside fn, in registers: through memory, each row would
+// wait for the one before.
 template <class F>
-inline void for_scores(const Sight& s, const F& fn) {
+inline void for_groups(const Sight& s, const F& fn) {
   for (int64_t g = 0; g < kGroups; ++g) {
     const Span queries = wide_of(s.queries[g]);
-    for (int64_t row = g * kGroup; row < (g + 1) * kGroup; ++row) {
-      for (int64_t column = queries.begin; column < queries.end; column += kLanes) fn(row, column);
-    }
+    for (int64_t column = queries.begin; column < queries.end; column += kLanes) fn(g * kGroup, column);
   }
+}
+
+// The same row by row.
+template <class F>
+inline void for_scores(const Sight& s, const F& fn) {
+  for_groups(s, [&](int64_t first, int64_t column) {
+    for (int64_t row = first; row < first + kGroup; ++row) fn(row, column);
+  });
 }
 
 // -inf where a query does not see a key.

@@ -7,7 +7,7 @@
 #if defined(__clang__)
 #pragma clang fp contract(fast)  // no formula here relies on a rounded product
 #elif defined(__GNUC__)
-#pragma GCC optimize("fp-contract=fast")
+#pragma GCC optimize("fp-contract=fast,no-tree-loop-distribute-patterns")
 #endif
 #include <type_traits>
 
