@@ -38,9 +38,14 @@ PRIOR = ("cuda", "cpu", "triton", "torch")
 
 @dataclass(frozen=True)
 class Cell:
-    """One op on one backend: the dtypes it takes."""
+    """One op on one backend: the dtypes it takes and, where heads count, the largest head dimension (0: any)."""
 
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
+    max_dim: int = 0
+
+    def takes(self, dtype: torch.dtype, dim: int) -> bool:
+        """Whether it is made for this dtype and head dimension."""
+        return dtype in self.dtypes and not 0 < self.max_dim < dim
 
 
 # A self-check runs an op on one backend and a CUDA device and returns its relative error against the fp64 reference.
@@ -109,8 +114,8 @@ def missing(backend: str) -> str | None:
     return None if _native.BUILT[backend] else _native.reason(backend)
 
 
-def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """Why `backend` cannot serve `op` for this device and dtype; None if it can."""
+def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0) -> str | None:
+    """Why `backend` cannot serve `op` for this device, dtype and head dimension (0: any); None if it can."""
     cell = _table[op].get(backend)
     if cell is None:
         return f"{op} has no {backend} kernel"
@@ -118,8 +123,9 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype) -> str | Non
         return reason
     if backend != "torch" and DEVICE_OF[backend] != device and not (backend == "triton" and interpreting()):
         return f"{backend} kernels do not run on {device} tensors"
-    if dtype not in cell.dtypes:
-        return f"{op} on {backend} does not take {dtype}"
+    if not cell.takes(dtype, dim):
+        what = dtype if dtype not in cell.dtypes else f"head dimension {dim}, at most {cell.max_dim}"
+        return f"{op} on {backend} does not take {what}"
     return _verdict(op, backend) if device == "cuda" and backend != "torch" else None
 
 
@@ -243,9 +249,11 @@ def _report_once(op: str, backend: str, why: str) -> None:
         log.warning("%s: %s", op, why)
 
 
-def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool, measured: bool = True) -> str:
+def _select(
+    op: str, want: str, device: str, dtype: torch.dtype, strict: bool, measured: bool = True, dim: int = 0
+) -> str:
     if want != "auto":
-        why = refusal(op, want, device, dtype)
+        why = refusal(op, want, device, dtype, dim)
         if why is None:
             return want
         if strict:
@@ -256,10 +264,10 @@ def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool, m
     for backend in (*first, *(b for b in PRIOR if b not in first)):
         if backend not in _table[op] or DEVICE_OF.get(backend, device) != device:
             continue
-        why = refusal(op, backend, device, dtype)
+        why = refusal(op, backend, device, dtype, dim)
         if why is None:
             return backend
-        if dtype in _table[op][backend].dtypes:  # the cell exists, the machine lacks it: a fallback, so say so
+        if _table[op][backend].takes(dtype, dim):  # the cell exists, the machine lacks it: a fallback, so say so
             if strict:
                 raise RuntimeError(f"{op}: the {backend} kernel cannot be used: {why}")
             _report_once(op, backend, f"the {backend} kernel cannot be used: {why}")
@@ -270,16 +278,16 @@ def _select(op: str, want: str, device: str, dtype: torch.dtype, strict: bool, m
 # constant, guarded by the choices that `select` reads.
 _select._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-_cache: dict[tuple[str, str, str, torch.dtype, bool, bool], str] = {}
+_cache: dict[tuple[str, str, str, torch.dtype, bool, bool, int], str] = {}
 
 
-def select(op: str, x: Tensor, measured: bool = True) -> str:
-    """Name of the backend that serves `op` for tensors like `x`; measured=False: for a call unlike what was measured,
-    so that the prior holds."""
+def select(op: str, x: Tensor, measured: bool = True, dim: int = 0) -> str:
+    """Name of the backend that serves `op` for tensors like `x`, with heads of dimension dim where the op has them;
+    measured=False: for a call unlike what was measured, so that the prior holds."""
     want, strict = _choice.get(op, "auto"), _strict[0]
     if torch.compiler.is_compiling():
-        return _select(op, want, x.device.type, x.dtype, strict, measured)
-    key = (op, want, x.device.type, x.dtype, strict, measured)
+        return _select(op, want, x.device.type, x.dtype, strict, measured, dim)
+    key = (op, want, x.device.type, x.dtype, strict, measured, dim)
     found = _cache.get(key)
     if found is None:
         found = _cache[key] = _select(*key)

@@ -26,7 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-MODULES = ("layer_norm", "cross_entropy", "adamw", "rms_norm", "bias_gelu", "swiglu", "rope", "embedding")
+MODULES = ("layer_norm", "cross_entropy", "adamw", "rms_norm", "bias_gelu", "swiglu", "rope", "embedding", "attention")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 REGISTERS = 65536  # of one multiprocessor, on every chip above
 _OCCUPANCY = "two to four registers, to reach ptxas's own occupancy target"
@@ -130,12 +130,12 @@ def compile_one(job: Job) -> Report:
     configuration = configurations(job.module, job.dtype, job.weight_dtype)[job.number]
     types = job.dtype if job.dtype == job.weight_dtype else f"{job.dtype}/{job.weight_dtype}"
     name = f"{configuration.name} {types}{'' if job.aligned else ' unaligned'}"
-    stages = {} if configuration.num_stages is None else {"num_stages": configuration.num_stages}
+    chosen = {n: getattr(configuration, n) for n in ("num_warps", "num_stages", "maxnreg")}
     try:
         compiled = triton.compile(
             _source(configuration, job.aligned),
             target=GPUTarget("cuda", job.arch, 32),
-            options={"num_warps": configuration.num_warps} | stages,
+            options={n: value for n, value in chosen.items() if value is not None},
         )
         registers, stack = _resources(compiled.asm["cubin"])
     except Exception as e:

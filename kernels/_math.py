@@ -64,3 +64,15 @@ def relu2(x):
     """Value and slope of relu(x)^2."""
     r = tl.where(x < 0.0, 0.0, x)
     return r * r, 2.0 * r
+
+
+@triton.jit
+def tanh(x):
+    """x + x^3 P(x^2) up to 0.55, (1 - e) / (1 + e) with e = exp(-2 |x|) above: within 2 units in the last place."""
+    a = tl.abs(x)
+    u = x * x
+    p = -0.0526718123 + u * 0.016437579
+    small = x + x * u * (-0.333329466 + u * (0.13320725 + u * p))
+    e = tl.exp(-2.0 * a)
+    large = (1.0 - e) / (1.0 + e)
+    return tl.where(a < 0.55, small, tl.where(x < 0.0, -large, large))

@@ -74,7 +74,8 @@ class Configuration:
     """One specialisation that a launcher may pick, for the ahead-of-time check.
 
     arguments: name -> signature type ("*bf16", "i64", "fp32"), or the constexpr's value. archs: the chips (80: sm_80)
-    on which the launcher may pick it, None for every one. num_stages: as in the launch, None for Triton's default.
+    on which the launcher may pick it, None for every one. num_stages, maxnreg (registers a
+    thread at most): as in the launch, None for Triton's default.
     quick: compiled in every `make test`, as no options, all options and some of the widths should be; the rest is for
     `make triton-check` and `make test-all`.
     """
@@ -86,6 +87,7 @@ class Configuration:
     constexprs: dict[str, Any] = field(default_factory=dict)
     archs: tuple[int, ...] | None = None
     num_stages: int | None = None
+    maxnreg: int | None = None
     quick: bool = True
 
     @property

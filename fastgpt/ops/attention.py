@@ -179,7 +179,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     return relative_error([*got, packed], [exact.detach(), *grads, torch.cat(grads, 2)])
 
 
-register("attention", _self_check, cpu=Cell())
+register("attention", _self_check, triton=Cell(max_dim=256), cpu=Cell())
 
 _DEFAULTS: dict[str, Any] = dict.fromkeys(
     ("scale", "window", "cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
@@ -251,9 +251,9 @@ def attention(
 
 def _select(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> str:
     """The backend; where torch only measured fastest, and this call would take its formula, the prior's."""
-    backend = select("attention", q)
+    backend = select("attention", q, dim=q.shape[3])
     if backend == "torch" and not sdpa_can(q, k, o, deterministic):
-        backend = select("attention", q, measured=False)
+        backend = select("attention", q, measured=False, dim=q.shape[3])
     return backend
 
 

@@ -85,8 +85,9 @@ def _reference(q: Tensor, k: Tensor, v: Tensor, rng: Tensor, o: dict[str, Any]) 
 def _torch(q: Tensor, k: Tensor, v: Tensor, rng: Tensor, o: dict[str, Any]) -> tuple[Tensor, Tensor]:
     if o["softcap"] > 0 or o["dropout_p"] > 0 or not k.shape[1]:
         return _eager(q, k, v, rng, o)
-    heads, mask = [x.transpose(1, 2) for x in (q, k, v)], attention_mask(q, k, o)
-    out = F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=o["scale"], enable_gqa=True)
+    qh, kh, vh = (x.transpose(1, 2) for x in (q, k, v))
+    mask = attention_mask(q, k, o)
+    out = F.scaled_dot_product_attention(qh, kh, vh, attn_mask=mask, scale=o["scale"], enable_gqa=True)
     return out.transpose(1, 2), _eager(q, k, v, rng, o)[1]
 
 

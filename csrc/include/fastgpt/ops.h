@@ -76,6 +76,8 @@ struct EmbeddingOps {
   static Tensor embedding_fwd(Tensor ids, Tensor weight, OptTensor position_weight, OptTensor positions);
   static Tensor embedding_bwd(Tensor dy, Tensor ids, int64_t num_rows);
   static void embedding_bwd_add(Tensor dweight, Tensor dy, Tensor ids);
+};
+
 // Attention's options, in the order of its schemas.
 struct AttentionOptions {
   const OptTensor &cu_seqlens_q, &cu_seqlens_k, &doc_ids, &kv_lens, &kv_start, &rng;

@@ -1,0 +1,88 @@
+"""Launch shapes of the attention kernels: by head dimension, type, options and the shared memory that a chip has.
+
+The shapes are what compiles without spills and with tensor cores for sm_80, 86, 89 and 90 (fastgpt/triton_check.py);
+none was chosen by time yet.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ._attention import CAUSAL
+from ._runtime import ceil_pow2, interpreted
+
+RANGE_BLOCK, CHUNK = 64, 1024  # queries a block of attention_ranges_kernel; elements a step of what it scans
+
+# BLOCK_M queries, BLOCK_N keys, warps, stages, and where one more program fits a multiprocessor: registers a thread.
+Tile = tuple[int, ...]
+Tiles = dict[str, dict[int, Tile]]  # kernel -> BLOCK_D up to which it holds -> tile
+PLAIN: dict[int, Tiles] = {  # shared memory in KB -> 16 bits, no mask but causal order
+    227: {
+        "fwd": {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2, 128), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    },
+    163: {
+        "fwd": {64: (128, 64, 4, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    },
+    99: {
+        "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
+    },
+}
+OPTIONS: dict[int, Tiles] = {  # with a window, ranges, documents, softcap or dropout
+    227: {
+        "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (32, 128, 8, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    },
+    163: {
+        "fwd": {64: (128, 64, 8, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+        "dkdv": {64: (32, 32, 4, 2), 128: (32, 32, 8, 2), 256: (32, 32, 8, 2)},
+        "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
+    },
+}
+OPTIONS[99] = {**OPTIONS[163], "dq": {**OPTIONS[163]["dq"], 256: (32, 32, 8, 2)}}
+FLOAT32: Tiles = {  # any options, any chip; exact products run outside the tensor cores
+    "fwd": {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
+    "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
+    "dq": {64: (32, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 16, 8, 1)},
+}
+CHIPS = {227: (90,), 163: (80,), 99: (86, 89)}  # for the ahead-of-time check
+
+
+def columns(D: int) -> int:
+    """BLOCK_D: the power of two that holds a head dimension; tl.dot takes 16 at least."""
+    return max(16, ceil_pow2(D))
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """The class of a chip: the KB of shared memory that it has at least and for which there are tiles."""
+    if interpreted():
+        return 99
+    properties: Any = torch.cuda.get_device_properties(device)
+    found = properties.shared_memory_per_block_optin // 1024
+    return next((kb for kb in PLAIN if found >= kb), 99)
+
+
+def options_on(o: dict[str, Any]) -> bool:
+    """Whether a launch has more than causal order."""
+    return o["RANGE"] > CAUSAL.value or o["DOCS"] or o["SOFTCAP"] or o["DROPOUT"]
+
+
+@functools.cache
+def tile(kernel: str, D: int, dtype: torch.dtype, options: bool, kb: int) -> dict[str, Any]:
+    """The launch shape of one kernel; in the interpreter few and large programs."""
+    if interpreted():
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
+    table = FLOAT32 if dtype == torch.float32 else (OPTIONS if options else PLAIN)[kb]
+    m, n, warps, stages, *registers = next(t for size, t in table[kernel].items() if D <= size)
+    shape = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    return {**shape, "maxnreg": registers[0]} if registers else shape
