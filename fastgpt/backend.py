@@ -124,7 +124,7 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0
     if backend != "torch" and DEVICE_OF[backend] != device and not (backend == "triton" and interpreting()):
         return f"{backend} kernels do not run on {device} tensors"
     if not cell.takes(dtype, dim):
-        what = dtype if dtype not in cell.dtypes else f"head dimension {dim}, at most {cell.max_dim}"
+        what = dtype if dtype not in cell.dtypes else f"head dimensions over {cell.max_dim}"
         return f"{op} on {backend} does not take {what}"
     return _verdict(op, backend) if device == "cuda" and backend != "torch" else None
 

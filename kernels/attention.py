@@ -120,13 +120,11 @@ def attention_fwd_kernel(
     if (RANGE == BAND or RANGE == ROWS) and WHOLE:
         acc, top, total = _fwd_blocks(
             acc, top, total, q, k_ptr, v_ptr, k_row, v_row, first, left, low, last, rows, lo, hi, docs_ptr, rng_ptr,
-            head,
-            scale, cap, threshold, T, RANGE, DOCS, SOFTCAP, DROPOUT, D, BLOCK_D, BLOCK_N, True)
+            head, scale, cap, threshold, T, RANGE, DOCS, SOFTCAP, DROPOUT, D, BLOCK_D, BLOCK_N, True)
     if WHOLE:
         acc, top, total = _fwd_blocks(
             acc, top, total, q, k_ptr, v_ptr, k_row, v_row, left, right, low, last, rows, lo, hi, docs_ptr, rng_ptr,
-            head,
-            scale, cap, threshold, T, RANGE, DOCS, SOFTCAP, DROPOUT, D, BLOCK_D, BLOCK_N, False)
+            head, scale, cap, threshold, T, RANGE, DOCS, SOFTCAP, DROPOUT, D, BLOCK_D, BLOCK_N, False)
     acc, top, total = _fwd_blocks(
         acc, top, total, q, k_ptr, v_ptr, k_row, v_row, right, last, low, last, rows, lo, hi, docs_ptr, rng_ptr, head,
         scale, cap, threshold, T, RANGE, DOCS, SOFTCAP, DROPOUT, D, BLOCK_D, BLOCK_N, True)

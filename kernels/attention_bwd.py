@@ -189,22 +189,19 @@ def attention_dkdv_kernel(
                 dk, dv, k, v, qh_ptr, doh_ptr, lh_ptr, dh_ptr, ranges_ptr, docs_ptr, rng_ptr, q_row, dout_row, first,
                 left,
                 cols, head, T, S, back, ahead, scale, cap, threshold, keep_scale, RANGE, DOCS, SOFTCAP, DROPOUT, D,
-                BLOCK_D,
-                BLOCK_M, True)
+                BLOCK_D, BLOCK_M, True)
         if WHOLE:
             dk, dv = _dkdv_blocks(
                 dk, dv, k, v, qh_ptr, doh_ptr, lh_ptr, dh_ptr, ranges_ptr, docs_ptr, rng_ptr, q_row, dout_row, left,
                 right,
                 cols, head, T, S, back, ahead, scale, cap, threshold, keep_scale, RANGE, DOCS, SOFTCAP, DROPOUT, D,
-                BLOCK_D,
-                BLOCK_M, False)
+                BLOCK_D, BLOCK_M, False)
         if RANGE == BAND or not WHOLE:
             dk, dv = _dkdv_blocks(
                 dk, dv, k, v, qh_ptr, doh_ptr, lh_ptr, dh_ptr, ranges_ptr, docs_ptr, rng_ptr, q_row, dout_row, right,
                 last,
                 cols, head, T, S, back, ahead, scale, cap, threshold, keep_scale, RANGE, DOCS, SOFTCAP, DROPOUT, D,
-                BLOCK_D,
-                BLOCK_M, True)
+                BLOCK_D, BLOCK_M, True)
     at = b * dk_batch + hk * dk_head
     store_tile(dk_ptr + at, dk * factor, start, dk_row, S, BLOCK_N, D, BLOCK_D)
     store_tile(dv_ptr + at, dv * keep_scale, start, dk_row, S, BLOCK_N, D, BLOCK_D)

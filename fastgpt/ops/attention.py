@@ -20,6 +20,7 @@ from fastgpt.backend import Cell, checks_values, register, select
 from fastgpt.ops._attention import attention_ref, attention_torch, sdpa_can
 from fastgpt.ops._common import autocast, check_float, check_like, define, needs_grad, relative_error
 
+MAX_HEAD_DIM = 256  # of the Triton kernels: beyond, a tile does not fit
 _OPTIONS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? doc_ids, Tensor? kv_lens, Tensor? kv_start, Tensor? rng, "
     "bool causal, float scale, int window, float softcap, float dropout_p"
@@ -179,7 +180,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     return relative_error([*got, packed], [exact.detach(), *grads, torch.cat(grads, 2)])
 
 
-register("attention", _self_check, triton=Cell(max_dim=256), cpu=Cell())
+register("attention", _self_check, triton=Cell(max_dim=MAX_HEAD_DIM), cpu=Cell())
 
 _DEFAULTS: dict[str, Any] = dict.fromkeys(
     ("scale", "window", "cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
@@ -251,9 +252,10 @@ def attention(
 
 def _select(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> str:
     """The backend; where torch only measured fastest, and this call would take its formula, the prior's."""
-    backend = select("attention", q, dim=q.shape[3])
+    dim = 1 + MAX_HEAD_DIM if q.shape[3] > MAX_HEAD_DIM else 0  # a number for the compiler, whose shapes may be symbols
+    backend = select("attention", q, dim=dim)
     if backend == "torch" and not sdpa_can(q, k, o, deterministic):
-        backend = select("attention", q, measured=False, dim=q.shape[3])
+        backend = select("attention", q, measured=False, dim=dim)
     return backend
 
 
