@@ -129,7 +129,7 @@ def attention_fwd_kernel(
         acc, top, total, q, k_ptr, v_ptr, k_row, v_row, right, last, low, last, rows, lo, hi, docs_ptr, rng_ptr, head,
         scale, cap, threshold, T, RANGE, DOCS, SOFTCAP, DROPOUT, D, BLOCK_D, BLOCK_N, True)
     seen = total != 0.0
-    out = acc * (keep_scale / tl.where(seen, total, 1.0))[:, None]
+    out = acc / tl.where(seen, total, 1.0)[:, None] * keep_scale  # a product with 1 / total would round twice
     store_tile(out_ptr + (b * T * H + h) * D, out, start, H * D, T, BLOCK_M, D, BLOCK_D)
     if q_ptr.dtype.element_ty != tl.float32:
         top *= LN2

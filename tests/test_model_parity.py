@@ -121,7 +121,7 @@ def test_loss_logits_and_every_gradient(kernels: str, name: str, dtype: torch.dt
     baseline = plain_step(c, leaves(model, dtype), ids, targets)
     if kept:
         keep_gradients(model, min_numel=1)
-    with backend.use(all=kernels, strict=False):
+    with backend.use(all=kernels, strict=True):
         model(ids, targets).backward()
         with torch.no_grad():
             losses = [model(ids, t, reduction="none").flatten() for t in drawn(targets)]
@@ -173,7 +173,7 @@ def test_ten_steps(kernels: str, name: str, dtype: torch.dtype) -> None:
     keep_gradients(model, min_numel=1)
     optimizer = AdamW(model.param_groups(DECAY), lr=LR, betas=BETAS, max_norm=CLIP)
     losses: list[tuple[float, float, float]] = []
-    with backend.use(all=kernels, strict=False):
+    with backend.use(all=kernels, strict=True):
         for ids, targets in batches(10):
             loss = model(ids, targets)
             loss.backward()

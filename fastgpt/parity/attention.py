@@ -143,7 +143,7 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
             square = "docs" in o or "packed" in o
             yield (1 if "segments" in o else 2, 9, 9 if square else 11, 2, 1, 16), o
     for d in (1, 8, 40, 64, 80, 96, 128, 256):
-        yield (1, 9, 11, 2, 2, d), {"causal": True}
+        yield (1, 33, 35, 2, 2, d), {"causal": True}  # of few values the largest error is a matter of luck
     for t, s in ((1, 1), (1, 70), (70, 70), (3, 130), (130, 3), (65, 64), (0, 5), (5, 0)):
         for causal in (False, True):
             yield (1, t, s, 2, 1, 16), {"causal": causal}
