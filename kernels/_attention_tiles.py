@@ -48,7 +48,11 @@ OPTIONS: dict[int, Tiles] = {  # with a window, ranges, documents, softcap or dr
         "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
     },
 }
-OPTIONS[99] = {**OPTIONS[163], "dq": {**OPTIONS[163]["dq"], 256: (32, 32, 8, 2)}}
+OPTIONS[99] = {
+    **OPTIONS[163],
+    "dkdv": {**OPTIONS[163]["dkdv"], 64: (32, 32, 8, 2)},
+    "dq": {**OPTIONS[163]["dq"], 256: (32, 32, 8, 2)},
+}
 FLOAT32: Tiles = {  # any options, any chip; exact products run outside the tensor cores
     "fwd": {64: (64, 32, 8, 1), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
     "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
