@@ -39,13 +39,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-@pytest.mark.parametrize("command", RUN)
-def test_fastgpt_command(command: str, folder: Path) -> None:
-    """In README's order, in one folder: `fastgpt sample` uses the run that the commands before it left."""
+def test_fastgpt_commands(folder: Path) -> None:
+    """In README's order, in one folder: `fastgpt sample` uses the run that the commands before it left. One test, since
+    several would be spread over processes."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(folder / "cache")}  # `fastgpt tune` writes there
-    done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert RUN
+    for command in RUN:
+        done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True, env=env)
+        assert done.returncode == 0, command + done.stdout[-2000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("code", blocks("python"))
