@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-FLAGS = "-std=c++20 -O1 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC".split()
+FLAGS = "-std=c++20 -O2 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC".split()
 WARNINGS = "-Wall -Wextra -Werror -Wno-psabi".split()
 
 

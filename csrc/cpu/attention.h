@@ -351,7 +351,7 @@ struct Keys {
   Span tiles{0, 0};
   int64_t batch = 0, head = 0;
   Span valid{0, 0};  // keys of the batch; what lies outside them may be uninitialised
-  std::vector<uint8_t> packed;
+  std::vector<uint8_t> packed{};
 
   void start(int64_t new_batch, int64_t new_head, Span new_tiles) {
     batch = new_batch, head = new_head, tiles = new_tiles;
