@@ -3,6 +3,7 @@
 
 #include "fastgpt/ops_impl.h"
 
+#ifndef FASTGPT_EMULATED
 // Lives in libtorch_cuda, which a CPU-only torch does not have: weak, so that one binary loads on both.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
@@ -15,11 +16,30 @@ static void* current_stream(int32_t device) {
   return stream;
 }
 
-struct Cuda {
+struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
   cuda::Stream stream;
 
-  explicit Cuda(const Tensor& t) : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()), stream(current_stream(t.get_device_index())) {}
+};
+
+}  // namespace fastgpt
+#else
+namespace fastgpt {
+
+struct OnDevice {  // tests/cuda_on_cpu: launches run on the host, before they return
+  cuda::Stream stream = nullptr;
+
+  explicit OnDevice(const Tensor&) {}
+};
+
+}  // namespace fastgpt
+#endif
+
+namespace fastgpt {
+
+struct Cuda : OnDevice {
+  using OnDevice::OnDevice;
   void layer_norm_fwd(const LayerNormFwdArgs& a) { cuda::layer_norm_fwd(a, stream); }
   void layer_norm_bwd(const LayerNormBwdArgs& a) { cuda::layer_norm_bwd(a, stream); }
   void cross_entropy_fwd(const CrossEntropyArgs& a) { cuda::cross_entropy_fwd(a, stream); }

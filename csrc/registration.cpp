@@ -4,6 +4,11 @@
 
 #include "fastgpt/ops.h"
 
+#ifdef FASTGPT_EMULATED  // tests/cuda_on_cpu: the CUDA kernels, built for the host, take CPU tensors
+#define FASTGPT_CUDA_KEY CPU
+#else
+#define FASTGPT_CUDA_KEY CUDA
+
 STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   using Op = fastgpt::Ops<fastgpt::Cpu>;
   m.impl("layer_norm_fwd.cpu", TORCH_BOX(&Op::layer_norm_fwd));
@@ -36,8 +41,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
   m.impl("attention_qkv_bwd.cpu", TORCH_BOX(&Attention::qkv_bwd));
 }
 
+#endif
+
 #ifdef FASTGPT_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, FASTGPT_CUDA_KEY, m) {
   using Op = fastgpt::Ops<fastgpt::Cuda>;
   m.impl("layer_norm_fwd.cuda", TORCH_BOX(&Op::layer_norm_fwd));
   m.impl("layer_norm_bwd.cuda", TORCH_BOX(&Op::layer_norm_bwd));
@@ -50,8 +57,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) {
 }
 #endif
 
+#ifndef FASTGPT_EMULATED
 // `import fastgpt._C` loads the library, and with it the registrations above; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
+#endif

@@ -52,6 +52,10 @@ class Cell:
 SelfCheck = Callable[[str, torch.device], float]
 SELF_CHECK_BOUND = 1e-4  # fp32 kernels are around 1e-6; a wrong index or a miscompiled kernel is far over it
 
+_EMULATED_CUDA = os.environ.get("FASTGPT_EMULATED_CUDA", "")
+if _EMULATED_CUDA:
+    torch.ops.load_library(_EMULATED_CUDA)
+
 _table: dict[str, dict[str, Cell]] = {}
 _self_checks: dict[str, SelfCheck] = {}
 _verdicts: dict[str, str | None] = {}  # "<op>.<backend>" -> why it failed, None if it passed
@@ -64,6 +68,12 @@ _reported: set[tuple[str, str, str]] = set()
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1): on CPU tensors, for tests only."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def simulated(backend: str) -> bool:
+    """Whether kernels of this backend run on CPU tensors here, for tests only: Triton's in its interpreter, CUDA's in
+    the emulation whose library FASTGPT_EMULATED_CUDA names (tests/cuda_on_cpu)."""
+    return (backend == "triton" and interpreting()) or (backend == "cuda" and bool(_EMULATED_CUDA))
 
 
 def checks_values(t: Tensor) -> bool:
@@ -105,7 +115,7 @@ def ops() -> dict[str, dict[str, Cell]]:
 
 def missing(backend: str) -> str | None:
     """Why a backend cannot run on this machine, with the remedy; None if it can."""
-    if backend == "torch":
+    if backend == "torch" or simulated(backend):
         return None
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
@@ -121,7 +131,7 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0
         return f"{op} has no {backend} kernel"
     if reason := missing(backend):
         return reason
-    if backend != "torch" and DEVICE_OF[backend] != device and not (backend == "triton" and interpreting()):
+    if backend != "torch" and DEVICE_OF[backend] != device and not simulated(backend):
         return f"{backend} kernels do not run on {device} tensors"
     if not cell.takes(dtype, dim):
         what = dtype if dtype not in cell.dtypes else f"head dimensions over {cell.max_dim}"

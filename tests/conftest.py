@@ -1,6 +1,9 @@
-"""Set-up for every test: Triton's interpreter where no GPU is, an empty cache folder, a count of the skips."""
+"""Set-up for every test: Triton's interpreter and the emulation of CUDA where no GPU is, an empty cache folder, a count
+of the skips."""
 
+import importlib.util
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -9,6 +12,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
+    if "FASTGPT_EMULATED_CUDA" not in os.environ and shutil.which("g++") and importlib.util.find_spec("pybind11"):
+        import emulator
+
+        os.environ["FASTGPT_EMULATED_CUDA"] = str(emulator.build())  # before anything imports fastgpt
 
 _users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("MPLCONFIGDIR", str(_users / "matplotlib"))  # its list of fonts takes seconds to make anew

@@ -241,7 +241,8 @@ void with_grads(const AdamWArgs& a, const UpdateTable& table, Stream stream) {
 }
 
 void with_types(const AdamWArgs& a, const UpdateTable& table, Stream stream) {
-  const bool master = table.master[0] != nullptr;
+  bool master = false;  // of any: a tensor without elements may have no address
+  for (int k = 0; k < table.n_tensors; ++k) master = master || table.master[k] != nullptr;
   const bool wide = master && a.master_dtype == DType::f32;
   if (a.param_dtype == DType::f32 && !master) with_grads<float, Master::none>(a, table, stream);
   else if (a.param_dtype == DType::f16 && wide) with_grads<f16, Master::f32>(a, table, stream);

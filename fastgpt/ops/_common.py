@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 LIB = torch.library.Library("fastgpt", "DEF")
-KERNEL_BACKENDS = ("cuda", "triton", "cpu")
-TRITON_KEYS = ("CUDA", "CPU")  # CPU: under Triton's interpreter, the only time it is selected there
+# Backend -> dispatch keys of what is registered from Python. CPU for the first two: where they are simulated
+KEYS = {"cuda": ("CUDA", "CPU"), "triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
 
 
 def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
@@ -23,8 +23,8 @@ def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dic
     csrc registers the `.cpu` and `.cuda` overloads (when built); the Triton launcher `name` of fastgpt.kernels.`module`
     is imported at its first call. `fake` gives outputs of the right shape, dtype and strides.
     """
-    overloads = {backend: _declare(f"{name}.{backend}", schema, fake) for backend in KERNEL_BACKENDS}
-    for key in TRITON_KEYS:
+    overloads = {backend: _declare(f"{name}.{backend}", schema, fake) for backend in KEYS}
+    for key in KEYS["triton"]:
         LIB.impl(f"{name}.triton", _lazy_triton(module, name), key)
     return overloads
 
@@ -33,7 +33,7 @@ def define_driver(name: str, schema: str, fake: Callable[..., Any], driver: Call
     """Define raw op `fastgpt::name` like `define`, served by Python: `driver(backend, *args)` calls that backend's raw
     ops and torch's, and all of it is one opaque op to autograd and torch.compile."""
     overloads = {}
-    for backend, keys in (("cuda", ("CUDA",)), ("triton", TRITON_KEYS), ("cpu", ("CPU",))):
+    for backend, keys in KEYS.items():
         overloads[backend] = _declare(f"{name}.{backend}", schema, fake)
         for key in keys:
             LIB.impl(f"{name}.{backend}", functools.partial(driver, backend), key)

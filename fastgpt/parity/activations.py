@@ -46,6 +46,7 @@ def run_swiglu(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
 def _bias_gelu_bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (2, 3, 33), {}
     yield (2, 3, 33), {"approximate": "tanh"}
+    yield (2, 3, 64), {}  # in 16-byte pieces where the layout allows
 
 
 def _bias_gelu_variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -61,6 +62,8 @@ def _bias_gelu_variants(dtype: torch.dtype) -> Iterator[Variant]:
 def _swiglu_bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (2, 3, 33), {}
     yield (2, 3, 66), {"packed": True}
+    yield (2, 3, 64), {}  # in 16-byte pieces where the layout allows
+    yield (2, 3, 128), {"packed": True}
 
 
 def _swiglu_variants(dtype: torch.dtype) -> Iterator[Variant]:

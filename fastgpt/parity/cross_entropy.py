@@ -48,6 +48,10 @@ def _torch_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tens
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (7, 61), {"reduction": "none"}
     yield (7, 61), {"reduction": "none", "inplace": True}
+    yield (
+        (7, 64),
+        {"reduction": "none", "inplace": True},
+    )  # in 16-byte pieces where the layout allows
 
 
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:

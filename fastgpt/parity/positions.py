@@ -71,6 +71,8 @@ def run_embedding(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs
 def _rope_bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (2, 5, 3, 2, 14, 5), {}
     yield (2, 5, 3, 2, 14, 5), {"packed": True, "interleaved": True}
+    yield (2, 5, 3, 2, 32, 16), {}  # in 16-byte pieces where the layout allows
+    yield (2, 5, 3, 2, 32, 8), {"packed": True, "interleaved": True}
 
 
 def _rope_variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -103,6 +105,7 @@ def _rope_variants(dtype: torch.dtype) -> Iterator[Variant]:
 def _embedding_bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (11, 7, 33, 3, 5), {}
     yield (11, 7, 33, 3, 5), {"positions": "own"}
+    yield (11, 7, 64, 3, 5), {}  # in 16-byte pieces where the layout allows
 
 
 def _embedding_variants(dtype: torch.dtype) -> Iterator[Variant]:

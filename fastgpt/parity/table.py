@@ -87,12 +87,10 @@ def _cases(op: str) -> Iterator[Case]:
 
 
 def backends_here(op: str) -> list[str]:
-    """Kernel backends of `op` that run on this machine (Triton on a CPU: in its interpreter)."""
+    """Kernel backends of `op` that run on this machine (on a CPU also those that are simulated there)."""
     on_gpu = torch.cuda.is_available()
     names = [b for b in backend.ops()[op] if b != "torch" and backend.missing(b) is None]
-    return [
-        b for b in names if (backend.DEVICE_OF[b] == "cuda") == on_gpu or (b == "triton" and backend.interpreting())
-    ]
+    return [b for b in names if (backend.DEVICE_OF[b] == "cuda") == on_gpu or backend.simulated(b)]
 
 
 def run_all(only: list[str]) -> list[Row]:

@@ -73,28 +73,15 @@ void adamw(void (*launcher)(const AdamWArgs&, cuda::Stream), const py::dict& val
   launcher(a, nullptr);
 }
 
-// Largest relative errors of exp_f and tanh_f over every `step`-th fp32 value, in units of 2^-23.
-std::pair<double, double> math_errors(uint64_t step) {
-  double exp_error = 0.0, tanh_error = 0.0;
-  for (uint64_t b = 0; b < (uint64_t{1} << 32); b += step) {
-    const float x = bits_float(static_cast<uint32_t>(b));
-    if (!(std::fabs(x) >= 0x1p-126f && std::fabs(x) < INFINITY)) continue;
-    if (x > -87.33f && x < 88.72f) exp_error = std::max(exp_error, std::fabs(exp_f(x) / std::exp(double{x}) - 1.0));
-    tanh_error = std::max(tanh_error, std::fabs(tanh_f(x) / std::tanh(double{x}) - 1.0));
-  }
-  return {exp_error * 0x1p23, tanh_error * 0x1p23};
-}
-
 }  // namespace
 
-PYBIND11_MODULE(FASTGPT_MODULE, m) {
-  m.def("set_schedule", [](const std::string& name, unsigned seed) {
-    emulator::Machine& machine = emulator::machine();
-    machine.schedule = name == "forward"    ? emulator::Schedule::forward
-                       : name == "backward" ? emulator::Schedule::backward
-                                            : emulator::Schedule::random;
-    machine.random.seed(seed);
-  });
+// The order in which threads run: 0 forward, 1 backward, 2 random from this seed.
+extern "C" __attribute__((visibility("default"))) void fastgpt_set_schedule(int schedule, unsigned seed) {
+  emulator::machine().schedule = static_cast<emulator::Schedule>(schedule);
+  emulator::machine().random.seed(seed);
+}
+
+PYBIND11_MODULE(kernels, m) {
   m.def("layer_norm_fwd", [](const py::kwargs& v) { cuda::layer_norm_fwd(layer_norm_fwd_args(v), nullptr); });
   m.def("layer_norm_bwd", [](const py::kwargs& v) { cuda::layer_norm_bwd(layer_norm_bwd_args(v), nullptr); });
   m.def("layer_norm_bwd_blocks", &cuda::layer_norm_bwd_blocks);
@@ -106,8 +93,4 @@ PYBIND11_MODULE(FASTGPT_MODULE, m) {
   m.def("adamw_prepare", [](const py::kwargs& v) { adamw(cuda::adamw_prepare, v); });
   m.def("adamw_update", [](const py::kwargs& v) { adamw(cuda::adamw_update, v); });
   m.def("adamw_partials", [](const std::vector<int64_t>& n) { return cuda::adamw_partials(n.data(), n.size()); });
-  m.def("math_errors", &math_errors);
-  m.def("join_remainder", [](uint16_t high, int16_t low) { return join_remainder(bf16{high}, low); });
-  m.def("split_remainder", [](float x) { return std::pair(remainder_high(x).bits, remainder_low(x)); });
-  m.def("round_trip", [](float x, int dtype) { return dtype == 1 ? to_float(to_bf16(x)) : to_float(to_f16(x)); });
 }

@@ -155,11 +155,13 @@ def checked_malloc(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.skipif("cpu" not in parity.backends_here("layer_norm"), reason="needs the compiled CPU kernels")
-def test_cpu_kernels_write_outputs_whole_and_not_over() -> None:
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_native_kernels_write_outputs_whole_and_not_over(name: str) -> None:
     """csrc allocates inside PyTorch, where Python does not reach: all parity cases under a malloc that looks."""
+    if name not in parity.backends_here("layer_norm") or DEVICE == "cuda":
+        pytest.skip(f"needs the {name} kernels, compiled for the host")
     overrun = "import ctypes, torch; t = torch.empty(33); ctypes.memset(t.data_ptr() + 132, 0, 1); del t"
     if checked_malloc("-c", overrun).returncode != -signal.SIGABRT:
         pytest.skip("needs glibc's libc_malloc_debug")
-    done = checked_malloc("-m", "fastgpt.parity", "cpu")
+    done = checked_malloc("-m", "fastgpt.parity", name)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
