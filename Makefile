@@ -34,8 +34,9 @@ cuda-check: $(VENV)/tested
 triton-check: $(VENV)/tested
 	$(BIN)/python -m fastgpt.triton_check
 
-parity: $(VENV)/installed
-	$(BIN)/fastgpt parity
+# CPU kernels, Triton in its interpreter, CUDA in the emulation
+parity: $(VENV)/tested
+	FASTGPT_EMULATED_CUDA=$$($(BIN)/python tests/cuda_on_cpu/emulator.py) $(BIN)/fastgpt parity $(ARGS)
 
 bench: $(VENV)/tested
 	$(BIN)/python -m fastgpt.bench.throughput --device cpu
