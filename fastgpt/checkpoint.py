@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ def _sync(path: Path) -> None:
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Optimizer state as named tensors: '<parameter number>.<name>'."""
     state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(t).clone() for i, s in state.items() for name, t in s.items()}
+    return {f"{i}.{name}": torch.as_tensor(t) for i, s in state.items() for name, t in s.items()}
 
 
 def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -71,10 +73,75 @@ def restore_random_states(states: dict[str, Tensor], device: torch.device) -> No
         torch.cuda.set_rng_state(states["rng.cuda"], device)
 
 
+def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that share no memory with these or one another."""
+    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+
+
+class Writer:
+    """Writes checkpoints on a thread, one at a time, from copies on the host: the loop goes on meanwhile."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._done: list[Path] = []
+        self._error: UserError | None = None
+
+    def save(
+        self,
+        run: Path,
+        step: int,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        keep: int,
+        stays: Container[int] = (),
+    ) -> None:
+        """As the function `save`, in the background; waits for the one before.
+
+        Raises:
+            UserError: that one could not be written.
+        """
+        self._join()
+        arguments = (run, step, _on_cpu(weights), _on_cpu(optimizer), state, keep, stays)
+        self._thread = threading.Thread(target=self._write, args=arguments, name="fastgpt-checkpoint")
+        self._thread.start()
+
+    def _write(self, *arguments: Any) -> None:
+        try:
+            self._done.append(save(*arguments))
+        except UserError as e:
+            self._error = e
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def finished(self, wait: bool = False) -> list[Path]:
+        """Checkpoints that are whole since the last call.
+
+        Raises:
+            UserError: one could not be written.
+        """
+        if wait or (self._thread is not None and not self._thread.is_alive()):
+            self._join()
+        done, self._done = self._done, []
+        return done
+
+
 def save(
-    run: Path, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+    run: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    optimizer: dict[str, Tensor],
+    state: dict[str, Any],
+    keep: int,
+    stays: Container[int] = (),
 ) -> Path:
-    """Write checkpoint `run/step_<step>`, then drop all but the last `keep`.
+    """Write checkpoint `run/step_<step>`, then drop all but the last `keep` and the steps in `stays`.
 
     Raises:
         UserError: the folder cannot be written (full disk, no permission); earlier checkpoints stay as they were.
@@ -102,7 +169,8 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched") from e
     for old in checkpoints(run)[:-keep] if keep > 0 else []:
-        shutil.rmtree(old, ignore_errors=True)
+        if int(old.name.removeprefix("step_")) not in stays:
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 

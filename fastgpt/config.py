@@ -225,6 +225,9 @@ class TrainConfig:
         eval_batches: micro-batches of a validation.
         save_every: steps between checkpoints; 0 is only at the end.
         keep: checkpoints kept, the last ones; 0 keeps all.
+        keep_every: checkpoints at multiples of this many steps are kept, too; 0 is none.
+        patience: validations without a better loss that end the run; the best one's checkpoint is kept. 0 is off.
+        spike_sigmas: a loss this many standard deviations over the last 100 steps' is skipped; 0 is off.
         log_every: steps between lines on the console.
         sample_every: steps between samples; 0 is only at the end.
         sample_tokens: length of a sample.
@@ -265,6 +268,9 @@ class TrainConfig:
     eval_batches: int = 20
     save_every: int = 1000
     keep: int = 2
+    keep_every: int = 0
+    patience: int = 0
+    spike_sigmas: float = 10.0
     log_every: int = 1
     sample_every: int = 0
     sample_tokens: int = 200
@@ -275,7 +281,7 @@ class TrainConfig:
         for name in ("block_size", "micro_batch", "max_steps", "lr", "eps", "max_minutes", "log_every", "eval_batches"):
             value = getattr(self, name)
             _need(value is None or 0 < value < math.inf, name, value, "more than 0")
-        for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "save_every", "keep", "seed"):
+        for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "save_every", "keep", "keep_every", "seed"):
             value = getattr(self, name)
             _need(0 <= value < math.inf, name, value, "0 or more")
         for name in ("beta1", "beta2", "val_fraction"):
@@ -285,7 +291,7 @@ class TrainConfig:
             value = getattr(self, name)
             _need(0.0 <= value <= 1.0, name, value, "0 to 1")
         _need(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end mark)")
-        for name in ("sample_every", "sample_tokens"):
+        for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
             _need(value >= 0, name, value, "0 or more")
         rows = self.micro_batch * self.block_size

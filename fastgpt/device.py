@@ -59,7 +59,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         if known:
             return PEAK_BF16[max(known, key=len)], "datasheet"
     n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device, dtype=dtype)
+    own = torch.Generator(device).manual_seed(0)  # the global one is the run's, and part of its checkpoints
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=own)
     best = float("inf")
     for _ in range(5):
         _wait(device)

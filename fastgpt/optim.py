@@ -38,6 +38,8 @@ class AdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    grad_scale: Tensor | None = None  # torch.amp.GradScaler's protocol: divide gradients by this,
+    found_inf: Tensor | None = None  # change nothing where this is not 0
 
     def __init__(
         self,
@@ -99,12 +101,11 @@ class AdamW(torch.optim.Optimizer):
         if not buckets:
             return loss
         self._refresh_lr()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         backend = select("adamw", buckets[0].params[0])
         if backend == "torch":
-            self._step_torch(buckets, grad_scale, found_inf)
+            self._step_torch(buckets, self.grad_scale, self.found_inf)
         else:
-            self._step_kernel(backend, buckets, grad_scale, found_inf)
+            self._step_kernel(backend, buckets, self.grad_scale, self.found_inf)
         return loss
 
     def _step_kernel(

@@ -11,17 +11,16 @@ import dataclasses
 import gc
 import json
 import math
+import shlex
 import signal
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastgpt import backend, checkpoint
 from fastgpt.config import TrainConfig, load_config, to_dict
@@ -33,10 +32,12 @@ from fastgpt.generate import generate
 from fastgpt.model import GPT
 from fastgpt.nn import keep_gradients
 from fastgpt.optim import AdamW
+from fastgpt.runlog import Lagged, Log
 
 WARM_STEPS = 3  # left out when speed is measured
 MEASURED_STEPS = 12  # after these a run limited by minutes knows how many steps it will take
-STOP_AFTER_SKIPS = 10  # steps in a row with a norm that is not finite
+STOP_AFTER_SKIPS = 10  # steps in a row that the guard skipped
+SPIKE_HORIZON = 100  # steps that a loss is compared with
 
 
 @dataclasses.dataclass
@@ -48,7 +49,11 @@ class Progress:
     seconds: float = 0.0  # of training, evaluation and checkpoints left out
     last_step: int = 0  # the run's length; with max_minutes it is fixed after MEASURED_STEPS, until then an upper bound
     length_known: bool = True
-    skipped: int = 0  # steps in a row whose gradient norm was not finite
+    skipped: int = 0  # steps in a row that the guard skipped
+    best_loss: float | None = None  # of the validations so far
+    best_step: int = -1
+    waited: int = 0  # validations since then
+    ended: bool = False  # by patience
 
 
 def learning_rate(cfg: TrainConfig, step: int, last_step: int) -> float:
@@ -65,100 +70,6 @@ def learning_rate(cfg: TrainConfig, step: int, last_step: int) -> float:
     else:
         share = 1.0
     return cfg.lr * (cfg.min_lr_ratio + (1 - cfg.min_lr_ratio) * share)
-
-
-class Lagged:
-    """Numbers that stay on the device until they have arrived by themselves: the loop never waits for the GPU."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.queue: deque[tuple[dict[str, Any], Tensor, Any]] = deque()
-
-    def put(self, row: dict[str, Any], values: Tensor) -> None:
-        host = torch.empty(values.shape, pin_memory=self.cuda)
-        host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event() if self.cuda else None
-        if event is not None:
-            event.record()
-        self.queue.append((row, host, event))
-
-    def ready(self, everything: bool = False) -> Iterator[tuple[dict[str, Any], list[float]]]:
-        """Rows whose numbers are there, oldest first; `everything` waits for all."""
-        while self.queue and (everything or self.queue[0][2] is None or self.queue[0][2].query()):
-            row, host, event = self.queue.popleft()
-            if event is not None:
-                event.synchronize()
-            yield row, host.tolist()
-
-
-class Log:
-    """What a person and a program see of a run: progress bar, a line every log_every steps, metrics.jsonl, loss.png."""
-
-    def __init__(self, run: Path, progress: Progress, cfg: TrainConfig) -> None:
-        self.path, self.cfg = run / "metrics.jsonl", cfg
-        self._drop_after(progress.step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=progress.last_step,
-            initial=progress.step,
-            unit="step",
-            mininterval=0.1 if self.terminal else 15.0,  # in a log file a bar is a line each time
-            dynamic_ncols=True,
-        )
-
-    def _drop_after(self, step: int) -> None:
-        """A killed run may have logged steps that its checkpoint does not have: they will come again."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(kept), encoding="utf-8")
-            aside.replace(self.path)
-
-    def row(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-    def say(self, text: str) -> None:
-        tqdm.write(text) if self.terminal else print(text, flush=True)
-
-    def step(self, row: dict[str, Any], last_step: int) -> None:
-        self.row(row)
-        self.bar.total = last_step
-        self.bar.update(1)
-        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tok/s", refresh=False)
-        if row["step"] % self.cfg.log_every == 0 or row["step"] == last_step:
-            self.say(
-                f"step {row['step']:>6}/{last_step} | loss {row['loss']:.4f} | norm {row['grad_norm']:.3f} | "
-                f"lr {row['lr']:.2e} | {row['tokens_per_second']:,.0f} tok/s | "
-                f"mfu {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full | {row['memory_gb']:.2f} GB"
-            )
-
-    def close(self) -> None:
-        self.bar.close()
-        self.file.close()
-
-    def plot(self) -> Path:
-        """Loss curve of the whole run, resumes included, as loss.png."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-        fig, ax = plt.subplots(figsize=(8, 4.5))
-        train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
-        val = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
-        for points, name, style in ((train, "training", "-"), (val, "validation", "o-")):
-            ax.plot(*zip(*points), style, label=name, linewidth=1) if points else None
-        ax.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.parent))
-        ax.grid(alpha=0.3)
-        ax.legend()
-        fig.tight_layout()
-        fig.savefig(self.path.with_name("loss.png"), dpi=120)
-        plt.close(fig)
-        return self.path.with_name("loss.png")
 
 
 def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
@@ -193,17 +104,45 @@ def evaluate(model: GPT, windows: Iterator[tuple[Tensor, Tensor]]) -> float:
     return total / tokens
 
 
-def train_step(model: Any, optimizer: AdamW, loader: TokenLoader, accumulation: int) -> Tensor:
-    """One optimizer step over `accumulation` micro-batches; returns (loss, gradient norm) on the device."""
-    loss = torch.zeros((), device=optimizer.device)
-    for _ in range(accumulation):
-        ids, targets = next(loader)
-        part = model(ids, targets) / accumulation
+class SpikeGuard:
+    """Tells, on the device, a loss that is `sigmas` standard deviations over the mean of the last steps'.
+
+    Mean and variance are exponential over SPIKE_HORIZON steps, and nothing is a spike before as many were seen. A spike
+    moves neither.
+    """
+
+    def __init__(self, sigmas: float, device: torch.device) -> None:
+        self.sigmas = sigmas
+        self.state = torch.zeros(3, device=device)  # mean, variance, steps
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """1 if this step's loss, (1,) fp32, is a spike, else 0; (1,) fp32."""
+        mean, variance, steps = self.state.split(1)
+        spike = (steps >= SPIKE_HORIZON) & (loss > mean + self.sigmas * variance.sqrt())
+        rate = 1 / (steps + 1).clamp(max=SPIKE_HORIZON)
+        away = loss - mean
+        after = torch.cat((mean + rate * away, (1 - rate) * (variance + rate * away * away), steps + 1))
+        self.state.copy_(torch.where(spike | ~loss.isfinite(), self.state, after))
+        return spike.float()
+
+
+def train_step(
+    model: Any, optimizer: AdamW, loader: TokenLoader, accumulation: int, guard: SpikeGuard | None = None
+) -> Tensor:
+    """One optimizer step over `accumulation` micro-batches; (loss, gradient norm, whether it was a spike), on the
+    device. The loss is the mean over all counted tokens of the step, however they fall into micro-batches."""
+    batches = [next(loader) for _ in range(accumulation)]
+    counted = sum((targets != IGNORE).sum() for _, targets in batches)
+    loss = torch.zeros(1, device=optimizer.device)
+    for ids, targets in batches:
+        part = model(ids, targets, reduction="sum") / counted
         part.backward()
         loss += part.detach()
+    spike = torch.zeros_like(loss) if guard is None else guard(loss)
+    optimizer.found_inf = spike  # a step that is flagged changes nothing
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack((loss, optimizer.grad_norm[0]))
+    return torch.cat((loss, optimizer.grad_norm, spike))
 
 
 class Run:
@@ -230,10 +169,12 @@ class Run:
         keep_gradients(self.model)
         self.optimizer = build_optimizer(cfg, self.model)
         self.loader = TokenLoader(self.data.train, cfg.micro_batch, cfg.block_size, seed=cfg.seed, device=self.device)
+        self.guard = SpikeGuard(cfg.spike_sigmas, self.device) if cfg.spike_sigmas > 0 else None
         self.progress = Progress(last_step=cfg.max_steps, length_known=cfg.max_minutes is None)
+        self.writer = checkpoint.Writer()
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment."""
+    def save(self) -> None:
+        """Begin to write a checkpoint of this moment; `writer` says when it is there."""
         state = {
             "progress": dataclasses.asdict(self.progress),
             "config": to_dict(self.cfg),
@@ -242,8 +183,12 @@ class Run:
             "tokenizer": self.data.fingerprint,
         }
         extra = {**checkpoint.flatten_optimizer(self.optimizer), **checkpoint.random_states(self.device)}
-        weights = self.model.state_dict()
-        return checkpoint.save(self.folder, self.progress.step, weights, extra, state, self.cfg.keep)
+        if self.guard is not None:
+            extra["guard"] = self.guard.state
+        cfg, step = self.cfg, self.progress.step
+        stays = {self.progress.best_step} if cfg.patience else set()
+        stays |= set(range(0, step, cfg.keep_every)) if cfg.keep_every else set()
+        self.writer.save(self.folder, step, self.model.state_dict(), extra, state, cfg.keep, stays)
 
     def resume(self) -> None:
         """Continue from the newest checkpoint of the run folder, or from cfg.resume; nothing to do in a new folder."""
@@ -262,12 +207,15 @@ class Run:
         self.model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
         extra = checkpoint.read_tensors(path, checkpoint.OPTIMIZER, state)
         rng = {name: extra.pop(name) for name in list(extra) if name.startswith("rng.")}
+        seen = extra.pop("guard", None)
+        if self.guard is not None and seen is not None:
+            self.guard.state.copy_(seen)
         checkpoint.unflatten_optimizer(self.optimizer, extra)
         checkpoint.restore_random_states(rng, self.device)
         self.loader.load_state_dict(state["loader"])
         length = self.progress.last_step
         self.progress = Progress(**state["progress"])
-        if self.progress.length_known and cfg.max_minutes is None:
+        if self.progress.length_known and cfg.max_minutes is None and not (self.progress.ended and cfg.patience):
             self.progress.last_step = length  # a longer max_steps goes on where the run stood
 
     def fix_length(self, measured: int) -> None:
@@ -277,12 +225,12 @@ class Run:
         p.last_step, p.length_known = max(p.step + 1, min(p.last_step, fits)), True
 
     def step(self, model: Any) -> Tensor:
-        """One optimizer step, timed; its (loss, gradient norm) stay on the device."""
+        """One optimizer step; its (loss, gradient norm, whether it was a spike) stay on the device."""
         p = self.progress
         rate = learning_rate(self.cfg, p.step, p.last_step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        values = train_step(model, self.optimizer, self.loader, self.cfg.accumulation)
+        values = train_step(model, self.optimizer, self.loader, self.cfg.accumulation, self.guard)
         p.step += 1
         p.tokens += self.cfg.batch_tokens
         return values
@@ -306,21 +254,25 @@ class Stop:
 
 
 def report(run: Run, log: Log, lagged: Lagged, everything: bool = False) -> None:
-    """Write down the steps whose numbers have arrived; guard against gradients that stay NaN or infinite."""
+    """Write down the steps whose numbers have arrived, and the checkpoints; end a run that is skipped on and on."""
     cfg, p = run.cfg, run.progress
-    for row, (loss, norm) in lagged.ready(everything):
+    for path in run.writer.finished(wait=everything):
+        log.say(f"checkpoint {path}")
+    for row, (loss, norm, spike) in lagged.ready(everything):
         row.update(loss=loss, grad_norm=norm)
         log.step(row, p.last_step)
-        if math.isfinite(norm) and math.isfinite(loss):
+        if math.isfinite(norm) and math.isfinite(loss) and not spike:
             p.skipped = 0
             continue
         p.skipped += 1
-        log.say(f"step {row['step']}: loss {loss}, gradient norm {norm}: the step was skipped")
+        why = f"more than {cfg.spike_sigmas:g} standard deviations (spike_sigmas) over the last steps'" if spike else ""
+        log.say(f"step {row['step']}: loss {loss:.4f}, gradient norm {norm:.3g}: the step was skipped {why}".rstrip())
         if p.skipped >= STOP_AFTER_SKIPS:
             good = checkpoint.checkpoints(run.folder)
             last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
             raise UserError(
-                f"training: {p.skipped} steps in a row had no finite gradient; {last}; try a lower lr than {cfg.lr}"
+                f"training: {p.skipped} steps in a row were skipped, the last with loss {loss:.4g} and gradient norm "
+                f"{norm:.3g}; {last}; try a lower lr than {cfg.lr}"
             )
 
 
@@ -332,12 +284,26 @@ def side_work(run: Run, log: Log) -> bool:
         bool(every) and p.step % every == 0 and not last for every in (cfg.eval_every, cfg.save_every, cfg.sample_every)
     ]
     if due[0]:
-        validate(run, log, cfg.eval_batches)
+        best = judge(run, log, validate(run, log, cfg.eval_batches))
+        due[1] = due[1] or (best and cfg.patience > 0)
     if due[1]:
-        log.say(f"step {p.step}: checkpoint {run.save()}")
+        run.save()
     if due[2]:
         log.say(sample(run, cfg.prompt))
     return any(due)
+
+
+def judge(run: Run, log: Log, loss: float) -> bool:
+    """Whether this is the best validation loss so far; after `patience` others the run ends."""
+    cfg, p = run.cfg, run.progress
+    if p.best_loss is None or loss < p.best_loss:
+        p.best_loss, p.best_step, p.waited = loss, p.step, 0
+        return True
+    p.waited += 1
+    if 0 < cfg.patience <= p.waited:
+        p.last_step, p.ended = p.step, True
+        log.say(f"stopping: {p.waited} validations without a better loss than {p.best_loss:.4f} at step {p.best_step}")
+    return False
 
 
 def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
@@ -405,8 +371,9 @@ def finish(run: Run, log: Log) -> int:
     return 0
 
 
-def train(cfg: TrainConfig) -> int:
-    """Train as `cfg` says; returns the exit code (1: too close to the unigram model, with check_baseline)."""
+def train(cfg: TrainConfig, command: str = "the same again") -> int:
+    """Train as `cfg` says; returns the exit code (1: too close to the unigram model, with check_baseline). `command` is
+    what a person who stopped the run is told to continue it with."""
     backend.use(**backend.parse_choices(cfg.kernels))
     run = Run(cfg)
     run.resume()
@@ -418,7 +385,7 @@ def train(cfg: TrainConfig) -> int:
     (run.folder / "run.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
     if run.data.tokenizer is not None:  # beside the checkpoints: a run folder is all that `fastgpt sample` needs
         run.data.tokenizer.save(run.folder / "tokenizer.json")
-    log = Log(run.folder, run.progress, cfg)
+    log = Log(run.folder, cfg, run.progress.step, run.progress.last_step)
     log.say(
         f"{run.folder}: {run.model.num_params():,} parameters, {run.data.describe()}, device {run.device}, "
         f"kernels {', '.join(f'{op} {picked}' for op, (picked, _) in kernels.items())}"
@@ -431,9 +398,10 @@ def train(cfg: TrainConfig) -> int:
     try:
         loop(run, torch.compile(run.model) if cfg.compile else run.model, log, stop)
         if run.progress.step > resumed:
-            log.say(f"step {run.progress.step}: checkpoint {run.save()}")
+            run.save()
+            report(run, log, Lagged(run.device), everything=True)
         if stop.asked:
-            log.say(f"stopped at step {run.progress.step}; to continue: the same command again")
+            log.say(f"stopped at step {run.progress.step}; to continue: {command}")
             return 0
         return finish(run, log)
     finally:
@@ -444,7 +412,11 @@ def train(cfg: TrainConfig) -> int:
 def main(argv: list[str] | None = None) -> int:
     """`fastgpt train`: settings from `argv` (default: the command line); without --config, what suits the machine."""
     default = "gpt2-124m-demo" if torch.cuda.is_available() else "tiny"
-    return train(load_config(sys.argv[1:] if argv is None else argv, default))
+    arguments = sys.argv[1:] if argv is None else argv
+    cfg = load_config(arguments, default)
+    program = ["python", sys.argv[0]] if __name__ == "__main__" and __spec__ is None else ["fastgpt", "train"]
+    again = [] if cfg.resume == "auto" else ["--resume", "auto"]
+    return train(cfg, shlex.join([*program, *arguments, *again]))
 
 
 if __name__ == "__main__":

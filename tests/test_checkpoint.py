@@ -79,3 +79,31 @@ def test_random_states_restore() -> None:
     first = torch.rand(3)
     checkpoint.restore_random_states(states, device)
     assert torch.equal(first, torch.rand(3))
+
+
+def test_the_background_writes_what_was_there_when_it_was_asked(tmp_path: Path) -> None:
+    writer, w = checkpoint.Writer(), torch.zeros(1000)
+    for step in range(1, 6):
+        writer.save(tmp_path, step, {"w": w, "same": w}, {"t": w.view(10, 100).t()}, {}, 2, {1})
+        w += 1
+    assert [p.name for p in writer.finished(wait=True)] == [f"step_{step:08d}" for step in range(1, 6)]
+    left = checkpoint.checkpoints(tmp_path)
+    assert [p.name for p in left] == ["step_00000001", "step_00000004", "step_00000005"]
+    for path, value in zip(left, (0, 3, 4), strict=True):
+        got = checkpoint.read_tensors(path, checkpoint.MODEL, checkpoint.read_state(path))
+        assert torch.equal(got["w"], torch.full((1000,), float(value))) and torch.equal(got["w"], got["same"])
+    assert writer.finished() == []
+
+
+def test_the_background_hands_its_error_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    writer = checkpoint.Writer()
+    writer.save(tmp_path, 1, WEIGHTS, STATE, {}, 2)
+    with pytest.raises(UserError, match="step_00000001 could not be written .*No space left"):
+        writer.finished(wait=True)
+    writer.save(tmp_path, 2, WEIGHTS, STATE, {}, 2)
+    with pytest.raises(UserError, match="step_00000002"):
+        writer.save(tmp_path, 3, WEIGHTS, STATE, {}, 2)

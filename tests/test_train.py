@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import struct
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from fastgpt import checkpoint, train
 from fastgpt.backend import use
 from fastgpt.cli import run_command
 from fastgpt.config import load_config
+from fastgpt.data import IGNORE
 from fastgpt.data.source import open_source
 from fastgpt.errors import UserError
 
@@ -88,7 +91,7 @@ def test_resume_is_bitwise(text: Path, kernels: str) -> None:
         run = train.Run(cfg)
         run.resume()
         run.folder.mkdir(exist_ok=True)
-        log = train.Log(run.folder, run.progress, cfg)
+        log = train.Log(run.folder, cfg, run.progress.step, run.progress.last_step)
         stopper = train.Stop()
         step = run.step
 
@@ -123,6 +126,75 @@ def test_accumulation_does_not_change_the_gradient(text: Path) -> None:
         assert a == pytest.approx(b, rel=2e-5)
 
 
+def test_every_counted_token_weighs_the_same() -> None:
+    """Micro-batches of which some tokens do not count, and one of none: the gradient of the whole batch at once."""
+    torch.manual_seed(0)
+    cfg = load_config([*SMALL, "--clip", "0"])
+    ids, targets = torch.randint(60, (8, 32)), torch.randint(60, (8, 32))
+    targets[0, 3:], targets[2:4], targets[5, ::3] = IGNORE, IGNORE, IGNORE
+    found = []
+    for parts in (1, 4):
+        model = train.build_model(cfg, 60, torch.device("cpu"))
+        optimizer = train.build_optimizer(cfg, model)
+        batches = iter(zip(ids.chunk(parts), targets.chunk(parts), strict=True))
+        loss, norm, _ = train.train_step(model, optimizer, batches, parts).tolist()  # type: ignore[arg-type]
+        model = train.build_model(cfg, 60, torch.device("cpu"))
+        assert loss == pytest.approx(float(model(ids, targets)), rel=1e-6)
+        found.append(norm)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_spikes_are_flagged_and_move_nothing() -> None:
+    guard = train.SpikeGuard(6.0, torch.device("cpu"))
+    losses = 3 + 0.1 * torch.randn(300, 1, generator=torch.Generator().manual_seed(0))
+    assert not any(guard(loss) for loss in losses)
+    mean, variance, _ = guard.state.tolist()
+    assert abs(mean - 3) < 0.05 and 0.05 < variance**0.5 < 0.15
+    before = guard.state.clone()
+    assert guard(torch.tensor([4.0])) and not guard(torch.tensor([torch.nan])) and torch.equal(guard.state, before)
+    assert not guard(torch.tensor([2.0])), "a loss may fall as far as it likes"
+    young = train.SpikeGuard(6.0, torch.device("cpu"))
+    assert not any(young(loss) for loss in (*losses[:99], torch.tensor([50.0])))
+
+
+def test_a_spike_changes_no_weight_and_is_said(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train, "SPIKE_HORIZON", 4)
+    seen: list[torch.Tensor] = []
+    real = train.train_step
+
+    def spiky(model: torch.nn.Module, optimizer: train.AdamW, loader: train.TokenLoader, *rest: Any) -> torch.Tensor:
+        seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+        if len(seen) != 8:
+            return real(model, optimizer, loader, *rest)
+        return real(lambda *a, **k: 30 * model(*a, **k), optimizer, loader, *rest)
+
+    monkeypatch.setattr(train, "train_step", spiky)
+    assert go(text) == 0
+    assert "step 8: loss" in (said := capsys.readouterr().out) and "(spike_sigmas)" in said
+    assert torch.equal(seen[7], seen[8]) and not torch.equal(seen[8], seen[9])
+
+
+def test_patience_ends_a_run_and_keeps_its_best(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = iter([5.0, 4.0, 4.5, 4.1, 9.0, 9.0])
+    monkeypatch.setattr(train, "evaluate", lambda model, windows: next(values))
+    more = ["--patience", "2", "--eval-every", "2", "--save-every", "0", "--max-steps", "40", "--keep", "1"]
+    assert go(text, *more) == 0
+    assert "stopping: 2 validations without a better loss than 4.0000 at step 4" in capsys.readouterr().out
+    assert losses()[-1][0] == 8
+    assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["step_00000004", "step_00000008"]
+    assert go(text, *more) == 0 and losses()[-1][0] == 8, "ended is ended"
+
+
+def test_milestones_stay(text: Path) -> None:
+    assert go(text, "--keep", "1", "--save-every", "2", "--keep-every", "4") == 0
+    kept = [p.name for p in checkpoint.checkpoints(Path("run"))]
+    assert kept == ["step_00000004", "step_00000008", "step_00000012"]
+
+
 def test_finished_run_is_not_trained_again(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert go(text) == 0
     newest = checkpoint.find("run")
@@ -137,19 +209,15 @@ def test_finished_run_is_not_trained_again(text: Path, capsys: pytest.CaptureFix
 
 def test_signal_ends_with_a_checkpoint_and_exit_0(text: Path) -> None:
     command = [sys.executable, "-m", "fastgpt.train", *SMALL, "--data", str(text), "--out", "run"]
-    process = subprocess.Popen(
-        [*command, "--max-steps", "100000", "--save-every", "0", "--eval-every", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    command += ["--max-steps", "100000", "--save-every", "0", "--eval-every", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 60
     while time.time() < deadline and (not Path("run/metrics.jsonl").exists() or len(rows()) < 3):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert "to continue: the same command again" in output
+    assert f"to continue: fastgpt train {shlex.join(command[3:])}" in output
     done = checkpoint.read_state(checkpoint.find("run"))["progress"]["step"]
     assert done >= 3 and losses()[-1][0] == done
 
@@ -177,7 +245,7 @@ def test_gradients_that_stay_nan_stop_the_run(text: Path, monkeypatch: pytest.Mo
         return real(model, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(train, "train_step", broken)
-    with pytest.raises(UserError, match="3 steps in a row had no finite gradient; there is no checkpoint yet"):
+    with pytest.raises(UserError, match="3 steps in a row were skipped, .*; there is no checkpoint yet"):
         go(text)
 
 

@@ -1,0 +1,110 @@
+"""What a person and a program see of a run: console, progress bar, metrics.jsonl, loss.png."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastgpt.config import TrainConfig
+
+
+class Lagged:
+    """Numbers that stay on the device until they have arrived by themselves: the loop never waits for the GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.queue: deque[tuple[dict[str, Any], Tensor, Any]] = deque()
+
+    def put(self, row: dict[str, Any], values: Tensor) -> None:
+        host = torch.empty(values.shape, pin_memory=self.cuda)
+        host.copy_(values, non_blocking=True)
+        event = torch.cuda.Event() if self.cuda else None
+        if event is not None:
+            event.record()
+        self.queue.append((row, host, event))
+
+    def ready(self, everything: bool = False) -> Iterator[tuple[dict[str, Any], list[float]]]:
+        """Rows whose numbers are there, oldest first; `everything` waits for all."""
+        while self.queue and (everything or self.queue[0][2] is None or self.queue[0][2].query()):
+            row, host, event = self.queue.popleft()
+            if event is not None:
+                event.synchronize()
+            yield row, host.tolist()
+
+
+class Log:
+    """Of run folder `run`, which stands at `step`: a progress bar, a line every log_every steps, metrics.jsonl."""
+
+    def __init__(self, run: Path, cfg: TrainConfig, step: int, last_step: int) -> None:
+        self.path, self.cfg = run / "metrics.jsonl", cfg
+        self._drop_after(step)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=last_step,
+            initial=step,
+            unit="step",
+            mininterval=0.1 if self.terminal else 15.0,  # in a log file a bar is a line each time
+            dynamic_ncols=True,
+        )
+
+    def _drop_after(self, step: int) -> None:
+        """A killed run may have logged steps that its checkpoint does not have: they will come again."""
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            aside = self.path.with_suffix(".tmp")
+            aside.write_text("".join(kept), encoding="utf-8")
+            aside.replace(self.path)
+
+    def row(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def say(self, text: str) -> None:
+        tqdm.write(text) if self.terminal else print(text, flush=True)
+
+    def step(self, row: dict[str, Any], last_step: int) -> None:
+        self.row(row)
+        self.bar.total = last_step
+        self.bar.update(1)
+        self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tok/s", refresh=False)
+        if row["step"] % self.cfg.log_every == 0 or row["step"] == last_step:
+            self.say(
+                f"step {row['step']:>6}/{last_step} | loss {row['loss']:.4f} | norm {row['grad_norm']:.3f} | "
+                f"lr {row['lr']:.2e} | {row['tokens_per_second']:,.0f} tok/s | "
+                f"mfu {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full | {row['memory_gb']:.2f} GB"
+            )
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+
+    def plot(self) -> Path:
+        """Loss curve of the whole run, resumes included, as loss.png."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        fig, ax = plt.subplots(figsize=(8, 4.5))
+        train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+        val = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+        for points, name, style in ((train, "training", "-"), (val, "validation", "o-")):
+            ax.plot(*zip(*points), style, label=name, linewidth=1) if points else None
+        ax.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.parent))
+        ax.grid(alpha=0.3)
+        ax.legend()
+        fig.tight_layout()
+        fig.savefig(self.path.with_name("loss.png"), dpi=120)
+        plt.close(fig)
+        return self.path.with_name("loss.png")
