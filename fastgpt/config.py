@@ -205,6 +205,8 @@ class TrainConfig:
         dtype: of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU.
         kernels: backend per op, as in 'attention=torch,adamw=triton'; empty is the best there is.
         compile: torch.compile around the model.
+        recompute: what backward makes again instead of keeping it; norms also means the MLP's activation, and block is
+            all but a block's input.
         block_size: tokens T of a training sequence.
         micro_batch: sequences B in one forward and backward.
         batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
@@ -248,6 +250,7 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     kernels: str = ""
     compile: bool = False
+    recompute: Literal["none", "norms", "block"] = "none"
     block_size: int = 1024
     micro_batch: int = 32
     batch_tokens: int = 524288
@@ -294,6 +297,8 @@ class TrainConfig:
         for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
             _need(value >= 0, name, value, "0 or more")
+        traced = self.compile and self.recompute == "norms"
+        _need(not traced, "recompute", self.recompute, "none or block with compile, which does not trace it")
         rows = self.micro_batch * self.block_size
         fits = self.batch_tokens > 0 and self.batch_tokens % rows == 0
         _need(fits, "batch_tokens", self.batch_tokens, f"a multiple of micro_batch * block_size = {rows}")

@@ -13,16 +13,21 @@ Dims: B, T, C width, H query heads, G key/value heads, D head, F MLP, S keys, V 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
+from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.config import GATED, ModelConfig
 from fastgpt.nn import LayerNorm, Linear, RMSNorm
+from fastgpt.recompute import Level, MadeAgain
 
 
 class KVCache:
@@ -49,6 +54,11 @@ class Pass(NamedTuple):
     positions: Tensor | None  # (T,) or (B, T)
     doc_ids: Tensor | None  # (B, T)
     cache: KVCache | None
+    again: MadeAgain | None  # what backward makes again is noted here
+
+    def note(self, t: Tensor, make: Callable[[], Tensor]) -> Tensor:
+        """t, which backward may get from make() again."""
+        return t if self.again is None else self.again.note(t, make)
 
 
 def _make(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
@@ -165,14 +175,18 @@ class MLP(nn.Module):
         self.up = _make(Linear, c.width, c.d_mlp * (2 if c.activation in GATED else 1), bias=c.mlp_bias)
         self.down = _make(Linear, c.d_mlp, c.width, bias=c.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
         if self.activation in GATED:
-            h = ops.swiglu(self.up(x), activation=GATED[self.activation])  # (B, T, 2F) -> (B, T, F)
+            u = self.up(x)  # (B, T, 2F)
+            gate = partial(ops.swiglu, activation=GATED[self.activation])
+            h = run.note(gate(u), partial(gate, u.detach()))
         elif self.activation == "relu2":
             h = F.relu(self.up(x)).square()
         else:
             approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            h = ops.bias_gelu(ops.linear(x, self.up.weight), self.up.bias, approximate=approximate)
+            u = ops.linear(x, self.up.weight)
+            make = partial(ops.bias_gelu, u.detach(), self.up.bias, approximate=approximate)
+            h = run.note(ops.bias_gelu(u, self.up.bias, approximate=approximate), make)
         return _dropout(self.down(h), self.dropout, self.training)
 
 
@@ -194,19 +208,22 @@ class Block(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
         if self.post and self.norm2 is not None:
             x, _ = self.norm1(self.attn(x, run), x)
-            x, _ = self.norm2(self.mlp(x), x)
+            x, _ = self.norm2(self.mlp(x, run), x)
             return x, None
-        h, residual = add_norm(self.norm1, x, residual)
+        h, residual = add_norm(self.norm1, x, residual, run)
         a = self.attn(h, run)
         if self.parallel:
-            return a + self.mlp(h if self.norm2 is None else self.norm2(residual)), residual
-        h, residual = add_norm(self.norm2, a, residual)
-        return self.mlp(h), residual
+            return a + self.mlp(
+                h if self.norm2 is None else add_norm(self.norm2, residual, None, run)[0], run
+            ), residual
+        h, residual = add_norm(self.norm2, a, residual, run)
+        return self.mlp(h, run), residual
 
 
-def add_norm(norm: Any, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+def add_norm(norm: Any, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual) in one op."""
-    return (norm(x), x) if residual is None else norm(x, residual)
+    y, total = (norm(x), x) if residual is None else norm(x, residual)
+    return run.note(y, partial(norm, total.detach())), total
 
 
 class GPT(nn.Module):
@@ -222,6 +239,7 @@ class GPT(nn.Module):
             raise ValueError("GPT: config.vocab_size or config.block_size is None, expected numbers")
         self.config, c = config, config
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
+        self.recompute: Level = "none"  # what backward makes again: fastgpt/recompute.py
         self.wte = _make(nn.Embedding, c.padded_vocab_size, c.width)
         self.wpe = _make(nn.Embedding, self.block_size, c.width) if c.positions == "learned" else None
         self.rotary = RotaryTable(c) if c.positions == "rope" else None
@@ -268,13 +286,19 @@ class GPT(nn.Module):
         if past and positions is None:
             positions = torch.arange(past, past + t, device=ids.device)
         cos, sin = (None, None) if self.rotary is None else (self.rotary.cos, self.rotary.sin)
-        run = Pass(cos, sin, positions, doc_ids, kv_cache)
+        kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
+        again = MadeAgain() if kept == "norms" else None
+        run = Pass(cos, sin, positions, doc_ids, kv_cache, again)
         x = ops.embedding(ids, self.wte.weight, None if self.wpe is None else self.wpe.weight, positions=positions)
         x, residual = _dropout(x, self.config.embed_dropout, self.training), None
-        for block in self.blocks:
-            x, residual = block(x, residual, run)
-        if self.norm_f is not None:
-            x, _ = add_norm(self.norm_f, x, residual)
+        with again or nullcontext():
+            for block in self.blocks:
+                if kept == "block":
+                    x, residual = checkpoint(block, x, residual, run, use_reentrant=False)
+                else:
+                    x, residual = block(x, residual, run)
+            if self.norm_f is not None:
+                x, _ = add_norm(self.norm_f, x, residual, run)
         if kv_cache is not None:
             kv_cache.length += t
         return x

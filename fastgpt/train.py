@@ -76,6 +76,7 @@ def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
     """A freshly initialised model: same seed, same weights, whatever the kernels and the device."""
     settings = dataclasses.replace(cfg.model, vocab_size=vocab_size)
     model = GPT(settings, generator=torch.Generator().manual_seed(cfg.seed))
+    model.recompute = cfg.recompute
     bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")  # emulated bf16 crawls on most CPUs
     return model.to(device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
