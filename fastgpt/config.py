@@ -7,6 +7,7 @@ expected. Option names take hyphens or underscores; model fields are nested: `--
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, Literal
 from fastgpt import options
 from fastgpt.errors import UserError
 
+TRACKERS = ("tensorboard", "trackio", "wandb")
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu2": "relu2"}  # model.activation -> ops.swiglu's activation
 
 
@@ -231,6 +233,8 @@ class TrainConfig:
         patience: validations without a better loss that end the run; the best one's checkpoint is kept. 0 is off.
         spike_sigmas: a loss this many standard deviations over the last 100 steps' is skipped; 0 is off.
         log_every: steps between lines on the console.
+        track: tensorboard, trackio or wandb; several are separated by commas.
+        profile: steps FIRST:LAST of which a Chrome trace and a table of kernels are written.
         sample_every: steps between samples; 0 is only at the end.
         sample_tokens: length of a sample.
         prompt: text that samples begin with; several are separated by |.
@@ -275,6 +279,8 @@ class TrainConfig:
     patience: int = 0
     spike_sigmas: float = 10.0
     log_every: int = 1
+    track: str = ""
+    profile: str = ""
     sample_every: int = 0
     sample_tokens: int = 200
     prompt: str = ""
@@ -297,6 +303,11 @@ class TrainConfig:
         for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
             _need(value >= 0, name, value, "0 or more")
+        unknown = set(self.trackers) - set(TRACKERS)
+        _need(not unknown, "track", self.track, f"some of {', '.join(TRACKERS)}")
+        steps = re.fullmatch(r"(\d+):(\d+)", self.profile)
+        right = not self.profile or (steps is not None and 1 <= int(steps[1]) <= int(steps[2]))
+        _need(right, "profile", self.profile, "FIRST:LAST, two steps from 1 on")
         traced = self.compile and self.recompute == "norms"
         _need(not traced, "recompute", self.recompute, "none or block with compile, which does not trace it")
         rows = self.micro_batch * self.block_size
@@ -306,6 +317,11 @@ class TrainConfig:
             object.__setattr__(self, "model", replace(self.model, block_size=self.block_size))
         most = self.model.block_size or self.block_size
         _need(self.block_size <= most, "block_size", self.block_size, f"at most model.block_size {most}")
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `track`."""
+        return [name for name in self.track.replace(" ", "").split(",") if name]
 
     @property
     def accumulation(self) -> int:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastgpt.config import TrainConfig
+from fastgpt.config import TrainConfig, to_dict
+from fastgpt.trackers import Trackers
 
 
 class Lagged:
@@ -47,6 +48,7 @@ class Log:
         self.path, self.cfg = run / "metrics.jsonl", cfg
         self._drop_after(step)
         self.file = self.path.open("a", encoding="utf-8")
+        self.trackers = Trackers(cfg.trackers, run, to_dict(cfg))
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=last_step,
@@ -68,6 +70,7 @@ class Log:
     def row(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        self.trackers.put(row)
 
     def say(self, text: str) -> None:
         tqdm.write(text) if self.terminal else print(text, flush=True)
@@ -87,6 +90,7 @@ class Log:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+        self.trackers.close()
 
     def plot(self) -> Path:
         """Loss curve of the whole run, resumes included, as loss.png."""

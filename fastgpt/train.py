@@ -32,6 +32,7 @@ from fastgpt.generate import generate
 from fastgpt.model import GPT
 from fastgpt.nn import keep_gradients
 from fastgpt.optim import AdamW
+from fastgpt.profiling import Profile
 from fastgpt.runlog import Lagged, Log
 
 WARM_STEPS = 3  # left out when speed is measured
@@ -313,9 +314,13 @@ def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
     per_token = run.model.flops_per_token(cfg.block_size)
     peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)
     limit = math.inf if cfg.max_minutes is None else cfg.max_minutes * 60 * 1.1  # the machine may have slowed down
+    profile = Profile(cfg.profile, run.folder, run.device)
     started, clock = p.step, time.perf_counter()
     while p.step < p.last_step and not stop.asked and p.seconds < limit:
+        profile.before(p.step + 1)
         values = run.step(model)
+        if wrote := profile.after(p.step):
+            log.say(wrote)
         now = time.perf_counter()
         seconds, clock = now - clock, now
         p.seconds += seconds if p.length_known or p.step - started > WARM_STEPS else 0.0
@@ -329,6 +334,8 @@ def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
         if side_work(run, log):
             clock = time.perf_counter()
     report(run, log, lagged, everything=True)
+    if wrote := profile.close():
+        log.say(wrote)
 
 
 def validate(run: Run, log: Log, batches: int | None) -> float:

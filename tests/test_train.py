@@ -189,6 +189,13 @@ def test_patience_ends_a_run_and_keeps_its_best(
     assert go(text, *more) == 0 and losses()[-1][0] == 8, "ended is ended"
 
 
+def test_profile_names_the_ops(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go(text, "--profile", "3:4", "--kernels", "layer_norm=auto") == 0
+    assert "profile: run/trace.json" in capsys.readouterr().out
+    names = {e["name"] for e in json.loads(Path("run/trace.json").read_text())["traceEvents"]}
+    assert any(name.startswith("fastgpt::layer_norm_fwd") for name in names)
+
+
 def test_milestones_stay(text: Path) -> None:
     assert go(text, "--keep", "1", "--save-every", "2", "--keep-every", "4") == 0
     kept = [p.name for p in checkpoint.checkpoints(Path("run"))]
@@ -291,6 +298,10 @@ def bad(text: Path, change: str) -> list[str]:
         return ["--model.n-heads", "3"]
     if change == "kernels":
         return ["--kernels", "atention=torch"]
+    if change == "track":
+        return ["--track", "wandb,tensorbord"]
+    if change == "profile":
+        return ["--profile", "5:3"]
     if change == "corrupt shard":
         Path("train.bin").write_bytes(struct.pack("<3i", 20240520, 1, 10**6) + bytes(1012))
         return ["--data", "train.bin"]
@@ -320,6 +331,8 @@ def bad(text: Path, change: str) -> list[str]:
     [
         ("missing", "nowhere.txt"),
         ("empty", "empty.txt"),
+        ("track", "track is 'wandb,tensorbord', expected some of tensorboard, trackio, wandb"),
+        ("profile", "profile is '5:3', expected FIRST:LAST"),
         ("not utf-8", "latin.txt.*UTF-8"),
         ("short", r"the corpus has \d+ tokens, one block needs 4096"),
         ("heads", "model.n_heads is 3, expected a divisor of model.width 32"),
