@@ -215,6 +215,7 @@ class TrainConfig:
         max_steps: optimizer steps to train for.
         max_minutes: end training after this time if max_steps was not reached; null is no limit.
         lr: highest learning rate.
+        lr_ratios: "regular expression in a parameter's name -> factor on its learning rate, as in {wte: 0.3}"
         min_lr_ratio: the last learning rate as a fraction of lr.
         warmup_steps: steps of linear warm-up.
         schedule: course of the learning rate after warm-up; wsd holds it, then decays linearly.
@@ -261,6 +262,7 @@ class TrainConfig:
     max_steps: int = 18865
     max_minutes: float | None = None
     lr: float = 6e-4
+    lr_ratios: dict[str, float] = field(default_factory=dict)
     min_lr_ratio: float = 0.0
     warmup_steps: int = 700
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -303,6 +305,9 @@ class TrainConfig:
         for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
             _need(value >= 0, name, value, "0 or more")
+        for pattern, ratio in self.lr_ratios.items():
+            _need(0 <= ratio < math.inf, f"lr_ratios.{pattern}", ratio, "0 or more")
+            _need(_compiles(pattern), "lr_ratios", pattern, "a regular expression")
         unknown = set(self.trackers) - set(TRACKERS)
         _need(not unknown, "track", self.track, f"some of {', '.join(TRACKERS)}")
         steps = re.fullmatch(r"(\d+):(\d+)", self.profile)
@@ -327,6 +332,14 @@ class TrainConfig:
     def accumulation(self) -> int:
         """Micro-batches of one optimizer step."""
         return self.batch_tokens // (self.micro_batch * self.block_size)
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:

@@ -15,7 +15,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,9 @@ from fastgpt.optim import AdamW
 from fastgpt.profiling import Profile
 from fastgpt.runlog import Lagged, Log
 
+# name -> evaluation(run): figures by name, taken at every validation and logged as "name.figure"; a script of one's own
+# puts functions here before it calls main(). The model is in training mode when they are called, and must be after.
+EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
 WARM_STEPS = 3  # left out when speed is measured
 MEASURED_STEPS = 12  # after these a run limited by minutes knows how many steps it will take
 STOP_AFTER_SKIPS = 10  # steps in a row that the guard skipped
@@ -83,8 +86,12 @@ def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
 
 
 def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW:
+    try:
+        groups = model.param_groups(cfg.weight_decay, cfg.lr_ratios)
+    except ValueError as e:
+        raise UserError(str(e)) from e
     return AdamW(
-        model.param_groups(cfg.weight_decay),
+        groups,
         lr=cfg.lr,
         betas=(cfg.beta1, cfg.beta2),
         eps=cfg.eps,
@@ -231,7 +238,7 @@ class Run:
         p = self.progress
         rate = learning_rate(self.cfg, p.step, p.last_step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["lr_ratio"]
         values = train_step(model, self.optimizer, self.loader, self.cfg.accumulation, self.guard)
         p.step += 1
         p.tokens += self.cfg.batch_tokens
@@ -324,7 +331,8 @@ def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
         now = time.perf_counter()
         seconds, clock = now - clock, now
         p.seconds += seconds if p.length_known or p.step - started > WARM_STEPS else 0.0
-        row = {"step": p.step, "tokens": p.tokens, "lr": run.optimizer.param_groups[0]["lr"], "seconds": p.seconds}
+        rate = learning_rate(cfg, p.step - 1, p.last_step)
+        row = {"step": p.step, "tokens": p.tokens, "lr": rate, "seconds": p.seconds}
         row["tokens_per_second"] = speed = cfg.batch_tokens / seconds
         row.update({f"mfu_{name}": flops * speed / peak for name, flops in per_token.items()})
         lagged.put({**row, "memory_gb": memory_gb(run.device)}, values)
@@ -343,8 +351,12 @@ def validate(run: Run, log: Log, batches: int | None) -> float:
     cfg = run.cfg
     windows = sequential(run.data.val, cfg.micro_batch, cfg.block_size, max_batches=batches, device=run.device)
     loss = evaluate(run.model, windows)
-    log.row({"step": run.progress.step, "val_loss": loss})
-    log.say(f"step {run.progress.step}: validation loss {loss:.4f} nats per token")
+    row = {"step": run.progress.step, "val_loss": loss}
+    for name, evaluation in EVALUATIONS.items():
+        row.update({f"{name}.{what}": float(value) for what, value in evaluation(run).items()})
+    log.row(row)
+    more = "".join(f", {name} {value:.4f}" for name, value in list(row.items())[2:])
+    log.say(f"step {run.progress.step}: validation loss {loss:.4f} nats per token{more}")
     return loss
 
 

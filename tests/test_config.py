@@ -123,7 +123,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--dtype", "fp8"], "dtype is 'fp8', expected one of auto, fp32, bf16"),
     (["--max-stps", "3"], "max_stps is not a setting (did you mean max_steps?)"),
     (["--max", "3"], "max is not a setting (--help lists them)"),
-    (["stray"], "stray is not a setting (--help lists them)"),
+    (["zzz"], "zzz is not a setting (--help lists them)"),
     (["--model.widht", "3"], "model.widht is not a setting (did you mean model.width?)"),
     (["--model", "3"], "model is '3', expected a mapping"),
     (["--model.n-layers", "x"], "model.n_layers is 'x', expected a whole number"),

@@ -196,6 +196,30 @@ def test_profile_names_the_ops(text: Path, capsys: pytest.CaptureFixture[str]) -
     assert any(name.startswith("fastgpt::layer_norm_fwd") for name in names)
 
 
+def test_learning_rates_by_name(text: Path) -> None:
+    cfg = load_config([*SMALL, "--lr-ratios", '{"wte|wpe": 0.5, "norm": 0.0}', "--data", str(text), "--out", "run"])
+    run = train.Run(cfg)
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    for _ in range(3):
+        run.step(run.model)
+    moved = {name: not torch.equal(before[name], p) for name, p in run.model.named_parameters()}
+    assert not any(moved[name] for name in moved if "norm" in name)
+    assert all(moved[name] for name in moved if "norm" not in name)
+    rates = {g["lr"] / train.learning_rate(cfg, 2, cfg.max_steps) for g in run.optimizer.param_groups}
+    assert rates == {0.0, 0.5, 1.0}
+    with pytest.raises(UserError, match="lr_ratios: no parameter is for 'head.*'"):
+        train.Run(dataclasses.replace(cfg, lr_ratios={"head": 0.1}))
+
+
+def test_evaluations_of_ones_own(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(train.EVALUATIONS, "own", lambda run: {"step": run.progress.step, "two": 2.0})
+    assert go(text) == 0
+    found = [(r["step"], r["own.step"], r["own.two"]) for r in rows() if "val_loss" in r]
+    assert found == [(6, 6.0, 2.0), (12, 12.0, 2.0)] and "own.two 2.0000" in capsys.readouterr().out
+
+
 def test_milestones_stay(text: Path) -> None:
     assert go(text, "--keep", "1", "--save-every", "2", "--keep-every", "4") == 0
     kept = [p.name for p in checkpoint.checkpoints(Path("run"))]
