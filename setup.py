@@ -48,6 +48,8 @@ CUDA_SOURCES = [
     "csrc/cuda/layer_norm.cu",
     "csrc/cuda/cross_entropy.cu",
     "csrc/cuda/adamw.cu",
+    "csrc/cuda/rope.cu",
+    "csrc/cuda/embedding.cu",
 ]
 DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; PTX for every other card from 8.0 on
 REBUILD = "pip install --no-build-isolation -e ."

@@ -29,6 +29,7 @@ struct Cpu {
   void swiglu_bwd(const SwigluArgs& a) { cpu::swiglu_bwd(a); }
   void rope(const RopeArgs& a) { cpu::rope(a); }
   void embedding_fwd(const EmbeddingFwdArgs& a) { cpu::embedding_fwd(a); }
+  bool sort_tokens(EmbeddingBwdArgs&, const Tensor&) { return false; }  // embedding_bwd_add does it itself
   void embedding_bwd_add(const EmbeddingBwdArgs& a) { cpu::embedding_bwd_add(a); }
   void attention_fwd(const AttentionArgs& a) { cpu::attention_fwd(a); }
   void attention_bwd(const AttentionArgs& a) { cpu::attention_bwd(a); }

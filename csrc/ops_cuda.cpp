@@ -1,7 +1,9 @@
 // The CUDA dispatch key: Ops<Cuda>, on the tensors' device and PyTorch's current stream there.
 #include <torch/csrc/stable/accelerator.h>
 
+#include "fastgpt/embedding_ops.h"
 #include "fastgpt/ops_impl.h"
+#include "fastgpt/rope_ops.h"
 
 #ifndef FASTGPT_EMULATED
 // Lives in libtorch_cuda, which a CPU-only torch does not have: weak, so that one binary loads on both.
@@ -48,10 +50,18 @@ struct Cuda : OnDevice {
   void scale_rows(const ScaleRowsArgs& a) { cuda::scale_rows(a, stream); }
   void adamw_prepare(const AdamWArgs& a) { cuda::adamw_prepare(a, stream); }
   void adamw_update(const AdamWArgs& a) { cuda::adamw_update(a, stream); }
+  void rope(const RopeArgs& a) { cuda::rope(a, stream); }
+  void embedding_fwd(const EmbeddingFwdArgs& a) { cuda::embedding_fwd(a, stream); }
+  void embedding_keys(const EmbeddingBwdArgs& a, int32_t* keys) { cuda::embedding_keys(a, keys, stream); }
+  int64_t embedding_partials(int64_t n_tokens) { return cuda::embedding_partials(n_tokens); }
+  SortedTokens sort_tokens(EmbeddingBwdArgs& a, const Tensor& like) { return fastgpt::sort_tokens(*this, a, like); }
+  void embedding_bwd_add(const EmbeddingBwdArgs& a) { cuda::embedding_bwd_add(a, stream); }
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cuda::layer_norm_bwd_blocks(n_rows, n_cols); }
   int64_t adamw_partials(const int64_t* numels, int64_t n) { return cuda::adamw_partials(numels, n); }
 };
 
 template struct Ops<Cuda>;
+template struct RopeOps<Cuda>;
+template struct EmbeddingOps<Cuda>;
 
 }  // namespace fastgpt

@@ -54,6 +54,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, FASTGPT_CUDA_KEY, m) {
   m.impl("scale_rows.cuda", TORCH_BOX(&Op::scale_rows));
   m.impl("adamw_prepare.cuda", TORCH_BOX(&Op::adamw_prepare));
   m.impl("adamw_update.cuda", TORCH_BOX(&Op::adamw_update));
+  using Rope = fastgpt::RopeOps<fastgpt::Cuda>;
+  m.impl("rope_fwd.cuda", TORCH_BOX(&Rope::rope_fwd));
+  m.impl("rope_rows.cuda", TORCH_BOX(&Rope::rope_rows));
+  m.impl("rope_copy.cuda", TORCH_BOX(&Rope::rope_copy));
+  using Embedding = fastgpt::EmbeddingOps<fastgpt::Cuda>;
+  m.impl("embedding_fwd.cuda", TORCH_BOX(&Embedding::embedding_fwd));
+  m.impl("embedding_bwd.cuda", TORCH_BOX(&Embedding::embedding_bwd));
+  m.impl("embedding_bwd_add.cuda", TORCH_BOX(&Embedding::embedding_bwd_add));
 }
 #endif
 

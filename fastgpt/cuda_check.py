@@ -27,6 +27,9 @@ FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-cubin")
 # kernels that need no 128-bit load: pattern -> why
 SCALAR = {
     "layer_norm_*, 1>": "instance for pointers and rows off 16-byte alignment",
+    "rope_kernel<*, 1>": "instance for what does not lie in 16-byte pieces",
+    "embedding_*, 1>": "instance for pointers and rows off 16-byte alignment",
+    "embedding_keys_kernel*": "one index a token",
     "layer_norm_bwd_reduce_kernel<*": "adds fp32 partials, 128 bytes a warp and row",
 }
 REMEDY = (

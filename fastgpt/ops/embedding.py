@@ -176,7 +176,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     return relative_error(got, [exact, table, table + rows[:5], grads[0], 2 * grads[0], grads[1]])
 
 
-register("embedding", _self_check, triton=Cell(), cpu=Cell())
+register("embedding", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def embedding(

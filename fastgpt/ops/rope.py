@@ -227,7 +227,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     return relative_error(got, wanted)
 
 
-register("rope", _self_check, triton=Cell(), cpu=Cell())
+register("rope", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def rope(

@@ -53,6 +53,30 @@ Tensor EmbeddingOps<Device>::embedding_fwd(Tensor ids, Tensor weight, OptTensor 
   return y;
 }
 
+// Tokens in the order of their table rows, and room for partial sums: what backward on CUDA takes beside the ids.
+struct SortedTokens {
+  Tensor sorted, order, partials, partial_keys;
+};
+
+// Sorted by PyTorch (32-bit keys, stable, no synchronisation); fills `a`.
+template <class Device>
+SortedTokens sort_tokens(Device& device, EmbeddingBwdArgs& a, const Tensor& like) {
+  FASTGPT_CHECK(a.n_rows < INT32_MAX, "embedding_bwd_add", "dweight has ", a.n_rows, " rows, expected less than 2^31 - 1");
+  const Tensor keys = allocate(like, {a.n_tokens}, ScalarType::Int);
+  device.embedding_keys(a, static_cast<int32_t*>(keys.data_ptr()));
+  std::array<StableIValue, 4> stack{torch::stable::detail::from(keys),
+                                    torch::stable::detail::from(std::optional<bool>(true)),
+                                    torch::stable::detail::from(int64_t{0}), torch::stable::detail::from(false)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION));
+  const int64_t n = device.embedding_partials(a.n_tokens);
+  SortedTokens s{torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+                 allocate(like, {n, a.n_cols}, ScalarType::Float), allocate(like, {n}, ScalarType::Int)};
+  a.sorted = static_cast<const int32_t*>(s.sorted.data_ptr()), a.order = static_cast<const int64_t*>(s.order.data_ptr());
+  a.partials = static_cast<float*>(s.partials.data_ptr());
+  a.partial_keys = static_cast<int32_t*>(s.partial_keys.data_ptr());
+  return s;
+}
+
 template <class Device>
 void EmbeddingOps<Device>::embedding_bwd_add(Tensor dweight, Tensor dy, Tensor ids) {
   const char* op = "embedding_bwd_add";
@@ -70,6 +94,7 @@ void EmbeddingOps<Device>::embedding_bwd_add(Tensor dweight, Tensor dy, Tensor i
   const Rows dy_rows = rows_of(dy);
   a.dy = dy_rows.data(), a.dy_row = dy_rows.step;
   a.dweight = dweight.data_ptr();
+  [[maybe_unused]] const auto kept = device.sort_tokens(a, dy);
   device.embedding_bwd_add(a);
 }
 

@@ -196,11 +196,15 @@ struct EmbeddingFwdArgs {
   DType dtype;
 };
 
-// dweight[ids[n]] += dy[n]; an index outside the table adds nothing.
+// dweight[ids[n]] += dy[n]; an index outside the table adds nothing. What is CUDA's alone is null on the CPU.
 struct EmbeddingBwdArgs {
   Indices ids;     // (N)
   const void* dy;  // (N, C) dtype, rows dy_row apart
   void* dweight;   // (n_rows, C) dweight_dtype, rows dweight_row apart
+  const int32_t* sorted;   // (N): table row of each token, ascending; n_rows for one outside; CUDA
+  const int64_t* order;    // (N): the token it belongs to; CUDA
+  float* partials;         // (embedding_partials(N), C); CUDA
+  int32_t* partial_keys;   // (embedding_partials(N)); CUDA
   int64_t dy_row, dweight_row;
   int64_t n_tokens, n_cols, n_rows;
   DType dtype, dweight_dtype;  // dweight_dtype: dtype or f32
@@ -242,6 +246,9 @@ struct AttentionArgs {
   void scale_rows(const ScaleRowsArgs& a __VA_ARGS__);                     \
   void adamw_prepare(const AdamWArgs& a __VA_ARGS__); /* grad, numel, step of each tensor; steps, partials */ \
   void adamw_update(const AdamWArgs& a __VA_ARGS__);                       \
+  void rope(const RopeArgs& a __VA_ARGS__);                                \
+  void embedding_fwd(const EmbeddingFwdArgs& a __VA_ARGS__);               \
+  void embedding_bwd_add(const EmbeddingBwdArgs& a __VA_ARGS__);           \
   /* sizes of the workspaces above, from shapes alone */                   \
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);           \
   int64_t adamw_partials(const int64_t* numels, int64_t n_tensors);
@@ -257,9 +264,6 @@ void bias_gelu_bwd(const BiasGeluArgs& a);
 int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols);
 void swiglu_fwd(const SwigluArgs& a);
 void swiglu_bwd(const SwigluArgs& a);
-void rope(const RopeArgs& a);
-void embedding_fwd(const EmbeddingFwdArgs& a);
-void embedding_bwd_add(const EmbeddingBwdArgs& a);
 void attention_fwd(const AttentionArgs& a);
 void attention_bwd(const AttentionArgs& a);
 }  // namespace cpu
@@ -269,6 +273,8 @@ using Stream = void*;  // a cudaStream_t
 #define FASTGPT_STREAM , Stream stream
 FASTGPT_LAUNCHERS(FASTGPT_STREAM)
 #undef FASTGPT_STREAM
+void embedding_keys(const EmbeddingBwdArgs& a, int32_t* keys, Stream stream);  // (N): what is to be sorted
+int64_t embedding_partials(int64_t n_tokens);
 }  // namespace cuda
 
 #undef FASTGPT_LAUNCHERS

@@ -59,7 +59,7 @@ struct ActivationOps {
   static std::tuple<Tensor, OptTensor> swiglu_bwd(Tensor dy, Tensor gate, OptTensor up, int64_t activation);
 };
 
-// Apart from Ops until CUDA has it too; bodies in rope_ops.h.
+// Bodies in rope_ops.h.
 template <class Device>
 struct RopeOps {
   static std::tuple<Tensor, Tensor> rope_fwd(Tensor q, Tensor k, Tensor cos, Tensor sin, OptTensor positions,
@@ -70,7 +70,7 @@ struct RopeOps {
                           bool inverse);
 };
 
-// Apart from Ops until CUDA has it too; bodies in embedding_ops.h.
+// Bodies in embedding_ops.h.
 template <class Device>
 struct EmbeddingOps {
   static Tensor embedding_fwd(Tensor ids, Tensor weight, OptTensor position_weight, OptTensor positions);

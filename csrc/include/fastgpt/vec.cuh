@@ -86,6 +86,48 @@ __device__ __forceinline__ void store(T* p, const float (&x)[L]) {
   }
 }
 
+// L values as they are in memory, L and p as for load: many can be under way before the first is widened.
+template <typename T, int L>
+struct Raw {
+  uint4 pieces[L / kLanes<T>];
+};
+
+template <typename T>
+struct Raw<T, 1> {
+  T value;
+};
+
+template <typename T, int L>
+__device__ __forceinline__ void load_raw(const T* p, Raw<T, L>& raw) {
+  if constexpr (L == 1) {
+    raw.value = *p;
+  } else {
+    static_assert(L % kLanes<T> == 0);
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) raw.pieces[i / kLanes<T>] = *reinterpret_cast<const uint4*>(p + i);
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void store_raw(T* p, const Raw<T, L>& raw) {
+  if constexpr (L == 1) {
+    *p = raw.value;
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) *reinterpret_cast<uint4*>(p + i) = raw.pieces[i / kLanes<T>];
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void widen(const Raw<T, L>& raw, float (&x)[L]) {
+  if constexpr (L == 1) {
+    x[0] = widen(raw.value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) unpack<T>(raw.pieces[i / kLanes<T>], x + i);
+  }
+}
+
 // L 16-bit words as they are, between memory and a 16-byte aligned array; L = 1, or a multiple of 8 and p aligned.
 template <int L>
 __device__ __forceinline__ void load_words(const int16_t* p, int16_t (&x)[L]) {
