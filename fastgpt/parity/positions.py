@@ -86,6 +86,7 @@ def _rope_variants(dtype: torch.dtype) -> Iterator[Variant]:
     wide = (
         (1, 2, 3, 1, 256, 128),
         (1, 2, 1, 1, 1100, 300),
+        (1, 2, 5, 1, 602, 299),
         (1, 2, 1, 1, 20, 0),
         (0, 3, 2, 1, 8, 4),
         (2, 0, 2, 1, 8, 4),
@@ -118,6 +119,8 @@ def _embedding_variants(dtype: torch.dtype) -> Iterator[Variant]:
     for o in ({"positions": "shared"}, {"positions": "own"}, {"int32": True}, {"distinct": 50}):
         yield (50, 9, 20, 9, 9), {**o}
     yield (3, 2, 40, 300, 2), {}  # many tokens a row
+    yield (2, 1, 8, 600, 1), {}
+    yield (1, 0, 8, 1500), {}
     yield (3, 2, 40, 300, 2), {"positions": "own", "mean": 100.0}
     yield (11, 7, 33, 3, 5), {"scale": 1e4 if dtype != torch.float16 else 1e3}
 

@@ -83,6 +83,26 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "if (!is_aligned(p)) return false;",
         "static_cast<void>(p);",
     ),
+    "heads side by side": (
+        "rope",
+        "cuda/rope.cu",
+        "for (int first = threadIdx.y; first < n_heads;",
+        "for (int first = 0; first < n_heads;",
+    ),
+    "sign of a turn": ("rope", "cuda/rope.cu", "a * cos[l] - b * sin[l];", "a * cos[l] + b * sin[l];"),
+    "barrier behind a tile's plan": ("embedding", "cuda/embedding.cu", "  __syncthreads();\n", ""),
+    "run cut in its middle": (
+        "embedding",
+        "cuda/embedding.cu",
+        "key == first && !(all_one && i + 1 > kTile / 2)",
+        "key == first",
+    ),
+    "one level of partials": (
+        "embedding",
+        "cuda/embedding.cu",
+        "while (tiles_of(level.n_rows) > 1)",
+        "if (tiles_of(level.n_rows) > 1)",
+    ),
     "lane that stays away": (
         "layer_norm",
         "cuda/layer_norm.cu",
@@ -123,6 +143,9 @@ def test_address_sanitizer(op: str) -> None:
 # As above, for what goes outside of a tensor
 ASTRAY: dict[str, tuple[str, str, str, str]] = {
     "row bound": ("layer_norm", "cuda/layer_norm.cu", "  if (row >= a.n_rows) return;\n", ""),
+    "head bound": ("rope", "cuda/rope.cu", "return h < n_heads && (h", "return h <= n_heads && (h"),
+    "token bound": ("embedding", "cuda/embedding.cu", "  if (i >= a.n_tokens) return;\n", ""),
+    "table bound": ("embedding", "cuda/embedding.cu", "(i >= n || key == nothing)", "(i >= n)"),
     "column mask of a store": ("layer_norm", "cuda/layer_norm.cu", "if (c < n) store_y", "store_y"),
     "column mask of a load": ("layer_norm", "cuda/layer_norm.cu", "if (c >= n) continue;\n    load_h", "load_h"),
 }

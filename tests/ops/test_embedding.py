@@ -107,6 +107,20 @@ def test_sums_are_fp32_and_in_order(name: str) -> None:
     torch.testing.assert_close(table[3], dy[0].float() * 1000, rtol=1e-5, atol=0)
 
 
+@ON
+@pytest.mark.parametrize("n", [1, 31, 33, 64, 1056, 9000])
+def test_runs_of_every_length(name: str, n: int) -> None:
+    """Whole numbers, whose fp32 sums are exact in any order: few rows have most of the tokens, some ids are no rows."""
+    g = torch.Generator().manual_seed(n)
+    ids = ((torch.rand(n, generator=g) ** 6 * 90).int() - 2).to(DEVICE)  # -2 to 87
+    dy = torch.randint(-8, 9, (n, 3), generator=g).float().to(DEVICE)
+    exact = torch.zeros(80, 3, device=DEVICE).index_add(0, ids.clamp(0, 79), dy * ((ids >= 0) & (ids < 80))[:, None])
+    assert torch.equal(BWD[name](dy, ids, 80), exact)
+    table = torch.ones(80, 3, device=DEVICE)
+    BWD_ADD[name](table, dy, ids)
+    assert torch.equal(table, exact + 1)
+
+
 @pytest.mark.skipif("cpu" not in parity.backends_here("embedding"), reason="needs the compiled CPU kernels")
 def test_the_number_of_threads_changes_nothing() -> None:
     g = torch.Generator().manual_seed(0)
