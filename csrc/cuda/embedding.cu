@@ -220,9 +220,8 @@ void embedding_keys(const EmbeddingBwdArgs& a, int32_t* keys, Stream stream) {
 }
 
 int64_t embedding_partials(int64_t n_tokens) {
-  int64_t total = 0, n = n_tokens;
-  do total += n = 2 * tiles_of(n);
-  while (n > 2);
+  int64_t total = 2;  // of the last level's one tile
+  for (int64_t n = n_tokens; tiles_of(n) > 1; total += n) n = 2 * tiles_of(n);
   return total;
 }
 

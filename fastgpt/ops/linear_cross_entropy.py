@@ -91,13 +91,20 @@ def _scaled(backend: str, t: Tensor, scale: Tensor) -> Tensor:
     return t
 
 
+def _product(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """scale * grad in dtype, without the product in fp32 (V C elements) in memory."""
+    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+
+
 def _deliver(weight: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor | None:
-    """scale * grad (fp32) as `weight`'s gradient: returned in its dtype, or put in its place."""
-    grad = grad if scale is None else grad * scale
+    """scale * grad (fp32) as `weight`'s gradient, in one pass: returned in its dtype, or put in its place."""
     place, filled = gradient_place(weight)
     if place is None:
-        return grad.to(weight.dtype)
-    place.add_(grad) if filled else place.copy_(grad)
+        return grad.to(weight.dtype) if scale is None else _product(grad, scale, weight.dtype)
+    if scale is None:
+        place.add_(grad) if filled else place.copy_(grad)
+    else:
+        torch.addcmul(place, grad, scale, out=place) if filled else torch.mul(grad, scale, out=place)
     weight.grad = place
     return None
 

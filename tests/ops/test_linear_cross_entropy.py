@@ -205,6 +205,36 @@ def test_logits_are_never_whole_in_chunks(name: str, reduction: str, dtype: torc
     assert inside.largest == 16 * 300 and "aten::mm.out" in inside.ops
 
 
+class Made(TorchDispatchMode):
+    """Shapes and dtypes of all tensors that ops made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[tuple[int, ...], torch.dtype]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.found += [(tuple(t.shape), t.dtype) for t in tree_leaves(out) if isinstance(t, Tensor)]
+        return out
+
+
+@ON
+@pytest.mark.parametrize("kept", [False, True])
+def test_backward_in_chunks_scales_the_weights_gradient_in_one_pass(name: str, kept: bool) -> None:
+    """Into the weight's dtype: no second tensor of (V, C) in fp32, when it is made and when it is added."""
+    x, w, _, target = case(dtype=torch.bfloat16)
+    leaf = w.clone().requires_grad_()
+    if kept:
+        leaf.grad_buffer = torch.full_like(w, math.nan)
+    with use(strict=True, linear_cross_entropy=name):
+        for _ in range(2):
+            loss = ops.linear_cross_entropy(x, leaf, target, chunk=4)
+            with Made() as made:
+                (3 * loss).backward()
+            assert made.found and (tuple(w.shape), torch.float32) not in made.found
+    assert leaf.grad is not None and error(leaf.grad, 6 * exact(x, w, None, target)[2]) < 2e-2
+
+
 def test_offsets_past_2_31_by_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device, N V = 2^43 and N C = 2^32: every chunk's views begin where they should, and nothing is
     larger than the gradients and one chunk of logits."""
