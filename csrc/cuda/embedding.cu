@@ -43,11 +43,10 @@ __global__ void __launch_bounds__(kFwdRows * 32) embedding_fwd_kernel(const Embe
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kFwdRows + threadIdx.y;
   if (i >= a.n_tokens) return;
   const bool both = a.position_weight != nullptr;
-  const int64_t n_sequences = both ? a.n_tokens / a.period : 1;
-  const int64_t n = i % n_sequences * (a.n_tokens / n_sequences) + i / n_sequences;  // one position after the other
+  const int64_t period = both ? a.period : a.n_tokens, n_sequences = a.n_tokens / period;
+  const int64_t t = i / n_sequences, n = (i - t * n_sequences) * period + t;  // one position after the other
   const int64_t v = index_at(a.ids, n);
-  int64_t p = 0;
-  if (both) p = a.positions.data == nullptr ? i / n_sequences : index_at(a.positions, i / n_sequences);
+  const int64_t p = a.positions.data == nullptr ? t : index_at(a.positions, t);
   const bool known = v >= 0 && v < a.n_rows && (!both || (p >= 0 && p < a.n_positions));
   const T* w = static_cast<const T*>(a.weight) + v * a.weight_row;
   const T* q = static_cast<const T*>(a.position_weight) + p * a.position_row;

@@ -24,20 +24,23 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kHeads = 4;  // of a thread, in flight together
 
-// L pairs: `low` and `high` are the columns i and half + i, or, interleaved, 2 L columns in a row.
+// L pairs: `low` and `high` are the columns i and half + i, or, interleaved, 2 L columns in a row. The sign is taken in
+// here: before the tables' first use all heads are under way.
 template <bool kInterleaved, int L>
-__device__ __forceinline__ void turn(float (&low)[L], float (&high)[L], const float (&cos)[L], const float (&sin)[L]) {
+__device__ __forceinline__ void turn(float (&low)[L], float (&high)[L], const float (&cos)[L], const float (&sin)[L],
+                                     float sign) {
 #pragma unroll
   for (int l = 0; l < L; ++l) {
     float& a = !kInterleaved ? low[l] : 2 * l < L ? low[2 * l] : high[2 * l - L];
     float& b = !kInterleaved || L == 1 ? high[l] : 2 * l < L ? low[2 * l + 1] : high[2 * l + 1 - L];
-    const float turned = a * cos[l] - b * sin[l];
-    b = b * cos[l] + a * sin[l];
+    const float s = sign * sin[l];
+    const float turned = a * cos[l] - b * s;
+    b = b * cos[l] + a * s;
     a = turned;
   }
 }
 
-// cos and sign sin of pairs i..i+L; NaN for a position that the tables do not have.
+// cos and sin of pairs i..i+L; NaN for a position that the tables do not have.
 template <int L>
 __device__ __forceinline__ void load_tables(const RopeArgs& a, int64_t position, int i, float (&cos)[L],
                                             float (&sin)[L]) {
@@ -48,8 +51,6 @@ __device__ __forceinline__ void load_tables(const RopeArgs& a, int64_t position,
 #pragma unroll
     for (int l = 0; l < L; ++l) cos[l] = sin[l] = NAN;
   }
-#pragma unroll
-  for (int l = 0; l < L; ++l) sin[l] *= a.sign;
 }
 
 // Unit u (threadIdx.x) of a head: L pairs, or 2 L columns that are copied. threadIdx.y: heads, threadIdx.z: positions.
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
             float v[L], w[L];
             widen(low[j], v);
             widen(high[j], w);
-            turn<kInterleaved>(v, w, cos, sin);
+            turn<kInterleaved>(v, w, cos, sin, a.sign);
             store(to + column(h), v);
             store(to + beside(h), w);
           } else {

@@ -89,7 +89,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "for (int first = threadIdx.y; first < n_heads;",
         "for (int first = 0; first < n_heads;",
     ),
-    "sign of a turn": ("rope", "cuda/rope.cu", "a * cos[l] - b * sin[l];", "a * cos[l] + b * sin[l];"),
+    "sign of a turn": ("rope", "cuda/rope.cu", "a * cos[l] - b * s;", "a * cos[l] + b * s;"),
     "barrier behind a tile's plan": ("embedding", "cuda/embedding.cu", "  __syncthreads();\n", ""),
     "run cut in its middle": (
         "embedding",
