@@ -1,4 +1,5 @@
-"""README's commands, executed word for word (make's two are run by .ci/run; here their recipes must exist)."""
+"""Commands of README and docs/training.md, executed word for word (make's two are run by .ci/run; here their recipes
+must exist)."""
 
 import os
 import re
@@ -13,18 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
 
 
-def commands() -> list[str]:
-    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks("bash") for line in block.splitlines()]
+def commands(page: str) -> list[str]:
+    lines = [re.sub(r"\s+# .*", "", line).strip() for block in blocks(page, "bash") for line in block.splitlines()]
     return [line for line in lines if line]
-
-
-RUN = [c for c in commands() if c.startswith("fastgpt ")]
 
 
 @pytest.fixture(scope="module")
@@ -39,28 +38,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-def test_fastgpt_commands(folder: Path) -> None:
-    """In README's order, in one folder: `fastgpt sample` uses the run that the commands before it left. One test, since
-    several would be spread over processes."""
+@pytest.mark.parametrize("page", [README, TRAINING], ids=["README", "training"])
+def test_fastgpt_commands(folder: Path, page: str) -> None:
+    """In the page's order, in one folder: `fastgpt sample` uses the run that the commands before it left. One test a
+    page, since several would be spread over processes."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(folder / "cache")}  # `fastgpt tune` writes there
-    assert RUN
-    for command in RUN:
+    run = [c for c in commands(page) if c.startswith("fastgpt ")]
+    assert run
+    for command in run:
         done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True, env=env)
         assert done.returncode == 0, command + done.stdout[-2000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", [*blocks(README, "python"), *blocks(TRAINING, "python")])
 def test_python_block(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
 
 def test_make_commands_exist_and_the_rest_is_covered() -> None:
-    for command in [c for c in commands() if c.startswith("make ")]:
+    for command in [c for c in commands(README) if c.startswith("make ")]:
         subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "make train" in ci and "make test" in ci
-    others = [c for c in commands() if not c.startswith(("make ", "fastgpt "))]
+    others = [c for c in commands(README) + commands(TRAINING) if not c.startswith(("make ", "fastgpt "))]
     assert all(c.startswith("pip install") for c in others), "tests/test_packaging.py installs in these ways"
 
 
