@@ -8,214 +8,140 @@
 // with a residual; backward 6 (read dy and h, write dx), 8 with dsum. Floor for N = 65536, C = 768, forward with
 // residual (403 MB): A100 197 us, H100 120, H200 84; backward without dsum (302 MB): 148, 90, 63.
 //
-// How: a row stays in registers between its passes, so each tensor crosses HBM once, in 16-byte pieces; rows of up to
-// 1024 columns (16 bits) belong to one warp and need no barrier. Backward runs 432 blocks (4 on each multiprocessor
-// of an A100, about 3 of an H100), which sum dw and db of their rows in registers and write one fp32 partial each; a
-// second kernel adds the partials in a fixed order: no atomics, the same bits in every run. Rows too wide for
-// registers are read again from L2.
-#include <fastgpt/cuda_launch.cuh>
-#include <fastgpt/launch.h>
-#include <fastgpt/reduce.cuh>
-#include <fastgpt/vec.cuh>
+// How: norm.cuh, with the bytes that are on their way. Each tensor crosses HBM once, in 16-byte pieces. Instructions
+// for each element of 16 bits, sm_90: forward 24 without a residual (an H100 has time for 34, activations.cuh), 30 with
+// (68); backward 34 without dsum (51), 40 with (68). Partials add 2 C 8 bytes a block: 1.7 % at the shape above.
+#include <fastgpt/norm.cuh>
 
 namespace fastgpt::cuda {
 namespace {
 
-constexpr int kWideThreads = 512;  // of a block that walks over the columns of a wide row
-constexpr int kFwdThreads = 512;   // at most, for one row in registers
-constexpr int kBwdItems = 8;       // columns of a thread in backward
-constexpr int kBwdThreads = 1024;  // at most, for one row in registers
-constexpr int64_t kBwdBlocks = 432;
-constexpr int kWideRows = 8;  // rows that a backward block of wide rows handles together
-
-template <typename T>
-constexpr int kFwdItems = sizeof(T) == 2 ? 32 : 16;  // columns of a thread in forward
-
-template <typename T>
-__device__ __forceinline__ const T* at(const void* base, int64_t row, int64_t stride) {
-  return static_cast<const T*>(base) + row * stride;
+template <typename W, typename T, int L, int kPacks>
+__device__ __forceinline__ void store_y(const LayerNormFwdArgs& a, int64_t row, int first,
+                                        const Raw<T, L> (&h)[kPacks], float mean, float rstd) {
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int c = first + column<L, kPacks>(i);
+    if (c >= a.n_cols) continue;
+    float y[L], w[L], b[L];
+    widen(h[i], y);
+    load_affine<W>(a.weight, c, 1.0f, w);
+    load_affine<W>(a.bias, c, 0.0f, b);
+#pragma unroll
+    for (int l = 0; l < L; ++l) y[l] = layer_norm_y(y[l], mean, rstd, w[l], b[l]);
+    store_whole(static_cast<T*>(a.y) + row * a.n_cols + c, y);
+  }
 }
 
-// h of columns c..c+L; the sum is stored for backward when there is a residual.
-template <typename T, int L>
-__device__ __forceinline__ void load_h(const LayerNormFwdArgs& a, int64_t row, int c, float (&h)[L]) {
-  load(at<T>(a.x, row, a.x_row) + c, h);
-  if (a.residual == nullptr) return;
-  float r[L];
-  load(at<T>(a.residual, row, a.residual_row) + c, r);
-#pragma unroll
-  for (int l = 0; l < L; ++l) h[l] = rounded<T>(h[l] + r[l]);
-  store(static_cast<T*>(a.sum) + row * a.n_cols + c, h);
-}
-
-template <typename T, typename W, int L>
-__device__ __forceinline__ void store_y(const LayerNormFwdArgs& a, int64_t row, int c, float (&h)[L], float mean,
-                                        float rstd) {
-  float w[L], b[L];
-#pragma unroll
-  for (int l = 0; l < L; ++l) w[l] = 1.0f, b[l] = 0.0f;
-  if (a.weight != nullptr) load(static_cast<const W*>(a.weight) + c, w);
-  if (a.bias != nullptr) load(static_cast<const W*>(a.bias) + c, b);
-#pragma unroll
-  for (int l = 0; l < L; ++l) h[l] = layer_norm_y(h[l], mean, rstd, w[l], b[l]);
-  store(static_cast<T*>(a.y) + row * a.n_cols + c, h);
+__device__ __forceinline__ void store_stats(const LayerNormFwdArgs& a, int64_t row, float mean, float rstd) {
+  if (threadIdx.x != 0) return;
+  a.stats[row] = mean;
+  a.stats[a.n_rows + row] = rstd;
 }
 
 // One row for each threadIdx.y, held in registers; more than one row in a block only where a row is one warp (no
 // barrier).
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kFwdThreads) layer_norm_fwd_kernel(const LayerNormFwdArgs a) {
-  constexpr int kPacks = kFwdItems<T> / L;
   __shared__ float scratch[2][kMaxWarps];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const int n = static_cast<int>(a.n_cols);
   if (row >= a.n_rows) return;
-  float h[kPacks][L];
-  float sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    const int c = (i * blockDim.x + threadIdx.x) * L;
-    if (c >= n) continue;
-    load_h<T>(a, row, c, h[i]);
-#pragma unroll
-    for (int l = 0; l < L; ++l) sum += h[i][l];
-  }
-  const float mean = row_sum(sum, scratch[0]) / n;
-  float squares = 0.0f;
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    const int c = (i * blockDim.x + threadIdx.x) * L;
-    if (c >= n) continue;
-#pragma unroll
-    for (int l = 0; l < L; ++l) squares += (h[i][l] - mean) * (h[i][l] - mean);
-  }
+  Raw<T, L> h[kFwdPacks<L>];
+  load_h(a, row, 0, h);
+  const float mean = row_sum(sum_of(h, 0, n, [](float x) { return x; }), scratch[0]) / n;
+  const float squares = sum_of(h, 0, n, [&](float x) { return (x - mean) * (x - mean); });
   const float rstd = 1.0f / sqrtf(row_sum(squares, scratch[1]) / n + a.eps);
-  if (threadIdx.x == 0) {
-    a.stats[row] = mean;
-    a.stats[a.n_rows + row] = rstd;
-  }
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    const int c = (i * blockDim.x + threadIdx.x) * L;
-    if (c < n) store_y<T, W>(a, row, c, h[i], mean, rstd);
-  }
+  store_stats(a, row, mean, rstd);
+  store_y<W>(a, row, 0, h, mean, rstd);
 }
 
 // One block a row, three sweeps over its columns.
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kWideThreads) layer_norm_fwd_wide_kernel(const LayerNormFwdArgs a) {
+  constexpr int kPacks = kFwdPacks<L>;
   __shared__ float scratch[2][kMaxWarps];
   const int64_t row = blockIdx.x;
-  const int n = static_cast<int>(a.n_cols), step = blockDim.x * L;
-  const T* again = a.residual != nullptr ? at<T>(a.sum, row, a.n_cols) : at<T>(a.x, row, a.x_row);
-  float sum = 0.0f, squares = 0.0f, h[L];
-  for (int c = threadIdx.x * L; c < n; c += step) {
-    load_h<T>(a, row, c, h);
-#pragma unroll
-    for (int l = 0; l < L; ++l) sum += h[l];
+  const int n = static_cast<int>(a.n_cols), step = kPacks * blockDim.x * L;
+  const T* again = a.residual != nullptr ? at_row<T>(a.sum, row, a.n_cols) : at_row<T>(a.x, row, a.x_row);
+  float sum = 0.0f, squares = 0.0f;
+  Raw<T, L> h[kPacks];
+  for (int first = 0; first < n; first += step) {
+    load_h(a, row, first, h);
+    sum += sum_of(h, first, n, [](float x) { return x; });
   }
   const float mean = row_sum(sum, scratch[0]) / n;
-  for (int c = threadIdx.x * L; c < n; c += step) {  // each thread reads what it stored itself
-    load(again + c, h);
-#pragma unroll
-    for (int l = 0; l < L; ++l) squares += (h[l] - mean) * (h[l] - mean);
+  for (int first = 0; first < n; first += step) {  // each thread reads what it stored itself
+    load_row(again, first, n, h);
+    squares += sum_of(h, first, n, [&](float x) { return (x - mean) * (x - mean); });
   }
   const float rstd = 1.0f / sqrtf(row_sum(squares, scratch[1]) / n + a.eps);
-  if (threadIdx.x == 0) {
-    a.stats[row] = mean;
-    a.stats[a.n_rows + row] = rstd;
-  }
-  for (int c = threadIdx.x * L; c < n; c += step) {
-    load(again + c, h);
-    store_y<T, W>(a, row, c, h, mean, rstd);
-  }
-}
-
-template <typename W, int L>
-__device__ __forceinline__ void load_weight(const LayerNormBwdArgs& a, int c, float (&w)[L]) {
-#pragma unroll
-  for (int l = 0; l < L; ++l) w[l] = 1.0f;
-  if (a.weight != nullptr) load(static_cast<const W*>(a.weight) + c, w);
-}
-
-// dx of columns c..c+L from w dy and xhat.
-template <typename T, int L>
-__device__ __forceinline__ void store_dx(const LayerNormBwdArgs& a, int64_t row, int c, float (&wdy)[L],
-                                         const float (&xhat)[L], float mean_wdy, float mean_wdy_xhat, float rstd) {
-  float dsum[L];
-#pragma unroll
-  for (int l = 0; l < L; ++l) dsum[l] = 0.0f;
-  if (a.dsum != nullptr) load(at<T>(a.dsum, row, a.dsum_row) + c, dsum);
-#pragma unroll
-  for (int l = 0; l < L; ++l) wdy[l] = layer_norm_dx(wdy[l], xhat[l], mean_wdy, mean_wdy_xhat, rstd) + dsum[l];
-  store(static_cast<T*>(a.dx) + row * a.n_cols + c, wdy);
-}
-
-// Adds the row groups' sums (dw and db of their own rows) in the order of threadIdx.y and writes the block's partial.
-// `shared`: (blockDim.y, 2, C).
-__device__ __forceinline__ void write_partial(const LayerNormBwdArgs& a, const float* shared) {
-  const int64_t n = a.n_cols;
-  float* partial = a.partials + static_cast<int64_t>(blockIdx.x) * 2 * n;
-  for (int64_t i = threadIdx.y * blockDim.x + threadIdx.x; i < 2 * n; i += blockDim.x * blockDim.y) {
-    float total = 0.0f;
-    for (unsigned y = 0; y < blockDim.y; ++y) total += shared[y * 2 * n + i];
-    partial[i] = total;
+  store_stats(a, row, mean, rstd);
+  for (int first = 0; first < n; first += step) {
+    load_row(again, first, n, h);
+    store_y<W>(a, row, first, h, mean, rstd);
   }
 }
 
 // One row for each threadIdx.y at a time; the columns of a thread are the same in all its rows.
-template <typename T, typename W, int L>
-__global__ void __launch_bounds__(kBwdThreads) layer_norm_bwd_kernel(const LayerNormBwdArgs a) {
-  constexpr int kPacks = kBwdItems / L;
+template <typename T, typename W, int kPacks, int L>
+__global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks == 3 ? 4 : 2)
+    layer_norm_bwd_kernel(const LayerNormBwdArgs a) {
   __shared__ float scratch[2][2 * kMaxWarps];  // two sets, used in turn: one barrier a row
-  FASTGPT_DYNAMIC_SHARED(float, shared);       // (blockDim.y, 2, C) if blockDim.y > 1
+  FASTGPT_DYNAMIC_SHARED(float, shared);
+  const Ring<T, L, kPacks> ring(shared, a.dsum != nullptr);
   const int n = static_cast<int>(a.n_cols);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   float dw[kPacks][L] = {}, db[kPacks][L] = {};
-  int set = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < a.n_rows;
-       first += static_cast<int64_t>(gridDim.x) * blockDim.y, set ^= 1) {
-    const int64_t row = first + threadIdx.y;
-    const bool live = row < a.n_rows;
-    const float mean = live ? a.stats[row] : 0.0f, rstd = live ? a.stats[a.n_rows + row] : 0.0f;
-    float wdy[kPacks][L] = {}, xhat[kPacks][L] = {};
+  ring.request_row(a, row, 0);
+  float next_mean = row < a.n_rows ? a.stats[row] : 0.0f, next_rstd = row < a.n_rows ? a.stats[a.n_rows + row] : 0.0f;
+  int set = 0;  // of scratch, and stage of the ring
+  for (int64_t first = row - threadIdx.y; first < a.n_rows; first += step, row += step, set ^= 1) {
+    ring.request_row(a, row + step, set ^ 1);
+    ptx::cp_async_wait<1>();  // this row is there, the next may be on its way
+    const int end = row < a.n_rows ? n : 0;
+    const float mean = next_mean, rstd = next_rstd;
     float sum = 0.0f, dot = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      const int c = (i * blockDim.x + threadIdx.x) * L;
-      if (c >= n || !live) continue;
-      load(at<T>(a.h, row, a.h_row) + c, xhat[i]);
-      load(at<T>(a.dy, row, a.dy_row) + c, wdy[i]);
-      float w[L];  // from L1: registers are short
-      load_weight<W>(a, c, w);
+      const int c = column<L, kPacks>(i);
+      if (c >= end) continue;
+      float dy[L], xhat[L], w[L];
+      ring.get(set, 0, i, dy);
+      ring.get(set, 1, i, xhat);
+      load_affine<W>(a.weight, c, 1.0f, w);
 #pragma unroll
       for (int l = 0; l < L; ++l) {
-        xhat[i][l] = (xhat[i][l] - mean) * rstd;
-        dw[i][l] += wdy[i][l] * xhat[i][l];
-        db[i][l] += wdy[i][l];
-        wdy[i][l] *= w[l];
-        sum += wdy[i][l];
-        dot += wdy[i][l] * xhat[i][l];
+        xhat[l] = (xhat[l] - mean) * rstd;
+        dw[i][l] += dy[l] * xhat[l];
+        db[i][l] += dy[l];
+        sum += w[l] * dy[l];
+        dot += w[l] * dy[l] * xhat[l];
       }
     }
+    if (row + step < a.n_rows) next_mean = a.stats[row + step], next_rstd = a.stats[a.n_rows + row + step];
     row_sum2(sum, dot, scratch[set]);
+    sum /= n, dot /= n;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
-      const int c = (i * blockDim.x + threadIdx.x) * L;
-      if (c < n && live) store_dx<T>(a, row, c, wdy[i], xhat[i], sum / n, dot / n, rstd);
+      const int c = column<L, kPacks>(i);
+      if (c >= end) continue;
+      float d[L], h[L], w[L], dsum[L] = {};
+      ring.get(set, 0, i, d);
+      ring.get(set, 1, i, h);
+      if (ring.dsum) ring.get(set, 2, i, dsum);
+      load_affine<W>(a.weight, c, 1.0f, w);
+#pragma unroll
+      for (int l = 0; l < L; ++l) d[l] = layer_norm_dx(w[l] * d[l], (h[l] - mean) * rstd, sum, dot, rstd);
+      store_dx<T>(a, row, c, d, dsum);
     }
   }
   if (a.partials == nullptr) return;
-  float* mine = blockDim.y > 1 ? shared + threadIdx.y * 2 * n : a.partials + static_cast<int64_t>(blockIdx.x) * 2 * n;
-#pragma unroll
-  for (int i = 0; i < kPacks; ++i) {
-    const int c = (i * blockDim.x + threadIdx.x) * L;
-    if (c >= n) continue;
-#pragma unroll
-    for (int l = 0; l < L; ++l) mine[c + l] = dw[i][l], mine[n + c + l] = db[i][l];
-  }
-  if (blockDim.y == 1) return;
-  __syncthreads();
-  write_partial(a, shared);
+  __syncthreads();  // the ring is free
+  float* partial = a.partials + static_cast<int64_t>(blockIdx.x) * 2 * n;
+  write_partial(dw, n, shared, partial);
+  write_partial(db, n, shared + n, partial + n);
 }
 
 // Wide rows, kWideRows at a time: first the two means of each row, then, column by column, dx and the sums over the
@@ -236,9 +162,9 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
       float sum = 0.0f, dot = 0.0f;
       for (int c = threadIdx.x * L; c < n; c += step) {
         float dy[L], h[L], w[L];
-        load(at<T>(a.dy, first + r, a.dy_row) + c, dy);
-        load(at<T>(a.h, first + r, a.h_row) + c, h);
-        load_weight<W>(a, c, w);
+        load(at_row<T>(a.dy, first + r, a.dy_row) + c, dy);
+        load(at_row<T>(a.h, first + r, a.h_row) + c, h);
+        load_affine<W>(a.weight, c, 1.0f, w);
 #pragma unroll
         for (int l = 0; l < L; ++l) sum += w[l] * dy[l], dot += w[l] * dy[l] * ((h[l] - mean) * rstd);
       }
@@ -248,20 +174,22 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
     __syncthreads();
     for (int c = threadIdx.x * L; c < n; c += step) {
       float w[L], dw[L] = {}, db[L] = {};
-      load_weight<W>(a, c, w);
+      load_affine<W>(a.weight, c, 1.0f, w);
+#pragma unroll 1
       for (int r = 0; r < n_rows; ++r) {
         const float mean = a.stats[first + r], rstd = a.stats[a.n_rows + first + r];
-        float wdy[L], xhat[L];
-        load(at<T>(a.dy, first + r, a.dy_row) + c, wdy);
-        load(at<T>(a.h, first + r, a.h_row) + c, xhat);
+        float wdy[L], xhat[L], dsum[L] = {};
+        load(at_row<T>(a.dy, first + r, a.dy_row) + c, wdy);
+        load(at_row<T>(a.h, first + r, a.h_row) + c, xhat);
+        if (a.dsum != nullptr) load(at_row<T>(a.dsum, first + r, a.dsum_row) + c, dsum);
 #pragma unroll
         for (int l = 0; l < L; ++l) {
           xhat[l] = (xhat[l] - mean) * rstd;
           dw[l] += wdy[l] * xhat[l];
           db[l] += wdy[l];
-          wdy[l] *= w[l];
+          wdy[l] = layer_norm_dx(wdy[l] * w[l], xhat[l], means[set][r][0], means[set][r][1], rstd);
         }
-        store_dx<T>(a, first + r, c, wdy, xhat, means[set][r][0], means[set][r][1], rstd);
+        store_dx<T>(a, first + r, c, wdy, dsum);
       }
       if (partial == nullptr) continue;
 #pragma unroll
@@ -273,91 +201,44 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
   }
 }
 
-// partials (n_blocks, 2, C) -> dweight (blockIdx.y 0), dbias (1): 32 columns a block, threadIdx.y strides over the
-// partials.
-template <typename W>
-__global__ void __launch_bounds__(1024) layer_norm_bwd_reduce_kernel(const LayerNormBwdArgs a, int64_t n_blocks) {
-  __shared__ float sums[32][33];
-  void* out = blockIdx.y == 0 ? a.dweight : a.dbias;
-  if (out == nullptr) return;
-  const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  float sum = 0.0f;
-  for (int64_t b = threadIdx.y; b < n_blocks && c < a.n_cols; b += 32)
-    sum += a.partials[(b * 2 + blockIdx.y) * a.n_cols + c];
-  sums[threadIdx.x][threadIdx.y] = sum;
-  __syncthreads();
-  const float total = warp_sum(sums[threadIdx.y][threadIdx.x]);  // warp y adds column y
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.y;
-  if (threadIdx.x == 0 && column < a.n_cols) static_cast<W*>(out)[column] = narrow<W>(total);
-}
-
 // ---- launchers ----
-
-// Threads of one row, a multiple of 32: each takes `items` columns in pieces of `lanes`.
-int row_threads(int64_t n_cols, int items, int lanes) {
-  const int64_t packs = (n_cols + lanes - 1) / lanes, per_warp = 32 * (items / lanes);
-  return static_cast<int>((packs + per_warp - 1) / per_warp * 32);
-}
 
 template <typename T, typename W, int L>
 void fwd(const LayerNormFwdArgs& a, Stream stream) {
-  if (a.n_cols > static_cast<int64_t>(kFwdThreads) * kFwdItems<T>) {
+  const int threads = row_threads(a.n_cols, kFwdPacks<L>, L), rows = threads == 32 ? 4 : 1;
+  if (threads > kFwdThreads) {
     launch("layer_norm_fwd_wide_kernel", layer_norm_fwd_wide_kernel<T, W, L>, dim3(a.n_rows), dim3(kWideThreads), 0,
            stream, a);
-    return;
+  } else {
+    launch("layer_norm_fwd_kernel", layer_norm_fwd_kernel<T, W, L>, dim3((a.n_rows + rows - 1) / rows),
+           dim3(threads, rows), 0, stream, a);
   }
-  const int threads = row_threads(a.n_cols, kFwdItems<T>, L);
-  const int rows = threads == 32 ? 4 : 1;
-  launch("layer_norm_fwd_kernel", layer_norm_fwd_kernel<T, W, L>, dim3((a.n_rows + rows - 1) / rows),
-         dim3(threads, rows), 0, stream, a);
 }
 
-// Rows that a backward block works on side by side.
-int bwd_rows(int threads) { return threads >= 256 ? 1 : 256 / threads; }
+template <typename T, typename W, int kPacks, int L>
+void bwd_rows(const LayerNormBwdArgs& a, const BwdShape& s, Stream stream) {
+  launch("layer_norm_bwd_kernel", layer_norm_bwd_kernel<T, W, kPacks, L>, dim3(s.n_blocks), dim3(s.threads, s.rows),
+         s.smem, stream, a);
+}
 
 template <typename T, typename W, int L>
 void bwd(const LayerNormBwdArgs& a, Stream stream) {
-  const int64_t n_blocks = layer_norm_bwd_blocks(a.n_rows, a.n_cols);
-  if (a.n_rows > 0 && a.n_cols > static_cast<int64_t>(kBwdThreads) * kBwdItems) {
-    launch("layer_norm_bwd_wide_kernel", layer_norm_bwd_wide_kernel<T, W, L>, dim3(n_blocks), dim3(kWideThreads), 0,
+  const BwdShape s = bwd_shape<T, L>(a.n_rows, a.n_cols, a.dsum != nullptr, 2 * a.n_cols,
+                                     [](int) { return 512; });
+  if (a.n_rows > 0 && s.packs == 0) {
+    launch("layer_norm_bwd_wide_kernel", layer_norm_bwd_wide_kernel<T, W, L>, dim3(s.n_blocks), dim3(s.threads), 0,
            stream, a);
   } else if (a.n_rows > 0) {
-    const int threads = row_threads(a.n_cols, kBwdItems, L), rows = bwd_rows(threads);
-    const size_t smem = rows > 1 ? sizeof(float) * rows * 2 * a.n_cols : 0;
-    launch("layer_norm_bwd_kernel", layer_norm_bwd_kernel<T, W, L>, dim3(n_blocks), dim3(threads, rows), smem, stream,
-           a);
+    if constexpr (L == 1) bwd_rows<T, W, 8, L>(a, s, stream);
+    else s.packs == 3 ? bwd_rows<T, W, 3, L>(a, s, stream) : bwd_rows<T, W, 4, L>(a, s, stream);
   }
   if (a.dweight == nullptr && a.dbias == nullptr) return;
-  launch("layer_norm_bwd_reduce_kernel", layer_norm_bwd_reduce_kernel<W>, dim3((a.n_cols + 31) / 32, 2), dim3(32, 32),
-         0, stream, a, n_blocks);
-}
-
-// Calls f(T{}, W{}) for the dtype of x and of the weights.
-template <typename F>
-void with_types(DType dtype, DType weight_dtype, F f) {
-  const bool wide = weight_dtype == DType::f32;
-  if (dtype == DType::f32) f(float{}, float{});
-  else if (dtype == DType::bf16 && wide) f(bf16{}, float{});
-  else if (dtype == DType::bf16) f(bf16{}, bf16{});
-  else if (wide) f(f16{}, float{});
-  else f(f16{}, f16{});
-}
-
-bool all_aligned(std::initializer_list<const void*> pointers) {
-  for (const void* p : pointers) {
-    if (!is_aligned(p)) return false;
-  }
-  return true;
+  add_partials<W>(Sums{a.partials, {a.dweight, a.dbias}, s.n_blocks, a.n_cols}, 2, stream);
 }
 
 }  // namespace
 
-int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) {
-  const bool in_registers = n_cols <= static_cast<int64_t>(kBwdThreads) * kBwdItems;
-  const int64_t rows = in_registers ? bwd_rows(row_threads(n_cols, kBwdItems, 1)) : kWideRows;
-  const int64_t groups = (n_rows + rows - 1) / rows;
-  return groups < kBwdBlocks ? groups : kBwdBlocks;
-}
+int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t) { return max_bwd_blocks(n_rows); }
 
 void layer_norm_fwd(const LayerNormFwdArgs& a, Stream stream) {
   if (a.n_rows == 0 || a.n_cols == 0) return;
@@ -377,7 +258,7 @@ void layer_norm_bwd(const LayerNormBwdArgs& a, Stream stream) {
     using T = decltype(t);
     using W = decltype(w);
     constexpr int L = kLanes<T>;
-    const bool vectors = all_aligned({a.dy, a.dsum, a.h, a.weight, a.dx}) &&
+    const bool vectors = all_aligned({a.dy, a.dsum, a.h, a.weight, a.dx, a.partials}) &&
                          (a.n_cols | a.dy_row | a.h_row | (a.dsum ? a.dsum_row : 0)) % L == 0;
     vectors ? bwd<T, W, L>(a, stream) : bwd<T, W, 1>(a, stream);
   });

@@ -11,6 +11,20 @@ __device__ __forceinline__ float ex2(float x) {
   return y;
 }
 
+// 1 / x: relative error 2^-23, subnormal arguments and results 0, rcp(inf) = 0.
+__device__ __forceinline__ float rcp(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 16 bytes to global memory in one piece.
+__device__ __forceinline__ void store16(void* p, uint4 v) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // Two fp32 to two bf16, nearest even; `low` in the low half.
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   uint32_t d;
@@ -28,6 +42,60 @@ __device__ __forceinline__ float f16_to_float(uint16_t bits) {
   float x;
   asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
   return x;
+}
+
+// ---- tensor cores ----
+
+// An address in shared memory.
+using Shared = uint32_t;
+
+__device__ __forceinline__ Shared shared_address(const void* p) {
+  return static_cast<Shared>(__cvta_generic_to_shared(p));
+}
+
+// Four 8 x 8 matrices of 16 bits: lane l gives the address of row l % 8 of matrix l / 8, and gets of each matrix columns
+// 2 (l % 4) and the next of row l / 4; transposed, rows 2 (l % 4) and the next of column l / 4.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row));
+}
+
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row));
+}
+
+// c (16 x 8, fp32) += a (16 x 16) b (16 x 8). Of c lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next;
+// of a the same rows, columns 2 (l % 4), the next, and both + 8; of b these as rows, column l / 4.
+__device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- asynchronous copies from global to shared memory ----
+
+// 16 bytes, the last 16 - `bytes` of them 0; both addresses at multiples of 16. Nothing is read where `bytes` is 0.
+__device__ __forceinline__ void cp_async_16(Shared to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes)
+               : "memory");
+}
+
+// Closes this thread's group of copies.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all of this thread's groups but the last N have come.
+template <int N>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 }  // namespace fastgpt::ptx

@@ -4,6 +4,7 @@
 #include <fastgpt/math.h>
 #include <fastgpt/ptx.cuh>
 
+#include <initializer_list>
 #include <type_traits>
 
 namespace fastgpt::cuda {
@@ -13,6 +14,13 @@ template <typename T>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
 
 __host__ __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+inline bool all_aligned(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers) {
+    if (!is_aligned(p)) return false;
+  }
+  return true;
+}
 
 template <typename T>
 __device__ __forceinline__ float widen(T x) {
@@ -125,6 +133,47 @@ __device__ __forceinline__ void widen(const Raw<T, L>& raw, float (&x)[L]) {
   } else {
 #pragma unroll
     for (int i = 0; i < L; i += kLanes<T>) unpack<T>(raw.pieces[i / kLanes<T>], x + i);
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void narrow(const float (&x)[L], Raw<T, L>& raw) {
+  if constexpr (L == 1) {
+    raw.value = narrow<T>(x[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) raw.pieces[i / kLanes<T>] = pack<T>(x + i);
+  }
+}
+
+// As store and store_raw, to global memory, and in 16-byte pieces in any surroundings (nvcc splits the assignment in
+// some).
+template <typename T, int L>
+__device__ __forceinline__ void store_whole(T* p, const Raw<T, L>& raw) {
+  if constexpr (L == 1) {
+    *p = raw.value;
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) ptx::store16(p + i, raw.pieces[i / kLanes<T>]);
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void store_whole(T* p, const float (&x)[L]) {
+  Raw<T, L> raw;
+  narrow(x, raw);
+  store_whole(p, raw);
+}
+
+// As load, for what no kernel writes while this one runs: such loads may overtake stores.
+template <typename T, int L>
+__device__ __forceinline__ void load_const(const T* p, float (&x)[L]) {
+  if constexpr (L == 1) {
+    x[0] = widen(p[0]);
+  } else {
+    static_assert(L % kLanes<T> == 0);
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) unpack<T>(__ldg(reinterpret_cast<const uint4*>(p + i)), x + i);
   }
 }
 

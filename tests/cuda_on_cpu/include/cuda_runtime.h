@@ -1,7 +1,7 @@
 // CUDA kernels on the host, for tests: this file stands in for the toolkit's cuda_runtime.h, so that g++ compiles
 // csrc/cuda/*.cu unchanged. Blocks run one after the other; the threads of a block are fibers that run until they
-// wait, in an order that set_schedule picks. Barriers and warp shuffles are rendezvous; a thread that never comes is
-// reported as a deadlock. Each 16-byte access is checked for alignment, each launch for CUDA's limits;
+// wait, in an order that set_schedule picks. Barriers and warp collectives are rendezvous; a thread that never comes is
+// reported as a deadlock. Of a thread's asynchronous copies every other one is made at once, the rest at its wait. Each 16-byte access is checked for alignment, each launch for CUDA's limits;
 // AddressSanitizer sees shared memory as well, dynamic shared memory being allocated to its exact size.
 //
 // What it cannot show: races between threads that run at the same time (it shows those that some order of whole
@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -55,26 +56,37 @@ inline dim3 blockDim, gridDim;
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorMisalignedAddress = 716,
   cudaErrorLaunchFailure = 719
 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
 
 namespace emulator {
 
 enum class Schedule { forward, backward, random };
-enum class State { ready, at_barrier, at_shuffle, done };
+enum class State { ready, at_barrier, at_collective, done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes, group;
+};
 
 struct Fiber {
   Context context;
   State state;
   uint3 thread;
   unsigned warp, lane;
+  std::vector<Copy> copies;  // not yet made
+  int groups, started;       // of copies: closed, begun
 };
 
 struct Warp {
-  uint32_t value[32], result[32];
+  void* lanes[32];
+  const char* collective;
   int arrived;
 };
 
@@ -93,6 +105,7 @@ struct Machine {
   std::mt19937 random{0};
   bool misaligned = false;
   std::string error;
+  std::map<const void*, size_t> shared_limits;  // of kernels that asked for more than 48 KB
   std::unique_ptr<void, void (*)(void*)> dynamic_shared{nullptr, std::free};
   char* stacks = static_cast<char*>(
       mmap(nullptr, kStack* kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -119,25 +132,61 @@ struct Machine {
     if (me->state == State::at_barrier) switch_to(me->context, scheduler);
   }
 
-  // The last of the warp's 32 lanes computes for all.
-  uint32_t shuffle_xor(uint32_t value, int lane_mask) {
+  // Each of the warp's 32 lanes brings `mine`; the last computes for all.
+  template <typename F>
+  void meet(const char* collective, void* mine, F compute) {
     Fiber* me = current;
     Warp& warp = warps[me->warp];
-    warp.value[me->lane] = value;
-    if (++warp.arrived < 32) {
-      wait(State::at_shuffle);
-      return warp.result[me->lane];
+    if (warp.arrived == 0) warp.collective = collective;
+    if (std::strcmp(warp.collective, collective) != 0) {
+      if (error.empty()) error = std::string("deadlock: a warp is at ") + warp.collective + " and at " + collective;
+      wait(State::at_collective);
     }
+    warp.lanes[me->lane] = mine;
+    if (++warp.arrived < 32) return wait(State::at_collective);
     warp.arrived = 0;
-    for (int lane = 0; lane < 32; ++lane) warp.result[lane] = warp.value[lane ^ lane_mask];
-    for (Fiber& f : fibers) {
-      if (f.warp == me->warp && f.state == State::at_shuffle) f.state = State::ready;
+    compute(warp.lanes);
+    for (unsigned i = me->warp * 32; i < me->warp * 32 + 32; ++i) {
+      if (&fibers[i] != me) fibers[i].state = State::ready;
     }
-    return warp.result[me->lane];
+  }
+
+  uint32_t shuffle_xor(uint32_t value, int lane_mask) {
+    struct Lane {
+      uint32_t value, result;
+      int mask;
+    } mine{value, 0, lane_mask};
+    meet("shuffle", &mine, [](void* const* lanes) {
+      for (int lane = 0; lane < 32; ++lane) {
+        Lane& l = *static_cast<Lane*>(lanes[lane]);
+        l.result = static_cast<Lane*>(lanes[lane ^ l.mask])->value;
+      }
+    });
+    return mine.result;
+  }
+
+  void make(const Copy& c) {
+    std::memset(c.to, 0, 16);
+    if (c.bytes > 0) std::memcpy(c.to, c.from, c.bytes);
+  }
+
+  // Early and late in turn: what counts on either shows.
+  void copy_async(void* to, const void* from, int bytes) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) misaligned = true;
+    const Copy copy{to, from, bytes, current->groups};
+    if (current->started++ % 2 == 0) make(copy);
+    else current->copies.push_back(copy);
+  }
+
+  void wait_for_copies(int n_open) {
+    std::vector<Copy>& copies = current->copies;
+    size_t done = 0;
+    while (done < copies.size() && copies[done].group < current->groups - n_open) make(copies[done++]);
+    copies.erase(copies.begin(), copies.begin() + done);
   }
 
   void run_block();
-  cudaError_t run(dim3 grid, dim3 block_size, size_t shared_bytes, std::function<void()> kernel);
+  cudaError_t run(dim3 grid, dim3 block_size, size_t shared_bytes, size_t limit, std::function<void()> kernel);
 };
 
 inline Machine& machine() {
@@ -148,6 +197,7 @@ inline Machine& machine() {
 inline void fiber_main() {
   Machine& m = machine();
   m.body();
+  if (!m.current->copies.empty() && m.error.empty()) m.error = "a thread ended before its asynchronous copies";
   m.current->state = State::done;
   --m.live;
   m.open_barrier_if_full();
@@ -172,6 +222,8 @@ inline void Machine::run_block() {
     fibers[i].thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
     fibers[i].warp = i / 32;
     fibers[i].lane = i % 32;
+    fibers[i].copies.clear();
+    fibers[i].groups = fibers[i].started = 0;
   }
   while (live > 0) {
     bool progress = false;
@@ -184,15 +236,17 @@ inline void Machine::run_block() {
       switch_to(scheduler, current->context);
     }
     if (progress) continue;
+    if (!error.empty()) return;
     error = "deadlock: " + std::to_string(waiting) + " of " + std::to_string(live) + " threads wait at __syncthreads";
     return;
   }
 }
 
-inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes, std::function<void()> kernel) {
+inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes, size_t limit,
+                                std::function<void()> kernel) {
   const uint64_t n = uint64_t{block_size.x} * block_size.y * block_size.z;
   if (n == 0 || n > kMaxThreads || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu ||
-      grid.y > 65535 || grid.z > 65535 || shared_bytes > 48 * 1024) {
+      grid.y > 65535 || grid.z > 65535 || shared_bytes > limit) {
     return cudaErrorInvalidConfiguration;
   }
   gridDim = grid;
@@ -205,7 +259,9 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
     const uint64_t b = schedule == Schedule::backward ? n_blocks - 1 - k : k;
     blockIdx = {static_cast<unsigned>(b % grid.x), static_cast<unsigned>(b / grid.x % grid.y),
                 static_cast<unsigned>(b / grid.x / grid.y)};
-    dynamic_shared.reset(shared_bytes == 0 ? nullptr : std::malloc(shared_bytes));
+    void* memory = nullptr;
+    if (shared_bytes > 0 && posix_memalign(&memory, 128, shared_bytes) != 0) std::abort();
+    dynamic_shared.reset(memory);
     if (shared_bytes > 0) std::memset(dynamic_shared.get(), 0xff, shared_bytes);  // NaN: nothing may count on zeros
     run_block();
   }
@@ -214,6 +270,9 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
 }
 
 }  // namespace emulator
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 // 16 bytes; an access through a misaligned pointer fails the launch, as on the device.
 struct alignas(16) uint4 {
@@ -230,9 +289,16 @@ struct alignas(16) uint4 {
   }
 };
 
+template <typename T>
+inline T __ldg(const T* p) {
+  return *p;
+}
+
 inline void __syncthreads() { emulator::machine().barrier(); }
 
-inline float __shfl_xor_sync(unsigned, float v, int lane_mask) {
+template <typename T>
+T __shfl_xor_sync(unsigned, T v, int lane_mask) {
+  static_assert(sizeof(T) == 4);
   uint32_t bits;
   std::memcpy(&bits, &v, sizeof bits);
   bits = emulator::machine().shuffle_xor(bits, lane_mask);
@@ -248,8 +314,16 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
+// As a device of sm_80.
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes < 0 || bytes > 163 * 1024) return cudaErrorInvalidValue;
+  emulator::machine().shared_limits[kernel] = bytes;
+  return cudaSuccess;
+}
+
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
+  if (error == cudaErrorInvalidValue) return "invalid argument";
   if (error == cudaErrorMisalignedAddress) return "misaligned address";
   return emulator::machine().error.c_str();
 }
@@ -258,6 +332,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
-  return emulator::machine().run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                                 [&] { kernel(arguments...); });
+  emulator::Machine& m = emulator::machine();
+  const auto asked = m.shared_limits.find(reinterpret_cast<const void*>(kernel));
+  return m.run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+               asked == m.shared_limits.end() ? 48 * 1024 : asked->second, [&] { kernel(arguments...); });
 }
