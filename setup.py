@@ -50,6 +50,9 @@ CUDA_SOURCES = [
     "csrc/cuda/adamw.cu",
     "csrc/cuda/rope.cu",
     "csrc/cuda/embedding.cu",
+    "csrc/cuda/rms_norm.cu",
+    "csrc/cuda/bias_gelu.cu",
+    "csrc/cuda/swiglu.cu",
 ]
 DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; PTX for every other card from 8.0 on
 REBUILD = "pip install --no-build-isolation -e ."

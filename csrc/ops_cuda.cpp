@@ -1,8 +1,10 @@
 // The CUDA dispatch key: Ops<Cuda>, on the tensors' device and PyTorch's current stream there.
 #include <torch/csrc/stable/accelerator.h>
 
+#include "fastgpt/activation_ops.h"
 #include "fastgpt/embedding_ops.h"
 #include "fastgpt/ops_impl.h"
+#include "fastgpt/rms_norm_impl.h"
 #include "fastgpt/rope_ops.h"
 
 #ifndef FASTGPT_EMULATED
@@ -56,12 +58,22 @@ struct Cuda : OnDevice {
   int64_t embedding_partials(int64_t n_tokens) { return cuda::embedding_partials(n_tokens); }
   SortedTokens sort_tokens(EmbeddingBwdArgs& a, const Tensor& like) { return fastgpt::sort_tokens(*this, a, like); }
   void embedding_bwd_add(const EmbeddingBwdArgs& a) { cuda::embedding_bwd_add(a, stream); }
+  void rms_norm_fwd(const RmsNormFwdArgs& a) { cuda::rms_norm_fwd(a, stream); }
+  void rms_norm_bwd(const RmsNormBwdArgs& a) { cuda::rms_norm_bwd(a, stream); }
+  void bias_gelu_fwd(const BiasGeluArgs& a) { cuda::bias_gelu_fwd(a, stream); }
+  void bias_gelu_bwd(const BiasGeluArgs& a) { cuda::bias_gelu_bwd(a, stream); }
+  void swiglu_fwd(const SwigluArgs& a) { cuda::swiglu_fwd(a, stream); }
+  void swiglu_bwd(const SwigluArgs& a) { cuda::swiglu_bwd(a, stream); }
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cuda::layer_norm_bwd_blocks(n_rows, n_cols); }
+  int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cuda::rms_norm_bwd_blocks(n_rows, n_cols); }
+  int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cuda::bias_gelu_bwd_blocks(n_rows, n_cols); }
   int64_t adamw_partials(const int64_t* numels, int64_t n) { return cuda::adamw_partials(numels, n); }
 };
 
 template struct Ops<Cuda>;
 template struct RopeOps<Cuda>;
 template struct EmbeddingOps<Cuda>;
+template struct RmsNormOps<Cuda>;
+template struct ActivationOps<Cuda>;
 
 }  // namespace fastgpt

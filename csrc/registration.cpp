@@ -62,6 +62,14 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, FASTGPT_CUDA_KEY, m) {
   m.impl("embedding_fwd.cuda", TORCH_BOX(&Embedding::embedding_fwd));
   m.impl("embedding_bwd.cuda", TORCH_BOX(&Embedding::embedding_bwd));
   m.impl("embedding_bwd_add.cuda", TORCH_BOX(&Embedding::embedding_bwd_add));
+  using RmsNorm = fastgpt::RmsNormOps<fastgpt::Cuda>;
+  m.impl("rms_norm_fwd.cuda", TORCH_BOX(&RmsNorm::rms_norm_fwd));
+  m.impl("rms_norm_bwd.cuda", TORCH_BOX(&RmsNorm::rms_norm_bwd));
+  using Act = fastgpt::ActivationOps<fastgpt::Cuda>;
+  m.impl("bias_gelu_fwd.cuda", TORCH_BOX(&Act::bias_gelu_fwd));
+  m.impl("bias_gelu_bwd.cuda", TORCH_BOX(&Act::bias_gelu_bwd));
+  m.impl("swiglu_fwd.cuda", TORCH_BOX(&Act::swiglu_fwd));
+  m.impl("swiglu_bwd.cuda", TORCH_BOX(&Act::swiglu_bwd));
 }
 #endif
 

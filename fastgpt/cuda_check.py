@@ -30,7 +30,10 @@ SCALAR = {
     "rope_kernel<*, 1>": "instance for what does not lie in 16-byte pieces",
     "embedding_*, 1>": "instance for pointers and rows off 16-byte alignment",
     "embedding_keys_kernel*": "one index a token",
-    "layer_norm_bwd_reduce_kernel<*": "adds fp32 partials, 128 bytes a warp and row",
+    "rms_norm_*, 1>": "as layer_norm's",
+    "bias_gelu_*, 1>": "as layer_norm's",
+    "swiglu_*, 1>": "as layer_norm's",
+    "add_partials_kernel<*": "adds fp32 partials, 128 bytes a warp and row",
 }
 REMEDY = (
     "cuda_check: no nvcc found; set CUDA_HOME to a CUDA toolkit, or pip install -r requirements-dev.txt, "

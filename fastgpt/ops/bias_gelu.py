@@ -84,7 +84,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     return worst
 
 
-register("bias_gelu", _self_check, triton=Cell(), cpu=Cell())
+register("bias_gelu", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:

@@ -132,7 +132,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     return relative_error(got, [t.detach() for t in (*exact, *grads)])
 
 
-register("rms_norm", _self_check, triton=Cell(), cpu=Cell())
+register("rms_norm", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def rms_norm(

@@ -96,7 +96,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     return worst
 
 
-register("swiglu", _self_check, triton=Cell(), cpu=Cell())
+register("swiglu", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> Tensor:

@@ -41,8 +41,10 @@ def _bases(dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _variants(dtype: torch.dtype, own: list[dict[str, Any]]) -> Iterator[Variant]:
-    for shape in ((1, 1), (1, 7), (2, 3, 770), (67, 128), (3, 1024), (2, 5000), (2, 9001)):
+    shapes = ((1, 1), (1, 7), (2, 3, 770), (67, 128), (3, 1024), (2, 5000), (2, 9001))
+    for shape in (*shapes, (9, 2080), (2, 8448), (34, 4104)):  # the last: more rows than one wave of blocks has
         yield shape, {"residual": True}
+    yield (67, 128), {}
     mixed = {"fp32_weight": True, "residual": True}
     for o in ({}, *own, {"weight": False}, mixed, {"eps": 1e-2}):
         if dtype != torch.float32 or not o.get("fp32_weight"):

@@ -61,7 +61,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "barrier of the partials' reduce": (
         "layer_norm",
-        "cuda/layer_norm.cu",
+        "include/fastgpt/partials.cuh",
         "sums[threadIdx.x][threadIdx.y] = sum;\n  __syncthreads();",
         "sums[threadIdx.x][threadIdx.y] = sum;",
     ),
@@ -79,7 +79,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "alignment": (
         "layer_norm",
-        "cuda/layer_norm.cu",
+        "include/fastgpt/vec.cuh",
         "if (!is_aligned(p)) return false;",
         "static_cast<void>(p);",
     ),
@@ -109,6 +109,26 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "row_sum2(sum, dot, scratch[set]);",
         "if (threadIdx.x != 5) row_sum2(sum, dot, scratch[set]);",
     ),
+    "row that is written over while it is read": (
+        "layer_norm",
+        "cuda/layer_norm.cu",
+        "ring.request_row(a, row + step, set ^ 1);",
+        "ring.request_row(a, row + step, set);",
+    ),
+    "copy that is not waited for": ("rms_norm", "cuda/rms_norm.cu", "cp_async_wait<1>", "cp_async_wait<2>"),
+    "barrier between rows' sums": (
+        "rms_norm",
+        "include/fastgpt/partials.cuh",
+        "    if (!last) __syncthreads();\n",
+        "",
+    ),
+    "row mask of a sum": (
+        "bias_gelu",
+        "cuda/bias_gelu.cu",
+        "      if (row >= n_rows) continue;\n      float u",
+        "      float u",
+    ),
+    "stride of a packed gradient": ("swiglu", "cuda/swiglu.cu", "a.dup) + row * a.grad_row", "a.dup) + row * a.n_cols"),
 }
 
 
@@ -146,8 +166,36 @@ ASTRAY: dict[str, tuple[str, str, str, str]] = {
     "head bound": ("rope", "cuda/rope.cu", "return h < n_heads && (h", "return h <= n_heads && (h"),
     "token bound": ("embedding", "cuda/embedding.cu", "  if (i >= a.n_tokens) return;\n", ""),
     "table bound": ("embedding", "cuda/embedding.cu", "(i >= n || key == nothing)", "(i >= n)"),
-    "column mask of a store": ("layer_norm", "cuda/layer_norm.cu", "if (c < n) store_y", "store_y"),
-    "column mask of a load": ("layer_norm", "cuda/layer_norm.cu", "if (c >= n) continue;\n    load_h", "load_h"),
+    "column mask of a store": (
+        "layer_norm",
+        "cuda/layer_norm.cu",
+        "    if (c >= a.n_cols) continue;\n    float y[L], w[L], b[L];",
+        "    float y[L], w[L], b[L];",
+    ),
+    "column mask of a load": (
+        "layer_norm",
+        "include/fastgpt/norm.cuh",
+        "if (c < n) load_raw(row + c, x[i]);",
+        "load_raw(row + c, x[i]);",
+    ),
+    "row bound of a copy": (
+        "rms_norm",
+        "include/fastgpt/norm.cuh",
+        "const int n = row < a.n_rows ? static_cast<int>(a.n_cols) : 0;",
+        "const int n = static_cast<int>(a.n_cols);",
+    ),
+    "column bound of a tile": (
+        "bias_gelu",
+        "cuda/bias_gelu.cu",
+        "  if (c >= a.n_cols) return;\n  Raw<T, L> x[kRows];",
+        "  Raw<T, L> x[kRows];",
+    ),
+    "row mask of a tile": (
+        "swiglu",
+        "cuda/swiglu.cu",
+        "    if (row >= a.n_rows) continue;\n    float g[L], dgate[L], dup[L];",
+        "    float g[L], dgate[L], dup[L];",
+    ),
 }
 
 

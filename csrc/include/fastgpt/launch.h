@@ -244,6 +244,12 @@ struct AttentionArgs {
   void cross_entropy_bwd(const CrossEntropyArgs& a __VA_ARGS__);           \
   void cross_entropy_fwd_bwd(const CrossEntropyArgs& a __VA_ARGS__);       \
   void scale_rows(const ScaleRowsArgs& a __VA_ARGS__);                     \
+  void rms_norm_fwd(const RmsNormFwdArgs& a __VA_ARGS__);                  \
+  void rms_norm_bwd(const RmsNormBwdArgs& a __VA_ARGS__);                  \
+  void bias_gelu_fwd(const BiasGeluArgs& a __VA_ARGS__);                   \
+  void bias_gelu_bwd(const BiasGeluArgs& a __VA_ARGS__);                   \
+  void swiglu_fwd(const SwigluArgs& a __VA_ARGS__);                        \
+  void swiglu_bwd(const SwigluArgs& a __VA_ARGS__);                        \
   void adamw_prepare(const AdamWArgs& a __VA_ARGS__); /* grad, numel, step of each tensor; steps, partials */ \
   void adamw_update(const AdamWArgs& a __VA_ARGS__);                       \
   void rope(const RopeArgs& a __VA_ARGS__);                                \
@@ -251,19 +257,13 @@ struct AttentionArgs {
   void embedding_bwd_add(const EmbeddingBwdArgs& a __VA_ARGS__);           \
   /* sizes of the workspaces above, from shapes alone */                   \
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);           \
+  int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);             \
+  int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols);            \
   int64_t adamw_partials(const int64_t* numels, int64_t n_tensors);
 
 namespace cpu {
 FASTGPT_LAUNCHERS()
 // not yet on CUDA
-void rms_norm_fwd(const RmsNormFwdArgs& a);
-void rms_norm_bwd(const RmsNormBwdArgs& a);
-int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);
-void bias_gelu_fwd(const BiasGeluArgs& a);
-void bias_gelu_bwd(const BiasGeluArgs& a);
-int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols);
-void swiglu_fwd(const SwigluArgs& a);
-void swiglu_bwd(const SwigluArgs& a);
 void attention_fwd(const AttentionArgs& a);
 void attention_bwd(const AttentionArgs& a);
 }  // namespace cpu
