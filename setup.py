@@ -53,6 +53,9 @@ CUDA_SOURCES = [
     "csrc/cuda/rms_norm.cu",
     "csrc/cuda/bias_gelu.cu",
     "csrc/cuda/swiglu.cu",
+    "csrc/cuda/attention_fwd.cu",
+    "csrc/cuda/attention_dkdv.cu",
+    "csrc/cuda/attention_bwd.cu",
 ]
 DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; PTX for every other card from 8.0 on
 REBUILD = "pip install --no-build-isolation -e ."

@@ -33,6 +33,7 @@ struct Cpu {
   void embedding_bwd_add(const EmbeddingBwdArgs& a) { cpu::embedding_bwd_add(a); }
   void attention_fwd(const AttentionArgs& a) { cpu::attention_fwd(a); }
   void attention_bwd(const AttentionArgs& a) { cpu::attention_bwd(a); }
+  int64_t attention_bwd_workspace(int64_t b, int64_t t, int64_t h) { return cpu::attention_bwd_workspace(b, t, h); }
   int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::bias_gelu_bwd_blocks(n_rows, n_cols); }
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cpu::layer_norm_bwd_blocks(n_rows, n_cols); }
   int64_t adamw_partials(const int64_t* numels, int64_t n) { return cpu::adamw_partials(numels, n); }

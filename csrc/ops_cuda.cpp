@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "fastgpt/activation_ops.h"
+#include "fastgpt/attention_ops.h"
 #include "fastgpt/embedding_ops.h"
 #include "fastgpt/ops_impl.h"
 #include "fastgpt/rms_norm_impl.h"
@@ -68,6 +69,9 @@ struct Cuda : OnDevice {
   int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cuda::rms_norm_bwd_blocks(n_rows, n_cols); }
   int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols) { return cuda::bias_gelu_bwd_blocks(n_rows, n_cols); }
   int64_t adamw_partials(const int64_t* numels, int64_t n) { return cuda::adamw_partials(numels, n); }
+  void attention_fwd(const AttentionArgs& a) { cuda::attention_fwd(a, stream); }
+  void attention_bwd(const AttentionArgs& a) { cuda::attention_bwd(a, stream); }
+  int64_t attention_bwd_workspace(int64_t b, int64_t t, int64_t h) { return cuda::attention_bwd_workspace(b, t, h); }
 };
 
 template struct Ops<Cuda>;
@@ -75,5 +79,6 @@ template struct RopeOps<Cuda>;
 template struct EmbeddingOps<Cuda>;
 template struct RmsNormOps<Cuda>;
 template struct ActivationOps<Cuda>;
+template struct AttentionOps<Cuda>;
 
 }  // namespace fastgpt

@@ -70,6 +70,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastgpt, FASTGPT_CUDA_KEY, m) {
   m.impl("bias_gelu_bwd.cuda", TORCH_BOX(&Act::bias_gelu_bwd));
   m.impl("swiglu_fwd.cuda", TORCH_BOX(&Act::swiglu_fwd));
   m.impl("swiglu_bwd.cuda", TORCH_BOX(&Act::swiglu_bwd));
+  using Attention = fastgpt::AttentionOps<fastgpt::Cuda>;
+  m.impl("attention_fwd.cuda", TORCH_BOX(&Attention::fwd));
+  m.impl("attention_bwd.cuda", TORCH_BOX(&Attention::bwd));
+  m.impl("attention_qkv_bwd.cuda", TORCH_BOX(&Attention::qkv_bwd));
 }
 #endif
 

@@ -3,7 +3,8 @@
 Every csrc/cuda/*.cu is compiled by itself for sm_80 and sm_90a. ptxas tells registers, stack, spills and shared memory
 of each kernel; nvdisasm (it comes with Triton) tells whether the loads are 128 bits wide. Exit code 1: a compilation
 failed, a kernel uses local memory that spills.json (beside the sources: {"kernel": {"bytes": n, "reason": why}}, names
-as printed, with * and ?) does not allow, or a memory-bound kernel has no 128-bit load. Exit code 2: a tool is missing.
+as printed, with * and ?) does not allow, a memory-bound kernel has no 128-bit load, or one of matrix products does not
+run on tensor cores with 128-bit asynchronous copies. Exit code 2: a tool is missing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ SCALAR = {
     "bias_gelu_*, 1>": "as layer_norm's",
     "swiglu_*, 1>": "as layer_norm's",
     "add_partials_kernel<*": "adds fp32 partials, 128 bytes a warp and row",
+    "attention_spans_kernel": "a few index values for each query",
 }
+# kernels of matrix products: HMMA, and LDGSTS.128 for their operands
+TENSOR = ("attention_fwd_kernel<*", "attention_dkdv_kernel<*", "attention_dq_kernel<*")
 REMEDY = (
     "cuda_check: no nvcc found; set CUDA_HOME to a CUDA toolkit, or pip install -r requirements-dev.txt, "
     "which names the packages nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt and nvidia-cuda-runtime"
@@ -56,6 +60,8 @@ class Kernel:
     spills: int  # bytes stored and loaded
     shared: int
     wide_loads: int  # LDG.E.128 instructions
+    wide_copies: int = 0  # LDGSTS.E.128: global to shared memory
+    tensor_products: int = 0  # HMMA
     problem: str = ""
 
 
@@ -119,10 +125,17 @@ def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
     return found
 
 
-def wide_loads(disassembly: str) -> dict[str, int]:
-    """nvdisasm -c -> mangled name -> number of 128-bit global loads."""
+COUNTED = {
+    "wide_loads": re.compile(r"\bLDG\.E\.(?:\w+\.)*128\b"),
+    "wide_copies": re.compile(r"\bLDGSTS\.E\.(?:\w+\.)*128\b"),
+    "tensor_products": re.compile(r"\bHMMA\.16816\b"),
+}
+
+
+def instructions(disassembly: str) -> dict[str, dict[str, int]]:
+    """nvdisasm -c -> mangled name -> how many instructions of each kind in COUNTED."""
     sections = re.split(r"^\s*\.section\s+\.text\.", disassembly, flags=re.M)[1:]
-    return {s.split(",")[0].strip(): len(re.findall(r"\bLDG\.E\.(?:\w+\.)*128\b", s)) for s in sections}
+    return {s.split(",")[0].strip(): {kind: len(p.findall(s)) for kind, p in COUNTED.items()} for s in sections}
 
 
 def problem(kernel: Kernel, allowed: dict[str, dict[str, object]]) -> str:
@@ -131,6 +144,10 @@ def problem(kernel: Kernel, allowed: dict[str, dict[str, object]]) -> str:
     local, limit = max(kernel.stack, kernel.spills), max(limits, default=0)
     if local > limit:
         return f"{kernel.stack} bytes of stack, {kernel.spills} of spills; spills.json allows {limit}"
+    if any(fnmatch.fnmatchcase(kernel.name, pattern) for pattern in TENSOR):
+        if kernel.tensor_products == 0:
+            return "no product on tensor cores (HMMA.16816)"
+        return "" if kernel.wide_copies else "no 128-bit copy to shared memory (LDGSTS.E.128)"
     if kernel.wide_loads == 0 and not any(fnmatch.fnmatchcase(kernel.name, pattern) for pattern in SCALAR):
         return "no 128-bit load (LDG.E.128)"
     return ""
@@ -147,12 +164,12 @@ def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Pat
         raise RuntimeError(f"{source.name} for {arch}:\n{done.stdout}{done.stderr}")
     resources = parse_ptxas(done.stdout + done.stderr)
     listing = subprocess.run([str(nvdisasm), "-c", str(cubin)], capture_output=True, text=True)
-    loads = wide_loads(listing.stdout)
-    if set(resources) - set(loads):
-        raise RuntimeError(f"nvdisasm lists no code for {sorted(set(resources) - set(loads))}: {listing.stderr[-300:]}")
+    counts = instructions(listing.stdout)
+    if set(resources) - set(counts):
+        raise RuntimeError(f"nvdisasm lists no code for {sorted(set(resources) - set(counts))}: {listing.stderr[-300:]}")
     names = short_names(list(resources))
     return [
-        Kernel(names[m], arch, r["registers"], r["stack"], r["spills"], r["shared"], loads[m])
+        Kernel(names[m], arch, r["registers"], r["stack"], r["spills"], r["shared"], **counts[m])
         for m, r in sorted(resources.items())
     ]
 
@@ -181,10 +198,10 @@ def check(source: Path, archs: list[str]) -> tuple[list[Kernel], list[str]]:
 
 def _print(kernels: list[Kernel], failures: list[str]) -> None:
     width = max((len(k.name) for k in kernels), default=6)
-    print(f"{'kernel':{width}}  arch    registers  stack  spills  shared  LDG.128")
+    print(f"{'kernel':{width}}  arch    registers  stack  spills  shared  LDG.128  LDGSTS.128  HMMA")
     for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
         mark = f"  FAIL: {k.problem}" if k.problem else ""
-        numbers = f"{k.registers:9}  {k.stack:5}  {k.spills:6}  {k.shared:6}  {k.wide_loads:7}"
+        numbers = f"{k.registers:9}  {k.stack:5}  {k.spills:6}  {k.shared:6}  {k.wide_loads:7}  {k.wide_copies:10}  {k.tensor_products:4}"
         print(f"{k.name:{width}}  {k.arch:6}  {numbers}{mark}")
     for failure in failures:
         print(f"FAIL: {failure}", file=sys.stderr)

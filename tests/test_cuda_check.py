@@ -24,6 +24,11 @@ WIDE = """
 #include <cuda_runtime.h>
 __global__ void copy(const uint4* x, uint4* y) { y[threadIdx.x] = x[threadIdx.x]; }
 """
+SCALAR_PRODUCT = """
+#include <cuda_runtime.h>
+template <int> __global__ void attention_fwd_kernel(const uint4* x, uint4* y) { y[threadIdx.x] = x[threadIdx.x]; }
+template __global__ void attention_fwd_kernel<1>(const uint4* x, uint4* y);
+"""
 NARROW = """
 #include <cuda_runtime.h>
 __global__ void copy(const int* x, int* y) { y[threadIdx.x] = x[threadIdx.x]; }
@@ -46,11 +51,16 @@ def test_parse_ptxas() -> None:
         cuda_check.parse_ptxas("Compiling entry function '_Z1av' for 'sm_80'")
 
 
-def test_wide_loads() -> None:
+def test_instructions() -> None:
     text = (
         "\t.section\t.text._Z1av,'ax'\n LDG.E.128 R4, [R2]\n LDG.E.128.CONSTANT R4\n LDG.E.64 R2\n LDG.E.CONSTANT R1\n"
+        "\t.section\t.text._Z1bv,'ax'\n LDG.E R2\n LDGSTS.E.BYPASS.128.ZFILL [R1], [R8.64], P1\n LDGSTS.E [R1]\n"
+        " HMMA.16816.F32.BF16 R4, R8\n HMMA.16816.F32 R4, R8\n"
     )
-    assert cuda_check.wide_loads(text + "\t.section\t.text._Z1bv,'ax'\n LDG.E R2\n") == {"_Z1av": 2, "_Z1bv": 0}
+    assert cuda_check.instructions(text) == {
+        "_Z1av": {"wide_loads": 2, "wide_copies": 0, "tensor_products": 0},
+        "_Z1bv": {"wide_loads": 0, "wide_copies": 1, "tensor_products": 2},
+    }
 
 
 def test_problem() -> None:
@@ -64,6 +74,11 @@ def test_problem() -> None:
     assert "allows 16" in cuda_check.problem(kernel("a<float, 4>", 8, 17, 1), allowed)
     assert "128-bit" in cuda_check.problem(kernel("a<float, 4>", 0, 0, 0), {})
     assert cuda_check.problem(kernel("layer_norm_fwd_kernel<float, float, 1>", 0, 0, 0), {}) == ""
+    products = {"name": "attention_fwd_kernel<bf16, 64, false>", "arch": "sm_80", "registers": 64, "stack": 0}
+    for copies, hmma, says in ((1, 0, "HMMA"), (0, 1, "LDGSTS"), (1, 1, "")):
+        made = cuda_check.Kernel(**products, spills=0, shared=0, wide_loads=9, wide_copies=copies, tensor_products=hmma)
+        found = cuda_check.problem(made, {})
+        assert says in found and bool(says) == bool(found)
 
 
 def test_spills_file_names_a_reason() -> None:
@@ -100,6 +115,7 @@ def test_find_nvcc_in_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     [
         (WIDE, 0, "0 refused"),
         (NARROW, 1, "no 128-bit load"),
+        (SCALAR_PRODUCT, 1, "no product on tensor cores"),
         (LOCAL, 1, "bytes of stack"),
         ("syntax error", 1, "1 compilations failed"),
         (WIDE.replace("y[threadIdx.x] =", "int unused; y[threadIdx.x] ="), 1, "1 compilations failed"),

@@ -62,14 +62,17 @@ struct BackwardScratch {
 inline void load_queries(const AttentionArgs& a, int64_t batch, int64_t head, int64_t query0, BackwardScratch& w) {
   Span rows{0, w.ranges.n};  // what lies behind the last sequence may be uninitialised
   if (a.cu_q != nullptr) rows.end = max_of(min_of(rows.end, a.cu_q[a.n_sequences] - query0), int64_t{0});
+  const int64_t at = (batch * a.n_heads + head) * a.n_queries + query0;
   const auto load = [&](const void* x, const AttentionStrides& s, float* tile, float* across) {
     pack(x, a.dtype, batch * s.batch + query0 * s.row + head * s.head, s.row, rows, a.head_dim, w.width, tile);
+    for (int64_t n = 0; n < w.ranges.n; ++n) {  // a query without keys may hold anything
+      if (a.lse[at + n] == -INFINITY) std::fill(tile + n * w.width, tile + (n + 1) * w.width, 0.0f);
+    }
     transpose(tile, w.width, across);
   };
   load(a.q, a.q_at, w.q, w.q_across);
   load(a.dout, a.dout_at, w.dout, w.dout_across);
   load(a.out, a.out_at, w.dq, w.out_across);
-  const int64_t at = (batch * a.n_heads + head) * a.n_queries + query0;
   std::fill(w.delta, w.delta + kTile, 0.0f);
   // in the order in which `scores` sums dout v^T: where out is one key's v, their difference is 0
   for (int64_t d = 0; d < a.head_dim; ++d) {
@@ -228,6 +231,8 @@ FASTGPT_CLONES static void add_parts(const BackwardArgs& args, int64_t begin, in
 }
 
 // ---- launchers ----
+
+int64_t attention_bwd_workspace(int64_t, int64_t, int64_t) { return 0; }  // its scratch is each thread's own
 
 void attention_bwd(const AttentionArgs& a) {
   BackwardArgs args{a, chunks_of(a), nullptr};

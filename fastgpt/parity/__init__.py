@@ -23,7 +23,18 @@ from fastgpt.parity.rule import (
     Variant,
     allowed_error,
 )
-from fastgpt.parity.table import FAMILIES, SUBJECTS, backends_here, cases, check, layouts, main, missing_cells, run_all
+from fastgpt.parity.table import (
+    FAMILIES,
+    SUBJECTS,
+    backends_here,
+    cases,
+    check,
+    layouts,
+    main,
+    missing_cells,
+    run_all,
+    takes,
+)
 
 __all__ = [
     "BACKWARD",
@@ -49,4 +60,5 @@ __all__ = [
     "main",
     "missing_cells",
     "run_all",
+    "takes",
 ]

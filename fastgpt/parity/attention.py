@@ -144,6 +144,9 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
             yield (1 if "segments" in o else 2, 9, 9 if square else 11, 2, 1, 16), o
     for d in (1, 8, 40, 64, 80, 96, 128, 256):
         yield (1, 33, 35, 2, 2, d), {"causal": True}  # of few values the largest error is a matter of luck
+    for d in (64, 128, 256):  # several tiles, with every option's code
+        yield (1, 70, 75, 2, 1, d), {"causal": True, "window": 30, "softcap": 2.0, "dropout_p": 0.3}
+        yield (1, 70, 70, 1, 1, d), {"docs": True, "start": True}
     for t, s in ((1, 1), (1, 70), (70, 70), (3, 130), (130, 3), (65, 64), (0, 5), (5, 0)):
         for causal in (False, True):
             yield (1, t, s, 2, 1, 16), {"causal": causal}

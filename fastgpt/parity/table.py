@@ -93,13 +93,18 @@ def backends_here(op: str) -> list[str]:
     return [b for b in names if (backend.DEVICE_OF[b] == "cuda") == on_gpu or backend.simulated(b)]
 
 
+def takes(name: str, case: Case) -> bool:
+    """Whether the case's dtype is one that this backend has a kernel for."""
+    return backend.ops()[case.op][name].takes(case.dtype, 0)
+
+
 def run_all(only: list[str]) -> list[Row]:
     """All cases of the ops and backends in `only` (empty: all) that run here."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     wanted = [op for op in SUBJECTS if op in only] or list(SUBJECTS)
     names = [b for b in backend.BACKENDS if b in only] or list(backend.BACKENDS)
     pairs = [(op, name) for op in wanted for name in backends_here(op) if name in names]
-    return [row for op, name in pairs for case in cases(op) for row in check(case, name, device)]
+    return [row for op, name in pairs for case in cases(op) if takes(name, case) for row in check(case, name, device)]
 
 
 def missing_cells(rows: list[Row]) -> list[str]:

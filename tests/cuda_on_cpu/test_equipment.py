@@ -129,6 +129,61 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
         "      float u",
     ),
     "stride of a packed gradient": ("swiglu", "cuda/swiglu.cu", "a.dup) + row * a.grad_row", "a.dup) + row * a.n_cols"),
+    "barrier before the scores": (
+        "attention",
+        "cuda/attention_fwd.cu",
+        "    __syncthreads();  // these keys have come, and the values before them are done with\n",
+        "",
+    ),
+    "barrier before the values": (
+        "attention",
+        "cuda/attention_fwd.cu",
+        "    __syncthreads();  // these values have come, and the keys are done with\n",
+        "",
+    ),
+    "copies that nobody waits for": (
+        "attention",
+        "cuda/attention_fwd.cu",
+        "    ptx::cp_async_wait<0>();\n    __syncthreads();  // these values",
+        "    __syncthreads();  // these values",
+    ),
+    "barrier of the queries' stages": (
+        "attention",
+        "cuda/attention_dkdv.cu",
+        "    __syncthreads();  // these queries have come, and those of the other stage are done with\n",
+        "",
+    ),
+    "barrier of the keys' stages": (
+        "attention",
+        "cuda/attention_bwd.cu",
+        "    __syncthreads();  // these keys have come, and those of the other stage are done with\n",
+        "",
+    ),
+    "causal mask": (
+        "attention",
+        "cuda/attention_fwd.cu",
+        "const bool whole = key0 >= sight.from && key0 + kKeys <= sight.to;",
+        "const bool whole = true;",
+    ),
+    "mask of the keys' gradients": (
+        "attention",
+        "cuda/attention_dkdv.cu",
+        "const bool whole = first >= sight.from && first + 16 * kM <= sight.to;",
+        "const bool whole = true;",
+    ),
+    "window": (
+        "attention",
+        "include/fastgpt/attention.cuh",
+        "begin = position + 1 - a.window;",
+        "begin = position - a.window;",
+    ),
+    "last key": ("attention", "include/fastgpt/attention.cuh", "min(query + l.ahead,", "min(query + l.ahead + 1,"),
+    "permutation of a tile on one side": (
+        "attention",
+        "include/fastgpt/tile.cuh",
+        "(at ^ (32 * k & kTurned))",
+        "(at + (32 * k & kTurned))",
+    ),
 }
 
 

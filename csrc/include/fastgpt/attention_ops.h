@@ -90,6 +90,14 @@ std::tuple<Tensor, Tensor> AttentionOps<Device>::fwd(Tensor q, Tensor k, Tensor 
   return {out, lse};
 }
 
+// Scratch of backward; the caller keeps it.
+template <class Device>
+inline Tensor workspace_of(Device& device, AttentionArgs& a, const Tensor& like) {
+  Tensor t = allocate(like, {device.attention_bwd_workspace(a.n_batch, a.n_queries, a.n_heads)}, ScalarType::Float);
+  a.workspace = static_cast<float*>(t.data_ptr());
+  return t;
+}
+
 // What both backward ops have beside q, k, v and their gradients; the three tensors are made dense in place.
 inline void backward_args(const char* op, AttentionArgs& a, Tensor& dout, Tensor& out, const Tensor& lse,
                           const Tensor& like) {
@@ -126,6 +134,7 @@ std::tuple<Tensor, Tensor, Tensor> AttentionOps<Device>::bwd(Tensor dout, OptTen
   a.q_at = strides_of(q), a.k_at = strides_of(k), a.v_at = strides_of(v);
   a.dq = dq.data_ptr(), a.dk = dk.data_ptr(), a.dv = dv.data_ptr();
   a.dq_at = strides_of(dq), a.dk_at = strides_of(dk), a.dv_at = strides_of(dv);
+  const Tensor workspace = workspace_of(device, a, q);
   device.attention_bwd(a);
   return {dq, dk, dv};
 }
@@ -149,6 +158,7 @@ Tensor AttentionOps<Device>::qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor
   a.dv = head_of(dqkv, n_heads + n_kv_heads, a.dtype);
   a.q_at = a.k_at = a.v_at = strides_of(qkv);
   a.dq_at = a.dk_at = a.dv_at = strides_of(dqkv);
+  const Tensor workspace = workspace_of(device, a, qkv);
   device.attention_bwd(a);
   return dqkv;
 }

@@ -223,6 +223,7 @@ struct AttentionArgs {
   float* lse;             // (B, H, T) contiguous; written by fwd, read by bwd
   const float* dlse;      // (B, H, T) contiguous, or null; bwd only
   void *dq, *dk, *dv;     // as q, k, v; bwd only
+  float* workspace;       // attention_bwd_workspace(B, T, H) floats; bwd only
   AttentionStrides q_at, k_at, v_at, dout_at, out_at, dq_at, dk_at, dv_at;
   const int32_t *cu_q, *cu_k;         // (n_sequences + 1) starts of packed sequences, or null
   const int32_t* doc_ids;             // (B, T), or null
@@ -255,17 +256,17 @@ struct AttentionArgs {
   void rope(const RopeArgs& a __VA_ARGS__);                                \
   void embedding_fwd(const EmbeddingFwdArgs& a __VA_ARGS__);               \
   void embedding_bwd_add(const EmbeddingBwdArgs& a __VA_ARGS__);           \
+  void attention_fwd(const AttentionArgs& a __VA_ARGS__);                  \
+  void attention_bwd(const AttentionArgs& a __VA_ARGS__);                  \
   /* sizes of the workspaces above, from shapes alone */                   \
   int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);           \
   int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t n_cols);             \
   int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols);            \
-  int64_t adamw_partials(const int64_t* numels, int64_t n_tensors);
+  int64_t adamw_partials(const int64_t* numels, int64_t n_tensors);        \
+  int64_t attention_bwd_workspace(int64_t n_batch, int64_t n_queries, int64_t n_heads);
 
 namespace cpu {
 FASTGPT_LAUNCHERS()
-// not yet on CUDA
-void attention_fwd(const AttentionArgs& a);
-void attention_bwd(const AttentionArgs& a);
 }  // namespace cpu
 
 namespace cuda {

@@ -53,8 +53,8 @@ __device__ __forceinline__ Shared shared_address(const void* p) {
   return static_cast<Shared>(__cvta_generic_to_shared(p));
 }
 
-// Four 8 x 8 matrices of 16 bits: lane l gives the address of row l % 8 of matrix l / 8, and gets of each matrix columns
-// 2 (l % 4) and the next of row l / 4; transposed, rows 2 (l % 4) and the next of column l / 4.
+// Four 8 x 8 matrices of 16 bits: lane l gives the address of row l % 8 of matrix l / 8, and gets of each matrix
+// columns 2 (l % 4) and the next of row l / 4; transposed, rows 2 (l % 4) and the next of column l / 4.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -67,16 +67,18 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row) 
                : "r"(row));
 }
 
-// c (16 x 8, fp32) += a (16 x 16) b (16 x 8). Of c lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next;
-// of a the same rows, columns 2 (l % 4), the next, and both + 8; of b these as rows, column l / 4.
+// c (16 x 8, fp32) += a (16 x 16) b (16 x 8). Of c lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
+// next; of a the same rows, columns 2 (l % 4), the next, and both + 8; of b these as rows, column l / 4.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 __device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -85,8 +87,8 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], u
 
 // 16 bytes, the last 16 - `bytes` of them 0; both addresses at multiples of 16. Nothing is read where `bytes` is 0.
 __device__ __forceinline__ void cp_async_16(Shared to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)), "r"(bytes)
-               : "memory");
+  const size_t global = __cvta_generic_to_global(from);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
 }
 
 // Closes this thread's group of copies.

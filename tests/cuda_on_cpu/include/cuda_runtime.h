@@ -1,8 +1,9 @@
 // CUDA kernels on the host, for tests: this file stands in for the toolkit's cuda_runtime.h, so that g++ compiles
-// csrc/cuda/*.cu unchanged. Blocks run one after the other; the threads of a block are fibers that run until they
-// wait, in an order that set_schedule picks. Barriers and warp collectives are rendezvous; a thread that never comes is
-// reported as a deadlock. Of a thread's asynchronous copies every other one is made at once, the rest at its wait. Each 16-byte access is checked for alignment, each launch for CUDA's limits;
-// AddressSanitizer sees shared memory as well, dynamic shared memory being allocated to its exact size.
+// csrc/cuda/*.cu unchanged. Blocks run one after the other; the threads of a block are fibers that run until they wait,
+// in an order that set_schedule picks. Barriers and warp collectives are rendezvous; a thread that never comes is
+// reported as a deadlock. Of a thread's asynchronous copies every other one is made at once, the rest at its wait. Each
+// 16-byte access is checked for alignment, each launch for CUDA's limits; AddressSanitizer sees shared memory as well,
+// dynamic shared memory being allocated to its exact size.
 //
 // What it cannot show: races between threads that run at the same time (it shows those that some order of whole
 // stretches between barriers brings out), memory ordering, the device's rounding of ex2 and its fused multiply-adds,
