@@ -166,7 +166,8 @@ def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Pat
     listing = subprocess.run([str(nvdisasm), "-c", str(cubin)], capture_output=True, text=True)
     counts = instructions(listing.stdout)
     if set(resources) - set(counts):
-        raise RuntimeError(f"nvdisasm lists no code for {sorted(set(resources) - set(counts))}: {listing.stderr[-300:]}")
+        absent = sorted(set(resources) - set(counts))
+        raise RuntimeError(f"nvdisasm lists no code for {absent}: {listing.stderr[-300:]}")
     names = short_names(list(resources))
     return [
         Kernel(names[m], arch, r["registers"], r["stack"], r["spills"], r["shared"], **counts[m])
@@ -201,7 +202,8 @@ def _print(kernels: list[Kernel], failures: list[str]) -> None:
     print(f"{'kernel':{width}}  arch    registers  stack  spills  shared  LDG.128  LDGSTS.128  HMMA")
     for k in sorted(kernels, key=lambda k: (k.name, k.arch)):
         mark = f"  FAIL: {k.problem}" if k.problem else ""
-        numbers = f"{k.registers:9}  {k.stack:5}  {k.spills:6}  {k.shared:6}  {k.wide_loads:7}  {k.wide_copies:10}  {k.tensor_products:4}"
+        numbers = f"{k.registers:9}  {k.stack:5}  {k.spills:6}  {k.shared:6}  {k.wide_loads:7}"
+        numbers += f"  {k.wide_copies:10}  {k.tensor_products:4}"
         print(f"{k.name:{width}}  {k.arch:6}  {numbers}{mark}")
     for failure in failures:
         print(f"FAIL: {failure}", file=sys.stderr)
