@@ -169,10 +169,8 @@ def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Pat
         absent = sorted(set(resources) - set(counts))
         raise RuntimeError(f"nvdisasm lists no code for {absent}: {listing.stderr[-300:]}")
     names = short_names(list(resources))
-    return [
-        Kernel(names[m], arch, r["registers"], r["stack"], r["spills"], r["shared"], **counts[m])
-        for m, r in sorted(resources.items())
-    ]
+    numbers = {m: resources[m] | counts[m] for m in sorted(resources)}
+    return [Kernel(name=names[m], arch=arch, problem="", **n) for m, n in numbers.items()]
 
 
 def check(source: Path, archs: list[str]) -> tuple[list[Kernel], list[str]]:
