@@ -4,77 +4,40 @@
 
 #include "fastgpt/ops.h"
 
-#ifdef FASTGPT_EMULATED  // tests/cuda_on_cpu: the CUDA kernels, built for the host, take CPU tensors
-#define FASTGPT_CUDA_KEY CPU
-#else
-#define FASTGPT_CUDA_KEY CUDA
+// Every op for one device; `key` ends the names of its overloads.
+#define FASTGPT_REGISTER(m, Device, key)                                                                    \
+  m.impl("layer_norm_fwd" key, TORCH_BOX(&fastgpt::Ops<fastgpt::Device>::layer_norm_fwd));                  \
+  m.impl("layer_norm_bwd" key, TORCH_BOX(&fastgpt::Ops<fastgpt::Device>::layer_norm_bwd));                  \
+  m.impl("cross_entropy_fwd" key, TORCH_BOX(&fastgpt::Ops<fastgpt::Device>::cross_entropy_fwd));            \
+  m.impl("cross_entropy_bwd" key, TORCH_BOX(&fastgpt::Ops<fastgpt::Device>::cross_entropy_bwd));            \
+  m.impl("cross_entropy_fwd_bwd" key, TORCH_BOX(&fastgpt::Ops<fastgpt::Device>::cross_entropy_fwd_bwd));    \
+  m.impl("scale_rows" key, TORCH_BOX(&fastgpt::Ops<fastgpt::Device>::scale_rows));                          \
+  m.impl("adamw_prepare" key, TORCH_BOX(&fastgpt::Ops<fastgpt::Device>::adamw_prepare));                    \
+  m.impl("adamw_update" key, TORCH_BOX(&fastgpt::Ops<fastgpt::Device>::adamw_update));                      \
+  m.impl("rms_norm_fwd" key, TORCH_BOX(&fastgpt::RmsNormOps<fastgpt::Device>::rms_norm_fwd));               \
+  m.impl("rms_norm_bwd" key, TORCH_BOX(&fastgpt::RmsNormOps<fastgpt::Device>::rms_norm_bwd));               \
+  m.impl("bias_gelu_fwd" key, TORCH_BOX(&fastgpt::ActivationOps<fastgpt::Device>::bias_gelu_fwd));          \
+  m.impl("bias_gelu_bwd" key, TORCH_BOX(&fastgpt::ActivationOps<fastgpt::Device>::bias_gelu_bwd));          \
+  m.impl("swiglu_fwd" key, TORCH_BOX(&fastgpt::ActivationOps<fastgpt::Device>::swiglu_fwd));                \
+  m.impl("swiglu_bwd" key, TORCH_BOX(&fastgpt::ActivationOps<fastgpt::Device>::swiglu_bwd));                \
+  m.impl("rope_fwd" key, TORCH_BOX(&fastgpt::RopeOps<fastgpt::Device>::rope_fwd));                          \
+  m.impl("rope_rows" key, TORCH_BOX(&fastgpt::RopeOps<fastgpt::Device>::rope_rows));                        \
+  m.impl("rope_copy" key, TORCH_BOX(&fastgpt::RopeOps<fastgpt::Device>::rope_copy));                        \
+  m.impl("embedding_fwd" key, TORCH_BOX(&fastgpt::EmbeddingOps<fastgpt::Device>::embedding_fwd));           \
+  m.impl("embedding_bwd" key, TORCH_BOX(&fastgpt::EmbeddingOps<fastgpt::Device>::embedding_bwd));           \
+  m.impl("embedding_bwd_add" key, TORCH_BOX(&fastgpt::EmbeddingOps<fastgpt::Device>::embedding_bwd_add));   \
+  m.impl("attention_fwd" key, TORCH_BOX(&fastgpt::AttentionOps<fastgpt::Device>::fwd));                     \
+  m.impl("attention_bwd" key, TORCH_BOX(&fastgpt::AttentionOps<fastgpt::Device>::bwd));                     \
+  m.impl("attention_qkv_bwd" key, TORCH_BOX(&fastgpt::AttentionOps<fastgpt::Device>::qkv_bwd));
 
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) {
-  using Op = fastgpt::Ops<fastgpt::Cpu>;
-  m.impl("layer_norm_fwd.cpu", TORCH_BOX(&Op::layer_norm_fwd));
-  m.impl("layer_norm_bwd.cpu", TORCH_BOX(&Op::layer_norm_bwd));
-  m.impl("cross_entropy_fwd.cpu", TORCH_BOX(&Op::cross_entropy_fwd));
-  m.impl("cross_entropy_bwd.cpu", TORCH_BOX(&Op::cross_entropy_bwd));
-  m.impl("cross_entropy_fwd_bwd.cpu", TORCH_BOX(&Op::cross_entropy_fwd_bwd));
-  m.impl("scale_rows.cpu", TORCH_BOX(&Op::scale_rows));
-  m.impl("adamw_prepare.cpu", TORCH_BOX(&Op::adamw_prepare));
-  m.impl("adamw_update.cpu", TORCH_BOX(&Op::adamw_update));
-  using RmsNorm = fastgpt::RmsNormOps<fastgpt::Cpu>;
-  m.impl("rms_norm_fwd.cpu", TORCH_BOX(&RmsNorm::rms_norm_fwd));
-  m.impl("rms_norm_bwd.cpu", TORCH_BOX(&RmsNorm::rms_norm_bwd));
-  using Act = fastgpt::ActivationOps<fastgpt::Cpu>;
-  m.impl("bias_gelu_fwd.cpu", TORCH_BOX(&Act::bias_gelu_fwd));
-  m.impl("bias_gelu_bwd.cpu", TORCH_BOX(&Act::bias_gelu_bwd));
-  m.impl("swiglu_fwd.cpu", TORCH_BOX(&Act::swiglu_fwd));
-  m.impl("swiglu_bwd.cpu", TORCH_BOX(&Act::swiglu_bwd));
-  using Rope = fastgpt::RopeOps<fastgpt::Cpu>;
-  m.impl("rope_fwd.cpu", TORCH_BOX(&Rope::rope_fwd));
-  m.impl("rope_rows.cpu", TORCH_BOX(&Rope::rope_rows));
-  m.impl("rope_copy.cpu", TORCH_BOX(&Rope::rope_copy));
-  using Embedding = fastgpt::EmbeddingOps<fastgpt::Cpu>;
-  m.impl("embedding_fwd.cpu", TORCH_BOX(&Embedding::embedding_fwd));
-  m.impl("embedding_bwd.cpu", TORCH_BOX(&Embedding::embedding_bwd));
-  m.impl("embedding_bwd_add.cpu", TORCH_BOX(&Embedding::embedding_bwd_add));
-  using Attention = fastgpt::AttentionOps<fastgpt::Cpu>;
-  m.impl("attention_fwd.cpu", TORCH_BOX(&Attention::fwd));
-  m.impl("attention_bwd.cpu", TORCH_BOX(&Attention::bwd));
-  m.impl("attention_qkv_bwd.cpu", TORCH_BOX(&Attention::qkv_bwd));
-}
-
+#if !defined(FASTGPT_EMULATED)
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) { FASTGPT_REGISTER(m, Cpu, ".cpu") }
 #endif
 
-#ifdef FASTGPT_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(fastgpt, FASTGPT_CUDA_KEY, m) {
-  using Op = fastgpt::Ops<fastgpt::Cuda>;
-  m.impl("layer_norm_fwd.cuda", TORCH_BOX(&Op::layer_norm_fwd));
-  m.impl("layer_norm_bwd.cuda", TORCH_BOX(&Op::layer_norm_bwd));
-  m.impl("cross_entropy_fwd.cuda", TORCH_BOX(&Op::cross_entropy_fwd));
-  m.impl("cross_entropy_bwd.cuda", TORCH_BOX(&Op::cross_entropy_bwd));
-  m.impl("cross_entropy_fwd_bwd.cuda", TORCH_BOX(&Op::cross_entropy_fwd_bwd));
-  m.impl("scale_rows.cuda", TORCH_BOX(&Op::scale_rows));
-  m.impl("adamw_prepare.cuda", TORCH_BOX(&Op::adamw_prepare));
-  m.impl("adamw_update.cuda", TORCH_BOX(&Op::adamw_update));
-  using Rope = fastgpt::RopeOps<fastgpt::Cuda>;
-  m.impl("rope_fwd.cuda", TORCH_BOX(&Rope::rope_fwd));
-  m.impl("rope_rows.cuda", TORCH_BOX(&Rope::rope_rows));
-  m.impl("rope_copy.cuda", TORCH_BOX(&Rope::rope_copy));
-  using Embedding = fastgpt::EmbeddingOps<fastgpt::Cuda>;
-  m.impl("embedding_fwd.cuda", TORCH_BOX(&Embedding::embedding_fwd));
-  m.impl("embedding_bwd.cuda", TORCH_BOX(&Embedding::embedding_bwd));
-  m.impl("embedding_bwd_add.cuda", TORCH_BOX(&Embedding::embedding_bwd_add));
-  using RmsNorm = fastgpt::RmsNormOps<fastgpt::Cuda>;
-  m.impl("rms_norm_fwd.cuda", TORCH_BOX(&RmsNorm::rms_norm_fwd));
-  m.impl("rms_norm_bwd.cuda", TORCH_BOX(&RmsNorm::rms_norm_bwd));
-  using Act = fastgpt::ActivationOps<fastgpt::Cuda>;
-  m.impl("bias_gelu_fwd.cuda", TORCH_BOX(&Act::bias_gelu_fwd));
-  m.impl("bias_gelu_bwd.cuda", TORCH_BOX(&Act::bias_gelu_bwd));
-  m.impl("swiglu_fwd.cuda", TORCH_BOX(&Act::swiglu_fwd));
-  m.impl("swiglu_bwd.cuda", TORCH_BOX(&Act::swiglu_bwd));
-  using Attention = fastgpt::AttentionOps<fastgpt::Cuda>;
-  m.impl("attention_fwd.cuda", TORCH_BOX(&Attention::fwd));
-  m.impl("attention_bwd.cuda", TORCH_BOX(&Attention::bwd));
-  m.impl("attention_qkv_bwd.cuda", TORCH_BOX(&Attention::qkv_bwd));
-}
+#if defined(FASTGPT_EMULATED)  // tests/cuda_on_cpu: the CUDA kernels, built for the host, take CPU tensors
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CPU, m) { FASTGPT_REGISTER(m, Cuda, ".cuda") }
+#elif defined(FASTGPT_WITH_CUDA)
+STABLE_TORCH_LIBRARY_IMPL(fastgpt, CUDA, m) { FASTGPT_REGISTER(m, Cuda, ".cuda") }
 #endif
 
 #ifndef FASTGPT_EMULATED

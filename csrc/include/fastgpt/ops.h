@@ -41,7 +41,7 @@ struct Ops {
                            OptTensor found_inf, Tensor grad_norm, bool stochastic, int64_t seed);
 };
 
-// Apart from Ops until CUDA has it too; bodies in rms_norm_impl.h.
+// Bodies in rms_norm_impl.h.
 template <class Device>
 struct RmsNormOps {
   static std::tuple<Tensor, OptTensor, Tensor> rms_norm_fwd(Tensor x, OptTensor residual, OptTensor weight, double eps,
@@ -50,7 +50,7 @@ struct RmsNormOps {
                                                     double weight_offset);
 };
 
-// Activations; bodies in activation_ops.h. Apart from Ops, since not every device has them.
+// Bodies in activation_ops.h.
 template <class Device>
 struct ActivationOps {
   static Tensor bias_gelu_fwd(Tensor x, OptTensor bias, bool tanh);
@@ -92,7 +92,7 @@ struct AttentionOptions {
 #define FASTGPT_ATTENTION_PACK \
   {cu_seqlens_q, cu_seqlens_k, doc_ids, kv_lens, kv_start, rng, causal, scale, window, softcap, dropout_p}
 
-// Attention; bodies in attention_ops.h. Apart from Ops, since not every device has it.
+// Bodies in attention_ops.h.
 template <class Device>
 struct AttentionOps {
   static std::tuple<Tensor, Tensor> fwd(Tensor q, Tensor k, Tensor v, FASTGPT_ATTENTION_OPTIONS);
