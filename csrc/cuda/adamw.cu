@@ -217,12 +217,12 @@ int64_t launch_partials(int64_t chunks, int64_t launches) {
 
 template <typename G>
 void launch_prepare(const GradTable& table, int64_t blocks, Stream stream) {
-  launch("adamw_prepare_kernel", adamw_prepare_kernel<G>, dim3(blocks), dim3(kThreads), 0, stream, table);
+  launch("adamw_prepare_kernel", adamw_prepare_kernel<G>, Grid{blocks}, dim3(kThreads), 0, stream, table);
 }
 
 template <typename P, typename G, typename M, Master kMaster>
 void launch_update(const UpdateTable& table, Stream stream) {
-  launch("adamw_update_kernel", adamw_update_kernel<P, G, M, kMaster>, dim3(table.n_chunks), dim3(kThreads), 0, stream,
+  launch("adamw_update_kernel", adamw_update_kernel<P, G, M, kMaster>, Grid{table.n_chunks}, dim3(kThreads), 0, stream,
          table);
 }
 

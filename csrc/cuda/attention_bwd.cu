@@ -206,14 +206,14 @@ static BackwardLaunch backward_launch(const AttentionArgs& a) {
 }
 
 static void prepare(const BackwardLaunch& l, Stream stream) {
-  const dim3 rows = grid_of(l.a.n_batch * l.a.n_heads * l.n_padded / 32);
+  const Grid rows{l.a.n_batch * l.a.n_heads * l.n_padded / 32};
   if (l.a.dtype == DType::bf16) {
     launch("attention_rows_kernel", attention_rows_kernel<bf16>, rows, dim3(256), 0, stream, l);
   } else {
     launch("attention_rows_kernel", attention_rows_kernel<f16>, rows, dim3(256), 0, stream, l);
   }
   if (!has_options(l.a)) return;
-  launch("attention_spans_kernel", attention_spans_kernel, grid_of(l.a.n_batch * l.n_padded / kBlock), dim3(kBlock), 0,
+  launch("attention_spans_kernel", attention_spans_kernel, Grid{l.a.n_batch * l.n_padded / kBlock}, dim3(kBlock), 0,
          stream, l);
 }
 
@@ -226,7 +226,7 @@ void attention_bwd(const AttentionArgs& a, Stream stream) {
   with_kernel(a, [&](auto type, auto dim, auto full) {
     using Tile = DqTile<dim(), full()>;
     const int64_t blocks = (a.n_queries + Tile::kRows - 1) / Tile::kRows * a.n_batch * a.n_heads;
-    launch("attention_dq_kernel", attention_dq_kernel<decltype(type), dim(), full()>, grid_of(blocks),
+    launch("attention_dq_kernel", attention_dq_kernel<decltype(type), dim(), full()>, Grid{blocks},
            dim3(Tile::kThreads), Tile::kBytes, stream, l);
   });
 }

@@ -229,7 +229,7 @@ void attention_dkdv(const BackwardLaunch& l, Stream stream) {
     using Tile = DkdvTile<dim(), full()>;
     const int64_t blocks = (l.a.n_keys + Tile::kKeys - 1) / Tile::kKeys * l.a.n_batch * l.a.n_kv_heads;
     if (blocks == 0) return;
-    launch("attention_dkdv_kernel", attention_dkdv_kernel<decltype(type), dim(), full()>, grid_of(blocks),
+    launch("attention_dkdv_kernel", attention_dkdv_kernel<decltype(type), dim(), full()>, Grid{blocks},
            dim3(Tile::kThreads), Tile::kBytes, stream, l);
   });
 }

@@ -207,7 +207,7 @@ void attention_fwd(const AttentionArgs& a, Stream stream) {
     using Tile = FwdTile<dim(), full()>;
     const int64_t blocks = (a.n_queries + Tile::kRows - 1) / Tile::kRows * a.n_batch * a.n_heads;
     if (blocks == 0) return;
-    launch("attention_fwd_kernel", attention_fwd_kernel<decltype(type), dim(), full()>, grid_of(blocks),
+    launch("attention_fwd_kernel", attention_fwd_kernel<decltype(type), dim(), full()>, Grid{blocks},
            dim3(Tile::kThreads), Tile::kBytes, stream, l);
   });
 }

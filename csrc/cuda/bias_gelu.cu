@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kTileThreads) bias_gelu_bwd_kernel(const BiasG
 template <typename T, bool kTanh, int L>
 void fwd(const BiasGeluArgs& a, Stream stream) {
   const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);
-  launch("bias_gelu_fwd_kernel", bias_gelu_fwd_kernel<T, kTanh, L>, dim3(t.row_blocks * t.per_row), t.block, 0, stream,
+  launch("bias_gelu_fwd_kernel", bias_gelu_fwd_kernel<T, kTanh, L>, Grid{t.row_blocks * t.per_row}, t.block, 0, stream,
          a, t.per_row);
 }
 
@@ -108,7 +108,7 @@ void bwd(const BiasGeluArgs& a, Stream stream) {
   const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);
   const int64_t n_blocks = bias_gelu_bwd_blocks(a.n_rows, a.n_cols);
   const size_t smem = t.block.y > 1 ? sizeof(float) * t.block.x * L : 0;
-  launch("bias_gelu_bwd_kernel", bias_gelu_bwd_kernel<T, kTanh, L>, dim3(n_blocks * t.per_row), t.block, smem, stream,
+  launch("bias_gelu_bwd_kernel", bias_gelu_bwd_kernel<T, kTanh, L>, Grid{n_blocks * t.per_row}, t.block, smem, stream,
          a, t.per_row);
   if (a.dbias == nullptr) return;
   const Sums sums{a.partials, {a.dbias, nullptr}, n_blocks, a.n_cols};

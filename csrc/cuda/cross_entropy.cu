@@ -226,7 +226,7 @@ dim3 row_block(int64_t n_cols) {
   with_type(a.dtype, [&](auto t) {                                                                   \
     using T = decltype(t);                                                                           \
     const bool plain = a.weight == nullptr && a.softcap <= 0.0f && a.label_smoothing <= 0.0f;        \
-    launch(#K, plain ? K<T, true> : K<T, false>, dim3(a.n_rows), row_block(a.n_cols), 0, stream, a); \
+    launch(#K, plain ? K<T, true> : K<T, false>, Grid{a.n_rows}, row_block(a.n_cols), 0, stream, a); \
   })
 
 }  // namespace
@@ -246,7 +246,7 @@ void cross_entropy_fwd_bwd(const CrossEntropyArgs& a, Stream stream) {
 void scale_rows(const ScaleRowsArgs& a, Stream stream) {
   if (a.n_rows == 0) return;
   with_type(a.dtype, [&](auto t) {
-    launch("scale_rows_kernel", scale_rows_kernel<decltype(t)>, dim3(a.n_rows), row_block(a.n_cols), 0, stream, a);
+    launch("scale_rows_kernel", scale_rows_kernel<decltype(t)>, Grid{a.n_rows}, row_block(a.n_cols), 0, stream, a);
   });
 }
 

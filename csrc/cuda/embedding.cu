@@ -181,7 +181,7 @@ void add_level(const EmbeddingBwdArgs& a, const Level& level, Stream stream) {
   const int64_t n_pieces = (a.n_cols + L - 1) / L;
   const int64_t threads = std::min<int64_t>((n_pieces + 31) / 32 * 32, kBwdThreads);
   launch("embedding_bwd_kernel", embedding_bwd_kernel<T, W, L>,
-         dim3(tiles_of(level.n_rows), (n_pieces + threads - 1) / threads), dim3(threads), 0, stream, a, level);
+         Grid{tiles_of(level.n_rows), (n_pieces + threads - 1) / threads}, dim3(threads), 0, stream, a, level);
 }
 
 template <typename T, typename W, bool kPieces>
@@ -201,7 +201,8 @@ void add_levels(const EmbeddingBwdArgs& a, Stream stream) {
 
 void embedding_fwd(const EmbeddingFwdArgs& a, Stream stream) {
   if (a.n_tokens == 0 || a.n_cols == 0) return;
-  const dim3 grid((a.n_tokens + kFwdRows - 1) / kFwdRows), block(32, kFwdRows);
+  const Grid grid{(a.n_tokens + kFwdRows - 1) / kFwdRows};
+  const dim3 block(32, kFwdRows);
   with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr int L = kLanes<T>;
@@ -214,7 +215,7 @@ void embedding_fwd(const EmbeddingFwdArgs& a, Stream stream) {
 
 void embedding_keys(const EmbeddingBwdArgs& a, int32_t* keys, Stream stream) {
   if (a.n_tokens == 0) return;
-  launch("embedding_keys_kernel", embedding_keys_kernel, dim3((a.n_tokens + kKeyThreads - 1) / kKeyThreads),
+  launch("embedding_keys_kernel", embedding_keys_kernel, Grid{(a.n_tokens + kKeyThreads - 1) / kKeyThreads},
          dim3(kKeyThreads), 0, stream, a, keys);
 }
 

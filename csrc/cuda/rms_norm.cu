@@ -192,17 +192,17 @@ template <typename T, typename W, int L>
 void fwd(const RmsNormFwdArgs& a, Stream stream) {
   const int threads = row_threads(a.n_cols, kFwdPacks<L>, L), rows = threads == 32 ? 4 : 1;
   if (threads > kFwdThreads) {
-    launch("rms_norm_fwd_wide_kernel", rms_norm_fwd_wide_kernel<T, W, L>, dim3(a.n_rows), dim3(kWideThreads), 0, stream,
+    launch("rms_norm_fwd_wide_kernel", rms_norm_fwd_wide_kernel<T, W, L>, Grid{a.n_rows}, dim3(kWideThreads), 0, stream,
            a);
   } else {
-    launch("rms_norm_fwd_kernel", rms_norm_fwd_kernel<T, W, L>, dim3((a.n_rows + rows - 1) / rows), dim3(threads, rows),
+    launch("rms_norm_fwd_kernel", rms_norm_fwd_kernel<T, W, L>, Grid{(a.n_rows + rows - 1) / rows}, dim3(threads, rows),
            0, stream, a);
   }
 }
 
 template <typename T, typename W, int kPacks, int L>
 void bwd_rows(const RmsNormBwdArgs& a, const BwdShape& s, Stream stream) {
-  launch("rms_norm_bwd_kernel", rms_norm_bwd_kernel<T, W, kPacks, L>, dim3(s.n_blocks), dim3(s.threads, s.rows),
+  launch("rms_norm_bwd_kernel", rms_norm_bwd_kernel<T, W, kPacks, L>, Grid{s.n_blocks}, dim3(s.threads, s.rows),
          s.smem, stream, a);
 }
 
@@ -211,7 +211,7 @@ void bwd(const RmsNormBwdArgs& a, Stream stream) {
   const BwdShape s = bwd_shape<T, L>(a.n_rows, a.n_cols, a.dsum != nullptr, a.n_cols,
                                      [](int packs) { return packs == 3 ? 640 : 512; });
   if (a.n_rows > 0 && s.packs == 0) {
-    launch("rms_norm_bwd_wide_kernel", rms_norm_bwd_wide_kernel<T, W, L>, dim3(s.n_blocks), dim3(s.threads), 0, stream,
+    launch("rms_norm_bwd_wide_kernel", rms_norm_bwd_wide_kernel<T, W, L>, Grid{s.n_blocks}, dim3(s.threads), 0, stream,
            a);
   } else if (a.n_rows > 0) {
     if constexpr (L == 1) bwd_rows<T, W, 8, L>(a, s, stream);

@@ -130,7 +130,7 @@ void rope_of(const RopeArgs& a, Stream stream) {
   const int64_t x = std::min<int64_t>(n_units, kThreads);
   const int64_t y = std::min<int64_t>((n_heads + kHeads - 1) / kHeads, kThreads / x);
   const int64_t z = std::min<int64_t>({kThreads / (x * y), n, 64});
-  launch("rope_kernel", rope_kernel<T, kInterleaved, L>, dim3((n + z - 1) / z), dim3(x, y, z), 0, stream, a);
+  launch("rope_kernel", rope_kernel<T, kInterleaved, L>, Grid{(n + z - 1) / z}, dim3(x, y, z), 0, stream, a);
 }
 
 template <typename T>

@@ -107,14 +107,14 @@ void with_activation(const SwigluArgs& a, F f) {
 template <typename T, Activation A, int L>
 void fwd(const SwigluArgs& a, Stream stream) {
   const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);
-  launch("swiglu_fwd_kernel", swiglu_fwd_kernel<T, A, L>, dim3(t.row_blocks * t.per_row), t.block, 0, stream, a,
+  launch("swiglu_fwd_kernel", swiglu_fwd_kernel<T, A, L>, Grid{t.row_blocks * t.per_row}, t.block, 0, stream, a,
          t.per_row);
 }
 
 template <typename T, Activation A, int L>
 void bwd(const SwigluArgs& a, Stream stream) {
   const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);
-  launch("swiglu_bwd_kernel", swiglu_bwd_kernel<T, A, L>, dim3(t.row_blocks * t.per_row), t.block, 0, stream, a,
+  launch("swiglu_bwd_kernel", swiglu_bwd_kernel<T, A, L>, Grid{t.row_blocks * t.per_row}, t.block, 0, stream, a,
          t.per_row);
 }
 

@@ -1,8 +1,9 @@
-// The launchers of csrc/cuda/*.cu, compiled for the host, as Python functions. Arguments go by the structs' field
-// names; pointers are integers (Tensor.data_ptr()), dtypes the numbers of DType. What is not given is zero or null.
+// Launch arithmetic, for tests: the launchers of csrc/cuda/*.cu as Python functions that launch nothing and return what
+// they would have launched. Arguments go by the structs' field names; pointers are integers, dtypes the numbers of
+// DType. What is not given is zero or null. The same library holds the ops themselves (csrc/registration.cpp).
 #include <cuda_runtime.h>
 #include <fastgpt/launch.h>
-#include <fastgpt/math.h>
+#include <fastgpt/wave.cuh>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -21,56 +22,71 @@ void set(T& field, py::handle value) {
 #define FIELD(name) \
   if (values.contains(#name)) set(a.name, values[#name])
 
-LayerNormFwdArgs layer_norm_fwd_args(const py::dict& values) {
-  LayerNormFwdArgs a{};
-  FIELD(x); FIELD(residual); FIELD(weight); FIELD(bias); FIELD(y); FIELD(sum); FIELD(stats); FIELD(x_row);
-  FIELD(residual_row); FIELD(n_rows); FIELD(n_cols); FIELD(eps); FIELD(dtype); FIELD(weight_dtype);
-  return a;
+void fill(LayerNormFwdArgs& a, const py::dict& values) {
+  FIELD(x); FIELD(residual); FIELD(weight); FIELD(y); FIELD(x_row); FIELD(n_rows); FIELD(n_cols); FIELD(dtype);
 }
 
-LayerNormBwdArgs layer_norm_bwd_args(const py::dict& values) {
-  LayerNormBwdArgs a{};
-  FIELD(dy); FIELD(dsum); FIELD(h); FIELD(weight); FIELD(stats); FIELD(dx); FIELD(dweight);
-  FIELD(dbias); FIELD(partials); FIELD(dy_row); FIELD(dsum_row); FIELD(h_row); FIELD(n_rows); FIELD(n_cols);
-  FIELD(dtype); FIELD(weight_dtype);
-  return a;
+void fill(LayerNormBwdArgs& a, const py::dict& values) {
+  FIELD(dy); FIELD(h); FIELD(weight); FIELD(dweight); FIELD(partials); FIELD(n_rows); FIELD(n_cols); FIELD(dtype);
 }
 
-CrossEntropyArgs cross_entropy_args(const py::dict& values) {
-  CrossEntropyArgs a{};
-  FIELD(logits); FIELD(dlogits); FIELD(target); FIELD(weight); FIELD(weight_sum); FIELD(scale); FIELD(loss); FIELD(lse);
-  FIELD(logits_row); FIELD(dlogits_row); FIELD(scale_step); FIELD(n_rows); FIELD(n_cols); FIELD(n_classes);
-  FIELD(ignore_index); FIELD(label_smoothing); FIELD(z_loss); FIELD(softcap); FIELD(dtype);
-  return a;
+void fill(RmsNormFwdArgs& a, const py::dict& values) {
+  FIELD(x); FIELD(weight); FIELD(y); FIELD(x_row); FIELD(n_rows); FIELD(n_cols); FIELD(dtype);
 }
 
-ScaleRowsArgs scale_rows_args(const py::dict& values) {
-  ScaleRowsArgs a{};
-  FIELD(x); FIELD(scale); FIELD(x_row); FIELD(scale_step); FIELD(n_rows); FIELD(n_cols); FIELD(dtype);
-  return a;
+void fill(RmsNormBwdArgs& a, const py::dict& values) {
+  FIELD(dy); FIELD(h); FIELD(weight); FIELD(dweight); FIELD(partials); FIELD(n_rows); FIELD(n_cols); FIELD(dtype);
 }
 
-AdamWTensor adamw_tensor(const py::dict& values) {
-  AdamWTensor a{};
-  FIELD(param); FIELD(grad); FIELD(exp_avg); FIELD(exp_avg_sq); FIELD(master); FIELD(numel); FIELD(group); FIELD(step);
-  return a;
+void fill(BiasGeluArgs& a, const py::dict& values) {
+  FIELD(x); FIELD(dy); FIELD(out); FIELD(dbias); FIELD(partials); FIELD(n_rows); FIELD(n_cols); FIELD(dtype);
 }
 
-// With "tensors" (list of dicts) and "groups" (list of beta1, beta2, eps, weight_decay).
-void adamw(void (*launcher)(const AdamWArgs&, cuda::Stream), const py::dict& values) {
-  std::vector<AdamWTensor> tensors;
-  for (py::handle t : values["tensors"]) tensors.push_back(adamw_tensor(t.cast<py::dict>()));
-  std::vector<AdamWGroup> groups;
-  for (py::handle g : values["groups"]) {
-    const auto v = g.cast<std::array<double, 4>>();
-    groups.push_back(AdamWGroup{v[0], v[1], v[2], v[3]});
+void fill(SwigluArgs& a, const py::dict& values) { FIELD(gate); FIELD(up); FIELD(n_rows); FIELD(n_cols); FIELD(dtype); }
+
+void fill(CrossEntropyArgs& a, const py::dict& values) {
+  FIELD(logits); FIELD(dlogits); FIELD(n_rows); FIELD(n_cols); FIELD(n_classes); FIELD(dtype);
+}
+
+void fill(RopeArgs& a, const py::dict& values) {
+  FIELD(n_batch); FIELD(n_time); FIELD(n_cols); FIELD(half); FIELD(dtype);
+  if (values.contains("n_heads")) a.parts[0].n_heads = a.parts[0].n_turned = values["n_heads"].cast<int64_t>();
+}
+
+void fill(EmbeddingFwdArgs& a, const py::dict& values) { FIELD(n_tokens); FIELD(n_cols); FIELD(n_rows); FIELD(dtype); }
+
+void fill(AttentionArgs& a, const py::dict& values) {
+  FIELD(n_batch); FIELD(n_queries); FIELD(n_keys); FIELD(n_heads); FIELD(n_kv_heads); FIELD(head_dim); FIELD(window);
+  FIELD(softcap); FIELD(scale); FIELD(causal); FIELD(dtype);
+}
+
+// As on a device of 108 multiprocessors, and launching nothing, while it lives.
+struct Planning {
+  Planning() {
+    emulator::machine().launches.clear();
+    emulator::machine().dry = true, cuda::kSms = 108;
   }
-  AdamWArgs a{};
-  a.tensors = tensors.data(), a.n_tensors = tensors.size(), a.groups = groups.data(), a.n_groups = groups.size();
-  FIELD(lr); FIELD(steps); FIELD(partials); FIELD(offset); FIELD(n_partials); FIELD(max_norm); FIELD(grad_scale);
-  FIELD(found_inf); FIELD(grad_norm); FIELD(stochastic); FIELD(seed); FIELD(param_dtype); FIELD(grad_dtype);
-  FIELD(moment_dtype); FIELD(master_dtype);
-  launcher(a, nullptr);
+  ~Planning() { emulator::machine().dry = false, cuda::kSms = 1; }
+};
+
+// What a launcher would launch: (grid x, y, z, block x, y, z, bytes of dynamic shared memory) each.
+template <typename Args>
+auto planned(void (*launcher)(const Args&, cuda::Stream)) {
+  return [launcher](const py::kwargs& values) {
+    Args a{};
+    fill(a, values);
+    const Planning planning;
+    launcher(a, nullptr);
+    return emulator::machine().launches;
+  };
+}
+
+template <typename... Sizes>
+auto planned(int64_t (*size)(Sizes...)) {
+  return [size](Sizes... sizes) {
+    const Planning planning;
+    return size(sizes...);
+  };
 }
 
 }  // namespace
@@ -82,15 +98,22 @@ extern "C" __attribute__((visibility("default"))) void fastgpt_set_schedule(int 
 }
 
 PYBIND11_MODULE(kernels, m) {
-  m.def("layer_norm_fwd", [](const py::kwargs& v) { cuda::layer_norm_fwd(layer_norm_fwd_args(v), nullptr); });
-  m.def("layer_norm_bwd", [](const py::kwargs& v) { cuda::layer_norm_bwd(layer_norm_bwd_args(v), nullptr); });
-  m.def("layer_norm_bwd_blocks", &cuda::layer_norm_bwd_blocks);
-  m.def("cross_entropy_fwd", [](const py::kwargs& v) { cuda::cross_entropy_fwd(cross_entropy_args(v), nullptr); });
-  m.def("cross_entropy_bwd", [](const py::kwargs& v) { cuda::cross_entropy_bwd(cross_entropy_args(v), nullptr); });
-  m.def("cross_entropy_fwd_bwd",
-        [](const py::kwargs& v) { cuda::cross_entropy_fwd_bwd(cross_entropy_args(v), nullptr); });
-  m.def("scale_rows", [](const py::kwargs& v) { cuda::scale_rows(scale_rows_args(v), nullptr); });
-  m.def("adamw_prepare", [](const py::kwargs& v) { adamw(cuda::adamw_prepare, v); });
-  m.def("adamw_update", [](const py::kwargs& v) { adamw(cuda::adamw_update, v); });
+  m.def("layer_norm_fwd", planned(cuda::layer_norm_fwd));
+  m.def("layer_norm_bwd", planned(cuda::layer_norm_bwd));
+  m.def("layer_norm_bwd_blocks", planned(cuda::layer_norm_bwd_blocks));
+  m.def("rms_norm_fwd", planned(cuda::rms_norm_fwd));
+  m.def("rms_norm_bwd", planned(cuda::rms_norm_bwd));
+  m.def("rms_norm_bwd_blocks", planned(cuda::rms_norm_bwd_blocks));
+  m.def("bias_gelu_fwd", planned(cuda::bias_gelu_fwd));
+  m.def("bias_gelu_bwd", planned(cuda::bias_gelu_bwd));
+  m.def("bias_gelu_bwd_blocks", planned(cuda::bias_gelu_bwd_blocks));
+  m.def("swiglu_fwd", planned(cuda::swiglu_fwd));
+  m.def("cross_entropy_fwd", planned(cuda::cross_entropy_fwd));
+  m.def("rope", planned(cuda::rope));
+  m.def("embedding_fwd", planned(cuda::embedding_fwd));
+  m.def("embedding_partials", planned(cuda::embedding_partials));
+  m.def("attention_fwd", planned(cuda::attention_fwd));
+  m.def("attention_bwd", planned(cuda::attention_bwd));
+  m.def("attention_bwd_workspace", planned(cuda::attention_bwd_workspace));
   m.def("adamw_partials", [](const std::vector<int64_t>& n) { return cuda::adamw_partials(n.data(), n.size()); });
 }

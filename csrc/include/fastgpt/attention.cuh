@@ -223,11 +223,6 @@ inline bool has_options(const AttentionArgs& a) {
          a.kv_lens != nullptr || a.kv_start != nullptr;
 }
 
-inline dim3 grid_of(int64_t blocks) {
-  if (blocks > INT_MAX) throw std::runtime_error("fastgpt: attention: more than 2^31 tiles");
-  return dim3(static_cast<unsigned>(blocks));
-}
-
 template <int D>
 using Dim = std::integral_constant<int, D>;
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -13,13 +14,23 @@
 
 namespace fastgpt::cuda {
 
+// Blocks of a launch. 64 bits, so that more than CUDA takes is an error and not another number.
+struct Grid {
+  int64_t x, y = 1, z = 1;
+};
+
 // `smem` is at most what a block of the device may have: 163 KB on sm_80, 227 on sm_90, 99 on sm_86 and sm_89. A launch
 // that CUDA refuses throws std::runtime_error with the kernel's name.
 template <typename... Parameters, typename... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t smem, void* stream,
+void launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t smem, void* stream,
             const Arguments&... arguments) {
+  if (grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
+    throw std::runtime_error(std::string("fastgpt: launching ") + name + ": a grid of " + std::to_string(grid.x) + " x " +
+                             std::to_string(grid.y) + " x " + std::to_string(grid.z) +
+                             " blocks, CUDA takes 2^31 - 1 x 65535 x 65535: the tensor is too large for one call");
+  }
   cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
   config.blockDim = block;
   config.dynamicSmemBytes = smem;
   config.stream = static_cast<cudaStream_t>(stream);

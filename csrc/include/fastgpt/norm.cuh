@@ -33,7 +33,7 @@ constexpr int kWideRows = 8;       // rows that a backward block of wide rows ha
 constexpr int kBwdThreads = 256;   // at most, for one row in registers
 constexpr int kBwdBlock = 128;     // threads of several narrow rows
 constexpr int kSmShared = 164 * 1024;
-constexpr int kMaxBwdBlocks = 6 * kSms;
+constexpr int kMaxBwdBlocks = 6;  // on a multiprocessor
 
 template <int L>
 constexpr int kFwdPacks = L == 1 ? 8 : 4;  // pieces of a thread in forward
@@ -188,7 +188,10 @@ BwdShape bwd_shape(int64_t n_rows, int64_t n_cols, bool dsum, int64_t n_sums, F 
   return s;
 }
 
-inline int64_t max_bwd_blocks(int64_t n_rows) { return n_rows < kMaxBwdBlocks ? n_rows : kMaxBwdBlocks; }
+inline int64_t max_bwd_blocks(int64_t n_rows) {
+  const int64_t most = int64_t{kMaxBwdBlocks} * kSms;
+  return n_rows < most ? n_rows : most;
+}
 
 // Calls f(T{}, W{}) for the dtype of x and of the weights.
 template <typename F>

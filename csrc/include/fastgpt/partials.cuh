@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(1024) add_partials_kernel(const Sums s) {
 
 template <typename W>
 void add_partials(const Sums& s, int n_outs, void* stream) {
-  launch("add_partials_kernel", add_partials_kernel<W>, dim3((s.n + 31) / 32, n_outs), dim3(32, 32), 0, stream, s);
+  launch("add_partials_kernel", add_partials_kernel<W>, Grid{(s.n + 31) / 32, n_outs}, dim3(32, 32), 0, stream, s);
 }
 
 }  // namespace fastgpt::cuda

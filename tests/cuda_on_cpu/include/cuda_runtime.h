@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -104,7 +105,8 @@ struct Machine {
   unsigned live = 0, waiting = 0;
   Schedule schedule = Schedule::forward;
   std::mt19937 random{0};
-  bool misaligned = false;
+  bool misaligned = false, dry = false;             // dry: launches are written down, and nothing runs
+  std::vector<std::array<uint64_t, 7>> launches;    // grid, block, bytes of dynamic shared memory
   std::string error;
   std::map<const void*, size_t> shared_limits;  // of kernels that asked for more than 48 KB
   std::unique_ptr<void, void (*)(void*)> dynamic_shared{nullptr, std::free};
@@ -250,6 +252,8 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
       grid.y > 65535 || grid.z > 65535 || shared_bytes > limit) {
     return cudaErrorInvalidConfiguration;
   }
+  launches.push_back({grid.x, grid.y, grid.z, block_size.x, block_size.y, block_size.z, shared_bytes});
+  if (dry) return cudaSuccess;
   gridDim = grid;
   blockDim = block_size;
   body = std::move(kernel);

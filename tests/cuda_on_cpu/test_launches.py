@@ -1,0 +1,122 @@
+"""Launch arithmetic of the CUDA kernels: grids, blocks, shared memory, workspaces, alignment; nothing is launched."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import shutil
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("pybind11") is None or shutil.which("g++") is None:
+    pytest.skip("needs pybind11 and g++", allow_module_level=True)
+
+import emulator
+
+import fastgpt  # noqa: F401  (its schemas must exist before the library registers kernels for them)
+
+ALIGNED, WIDTHS = 4096, [1, 7, 33, 64, 96, 128, 300, 768, 1024, 1280, 1600, 2048, 3072, 4096, 5120, 8192, 16384, 65536]
+Launch = list[int]  # grid x, y, z, block x, y, z, bytes of dynamic shared memory
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Any:
+    return emulator.load(emulator.build())
+
+
+def pointers(*names: str, at: int = ALIGNED) -> dict[str, int]:
+    return dict.fromkeys(names, at)
+
+
+def check(launch: Launch, static: int = 4096) -> None:
+    """Within what CUDA takes on sm_80; `static`: most static shared memory of any of these kernels."""
+    assert all(1 <= n for n in launch[:6]) and math.prod(launch[3:6]) <= 1024 and math.prod(launch[3:6]) % 32 == 0
+    assert launch[0] < 2**31 and launch[1] <= 65535 and launch[2] <= 65535 and launch[6] + static <= 163 * 1024
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("dtype", [0, 1])
+def test_norms_cover_all_rows_and_stay_in_their_workspace(kernels: Any, op: str, dtype: int) -> None:
+    given = pointers("x", "y", "dy", "h", "weight", "dweight", "partials")
+    for n_cols in WIDTHS:
+        for n_rows in (1, 5, 107, 433, 4097, 2**20):
+            sizes = {"n_rows": n_rows, "n_cols": n_cols, "dtype": dtype, "x_row": n_cols}
+            (forward,) = getattr(kernels, f"{op}_fwd")(**given, **sizes)
+            check(forward)
+            assert forward[0] * forward[4] >= n_rows > (forward[0] - 1) * forward[4]
+            backward, reduce = getattr(kernels, f"{op}_bwd")(**given, **sizes)
+            check(backward), check(reduce)
+            assert backward[0] <= getattr(kernels, f"{op}_bwd_blocks")(n_rows, n_cols) <= n_rows
+            assert reduce[0] * 32 >= n_cols
+
+
+def test_activations_cover_every_element(kernels: Any) -> None:
+    for n_cols in WIDTHS:
+        for n_rows in (1, 5, 4097, 2**20):
+            sizes = {"n_rows": n_rows, "n_cols": n_cols, "dtype": 1}
+            (forward,) = kernels.bias_gelu_fwd(**pointers("x", "out"), **sizes)
+            (gated,) = kernels.swiglu_fwd(**pointers("gate", "up"), **sizes)
+            check(forward), check(gated)
+            assert forward[0] * math.prod(forward[3:6]) * 32 >= n_rows * n_cols / 8
+            backward, reduce = kernels.bias_gelu_bwd(**pointers("x", "dy", "out", "dbias", "partials"), **sizes)
+            check(backward), check(reduce)
+            blocks = kernels.bias_gelu_bwd_blocks(n_rows, n_cols)
+            assert backward[0] % blocks == 0, "as many blocks of rows as the workspace has partials"
+
+
+def test_attention_has_a_block_for_every_tile(kernels: Any) -> None:
+    for head_dim in (16, 64, 80, 96, 128, 160, 256):
+        for t in (1, 64, 65, 1000, 8192):
+            sizes = dict(
+                n_batch=3, n_queries=t, n_keys=t, n_heads=8, n_kv_heads=2, head_dim=head_dim, scale=0.1, dtype=1
+            )
+            for options in ({"causal": True}, {"window": 5}, {"softcap": 2.0}):
+                (forward,) = kernels.attention_fwd(**sizes, **options)
+                check(forward)
+                tiles = forward[0] // (3 * 8)
+                assert forward[0] == tiles * 24 and tiles >= t / 128 and (tiles - 1) * 64 < t
+                backward = kernels.attention_bwd(**sizes, **options)
+                assert len(backward) == (3 if options == {"causal": True} else 4)
+                for launch in backward:
+                    check(launch)
+    assert kernels.attention_bwd_workspace(64, 1024, 12) >= 64 * 12 * 1024 * 2
+
+
+def test_embedding_and_rope(kernels: Any) -> None:
+    for n in (1, 31, 33, 65536, 2**31 + 5):
+        (launch,) = kernels.embedding_fwd(n_tokens=n, n_cols=768, n_rows=5, dtype=1)
+        check(launch)
+        assert launch[0] * launch[4] >= n
+        levels = kernels.embedding_partials(n)
+        assert 2 * math.ceil(n / 32) <= levels <= 2.2 * math.ceil(n / 32) + 8
+    for heads in (1, 3, 36, 300):
+        for dim in (2, 30, 64, 256):
+            (launch,) = kernels.rope(n_batch=3, n_time=70, n_cols=dim, half=dim // 2, n_heads=heads, dtype=1)
+            assert launch[0] * launch[5] >= 210 and math.prod(launch[3:6]) <= 1024
+
+
+def test_a_grid_that_cuda_does_not_take_is_an_error(kernels: Any) -> None:
+    """And not that number modulo 2^32."""
+    with pytest.raises(RuntimeError, match="layer_norm_fwd_kernel: a grid of 2147483648 x 1 x 1 blocks"):
+        kernels.layer_norm_fwd(n_rows=2**33, n_cols=1)
+    with pytest.raises(RuntimeError, match=rf"cross_entropy_fwd_kernel: a grid of {2**32 + 1} x"):
+        kernels.cross_entropy_fwd(n_rows=2**32 + 1, n_cols=8, n_classes=8)
+    with pytest.raises(RuntimeError, match="attention_fwd_kernel: a grid of"):
+        kernels.attention_fwd(
+            n_batch=2**20, n_queries=2**17, n_keys=1, n_heads=64, n_kv_heads=1, head_dim=64, scale=0.1, dtype=1
+        )
+
+
+def test_planning_launches_nothing_and_ends(kernels: Any) -> None:
+    """Pointers above lead nowhere; after a plan, kernels run again."""
+    import torch
+
+    from fastgpt import backend, ops
+
+    if not backend.simulated("cuda"):
+        pytest.skip("the emulation is not this process's backend")
+    kernels.layer_norm_fwd(**pointers("x", "y"), n_rows=10, n_cols=64, dtype=0)
+    with backend.use(layer_norm="cuda", strict=True):
+        x = torch.randn(3, 64)
+        torch.testing.assert_close(ops.layer_norm(x), torch.nn.functional.layer_norm(x, (64,)))
