@@ -29,6 +29,10 @@ class MadeAgain(saved_tensors_hooks):
         self._made: dict[int, tuple[weakref.ref[Tensor], Callable[[], Tensor]]] = {}
         super().__init__(self._pack, self._unpack)
 
+    def __exit__(self, *args: object) -> None:
+        super().__exit__(*args)
+        self._made.clear()  # the hooks are bound methods, so this object is a cycle, and these hold activations
+
     def note(self, t: Tensor, make: Callable[[], Tensor]) -> Tensor:
         """t itself, which backward gets from make() from here on."""
         self._made[t.untyped_storage().data_ptr()] = (weakref.ref(t), make)

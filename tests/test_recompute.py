@@ -69,3 +69,36 @@ def test_levels_keep_less() -> None:
     layers = 6 * 8 * 32 * 64 * 4  # bytes of one width in all layers
     assert 5.5 < (none - norms) / layers < 7, (none, norms)
     assert 12 < (none - block) / layers < 15, (none, block)
+
+
+@pytest.mark.parametrize("level", ["none", "norms", "block"])
+def test_gradients_go_where_they_are_kept(level: Any) -> None:
+    """A saved-tensor hook gives backward another tensor object, without the weight's buffer."""
+    model = GPT(ModelConfig(**GPT2))
+    model.recompute = level
+    keep_gradients(model, min_numel=1)
+    ids = torch.randint(70, (3, 32))
+    model(ids, ids).backward()
+    buffers = {n: p.grad_buffer for n, p in model.named_parameters() if p.dim() == 2}
+    strays = [n for n, p in model.named_parameters() if n in buffers and p.grad is not buffers[n]]
+    assert len(buffers) > 6 and not strays, strays
+
+
+def test_nothing_outlives_backward_without_a_collection() -> None:
+    """Activations in a cycle would stay until Python looks for cycles, many steps later on a GPU."""
+    model = GPT(ModelConfig(**GPT2))
+    model.recompute = "norms"
+    keep_gradients(model, min_numel=1)
+    ids = torch.randint(70, (3, 32))
+    model(ids, ids).backward()
+    gc.collect()
+    gc.disable()
+    try:
+        model.zero_grad()
+        with torch.profiler.profile(profile_memory=True) as seen:
+            model(ids, ids).backward()
+            model.zero_grad()
+    finally:
+        gc.enable()
+    left = sum(e.self_cpu_memory_usage for e in seen.key_averages())
+    assert left < 3 * 32 * 32 * 4, f"{left} bytes, an activation or more"

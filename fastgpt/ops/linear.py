@@ -36,7 +36,7 @@ class LinearFn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.owner = bias is not None, weight  # saved-tensor hooks give back a copy without its buffer
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, bias)
 
@@ -46,7 +46,7 @@ class LinearFn(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = (rows @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
-        dweight = weight_gradient(weight, rows, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        dweight = weight_gradient(ctx.owner, rows, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
         dbias = rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dweight, dbias
 
