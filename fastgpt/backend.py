@@ -90,11 +90,16 @@ def multiplies_into_fp32(t: Tensor) -> bool:
 _budgets: dict[torch.device, int] = {}
 
 
-def logits_budget(device: torch.device) -> int:
+def share_for_logits(gpu_memory: int | None) -> int:
     """Bytes of logits that linear_cross_entropy has in memory at a time: 1/16 of a GPU's memory, 512 MiB elsewhere."""
+    return (8 << 30 if gpu_memory is None else gpu_memory) // 16
+
+
+def logits_budget(device: torch.device) -> int:
+    """share_for_logits of this device."""
     if device not in _budgets:
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 8 << 30
-        _budgets[device] = memory // 16
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        _budgets[device] = share_for_logits(memory)
     return _budgets[device]
 
 

@@ -210,7 +210,7 @@ class TrainConfig:
         recompute: what backward makes again instead of keeping it; norms also means the MLP's activation, and block is
             all but a block's input.
         block_size: tokens T of a training sequence.
-        micro_batch: sequences B in one forward and backward.
+        micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan tells).
         batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
         max_steps: optimizer steps to train for.
         max_minutes: end training after this time if max_steps was not reached; null is no limit.
@@ -257,7 +257,7 @@ class TrainConfig:
     compile: bool = False
     recompute: Literal["none", "norms", "block"] = "none"
     block_size: int = 1024
-    micro_batch: int = 32
+    micro_batch: int | Literal["auto"] = 32
     batch_tokens: int = 524288
     max_steps: int = 18865
     max_minutes: float | None = None
@@ -291,7 +291,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "micro_batch", "max_steps", "lr", "eps", "max_minutes", "log_every", "eval_batches"):
             value = getattr(self, name)
-            _need(value is None or 0 < value < math.inf, name, value, "more than 0")
+            _need(value in (None, "auto") or 0 < value < math.inf, name, value, "more than 0")
         for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "save_every", "keep", "keep_every", "seed"):
             value = getattr(self, name)
             _need(0 <= value < math.inf, name, value, "0 or more")
@@ -315,7 +315,7 @@ class TrainConfig:
         _need(right, "profile", self.profile, "FIRST:LAST, two steps from 1 on")
         traced = self.compile and self.recompute == "norms"
         _need(not traced, "recompute", self.recompute, "none or block with compile, which does not trace it")
-        rows = self.micro_batch * self.block_size
+        rows = (1 if self.micro_batch == "auto" else self.micro_batch) * self.block_size
         fits = self.batch_tokens > 0 and self.batch_tokens % rows == 0
         _need(fits, "batch_tokens", self.batch_tokens, f"a multiple of micro_batch * block_size = {rows}")
         if self.model.block_size is None:
@@ -329,9 +329,15 @@ class TrainConfig:
         return [name for name in self.track.replace(" ", "").split(",") if name]
 
     @property
+    def sequences(self) -> int:
+        """micro_batch as a number (fastgpt.plan.settle gives one for auto)."""
+        _need(self.micro_batch != "auto", "micro_batch", self.micro_batch, "a number here")
+        return int(self.micro_batch)
+
+    @property
     def accumulation(self) -> int:
         """Micro-batches of one optimizer step."""
-        return self.batch_tokens // (self.micro_batch * self.block_size)
+        return self.batch_tokens // (self.sequences * self.block_size)
 
 
 def _compiles(pattern: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import os
 import platform
 import subprocess
 import time
@@ -29,6 +30,23 @@ PEAK_BF16 = {
     "B200": 2250e12,
 }
 
+# Memory in bytes and its bandwidth in bytes/s, from the makers' datasheets (SXM where a card comes in two forms). Cards
+# that multiply bf16: older ones (T4, V100) do not. The peak is PEAK_BF16's for the same name.
+CARDS = {
+    "L4 24GB": (24e9, 300e9),
+    "A10 24GB": (24e9, 600e9),
+    "RTX 3090 24GB": (24e9, 936e9),
+    "A30 24GB": (24e9, 933e9),
+    "RTX 4090 24GB": (24e9, 1008e9),
+    "A100 40GB": (40e9, 1555e9),
+    "A40 48GB": (48e9, 696e9),
+    "L40S 48GB": (48e9, 864e9),
+    "A100 80GB": (80e9, 2039e9),
+    "H100 80GB": (80e9, 3350e9),
+    "H100 PCIe 80GB": (80e9, 2000e9),
+    "H200 141GB": (141e9, 4800e9),
+}
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
@@ -50,14 +68,19 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
+def datasheet_peak(name: str) -> float | None:
+    """Dense bf16 peak in FLOP/s of a GPU of this name; None for one that PEAK_BF16 does not know."""
+    known = [key for key in PEAK_BF16 if key in name]
+    return PEAK_BF16[max(known, key=len)] if known else None
+
+
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Peak FLOP/s for matrix products and where the figure is from: 'datasheet' or 'measured'."""
     if device.type == "cuda" and dtype == torch.bfloat16:
-        name = torch.cuda.get_device_name(device)
-        known = [key for key in PEAK_BF16 if key in name]
-        if known:
-            return PEAK_BF16[max(known, key=len)], "datasheet"
+        peak = datasheet_peak(torch.cuda.get_device_name(device))
+        if peak is not None:
+            return peak, "datasheet"
     n = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # the global one is the run's, and part of its checkpoints
     a = torch.randn(n, n, device=device, dtype=dtype, generator=own)
@@ -74,6 +97,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU's memory, or of this machine's (less where a control group allows less; 0 where it is unknown)."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # a system without them
+        return 0
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text(encoding="utf-8").strip() if limit.exists() else "max"
+    return min(total, int(allowed)) if allowed.isdigit() else total
 
 
 def memory_gb(device: torch.device) -> float:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend, checkpoint
+from fastgpt import backend, checkpoint, plan
 from fastgpt.config import TrainConfig, load_config, to_dict
 from fastgpt.data import IGNORE, TokenLoader, sequential, unigram_nats
 from fastgpt.data.source import open_source
@@ -173,11 +173,13 @@ class Run:
             raise UserError(f"model.vocab_size is {vocab}, but {self.data.name} has {self.data.n_vocab} token ids")
         if len(self.data.val) < 2:
             raise UserError(f"{self.data.name} has {len(self.data.val)} validation tokens, expected at least 2")
+        self.cfg = cfg = plan.settle(cfg, vocab, self.device)
         keep_freed_memory()
-        self.model = build_model(cfg, vocab, self.device)
-        keep_gradients(self.model)
-        self.optimizer = build_optimizer(cfg, self.model)
-        self.loader = TokenLoader(self.data.train, cfg.micro_batch, cfg.block_size, seed=cfg.seed, device=self.device)
+        with plan.explain_out_of_memory(cfg, vocab, self.device):
+            self.model = build_model(cfg, vocab, self.device)
+            keep_gradients(self.model)
+            self.optimizer = build_optimizer(cfg, self.model)
+        self.loader = TokenLoader(self.data.train, cfg.sequences, cfg.block_size, seed=cfg.seed, device=self.device)
         self.guard = SpikeGuard(cfg.spike_sigmas, self.device) if cfg.spike_sigmas > 0 else None
         self.progress = Progress(last_step=cfg.max_steps, length_known=cfg.max_minutes is None)
         self.writer = checkpoint.Writer()
@@ -349,7 +351,7 @@ def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
 def validate(run: Run, log: Log, batches: int | None) -> float:
     """Validation loss over the first `batches` batches (all of them: None), into the log."""
     cfg = run.cfg
-    windows = sequential(run.data.val, cfg.micro_batch, cfg.block_size, max_batches=batches, device=run.device)
+    windows = sequential(run.data.val, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device)
     loss = evaluate(run.model, windows)
     row = {"step": run.progress.step, "val_loss": loss}
     for name, evaluation in EVALUATIONS.items():
@@ -396,6 +398,7 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
     what a person who stopped the run is told to continue it with."""
     backend.use(**backend.parse_choices(cfg.kernels))
     run = Run(cfg)
+    cfg = run.cfg  # with a number for micro_batch
     run.resume()
     run.folder.mkdir(parents=True, exist_ok=True)
     dtype = next(run.model.parameters()).dtype
@@ -416,7 +419,8 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
     stop = Stop()
     gc.freeze()
     try:
-        loop(run, torch.compile(run.model) if cfg.compile else run.model, log, stop)
+        with plan.explain_out_of_memory(cfg, run.model.vocab_size, run.device):
+            loop(run, torch.compile(run.model) if cfg.compile else run.model, log, stop)
         if run.progress.step > resumed:
             run.save()
             report(run, log, Lagged(run.device), everything=True)
@@ -433,6 +437,8 @@ def main(argv: list[str] | None = None) -> int:
     """`fastgpt train`: settings from `argv` (default: the command line); without --config, what suits the machine."""
     default = "gpt2-124m-demo" if torch.cuda.is_available() else "tiny"
     arguments = sys.argv[1:] if argv is None else argv
+    if "--plan" in arguments:
+        return plan.main(arguments, default)
     cfg = load_config(arguments, default)
     program = ["python", sys.argv[0]] if __name__ == "__main__" and __spec__ is None else ["fastgpt", "train"]
     again = [] if cfg.resume == "auto" else ["--resume", "auto"]

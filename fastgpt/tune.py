@@ -31,6 +31,7 @@ from fastgpt.bench._op import Bench, Provider, Shape, bench_of, chosen, every, g
 from fastgpt.config import ModelConfig, TrainConfig, load_config
 from fastgpt.device import cpu_name, default_device, keep_freed_memory
 from fastgpt.errors import UserError
+from fastgpt.plan import settle
 
 LEAST_GAIN = 1.03  # how much faster than the prior's choice a backend must be to take its place
 CPU_TOKENS = 1024
@@ -175,9 +176,10 @@ def _batch_of(cfg: TrainConfig, args: argparse.Namespace, device: torch.device) 
     for name in ("batch", "block"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"tune: --{name} is {getattr(args, name)}, expected at least 1")
-    most = CPU_TOKENS if device.type == "cpu" else cfg.micro_batch * cfg.block_size
+    cfg = settle(cfg, cfg.model.vocab_size or cfg.vocab_size, device)
+    most = CPU_TOKENS if device.type == "cpu" else cfg.sequences * cfg.block_size
     block = args.block or min(cfg.block_size, most)
-    return args.batch or max(1, min(cfg.micro_batch, most // block)), block
+    return args.batch or max(1, min(cfg.sequences, most // block)), block
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,300 @@
+"""`fastgpt train --plan`: what a run needs, whether it fits, the largest micro-batch that does, hours and cost.
+
+The bytes are fastgpt/memory.py's. `settle` gives `micro_batch: auto` its number, and `explain_out_of_memory` turns an
+allocation that failed into the setting to turn. Hours and cost are an estimate: tokens * FLOP per token / (peak * MFU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from fastgpt import backend
+from fastgpt.config import TrainConfig, load_config
+from fastgpt.device import CARDS, datasheet_peak, default_device, total_memory
+from fastgpt.errors import UserError
+from fastgpt.memory import LEVELS, SPARE, Shape, Target, element_size, plan, shape_of
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+DEVICES = "auto, cpu, cuda, cuda:N or a card"
+
+
+def micro_batches(cfg: TrainConfig, gpus: int = 1) -> list[int]:
+    """The micro-batches that divide a step's sequences on each device, largest first.
+
+    Raises:
+        UserError: the step cannot be shared out.
+    """
+    rows = cfg.block_size * gpus * (1 if cfg.micro_batch == "auto" else cfg.sequences)
+    if cfg.batch_tokens % rows:
+        raise UserError(f"batch_tokens is {cfg.batch_tokens}, expected a multiple of one micro-batch a GPU, {rows}")
+    n = cfg.batch_tokens // (cfg.block_size * gpus)
+    return [d for d in range(n, 0, -1) if n % d == 0]
+
+
+def largest_micro_batch(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> int:
+    """The largest micro-batch whose peak fits; 0 where not even one sequence does."""
+    for size in micro_batches(cfg, gpus):
+        if plan(replace(cfg, micro_batch=size), shape, target, gpus).peak <= target.usable:
+            return size
+    return 0
+
+
+def with_vocabulary(cfg: TrainConfig, vocab_size: int | None = None) -> TrainConfig:
+    """The settings with model.vocab_size: as given, else as set, else the tokenizer's that is to be trained."""
+    size = vocab_size or cfg.model.vocab_size or cfg.vocab_size
+    return replace(cfg, model=replace(cfg.model, vocab_size=size))
+
+
+def target_of(device: torch.device) -> Target:
+    """A device of this machine."""
+    if device.type != "cuda":
+        return Target("this machine's CPU", "cpu", total_memory(device))
+    name = torch.cuda.get_device_name(device)
+    return Target(name, "cuda", total_memory(device), peak=datasheet_peak(name))
+
+
+def settle(cfg: TrainConfig, vocab_size: int, device: torch.device) -> TrainConfig:
+    """The settings with a number for micro_batch: where it is auto, the largest that fits `device`.
+
+    Raises:
+        UserError: none fits, or the device's memory is unknown.
+    """
+    if cfg.micro_batch != "auto":
+        return cfg
+    target = target_of(device)
+    if target.memory <= 0:
+        raise UserError("micro_batch is 'auto', expected a number: this system does not tell how much memory it has")
+    full = with_vocabulary(cfg, vocab_size)
+    size = largest_micro_batch(full, shape_of(full), target)
+    if not size:
+        raise UserError(f"micro_batch is 'auto', but not one sequence fits; {remedy(full, target)}")
+    return replace(cfg, micro_batch=size)
+
+
+def _changes(cfg: TrainConfig, small: list[int], state_first: bool) -> Iterator[dict[str, Any]]:
+    """Settings that need less memory, the cheapest to have first."""
+    masters = [s for s in ("remainder", "stochastic") if cfg.master == "fp32"]
+    if state_first:
+        yield from ({"master": s} for s in masters)
+    yield from ({"micro_batch": size} for size in small)
+    least: dict[str, Any] = {"micro_batch": 1}
+    for level in LEVELS[LEVELS.index(cfg.recompute) + 1 :]:
+        if not (cfg.compile and level == "norms"):
+            least = {**least, "recompute": level}
+            yield least
+    for s in masters:
+        least = {**least, "master": s}
+        yield least
+    size = cfg.block_size
+    while size % 2 == 0 and size > 64:
+        size //= 2
+        yield {**least, "block_size": size}
+
+
+def remedy(cfg: TrainConfig, target: Target, room: float | None = None, gpus: int = 1) -> str:
+    """Which setting to turn, to which value: the first that fits `room` bytes (default: what is usable) and needs less
+    than these settings, in which micro_batch may be auto."""
+    shape, room = shape_of(cfg), target.usable if room is None else room
+    now = replace(cfg, micro_batch=1) if cfg.micro_batch == "auto" else cfg
+    here = plan(now, shape, target, gpus)
+    small = [d for d in micro_batches(now, gpus) if d < now.sequences]
+    state_first = here.largest()[0] == "the optimizer's state" and element_size(now, target.kind) == 2
+    for change in _changes(now, small, state_first):
+        peak = plan(replace(now, **change), shape, target, gpus).peak
+        if peak <= min(room, 0.95 * here.peak):
+            knobs = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in change.items())
+            return f"{knobs} needs {_size(peak)} of {_size(room)}"
+    return (
+        f"no micro_batch, recompute, master or block_size fits {_size(room)}: a smaller model or a larger device does"
+    )
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(cfg: TrainConfig, vocab_size: int, device: torch.device) -> Iterator[None]:
+    """Inside, a device without memory left becomes a UserError: the plan's largest part, and the setting to turn."""
+    try:
+        yield
+    except RuntimeError as e:
+        # the second: an allocation by our own C++, whose cause the stable ABI does not pass on
+        words = ("DefaultCPUAllocator", "aoti_torch_empty", "CUBLAS_STATUS_ALLOC_FAILED")
+        if not isinstance(e, torch.OutOfMemoryError) and not any(word in str(e) for word in words):
+            raise
+        target, full, room = target_of(device), with_vocabulary(cfg, vocab_size), None
+        if device.type == "cuda":  # others may be on it: what is free, and what this process holds
+            room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) * (1 - SPARE["cuda"])
+        here = plan(full, shape_of(full), target)
+        name, size = here.largest()
+        raise UserError(
+            f"out of memory on {device}: the largest part by plan is {name}, {_size(size)} of {_size(here.peak)}; "
+            f"{remedy(full, target, room)}"
+        ) from e
+
+
+def card(name: str) -> Target | None:
+    """The known card of this name ("a100", "h100-80gb", "rtx4090"), the smallest where several have it."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    keys = {key: key.lower().split() for key in CARDS}
+    found = [k for k, parts in keys.items() if words and set(words) <= set(parts)]
+    found = found or [k for k, parts in keys.items() if words and "".join(parts).startswith("".join(words))]
+    return _card(min(found, key=lambda k: CARDS[k][0])) if found else None
+
+
+def _card(key: str) -> Target:
+    memory, bandwidth = CARDS[key]
+    return Target(key, "cuda", int(memory), bandwidth, datasheet_peak(key))
+
+
+def holding(cfg: TrainConfig, shape: Shape, gpus: int) -> list[Target]:
+    """The known cards that the settings fit, smallest first."""
+    least = replace(cfg, micro_batch=1) if cfg.micro_batch == "auto" else cfg
+    cards = sorted((_card(key) for key in CARDS), key=lambda c: c.memory)
+    return [c for c in cards if plan(least, shape, c, gpus).peak <= c.usable]
+
+
+def find_target(name: str, cards: list[Target]) -> tuple[Target, str]:
+    """What --device means, and how to call it; without one and without a GPU the smallest of `cards`, else the largest
+    card there is.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto" and not torch.cuda.is_available():
+        if cards:
+            return cards[0], f"{cards[0].name}, the smallest card that holds it (no GPU here, no --device)"
+        largest = _card(max(CARDS, key=lambda k: CARDS[k][0]))
+        return largest, f"{largest.name}, the largest card known (no GPU here, no --device)"
+    if known := card(name):
+        return known, known.name
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise UserError(f"device is {name!r}, expected {DEVICES}: {', '.join(CARDS)}")
+    device = default_device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device is {name!r}, which is not here, expected a card to plan for: {', '.join(CARDS)}")
+    target = target_of(device)
+    if target.memory <= 0:
+        raise UserError(f"device is {name!r}, but this system does not tell its memory, expected a card to plan for")
+    return target, target.name
+
+
+def _size(n: float) -> str:
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.1f} MB"
+
+
+def table(cfg: TrainConfig, shape: Shape, target: Target, gpus: int) -> list[str]:
+    """Bytes by part and level of recomputation, aligned."""
+    levels = [level for level in LEVELS if not (cfg.compile and level == "norms")]
+    configs = [replace(cfg, recompute=level) for level in levels]
+    plans = [plan(c, shape, target, gpus) for c in configs]
+    unit, scale = ("GB", 1e9) if max(p.peak for p in plans) >= 1e9 else ("MB", 1e6)
+    rows = {
+        "parameters and token ids": [p.parameters for p in plans],
+        "gradients": [p.gradients for p in plans],
+        f"master copies ({cfg.master})": [p.masters for p in plans],
+        "AdamW's moments": [p.moments for p in plans],
+        "activations": [p.activations for p in plans],
+        "either: head and loss": [p.loss for p in plans],
+        "    or: a block's backward": [p.block for p in plans],
+        "peak": [p.peak for p in plans],
+    }
+    lines = [f"{unit + ', recompute':<28}" + "".join(f"{level:>10}" for level in levels)]
+    lines += [f"{name:<28}" + "".join(f"{v / scale:>10.2f}" for v in values) for name, values in rows.items()]
+    most = [largest_micro_batch(c, shape, target, gpus) for c in configs]
+    return [*lines, f"{'largest micro_batch':<28}" + "".join(f"{size or 'none':>10}" for size in most)]
+
+
+def _served_by_torch(cfg: TrainConfig, kind: str, w: int) -> list[str]:
+    """Ops without a kernel on this machine's device."""
+    with backend.use(**backend.parse_choices(cfg.kernels)):
+        return [op for op in backend.ops() if backend.explain(op, kind, DTYPES[w])[0] == "torch"]
+
+
+def estimate(shape: Shape, target: Target, w: int, args: argparse.Namespace) -> str:
+    """Hours and cost, in a sentence that says what they rest on."""
+    if target.peak is None or w != 2:
+        return "hours: not estimated, since only cards' bf16 peaks are known here"
+    gpu_hours = args.tokens * shape.flops / (target.peak * args.mfu) / 3600
+    cost = f", cost {gpu_hours * args.price:,.2f} at {args.price:g} a GPU-hour" if args.price is not None else ""
+    return (
+        f"estimate, not measured: {gpu_hours / args.gpus:,.1f} hours ({gpu_hours:,.1f} GPU-hours{cost}) for "
+        f"{args.tokens:,.0f} tokens at {args.mfu:.0%} MFU (--mfu) of {target.peak / 1e12:g} TFLOP/s (datasheet), "
+        f"{shape.flops / 1e9:.3f} GFLOP a token (6 N + 12 L A T)"
+    )
+
+
+def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]:
+    """The lines to print, the verdict last, and whether it fits."""
+    cfg = with_vocabulary(cfg)
+    shape = shape_of(cfg)
+    cards = holding(cfg, shape, args.gpus)
+    target, called = find_target(args.device or cfg.device, cards)
+    w, auto = element_size(cfg, target.kind), cfg.micro_batch == "auto"
+    size = largest_micro_batch(cfg, shape, target, args.gpus) if auto else cfg.sequences
+    now = replace(cfg, micro_batch=size or 1)
+    speed = f" at {target.bandwidth / 1e9:,.0f} GB/s" if target.bandwidth else ""
+    micro = f"{now.accumulation // args.gpus} x micro_batch {now.sequences}{' (auto)' if auto and size else ''}"
+    lines = [
+        f"{cfg.out.removeprefix('runs/')}: {shape.parameters:,} parameters in {'bf16' if w == 2 else 'fp32'}, "
+        f"{micro} x block_size {cfg.block_size} a step",
+        f"{args.gpus} x {called}: {_size(target.memory)}{speed}, {SPARE[target.kind]:.0%} of it left aside",
+        "",
+        *table(now, shape, target, args.gpus),
+        "",
+    ]
+    if cfg.compile:
+        lines.append("compile: these figures are of the eager model; what the compiler keeps is not known")
+    if target.bandwidth is None and (ops := _served_by_torch(cfg, target.kind, w)):
+        lines.append(f"figures are of fastgpt's kernels; PyTorch serves here, and may keep more: {', '.join(ops)}")
+    if args.tokens is not None:
+        lines.append(estimate(shape, target, w, args))
+    names = ", ".join(c.name for c in cards[:4]) or "none that is known"
+    lines.append(f"smallest cards that hold it (recompute {cfg.recompute}, micro_batch {cfg.micro_batch}): {names}")
+    fits = (peak := plan(now, shape, target, args.gpus).peak) <= target.usable
+    lines.append(f"{'fits' if fits else 'does not fit'}: {_size(peak)} of {_size(target.usable)}")
+    lines[-1] += "" if fits else f"; {remedy(now, target, gpus=args.gpus)}"
+    return lines, fits
+
+
+def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """--plan's own options, and the settings.
+
+    Raises:
+        UserError: a value that makes no sense.
+    """
+    from fastgpt.cli import Parser
+
+    about = "Print what a run needs, before anything is allocated. Settings: as for fastgpt train."
+    parser = Parser(prog="fastgpt train --plan", description=about, allow_abbrev=False, usage="%(prog)s [options]")
+    parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--device", help=f"{DEVICES}: {', '.join(CARDS)}")
+    parser.add_argument("--gpus", type=int, default=1, help="of this kind, each with all of the model")
+    parser.add_argument("--tokens", type=float, help="to train on: prints hours")
+    parser.add_argument("--price", type=float, help="of a GPU-hour: prints the cost")
+    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is assumed (default: 0.4)")
+    args, rest = parser.parse_known_args(argv)
+    priced = args.price is None or (0 <= args.price < math.inf and args.tokens is not None)
+    checks = {
+        "gpus": (args.gpus >= 1, "at least 1"),
+        "tokens": (args.tokens is None or 0 < args.tokens < math.inf, "more than 0"),
+        "price": (priced, "0 or more, with --tokens"),
+        "mfu": (0 < args.mfu <= 1, "more than 0, at most 1"),
+    }
+    for name, (ok, expected) in checks.items():
+        if not ok:
+            raise UserError(f"{name} is {getattr(args, name):g}, expected {expected}")
+    return args, rest
+
+
+def main(argv: Sequence[str], default: str) -> int:
+    """`fastgpt train --plan`; 1 where it does not fit. `default`: the configuration where argv names none."""
+    args, rest = arguments(argv)
+    lines, fits = report(load_config(rest, default), args)
+    print("\n".join(lines))
+    return 0 if fits else 1
