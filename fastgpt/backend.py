@@ -34,6 +34,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where nothing was measured on this device ("prior"): the order in which backends are tried. `fastgpt tune` measures;
 # the backend that its table names is then tried first.
 PRIOR = ("cuda", "cpu", "triton", "torch")
+PRIOR_OF = {"attention": ("triton", "cuda", "cpu", "torch")}  # op -> its own order; the CUDA kernel was never timed
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ def _select(
         _report_once(op, want, f"{want} was asked for, but {why}; choosing by itself")
     entry = tuned(op, device, dtype) if measured else None
     first = () if entry is None else (entry["backend"],)
-    for backend in (*first, *(b for b in PRIOR if b not in first)):
+    for backend in (*first, *(b for b in PRIOR_OF.get(op, PRIOR) if b not in first)):
         if backend not in _table[op] or DEVICE_OF.get(backend, device) != device:
             continue
         why = refusal(op, backend, device, dtype, dim)
@@ -321,7 +322,7 @@ def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
         return picked, "measured"
     refused = [
         f"{b}: {why}"
-        for b in PRIOR
+        for b in PRIOR_OF.get(op, PRIOR)
         if DEVICE_OF.get(b, device) == device and b != picked and (why := refusal(op, b, device, dtype))
     ]
     return picked, "prior" if not refused or picked != "torch" else "; ".join(refused)

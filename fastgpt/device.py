@@ -143,7 +143,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions and device for the header of a run or a result."""
     import fastgpt
 
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     try:
         import triton
 

@@ -146,6 +146,14 @@ def test_a_table_reorders_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: p
         backend._select("layer_norm", "auto", "cpu", FP32, True)
 
 
+def test_the_prior_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing was measured: CUDA kernels, but Triton's attention."""
+    monkeypatch.setattr(backend, "refusal", lambda *args: None)
+    monkeypatch.setattr(backend, "tuned", lambda *args: None)
+    found = {op: backend._select(op, "auto", "cuda", torch.bfloat16, False) for op in backend.ops()}
+    assert found == {op: "triton" if op == "attention" else "cuda" for op in backend.ops()}
+
+
 def test_a_call_unlike_what_was_measured_keeps_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's attention is fastest where its fused one serves; its formula, with a T x T matrix, was not measured."""
     module = sys.modules["fastgpt.ops.attention"]
