@@ -4,9 +4,9 @@
 //
 // Fused: scores, masks, softmax, dropout, the sum over values; the T x S matrix is never in memory. Operations: 4 B H
 // T S D, half of it under causal order. Bytes: q, k, v read, out and lse written; k and v again, from L2, for each tile
-// of queries. Saved for backward: out, and lse in fp32. Floor for B = 64, T = S = 1024, H = 12, D = 64, causal, 16 bits:
-// 103 GFLOP, A100 (312 TFLOP/s) 330 us, H100 and H200 (989) 104 us, of which mma.sync reaches 63% (arXiv:2402.13499):
-// 165 us; 406 MB, A100 199 us, H100 121, H200 85.
+// of queries. Saved for backward: out, and lse in fp32. Floor for B = 64, T = S = 1024, H = 12, D = 64, causal, 16
+// bits: 103 GFLOP, A100 (312 TFLOP/s) 330 us, H100 and H200 (989) 104 us, of which mma.sync reaches 63%
+// (arXiv:2402.13499): 165 us; 406 MB, A100 199 us, H100 121, H200 85.
 //
 // How: a block takes a tile of queries of one head, the last first, since they see the most keys, and streams tiles of
 // the keys and values that some of them see; the values come while scores are computed, the next keys during softmax

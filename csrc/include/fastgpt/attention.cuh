@@ -200,8 +200,8 @@ inline bool pieces_aligned(const void* x, const AttentionStrides& s, int64_t dim
 // Everything but the alignment; `largest`: powers are taken after a search for the largest score, so that their factor
 // must be positive (the kernel turns the queries' signs) and keep -inf, which 0 would not.
 inline AttentionLaunch attention_launch(const AttentionArgs& a, bool largest) {
-  if (a.n_queries > INT_MAX / 2 || a.n_keys > INT_MAX / 2) {
-    throw std::runtime_error("fastgpt: attention: more than 2^30 queries or keys in a sequence");
+  if (a.n_queries > INT_MAX / 4 || a.n_keys > INT_MAX / 4) {  // sums of both stay within 32 bits
+    throw std::runtime_error("fastgpt: attention: more than 2^29 queries or keys in a sequence");
   }
   if (a.dtype == DType::f32 || a.head_dim > 256) {
     throw std::runtime_error("fastgpt: attention: the CUDA kernels take bf16 and fp16, head dimensions up to 256");
