@@ -214,6 +214,8 @@ class TrainConfig:
         batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
         max_steps: optimizer steps to train for.
         max_minutes: end training after this time if max_steps was not reached; null is no limit.
+        optimizer: adamw, or muon for the blocks' matrices and adamw for the rest (one learning rate serves both).
+        momentum: Muon's.
         lr: highest learning rate.
         lr_ratios: "regular expression in a parameter's name -> factor on its learning rate, as in {wte: 0.3}"
         min_lr_ratio: the last learning rate as a fraction of lr.
@@ -261,6 +263,8 @@ class TrainConfig:
     batch_tokens: int = 524288
     max_steps: int = 18865
     max_minutes: float | None = None
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    momentum: float = 0.95
     lr: float = 6e-4
     lr_ratios: dict[str, float] = field(default_factory=dict)
     min_lr_ratio: float = 0.0
@@ -295,7 +299,7 @@ class TrainConfig:
         for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "save_every", "keep", "keep_every", "seed"):
             value = getattr(self, name)
             _need(0 <= value < math.inf, name, value, "0 or more")
-        for name in ("beta1", "beta2", "val_fraction"):
+        for name in ("beta1", "beta2", "momentum", "val_fraction"):
             value = getattr(self, name)
             _need(0.0 <= value < 1.0, name, value, "0 to less than 1")
         for name in ("min_lr_ratio", "decay_fraction"):

@@ -43,11 +43,12 @@ class Target:
 
 
 class Shape(NamedTuple):
-    """What a plan needs of a model: elements of its parameters, of those with a gradient buffer, number of parameters,
-    bytes of tables, FLOP per token of forward and backward (6 N + 12 L A T)."""
+    """What a plan needs of a model: elements of its parameters, of those with a gradient buffer, of those that Muon
+    gets, number of AdamW's parameters, bytes of tables, FLOP per token of forward and backward (6 N + 12 L A T)."""
 
     parameters: int
     kept: int
+    matrices: int
     tensors: int
     tables: int
     flops: float
@@ -86,7 +87,10 @@ def shape_of(cfg: TrainConfig) -> Shape:
     sizes = [p.numel() for p in model.parameters()]
     kept = sum(p.numel() for p in model.parameters() if p.dim() == 2 and p.numel() >= KEPT_NUMEL)
     tables = sum(b.nbytes for b in model.buffers())
-    return Shape(sum(sizes), kept, len(sizes), tables, model.flops_per_token(cfg.block_size)["full"])
+    groups = model.param_groups(0.0, muon=cfg.optimizer == "muon")
+    matrices = [p.numel() for g in groups if g.get("muon") for p in g["params"]]
+    adamw = len(sizes) - len(matrices)
+    return Shape(sum(sizes), kept, sum(matrices), adamw, tables, model.flops_per_token(cfg.block_size)["full"])
 
 
 def element_size(cfg: TrainConfig, kind: str) -> int:
@@ -174,11 +178,13 @@ def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> Plan:
     else:
         activations += m.n_layers * (kept + (again if cfg.recompute == "none" else 0))
     masters = {"fp32": 4, "remainder": 2}.get(cfg.master, 0) if w == 2 else 0
+    others = shape.parameters - shape.matrices  # Muon has a copy in fp32, its gradient and a momentum
+    copies = 8 * shape.matrices if w == 2 else 0
     return Plan(
         parameters=shape.parameters * w + shape.tables + 16 * cfg.batch_tokens // gpus,
         gradients=(shape.parameters + (shape.kept if cfg.compile else 0)) * w,
-        masters=shape.parameters * masters,
-        moments=shape.parameters * 8 + 4 * shape.tensors,
+        masters=others * masters + copies,
+        moments=others * 8 + shape.matrices * 4 + 4 * shape.tensors,
         activations=activations,
         loss=_loss_bytes(cfg, n, w, target),
         block=_backward_bytes(m, n, w, mask, cfg.recompute),

@@ -364,8 +364,12 @@ class GPT(nn.Module):
         pairs = 6 * c.n_layers * c.n_heads * c.d_head * block_size
         return {"full": 6.0 * (n - table) + 2 * pairs, "causal": 6.0 * n + pairs}
 
-    def param_groups(self, weight_decay: float, lr_ratios: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    def param_groups(
+        self, weight_decay: float, lr_ratios: dict[str, float] | None = None, muon: bool = False
+    ) -> list[dict[str, Any]]:
         """For an optimizer: decay on tensors of two and more dimensions (embeddings too), none on norms and biases.
+
+        muon: the blocks' matrices are in groups of their own, with "muon": True.
 
         lr_ratios: regular expression -> ratio; the first that is found in a parameter's name gives its group's
         "lr_ratio", 1.0 otherwise.
@@ -374,14 +378,16 @@ class GPT(nn.Module):
             ValueError: an expression that no parameter's name holds.
         """
         ratios = {**(lr_ratios or {}), "": 1.0}
-        groups: dict[tuple[str, bool], list[Tensor]] = {}
+        groups: dict[tuple[str, bool, bool], list[Tensor]] = {}
         for name, p in self.named_parameters():
             if p.requires_grad:
                 pattern = next(pattern for pattern in ratios if re.search(pattern, name))
-                groups.setdefault((pattern, p.dim() >= 2), []).append(p)
-        if idle := set(ratios) - {pattern for pattern, _ in groups} - {""}:
+                inner = muon and p.dim() == 2 and name.startswith("blocks.")
+                groups.setdefault((pattern, p.dim() < 2, inner), []).append(p)
+        if idle := set(ratios) - {pattern for pattern, *_ in groups} - {""}:
             raise ValueError(f"lr_ratios: no parameter is for {sorted(idle)[0]!r} (names are as in the state_dict)")
         return [
-            {"params": ps, "weight_decay": weight_decay if decay else 0.0, "lr_ratio": ratios[pattern]}
-            for (pattern, decay), ps in sorted(groups.items(), key=lambda item: (item[0][0], not item[0][1]))
+            {"params": ps, "weight_decay": 0.0 if spared else weight_decay, "lr_ratio": ratios[pattern]}
+            | ({"muon": True} if inner else {})
+            for (pattern, spared, inner), ps in sorted(groups.items(), key=lambda item: item[0])
         ]

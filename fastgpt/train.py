@@ -31,7 +31,7 @@ from fastgpt.errors import UserError
 from fastgpt.generate import generate
 from fastgpt.model import GPT
 from fastgpt.nn import keep_gradients
-from fastgpt.optim import AdamW
+from fastgpt.optim import AdamW, MuonAdamW
 from fastgpt.profiling import Profile
 from fastgpt.runlog import Lagged, Log
 
@@ -85,19 +85,21 @@ def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
     return model.to(device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
 
 
-def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW:
+def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
     try:
-        groups = model.param_groups(cfg.weight_decay, cfg.lr_ratios)
+        groups = model.param_groups(cfg.weight_decay, cfg.lr_ratios, muon=cfg.optimizer == "muon")
     except ValueError as e:
         raise UserError(str(e)) from e
-    return AdamW(
-        groups,
+    settings: dict[str, Any] = dict(
         lr=cfg.lr,
         betas=(cfg.beta1, cfg.beta2),
         eps=cfg.eps,
         master=None if cfg.master == "none" else cfg.master,
         max_norm=cfg.clip if cfg.clip > 0 else math.inf,
         seed=cfg.seed,
+    )
+    return (
+        MuonAdamW(groups, momentum=cfg.momentum, **settings) if cfg.optimizer == "muon" else AdamW(groups, **settings)
     )
 
 
@@ -136,7 +138,7 @@ class SpikeGuard:
 
 
 def train_step(
-    model: Any, optimizer: AdamW, loader: TokenLoader, accumulation: int, guard: SpikeGuard | None = None
+    model: Any, optimizer: AdamW | MuonAdamW, loader: TokenLoader, accumulation: int, guard: SpikeGuard | None = None
 ) -> Tensor:
     """One optimizer step over `accumulation` micro-batches; (loss, gradient norm, whether it was a spike), on the
     device. The loss is the mean over all counted tokens of the step, however they fall into micro-batches."""

@@ -196,6 +196,21 @@ def test_parameters_and_state_are_exact(master: Any, dtype: str) -> None:
     assert p.gradients == weights and p.parameters == weights + tables + 2 * 8 * cfg.batch_tokens
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_muons_state_is_exact(dtype: str) -> None:
+    cfg = settings(LLAMA, dtype, optimizer="muon")
+    model = train.build_model(cfg, 1000, torch.device("cpu"))
+    optimizer = train.build_optimizer(cfg, model)
+    assert isinstance(optimizer, train.MuonAdamW)
+    model(*[torch.randint(1000, (2, 8))] * 2).backward()
+    optimizer.step()
+    tensors = [t for o in (optimizer.adamw, optimizer.muon) for s in o.state.values() for t in s.values()]
+    state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    copies = sum(m.nbytes for p, m in zip(optimizer.matrices, optimizer.masters, strict=True) if m is not p)
+    p = planned(cfg)
+    assert p.masters + p.moments == sum(state.values()) + 2 * copies, "a copy has a gradient during the step"
+
+
 def test_a_compiled_model_has_gradients_beside_their_buffers() -> None:
     cfg = settings(GPT2 | WIDE)
     model = train.build_model(cfg, 3000, torch.device("cpu"))

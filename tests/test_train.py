@@ -220,6 +220,39 @@ def test_evaluations_of_ones_own(
     assert found == [(6, 6.0, 2.0), (12, 12.0, 2.0)] and "own.two 2.0000" in capsys.readouterr().out
 
 
+def test_muon_trains_and_resumes_bitwise(text: Path) -> None:
+    more = ["--optimizer", "muon", "--dtype", "bf16", "--keep", "0"]
+    assert go(text, *more) == 0
+    whole = losses()
+    assert whole[-1][1] < whole[0][1] - 0.3
+    for path in checkpoint.checkpoints(Path("run"))[1:]:
+        shutil.rmtree(path)
+    assert go(text, *more) == 0 and losses() == whole
+
+
+def test_muon_takes_the_matrices_of_the_blocks(text: Path) -> None:
+    cfg = load_config([*SMALL, "--optimizer", "muon", "--clip", "0.5", "--data", str(text), "--out", "run"])
+    run = train.Run(cfg)
+    assert isinstance(run.optimizer, train.MuonAdamW)
+    named = {p: name for name, p in run.model.named_parameters()}
+    expected = {name for name, p in run.model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
+    assert {named[p] for p in run.optimizer.matrices} == expected
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    _, norm, _ = run.step(run.model).tolist()
+    assert all(not torch.equal(before[name], p) for name, p in run.model.named_parameters())
+    w = run.model.blocks[0].mlp.up.weight.detach()  # a Muon step: singular values alike, of AdamW's size
+    rate = train.learning_rate(cfg, 0, cfg.max_steps)
+    moved = before["blocks.0.mlp.up.weight"].detach() * (1 - rate * cfg.weight_decay) - w
+    values = torch.linalg.svdvals(moved) / (0.2 * max(w.shape) ** 0.5 * rate)
+    assert norm > 0 and 0.6 < float(values.quantile(0.1)) and float(values.max()) < 1.3
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    run.optimizer.found_inf = torch.ones(1)
+    for p in run.model.parameters():
+        p.grad = torch.ones_like(p)
+    run.optimizer.step()
+    assert all(torch.equal(before[name], p) for name, p in run.model.named_parameters())
+
+
 def test_milestones_stay(text: Path) -> None:
     assert go(text, "--keep", "1", "--save-every", "2", "--keep-every", "4") == 0
     kept = [p.name for p in checkpoint.checkpoints(Path("run"))]

@@ -60,8 +60,7 @@ struct BackwardScratch {
 
 // What is needed of 64 queries of one head.
 inline void load_queries(const AttentionArgs& a, int64_t batch, int64_t head, int64_t query0, BackwardScratch& w) {
-  Span rows{0, w.ranges.n};  // what lies behind the last sequence may be uninitialised
-  if (a.cu_q != nullptr) rows.end = max_of(min_of(rows.end, a.cu_q[a.n_sequences] - query0), int64_t{0});
+  const Span rows{0, w.ranges.n};
   const int64_t at = (batch * a.n_heads + head) * a.n_queries + query0;
   const auto load = [&](const void* x, const AttentionStrides& s, float* tile, float* across) {
     pack(x, a.dtype, batch * s.batch + query0 * s.row + head * s.head, s.row, rows, a.head_dim, w.width, tile);
