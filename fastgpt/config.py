@@ -204,7 +204,7 @@ class TrainConfig:
         resume: auto continues in the run folder if it has a checkpoint, never starts anew, a path continues from there.
         seed: of initial weights, data order and dropout.
         device: auto, cpu, cuda, cuda:1, ...
-        dtype: of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU.
+        dtype: of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU; fp16 scales the loss.
         kernels: backend per op, as in 'attention=torch,adamw=triton'; empty is the best there is.
         compile: torch.compile around the model.
         recompute: what backward makes again instead of keeping it; norms also means the MLP's activation, and block is
@@ -254,7 +254,7 @@ class TrainConfig:
     resume: str = "auto"
     seed: int = 1337
     device: str = "auto"
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     kernels: str = ""
     compile: bool = False
     recompute: Literal["none", "norms", "block"] = "none"
@@ -309,6 +309,8 @@ class TrainConfig:
         for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
             _need(value >= 0, name, value, "0 or more")
+        halves = self.dtype == "fp16" and (self.optimizer == "muon" or self.master in ("remainder", "stochastic"))
+        _need(not halves, "dtype", self.dtype, "bf16 or fp32 with muon, remainder or stochastic masters")
         for pattern, ratio in self.lr_ratios.items():
             _need(0 <= ratio < math.inf, f"lr_ratios.{pattern}", ratio, "0 or more")
             _need(_compiles(pattern), "lr_ratios", pattern, "a regular expression")

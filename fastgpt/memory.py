@@ -95,7 +95,7 @@ def shape_of(cfg: TrainConfig) -> Shape:
 
 def element_size(cfg: TrainConfig, kind: str) -> int:
     """Bytes of a parameter or activation on this kind of device."""
-    return 2 if cfg.dtype == "bf16" or (cfg.dtype == "auto" and kind == "cuda") else 4
+    return 2 if cfg.dtype in ("bf16", "fp16") or (cfg.dtype == "auto" and kind == "cuda") else 4
 
 
 def block_bytes(m: ModelConfig, n: int, w: int, mask: int) -> tuple[int, int]:

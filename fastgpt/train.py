@@ -38,10 +38,12 @@ from fastgpt.runlog import Lagged, Log
 # name -> evaluation(run): figures by name, taken at every validation and logged as "name.figure"; a script of one's own
 # puts functions here before it calls main(). The model is in training mode when they are called, and must be after.
 EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_STEPS = 3  # left out when speed is measured
 MEASURED_STEPS = 12  # after these a run limited by minutes knows how many steps it will take
 STOP_AFTER_SKIPS = 10  # steps in a row that the guard skipped
 SPIKE_HORIZON = 100  # steps that a loss is compared with
+GROW_AFTER = 2000  # steps without overflow before fp16's loss scale is doubled
 
 
 @dataclasses.dataclass
@@ -81,8 +83,8 @@ def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
     settings = dataclasses.replace(cfg.model, vocab_size=vocab_size)
     model = GPT(settings, generator=torch.Generator().manual_seed(cfg.seed))
     model.recompute = cfg.recompute
-    bf16 = cfg.dtype == "bf16" or (cfg.dtype == "auto" and device.type == "cuda")  # emulated bf16 crawls on most CPUs
-    return model.to(device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    automatic = "bf16" if device.type == "cuda" else "fp32"  # emulated bf16 crawls on most CPUs
+    return model.to(device=device, dtype=DTYPES[automatic if cfg.dtype == "auto" else cfg.dtype])
 
 
 def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
@@ -137,8 +139,32 @@ class SpikeGuard:
         return spike.float()
 
 
+class LossScale:
+    """fp16's loss scale, on the device: halved by a step whose gradients overflow, doubled after GROW_AFTER others."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.state = torch.tensor([65536.0, 0.0], device=device)  # scale, steps since it changed
+
+    @property
+    def scale(self) -> Tensor:
+        return self.state[:1]
+
+    def update(self, norm: Tensor) -> None:
+        """norm: (1,) of the step's gradients."""
+        scale, steps = self.state.split(1)
+        grow = steps + 1 >= GROW_AFTER
+        good = torch.cat((torch.where(grow, 2 * scale, scale), torch.where(grow, 0.0, steps + 1)))
+        bad = torch.cat(((scale / 2).clamp(min=1.0), torch.zeros_like(steps)))
+        self.state.copy_(torch.where(norm.isfinite(), good, bad))
+
+
 def train_step(
-    model: Any, optimizer: AdamW | MuonAdamW, loader: TokenLoader, accumulation: int, guard: SpikeGuard | None = None
+    model: Any,
+    optimizer: AdamW | MuonAdamW,
+    loader: TokenLoader,
+    accumulation: int,
+    guard: SpikeGuard | None = None,
+    scaling: LossScale | None = None,
 ) -> Tensor:
     """One optimizer step over `accumulation` micro-batches; (loss, gradient norm, whether it was a spike), on the
     device. The loss is the mean over all counted tokens of the step, however they fall into micro-batches."""
@@ -147,11 +173,15 @@ def train_step(
     loss = torch.zeros(1, device=optimizer.device)
     for ids, targets in batches:
         part = model(ids, targets, reduction="sum") / counted
-        part.backward()
+        (part if scaling is None else part * scaling.scale).backward()
         loss += part.detach()
     spike = torch.zeros_like(loss) if guard is None else guard(loss)
     optimizer.found_inf = spike  # a step that is flagged changes nothing
+    if scaling is not None:
+        optimizer.grad_scale = scaling.scale
     optimizer.step()
+    if scaling is not None:
+        scaling.update(optimizer.grad_norm)
     optimizer.zero_grad(set_to_none=True)
     return torch.cat((loss, optimizer.grad_norm, spike))
 
@@ -183,8 +213,14 @@ class Run:
             self.optimizer = build_optimizer(cfg, self.model)
         self.loader = TokenLoader(self.data.train, cfg.sequences, cfg.block_size, seed=cfg.seed, device=self.device)
         self.guard = SpikeGuard(cfg.spike_sigmas, self.device) if cfg.spike_sigmas > 0 else None
+        self.scaling = LossScale(self.device) if cfg.dtype == "fp16" else None
         self.progress = Progress(last_step=cfg.max_steps, length_known=cfg.max_minutes is None)
         self.writer = checkpoint.Writer()
+
+    def device_parts(self) -> list[tuple[str, SpikeGuard | LossScale]]:
+        """What steers the run from the device and is part of its checkpoints."""
+        parts: list[tuple[str, SpikeGuard | LossScale | None]] = [("guard", self.guard), ("scaling", self.scaling)]
+        return [(name, part) for name, part in parts if part is not None]
 
     def save(self) -> None:
         """Begin to write a checkpoint of this moment; `writer` says when it is there."""
@@ -196,8 +232,7 @@ class Run:
             "tokenizer": self.data.fingerprint,
         }
         extra = {**checkpoint.flatten_optimizer(self.optimizer), **checkpoint.random_states(self.device)}
-        if self.guard is not None:
-            extra["guard"] = self.guard.state
+        extra.update({name: part.state for name, part in self.device_parts()})
         cfg, step = self.cfg, self.progress.step
         stays = {self.progress.best_step} if cfg.patience else set()
         stays |= set(range(0, step, cfg.keep_every)) if cfg.keep_every else set()
@@ -220,9 +255,9 @@ class Run:
         self.model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
         extra = checkpoint.read_tensors(path, checkpoint.OPTIMIZER, state)
         rng = {name: extra.pop(name) for name in list(extra) if name.startswith("rng.")}
-        seen = extra.pop("guard", None)
-        if self.guard is not None and seen is not None:
-            self.guard.state.copy_(seen)
+        seen: dict[str, Tensor] = {name: extra.pop(name) for name in ("guard", "scaling") if name in extra}
+        for name, part in self.device_parts():
+            part.state.copy_(seen.get(name, part.state))
         checkpoint.unflatten_optimizer(self.optimizer, extra)
         checkpoint.restore_random_states(rng, self.device)
         self.loader.load_state_dict(state["loader"])
@@ -243,7 +278,8 @@ class Run:
         rate = learning_rate(self.cfg, p.step, p.last_step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_ratio"]
-        values = train_step(model, self.optimizer, self.loader, self.cfg.accumulation, self.guard)
+        settings = (self.cfg.accumulation, self.guard, self.scaling)
+        values = train_step(model, self.optimizer, self.loader, *settings)
         p.step += 1
         p.tokens += self.cfg.batch_tokens
         return values

@@ -220,6 +220,37 @@ def test_evaluations_of_ones_own(
     assert found == [(6, 6.0, 2.0), (12, 12.0, 2.0)] and "own.two 2.0000" in capsys.readouterr().out
 
 
+def test_fp16_scales_its_loss_and_resumes_bitwise(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "GROW_AFTER", 3)
+    more = ["--dtype", "fp16", "--keep", "0", "--save-every", "5"]
+    assert go(text, *more) == 0
+    whole = losses()
+    assert whole[-1][1] < whole[0][1]
+    state = {p.name: checkpoint.read_state(p) for p in checkpoint.checkpoints(Path("run"))}
+    scales = [
+        checkpoint.read_tensors(Path("run") / name, checkpoint.OPTIMIZER, s)["scaling"].tolist()
+        for name, s in state.items()
+    ]
+    assert scales == [[131072.0, 2.0], [524288.0, 1.0], [1048576.0, 0.0]]
+    for name in list(state)[1:]:
+        shutil.rmtree(Path("run") / name)
+    assert go(text, *more) == 0 and losses() == whole
+
+
+def test_an_overflow_halves_the_scale_and_changes_nothing() -> None:
+    cfg = load_config([*SMALL, "--dtype", "fp16"])
+    model = train.build_model(cfg, 60, torch.device("cpu"))
+    optimizer, scaling = train.build_optimizer(cfg, model), train.LossScale(torch.device("cpu"))
+    ids = torch.randint(60, (4, 32), generator=torch.Generator().manual_seed(0))
+    plain = train.train_step(model, optimizer, iter([(ids, ids)]), 1, None, scaling)  # type: ignore[arg-type]
+    assert bool(plain.isfinite().all()) and scaling.state.tolist() == [65536.0, 1.0]
+    before = [p.clone() for p in model.parameters()]
+    scaling.state[0] = 2.0**40
+    over = train.train_step(model, optimizer, iter([(ids, ids)]), 1, None, scaling)  # type: ignore[arg-type]
+    assert not over[1].isfinite() and scaling.state.tolist() == [2.0**39, 0.0]
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 def test_muon_trains_and_resumes_bitwise(text: Path) -> None:
     more = ["--optimizer", "muon", "--dtype", "bf16", "--keep", "0"]
     assert go(text, *more) == 0
