@@ -120,7 +120,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--max-steps"], "max_steps came without a value, expected a whole number"),
     (["--max-minutes", "x"], "max_minutes is 'x', expected a number or null"),
     (["--compile", "maybe"], "compile is 'maybe', expected true or false"),
-    (["--dtype", "fp8"], "dtype is 'fp8', expected one of auto, fp32, bf16"),
+    (["--dtype", "fp8"], "dtype is 'fp8', expected one of auto, fp32, bf16, fp16"),
     (["--max-stps", "3"], "max_stps is not a setting (did you mean max_steps?)"),
     (["--max", "3"], "max is not a setting (--help lists them)"),
     (["zzz"], "zzz is not a setting (--help lists them)"),
