@@ -77,7 +77,7 @@ def test_killed_runs_end_bit_identical(folder: Path, kernels: str, batch: str, t
 
 @pytest.mark.slow
 def test_twenty_kills_on_the_default_corpus(tmp_path: Path) -> None:
-    arguments = ["--config", "tiny", "--max-minutes", "null", "--max-steps", "300", "--check-baseline", "false"]
+    arguments = ["--config", "tiny", "--max-minutes", "null", "--max-steps", "300", "--save-every", "10"]
     finish(start(tmp_path, "whole", arguments))
     kill_at_random(tmp_path, arguments, 20, 300, seed=0)
     assert rows(tmp_path, "killed") == rows(tmp_path, "whole")
