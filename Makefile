@@ -18,7 +18,7 @@ test: $(VENV)/tested
 test-slow: $(VENV)/tested
 	$(PYTEST) -m slow $(ARGS)
 
-# Everything that a machine without a GPU can show: about half an hour on two cores.
+# Everything that a machine without a GPU can show: an hour and a half on two cores.
 test-all: test test-slow
 	$(BIN)/python -m fastgpt.triton_check --all
 
