@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fastgpt.device import cpu_name, describe_machine
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_SAMPLE, GPU_SAMPLE = 1e-3, 3e-4  # seconds that one timed sample lasts at least
 LEAST_ROUNDS, MOST_ROUNDS = 7, 1000
 MOST_SETS, MOST_BYTES = 64, 1 << 30  # of rotating inputs, by number and by memory

@@ -27,7 +27,6 @@ from torch import Tensor
 from fastgpt import backend, parity
 from fastgpt.bench import OPS
 from fastgpt.bench._harness import (
-    DTYPES,
     Job,
     Samples,
     Setting,
@@ -42,7 +41,7 @@ from fastgpt.bench._harness import (
     where,
 )
 from fastgpt.config import ModelConfig
-from fastgpt.device import default_device
+from fastgpt.device import DTYPES, default_device, dtype_of
 
 COPY, GEMM = "copy", "gemm"
 Shape = tuple[int, ...]
@@ -303,7 +302,7 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
     device = default_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dtype = DTYPES[args.dtype or ("bf16" if device.type == "cuda" else "fp32")]
+    dtype = dtype_of(args.dtype or "auto", device.type)
     modes = ("default",) * args.compile + ("max-autotune-no-cudagraphs",) * args.max_autotune  # the graph is ours
     status = 0
     for shape in args.shape or bench.shapes[device.type]:

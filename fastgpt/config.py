@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from fastgpt import options
 from fastgpt.errors import UserError
+from fastgpt.trackers import TRACKERS
 
-TRACKERS = ("tensorboard", "trackio", "wandb")
 GATED = {"swiglu": "silu", "geglu": "gelu", "reglu2": "relu2"}  # model.activation -> ops.swiglu's activation
 
 

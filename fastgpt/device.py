@@ -47,12 +47,18 @@ CARDS = {
     "H200 141GB": (141e9, 4800e9),
 }
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def default_device(name: str = "auto") -> torch.device:
     """The device to train on: what was asked for, or a GPU where there is one."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def dtype_of(name: str, device_type: str) -> torch.dtype:
+    """A setting's dtype; "auto": bf16 on a GPU, fp32 on a CPU (most emulate bf16, which crawls)."""
+    return DTYPES[("bf16" if device_type == "cuda" else "fp32") if name == "auto" else name]
 
 
 def keep_freed_memory() -> None:

@@ -16,6 +16,7 @@ import torch
 
 from fastgpt import backend
 from fastgpt.config import GATED, ModelConfig, TrainConfig
+from fastgpt.device import dtype_of
 from fastgpt.model import GPT
 from fastgpt.nn import KEPT_NUMEL
 from fastgpt.ops.linear_cross_entropy import rows_at_once
@@ -93,11 +94,6 @@ def shape_of(cfg: TrainConfig) -> Shape:
     return Shape(sum(sizes), kept, sum(matrices), adamw, tables, model.flops_per_token(cfg.block_size)["full"])
 
 
-def element_size(cfg: TrainConfig, kind: str) -> int:
-    """Bytes of a parameter or activation on this kind of device."""
-    return 2 if cfg.dtype in ("bf16", "fp16") or (cfg.dtype == "auto" and kind == "cuda") else 4
-
-
 def block_bytes(m: ModelConfig, n: int, w: int, mask: int) -> tuple[int, int]:
     """What one block keeps for backward over n = B T tokens: (what every level keeps, what "norms" makes again).
 
@@ -169,7 +165,7 @@ def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> Plan:
     Args:
         cfg: settings with model.vocab_size and a number for micro_batch. shape: `shape_of(cfg)`.
     """
-    m, n, w = cfg.model, cfg.sequences * cfg.block_size, element_size(cfg, target.kind)
+    m, n, w = cfg.model, cfg.sequences * cfg.block_size, dtype_of(cfg.dtype, target.kind).itemsize
     mask = 1 if target.kind == "cuda" else w
     kept, again = block_bytes(m, n, w, mask)
     activations = n * m.width * mask if m.embed_dropout > 0 else 0

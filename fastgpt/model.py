@@ -57,9 +57,9 @@ class Pass(NamedTuple):
     cache: KVCache | None
     again: MadeAgain | None  # what backward makes again is noted here
 
-    def note(self, t: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """t, which backward may get from make() again."""
-        return t if self.again is None else self.again.note(t, make)
+    def note(self, t: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """t, which backward may get from make(*inputs) again."""
+        return t if self.again is None else self.again.note(t, make, *inputs)
 
 
 def _make(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
@@ -180,14 +180,14 @@ class MLP(nn.Module):
         if self.activation in GATED:
             u = self.up(x)  # (B, T, 2F)
             gate = partial(ops.swiglu, activation=GATED[self.activation])
-            h = run.note(gate(u), partial(gate, u.detach()))
+            h = run.note(gate(u), gate, u)
         elif self.activation == "relu2":
             h = F.relu(self.up(x)).square()
         else:
             approximate = "tanh" if self.activation == "gelu_tanh" else "none"
             u = ops.linear(x, self.up.weight)
-            make = partial(ops.bias_gelu, u.detach(), self.up.bias, approximate=approximate)
-            h = run.note(ops.bias_gelu(u, self.up.bias, approximate=approximate), make)
+            gelu = partial(ops.bias_gelu, approximate=approximate)
+            h = run.note(gelu(u, self.up.bias), gelu, u, self.up.bias)
         return _dropout(self.down(h), self.dropout, self.training)
 
 
@@ -224,7 +224,7 @@ class Block(nn.Module):
 def add_norm(norm: Any, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual) in one op."""
     y, total = (norm(x), x) if residual is None else norm(x, residual)
-    return run.note(y, partial(norm, total.detach())), total
+    return run.note(y, norm, total), total
 
 
 class GPT(nn.Module):

@@ -277,7 +277,7 @@ class MuonAdamW(torch.optim.Optimizer):
             wide, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
         )
         self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # the same dicts: a schedule sets both
-        self.device, self.found_inf, self.grad_scale = self.adamw.device, None, None
+        self.device, self.found_inf = self.adamw.device, None
         self.grad_norm = torch.full((1,), torch.nan, device=self.device)
 
     @torch.no_grad()

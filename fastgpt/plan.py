@@ -18,11 +18,10 @@ import torch
 
 from fastgpt import backend
 from fastgpt.config import TrainConfig, load_config
-from fastgpt.device import CARDS, datasheet_peak, default_device, total_memory
+from fastgpt.device import CARDS, DTYPES, datasheet_peak, default_device, dtype_of, total_memory
 from fastgpt.errors import UserError
-from fastgpt.memory import LEVELS, SPARE, Shape, Target, element_size, plan, shape_of
+from fastgpt.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
 DEVICES = "auto, cpu, cuda, cuda:N or a card"
 
 
@@ -106,7 +105,7 @@ def remedy(cfg: TrainConfig, target: Target, room: float | None = None, gpus: in
     now = replace(cfg, micro_batch=1) if cfg.micro_batch == "auto" else cfg
     here = plan(now, shape, target, gpus)
     small = [d for d in micro_batches(now, gpus) if d < now.sequences]
-    state_first = here.largest()[0] == "the optimizer's state" and element_size(now, target.kind) == 2
+    state_first = here.largest()[0] == "the optimizer's state" and dtype_of(now.dtype, target.kind).itemsize == 2
     for change in _changes(now, small, state_first):
         peak = plan(replace(now, **change), shape, target, gpus).peak
         if peak <= min(room, 0.95 * here.peak):
@@ -210,15 +209,15 @@ def table(cfg: TrainConfig, shape: Shape, target: Target, gpus: int) -> list[str
     return [*lines, f"{'largest micro_batch':<28}" + "".join(f"{size or 'none':>10}" for size in most)]
 
 
-def _served_by_torch(cfg: TrainConfig, kind: str, w: int) -> list[str]:
+def _served_by_torch(cfg: TrainConfig, kind: str, dtype: torch.dtype) -> list[str]:
     """Ops without a kernel on this machine's device."""
     with backend.use(**backend.parse_choices(cfg.kernels)):
-        return [op for op in backend.ops() if backend.explain(op, kind, DTYPES[w])[0] == "torch"]
+        return [op for op in backend.ops() if backend.explain(op, kind, dtype)[0] == "torch"]
 
 
-def estimate(shape: Shape, target: Target, w: int, args: argparse.Namespace) -> str:
+def estimate(shape: Shape, target: Target, dtype: torch.dtype, args: argparse.Namespace) -> str:
     """Hours and cost, in a sentence that says what they rest on."""
-    if target.peak is None or w != 2:
+    if target.peak is None or dtype.itemsize != 2:
         return "hours: not estimated, since only cards' bf16 peaks are known here"
     gpu_hours = args.tokens * shape.flops / (target.peak * args.mfu) / 3600
     cost = f", cost {gpu_hours * args.price:,.2f} at {args.price:g} a GPU-hour" if args.price is not None else ""
@@ -235,13 +234,14 @@ def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]
     shape = shape_of(cfg)
     cards = holding(cfg, shape, args.gpus)
     target, called = find_target(args.device or cfg.device, cards)
-    w, auto = element_size(cfg, target.kind), cfg.micro_batch == "auto"
+    dtype, auto = dtype_of(cfg.dtype, target.kind), cfg.micro_batch == "auto"
     size = largest_micro_batch(cfg, shape, target, args.gpus) if auto else cfg.sequences
     now = replace(cfg, micro_batch=size or 1)
     speed = f" at {target.bandwidth / 1e9:,.0f} GB/s" if target.bandwidth else ""
     micro = f"{now.accumulation // args.gpus} x micro_batch {now.sequences}{' (auto)' if auto and size else ''}"
+    named = {known: name for name, known in DTYPES.items()}
     lines = [
-        f"{cfg.out.removeprefix('runs/')}: {shape.parameters:,} parameters in {'bf16' if w == 2 else 'fp32'}, "
+        f"{cfg.out.removeprefix('runs/')}: {shape.parameters:,} parameters in {named[dtype]}, "
         f"{micro} x block_size {cfg.block_size} a step",
         f"{args.gpus} x {called}: {_size(target.memory)}{speed}, {SPARE[target.kind]:.0%} of it left aside",
         "",
@@ -250,10 +250,10 @@ def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]
     ]
     if cfg.compile:
         lines.append("compile: these figures are of the eager model; what the compiler keeps is not known")
-    if target.bandwidth is None and (ops := _served_by_torch(cfg, target.kind, w)):
+    if target.bandwidth is None and (ops := _served_by_torch(cfg, target.kind, dtype)):
         lines.append(f"figures are of fastgpt's kernels; PyTorch serves here, and may keep more: {', '.join(ops)}")
     if args.tokens is not None:
-        lines.append(estimate(shape, target, w, args))
+        lines.append(estimate(shape, target, dtype, args))
     names = ", ".join(c.name for c in cards[:4]) or "none that is known"
     lines.append(f"smallest cards that hold it (recompute {cfg.recompute}, micro_batch {cfg.micro_batch}): {names}")
     fits = (peak := plan(now, shape, target, args.gpus).peak) <= target.usable

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,9 +34,10 @@ class MadeAgain(saved_tensors_hooks):
         super().__exit__(*args)
         self._made.clear()  # the hooks are bound methods, so this object is a cycle, and these hold activations
 
-    def note(self, t: Tensor, make: Callable[[], Tensor]) -> Tensor:
-        """t itself, which backward gets from make() from here on."""
-        self._made[t.untyped_storage().data_ptr()] = (weakref.ref(t), make)
+    def note(self, t: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
+        """t itself, which backward gets from make(*inputs) from here on."""
+        kept = partial(make, *(None if x is None else x.detach() for x in inputs))
+        self._made[t.untyped_storage().data_ptr()] = (weakref.ref(t), kept)
         return t
 
     def _pack(self, t: Tensor) -> Any:

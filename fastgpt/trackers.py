@@ -35,7 +35,7 @@ def _trackio(folder: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], No
     return _wandb(folder, config, "trackio")  # by design it has wandb's interface
 
 
-START = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
+TRACKERS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
 
 
 class Trackers:
@@ -50,7 +50,7 @@ class Trackers:
         self.live: dict[str, tuple[Log, Callable[[], None]]] = {}
         for name in names:
             try:
-                self.live[name] = START[name](folder, config)
+                self.live[name] = TRACKERS[name](folder, config)
             except ImportError as e:
                 raise UserError(f"track: {name} is not installed ({e}); pip install {name}") from e
             except Exception as e:  # the network, a login, a disk: none of the run's business

@@ -26,7 +26,7 @@ from fastgpt import backend, checkpoint, plan
 from fastgpt.config import TrainConfig, load_config, to_dict
 from fastgpt.data import IGNORE, TokenLoader, sequential, unigram_nats
 from fastgpt.data.source import open_source
-from fastgpt.device import default_device, describe_machine, keep_freed_memory, memory_gb, peak_flops
+from fastgpt.device import default_device, describe_machine, dtype_of, keep_freed_memory, memory_gb, peak_flops
 from fastgpt.errors import UserError
 from fastgpt.generate import generate
 from fastgpt.model import GPT
@@ -38,7 +38,6 @@ from fastgpt.runlog import Lagged, Log
 # name -> evaluation(run): figures by name, taken at every validation and logged as "name.figure"; a script of one's own
 # puts functions here before it calls main(). The model is in training mode when they are called, and must be after.
 EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WARM_STEPS = 3  # left out when speed is measured
 MEASURED_STEPS = 12  # after these a run limited by minutes knows how many steps it will take
 STOP_AFTER_SKIPS = 10  # steps in a row that the guard skipped
@@ -83,8 +82,7 @@ def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
     settings = dataclasses.replace(cfg.model, vocab_size=vocab_size)
     model = GPT(settings, generator=torch.Generator().manual_seed(cfg.seed))
     model.recompute = cfg.recompute
-    automatic = "bf16" if device.type == "cuda" else "fp32"  # emulated bf16 crawls on most CPUs
-    return model.to(device=device, dtype=DTYPES[automatic if cfg.dtype == "auto" else cfg.dtype])
+    return model.to(device=device, dtype=dtype_of(cfg.dtype, device.type))
 
 
 def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
@@ -178,6 +176,7 @@ def train_step(
     spike = torch.zeros_like(loss) if guard is None else guard(loss)
     optimizer.found_inf = spike  # a step that is flagged changes nothing
     if scaling is not None:
+        assert isinstance(optimizer, AdamW), "the settings take fp16 with AdamW only"
         optimizer.grad_scale = scaling.scale
     optimizer.step()
     if scaling is not None:
@@ -216,6 +215,7 @@ class Run:
         self.scaling = LossScale(self.device) if cfg.dtype == "fp16" else None
         self.progress = Progress(last_step=cfg.max_steps, length_known=cfg.max_minutes is None)
         self.writer = checkpoint.Writer()
+        self.rate = 0.0  # the last step's learning rate
 
     def device_parts(self) -> list[tuple[str, SpikeGuard | LossScale]]:
         """What steers the run from the device and is part of its checkpoints."""
@@ -275,9 +275,9 @@ class Run:
     def step(self, model: Any) -> Tensor:
         """One optimizer step; its (loss, gradient norm, whether it was a spike) stay on the device."""
         p = self.progress
-        rate = learning_rate(self.cfg, p.step, p.last_step)
+        self.rate = learning_rate(self.cfg, p.step, p.last_step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_ratio"]
+            group["lr"] = self.rate * group["lr_ratio"]
         settings = (self.cfg.accumulation, self.guard, self.scaling)
         values = train_step(model, self.optimizer, self.loader, *settings)
         p.step += 1
@@ -302,11 +302,16 @@ class Stop:
             signal.signal(number, handler)
 
 
+def name_checkpoints(run: Run, log: Log, wait: bool = False) -> None:
+    """Say which checkpoints have been written since the last call."""
+    for path in run.writer.finished(wait):
+        log.say(f"checkpoint {path}")
+
+
 def report(run: Run, log: Log, lagged: Lagged, everything: bool = False) -> None:
     """Write down the steps whose numbers have arrived, and the checkpoints; end a run that is skipped on and on."""
     cfg, p = run.cfg, run.progress
-    for path in run.writer.finished(wait=everything):
-        log.say(f"checkpoint {path}")
+    name_checkpoints(run, log, wait=everything)
     for row, (loss, norm, spike) in lagged.ready(everything):
         row.update(loss=loss, grad_norm=norm)
         log.step(row, p.last_step)
@@ -371,8 +376,7 @@ def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
         now = time.perf_counter()
         seconds, clock = now - clock, now
         p.seconds += seconds if p.length_known or p.step - started > WARM_STEPS else 0.0
-        rate = learning_rate(cfg, p.step - 1, p.last_step)
-        row = {"step": p.step, "tokens": p.tokens, "lr": rate, "seconds": p.seconds}
+        row = {"step": p.step, "tokens": p.tokens, "lr": run.rate, "seconds": p.seconds}
         row["tokens_per_second"] = speed = cfg.batch_tokens / seconds
         row.update({f"mfu_{name}": flops * speed / peak for name, flops in per_token.items()})
         lagged.put({**row, "memory_gb": memory_gb(run.device)}, values)
@@ -461,7 +465,7 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
             loop(run, torch.compile(run.model) if cfg.compile else run.model, log, stop)
         if run.progress.step > resumed:
             run.save()
-            report(run, log, Lagged(run.device), everything=True)
+            name_checkpoints(run, log, wait=True)
         if stop.asked:
             log.say(f"stopped at step {run.progress.step}; to continue: {command}")
             return 0

@@ -157,12 +157,22 @@ def problem(report: Report) -> str:
 
 
 def check(archs: list[int] | None, every: bool, quick: bool = False) -> list[Report]:
-    """Compile all configurations on all cores of this process's affinity, with a cache that is thrown away."""
+    """Compile all configurations on all cores of this process's affinity; says on stderr what is refused, and how far.
+
+    The cache is thrown away, unless TRITON_CACHE_DIR names one: then a check that was interrupted goes on where it was.
+    """
+    found, reports = jobs(archs, every, quick), []
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+        os.environ.setdefault("TRITON_CACHE_DIR", cache)
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            return pool.map(compile_one, jobs(archs, every, quick), chunksize=1)
+            for report in pool.imap_unordered(compile_one, found):
+                reports.append(report)
+                if problem(report):
+                    print(f"{report.name} sm_{report.arch}: {problem(report)}", file=sys.stderr, flush=True)
+                if len(reports) % 500 == 0:
+                    print(f"{len(reports)} of {len(found)} compiled", file=sys.stderr, flush=True)
+    return reports
 
 
 def _print(reports: list[Report]) -> int:

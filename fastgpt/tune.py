@@ -26,10 +26,10 @@ from typing import Any
 import torch
 
 from fastgpt import backend
-from fastgpt.bench._harness import DTYPES, Samples, Setting, count_sets, time_cpu, time_gpu
+from fastgpt.bench._harness import Samples, Setting, count_sets, time_cpu, time_gpu
 from fastgpt.bench._op import Bench, Provider, Shape, bench_of, chosen, every, gate, jobs
 from fastgpt.config import ModelConfig, TrainConfig, load_config
-from fastgpt.device import cpu_name, default_device, keep_freed_memory
+from fastgpt.device import cpu_name, default_device, dtype_of, keep_freed_memory
 from fastgpt.errors import UserError
 from fastgpt.plan import settle
 
@@ -167,8 +167,7 @@ def _setting_of(args: argparse.Namespace) -> tuple[TrainConfig, torch.device, to
             raise UserError(f"tune: --device is {args.device!r}, but there is no CUDA device here")
         torch.cuda.set_device(device)
     cfg = load_config(["--config", args.config or ("gpt2-124m-demo" if device.type == "cuda" else "tiny")])
-    name = args.dtype or ({"auto": "bf16" if device.type == "cuda" else "fp32"}.get(cfg.dtype, cfg.dtype))
-    return cfg, device, DTYPES[name]
+    return cfg, device, dtype_of(args.dtype or cfg.dtype, device.type)
 
 
 def _batch_of(cfg: TrainConfig, args: argparse.Namespace, device: torch.device) -> tuple[int, int]:

@@ -10,6 +10,7 @@
 #include <memory>
 #include <vector>
 
+#include "fastgpt/attention_mask.h"
 #include "fastgpt/parallel.h"
 #include "simd.h"
 
@@ -135,22 +136,11 @@ struct Ranges {
   int32_t doc_low, doc_high;
 };
 
+// `sequence`: of a query before this one, moved on to this one's.
 inline Span range_of(const AttentionArgs& a, int64_t batch, int64_t query, int64_t& sequence) {
-  int64_t begin = 0, end = a.n_keys, position = 0;  // the key that lies on the diagonal
-  if (a.cu_q != nullptr) {
-    while (sequence < a.n_sequences && a.cu_q[sequence + 1] <= query) ++sequence;
-    if (sequence == a.n_sequences) return {0, 0};
-    begin = a.cu_k[sequence], end = a.cu_k[sequence + 1];
-    position = query + end - a.cu_q[sequence + 1];
-  } else {
-    if (a.kv_lens != nullptr) end = a.kv_lens[batch];
-    if (a.kv_start != nullptr) begin = a.kv_start[batch];
-    position = query + end - a.n_queries;
-  }
-  if (a.causal) end = min_of(end, position + 1);
-  if (a.window > 0) begin = max_of(begin, position + 1 - a.window);
-  begin = max_of(begin, 0), end = min_of(end, a.n_keys);
-  return begin < end ? Span{begin, end} : Span{0, 0};
+  while (a.cu_q != nullptr && sequence < a.n_sequences && a.cu_q[sequence + 1] <= query) ++sequence;
+  const KeyRange keys = key_range(a, batch, query, sequence);
+  return keys.begin < keys.end ? Span{keys.begin, keys.end} : Span{0, 0};
 }
 
 inline void find_ranges(const AttentionArgs& a, int64_t batch, int64_t query0, Ranges& r) {

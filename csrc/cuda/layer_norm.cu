@@ -205,33 +205,16 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
 
 template <typename T, typename W, int L>
 void fwd(const LayerNormFwdArgs& a, Stream stream) {
-  const int threads = row_threads(a.n_cols, kFwdPacks<L>, L), rows = threads == 32 ? 4 : 1;
-  if (threads > kFwdThreads) {
-    launch("layer_norm_fwd_wide_kernel", layer_norm_fwd_wide_kernel<T, W, L>, Grid{a.n_rows}, dim3(kWideThreads), 0,
-           stream, a);
-  } else {
-    launch("layer_norm_fwd_kernel", layer_norm_fwd_kernel<T, W, L>, Grid{(a.n_rows + rows - 1) / rows},
-           dim3(threads, rows), 0, stream, a);
-  }
-}
-
-template <typename T, typename W, int kPacks, int L>
-void bwd_rows(const LayerNormBwdArgs& a, const BwdShape& s, Stream stream) {
-  launch("layer_norm_bwd_kernel", layer_norm_bwd_kernel<T, W, kPacks, L>, Grid{s.n_blocks}, dim3(s.threads, s.rows),
-         s.smem, stream, a);
+  launch_fwd<L>("layer_norm_fwd_kernel", layer_norm_fwd_kernel<T, W, L>, "layer_norm_fwd_wide_kernel",
+                layer_norm_fwd_wide_kernel<T, W, L>, a, stream);
 }
 
 template <typename T, typename W, int L>
 void bwd(const LayerNormBwdArgs& a, Stream stream) {
   const BwdShape s = bwd_shape<T, L>(a.n_rows, a.n_cols, a.dsum != nullptr, 2 * a.n_cols,
                                      [](int) { return 512; });
-  if (a.n_rows > 0 && s.packs == 0) {
-    launch("layer_norm_bwd_wide_kernel", layer_norm_bwd_wide_kernel<T, W, L>, Grid{s.n_blocks}, dim3(s.threads), 0,
-           stream, a);
-  } else if (a.n_rows > 0) {
-    if constexpr (L == 1) bwd_rows<T, W, 8, L>(a, s, stream);
-    else s.packs == 3 ? bwd_rows<T, W, 3, L>(a, s, stream) : bwd_rows<T, W, 4, L>(a, s, stream);
-  }
+  launch_bwd<L>("layer_norm_bwd_kernel", [](auto packs) { return layer_norm_bwd_kernel<T, W, packs(), L>; },
+                "layer_norm_bwd_wide_kernel", layer_norm_bwd_wide_kernel<T, W, L>, a, s, stream);
   if (a.dweight == nullptr && a.dbias == nullptr) return;
   add_partials<W>(Sums{a.partials, {a.dweight, a.dbias}, s.n_blocks, a.n_cols}, 2, stream);
 }
@@ -246,8 +229,7 @@ void layer_norm_fwd(const LayerNormFwdArgs& a, Stream stream) {
     using T = decltype(t);
     using W = decltype(w);
     constexpr int L = kLanes<T>;
-    const bool vectors = all_aligned({a.x, a.residual, a.weight, a.bias, a.y, a.sum}) &&
-                         (a.n_cols | a.x_row | (a.residual ? a.residual_row : 0)) % L == 0;
+    const bool vectors = all_aligned({a.x, a.residual, a.weight, a.bias, a.y, a.sum}) && fwd_in_pieces<L>(a);
     vectors ? fwd<T, W, L>(a, stream) : fwd<T, W, 1>(a, stream);
   });
 }
@@ -258,9 +240,7 @@ void layer_norm_bwd(const LayerNormBwdArgs& a, Stream stream) {
     using T = decltype(t);
     using W = decltype(w);
     constexpr int L = kLanes<T>;
-    const bool vectors = all_aligned({a.dy, a.dsum, a.h, a.weight, a.dx, a.partials}) &&
-                         (a.n_cols | a.dy_row | a.h_row | (a.dsum ? a.dsum_row : 0)) % L == 0;
-    vectors ? bwd<T, W, L>(a, stream) : bwd<T, W, 1>(a, stream);
+    bwd_in_pieces<L>(a) ? bwd<T, W, L>(a, stream) : bwd<T, W, 1>(a, stream);
   });
 }
 

@@ -173,7 +173,7 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     ),
     "window": (
         "attention",
-        "include/fastgpt/attention.cuh",
+        "include/fastgpt/attention_mask.h",
         "begin = position + 1 - a.window;",
         "begin = position - a.window;",
     ),

@@ -1,7 +1,7 @@
 // What attention's CUDA kernels share: which keys a query sees, scores, dropout, the order of work.
 #pragma once
+#include <fastgpt/attention_mask.h>
 #include <fastgpt/cuda_launch.cuh>
-#include <fastgpt/launch.h>
 #include <fastgpt/tile.cuh>
 
 #include <climits>
@@ -32,10 +32,6 @@ struct alignas(16) Sight {
   int low, high, from, to;
 };
 
-__device__ __forceinline__ int clamp_key(int64_t key, int64_t n_keys) {
-  return static_cast<int>(key < 0 ? 0 : key > n_keys ? n_keys : key);
-}
-
 // The packed sequence of a query: the first whose end lies behind it; n_sequences if there is none.
 __device__ __forceinline__ int64_t sequence_of(const AttentionArgs& a, int query) {
   int64_t low = 0, high = a.n_sequences;
@@ -48,22 +44,10 @@ __device__ __forceinline__ int64_t sequence_of(const AttentionArgs& a, int query
 }
 
 static __device__ KeySpan key_span(const AttentionArgs& a, int64_t batch, int query) {
-  int64_t begin = 0, end = a.n_keys, position = 0;  // the key that lies on the diagonal
-  if (a.cu_q != nullptr) {
-    const int64_t sequence = sequence_of(a, query);
-    if (sequence == a.n_sequences) return {static_cast<int>(a.n_keys), 0, 0, 0};
-    begin = a.cu_k[sequence], end = a.cu_k[sequence + 1];
-    position = query + end - a.cu_q[sequence + 1];
-  } else {
-    if (a.kv_lens != nullptr) end = a.kv_lens[batch];
-    if (a.kv_start != nullptr) begin = a.kv_start[batch];
-    position = query + end - a.n_queries;
-  }
-  if (a.causal && position + 1 < end) end = position + 1;
-  if (a.window > 0 && position + 1 - a.window > begin) begin = position + 1 - a.window;
-  const int first = clamp_key(begin, a.n_keys), last = clamp_key(end, a.n_keys);
+  const KeyRange keys = key_range(a, batch, query, a.cu_q == nullptr ? 0 : sequence_of(a, query));
   const int doc = a.doc_ids == nullptr ? 0 : a.doc_ids[batch * a.n_queries + query];
-  return first < last ? KeySpan{first, last, doc, 0} : KeySpan{static_cast<int>(a.n_keys), 0, doc, 0};
+  if (keys.begin >= keys.end) return {static_cast<int>(a.n_keys), 0, doc, 0};
+  return {static_cast<int>(keys.begin), static_cast<int>(keys.end), doc, 0};
 }
 
 struct Bounds {

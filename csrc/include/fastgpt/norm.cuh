@@ -25,6 +25,8 @@
 #include <fastgpt/vec.cuh>
 #include <fastgpt/wave.cuh>
 
+#include <type_traits>
+
 namespace fastgpt::cuda {
 
 constexpr int kFwdThreads = 512;   // at most, for one row in registers
@@ -186,6 +188,44 @@ BwdShape bwd_shape(int64_t n_rows, int64_t n_cols, bool dsum, int64_t n_sums, F 
   const int64_t groups = (n_rows + s.rows - 1) / s.rows;
   s.n_blocks = groups < wave ? groups : wave;
   return s;
+}
+
+// Rows of up to kFwdThreads threads by `kernel`, four to a block where a row is one warp; wider ones by `wide`.
+template <int L, typename Args>
+void launch_fwd(const char* name, void (*kernel)(Args), const char* wide_name, void (*wide)(Args), const Args& a,
+                Stream stream) {
+  const int threads = row_threads(a.n_cols, kFwdPacks<L>, L), rows = threads == 32 ? 4 : 1;
+  if (threads > kFwdThreads) launch(wide_name, wide, Grid{a.n_rows}, dim3(kWideThreads), 0, stream, a);
+  else launch(name, kernel, Grid{(a.n_rows + rows - 1) / rows}, dim3(threads, rows), 0, stream, a);
+}
+
+// kernel_of(packs): the kernel for so many pieces a thread, an integral constant.
+template <int L, typename F, typename Args>
+void launch_bwd(const char* name, F kernel_of, const char* wide_name, void (*wide)(Args), const Args& a,
+                const BwdShape& s, Stream stream) {
+  const auto rows = [&](auto packs) {
+    launch(name, kernel_of(packs), Grid{s.n_blocks}, dim3(s.threads, s.rows), s.smem, stream, a);
+  };
+  if (a.n_rows == 0) return;
+  if (s.packs == 0) {
+    launch(wide_name, wide, Grid{s.n_blocks}, dim3(s.threads), 0, stream, a);
+  } else if constexpr (L == 1) {
+    rows(std::integral_constant<int, 8>{});
+  } else {
+    s.packs == 3 ? rows(std::integral_constant<int, 3>{}) : rows(std::integral_constant<int, 4>{});
+  }
+}
+
+// Whether rows are whole 16-byte pieces, given that all pointers are at such boundaries.
+template <int L, typename Args>
+bool fwd_in_pieces(const Args& a) {
+  return (a.n_cols | a.x_row | (a.residual ? a.residual_row : 0)) % L == 0;
+}
+
+template <int L, typename Args>
+bool bwd_in_pieces(const Args& a) {
+  return all_aligned({a.dy, a.dsum, a.h, a.weight, a.dx, a.partials}) &&
+         (a.n_cols | a.dy_row | a.h_row | (a.dsum ? a.dsum_row : 0)) % L == 0;
 }
 
 inline int64_t max_bwd_blocks(int64_t n_rows) {
