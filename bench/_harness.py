@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.device import cpu_name, describe_machine
+from fastgpt.device import cpu_name, describe_machine, nvml
 
 CPU_SAMPLE, GPU_SAMPLE = 1e-3, 3e-4  # seconds that one timed sample lasts at least
 LEAST_ROUNDS, MOST_ROUNDS = 7, 1000
@@ -232,10 +232,7 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {}
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
+        pynvml, handle = nvml(device)
         return {
             "driver": str(pynvml.nvmlSystemGetDriverVersion()),
             "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),

@@ -197,6 +197,7 @@ class TrainConfig:
         model: Shape of the model.
         data: text file, folder of text, or .bin shards ('shards_*.bin'); null is the Python standard library's source.
         val_data: the same for validation; null splits val_fraction off the training data.
+        val_sources: "name -> text file or .bin shards whose validation loss is reported, too, as in {web: web_val.bin}"
         tokenizer: tokenizer.json that .bin data was made with (for samples).
         vocab_size: size of the tokenizer that is trained when data is text.
         val_fraction: share of text files held out for validation.
@@ -207,6 +208,7 @@ class TrainConfig:
         dtype: of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU; fp16 scales the loss.
         kernels: backend per op, as in 'attention=torch,adamw=triton'; empty is the best there is.
         compile: torch.compile around the model.
+        graphs: replay a step from CUDA graphs (on a GPU, with optimizer adamw); --no-graphs launches every kernel anew.
         recompute: what backward makes again instead of keeping it; norms also means the MLP's activation, and block is
             all but a block's input.
         block_size: tokens T of a training sequence.
@@ -238,6 +240,7 @@ class TrainConfig:
         log_every: steps between lines on the console.
         track: tensorboard, trackio or wandb; several are separated by commas.
         profile: steps FIRST:LAST of which a Chrome trace and a table of kernels are written.
+        profiler: what writes the profile; nsys marks the steps and their ops (NVTX) for Nsight Systems instead.
         sample_every: steps between samples; 0 is only at the end.
         sample_tokens: length of a sample.
         prompt: text that samples begin with; several are separated by |.
@@ -247,6 +250,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: str | None = None
     val_data: str | None = None
+    val_sources: dict[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
     vocab_size: int = 4096
     val_fraction: float = 0.05
@@ -257,6 +261,7 @@ class TrainConfig:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     kernels: str = ""
     compile: bool = False
+    graphs: bool = True
     recompute: Literal["none", "norms", "block"] = "none"
     block_size: int = 1024
     micro_batch: int | Literal["auto"] = 32
@@ -287,6 +292,7 @@ class TrainConfig:
     log_every: int = 1
     track: str = ""
     profile: str = ""
+    profiler: Literal["torch", "nsys"] = "torch"
     sample_every: int = 0
     sample_tokens: int = 200
     prompt: str = ""

@@ -127,6 +127,28 @@ def memory_gb(device: torch.device) -> float:
     return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("VmHWM:")), 0.0)
 
 
+def nvml(device: torch.device) -> tuple[Any, Any]:
+    """NVIDIA's management library and its handle of a GPU, found by UUID: CUDA's numbers may be others than its own.
+
+    Raises what the library raises, and ImportError without nvidia-ml-py.
+    """
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
+
+
+def energy_joules(device: torch.device) -> float | None:
+    """A GPU's energy counter, in joules since its driver was loaded; None where nothing tells."""
+    if device.type != "cuda":
+        return None
+    try:
+        library, handle = nvml(device)
+        return float(library.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
+    except Exception:  # an old GPU, a missing package or library: a run does without
+        return None
+
+
 @functools.cache
 def cpu_name() -> str:
     """The processor as it names itself."""

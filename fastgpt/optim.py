@@ -100,7 +100,7 @@ class AdamW(torch.optim.Optimizer):
         buckets = self._buckets()
         if not buckets:
             return loss
-        self._refresh_lr()
+        self.refresh_lr()
         backend = select("adamw", buckets[0].params[0])
         if backend == "torch":
             self._step_torch(buckets, self.grad_scale, self.found_inf)
@@ -205,8 +205,11 @@ class AdamW(torch.optim.Optimizer):
                 state["master"] = torch.zeros_like(p, dtype=torch.int16)
         return state
 
-    def _refresh_lr(self) -> None:
-        """Bring the groups' learning rates to the device: floats only when they changed, tensors by a device copy."""
+    def refresh_lr(self) -> None:
+        """Bring the groups' learning rates to the device: floats only when they changed, tensors by a device copy.
+
+        step() does it; call it before each replay of a CUDA graph that holds step().
+        """
         rates = [g["lr"] for g in self.param_groups]
         floats = [None if isinstance(r, Tensor) else float(r) for r in rates]
         if floats != self._lr_floats:

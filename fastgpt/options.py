@@ -70,7 +70,8 @@ def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _normalise(argv: Sequence[str], types_of: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """argv with underscores in option names, bare flags as `=true`, configurations as paths; and the configurations."""
+    """argv with underscores in option names, bare flags as `=true` (`=false` with no_ before them), configurations as
+    paths; and the configurations."""
     args: list[str] = []
     configs: list[str] = []
     for i, word in enumerate(argv):
@@ -82,6 +83,8 @@ def _normalise(argv: Sequence[str], types_of: dict[str, Any]) -> tuple[list[str]
         if option.startswith("--"):
             option = option[:2] + option[2:].replace("-", "_")
             alone = not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
+            if alone and option.startswith("--no_") and types_of.get(option[5:]) is bool:
+                option, alone, equals, value = "--" + option[5:], False, "=", "false"
             word = option + ("=true" if alone and types_of.get(option[2:]) is bool else equals + value)
         if option == "--config" and equals:
             configs.append(value)

@@ -1,43 +1,62 @@
-"""`--profile 10:15`: a Chrome trace and a table of kernels of some steps of a run."""
+"""`--profile 10:15`: some steps of a run as a Chrome trace and a table of kernels, or marked for NVIDIA's profilers."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from torch.autograd.profiler import emit_nvtx
 from torch.profiler import ProfilerActivity, profile
+
+from fastgpt.errors import UserError
 
 
 class Profile:
-    """Watches steps "FIRST:LAST" of a run, counted from 1, and writes trace.json and profile.txt to its folder."""
+    """Watches steps "FIRST:LAST" of a run, counted from 1.
 
-    def __init__(self, steps: str, folder: Path, device: torch.device) -> None:
+    torch: writes trace.json and profile.txt to the run's folder. nsys: an NVTX range with its name around every op, and
+    these steps between cudaProfilerStart and Stop, which `nsys profile -c cudaProfilerApi` and `ncu` wait for.
+    """
+
+    def __init__(self, steps: str, profiler: str, folder: Path, device: torch.device) -> None:
+        if profiler == "nsys" and device.type != "cuda":
+            raise UserError(f"profiler is 'nsys', expected torch on a {device.type.upper()}")
         self.first, self.last = (int(n) for n in steps.split(":")) if steps else (0, 0)
-        self.folder = folder
-        self.sort = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-        kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-        self.watch = profile(activities=kinds, profile_memory=True) if self.first else None
-        self.running = False
+        self.profiler, self.folder, self.device = profiler, folder, device
+        self.watch: profile | None = None
+        self.open = ExitStack()
+        self.running, self.done = False, not steps
 
     def before(self, step: int) -> None:
         """Call it before each step."""
-        if self.watch is not None and self.first <= step <= self.last and not self.running:
-            self.watch.start()
-            self.running = True
+        if self.done or not self.first <= step <= self.last or self.running:
+            return
+        if self.profiler == "nsys":
+            torch.cuda.profiler.start()
+            self.open.callback(torch.cuda.profiler.stop)
+            self.open.enter_context(emit_nvtx())
+            self.open.callback(torch.cuda.synchronize)
+        else:
+            kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device.type == "cuda")
+            self.watch = self.open.enter_context(profile(activities=kinds, profile_memory=True))
+        self.running = True
 
     def after(self, step: int) -> str:
         """Call it after each step; says what was written, if anything was."""
-        if self.watch is None or not self.running or step < self.last:
-            return ""
-        return self.close()
+        return self.close() if self.running and step >= self.last else ""
 
     def close(self) -> str:
         """Ends it, at the latest when the run ends."""
-        if self.watch is None or not self.running:
+        if not self.running:
             return ""
-        self.watch.stop()
+        self.open.close()
+        self.running, self.done = False, True
+        if self.watch is None:
+            return f"profile: steps {self.first} to {self.last} are marked, their ops by NVTX ranges"
         trace, table = self.folder / "trace.json", self.folder / "profile.txt"
         self.watch.export_chrome_trace(str(trace))
-        table.write_text(self.watch.key_averages().table(sort_by=self.sort, row_limit=40), encoding="utf-8")
-        self.watch, self.running = None, False
+        sort = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"
+        table.write_text(self.watch.key_averages().table(sort_by=sort, row_limit=40), encoding="utf-8")
+        self.watch = None
         return f"profile: {trace} (chrome://tracing or ui.perfetto.dev), {table}"

@@ -25,10 +25,20 @@ from torch import Tensor
 from fastgpt import backend, checkpoint, plan
 from fastgpt.config import TrainConfig, load_config, to_dict
 from fastgpt.data import IGNORE, TokenLoader, sequential, unigram_nats
-from fastgpt.data.source import open_source
-from fastgpt.device import default_device, describe_machine, dtype_of, keep_freed_memory, memory_gb, peak_flops
+from fastgpt.data.shards import Tokens
+from fastgpt.data.source import open_source, open_validation
+from fastgpt.device import (
+    default_device,
+    describe_machine,
+    dtype_of,
+    energy_joules,
+    keep_freed_memory,
+    memory_gb,
+    peak_flops,
+)
 from fastgpt.errors import UserError
 from fastgpt.generate import generate
+from fastgpt.graphs import Graphs, call
 from fastgpt.model import GPT
 from fastgpt.nn import keep_gradients
 from fastgpt.optim import AdamW, MuonAdamW
@@ -163,26 +173,40 @@ def train_step(
     accumulation: int,
     guard: SpikeGuard | None = None,
     scaling: LossScale | None = None,
+    graphs: Graphs | None = None,
 ) -> Tensor:
     """One optimizer step over `accumulation` micro-batches; (loss, gradient norm, whether it was a spike), on the
     device. The loss is the mean over all counted tokens of the step, however they fall into micro-batches."""
-    batches = [next(loader) for _ in range(accumulation)]
-    counted = sum((targets != IGNORE).sum() for _, targets in batches)
-    loss = torch.zeros(1, device=optimizer.device)
-    for ids, targets in batches:
+
+    def micro_step(total: Tensor, ids: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
         part = model(ids, targets, reduction="sum") / counted
         (part if scaling is None else part * scaling.scale).backward()
-        loss += part.detach()
-    spike = torch.zeros_like(loss) if guard is None else guard(loss)
-    optimizer.found_inf = spike  # a step that is flagged changes nothing
-    if scaling is not None:
-        assert isinstance(optimizer, AdamW), "the settings take fp16 with AdamW only"
-        optimizer.grad_scale = scaling.scale
-    optimizer.step()
-    if scaling is not None:
-        scaling.update(optimizer.grad_norm)
-    optimizer.zero_grad(set_to_none=True)
-    return torch.cat((loss, optimizer.grad_norm, spike))
+        return total + part.detach()
+
+    def update(loss: Tensor) -> Tensor:
+        spike = torch.zeros_like(loss) if guard is None else guard(loss)
+        optimizer.found_inf = spike  # a step that is flagged changes nothing
+        if scaling is not None:
+            assert isinstance(optimizer, AdamW), "the settings take fp16 with AdamW only"
+            optimizer.grad_scale = scaling.scale
+        optimizer.step()
+        if scaling is not None:
+            scaling.update(optimizer.grad_norm)
+        optimizer.zero_grad(set_to_none=True)
+        return torch.cat((loss, optimizer.grad_norm, spike))
+
+    do = call
+    if graphs is not None:
+        assert isinstance(optimizer, AdamW), "Muon waits for the device"
+        optimizer.refresh_lr()
+        graphs.begin()
+        do = graphs
+    batches = [next(loader) for _ in range(accumulation)]
+    loss, none = torch.zeros(1, device=optimizer.device), torch.zeros((), dtype=torch.int64, device=optimizer.device)
+    counted = sum(((targets != IGNORE).sum() for _, targets in batches), none)
+    for i, (ids, targets) in enumerate(batches):  # the first writes gradients, the others add to them
+        loss = do("accumulate" if i else "micro_step", micro_step, loss, ids, targets, counted)
+    return do("update", update, loss)
 
 
 class Run:
@@ -204,6 +228,7 @@ class Run:
             raise UserError(f"model.vocab_size is {vocab}, but {self.data.name} has {self.data.n_vocab} token ids")
         if len(self.data.val) < 2:
             raise UserError(f"{self.data.name} has {len(self.data.val)} validation tokens, expected at least 2")
+        self.val_sources = open_validation(cfg.val_sources, self.data)
         self.cfg = cfg = plan.settle(cfg, vocab, self.device)
         keep_freed_memory()
         with plan.explain_out_of_memory(cfg, vocab, self.device):
@@ -215,6 +240,12 @@ class Run:
         self.scaling = LossScale(self.device) if cfg.dtype == "fp16" else None
         self.progress = Progress(last_step=cfg.max_steps, length_known=cfg.max_minutes is None)
         self.writer = checkpoint.Writer()
+        self.graphs: Graphs | None = None
+        if cfg.graphs and self.device.type == "cuda" and cfg.optimizer == "adamw":
+            stream = torch.cuda.Stream(self.device)  # captures must not be on the default one
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            torch.cuda.set_stream(stream)
+            self.graphs = Graphs(self.model)
         self.rate = 0.0  # the last step's learning rate
 
     def device_parts(self) -> list[tuple[str, SpikeGuard | LossScale]]:
@@ -278,7 +309,7 @@ class Run:
         self.rate = learning_rate(self.cfg, p.step, p.last_step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * group["lr_ratio"]
-        settings = (self.cfg.accumulation, self.guard, self.scaling)
+        settings = (self.cfg.accumulation, self.guard, self.scaling, self.graphs)
         values = train_step(model, self.optimizer, self.loader, *settings)
         p.step += 1
         p.tokens += self.cfg.batch_tokens
@@ -366,11 +397,16 @@ def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
     per_token = run.model.flops_per_token(cfg.block_size)
     peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)
     limit = math.inf if cfg.max_minutes is None else cfg.max_minutes * 60 * 1.1  # the machine may have slowed down
-    profile = Profile(cfg.profile, run.folder, run.device)
+    profile = Profile(cfg.profile, cfg.profiler, run.folder, run.device)
     started, clock = p.step, time.perf_counter()
     while p.step < p.last_step and not stop.asked and p.seconds < limit:
         profile.before(p.step + 1)
         values = run.step(model)
+        if run.graphs is not None and run.graphs.failure:
+            log.say(
+                f"graphs: a step could not be recorded, so its kernels are launched one by one ({run.graphs.failure})"
+            )
+            run.graphs = None
         if wrote := profile.after(p.step):
             log.say(wrote)
         now = time.perf_counter()
@@ -390,12 +426,30 @@ def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
         log.say(wrote)
 
 
+def name_energy(run: Run, log: Log, before: float | None, seconds: float, steps: int) -> None:
+    """Say what the GPU took since its counter stood at `before`, evaluations and checkpoints between steps included."""
+    after = energy_joules(run.device)
+    if before is None or after is None or steps == 0:
+        return
+    joules, tokens = after - before, steps * run.cfg.batch_tokens
+    log.row({"step": run.progress.step, "joules": joules, "watts": joules / seconds})
+    log.say(
+        f"energy: {joules / 3.6e6:.4g} kWh in {steps} steps, {joules / seconds:.0f} W on average, "
+        f"{1e3 * joules / tokens:.4g} mJ a token"
+    )
+
+
 def validate(run: Run, log: Log, batches: int | None) -> float:
     """Validation loss over the first `batches` batches (all of them: None), into the log."""
     cfg = run.cfg
-    windows = sequential(run.data.val, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device)
-    loss = evaluate(run.model, windows)
+
+    def loss_on(tokens: Tokens) -> float:
+        windows = sequential(tokens, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device)
+        return evaluate(run.model, windows)
+
+    loss = loss_on(run.data.val)
     row = {"step": run.progress.step, "val_loss": loss}
+    row.update({f"val_loss.{name}": loss_on(tokens) for name, tokens in run.val_sources.items()})
     for name, evaluation in EVALUATIONS.items():
         row.update({f"{name}.{what}": float(value) for what, value in evaluation(run).items()})
     log.row(row)
@@ -460,9 +514,11 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
         log.say(f"resumed at step {resumed} of {run.progress.last_step}")
     stop = Stop()
     gc.freeze()
+    joules, clock = energy_joules(run.device), time.perf_counter()
     try:
         with plan.explain_out_of_memory(cfg, run.model.vocab_size, run.device):
             loop(run, torch.compile(run.model) if cfg.compile else run.model, log, stop)
+        name_energy(run, log, joules, time.perf_counter() - clock, run.progress.step - resumed)
         if run.progress.step > resumed:
             run.save()
             name_checkpoints(run, log, wait=True)

@@ -75,6 +75,9 @@ def test_values_of_every_kind() -> None:
     cfg = load_config(argv)
     assert cfg.model.window == [None, 256] and cfg.model.window_of(3) == 256 and cfg.model.window_of(2) is None
     assert (cfg.max_minutes, cfg.compile, cfg.prompt, cfg.check_baseline) == (None, True, "a-b - c=1", False)
+    assert load_config(["--no-graphs"]).graphs is False and load_config(["--no-compile", "--lr", "1"]).graphs is True
+    with pytest.raises(UserError, match="no_lr is not a setting"):
+        load_config(["--no-lr"])
     assert cfg.data == "shards_*.bin" and cfg.model.rope_scaling == {"rope_type": "linear", "factor": 2}
 
 

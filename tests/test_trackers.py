@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from fastgpt.device import energy_joules
 from fastgpt.errors import UserError
 from fastgpt.profiling import Profile
 from fastgpt.trackers import Trackers
@@ -95,7 +98,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_profile_covers_the_steps_it_was_asked_for(tmp_path: Path) -> None:
-    watch, said = Profile("2:3", tmp_path, torch.device("cpu")), []
+    watch, said = Profile("2:3", "torch", tmp_path, torch.device("cpu")), []
     for step in range(1, 6):
         watch.before(step)
         with torch.profiler.record_function(f"this is step {step}"):
@@ -108,7 +111,47 @@ def test_profile_covers_the_steps_it_was_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_run_that_ends_early_leaves_its_profile(tmp_path: Path) -> None:
-    watch = Profile("1:100", tmp_path, torch.device("cpu"))
+    watch = Profile("1:100", "torch", tmp_path, torch.device("cpu"))
     watch.before(1)
     torch.ones(3) + 1
     assert not watch.after(1) and watch.close() and (tmp_path / "trace.json").exists() and not watch.close()
+
+
+def test_nsys_is_shown_the_steps_and_their_ops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for name in ("start", "stop"):
+        monkeypatch.setattr(torch.cuda.profiler, name, lambda name=name: seen.append(name))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+
+    @contextlib.contextmanager
+    def ranges() -> Iterator[None]:
+        seen.append("ranges")
+        yield
+        seen.append("no ranges")
+
+    monkeypatch.setattr("fastgpt.profiling.emit_nvtx", ranges)
+    watch, said = Profile("2:3", "nsys", tmp_path, torch.device("cuda")), []
+    for step in range(1, 5):
+        watch.before(step)
+        seen.append(f"step {step}")
+        said.append(watch.after(step))
+    between = ["start", "ranges", "step 2", "step 3", "wait", "no ranges", "stop"]
+    assert seen == ["step 1", *between, "step 4"]
+    assert said == ["", "", "profile: steps 2 to 3 are marked, their ops by NVTX ranges", ""]
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="profiler is 'nsys', expected torch on a CPU"):
+        Profile("2:3", "nsys", tmp_path, torch.device("cpu"))
+
+
+def test_energy_is_read_from_the_gpu_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = types.ModuleType("pynvml")
+    library.nvmlInit = lambda: None  # type: ignore[attr-defined]
+    library.nvmlDeviceGetHandleByUUID = lambda uuid: uuid.decode()  # type: ignore[attr-defined]
+    library.nvmlDeviceGetTotalEnergyConsumption = {"GPU-ab-cd": 12_500}.__getitem__  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "pynvml", library)
+    properties = types.SimpleNamespace(uuid="ab-cd")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert energy_joules(torch.device("cuda", 1)) == 12.5
+    properties.uuid = "another"
+    assert energy_joules(torch.device("cuda", 1)) is None, "whatever goes wrong, the run goes on"
+    assert energy_joules(torch.device("cpu")) is None

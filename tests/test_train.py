@@ -23,7 +23,8 @@ from fastgpt.backend import use
 from fastgpt.cli import run_command
 from fastgpt.config import load_config
 from fastgpt.data import IGNORE
-from fastgpt.data.source import open_source
+from fastgpt.data.shards import ShardWriter
+from fastgpt.data.source import open_source, open_validation
 from fastgpt.errors import UserError
 
 SMALL = (
@@ -194,6 +195,53 @@ def test_profile_names_the_ops(text: Path, capsys: pytest.CaptureFixture[str]) -
     assert "profile: run/trace.json" in capsys.readouterr().out
     names = {e["name"] for e in json.loads(Path("run/trace.json").read_text())["traceEvents"]}
     assert any(name.startswith("fastgpt::layer_norm_fwd") for name in names)
+
+
+def test_energy_of_a_run(text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    counter = iter([1000.0, 4600.0])
+    monkeypatch.setattr(train, "energy_joules", lambda device: next(counter))
+    assert go(text) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"energy: 0.001 kWh in 12 steps, \d+ W on average, 1172 mJ a token", said), said  # 3072 tokens
+    assert [r["joules"] for r in rows() if "joules" in r] == [3600.0]
+
+
+def test_validation_loss_by_source(text: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text((text / "train.txt").read_text())
+    (tmp_path / "digits.txt").write_text("".join(f"{n * 7919 % 1000:03d} " for n in range(2000)))
+    sources = json.dumps({"own": "own.txt", "digits": "digits.txt"})
+    assert go(text, "--val-sources", sources) == 0
+    found = [{k: v for k, v in r.items() if k.startswith("val_loss")} for r in rows() if "val_loss" in r]
+    assert len(found) == 2 and all(set(r) == {"val_loss", "val_loss.own", "val_loss.digits"} for r in found)
+    assert found[-1]["val_loss.own"] < found[-1]["val_loss.digits"], "it has seen no such digits"
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("absent.txt", "val_sources.web is 'absent.txt', expected a UTF-8 text file or .bin shards"),
+        ("absent.bin", "absent.bin"),
+        ("empty.txt", "val_sources.web has 0 tokens, expected at least 2"),
+    ],
+)
+def test_wrong_validation_sources(path: str, expected: str, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(UserError, match=expected):
+        go(text, "--val-sources", json.dumps({"web": path}))
+
+
+def test_validation_sources_of_shards(text: Path, tmp_path: Path) -> None:
+    for name, n in (("a.bin", 4000), ("b.bin", 500)):
+        with ShardWriter(tmp_path / name, 300) as shard:
+            shard.write(torch.arange(n).remainder(300).numpy())
+    source = open_source("a.bin", val_fraction=0.1)
+    assert {k: len(v) for k, v in open_validation({"b": "b.bin"}, source).items()} == {"b": 500}
+    with pytest.raises(UserError, match="val_sources.text is 'own.txt', expected .bin shards"):
+        open_validation({"text": "own.txt"}, source)
+    with ShardWriter(tmp_path / "more.bin", 60000) as shard:
+        shard.write(torch.arange(59000).numpy())
+    with pytest.raises(UserError, match="more.bin"):
+        open_validation({"more": "more.bin"}, source)
 
 
 def test_learning_rates_by_name(text: Path) -> None:

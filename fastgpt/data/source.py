@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fastgpt.data.prepare import Dataset, prepare
-from fastgpt.data.shards import Tokens, open_split
+from fastgpt.data.shards import Tokens, open_split, open_tokens
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.errors import UserError
 
@@ -71,6 +71,33 @@ def open_source(
             data, out, vocab_size, val_fraction=val_fraction, stdlib_tests=data is None, progress=bars.report
         )
     return Source(str(made.path), made.train, made.val, made.tokenizer.n_vocab, made.tokenizer)
+
+
+def open_validation(sources: dict[str, str], source: Source) -> dict[str, Tokens]:
+    """Further validation tokens by name: .bin shards, or a text file in the tokenizer of `source`.
+
+    Raises:
+        UserError: missing or damaged files, ids that `source` does not have, text where there is no tokenizer.
+    """
+    found = {}
+    for name, path in sources.items():
+        if path.endswith(".bin"):
+            found[name] = open_tokens(path)
+            found[name].check_ids(source.n_vocab, limit=1 << 24)
+            continue
+        if source.tokenizer is None:
+            raise UserError(
+                f"val_sources.{name} is {path!r}, expected .bin shards (--tokenizer would let text be read)"
+            )
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"val_sources.{name} is {path!r}, expected a UTF-8 text file or .bin shards ({e})") from e
+        found[name] = Tokens([source.tokenizer.encode(text)])
+    for name, tokens in found.items():
+        if len(tokens) < 2:
+            raise UserError(f"val_sources.{name} has {len(tokens)} tokens, expected at least 2")
+    return found
 
 
 def _ids_in(*splits: Tokens) -> int:

@@ -1,0 +1,74 @@
+"""A training step from CUDA graphs: what it launches is recorded once, then replayed by one call.
+
+Micro-step and optimizer step are functions of tensors. The first steps call them (cuBLAS, Triton and allocations
+settle); then each is recorded with inputs, gradients and results at fixed addresses, and from there on its inputs are
+copied in and the graph is launched. The host's share of a step no longer depends on the number of kernels, which bounds
+small batches. A recorded function must not wait for the device, nor use numbers of the host that change (learning rates
+lie on the device). Source: PyTorch's notes on CUDA graphs, pytorch.org/docs/stable/notes/cuda.html.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_STEPS = 3  # PyTorch asks for three before a capture
+
+Function = Callable[..., Tensor]
+
+
+def call(name: str, function: Function, *inputs: Tensor) -> Tensor:
+    """Without graphs."""
+    return function(*inputs)
+
+
+def record(function: Function, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], None], Tensor, Any]:
+    """Record function(*inputs) on the current stream, without running it: (replay, its result, the memory pool)."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: the loader's and the checkpoint writer's threads may allocate pinned memory meanwhile
+    with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        out = function(*inputs)
+    return graph.replay, out, graph.pool()
+
+
+class Graphs:
+    """Calls the parts of a step by name, and replays them once they are recorded.
+
+    All graphs share one memory pool: their parts are called in one order, step after step. Where a recording fails, the
+    reason is in `failure`, gradients are as before it, and every part is called as without graphs from then on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = list(model.parameters())
+        self.steps = 0  # begun
+        self.recorded: dict[str, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
+        self.pool: Any = None
+        self.failure = ""
+
+    def begin(self) -> None:
+        """Call it before each step. All parts are recorded in the same one, so that they share its gradients."""
+        self.steps += 1
+
+    def __call__(self, name: str, function: Function, *inputs: Tensor) -> Tensor:
+        """function(*inputs); the result is good until the next step begins."""
+        if self.failure or self.steps <= WARM_STEPS:
+            return function(*inputs)
+        if name not in self.recorded:
+            grads = [p.grad for p in self.parameters]
+            try:
+                static = [x.clone() for x in inputs]
+                replay, out, self.pool = record(function, static, self.pool)
+            except Exception as e:
+                self.failure = f"{name}: {' '.join(str(e).split())[:300] or type(e).__name__}"
+                for p, grad in zip(self.parameters, grads, strict=True):
+                    p.grad = grad
+                return function(*inputs)
+            self.recorded[name] = static, replay, out
+        static, replay, out = self.recorded[name]
+        for place, x in zip(static, inputs, strict=True):
+            place.copy_(x)
+        replay()
+        return out

@@ -1,0 +1,198 @@
+"""A step that is recorded and replayed is bit for bit the step that is called: on graphs where there is a GPU,
+elsewhere on a recorder of PyTorch's calls with their rules (fixed addresses, the host's numbers frozen, no waiting)."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastgpt import graphs, train
+from fastgpt.config import TrainConfig, load_config
+from fastgpt.data import TokenLoader
+
+WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+
+
+class Recorder(TorchDispatchMode):
+    """Runs what is called and keeps every call with the tensors it read and wrote."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in WAITS:
+            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for place, value in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(place, Tensor) and place.data_ptr() != value.data_ptr():
+                    place.copy_(value)
+
+
+def recording(state: Callable[[], list[Tensor]]) -> Callable[..., Any]:
+    """graphs.record on a CPU: as a capture runs nothing, `state` and the random generator are put back."""
+
+    def record(
+        function: graphs.Function, inputs: list[Tensor], pool: object
+    ) -> tuple[Callable[[], None], Tensor, None]:
+        with torch.no_grad():
+            before = [(t, t.clone()) for t in [*state(), *inputs]]
+        random = torch.get_rng_state()
+        try:
+            with Recorder() as recorder:
+                out = function(*inputs)
+        finally:
+            with torch.no_grad():
+                for t, value in before:
+                    t.copy_(value)
+            torch.set_rng_state(random)
+        return recorder.replay, out, None
+
+    return record
+
+
+SETTINGS = (
+    "--model.n-layers 2 --model.n-heads 2 --model.width 512 --model.vocab-size 96 --model.vocab-multiple 1 "
+    "--device cpu --block-size 16 --micro-batch 2 --max-minutes null --max-steps 9 --warmup-steps 4 --lr 0.01"
+).split()
+
+
+def settings(*more: str) -> TrainConfig:
+    return load_config([*SETTINGS, *more])
+
+
+@pytest.fixture
+def unlooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids and targets are not looked at, as on a GPU."""
+    for op in ("attention", "cross_entropy", "embedding", "rope"):
+        monkeypatch.setattr(importlib.import_module(f"fastgpt.ops.{op}"), "checks_values", lambda t: False)
+
+
+class Training:
+    """A model with its optimizer and data, and `steps` of it."""
+
+    def __init__(self, cfg: TrainConfig, device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        self.cfg, self.device = cfg, torch.device(device)
+        self.model = train.build_model(cfg, 96, self.device)
+        train.keep_gradients(self.model, min_numel=2**18)  # the MLP's matrices; the others' gradients are autograd's
+        self.optimizer = train.build_optimizer(cfg, self.model)
+        self.guard = train.SpikeGuard(3.0, self.device)
+        self.scaling = train.LossScale(self.device) if cfg.dtype == "fp16" else None
+        tokens = torch.randint(96, (4000,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint16")
+        self.loader = TokenLoader(tokens, 2, 16, device=self.device)
+
+    def state(self) -> list[Tensor]:
+        """What a step changes."""
+        found = [*self.model.parameters(), self.guard.state, self.optimizer.grad_norm, self.optimizer._steps]  # type: ignore[union-attr, list-item]
+        found += [p.grad for p in self.model.parameters() if p.grad is not None]
+        found += [] if self.scaling is None else [self.scaling.state]
+        return found + [t for s in self.optimizer.state.values() for k, t in s.items() if k != "step"]
+
+    def steps(self, how: graphs.Graphs | None, n: int = 9) -> list[list[float]]:
+        rows = []
+        for step in range(n):
+            for group in self.optimizer.param_groups:
+                group["lr"] = train.learning_rate(self.cfg, step, n)
+            parts = (self.cfg.accumulation, self.guard, self.scaling, how)
+            rows.append(train.train_step(self.model, self.optimizer, self.loader, *parts).tolist())
+        return rows
+
+
+CASES = {
+    "one micro-batch": ("--batch-tokens", "32"),
+    "accumulated": ("--batch-tokens", "96"),
+    "dropout": ("--batch-tokens", "64", "--model.attn-dropout", "0.1", "--model.resid-dropout", "0.1"),
+    "norms made again": ("--batch-tokens", "64", "--recompute", "norms"),
+    "blocks made again": ("--batch-tokens", "64", "--recompute", "block"),
+    "fp16": ("--batch-tokens", "64", "--dtype", "fp16"),
+    "bf16, remainders": ("--batch-tokens", "64", "--dtype", "bf16", "--master", "remainder"),
+    "bf16, stochastic": ("--batch-tokens", "64", "--dtype", "bf16", "--master", "stochastic"),
+}
+
+
+@pytest.mark.usefixtures("unlooked")
+@pytest.mark.parametrize("case", CASES)
+def test_a_replayed_step_is_the_called_step(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = settings(*CASES[case])
+    called = Training(cfg)
+    expected = called.steps(None)
+    recorded = Training(cfg)
+    monkeypatch.setattr(graphs, "record", recording(recorded.state))
+    how = graphs.Graphs(recorded.model)
+    assert recorded.steps(how) == expected
+    assert not how.failure
+    assert sorted(how.recorded) == sorted(
+        {"micro_step", "update"} | ({"accumulate"} if cfg.accumulation > 1 else set())
+    )
+    for a, b in zip(called.model.parameters(), recorded.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert len({loss for loss, *_ in expected}) == len(expected), "every step has other data"
+
+
+@pytest.mark.usefixtures("unlooked")
+@pytest.mark.parametrize("part", ["micro_step", "accumulate", "update"])
+def test_a_part_that_waits_is_called_instead(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = settings("--batch-tokens", "96")
+    expected = Training(cfg).steps(None)
+    training = Training(cfg)
+    record = recording(training.state)
+    order = ["micro_step", "accumulate", "update"]
+
+    def waits(function: graphs.Function, inputs: list[Tensor], pool: object) -> Any:
+        def late(*x: Tensor) -> Tensor:
+            out = function(*x)
+            float(out[0])
+            return out
+
+        return record(late if len(how.recorded) == order.index(part) else function, inputs, pool)
+
+    monkeypatch.setattr(graphs, "record", waits)
+    how = graphs.Graphs(training.model)
+    assert training.steps(how) == expected
+    assert how.failure.startswith(f"{part}: operation not permitted when stream is capturing")
+    assert len(how.recorded) == order.index(part)
+
+
+def test_a_run_says_that_it_goes_on_without_graphs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text(Path(train.__file__).read_text())
+    monkeypatch.chdir(tmp_path)
+    usual = train.Run.__init__
+
+    def with_graphs(self: train.Run, cfg: TrainConfig) -> None:
+        usual(self, cfg)
+        self.graphs = graphs.Graphs(self.model)
+
+    monkeypatch.setattr(train.Run, "__init__", with_graphs)
+    monkeypatch.setattr(graphs, "record", recording(list))  # fails: on a CPU targets are looked at
+    argv = "--model.n-layers 1 --model.n-heads 1 --model.width 16 --block-size 16 --micro-batch 2 --batch-tokens 32"
+    argv += " --out a --max-steps 5 --max-minutes null --vocab-size 300 --sample-tokens 1 --device cpu --data text.txt"
+    assert train.main(argv.split()) == 0
+    assert capsys.readouterr().out.count("graphs: a step could not be recorded") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("case", CASES)
+def test_a_graph_of_the_gpu_is_the_called_step(case: str) -> None:
+    cfg = settings(*CASES[case], "--device", "cuda")
+    expected = Training(cfg, "cuda").steps(None)
+    torch.cuda.set_stream(torch.cuda.Stream())
+    recorded = Training(cfg, "cuda")
+    how = graphs.Graphs(recorded.model)
+    assert recorded.steps(how) == expected
+    assert not how.failure
