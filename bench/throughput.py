@@ -45,7 +45,6 @@ from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, pro
 from fastgpt.bench._op import Provider, every, gate
 from fastgpt.config import ModelConfig, TrainConfig
 from fastgpt.device import default_device, keep_freed_memory, peak_flops
-from fastgpt.nn import keep_gradients
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 # Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the
@@ -199,14 +198,12 @@ def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Var
     """'fastgpt', 'torch', either with ' compile'; 'fastgpt -OP': OP on PyTorch."""
     train, device = trainer(), torch.device(cfg.device)
     assert cfg.model.vocab_size is not None
-    model = train.build_model(cfg, cfg.model.vocab_size, device)
     compiled, loader = name.endswith(" compile"), itertools.cycle(data)
+    model = train.build_model(dataclasses.replace(cfg, compile=compiled), cfg.model.vocab_size, device)
     if name.startswith("torch"):
         return Variant(name, plain.make_step(model, cfg, loader, compiled))
     if device.type == "cpu":
         keep_freed_memory()
-    if not compiled:
-        keep_gradients(model)
     optimizer = train.build_optimizer(cfg, model)
     run = torch.compile(model) if compiled else model
 

@@ -44,11 +44,11 @@ class Target:
 
 
 class Shape(NamedTuple):
-    """What a plan needs of a model: elements of its parameters, of those with a gradient buffer, of those that Muon
-    gets, number of AdamW's parameters, bytes of tables, FLOP per token of forward and backward (6 N + 12 L A T)."""
+    """What a plan needs of a model: elements of its parameters, of the token embedding, of those that Muon gets, number
+    of AdamW's parameters, bytes of tables, FLOP per token of forward and backward (6 N + 12 L A T)."""
 
     parameters: int
-    kept: int
+    embedding: int
     matrices: int
     tensors: int
     tables: int
@@ -57,7 +57,7 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on one device. `loss` and `block` are not needed at the same time: of the two the larger counts."""
+    """Bytes on one device at the peak of a step; of `loss` and `block`, which are not there together, the larger."""
 
     parameters: int  # rotary tables and a step's token ids too
     gradients: int
@@ -86,12 +86,12 @@ def shape_of(cfg: TrainConfig) -> Shape:
     with torch.device("meta"):
         model = GPT(cfg.model)
     sizes = [p.numel() for p in model.parameters()]
-    kept = sum(p.numel() for p in model.parameters() if p.dim() == 2 and p.numel() >= KEPT_NUMEL)
     tables = sum(b.nbytes for b in model.buffers())
     groups = model.param_groups(0.0, muon=cfg.optimizer == "muon")
     matrices = [p.numel() for g in groups if g.get("muon") for p in g["params"]]
     adamw = len(sizes) - len(matrices)
-    return Shape(sum(sizes), kept, sum(matrices), adamw, tables, model.flops_per_token(cfg.block_size)["full"])
+    flops = model.flops_per_token(cfg.block_size)["full"]
+    return Shape(sum(sizes), model.wte.weight.numel(), sum(matrices), adamw, tables, flops)
 
 
 def block_bytes(m: ModelConfig, n: int, w: int, mask: int) -> tuple[int, int]:
@@ -159,6 +159,19 @@ def _backward_bytes(m: ModelConfig, n: int, w: int, mask: int, recompute: Level)
     return most + sum(block_bytes(m, n, w, mask)) - (2 * n * w * m.width if m.norm_placement == "post" else 0)
 
 
+def _gradient_bytes(
+    cfg: TrainConfig, shape: Shape, row: int, w: int, activations: int, loss: int, block: int, gpus: int
+) -> int:
+    """Gradients that are there at the peak: they come as activations go. row: bytes of one activation, (B, T, C)."""
+    every, embedding = shape.parameters * w, shape.embedding * w
+    first = embedding if cfg.model.tied and shape.embedding >= KEPT_NUMEL and not cfg.compile else 0
+    if cfg.accumulation > gpus:  # the first micro-batch's
+        first = every
+    begins = first + activations + max(loss, block)
+    ends = max(every - (0 if first else embedding) + block, every + row)  # the embedding's comes last
+    return max(begins, ends) - activations - max(loss, block)
+
+
 def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> Plan:
     """What one device of `gpus` needs, each holding all of the model (DDP).
 
@@ -176,12 +189,13 @@ def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> Plan:
     masters = {"fp32": 4, "remainder": 2}.get(cfg.master, 0) if w == 2 else 0
     others = shape.parameters - shape.matrices  # Muon has a copy in fp32, its gradient and a momentum
     copies = 8 * shape.matrices if w == 2 else 0
+    loss, block = _loss_bytes(cfg, n, w, target), _backward_bytes(m, n, w, mask, cfg.recompute)
     return Plan(
         parameters=shape.parameters * w + shape.tables + 16 * cfg.batch_tokens // gpus,
-        gradients=(shape.parameters + (shape.kept if cfg.compile else 0)) * w,
+        gradients=_gradient_bytes(cfg, shape, n * w * m.width, w, activations, loss, block, gpus),
         masters=others * masters + copies,
         moments=others * 8 + shape.matrices * 4 + 4 * shape.tensors,
         activations=activations,
-        loss=_loss_bytes(cfg, n, w, target),
-        block=_backward_bytes(m, n, w, mask, cfg.recompute),
+        loss=loss,
+        block=block,
     )

@@ -92,7 +92,10 @@ def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
     settings = dataclasses.replace(cfg.model, vocab_size=vocab_size)
     model = GPT(settings, generator=torch.Generator().manual_seed(cfg.seed))
     model.recompute = cfg.recompute
-    return model.to(device=device, dtype=dtype_of(cfg.dtype, device.type))
+    model.to(device=device, dtype=dtype_of(cfg.dtype, device.type))
+    if not cfg.compile and (cfg.accumulation > 1 or cfg.model.tied):  # where more than one gradient meets in a step
+        keep_gradients(model if cfg.accumulation > 1 else model.wte)
+    return model
 
 
 def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
@@ -233,7 +236,6 @@ class Run:
         keep_freed_memory()
         with plan.explain_out_of_memory(cfg, vocab, self.device):
             self.model = build_model(cfg, vocab, self.device)
-            keep_gradients(self.model)
             self.optimizer = build_optimizer(cfg, self.model)
         self.loader = TokenLoader(self.data.train, cfg.sequences, cfg.block_size, seed=cfg.seed, device=self.device)
         self.guard = SpikeGuard(cfg.spike_sigmas, self.device) if cfg.spike_sigmas > 0 else None

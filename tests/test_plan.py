@@ -18,7 +18,6 @@ from fastgpt.config import ModelConfig, TrainConfig, load_config
 from fastgpt.device import CARDS, PEAK_BF16, datasheet_peak, total_memory
 from fastgpt.errors import UserError
 from fastgpt.memory import LEVELS, Plan, Target, shape_of
-from fastgpt.nn import keep_gradients
 
 CPU = Target("cpu", "cpu", 16 << 30)
 needs_cpu = pytest.mark.skipif(backend.missing("cpu") is not None, reason="needs the compiled CPU kernels")
@@ -113,9 +112,8 @@ def peak_of(work: Any) -> tuple[int, int]:
 
 
 def step_bytes(cfg: TrainConfig) -> tuple[int, int]:
-    """(peak of a training step over what is there between steps and is kept, bytes of AdamW's state)."""
+    """(peak of a training step over parameters and optimizer state, bytes of AdamW's state)."""
     model = train.build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
-    keep_gradients(model)
     optimizer = train.build_optimizer(cfg, model)
     ids = torch.randint(1000, (cfg.sequences, cfg.block_size))
 
@@ -134,13 +132,13 @@ def step_bytes(cfg: TrainConfig) -> tuple[int, int]:
     finally:
         gc.enable()
     assert abs(left) < 100, "nothing stays"
-    loose = sum(p.nbytes for p in model.parameters() if not hasattr(p, "grad_buffer"))
+    buffers = sum(p.grad_buffer.nbytes for p in model.parameters() if hasattr(p, "grad_buffer"))
     state = {t.untyped_storage().data_ptr(): t for s in optimizer.state.values() for t in s.values()}
-    return top - loose, sum(t.untyped_storage().nbytes() for t in state.values())
+    return top + buffers, sum(t.untyped_storage().nbytes() for t in state.values())
 
 
 def over_fixed(p: Plan) -> int:
-    return p.activations + max(p.loss, p.block)
+    return p.gradients + p.activations + max(p.loss, p.block)
 
 
 @needs_cpu
@@ -211,12 +209,26 @@ def test_muons_state_is_exact(dtype: str) -> None:
     assert p.masters + p.moments == sum(state.values()) + 2 * copies, "a copy has a gradient during the step"
 
 
-def test_a_compiled_model_has_gradients_beside_their_buffers() -> None:
-    cfg = settings(GPT2 | WIDE)
-    model = train.build_model(cfg, 3000, torch.device("cpu"))
-    keep_gradients(model)
-    buffers = sum(p.grad_buffer.nbytes for p in model.parameters() if hasattr(p, "grad_buffer"))
-    assert buffers > 0 and planned(replace(cfg, compile=True)).gradients == planned(cfg).gradients + buffers
+@needs_cpu
+@pytest.mark.parametrize(("name", "tokens"), [("gpt2", 256), ("gpt2", 32), ("llama", 256), ("llama", 32)])
+def test_peak_of_a_step_of_one_micro_batch(name: str, tokens: int) -> None:
+    """Gradients come as activations go: with many tokens the peak is where backward begins, with few where it ends."""
+    cfg = settings(MODELS[name] | WIDE, b=1, t=tokens, batch_tokens=tokens)
+    p, two = planned(cfg), planned(replace(cfg, batch_tokens=2 * tokens))
+    got, _ = step_bytes(cfg)
+    assert abs(over_fixed(p) / got - 1) < 0.02, (over_fixed(p), got)
+    assert p.peak < two.peak - 16 * tokens
+
+
+@pytest.mark.parametrize(("more", "kept"), [({"batch_tokens": 256}, "tied"), ({}, "all"), ({"compile": True}, "none")])
+def test_which_gradients_have_a_place(more: dict[str, Any], kept: str) -> None:
+    """Those that several matrix products of a step add to: others would only lie there."""
+    model = train.build_model(settings(GPT2 | WIDE, **more), 3000, torch.device("cpu"))
+    names = {name for name, p in model.named_parameters() if hasattr(p, "grad_buffer")}
+    assert names == {"tied": {"wte.weight"}, "none": set()}.get(kept, names)
+    assert (len(names) > 10) == (kept == "all")
+    untied = train.build_model(settings(LLAMA | WIDE, batch_tokens=256), 3000, torch.device("cpu"))
+    assert not any(hasattr(p, "grad_buffer") for p in untied.parameters())
 
 
 def test_a_gpu_keeps_dropout_masks_in_a_byte_and_bf16() -> None:
