@@ -63,7 +63,7 @@ _verdicts: dict[str, str | None] = {}  # "<op>.<backend>" -> why it failed, None
 _tuned: dict[str, dict[str, dict[str, Any]]] = {}  # device type -> "<op>.<dtype>" -> what was measured, once read
 _choice: dict[str, str] = {}
 _strict: list[bool] = [False]  # a list, so that compiled code guards on its content
-_reported: set[tuple[str, str, str]] = set()
+_reported: set[tuple[str, str]] = set()
 
 
 def interpreting() -> bool:
@@ -259,10 +259,24 @@ def write_tuned(device: str, entries: dict[str, dict[str, Any]]) -> Path:
     return path
 
 
-def _report_once(op: str, backend: str, why: str) -> None:
-    if (op, backend, why) not in _reported:
-        _reported.add((op, backend, why))
-        log.warning("%s: %s", op, why)
+def _report_once(name: str, why: str) -> None:
+    if (name, why) not in _reported:
+        _reported.add((name, why))
+        log.warning("%s: %s", name, why)
+
+
+def leave_to_torch(name: str, why: str) -> None:
+    """Say, once, that a call of the drop-in `name` goes to torch's own; raise in strict mode."""
+    _leave_to_torch(name, why, _strict[0])
+
+
+def _leave_to_torch(name: str, why: str, strict: bool) -> None:
+    if strict:
+        raise RuntimeError(f"{name}: {why}: only torch's own does that, and strict mode forbids it")
+    _report_once(name, f"{why}: this goes to torch's own")
+
+
+_leave_to_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as for _select: said while compiling
 
 
 def _select(
@@ -274,7 +288,7 @@ def _select(
             return want
         if strict:
             raise RuntimeError(f"{op}: {want} was asked for, but {why}")
-        _report_once(op, want, f"{want} was asked for, but {why}; choosing by itself")
+        _report_once(op, f"{want} was asked for, but {why}; choosing by itself")
     entry = tuned(op, device, dtype) if measured else None
     first = () if entry is None else (entry["backend"],)
     for backend in (*first, *(b for b in PRIOR_OF.get(op, PRIOR) if b not in first)):
@@ -286,7 +300,7 @@ def _select(
         if _table[op][backend].takes(dtype, dim):  # the cell exists, the machine lacks it: a fallback, so say so
             if strict:
                 raise RuntimeError(f"{op}: the {backend} kernel cannot be used: {why}")
-            _report_once(op, backend, f"the {backend} kernel cannot be used: {why}")
+            _report_once(op, f"the {backend} kernel cannot be used: {why}")
     return "torch"
 
 

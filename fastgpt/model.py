@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.config import GATED, ModelConfig
-from fastgpt.nn import LayerNorm, Linear, RMSNorm
+from fastgpt.nn import LayerNorm, Linear, RMSNorm, RotaryEmbedding
 from fastgpt.recompute import Level, MadeAgain
 
 
@@ -69,45 +69,6 @@ def _make(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
 
 def _norm(c: ModelConfig, size: int) -> LayerNorm | RMSNorm:
     return LayerNorm(size, c.norm_eps, bias=c.norm_bias) if c.norm == "layer" else RMSNorm(size, c.norm_eps)
-
-
-def rope_frequencies(c: ModelConfig) -> Tensor:
-    """(rotary / 2,) fp64 radians per position: theta^(-2i / rotary), scaled (linear arXiv:2306.15595; llama3: long
-    wavelengths divided by factor, short ones kept, a ramp between)."""
-    f = c.rope_theta ** (-torch.arange(0, c.rotary, 2, dtype=torch.float64, device="cpu") / c.rotary)
-    s = c.rope_scaling
-    if s is None:
-        return f
-    if s["rope_type"] == "linear":
-        return f / s["factor"]
-    turns = s["original_max_position_embeddings"] * f / (2 * math.pi)  # turns within the original context
-    keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
-    return keep * f + (1 - keep) * f / s["factor"]
-
-
-class RotaryTable(nn.Module):
-    """cos and sin (block_size, rotary / 2): always fp32, whatever the model is cast to; not in the state_dict."""
-
-    cos: Tensor
-    sin: Tensor
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.register_buffer("cos", torch.empty(0), persistent=False)
-        self.register_buffer("sin", torch.empty(0), persistent=False)
-        self._fill()
-
-    def _fill(self) -> None:
-        rows = torch.arange(self.config.block_size or 0, dtype=torch.float64, device="cpu")
-        angle = torch.outer(rows, rope_frequencies(self.config))
-        device = self.cos.device
-        self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> RotaryTable:
-        super()._apply(fn, recurse)  # moves; a cast or a way through the meta device would lose the values
-        self._fill()
-        return self
 
 
 class Attention(nn.Module):
@@ -243,7 +204,11 @@ class GPT(nn.Module):
         self.recompute: Level = "none"  # what backward makes again: fastgpt/recompute.py
         self.wte = _make(nn.Embedding, c.padded_vocab_size, c.width)
         self.wpe = _make(nn.Embedding, self.block_size, c.width) if c.positions == "learned" else None
-        self.rotary = RotaryTable(c) if c.positions == "rope" else None
+        self.rotary = (
+            RotaryEmbedding(c.rotary, self.block_size, theta=c.rope_theta, scaling=c.rope_scaling)
+            if c.positions == "rope"
+            else None
+        )
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm_f = _norm(c, c.width) if c.norm_placement == "pre" else None
         self.head = _make(nn.Linear, c.width, c.padded_vocab_size, bias=c.head_bias)

@@ -1,4 +1,4 @@
-"""fastgpt.model's weights: initial values, parameter groups, sizes of published models; and fastgpt.nn's modules."""
+"""fastgpt.model's weights: initial values, parameter groups, sizes of published models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from fastgpt import ops
 from fastgpt.config import ModelConfig
 from fastgpt.model import GPT
-from fastgpt.nn import LayerNorm, RMSNorm
 
 SMALL = ModelConfig(n_layers=2, n_heads=4, width=32, vocab_size=50, vocab_multiple=32, block_size=24)
 LLAMA: dict[str, Any] = dict(
@@ -167,18 +166,3 @@ def test_hosts_published_models(name: str) -> None:
     with torch.device("meta"):
         model = GPT(ModelConfig(**{"vocab_multiple": 1, **options}))
     assert model.num_params() == published
-
-
-@pytest.mark.parametrize("kind, stock", [(LayerNorm, torch.nn.LayerNorm), (RMSNorm, torch.nn.RMSNorm)])
-def test_norm_modules_are_drop_in(kind: Any, stock: Any) -> None:
-    x, r = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
-    for options in ({}, {"eps": 0.1}, {"elementwise_affine": False}, {"dtype": torch.float64}):
-        ours, theirs = kind(16, **options), stock(16, **options)
-        ours.load_state_dict(theirs.state_dict())
-        y = x.to(options.get("dtype", torch.float32))
-        torch.testing.assert_close(ours(y), theirs(y))
-        out, total = ours(y, r.to(y.dtype))
-        torch.testing.assert_close(total, y + r)
-        torch.testing.assert_close(out, theirs(y + r))
-    with pytest.raises(ValueError, match=r"normalized_shape is \(3, 16\), expected one dimension"):
-        kind((3, 16))

@@ -12,6 +12,7 @@ Saved for backward: cos, sin and positions only.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -228,6 +229,27 @@ def _self_check(backend: str, device: torch.device) -> float:
 
 
 register("rope", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
+
+
+def rope_frequencies(rotary_dim: int, theta: float = 10000.0, scaling: dict[str, Any] | None = None) -> Tensor:
+    """(rotary_dim / 2,) fp64 radians per position, on the CPU: theta^(-2i / rotary_dim), scaled.
+
+    scaling: {"rope_type": "linear", "factor"} (arXiv:2306.15595), or {"rope_type": "llama3", "factor",
+    "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}: long wavelengths divided by factor,
+    short ones kept, a ramp between.
+    """
+    f = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
+    if scaling is None:
+        return f
+    kind = scaling.get("rope_type")
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"rope: scaling's rope_type is {kind!r}, expected 'linear' or 'llama3'")
+    if kind == "linear":
+        return f / scaling["factor"]
+    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)  # turns within the original context
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * f + (1 - keep) * f / scaling["factor"]
 
 
 def rope(

@@ -1,0 +1,32 @@
+"""Linear layers whose weight gradients stay in memory of their own between steps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import ops
+
+KEPT_NUMEL = 2**18  # smaller matrices gain less from a buffer than an autograd function in Python costs
+
+
+def keep_gradients(module: nn.Module, min_numel: int = KEPT_NUMEL) -> None:
+    """Give every matrix of min_numel elements and more a `grad_buffer`: memory its gradient stays in between steps.
+
+    Backward of fastgpt's linear layers, embeddings and LM head then writes (after zero_grad(set_to_none=True)) or adds
+    the gradient there instead of making a new tensor. For one process, eager: hooks of DDP and FSDP see no gradient,
+    and torch.compile traces the usual way. Call it again after moving or casting the module.
+    """
+    for p in module.parameters():
+        if p.dim() == 2 and p.numel() >= min_numel and p.requires_grad:
+            p.grad_buffer = torch.empty_like(p)  # type: ignore[attr-defined]
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear whose weight gradient goes where `keep_gradients` said.
+
+    Args: as torch.nn.Linear. x: (..., in_features) -> (..., out_features).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)

@@ -1,0 +1,127 @@
+"""GELU and gated MLPs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import ops
+from fastgpt.nn.linear import Linear
+
+
+class GELU(nn.GELU):
+    """torch.nn.GELU. Args: approximate, "none" (erf) or "tanh"."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.bias_gelu(input, approximate=self.approximate)
+
+
+class BiasGELU(nn.Module):
+    """gelu(x + bias) in one pass, behind a linear layer without a bias.
+
+    Args:
+        num_features: F. approximate: "none" (erf) or "tanh" (GPT-2).
+
+    Shape: x (..., F) -> (..., F) in x's dtype. Keys: bias (F,), 0 at first.
+    """
+
+    def __init__(self, num_features: int, approximate: str = "none", device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.num_features, self.approximate = num_features, approximate
+        self.bias = nn.Parameter(torch.empty(num_features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.bias_gelu(x, self.bias, approximate=self.approximate)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_features}, approximate={self.approximate!r}"
+
+
+class MLP(nn.Sequential):
+    """torch.nn.Sequential(Linear, GELU, Linear) with the first layer's bias added in GELU's pass.
+
+    Args:
+        in_features, hidden_features: C and F. out_features: C where None. bias: of both linear layers.
+        approximate: "none" (erf) or "tanh" (GPT-2).
+
+    Shape: x (..., C) -> (..., out_features). Keys: 0.weight, 0.bias, 2.weight, 2.bias.
+
+    A first layer or activation that was replaced or hooked (adapters, pruning) is called as a module, so without that
+    fusion. FSDP: shard the MLP, not its first layer alone.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = True,
+        approximate: str = "none",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        out = in_features if out_features is None else out_features
+        super().__init__(
+            Linear(in_features, hidden_features, bias, device, dtype),
+            GELU(approximate),
+            Linear(hidden_features, out, bias, device, dtype),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        up: Any = self[0]
+        gelu: Any = self[1]
+        if not (_plain(up, Linear) and _plain(gelu, GELU)):
+            out: Tensor = super().forward(input)
+            return out
+        h = ops.bias_gelu(ops.linear(input, up.weight), up.bias, approximate=gelu.approximate)
+        down: Tensor = self[2](h)
+        return down
+
+
+def _plain(m: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling m runs kind's own forward and nothing else."""
+    hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+    return type(m) is kind and not any(hooks)
+
+
+class SwiGLU(nn.Module):
+    """down_proj(act(gate_proj(x)) * up_proj(x)), the product and the function in one pass: Llama's MLP and its names.
+
+    Args:
+        in_features, hidden_features: C and F. out_features: C where None. bias: of all three layers.
+        activation: "silu" (SwiGLU), "gelu" (GeGLU) or "relu2".
+
+    Shape: x (..., C) -> (..., out_features). Keys: gate_proj.weight, up_proj.weight, down_proj.weight (and .bias).
+    For one packed projection call fastgpt.ops.swiglu(gate_up), gate first. Source: arXiv:2002.05202.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        out_features: int | None = None,
+        bias: bool = False,
+        activation: str = "silu",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        out = in_features if out_features is None else out_features
+        self.gate_proj = Linear(in_features, hidden_features, bias, device, dtype)
+        self.up_proj = Linear(in_features, hidden_features, bias, device, dtype)
+        self.down_proj = Linear(hidden_features, out, bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = ops.swiglu(self.gate_proj(x), self.up_proj(x), activation=self.activation)
+        down: Tensor = self.down_proj(h)
+        return down
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"

@@ -1,0 +1,90 @@
+"""LayerNorm and RMSNorm, each with an optional residual that is added in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastgpt import ops
+
+
+def _over_last(
+    name: str, norm: Callable[..., Any], shape: tuple[int, ...], x: Tensor, residual: Tensor | None, *params: Any
+) -> Any:
+    """norm over x's trailing dimensions `shape` as one: norm(x, *params, residual=), its tensors flattened there.
+
+    Raises:
+        ValueError: x does not end in `shape`.
+    """
+    n = len(shape)
+    if x.dim() < n or tuple(x.shape[-n:]) != shape:
+        raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, shape))})")
+    flat = [p.flatten() if isinstance(p, Tensor) else p for p in params]
+    out = norm(x.flatten(-n), *flat, residual=None if residual is None else residual.flatten(-n))
+    return out.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in out)
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch.nn.LayerNorm, with an optional residual added first.
+
+    Args: as torch.nn.LayerNorm. x: (..., *normalized_shape), parameters of its dtype or fp32.
+
+    Returns:
+        y of x's shape and dtype; with `residual` (as x) the pair (y, x + residual).
+    """
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        weight = self.weight
+        if weight is None or weight.dim() != 1:  # a weight of one dimension: the op compares it with x
+            params = (weight, self.bias, self.eps)
+            return _over_last("LayerNorm", ops.layer_norm, self.normalized_shape, x, residual, *params)
+        return ops.layer_norm(x, weight, self.bias, self.eps, residual=residual)
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch.nn.RMSNorm, with an optional residual added first.
+
+    Args: as torch.nn.RMSNorm; eps=None is what PyTorch takes, fp32's machine epsilon (fp64's for fp64 x).
+        weight_offset: added to the weight, 1.0 for weights stored as a difference from one (Gemma), which then start
+            at 0. x: (..., *normalized_shape), the weight of its dtype or fp32.
+
+    Returns:
+        y of x's shape and dtype; with `residual` (as x) the pair (y, x + residual).
+    """
+
+    weight_offset: float = 0.0
+
+    def __init__(
+        self,
+        normalized_shape: int | list[int] | torch.Size,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        weight_offset: float = 0.0,
+    ) -> None:
+        self.weight_offset = weight_offset  # before the constructor draws initial values
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
+
+    def reset_parameters(self) -> None:
+        if self.elementwise_affine:
+            nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        weight, eps, offset = self.weight, self.eps, self.weight_offset
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        if weight is None or weight.dim() != 1:
+
+            def norm(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> Any:
+                return ops.rms_norm(x, weight, eps, residual=residual, weight_offset=offset)
+
+            return _over_last("RMSNorm", norm, self.normalized_shape, x, residual, weight)
+        return ops.rms_norm(x, weight, eps, residual=residual, weight_offset=offset)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", weight_offset={self.weight_offset}" if self.weight_offset else "")
