@@ -32,6 +32,9 @@ class AdamW(torch.optim.Optimizer):
         grad_norm: (1,) fp32 on the device: global norm of the last step before clipping (with max_norm only; NaN before
             the first step). Reading it waits for the device.
 
+    DTensors (FSDP2): every process updates its own shards; the norm is summed over processes on the device.
+    `foreach`, `fused` and `capturable` change nothing (it is fused and can be captured), `amsgrad`, `maximize` and
+    `differentiable` are not supported. Groups may be added at any time. Pickle and deepcopy keep everything.
     Works with torch.amp.GradScaler (grad_scale and found_inf are used on the device). Raises ValueError for settings
     it does not support and for parameters with gaps or overlaps in memory, TypeError for sparse or complex ones.
     Source: arXiv:1711.05101.
@@ -48,47 +51,72 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         master: str | None = "fp32",
         max_norm: float | None = None,
         moment_dtype: torch.dtype = torch.float32,
         seed: int = 0,
-        **flags: Any,
     ) -> None:
-        for name, value in flags.items():
-            if name not in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
-                raise TypeError(f"AdamW: there is no argument {name!r}")
-            if value and name not in ("capturable", "fused"):  # these two it always is
-                raise ValueError(f"AdamW: {name}={value!r} is not supported")
-        _check_settings(lr, betas, eps, weight_decay, master, max_norm, moment_dtype)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        _check_settings(master, max_norm, moment_dtype)
+        flags = dict(maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable)
+        # decoupled_weight_decay: PyTorch's optimizers tell by it that a saved group is AdamW's
+        flags |= dict(amsgrad=amsgrad, fused=fused, decoupled_weight_decay=True)
         self.master, self.max_norm, self.moment_dtype, self.seed = master, max_norm, moment_dtype, seed
-        self._slots = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        devices = {p.device for p in self._slots}
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **flags))
+        self._number()
+        self.grad_norm = torch.full((1,), torch.nan, device=self.device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, before the first step or after any; it has the defaults of what it does not name.
+
+        Raises:
+            ValueError, TypeError: a setting or a parameter that the constructor would not take; nothing is added then.
+        """
+        super().add_param_group(param_group)
+        try:
+            _check_group(param_group)
+            for p in param_group["params"]:
+                _check_parameter(p, self.master)
+            if hasattr(self, "_slots"):  # else the constructor numbers all groups
+                self._number()
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+
+    def _number(self) -> None:
+        """Give every parameter its slot in the step counters, which state["step"] are views of, and every group its
+        learning rate on the device; steps that were taken are kept."""
+        slots = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        devices = {p.device for p in slots}
         if len(devices) > 1:
             raise ValueError(f"AdamW: parameters are on {sorted(map(str, devices))}, expected one device")
-        if master in ("remainder", "stochastic") and any(p.dtype == torch.float16 for p in self._slots):
-            raise ValueError(f"AdamW: master={master!r} is for bf16 parameters, came with torch.float16")
-        self.device = devices.pop()
-        self._steps = torch.zeros(len(self._slots), device=self.device)
+        self._slots, self.device = slots, devices.pop()
+        self._sharded = any(map(_is_sharded, slots))
+        steps = torch.zeros(len(slots), device=self.device)
+        for p, slot in slots.items():
+            if p in self.state:
+                self.state[p]["step"] = steps[slot].copy_(self.state[p]["step"])
+        self._steps = steps
         self._lr = torch.zeros(len(self.param_groups), device=self.device)
         self._lr_floats: list[float | None] = []
         self._partials = torch.zeros(0, device=self.device)
         self._with_grad: list[tuple[int, ...]] = []
-        self.grad_norm = torch.full((1,), torch.nan, device=self.device)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if hasattr(self, "_slots"):
-            raise ValueError("AdamW: parameter groups cannot be added later, expected all of them at construction")
-        super().add_param_group(param_group)
-        for p in param_group["params"]:
-            if not p.is_floating_point() or p.layout is not torch.strided:
-                raise TypeError(f"AdamW: a parameter is {p.dtype} {p.layout}, expected dense floating point")
-            if not _is_dense(p):
-                raise ValueError(
-                    f"AdamW: a parameter of shape {tuple(p.shape)} has strides {p.stride()}, expected elements without "
-                    "gaps or overlaps in memory, in any order of dimensions (call .contiguous() on a view first)"
-                )
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy (torch's own keeps only its settings, state and groups)."""
+        names = ("master", "max_norm", "moment_dtype", "seed", "grad_norm")
+        return {**super().__getstate__(), **{n: getattr(self, n) for n in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "master" in state:  # else load_state_dict, which fills in what there is
+            self._number()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -113,11 +141,13 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         clip = self.max_norm is not None
         with_grad = [tuple(b.index) for b in buckets]
-        if clip and with_grad != self._with_grad:  # other tensors leave other partial sums unused
+        if clip and (with_grad != self._with_grad or self._sharded):  # other tensors leave other partial sums unused
             self._with_grad = with_grad
             self._partials = torch.zeros(PARTIALS * len(buckets), device=self.device)
         for i, b in enumerate(buckets):
             PREPARE[backend](b.grads, self._steps, b.index, self._partials, i * PARTIALS, clip)
+            if clip:
+                _sum_over(b.groups, self._partials[i * PARTIALS : (i + 1) * PARTIALS])
         beta1, beta2, eps, decay = zip(*((*g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups))
         for b in buckets:
             UPDATE[backend](
@@ -148,6 +178,9 @@ class AdamW(torch.optim.Optimizer):
         norm = None
         if self.max_norm is not None:
             norm = grad_norm_ref(buckets, grad_scale)
+            if self._sharded:
+                norms = [_sum_over(b.groups, grad_norm_ref([b], grad_scale).square()) for b in buckets]
+                norm = torch.stack(norms).sum(0).sqrt()
             self.grad_norm.copy_(norm)
         groups = [
             dict(beta1=g["betas"][0], beta2=g["betas"][1], eps=g["eps"], weight_decay=g["weight_decay"])
@@ -169,26 +202,30 @@ class AdamW(torch.optim.Optimizer):
             )
 
     def _buckets(self) -> list[Bucket]:
-        """Parameters with a gradient, by (parameter dtype, gradient dtype)."""
-        buckets: dict[tuple[torch.dtype, torch.dtype], Bucket] = {}
+        """Parameters with a gradient, by (parameter dtype, gradient dtype, process groups); of DTensors the shards."""
+        buckets: dict[tuple[Any, ...], Bucket] = {}
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
                 g = p.grad
                 if g is None:
                     continue
-                state = self.state[p] or self._init_state(p)
+                if g.layout is not torch.strided:
+                    raise TypeError(f"AdamW: a gradient is {g.layout}, expected dense (sparse=False in the embedding)")
+                state, slot, groups = self.state[p] or self._init_state(p), self._slots[p], ()
+                if self._sharded and _is_sharded(p):
+                    groups, p, g, state = _shard(p, g, state)
                 if g.stride() != p.stride():
                     g = torch.empty_like(p, dtype=g.dtype).copy_(g)
-                b = buckets.get((p.dtype, g.dtype))
+                b = buckets.get((p.dtype, g.dtype, groups))
                 if b is None:
-                    b = buckets[(p.dtype, g.dtype)] = Bucket([], [], [], [], [], [], [])
+                    b = buckets[(p.dtype, g.dtype, groups)] = Bucket([], [], [], [], [], [], [], groups)
                 b.params.append(p)
                 b.grads.append(g)
                 b.exp_avgs.append(state["exp_avg"])
                 b.exp_avg_sqs.append(state["exp_avg_sq"])
                 if "master" in state:
                     b.masters.append(state["master"])
-                b.index.append(self._slots[p])
+                b.index.append(slot)
                 b.group.append(number)
         return list(buckets.values())
 
@@ -224,118 +261,43 @@ class AdamW(torch.optim.Optimizer):
         """Load this optimizer's state, or torch.optim.AdamW's. Dtypes of moments and masters are kept as saved here.
 
         (torch's own would cast fp32 moments of bf16 parameters to bf16.)
+
+        Raises:
+            ValueError: a group with a setting that is not supported, or a tensor of another shape than its parameter's.
         """
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        saved = [i for g in state_dict["param_groups"] for i in g["params"]]
-        for number, p in zip(saved, self._slots):
-            if number not in state_dict["state"]:
-                continue
-            state = self._init_state(p)
-            for name, value in state_dict["state"][number].items():
-                if name in state:
-                    if name != "step" and value.shape != p.shape:
-                        raise ValueError(
-                            f"AdamW: saved {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}"
-                        )
-                    state[name].copy_(torch.as_tensor(value))
-
-
-class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for matrices in the middle of a model, AdamW for all other parameters, as one optimizer.
-
-    Args:
-        groups: parameter groups; those with "muon": True hold matrices only.
-        lr, weight_decay, momentum: as in torch.optim.Muon, whose update is scaled to the size of AdamW's
-            ("match_rms_adamw"), so that one learning rate serves both.
-        max_norm: clip the global gradient norm, of all parameters together, to this.
-        settings: of fastgpt.optim.AdamW.
-
-    Attributes:
-        grad_norm: as AdamW's.
-
-    Matrices of 16 bits have fp32 copies, whatever `master` says of the others. A step whose norm is not finite, or with
-    found_inf, changes nothing; telling that waits for the device. Source: arXiv:2502.16982.
-    """
-
-    def __init__(
-        self,
-        groups: list[dict[str, Any]],
-        lr: float,
-        weight_decay: float = 0.1,
-        *,
-        momentum: float = 0.95,
-        max_norm: float | None = None,
-        **settings: Any,
-    ) -> None:
-        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
-        mine = [g for g in self.param_groups if g.get("muon")]
-        others = [g for g in self.param_groups if not g.get("muon")]
-        self.max_norm = max_norm
-        self.adamw = AdamW([{**g} for g in others], lr=lr, weight_decay=weight_decay, **settings)
-        self.matrices = [p for g in mine for p in g["params"]]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.matrices]
-        of = dict(zip(self.matrices, self.masters, strict=True))
-        wide = [{**g, "params": [of[p] for p in g["params"]]} for g in mine]
-        self.muon = torch.optim.Muon(
-            wide, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
-        )
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # the same dicts: a schedule sets both
-        self.device, self.found_inf = self.adamw.device, None
-        self.grad_norm = torch.full((1,), torch.nan, device=self.device)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter; returns closure's loss, if one was given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        others = [p for g in self.adamw.param_groups for p in g["params"]]
-        given = [p for p in (*self.matrices, *others) if p.grad is not None]
-        self.grad_norm.copy_(torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None]))
-        skip = (
-            ~self.grad_norm.isfinite() if self.found_inf is None else ~self.grad_norm.isfinite() | (self.found_inf != 0)
-        )
-        if bool(skip):
-            return loss
-        if self.max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(given, self.max_norm, self.grad_norm[0])
-        for p, master in zip(self.matrices, self.masters, strict=True):
-            master.grad = None if p.grad is None else p.grad.to(master.dtype)
-        self.muon.step()
-        self.adamw.step()
-        for p, master in zip(self.matrices, self.masters, strict=True):
-            if master is not p:
-                p.copy_(master)
-                master.grad = None
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.muon.zero_grad(set_to_none)
-        self.adamw.zero_grad(set_to_none)
-        for p in self.matrices:
-            p.grad = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """The matrices' state first (momentum_buffer, and master of 16-bit ones), then AdamW's, numbered on."""
         state: dict[int, dict[str, Any]] = {}
-        for i, (p, master) in enumerate(zip(self.matrices, self.masters, strict=True)):
-            state[i] = {**self.muon.state[master], **({} if master is p else {"master": master})}
-        others = self.adamw.state_dict()
-        state |= {i + len(self.matrices): s for i, s in others["state"].items()}
-        return {"state": state, "param_groups": others["param_groups"]}
+        numbers: list[int] = []
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        n = len(self.matrices)
-        others = {i - n: s for i, s in state_dict["state"].items() if i >= n}
-        self.adamw.load_state_dict({"state": others, "param_groups": state_dict["param_groups"]})
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
-        for i, master in enumerate(self.masters):
-            saved = state_dict["state"].get(i, {})
-            if "momentum_buffer" in saved:
-                self.muon.state[master]["momentum_buffer"] = saved["momentum_buffer"].to(master, copy=True)
-            if "master" in saved:
-                master.copy_(saved["master"])
+        def take(_: Any, content: dict[str, Any]) -> dict[str, Any]:  # behind other hooks: what they left
+            for group in content["param_groups"]:
+                _check_group(group)
+                numbers.extend(group["params"])
+            state.update(content["state"])
+            return {**content, "state": {}}
+
+        def fill(_: Any) -> None:  # before other hooks: they find the state there
+            self._steps.zero_()
+            for number, p in zip(numbers, self._slots, strict=True):
+                if number in state:
+                    self._load_state(p, state[number])
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(fill, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _load_state(self, p: Tensor, saved: dict[str, Any]) -> None:
+        state = self._init_state(p)
+        for name, value in saved.items():
+            if name in state:
+                if name != "step" and value.shape != p.shape:
+                    raise ValueError(f"AdamW: saved {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
+                state[name].copy_(torch.as_tensor(value))
 
 
 def _is_dense(p: Tensor) -> bool:
@@ -348,23 +310,58 @@ def _is_dense(p: Tensor) -> bool:
     return True
 
 
-def _check_settings(
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    master: str | None,
-    max_norm: float | None,
-    moment_dtype: torch.dtype,
-) -> None:
+def _is_sharded(p: Tensor) -> bool:
+    """Whether p is a DTensor (whose import takes half a second)."""
+    return hasattr(p, "to_local")
+
+
+def _shard(p: Any, g: Any, state: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor, Tensor, dict[str, Any]]:
+    """Process groups that DTensor p is sharded over, and this process's part of it, of its gradient and state."""
+    groups = tuple(p.device_mesh.get_group(i) for i, place in enumerate(p.placements) if place.is_shard())
+    g = g if g.placements == p.placements else g.redistribute(placements=p.placements)
+    return groups, p.to_local(), g.to_local(), {n: t.to_local() if _is_sharded(t) else t for n, t in state.items()}
+
+
+def _sum_over(groups: tuple[Any, ...], t: Tensor) -> Tensor:
+    """t, summed in place over the processes of these groups."""
+    for group in groups:
+        torch.distributed.all_reduce(t, group=group)
+    return t
+
+
+def _check_parameter(p: Tensor, master: str | None) -> None:
+    if not p.is_floating_point() or p.layout is not torch.strided:
+        raise TypeError(f"AdamW: a parameter is {p.dtype} {p.layout}, expected dense floating point")
+    if not _is_dense(p.to_local() if _is_sharded(p) else p):  # type: ignore[attr-defined]
+        raise ValueError(
+            f"AdamW: a parameter of shape {tuple(p.shape)} has strides {p.stride()}, expected elements without "
+            "gaps or overlaps in memory, in any order of dimensions (call .contiguous() on a view first)"
+        )
+    if master in ("remainder", "stochastic") and p.dtype == torch.float16:
+        raise ValueError(f"AdamW: master={master!r} is for bf16 parameters, came with torch.float16")
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    """Settings of a parameter group, the constructor's own or loaded; what is left out is the default."""
+    for flag in ("amsgrad", "maximize", "differentiable"):
+        if group.get(flag):
+            raise ValueError(f"AdamW: {flag}=True is not supported")
+    if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
+        raise ValueError("AdamW: decoupled_weight_decay is False (torch.optim.Adam's), expected AdamW's")
+    lr, betas, eps, decay = (group[n] for n in ("lr", "betas", "eps", "weight_decay"))
     if not isinstance(lr, Tensor) and lr < 0:
         raise ValueError(f"AdamW: lr is {lr}, expected at least 0")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"AdamW: lr has shape {tuple(lr.shape)}, expected one element")
+    if any(isinstance(b, Tensor) for b in betas):
+        raise ValueError("AdamW: betas are tensors, expected numbers")
     if not all(0.0 <= b < 1.0 for b in betas):
         raise ValueError(f"AdamW: betas are {betas}, expected 0 to less than 1")
-    if eps < 0 or weight_decay < 0:
-        raise ValueError(f"AdamW: eps is {eps} and weight_decay {weight_decay}, expected at least 0")
+    if eps < 0 or decay < 0:
+        raise ValueError(f"AdamW: eps is {eps} and weight_decay {decay}, expected at least 0")
+
+
+def _check_settings(master: str | None, max_norm: float | None, moment_dtype: torch.dtype) -> None:
     if master not in MASTERS:
         raise ValueError(f"AdamW: master is {master!r}, expected one of {MASTERS}")
     if max_norm is not None and max_norm <= 0:

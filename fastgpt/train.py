@@ -40,8 +40,9 @@ from fastgpt.errors import UserError
 from fastgpt.generate import generate
 from fastgpt.graphs import Graphs, call
 from fastgpt.model import GPT
+from fastgpt.muon import MuonAdamW
 from fastgpt.nn import keep_gradients
-from fastgpt.optim import AdamW, MuonAdamW
+from fastgpt.optim import AdamW
 from fastgpt.profiling import Profile
 from fastgpt.runlog import Lagged, Log
 

@@ -13,6 +13,7 @@ their low bits in `masters`: whole fp32 copies, or int16 remainders (fp32 bits =
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,7 @@ class Bucket:
     masters: list[Tensor]  # empty: none
     index: list[int]  # slot in the step counters
     group: list[int]  # parameter group
+    groups: tuple[Any, ...] = ()  # process groups that the tensors are sharded over
 
 
 def join_remainder(param: Tensor, remainder: Tensor) -> Tensor:
