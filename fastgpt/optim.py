@@ -41,8 +41,9 @@ class AdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None  # torch.amp.GradScaler's protocol: divide gradients by this,
-    found_inf: Tensor | None = None  # change nothing where this is not 0
+    # torch.amp.GradScaler's protocol, by which both are absent but in its steps
+    grad_scale: Tensor | None  # divide gradients by this,
+    found_inf: Tensor | None  # change nothing where this is not 0
 
     def __init__(
         self,
@@ -130,10 +131,11 @@ class AdamW(torch.optim.Optimizer):
             return loss
         self.refresh_lr()
         backend = select("adamw", buckets[0].params[0])
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if backend == "torch":
-            self._step_torch(buckets, self.grad_scale, self.found_inf)
+            self._step_torch(buckets, *scaling)
         else:
-            self._step_kernel(backend, buckets, self.grad_scale, self.found_inf)
+            self._step_kernel(backend, buckets, *scaling)
         return loss
 
     def _step_kernel(

@@ -125,7 +125,7 @@ def _check_ids(name: str, ids: object, rows: int, weight: Tensor) -> None:
         raise TypeError(f"embedding: {name} is {getattr(ids, 'dtype', repr(ids))}, expected torch.int64 or torch.int32")
     if ids.device != weight.device:
         raise ValueError(f"embedding: {name} is on {ids.device}, expected {weight.device}")
-    if not torch.compiler.is_compiling() and ids.numel() and checks_values(ids):
+    if checks_values(ids) and ids.numel():
         low, high = (int(v) for v in ids.aminmax())
         if low < 0 or high >= rows:
             raise ValueError(f"embedding: {name} reach from {low} to {high}, expected 0 to {rows - 1}")

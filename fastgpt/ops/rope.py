@@ -203,7 +203,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Non
     if tuple(positions.shape) not in ((t,), (b, t)):
         raise ValueError(f"rope: positions has shape {tuple(positions.shape)}, expected ({t},) or ({b}, {t})")
     check_like("rope", "positions", positions, tuple(positions.shape), x, (torch.int64,), "")
-    if checks_values(positions) and not torch.compiler.is_compiling() and positions.numel():
+    if checks_values(positions) and positions.numel():
         low, high = (int(v) for v in positions.aminmax())
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(f"rope: positions reach from {low} to {high}, expected 0 to {cos.shape[0] - 1}")

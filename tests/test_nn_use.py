@@ -1,0 +1,335 @@
+"""fastgpt.nn in other people's code: what goes to torch's own, errors, adapters, DDP and FSDP2 in two processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgpt import backend
+from fastgpt import nn as fnn
+from fastgpt.ops import use
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_reported", set())
+
+
+def floats(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def numbers(*shape: int, below: int = 11) -> Tensor:
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+
+MASK = torch.ones(7, 7, dtype=torch.bool, device=DEVICE).triu(1)
+PADDING = torch.zeros(2, 7, dtype=torch.bool, device=DEVICE)
+PADDING[1, 5:] = True
+Q, KV = floats(2, 7, 24), floats(2, 9, 24, seed=1)
+QUIET = {"need_weights": False}
+
+
+def mha(call: dict[str, Any], why: str, kv: Tensor = Q, **options: Any) -> tuple[Any, ...]:
+    return "MultiheadAttention", (24, 4), {"batch_first": True, **options}, (Q, kv, kv), call, why
+
+
+# name, constructor's arguments and keywords, inputs, the call's keywords, what the log says
+UNCOVERED: dict[str, tuple[Any, ...]] = {
+    "probabilities": ("CrossEntropyLoss", (), {}, (floats(5, 11), floats(5, 11).softmax(1)), {}, "probabilities"),
+    "images": ("CrossEntropyLoss", (), {}, (floats(2, 11, 3), numbers(2, 3)), {}, "input of 3 dimensions"),
+    "one row": ("CrossEntropyLoss", (), {}, (floats(11), numbers()), {}, "input of 1 dimensions"),
+    "padding_idx": ("Embedding", (11, 6, 0), {}, (numbers(2, 9),), {}, "padding_idx=0:"),
+    "max_norm": ("Embedding", (11, 6), {"max_norm": 1.0}, (numbers(2, 9),), {}, "max_norm=1.0:"),
+    "scale_grad": ("Embedding", (11, 6), {"scale_grad_by_freq": True}, (numbers(9),), {}, "scale_grad_by_freq=True:"),
+    "sparse": ("Embedding", (11, 6), {"sparse": True}, (numbers(9),), {}, "sparse=True:"),
+    "out_features": (
+        "LinearCrossEntropyLoss",
+        (6, 11),
+        {"out_features": (2,)},
+        (floats(5, 6), numbers(5, 2)),
+        {},
+        r"out_features=\(2,\)",
+    ),
+    "linear probabilities": (
+        "LinearCrossEntropyLoss",
+        (6, 11),
+        {"bias": True},
+        (floats(5, 6), floats(5, 11).softmax(1)),
+        {},
+        "probabilities",
+    ),
+    "weights": mha({}, "need_weights=True"),
+    "mask": mha({**QUIET, "attn_mask": MASK}, "attn_mask without is_causal"),
+    "causal and padded": mha(
+        {**QUIET, "attn_mask": MASK, "is_causal": True, "key_padding_mask": PADDING}, "key_padding_mask with is_causal"
+    ),
+    "additive padding": mha({**QUIET, "key_padding_mask": -9.0 * PADDING}, "key_padding_mask of torch.float32"),
+    "causal, more keys": mha(
+        {**QUIET, "is_causal": True, "attn_mask": torch.ones(7, 9, dtype=torch.bool, device=DEVICE).triu(1)},
+        "other numbers of keys",
+        kv=KV,
+    ),
+    "bias_kv": mha(QUIET, "add_bias_kv", add_bias_kv=True),
+    "zero attention": mha(QUIET, "add_zero_attn", add_zero_attn=True),
+}
+
+
+def outcome(module: nn.Module, inputs: tuple[Tensor, ...], call: dict[str, Any]) -> list[Tensor]:
+    leaves = {id(t): t.clone().requires_grad_() if t.is_floating_point() else t for t in inputs}
+    out = module(*(leaves[id(t)] for t in inputs), **call)
+    outs = [t for t in (out if isinstance(out, tuple) else (out,)) if t is not None]
+    sum(t.sum() for t in outs).backward()
+    grads = [p.grad.to_dense() for p in module.parameters() if p.grad is not None]
+    return [*outs, *grads, *(t.grad for t in leaves.values() if t.grad is not None)]
+
+
+@pytest.mark.parametrize("name", UNCOVERED)
+def test_what_an_op_does_not_cover_goes_to_torchs_own(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The same bits as the stock module's, one line of log for two calls, an error in strict mode."""
+    kind, args, options, inputs, call, why = UNCOVERED[name]
+    ours, stock = (getattr(m, kind)(*args, **options).to(DEVICE) for m in (fnn, nn))
+    ours.load_state_dict(stock.state_dict())
+    for _ in range(2):
+        ours.zero_grad(), stock.zero_grad()
+        got, wanted = outcome(ours, inputs, call), outcome(stock, inputs, call)
+        assert len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted))
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == 1 and lines[0].startswith(f"{kind}: ") and "goes to torch's own" in lines[0]
+    with use(strict=True), pytest.raises(RuntimeError, match=f"^{kind}: .*{why}.*strict mode"):
+        ours(*inputs, **call)
+
+
+@pytest.mark.parametrize("name", ["probabilities", "padding_idx", "out_features", "mask"])
+def test_torchs_own_compiles_whole_and_is_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    kind, args, options, inputs, call, _ = UNCOVERED[name]
+    ours = getattr(fnn, kind)(*args, **options).to(DEVICE)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    got, wanted = compiled(*inputs, **call), ours(*inputs, **call)
+    assert len([r for r in caplog.records if r.name == "fastgpt"]) == 1
+    torch.testing.assert_close(got, wanted)
+    with use(strict=True), pytest.raises(Exception, match="strict mode"):
+        compiled(*inputs, **call)
+
+
+def test_options_beyond_torchs() -> None:
+    """z_loss and softcap in both losses, against the formula; chunks change nothing; what torch lacks is an error."""
+    x, y = floats(9, 6), numbers(9)
+    linear = fnn.LinearCrossEntropyLoss(6, 11, bias=True, z_loss=0.01, softcap=2.0, chunk=4, ignore_index=3).to(DEVICE)
+    plain = fnn.CrossEntropyLoss(z_loss=0.01, softcap=2.0, ignore_index=3)
+    z = 2 * torch.tanh(linear.linear(x) / 2)
+    wanted = F.cross_entropy(z, y, ignore_index=3) + 0.01 * z.logsumexp(1)[y != 3].square().mean()
+    torch.testing.assert_close(linear(x, y), wanted)
+    torch.testing.assert_close(plain(linear.linear(x), y), wanted)
+    for loss, bad in ((linear, x), (plain, floats(9, 11))):
+        with pytest.raises(ValueError, match=r"class probabilities as target, with z_loss or softcap: expected input"):
+            loss(bad, floats(9, 11).softmax(1))
+
+
+def test_losses_keep_16_bit_class_weights_and_all_ignored() -> None:
+    loss, stock = (m.CrossEntropyLoss(torch.linspace(0.5, 1.5, 11)).to(DEVICE, torch.bfloat16) for m in (fnn, nn))
+    z, y = floats(9, 11).bfloat16(), numbers(9)
+    assert loss.weight.dtype == torch.bfloat16 and loss(z, y).dtype == torch.float32
+    torch.testing.assert_close(loss(z, y).bfloat16(), stock(z, y))
+    assert loss(z, torch.full_like(y, -100)).isnan() and stock(z, torch.full_like(y, -100)).isnan()
+
+
+def test_tied_embedding_and_head_get_one_gradient() -> None:
+    grads = []
+    for m in (fnn, nn):
+        table, loss = m.Embedding(11, 6).to(DEVICE), m.LinearCrossEntropyLoss(6, 11).to(DEVICE)
+        loss.linear.weight = table.weight
+        with torch.no_grad():
+            table.weight.copy_(floats(11, 6))
+        loss(table(numbers(9)), numbers(9).flip(0)).backward()
+        grads.append(table.weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_embedding_from_pretrained() -> None:
+    table = fnn.Embedding.from_pretrained(floats(11, 6))
+    assert type(table) is fnn.Embedding and not table.weight.requires_grad
+    assert torch.equal(table(numbers(2, 3)), table.weight[numbers(2, 3)])
+
+
+def test_attention_whose_keys_are_all_masked_is_the_bias() -> None:
+    ours = fnn.Attention(24, 4, batch_first=True).to(DEVICE)
+    nn.init.ones_(ours.out_proj.bias)
+    x = floats(2, 7, 24).requires_grad_()
+    padding = PADDING.clone()
+    padding[1] = True
+    y, _ = ours(x, x, x, key_padding_mask=padding, need_weights=False)
+    assert torch.equal(y[1], torch.ones_like(y[1])) and not (y[0] == 1).any()
+    y.sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all() and not x.grad[1].any()
+
+
+def test_attention_drops_in_training_only() -> None:
+    ours = fnn.Attention(24, 4, dropout=0.5, batch_first=True).to(DEVICE)
+    a, b = (ours(Q, Q, Q, need_weights=False)[0] for _ in range(2))
+    assert not torch.equal(a, b)
+    ours.eval()
+    a, b = (ours(Q, Q, Q, need_weights=False)[0] for _ in range(2))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_in_torchs_transformer_encoder(norm_first: bool) -> None:
+    """The modules in torch.nn.TransformerEncoderLayer's places: padded, causal, in training and evaluation."""
+    stock = nn.TransformerEncoderLayer(24, 4, 32, 0.0, "gelu", batch_first=True, norm_first=norm_first).to(DEVICE)
+    ours = copy.deepcopy(stock)
+    ours.self_attn = fnn.MultiheadAttention(24, 4, batch_first=True).to(DEVICE)
+    ours.norm1, ours.norm2 = fnn.LayerNorm(24).to(DEVICE), fnn.LayerNorm(24).to(DEVICE)
+    ours.load_state_dict(stock.state_dict())
+    for options in ({}, {"src_key_padding_mask": PADDING}, {"src_mask": MASK, "is_causal": True}):
+        for train in (True, False):
+            got, wanted = (m.train(train)(Q, **options) for m in (ours, stock))
+            torch.testing.assert_close(got, wanted)
+
+
+class Doubled(nn.Module):
+    """An adapter around a layer, as PEFT's."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * self.base(x)
+
+
+def test_mlp_calls_what_was_put_into_it() -> None:
+    mlp, x = fnn.MLP(6, 8).to(DEVICE), floats(3, 6)
+    wanted = mlp[2](F.gelu(2 * mlp[0](x)))
+    seen: list[int] = []
+    hook = mlp[0].register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(mlp(x), mlp[2](F.gelu(mlp[0](x))))
+    hook.remove()
+    assert seen == [1, 1]
+    mlp[0] = Doubled(mlp[0])
+    torch.testing.assert_close(mlp(x), wanted)
+
+
+def test_rotary_tables_stay_exact_and_take_positions() -> None:
+    turn = fnn.RotaryEmbedding(8, 9, theta=500.0).to(DEVICE).bfloat16()
+    assert turn.cos.dtype == torch.float32 and not turn.state_dict()
+    q, k = floats(1, 9, 2, 8), floats(1, 9, 1, 8, seed=1)
+    whole = turn(q, k)
+    last = turn(q[:, 5:], k[:, 5:], torch.arange(5, 9, device=DEVICE))
+    assert all(torch.equal(a[:, 5:], b) for a, b in zip(whole, last))
+    stretched = fnn.RotaryEmbedding(8, 9, theta=500.0, scaling={"rope_type": "linear", "factor": 2.0})
+    torch.testing.assert_close(stretched.cos[::2], turn.cos.cpu()[:5])
+    with pytest.raises(ValueError, match="rope_type is 'yarn', expected 'linear' or 'llama3'"):
+        fnn.RotaryEmbedding(8, 9, scaling={"rope_type": "yarn"})
+
+
+WRONG: list[tuple[Callable[[], Any], str]] = [
+    (
+        lambda: fnn.LayerNorm((3, 4))(torch.zeros(5, 2, 6)),
+        r"LayerNorm: x has shape \(5, 2, 6\), expected \(..., 3, 4\)",
+    ),
+    (lambda: fnn.LayerNorm(4, elementwise_affine=False)(torch.zeros(2, 6)), r"expected \(..., 4\)"),
+    (lambda: fnn.LayerNorm(4)(torch.zeros(2, 6)), r"layer_norm: weight has shape \(4,\), expected \(6,\)"),
+    (lambda: fnn.LayerNorm(4)(torch.zeros(2, 4), torch.zeros(4)), r"layer_norm: residual has shape \(4,\)"),
+    (lambda: fnn.RMSNorm((3, 4))(torch.zeros(4)), r"RMSNorm: x has shape \(4,\), expected \(..., 3, 4\)"),
+    (lambda: fnn.SwiGLU(4, 8, activation="tanh")(torch.zeros(2, 4)), "swiglu: activation is 'tanh'"),
+    (lambda: fnn.CrossEntropyLoss()(torch.zeros(3, 5), torch.zeros(4).long()), r"target has shape \(4,\)"),
+    (lambda: fnn.Embedding(4, 2)(torch.tensor([4])), "ids reach from 4 to 4, expected 0 to 3"),
+]
+
+
+@pytest.mark.parametrize("call, message", WRONG, ids=[m for _, m in WRONG])
+def test_errors_say_what_came_and_what_was_expected(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_repr_names_the_settings() -> None:
+    assert repr(fnn.LayerNorm(8)) == repr(nn.LayerNorm(8))
+    assert repr(fnn.RMSNorm(8, 1e-6, weight_offset=1.0)) == (
+        "RMSNorm((8,), eps=1e-06, elementwise_affine=True, weight_offset=1.0)"
+    )
+    assert repr(fnn.BiasGELU(8, "tanh")) == "BiasGELU(8, approximate='tanh')"
+    assert "activation='gelu'" in repr(fnn.SwiGLU(4, 8, activation="gelu"))
+    assert "reduction='sum', label_smoothing=0.0, z_loss=0.5" in repr(fnn.CrossEntropyLoss(reduction="sum", z_loss=0.5))
+    assert "num_classes=11, out_features=()" in repr(fnn.LinearCrossEntropyLoss(6, 11))
+    assert "theta=500.0" in repr(fnn.RotaryEmbedding(8, 4, theta=500.0))
+
+
+PROCESS = """
+import copy, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from fastgpt import nn as fnn
+from fastgpt.ops import use
+from fastgpt.optim import AdamW
+
+rank, path = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+torch.manual_seed(0)
+body = torch.nn.Sequential(
+    fnn.Embedding(11, 6), fnn.LayerNorm(6), fnn.Linear(6, 5), fnn.RMSNorm(5), fnn.SwiGLU(5, 7), fnn.Linear(5, 1),
+    fnn.MLP(1, 8, 11),
+)
+ids, loss = torch.randint(11, (4, 9)), fnn.CrossEntropyLoss()
+
+def step(model, optimizer, rows):
+    loss(model(ids[rows, :-1]).flatten(0, 1), ids[rows, 1:].flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer.grad_norm.clone()
+
+def train(model, rows):
+    optimizer = AdamW(model.parameters(), lr=1e-2, max_norm=0.05)
+    return [step(model, optimizer, rows) for _ in range(3)], optimizer
+
+alone = copy.deepcopy(body)
+wanted, _ = train(alone, slice(0, 4))
+mine = slice(2 * rank, 2 * rank + 2)
+ddp = DistributedDataParallel(copy.deepcopy(body))
+norms, _ = train(ddp, mine)
+torch.testing.assert_close(norms, wanted)
+for p, q in zip(ddp.parameters(), alone.parameters()):
+    torch.testing.assert_close(p, q)
+
+for name in ("cpu", "torch"):
+    with use(adamw=name):
+        sharded = copy.deepcopy(body)
+        for m in sharded:
+            fully_shard(m)
+        fully_shard(sharded)
+        norms, optimizer = train(sharded, mine)
+    torch.testing.assert_close(norms, wanted)
+    for (key, p), q in zip(sharded.named_parameters(), alone.parameters()):
+        assert isinstance(p, DTensor) and isinstance(optimizer.state[p]["exp_avg"], DTensor), key
+        torch.testing.assert_close(p.full_tensor(), q)
+print("both hold")
+dist.destroy_process_group()
+"""
+
+
+def test_ddp_and_fsdp2_train_as_one_process_does(tmp_path: Path) -> None:
+    """Two processes over gloo: parameters and clipped norms after three steps, those of one process on all rows."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", PROCESS]
+    started = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meet")], stdout=-1, stderr=-1, text=True, env=env)
+        for rank in range(2)
+    ]
+    for process in started:
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == 0 and "both hold" in out, err[-3000:]
