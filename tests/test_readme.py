@@ -1,5 +1,5 @@
-"""Commands of README and docs/training.md, executed word for word (make's two are run by .ci/run; here their recipes
-must exist)."""
+"""Commands and code of README, docs/training.md and docs/modules.md, executed word for word (make's two commands are
+run by .ci/run; here their recipes must exist)."""
 
 import os
 import re
@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+MODULES = (ROOT / "docs" / "modules.md").read_text(encoding="utf-8")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -51,7 +52,7 @@ def test_fastgpt_commands(folder: Path, page: str) -> None:
         assert done.returncode == 0, command + done.stdout[-2000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("code", [*blocks(README, "python"), *blocks(TRAINING, "python")])
+@pytest.mark.parametrize("code", [block for page in (README, TRAINING, MODULES) for block in blocks(page, "python")])
 def test_python_block(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 
