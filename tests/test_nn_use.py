@@ -282,8 +282,8 @@ rank, path = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
 torch.manual_seed(0)
 body = torch.nn.Sequential(  # shards of unequal size: 3 and 2 blocks of partial sums, one without any element
-    fnn.Embedding(3, 9000), fnn.LayerNorm(9000), fnn.Linear(9000, 5), fnn.RMSNorm(5), fnn.SwiGLU(5, 7), fnn.Linear(5, 1),
-    fnn.MLP(1, 8, 11),
+    fnn.Embedding(3, 9000), fnn.LayerNorm(9000), fnn.Linear(9000, 5), fnn.RMSNorm(5), fnn.SwiGLU(5, 7),
+    fnn.Linear(5, 1), fnn.MLP(1, 8, 11),
 )
 ids, loss = torch.randint(3, (4, 9)), fnn.CrossEntropyLoss()
 
