@@ -148,7 +148,7 @@ class AdamW(torch.optim.Optimizer):
             self._partials = torch.zeros(PARTIALS * len(buckets), device=self.device)
         for i, b in enumerate(buckets):
             PREPARE[backend](b.grads, self._steps, b.index, self._partials, i * PARTIALS, clip)
-            if clip:
+            if clip and b.groups:
                 _sum_over(b.groups, self._partials[i * PARTIALS : (i + 1) * PARTIALS])
         beta1, beta2, eps, decay = zip(*((*g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups))
         for b in buckets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from fastgpt import backend
 from fastgpt import nn as fnn
+from fastgpt.nn import losses
 from fastgpt.ops import use
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -137,6 +139,20 @@ def test_options_beyond_torchs() -> None:
     for loss, bad in ((linear, x), (plain, floats(9, 11))):
         with pytest.raises(ValueError, match=r"class probabilities as target, with z_loss or softcap: expected input"):
             loss(bad, floats(9, 11).softmax(1))
+
+
+def test_linear_loss_without_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before PyTorch 2.13: the same module, but no way for what the op does not cover."""
+    monkeypatch.delattr(nn, "LinearCrossEntropyLoss")
+    spec = importlib.util.spec_from_file_location("older", losses.__file__)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(older := importlib.util.module_from_spec(spec))
+    options: dict[str, Any] = dict(bias=True, weight=torch.linspace(0.5, 1.5, 11), label_smoothing=0.1)
+    loss, newer = (m.LinearCrossEntropyLoss(6, 11, **options).to(DEVICE) for m in (older, fnn))
+    loss.load_state_dict(newer.state_dict())
+    assert torch.equal(loss(floats(9, 6), numbers(9)), newer(floats(9, 6), numbers(9)))
+    with pytest.raises(ValueError, match="class probabilities as target: torch.nn has it from PyTorch 2.13 on"):
+        loss(floats(9, 6), floats(9, 11).softmax(1))
 
 
 def test_losses_keep_16_bit_class_weights_and_all_ignored() -> None:
