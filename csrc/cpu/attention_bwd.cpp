@@ -108,10 +108,11 @@ inline void grad_scores(const BackwardScratch& w, const Dropout& dropout, float 
 }
 
 // Queries whose keys all lie in this tile: delta = sum p keep dout v^T from what is here. Where there are few keys,
-// their gradients nearly cancel, and delta from `out` would leave its rounding; of a single key nothing is left. dout v^T
-// in dz becomes keep dout v^T, and z in p becomes p, unless the softcap's slope will need z.
+// their gradients nearly cancel, and delta from `out` would leave its rounding. p is off by lse's rounding, for scores of
+// hundreds many units: divided by its sum, delta is not. dout v^T in dz becomes keep dout v^T, and z in p becomes p,
+// unless the softcap's slope will need z.
 inline bool sum_own(BackwardScratch& w, const Dropout& dropout, int64_t key0, bool dropped, bool softcap) {
-  alignas(64) float sum[kTile] = {};
+  alignas(64) float sum[kTile] = {}, total[kTile] = {};
   bool some = false;
   for (int64_t n = 0; n < w.ranges.n; ++n) some |= w.ranges.begin[n] >= key0 && w.ranges.end[n] <= key0 + kTile;
   if (!some) return false;
@@ -124,11 +125,13 @@ inline bool sum_own(BackwardScratch& w, const Dropout& dropout, int64_t key0, bo
       const float e = exp_low(p[n] - w.lse[column + n]);
       dz[n] *= dropped ? keep[n] : 1.0f;
       sum[column + n] += e * dz[n];
+      total[column + n] += e;
       p[n] = softcap ? p[n] : e;
     }
   });
   for (int64_t n = 0; n < w.ranges.n; ++n) {
-    if (w.ranges.begin[n] >= key0 && w.ranges.end[n] <= key0 + kTile) w.delta[n] = sum[n] - w.dlse[n];
+    if (w.ranges.begin[n] < key0 || w.ranges.end[n] > key0 + kTile) continue;
+    w.delta[n] = (total[n] > 0.0f ? sum[n] / total[n] : 0.0f) - w.dlse[n];
   }
   return true;
 }

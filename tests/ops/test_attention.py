@@ -1,9 +1,12 @@
 """Attention's contract beside its numbers (fastgpt/parity/attention.py): registration, compile, masks, errors."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import backend, ops, parity
@@ -176,6 +179,32 @@ def test_large_scores_stay_finite(name: str) -> None:
     best = v[:, :, 0].gather(1, z.argmax(-1).reshape(2, -1, 1).expand(-1, -1, 16)).view(2, 2, 5, 16).transpose(1, 2)
     torch.testing.assert_close(out, best, rtol=1e-3, atol=1e-3)
     assert lse.isfinite().all() and all(x.grad is not None and x.grad.isfinite().all() for x in leaves)
+
+
+def gradients(attend: Callable[..., Tensor], x: list[Tensor]) -> list[Tensor]:
+    """Of q, k and v in x, with the upstream gradient behind them."""
+    q, k, v = (t.detach().requires_grad_() for t in x[:3])
+    return [*torch.autograd.grad(attend(q, k, v), (q, k, v), x[3])]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*(z.transpose(1, 2) for z in (q, k, v)), is_causal=True).transpose(1, 2)
+
+
+@ON
+@pytest.mark.parametrize("t", [33, 64, 80])
+def test_gradients_of_large_scores(name: str, t: int) -> None:
+    """Scores of tens, whose softmax is nearly one key: what lse is rounded by must not come out of a difference."""
+    dtype = first_dtype(name)
+    for seed in range(4):
+        x = [4.0 * rand(1, t, 2, 16, seed=4 * seed + i).to(dtype) for i in range(4)]
+        with use(strict=True, attention=name):
+            ours = gradients(partial(ops.attention, causal=True), x)
+        theirs, truth = gradients(sdpa, x), gradients(sdpa, [z.double() for z in x])
+        for own, other, exact in zip(ours, theirs, truth, strict=True):
+            unit = torch.finfo(dtype).eps * float(exact.abs().max())
+            allowed = 3 * float((other - exact).abs().max()) + unit
+            assert float((own - exact).abs().max()) <= allowed
 
 
 @ON
