@@ -4,7 +4,7 @@ A figure is the median of interleaved samples with its 20 and 80 % quantiles. Ev
 a copy that moves as many bytes) takes a turn in every round, the order turning from round to round, so that a drift of
 the machine meets all of them alike. Inputs are random and rotate among sets that together are larger than the last
 cache. GPU: one CUDA graph over all sets, timed by events, long enough for a launch not to count. CPU: a loop of at
-least a millisecond.
+least a millisecond; samples during which the system gave this process's core to another one are left out and counted.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ import functools
 import hashlib
 import importlib
 import importlib.util
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +26,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.bench.results import PROVENANCE as PROVENANCE
+from fastgpt.bench.results import append_rows as append_rows
 from fastgpt.device import cpu_name, describe_machine, nvml
+
+try:
+    import resource
+except ImportError:  # not on every system
+    resource = None  # type: ignore[assignment]
 
 CPU_SAMPLE, GPU_SAMPLE = 1e-3, 3e-4  # seconds that one timed sample lasts at least
 LEAST_ROUNDS, MOST_ROUNDS = 7, 1000
 MOST_SETS, MOST_BYTES = 64, 1 << 30  # of rotating inputs, by number and by memory
-PROVENANCE = ("fastgpt", "sources", "torch", "device_name", "threads", "date")  # and commit, where there is a checkout
 Context = Callable[[str], AbstractContextManager[Any]]
 Timed = tuple[dict[str, "Samples"], dict[str, str]]  # by name: samples of those that ran, errors of the others
 
@@ -71,13 +76,50 @@ class Job:
 
 @dataclass
 class Samples:
-    """Seconds per call of one provider, one entry per round."""
+    """Seconds per call of one provider, one entry per round.
+
+    cut: the rounds in which the system took a core away from this process. Such a sample times the scheduler; figures
+    do without it wherever LEAST_ROUNDS others are left.
+    """
 
     seconds: list[float] = field(default_factory=list)
+    cut: set[int] = field(default_factory=set)
+
+    def kept(self) -> list[float]:
+        """The samples that figures are made of."""
+        whole = [s for i, s in enumerate(self.seconds) if i not in self.cut]
+        return whole if len(whole) >= LEAST_ROUNDS else self.seconds
 
     def quantile(self, q: float) -> float:
         """By linear interpolation between the sorted samples."""
-        return float(torch.tensor(self.seconds, dtype=torch.float64).quantile(q))
+        return float(torch.tensor(self.kept(), dtype=torch.float64).quantile(q))
+
+    def shares(self, other: Samples) -> Samples:
+        """Round by round, this one's time as a share of the other's."""
+        return Samples([a / b for a, b in zip(self.seconds, other.seconds)], self.cut | other.cut)
+
+    def figures(self, unit: str = "ms") -> dict[str, float]:
+        """A row's median and quantiles in ms or us, the number of samples and of those that the figures do without."""
+        scale = {"ms": 1e3, "us": 1e6}[unit]
+        low, middle, high = (self.quantile(q) * scale for q in (0.2, 0.5, 0.8))
+        count = {"samples": len(self.kept()), "cut_samples": len(self.seconds) - len(self.kept())}
+        return {unit: middle, f"{unit}_q20": low, f"{unit}_q80": high, **count}
+
+    def against(self, reference: Samples, name: str) -> dict[str, Any]:
+        """A row's time as a share of the reference's, which took its turn in the same rounds.
+
+        relative: median and quantiles over the rounds; relative_low: the ratio of the 20 % quantiles, which `compare`
+        judges: others on the machine only ever add time, so that low quantiles are the nearest to the code's own.
+        """
+        shares = self.shares(reference)
+        low, middle, high = (shares.quantile(q) for q in (0.2, 0.5, 0.8))
+        row = {"reference": name, "relative": middle, "relative_q20": low, "relative_q80": high}
+        return {**row, "relative_low": self.quantile(0.2) / reference.quantile(0.2)}
+
+
+def preemptions() -> int:
+    """How often so far the system took a core from a thread of this process; always 0 where it does not say."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def turns(names: list[str], number: int) -> list[str]:
@@ -113,12 +155,22 @@ def time_cpu(
         repeats[name] = 1 if jobs[name][0].reset else max(1, math.ceil(CPU_SAMPLE / max(once, 1e-7)))
     samples = {name: Samples() for name in repeats}
     end, number = clock() + seconds, 0
-    while samples and (number < LEAST_ROUNDS or (number < MOST_ROUNDS and clock() < end)):
+    while samples and (number < LEAST_ROUNDS or (number < MOST_ROUNDS and clock() < end + _extra(samples, seconds))):
         for name in turns(list(samples), number):
             with context(name):
+                before = preemptions()
                 samples[name].seconds.append(_sample(jobs[name], repeats[name], number * repeats[name], clock))
+                if preemptions() != before:
+                    samples[name].cut.add(number)
         number += 1
     return samples, errors
+
+
+def _extra(samples: dict[str, Samples], seconds: float) -> float:
+    """More seconds on a busy machine, where too few rounds were whole so far."""
+    cut = set[int]().union(*(s.cut for s in samples.values()))
+    whole = max(len(s.seconds) for s in samples.values()) - len(cut)
+    return 2 * seconds if whole < LEAST_ROUNDS else 0.0
 
 
 def _sample(sets: list[Job], repeats: int, first: int, clock: Callable[[], float]) -> float:
@@ -279,19 +331,3 @@ def sources() -> str:
 def _folders(name: str) -> list[str]:
     spec = importlib.util.find_spec(name)
     return list(spec.submodule_search_locations or []) if spec else []
-
-
-def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Add rows to a JSON Lines file.
-
-    Raises:
-        ValueError: a row without provenance.
-    """
-    rows = list(rows)
-    for row in rows:
-        lacking = [key for key in PROVENANCE if (row.get("machine") or {}).get(key) is None]
-        if lacking:
-            raise ValueError(f"append_rows: a row of {row.get('bench')} has no {', '.join(lacking)} in its machine")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,6 +1,6 @@
 """One op's benchmark: which providers there are, the gate before them, the figures, the table, the command line.
 
-`python -m fastgpt.bench.OP --dtype bf16 --shape 8192x768 [--device cuda] [--phase forward] [--compile] [--json FILE]`
+`fastgpt bench OP --dtype bf16 --shape 8192x768 [--device cuda] [--phase forward] [--compile] [--json FILE]`
 compares every backend of ours that runs here with PyTorch, with other libraries that are installed and with a copy of
 as many bytes (for an op that multiplies: a matrix product of as many FLOP), interleaved; rows go to FILE as JSON Lines.
 A backend that fails its parity check prints no speed and makes the exit code 1. The same jobs are pytest-benchmark
@@ -41,7 +41,7 @@ from fastgpt.bench._harness import (
     where,
 )
 from fastgpt.config import ModelConfig
-from fastgpt.device import DTYPES, default_device, dtype_of
+from fastgpt.device import DTYPES, default_device, dtype_of, keep_freed_memory
 
 COPY, GEMM = "copy", "gemm"
 Shape = tuple[int, ...]
@@ -235,17 +235,23 @@ def _measure_phase(
         make[GEMM] = lambda: [product]
     timer = time_gpu if setting.device.type == "cuda" else time_cpu
     samples, errors = timer(make, lambda n: nullcontext() if n == best else chosen(bench.op, here[n]), seconds)
-    floor = samples[best] = Samples([scale * s for s in samples[best].seconds])
+    floor = samples[best] = Samples([scale * s for s in samples[best].seconds], samples[best].cut)
     about = {"bench": bench.op, "phase": phase, "dtype": str(setting.dtype).split(".")[1], "shape": setting.shape}
     about |= {"sets": len(sets), "gpu": gpu_state(setting.device), "machine": provenance(setting.device)}
     figures = functools.partial(_figures, moved=moved, flops=flops, best=best, floor=floor.quantile(0.5))
+    reference = bench.baseline.name if bench.baseline.name in samples else best
     rows = []
     for p in here.values():
         row = {**about, "provider": p.name, "backend": p.backend}
         if why := red.get(p.name) or errors.get(p.name):
             rows.append({**row, "red": why})
             continue
-        costs = {"host_us": host_us(bench, p, setting, phase), "peak_mb": peak_mb(bench, p, setting, phase)}
+        costs: dict[str, Any] = {
+            "host_us": host_us(bench, p, setting, phase),
+            "peak_mb": peak_mb(bench, p, setting, phase),
+        }
+        if p.name != reference:
+            costs |= samples[p.name].against(samples[reference], reference)
         rows.append({**row, **figures(samples[p.name]), **costs})
     return [*rows, {**about, "provider": best, **figures(floor)}]
 
@@ -258,9 +264,8 @@ def jobs(bench: Bench, provider: Provider, setting: Setting, phase: str, sets: r
 def _figures(
     samples: Samples, moved: int, floor: float, flops: float | None = None, best: str = COPY
 ) -> dict[str, Any]:
-    low, middle, high = (samples.quantile(q) for q in (0.2, 0.5, 0.8))
-    row = {"ms": middle * 1e3, "ms_q20": low * 1e3, "ms_q80": high * 1e3, "samples": len(samples.seconds)}
-    row |= {"bytes": moved, "gb_s": moved / middle / 1e9, f"pct_of_{best}": 100 * floor / middle}
+    middle = samples.quantile(0.5)
+    row = {**samples.figures(), "bytes": moved, "gb_s": moved / middle / 1e9, f"pct_of_{best}": 100 * floor / middle}
     return row if flops is None else row | {"flops": flops, "tflop_s": flops / middle / 1e12}
 
 
@@ -286,9 +291,19 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """--device, or the parser's error."""
+    if name != "auto" and name.partition(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device is {name!r}, expected cpu or cuda")
+    device = default_device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device is {name!r}, but there is no CUDA device here")
+    return device
+
+
 def main(bench: Bench, argv: list[str] | None = None) -> int:
-    """`python -m fastgpt.bench.OP`; 1 if a provider of ours was red."""
-    parser = argparse.ArgumentParser(prog=f"python -m fastgpt.bench.{bench.op}", description=__doc__)
+    """`fastgpt bench OP`, `python -m fastgpt.bench.OP`; 1 if a provider of ours was red."""
+    parser = argparse.ArgumentParser(prog=f"fastgpt bench {bench.op}", description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     shape_type = functools.partial(parse_shape, bench.dims)
     parser.add_argument("--shape", action="append", metavar=bench.dims, type=shape_type, help="may be repeated")
@@ -299,9 +314,11 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of samples per phase")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
-    device = default_device(args.device)
+    device = device_of(parser, args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()  # else a large output's pages are fetched anew in every call, by everyone who is compared
     dtype = dtype_of(args.dtype or "auto", device.type)
     modes = ("default",) * args.compile + ("max-autotune-no-cudagraphs",) * args.max_autotune  # the graph is ours
     status = 0

@@ -320,14 +320,15 @@ def figures(
 ) -> dict[str, Any]:
     """Time, speed, both MFUs and memory of one variant; ratios are medians over the rounds, more than 1 is faster."""
     mine, tokens = samples[v.name], shape.batch * shape.block
-    low, middle, high = (mine.quantile(q) for q in (0.2, 0.5, 0.8))
-    row: dict[str, Any] = {"variant": v.name, "ms": middle * 1e3, "ms_q20": low * 1e3, "ms_q80": high * 1e3}
-    row |= {"samples": len(mine.seconds), "tokens_per_s": tokens / middle, "peak_mb": v.peak_mb}
+    middle = mine.quantile(0.5)
+    row: dict[str, Any] = {"variant": v.name, **mine.figures(), "tokens_per_s": tokens / middle, "peak_mb": v.peak_mb}
+    if v is not variants[0]:
+        row |= mine.against(samples[variants[0].name], variants[0].name)
     row |= {f"mfu_{name}": per_token * tokens / middle / peak[0] for name, per_token in flops.items()}
     row |= {"peak_flops": peak[0], "peak_flops_from": peak[1], "losses": torch.stack(v.losses).tolist()}
     for other in variants:
         if other.name.startswith("torch") and other is not v:
-            paired = Samples([b / a for a, b in zip(mine.seconds, samples[other.name].seconds)])
+            paired = samples[other.name].shares(mine)
             row[f"speed_vs_{other.name}"] = [paired.quantile(q) for q in (0.5, 0.2, 0.8)]
     return row
 

@@ -1,4 +1,4 @@
-"""The `fastgpt` command: train, sample, doctor, tune, parity. Errors of the user's are one sentence and exit code 2."""
+"""The `fastgpt` command, see COMMANDS. Errors of the user's are one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -135,7 +135,14 @@ def parity(argv: list[str]) -> int:
     return parity_main(argv)
 
 
-COMMANDS = {"train": train, "sample": sample, "doctor": doctor, "tune": tune, "parity": parity}
+def bench(argv: list[str]) -> int:
+    """`fastgpt bench`: see bench/commands.py."""
+    from fastgpt.bench.commands import main as bench_main
+
+    return bench_main(argv)
+
+
+COMMANDS = {"train": train, "sample": sample, "doctor": doctor, "tune": tune, "parity": parity, "bench": bench}
 
 
 def main() -> int:

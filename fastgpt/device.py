@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -78,6 +79,15 @@ def datasheet_peak(name: str) -> float | None:
     """Dense bf16 peak in FLOP/s of a GPU of this name; None for one that PEAK_BF16 does not know."""
     known = [key for key in PEAK_BF16 if key in name]
     return PEAK_BF16[max(known, key=len)] if known else None
+
+
+def datasheet_bandwidth(name: str) -> float | None:
+    """Memory bandwidth in bytes/s of a GPU of this name; None for one that CARDS does not know or that may be two."""
+    words = set(re.findall(r"[A-Za-z0-9]+", name))
+    known = {key: key.split() for key in CARDS if set(key.split()[:-1]) <= words}  # the last word is its memory
+    fit = {key: len(words & set(parts)) for key, parts in known.items()}
+    best = {CARDS[key][1] for key in fit if fit[key] == max(fit.values())}
+    return best.pop() if len(best) == 1 else None
 
 
 @functools.cache

@@ -111,7 +111,7 @@ def _time(
 
 def speedup(samples: dict[str, Samples], name: str, over: str) -> float:
     """How much faster `name` is than `over`: the median over the rounds of their ratio."""
-    return Samples([b / a for a, b in zip(samples[name].seconds, samples[over].seconds)]).quantile(0.5)
+    return samples[over].shares(samples[name]).quantile(0.5)
 
 
 def choose(samples: dict[str, Samples]) -> str:

@@ -25,6 +25,7 @@ from fastgpt.bench import (
     gpu,
     layer_norm,
     linear_cross_entropy,
+    stages,
     throughput,
 )
 from fastgpt.bench._harness import Job, Samples, Setting
@@ -422,9 +423,9 @@ def test_gpu_dry_run_prints_the_plan() -> None:
 
 
 def test_gpu_plan_fits_its_budget(tmp_path: Path) -> None:
-    stages = gpu.plan(tmp_path / "site", tmp_path)
-    assert sum(s.guess for s in stages) <= gpu.BUDGET < 600 and all(s.guess <= s.limit for s in stages)
-    for stage in stages:  # every option exists
+    planned = gpu.plan(tmp_path / "site", tmp_path)
+    assert sum(s.guess for s in planned) <= gpu.BUDGET < 600 and all(s.guess <= s.limit for s in planned)
+    for stage in planned:  # every option exists
         module = stage.command[stage.command.index("-m") + 1] if "-m" in stage.command else ""
         if module.startswith("fastgpt.bench.") and not module.endswith(("throughput", "gpu")):
             done = [a for a in stage.command if a.startswith("--")]
@@ -442,15 +443,15 @@ def test_gpu_stages_are_limited_and_recorded(tmp_path: Path, capsys: pytest.Capt
     site = tmp_path / "work" / "site"
     site.parent.mkdir()
     write = f"open({str(gpu.rows_of(site))!r}, 'w').write({json.dumps(row)!r} + chr(10)); print('done')"
-    stages = [
-        gpu.Stage("good", [sys.executable, "-c", write], 20, 1),
-        gpu.Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20, 1),
-        gpu.Stage("absent", ["no-such-command-here"], 20, 1),
-        gpu.Stage("late", [sys.executable, "-c", "import time; time.sleep(60)"], 5, 1),
+    planned = [
+        stages.Stage("good", [sys.executable, "-c", write], 20, 1),
+        stages.Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20, 1),
+        stages.Stage("absent", ["no-such-command-here"], 20, 1),
+        stages.Stage("late", [sys.executable, "-c", "import time; time.sleep(60)"], 5, 1),
     ]
-    assert gpu.run(stages, site, tmp_path / "out", "abc") == 1
-    outcomes = [s.outcome for s in stages]
-    assert outcomes[:2] == ["passed", "FAILED: exit code 3"] and stages[0].last == "done"
+    assert gpu.run(planned, site, tmp_path / "out", "abc") == 1
+    outcomes = [s.outcome for s in planned]
+    assert outcomes[:2] == ["passed", "FAILED: exit code 3"] and planned[0].last == "done"
     assert outcomes[2:] == ["not run: no-such-command-here was not found", "FAILED: over its limit of 5 s"]
     assert json.loads((tmp_path / "out" / "rows.jsonl").read_text())["machine"]["commit"] == "abc"
     assert [s["name"] for s in json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]][0] == "good"
@@ -458,6 +459,6 @@ def test_gpu_stages_are_limited_and_recorded(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_build_without_cuda_kernels_is_a_failure_here() -> None:
-    stage = gpu.Stage("build", [], 1, 1, "passed", last="fastgpt: built the cpu kernels; left out cuda: no nvcc")
+    stage = stages.Stage("build", [], 1, 1, "passed", last="fastgpt: built the cpu kernels; left out cuda: no nvcc")
     gpu.judge_build(stage)
     assert stage.outcome.startswith("FAILED")

@@ -1,0 +1,64 @@
+"""`fastgpt bench COMMAND ...`: one op, training steps, the whole report, and what to do with the rows."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+
+from fastgpt.bench import OPS
+from fastgpt.errors import UserError
+
+COMMANDS = {  # name -> (module, what it answers)
+    "throughput": ("throughput", "training steps against plain PyTorch: tokens/s, MFU, memory, losses overlaid"),
+    "roofline": ("roofline", "which share of a step is products, attention, memory-bound, idle"),
+    "host": ("host", "microseconds of an op call, launches of a step, import and compile times"),
+    "codegen": ("codegen", "registers, spills, shared memory and occupancy of every kernel, without a GPU"),
+    "memory": ("memory", "largest batch and longest context that fit a card"),
+    "all": ("cpu", "all of it that needs no GPU, in under 15 minutes, then the report"),
+    "gpu": ("gpu", "the GPU's half, in a checkout; the same as `make gpu`"),
+    "report": ("report", "tables and plots of rows: REPORT.md and REPORT.html"),
+    "compare": ("compare", "is B slower than A? Exit code 1 if so"),
+    "ab": ("ab", "is this install slower than another one? Both measure in turns"),
+}
+
+
+def listing() -> str:
+    """Every command in a line."""
+    lines = [f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items()]
+    ops = "\n".join(f"  {op}" for op in OPS)
+    example = "fastgpt bench layer_norm --dtype bf16 --shape 8192x768"
+    return "\n".join(
+        [
+            f"usage: fastgpt bench COMMAND ..., as in\n  {example}\n\nan op, by every backend and baseline:",
+            ops,
+            "",
+            *lines,
+        ]
+    )
+
+
+def command(name: str) -> Callable[[list[str]], int]:
+    """The main function of a command; it takes the arguments.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    if name in OPS:
+        from fastgpt.bench import _op
+
+        return functools.partial(_op.main, _op.bench_of(name))
+    if name not in COMMANDS:
+        raise UserError(f"bench: there is no {name!r}, expected an op ({', '.join(OPS)}) or {', '.join(COMMANDS)}")
+    main: Callable[[list[str]], int] = importlib.import_module(f"fastgpt.bench.{COMMANDS[name][0]}").main
+    return main
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Without arguments: what there is."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(listing())
+        return 0
+    return command(arguments[0])(arguments[1:])

@@ -1,0 +1,211 @@
+"""`fastgpt bench compare A B`: is B slower than A? And `fastgpt bench ab`: measure both in turns, then compare.
+
+Rows of A and B are paired by results.IDENTITY and hardware; rows of another device or dtype never meet. Several rows of
+one identity on a side are runs of it, each in a process of its own. A run's figure x is the log of its time as a share
+of what was timed in turns with it (results.judged_share): the machine's drift between A and B meets both alike and
+cancels. Only where a row lacks that, or A's is of another torch than B's, x is the log of the time itself, which on a
+GPU is judged only if both ran at the same clock within CLOCKS.
+
+    ratio = exp(mean x of B - mean x of A), over 1: B is slower
+    s^2   = variance of x among the runs of a side, pooled over both, and with the weight of PRIOR_RUNS runs the prior
+            of PRIOR, which stands for what one process cannot see: where its memory lies, who else is on the machine
+    band  = t(1 - ALARM / pairs; degrees of freedom) s sqrt(1/runs of A + 1/runs of B)
+
+A row is a regression if its ratio is over 1 + max(band, floor), with a floor of 5 %, an improvement if 1 / ratio is.
+One whose band is wider than the floor is marked: a change of the floor would be missed, more runs narrow it. ALARM is
+the chance of any false alarm in the whole comparison. Only fastgpt's own rows are judged. Counts and sizes (registers,
+spilled bytes, MB of a wheel) have no noise: growing by more than their allowance is a regression.
+
+Exit code: 0, 1 for a regression, 2 if there is nothing to compare or a row lacks its provenance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from fastgpt.bench.results import Row, hardware, identity, judged_share, on_cpu, read_rows, version
+from fastgpt.errors import UserError
+
+FLOOR = 0.05
+ALARM = 0.01
+CLOCKS = 0.03
+PRIOR_RUNS = 4
+PRIOR = {("cpu", "relative"): 0.03, ("cpu", "time"): 0.15, ("gpu", "relative"): 0.01, ("gpu", "time"): 0.02}
+TIMES = ("ms", "us", "seconds")
+COUNTS = {  # figure without noise -> by how much it may grow
+    "registers": 0.0,
+    "spill_bytes": 0.0,
+    "shared_bytes": 0.0,
+    "launches": 0.0,
+    "wheel_mb": 0.02,
+    "plan_mb": 0.01,
+}
+SLOWER, FASTER, SAME, UNJUDGED = "SLOWER", "faster", "same", "not judged"
+Key = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One figure of A and B: the ratio B / A, its band, what came of it, and a remark."""
+
+    key: Key
+    figure: str
+    runs: tuple[int, int]
+    ratio: float
+    band: float
+    verdict: str
+    remark: str = ""
+
+
+def ours(row: Row) -> bool:
+    """Whether a row is of fastgpt's own code, not of a baseline."""
+    if "backend" in row:
+        return row["backend"] is not None
+    name = str(row.get("provider", row.get("variant", "fastgpt")))
+    return "fastgpt" in name or not name.startswith(("torch", "copy", "gemm", "floor"))
+
+
+def groups(rows: Iterable[Row]) -> dict[Key, list[Row]]:
+    """fastgpt's rows by identity and hardware."""
+    found: dict[Key, list[Row]] = {}
+    for row in filter(ours, rows):
+        found.setdefault((*identity(row), ("on", hardware(row))), []).append(row)
+    return found
+
+
+def compare(a: list[Row], b: list[Row], floor: float = FLOOR) -> tuple[list[Pair], list[str]]:
+    """The pairs, regressions first, and a remark on each thing that only one side has.
+
+    Raises:
+        UserError: a side mixes commits, or nothing pairs.
+    """
+    for name, side in (("A", a), ("B", b)):
+        if len(versions := sorted({version(row) for row in side})) > 1:
+            raise UserError(f"compare: {name} has rows of {', '.join(versions)}; choose one with FILE@COMMIT")
+    left, right = groups(a), groups(b)
+    common = [key for key in left if key in right]
+    if not common:
+        where = (", ".join(sorted({hardware(row) for row in side})) for side in (a, b))
+        raise UserError("compare: no row of fastgpt is in both: A was measured on {}, B on {}".format(*where))
+    pairs = [p for key in common for p in _pairs(key, left[key], right[key], floor, len(common))]
+    order = (SLOWER, FASTER, UNJUDGED, SAME)
+    alone = [
+        f"only in {n}: {label(k)}"
+        for n, one, two in (("A", left, right), ("B", right, left))
+        for k in one
+        if k not in two
+    ]
+    return sorted(pairs, key=lambda p: order.index(p.verdict)), alone
+
+
+def _pairs(key: Key, a: list[Row], b: list[Row], floor: float, total: int) -> list[Pair]:
+    """What can be said about one identity."""
+    good_a, good_b = ([row for row in side if "red" not in row] for side in (a, b))
+    runs = (len(good_a), len(good_b))
+    if not good_b:
+        red = str(b[0]["red"])
+        return [Pair(key, "red", runs, math.nan, math.nan, SLOWER if good_a else UNJUDGED, red)]
+    if not good_a:
+        return [Pair(key, "red", runs, math.nan, math.nan, UNJUDGED, f"A was red: {a[0]['red']}")]
+    counts = [name for name in COUNTS if all(isinstance(row.get(name), (int, float)) for row in good_a + good_b)]
+    pairs = [_counted(key, name, good_a[-1], good_b[-1], runs) for name in counts]
+    time = next((name for name in TIMES if all(row.get(name) for row in good_a + good_b)), None)
+    return pairs if time is None else [_timed(key, time, good_a, good_b, floor, total), *pairs]
+
+
+def _counted(key: Key, name: str, a: Row, b: Row, runs: tuple[int, int]) -> Pair:
+    """A figure without noise."""
+    before, after = float(a[name]), float(b[name])
+    ratio = after / before if before else (math.inf if after else 1.0)
+    allowed = COUNTS[name]
+    verdict = SLOWER if after > before * (1 + allowed) else FASTER if after < before / (1 + allowed) else SAME
+    return Pair(key, name, runs, ratio, allowed, verdict, "" if verdict == SAME else f"{a[name]:g} -> {b[name]:g}")
+
+
+def _timed(key: Key, time: str, a: list[Row], b: list[Row], floor: float, total: int) -> Pair:
+    """A time, by what this file's head says."""
+    runs = (len(a), len(b))
+    references = {share[1] if (share := judged_share(row)) else None for row in a + b}
+    paired = len(references) == 1 and None not in references and len({row["machine"]["torch"] for row in a + b}) == 1
+    x, y = (
+        [math.log(share[0] if paired and (share := judged_share(row)) else row[time]) for row in side]
+        for side in (a, b)
+    )
+    place = "cpu" if on_cpu(a[0]) else "gpu"
+    ratio, band = _judge(x, y, PRIOR[place, "relative" if paired else "time"], total)
+    figure = f"{time} / {references.pop()}'s" if paired else time
+    if not paired and place == "gpu" and (gap := clock_gap(a, b)) > CLOCKS:
+        return Pair(key, figure, runs, ratio, band, UNJUDGED, f"clocks differ by {gap:.0%}")
+    limit = 1 + max(band, floor)
+    verdict = SLOWER if ratio > limit else FASTER if 1 / ratio > limit else SAME
+    return Pair(key, figure, runs, ratio, band, verdict, "too noisy for the floor" if band > floor else "")
+
+
+def _judge(x: list[float], y: list[float], prior: float, total: int) -> tuple[float, float]:
+    """Ratio and band from the logarithms of both sides' runs."""
+    squares = sum((v - statistics.mean(side)) ** 2 for side in (x, y) for v in side)
+    freedom = len(x) + len(y) - 2 + PRIOR_RUNS
+    deviation = math.sqrt((squares + PRIOR_RUNS * prior**2) / freedom)
+    error = deviation * math.sqrt(1 / len(x) + 1 / len(y))
+    return math.exp(statistics.mean(y) - statistics.mean(x)), math.expm1(student(1 - ALARM / total, freedom) * error)
+
+
+def student(p: float, freedom: int) -> float:
+    """Quantile of Student's t, from the normal's by the expansion of Abramowitz and Stegun 26.7.5 (freedom >= 4)."""
+    z = statistics.NormalDist().inv_cdf(p)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom ** (i + 1) for i, term in enumerate(terms))
+
+
+def clock_gap(a: list[Row], b: list[Row]) -> float:
+    """By how much the SM clock at the time differed, as a share; 0 where it was not read."""
+    clocks = [[row["gpu"]["sm_mhz"] for row in side if (row.get("gpu") or {}).get("sm_mhz")] for side in (a, b)]
+    means = [statistics.mean(side) for side in clocks if side]
+    return max(means) / min(means) - 1 if len(means) == 2 else 0.0
+
+
+def label(key: Key) -> str:
+    """A key in words."""
+    return " ".join(value for name, value in key if name != "on")
+
+
+def show(pairs: list[Pair], alone: list[str], everything: bool) -> str:
+    """Regressions, improvements and what could not be judged, or everything; then the sum."""
+    shown = [p for p in pairs if everything or p.verdict != SAME]
+    lines = [f"{'':<11}{'B / A':>7}{'band':>9}{'runs':>7}  figure"] if shown else []
+    for p in shown:
+        ratio, band = (f"{v:.3f}" if math.isfinite(v) else "-" for v in (p.ratio, p.band))
+        remark = f" ({p.remark})" if p.remark else ""
+        runs = f"{p.runs[0]}, {p.runs[1]}"
+        lines.append(f"{p.verdict:<11}{ratio:>7}{'+-' + band:>9}{runs:>7}  {label(p.key)}: {p.figure}{remark}")
+    count: Callable[[str], int] = lambda verdict: sum(p.verdict == verdict for p in pairs)  # noqa: E731
+    noisy = sum("too noisy" in p.remark for p in pairs)
+    total = f"{len(pairs)} figures compared: {count(SLOWER)} regressions, {count(FASTER)} improvements"
+    return "\n".join([*lines, *alone, f"{total}, {count(UNJUDGED)} not judged, {noisy} too noisy for the floor"])
+
+
+def exit_code(pairs: list[Pair]) -> int:
+    """1 for a regression."""
+    return int(any(p.verdict == SLOWER for p in pairs))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`fastgpt bench compare A B`."""
+    about = "Is B slower than A? Several rows of one figure on a side are runs of it; docs/benchmarks.md says how."
+    parser = argparse.ArgumentParser(prog="fastgpt bench compare", description=about)
+    for side in ("A", "B"):
+        parser.add_argument(side, help="a file of rows or a quoted glob; FILE@COMMIT for the rows of one commit")
+    parser.add_argument("--floor", type=float, default=FLOOR, help=f"least change that counts (default: {FLOOR})")
+    parser.add_argument("--all", action="store_true", help="show what did not change, too")
+    args = parser.parse_args(argv)
+    pairs, alone = compare(read_rows([args.A]), read_rows([args.B]), args.floor)
+    print(show(pairs, alone, args.all))
+    return exit_code(pairs)

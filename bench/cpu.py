@@ -1,0 +1,66 @@
+"""The whole report of a machine without a GPU, in under 15 minutes on two cores: `make bench`, `fastgpt bench all`.
+
+Ops, training steps, host, memory plans and codegen, each a stage of its own (stages.py), then the report. Results go to
+--out (default: bench-results): rows.jsonl (appended), cpu.json (stages), log.txt, REPORT.md, REPORT.html. --dry-run
+prints the plan with guessed times. Exit code: 0, 1 if a stage failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from fastgpt.bench import OPS
+from fastgpt.bench.stages import Record, Stage, checkout_commit, run_stages, show_plan
+from fastgpt.errors import UserError
+
+BUDGET = 880.0  # seconds for all stages
+# beside an op's own default shape: a GPT-2's
+MORE_SHAPES = {"layer_norm": ["4096x768"], "rms_norm": ["4096x768"], "cross_entropy": ["256x50304"]}
+DEFAULT_SHAPE = {"layer_norm": "1024x768", "rms_norm": "1024x768", "cross_entropy": "256x4096"}
+
+
+def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
+    """The stages; `fresh` is the file where they put their rows, `out` the folder of the report."""
+    rows = ["--json", str(fresh)]
+    module = [python, "-m"]
+    steps = [*module, "fastgpt.bench.throughput", "--device", "cpu", *rows]
+    timed = ["--device", "cpu", "--seconds", "0.6", *rows]
+    shapes = {op: [DEFAULT_SHAPE[op], *more] for op, more in MORE_SHAPES.items()}
+    arguments = {op: [f"--shape={shape}" for shape in shapes.get(op, [])] for op in OPS}
+    return [
+        Stage("doctor", [*module, "fastgpt.cli", "doctor"], 40, 6),
+        *(Stage(op, [*module, f"fastgpt.bench.{op}", *timed, *arguments[op]], 60, 16) for op in OPS),
+        Stage("small", [*steps, "--shape", "small", "--ablation"], 120, 60),
+        Stage("medium", [*steps, "--shape", "medium", "--steps", "4"], 120, 50),
+        Stage("gpt2-124m", [*steps, "--shape", "gpt2-124m", "--steps", "5"], 120, 50),
+        Stage("host", [*module, "fastgpt.bench.host", *rows], 180, 90),
+        Stage("memory", [*module, "fastgpt.bench.memory", *rows], 60, 20),
+        Stage("codegen", [*module, "fastgpt.bench.codegen", *rows], 300, 180),
+        Stage(
+            "report", [*module, "fastgpt.cli", "bench", "report", "--out", str(out), str(out / "rows.jsonl")], 60, 15
+        ),
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the plan or print it."""
+    parser = argparse.ArgumentParser(prog="fastgpt bench all", description=__doc__.partition("\n\n")[0])
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with guessed times, run nothing")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder of rows and report")
+    parser.add_argument("--only", action="append", metavar="STAGE", help="may be repeated")
+    args = parser.parse_args(argv)
+    out = args.out.resolve()
+    with tempfile.TemporaryDirectory(prefix="fastgpt-bench-") as work:
+        fresh = Path(work) / "rows.jsonl"
+        stages = plan(fresh, out)
+        if unknown := set(args.only or ()) - {s.name for s in stages}:
+            raise UserError(f"all: there is no stage {min(unknown)}, expected {', '.join(s.name for s in stages)}")
+        stages = [s for s in stages if not args.only or s.name in args.only]
+        if args.dry_run:
+            print(show_plan(stages, BUDGET))
+            return 0
+        commit = checkout_commit(Path(__file__).resolve().parent.parent)
+        return run_stages(stages, out, fresh, Record("cpu", BUDGET, commit))

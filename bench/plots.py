@@ -1,0 +1,58 @@
+"""The report's plots."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from fastgpt.bench.render import Plot, figure
+
+OURS, WORSE, GRID = "#2f6f4f", "#b4532a", "#d0d7de"
+
+
+def speeds(title: str, bars: list[tuple[str, tuple[float, ...]]]) -> Plot:
+    """Horizontal bars of PyTorch's time over ours, whiskers from 20 to 80 %, a line at one."""
+    labels = [label for label, _ in bars]
+    middles = [found[0] for _, found in bars]
+    low = [found[0] - found[1] if len(found) == 3 else 0.0 for _, found in bars]
+    high = [found[2] - found[0] if len(found) == 3 else 0.0 for _, found in bars]
+
+    def draw(ax: Any) -> None:
+        colors = [OURS if m >= 1 else WORSE for m in middles]
+        whiskers = {"xerr": [low, high], "error_kw": {"ecolor": "#57606a", "elinewidth": 1, "capsize": 2}}
+        ax.barh(range(len(bars)), middles, color=colors, height=0.7, **whiskers)
+        ax.axvline(1, color="#1b1f24", linewidth=1)
+        ax.set_yticks(range(len(bars)), labels, fontsize=8)
+        ax.invert_yaxis()
+        ends = [m + h for m, h in zip(middles, high)]
+        for i, (m, end) in enumerate(zip(middles, ends)):
+            ax.text(end + 0.01 * max(ends), i, f" {m:.2f}", va="center", fontsize=8)
+        ax.set_xlim(0, 1.1 * max(1.0, *ends))
+        ax.set_xlabel("PyTorch's time / time; over 1: faster", fontsize=8)
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.grid(axis="x", color=GRID, linewidth=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+
+    return Plot(_name(title), title, figure(draw, 9.0, 1.0 + 0.27 * len(bars)))
+
+
+def losses(title: str, curves: dict[str, list[float]]) -> Plot:
+    """Losses of all variants, one over the other."""
+
+    def draw(ax: Any) -> None:
+        for i, (name, values) in enumerate(curves.items()):
+            style = ("-", "--", "-.", ":")[i % 4]
+            ax.plot(range(1, 1 + len(values)), values, style, label=name, linewidth=max(1.0, 3.0 - 0.5 * i), alpha=0.8)
+        ax.set_xlabel("step", fontsize=8)
+        ax.set_ylabel("loss (nats per token)", fontsize=8)
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.grid(color=GRID, linewidth=0.6)
+        ax.legend(fontsize=7)
+        ax.spines[["top", "right"]].set_visible(False)
+
+    return Plot(_name(title), title, figure(draw, 7.0, 3.2))
+
+
+def _name(title: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") + ".png"
