@@ -38,8 +38,9 @@ triton-check: $(VENV)/tested
 parity: $(VENV)/tested
 	FASTGPT_EMULATED_CUDA=$$($(BIN)/python tests/cuda_on_cpu/emulator.py) $(BIN)/fastgpt parity $(ARGS)
 
+# The whole report of a machine without a GPU, in under 15 minutes on two cores; it lands in bench-results/
 bench: $(VENV)/tested
-	$(BIN)/python -m fastgpt.bench.throughput --device cpu
+	$(BIN)/fastgpt bench all $(ARGS)
 
 # On a machine with a GPU: no network, no virtual environment, the system's Python with torch, triton, numpy, pytest.
 gpu:

@@ -36,7 +36,7 @@ except ImportError:  # not on every system
     resource = None  # type: ignore[assignment]
 
 CPU_SAMPLE, GPU_SAMPLE = 1e-3, 3e-4  # seconds that one timed sample lasts at least
-LEAST_ROUNDS, MOST_ROUNDS = 7, 1000
+LEAST_ROUNDS, MOST_ROUNDS, BLOCKS = 7, 1000, 4
 MOST_SETS, MOST_BYTES = 64, 1 << 30  # of rotating inputs, by number and by memory
 Context = Callable[[str], AbstractContextManager[Any]]
 Timed = tuple[dict[str, "Samples"], dict[str, str]]  # by name: samples of those that ran, errors of the others
@@ -79,11 +79,19 @@ class Samples:
     """Seconds per call of one provider, one entry per round.
 
     cut: the rounds in which the system took a core away from this process. Such a sample times the scheduler; figures
-    do without it wherever LEAST_ROUNDS others are left.
+    do without it wherever LEAST_ROUNDS others are left. starts: the rounds at which a block of them began.
     """
 
     seconds: list[float] = field(default_factory=list)
     cut: set[int] = field(default_factory=set)
+    starts: list[int] = field(default_factory=list)
+
+    def blocks(self) -> list[Samples]:
+        """The samples block by block."""
+        ends = [*self.starts[1:], len(self.seconds)]
+        return [
+            Samples(self.seconds[a:b], {i - a for i in self.cut if a <= i < b}) for a, b in zip(self.starts, ends)
+        ] or [self]
 
     def kept(self) -> list[float]:
         """The samples that figures are made of."""
@@ -108,13 +116,15 @@ class Samples:
     def against(self, reference: Samples, name: str) -> dict[str, Any]:
         """A row's time as a share of the reference's, which took its turn in the same rounds.
 
-        relative: median and quantiles over the rounds; relative_low: the ratio of the 20 % quantiles, which `compare`
-        judges: others on the machine only ever add time, so that low quantiles are the nearest to the code's own.
+        relative: median and quantiles over the rounds; relative_low: the ratio of the 20 % quantiles, the median over
+        the blocks. `compare` judges it: others on the machine only ever add time, so that low quantiles are nearest to
+        the code's own.
         """
         shares = self.shares(reference)
         low, middle, high = (shares.quantile(q) for q in (0.2, 0.5, 0.8))
         row = {"reference": name, "relative": middle, "relative_q20": low, "relative_q80": high}
-        return {**row, "relative_low": self.quantile(0.2) / reference.quantile(0.2)}
+        low_shares = [a.quantile(0.2) / b.quantile(0.2) for a, b in zip(self.blocks(), reference.blocks())]
+        return {**row, "relative_low": Samples(low_shares).quantile(0.5)}
 
 
 def preemptions() -> int:
@@ -142,35 +152,70 @@ def time_cpu(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timed:
-    """Interleaved samples of each one's jobs (one per input set) until `seconds` are over."""
+    """Interleaved samples of each one's jobs (one per input set) until `seconds` are over.
+
+    In BLOCKS of rounds, each over inputs made anew unless that takes longer than the samples: where in memory tensors
+    happen to lie can cost a tenth of an op's speed, for as long as they lie there.
+    """
+    start = clock()
+    jobs, repeats, errors = _prepare(make, context, clock)
+    samples = {name: Samples() for name in jobs}
+    blocks = BLOCKS if jobs and clock() - start < seconds else 1
+    for block in range(blocks):
+        if block:
+            jobs.clear()  # the old inputs' memory is for the new ones
+            for name in samples:
+                with context(name):
+                    jobs[name] = make[name]()
+                    _sample(jobs[name], 1, 0, clock)
+        for s in samples.values():
+            s.starts.append(len(s.seconds))
+        _time_block(jobs, repeats, samples, context, seconds / blocks, math.ceil(LEAST_ROUNDS / blocks), clock)
+    return samples, errors
+
+
+def _prepare(
+    make: dict[str, Callable[[], list[Job]]], context: Context, clock: Callable[[], float]
+) -> tuple[dict[str, list[Job]], dict[str, int], dict[str, str]]:
+    """By name: jobs that ran three times, how many calls make a sample, why the others failed."""
     jobs, repeats, errors = {}, {}, {}
     for name in make:
         try:
             with context(name):
-                jobs[name] = make[name]()
-                once = min(_sample(jobs[name], 1, i, clock) for i in range(3))
+                made = make[name]()
+                once = min(_sample(made, 1, i, clock) for i in range(3))
         except Exception as e:  # one that cannot run must not end the others' comparison
             errors[name] = f"{type(e).__name__}: {e}"
             continue
-        repeats[name] = 1 if jobs[name][0].reset else max(1, math.ceil(CPU_SAMPLE / max(once, 1e-7)))
-    samples = {name: Samples() for name in repeats}
-    end, number = clock() + seconds, 0
-    while samples and (number < LEAST_ROUNDS or (number < MOST_ROUNDS and clock() < end + _extra(samples, seconds))):
-        for name in turns(list(samples), number):
+        jobs[name] = made
+        repeats[name] = 1 if made[0].reset else max(1, math.ceil(CPU_SAMPLE / max(once, 1e-7)))
+    return jobs, repeats, errors
+
+
+def _time_block(
+    jobs: dict[str, list[Job]],
+    repeats: dict[str, int],
+    samples: dict[str, Samples],
+    context: Context,
+    seconds: float,
+    least: int,
+    clock: Callable[[], float],
+) -> None:
+    """At least `least` rounds, for `seconds`; up to three times as long while fewer than that were whole."""
+    start, number, whole = clock(), 0, 0
+    while jobs and (
+        number < least or (number < MOST_ROUNDS and clock() - start < (seconds if whole >= least else 3 * seconds))
+    ):
+        cut = False
+        for name in turns(list(jobs), number):
             with context(name):
                 before = preemptions()
                 samples[name].seconds.append(_sample(jobs[name], repeats[name], number * repeats[name], clock))
                 if preemptions() != before:
-                    samples[name].cut.add(number)
+                    samples[name].cut.add(len(samples[name].seconds) - 1)
+                    cut = True
+        whole += not cut
         number += 1
-    return samples, errors
-
-
-def _extra(samples: dict[str, Samples], seconds: float) -> float:
-    """More seconds on a busy machine, where too few rounds were whole so far."""
-    cut = set[int]().union(*(s.cut for s in samples.values()))
-    whole = max(len(s.seconds) for s in samples.values()) - len(cut)
-    return 2 * seconds if whole < LEAST_ROUNDS else 0.0
 
 
 def _sample(sets: list[Job], repeats: int, first: int, clock: Callable[[], float]) -> float:

@@ -6,7 +6,8 @@ of what was timed in turns with it (results.judged_share): the machine's drift b
 cancels. Only where a row lacks that, or A's is of another torch than B's, x is the log of the time itself, which on a
 GPU is judged only if both ran at the same clock within CLOCKS.
 
-    ratio = exp(mean x of B - mean x of A), over 1: B is slower
+    ratio = exp(mean x of B - mean x of A), over 1: B is slower; of five runs and more the means leave out a fifth at
+            either end (Yuen 1974): a run next to another program's burst is no measurement
     s^2   = variance of x among the runs of a side, pooled over both, and with the weight of PRIOR_RUNS runs the prior
             of PRIOR, which stands for what one process cannot see: where its memory lies, who else is on the machine
     band  = t(1 - ALARM / pairs; degrees of freedom) s sqrt(1/runs of A + 1/runs of B)
@@ -34,6 +35,7 @@ FLOOR = 0.05
 ALARM = 0.01
 CLOCKS = 0.03
 PRIOR_RUNS = 4
+TRIM = 0.2
 PRIOR = {("cpu", "relative"): 0.03, ("cpu", "time"): 0.15, ("gpu", "relative"): 0.01, ("gpu", "time"): 0.02}
 TIMES = ("ms", "us", "seconds")
 COUNTS = {  # figure without noise -> by how much it may grow
@@ -147,11 +149,24 @@ def _timed(key: Key, time: str, a: list[Row], b: list[Row], floor: float, total:
 
 def _judge(x: list[float], y: list[float], prior: float, total: int) -> tuple[float, float]:
     """Ratio and band from the logarithms of both sides' runs."""
-    squares = sum((v - statistics.mean(side)) ** 2 for side in (x, y) for v in side)
-    freedom = len(x) + len(y) - 2 + PRIOR_RUNS
-    deviation = math.sqrt((squares + PRIOR_RUNS * prior**2) / freedom)
-    error = deviation * math.sqrt(1 / len(x) + 1 / len(y))
-    return math.exp(statistics.mean(y) - statistics.mean(x)), math.expm1(student(1 - ALARM / total, freedom) * error)
+    (mean_x, squares_x, kept_x), (mean_y, squares_y, kept_y) = map(trimmed, (x, y))
+    freedom = kept_x + kept_y - 2 + PRIOR_RUNS
+    variance = (squares_x + squares_y + PRIOR_RUNS * prior**2) / (len(x) + len(y) - 2 + PRIOR_RUNS)
+    error = math.sqrt(variance * (1 / len(x) + 1 / len(y)))
+    return math.exp(mean_y - mean_x), math.expm1(student(1 - ALARM / total, freedom) * error)
+
+
+def trimmed(values: list[float]) -> tuple[float, float, int]:
+    """Mean without the lowest and highest TRIM of the values, sum of squares about it (Yuen's), how many are left.
+
+    The sum is of the values with those moved to the nearest that is kept, scaled so that it stands for all of them.
+    """
+    number = len(values)
+    cut = int(TRIM * number)
+    kept = sorted(values)[cut : number - cut]
+    moved = [kept[0]] * cut + kept + [kept[-1]] * cut
+    squares = sum((v - statistics.mean(moved)) ** 2 for v in moved)
+    return statistics.mean(kept), squares * ((number - 1) / (len(kept) - 1) if len(kept) > 1 else 1), len(kept)
 
 
 def student(p: float, freedom: int) -> float:

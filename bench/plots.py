@@ -7,19 +7,19 @@ from typing import Any
 
 from fastgpt.bench.render import Plot, figure
 
-OURS, WORSE, GRID = "#2f6f4f", "#b4532a", "#d0d7de"
+OURS, WORSE, THEIRS, GRID = "#2f6f4f", "#b4532a", "#8b949e", "#d0d7de"
 
 
 def speeds(title: str, bars: list[tuple[str, tuple[float, ...]]]) -> Plot:
-    """Horizontal bars of PyTorch's time over ours, whiskers from 20 to 80 %, a line at one."""
+    """Horizontal bars of PyTorch's time over each one's, whiskers from 20 to 80 %, a line at one."""
     labels = [label for label, _ in bars]
     middles = [found[0] for _, found in bars]
     low = [found[0] - found[1] if len(found) == 3 else 0.0 for _, found in bars]
     high = [found[2] - found[0] if len(found) == 3 else 0.0 for _, found in bars]
 
     def draw(ax: Any) -> None:
-        colors = [OURS if m >= 1 else WORSE for m in middles]
-        whiskers = {"xerr": [low, high], "error_kw": {"ecolor": "#57606a", "elinewidth": 1, "capsize": 2}}
+        colors = [THEIRS if "torch" in label else OURS if m >= 1 else WORSE for label, m in zip(labels, middles)]
+        whiskers = {"xerr": [low, high], "error_kw": {"ecolor": "#1b1f24", "elinewidth": 1, "capsize": 2}}
         ax.barh(range(len(bars)), middles, color=colors, height=0.7, **whiskers)
         ax.axvline(1, color="#1b1f24", linewidth=1)
         ax.set_yticks(range(len(bars)), labels, fontsize=8)

@@ -62,7 +62,7 @@ def sources_of(rows: list[Row]) -> list[str]:
         m = row["machine"]
         driver = (row.get("gpu") or {}).get("driver")
         versions = [f"torch {m['torch']}", f"triton {m.get('triton')}", f"Python {m.get('python')}"]
-        versions += [f"CUDA {m['cuda']}"] * bool(m.get("cuda")) + [f"driver {driver}"] * bool(driver)
+        versions += [f"CUDA {m.get('cuda')}"] * bool(m.get("cuda")) + [f"driver {driver}"] * bool(driver)
         commit = f"commit {m['commit']}" if m.get("commit") else f"sources {m['sources']}"
         found.setdefault(f"{hardware(row)}; {', '.join(versions)}; {commit}", []).append(str(m["date"]))
     return [f"Measured on {text}; {_dates(dates)}; {len(dates)} rows." for text, dates in found.items()]
@@ -180,7 +180,7 @@ def step_rows(rows: list[Row]) -> list[list[str]]:
         if "red" in r:
             lines.append([*start, f"{NOT_MEASURED}: {r['red']}", *["-"] * 7])
             continue
-        mfu = [f"{r[k]:.1%}" if r.get(k) else "-" for k in ("mfu_full", "mfu_causal")]
+        mfu = [f"{r[k]:.1%}" if 0 < r.get(k, 0) <= 1 else "-" for k in ("mfu_full", "mfu_causal")]
         against = [times(tuple(r[k]) if r.get(k) else None) for k in ("speed_vs_torch", "speed_vs_torch compile")]
         joules = next((number(r[k]) for k in r if k.startswith("joules") or k.startswith("j_per")), "-")
         lines.append(
@@ -196,10 +196,11 @@ def steps_section(rows: list[Row]) -> Section:
         "The trainer's step against a nanoGPT-class model in plain PyTorch, same weights, tokens, seed and schedule; "
     )
     section = Section("Training steps", [about + "`fastgpt bench throughput`.", *sources_of(rows)])
-    for name, there in devices(rows).items():
-        if not there:
-            section.about.append(f"{name}: {NOT_MEASURED}.")
-            continue
+    absent = [name for name, there in devices(rows).items() if not there]
+    section.about += [f"{', '.join(absent)}: {NOT_MEASURED}."] * bool(absent)
+    if any(max(r.get("mfu_full", 0), r.get("mfu_causal", 0)) > 1 for r in rows):
+        section.about.append("MFU over 100 % is left out: the peak was measured while the machine was busy otherwise.")
+    for name, there in ((name, there) for name, there in devices(rows).items() if there):
         section.tables.append(Table(f"On {name}", step_rows(there)))
         fast = [(f"{r['shape']} B {r['batch']} {r['variant']}", r.get("speed_vs_torch")) for r in there if "ms" in r]
         if bars := [(label, tuple(found)) for label, found in fast if found]:

@@ -459,6 +459,8 @@ def test_gpu_stages_are_limited_and_recorded(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_build_without_cuda_kernels_is_a_failure_here() -> None:
-    stage = stages.Stage("build", [], 1, 1, "passed", last="fastgpt: built the cpu kernels; left out cuda: no nvcc")
+    stage = stages.Stage(
+        "build", [], 1, 1, outcome="passed", last="fastgpt: built the cpu kernels; left out cuda: no nvcc"
+    )
     gpu.judge_build(stage)
     assert stage.outcome.startswith("FAILED")

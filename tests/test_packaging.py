@@ -106,6 +106,28 @@ def test_pure_install_imports_and_says_what_is_missing(pure_wheel: Path, tmp_pat
     assert "FASTGPT_NO_EXT=1 was set" in done.stdout and "pip install" in done.stdout
 
 
+def test_benchmarks_run_from_a_wheel(pure_wheel: Path, tmp_path: Path) -> None:
+    """One op from measuring to the page, in an empty folder: no checkout, no git, no compiled kernels."""
+    zipfile.ZipFile(pure_wheel).extractall(tmp_path / "site")
+    quick = "layer_norm --device cpu --shape 8x16 --phase forward --seconds 0.02 --json rows.jsonl".split()
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    for arguments in (
+        [],
+        quick,
+        ["compare", "rows.jsonl", "rows.jsonl"],
+        ["report", "rows.jsonl"],
+        ["all", "--dry-run"],
+    ):
+        command = [sys.executable, "-m", "fastgpt.cli", "bench", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+        if arguments[:1] == ["compare"]:  # no backend of ours is in a pure wheel
+            assert done.returncode == 2 and "compare: no row of fastgpt is in both" in done.stderr
+        else:
+            assert done.returncode == 0, done.stdout + done.stderr
+    assert '"commit": null' in (tmp_path / "rows.jsonl").read_text()
+    assert "sources" in (tmp_path / "bench-results" / "REPORT.html").read_text()
+
+
 def test_without_torch_the_install_succeeds_and_says_so(sources: Path, tmp_path: Path) -> None:
     done, wheel = build(sources, tmp_path, PYTHONPATH=without_torch(tmp_path))
     said = last_line(done)

@@ -1,5 +1,5 @@
-"""Commands and code of README, docs/training.md and docs/modules.md, executed word for word (make's two commands are
-run by .ci/run; here their recipes must exist)."""
+"""Commands and code of README, docs/training.md, docs/modules.md and docs/benchmarks.md, executed word for word (make's
+two commands are run by .ci/run; here their recipes must exist)."""
 
 import os
 import re
@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-MODULES = (ROOT / "docs" / "modules.md").read_text(encoding="utf-8")
+TRAINING, MODULES, BENCHMARKS = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("training", "modules", "benchmarks")
+)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-@pytest.mark.parametrize("page", [README, TRAINING], ids=["README", "training"])
+@pytest.mark.parametrize("page", [README, TRAINING, BENCHMARKS], ids=["README", "training", "benchmarks"])
 def test_fastgpt_commands(folder: Path, page: str) -> None:
     """In the page's order, in one folder: `fastgpt sample` uses the run that the commands before it left. One test a
     page, since several would be spread over processes."""
@@ -62,7 +63,7 @@ def test_make_commands_exist_and_the_rest_is_covered() -> None:
         subprocess.run([*shlex.split(command), "--dry-run"], cwd=ROOT, check=True, capture_output=True)
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "make train" in ci and "make test" in ci
-    others = [c for c in commands(README) + commands(TRAINING) if not c.startswith(("make ", "fastgpt "))]
+    others = [c for p in (README, TRAINING, BENCHMARKS) for c in commands(p) if not c.startswith(("make ", "fastgpt "))]
     assert all(c.startswith("pip install") for c in others), "tests/test_packaging.py installs in these ways"
 
 
