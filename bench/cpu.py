@@ -32,7 +32,7 @@ def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
     arguments = {op: [f"--shape={shape}" for shape in shapes.get(op, [])] for op in OPS}
     return [
         Stage("doctor", [*module, "fastgpt.cli", "doctor"], 40, 6),
-        *(Stage(op, [*module, f"fastgpt.bench.{op}", *timed, *arguments[op]], 60, 16) for op in OPS),
+        *(Stage(op, [*module, f"fastgpt.bench.{op}", *timed, *arguments[op]], 90, 16) for op in OPS),
         Stage("small", [*steps, "--shape", "small", "--ablation"], 120, 60),
         Stage("medium", [*steps, "--shape", "medium", "--steps", "4"], 120, 50),
         Stage("gpt2-124m", [*steps, "--shape", "gpt2-124m", "--steps", "5"], 120, 50),
