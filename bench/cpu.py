@@ -33,10 +33,10 @@ def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
     return [
         Stage("doctor", [*module, "fastgpt.cli", "doctor"], 40, 6),
         *(Stage(op, [*module, f"fastgpt.bench.{op}", *timed, *arguments[op]], 90, 16) for op in OPS),
-        Stage("small", [*steps, "--shape", "small", "--ablation"], 120, 60),
+        Stage("small", [*steps, "--shape", "small", "--compile"], 150, 70),
         Stage("medium", [*steps, "--shape", "medium", "--steps", "4"], 120, 50),
         Stage("gpt2-124m", [*steps, "--shape", "gpt2-124m", "--steps", "5"], 120, 50),
-        Stage("host", [*module, "fastgpt.bench.host", *rows], 180, 90),
+        Stage("host", [*module, "fastgpt.bench.host", *rows], 240, 90),
         Stage("memory", [*module, "fastgpt.bench.memory", *rows], 60, 20),
         Stage("codegen", [*module, "fastgpt.bench.codegen", *rows], 300, 180),
         Stage(
