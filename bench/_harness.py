@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fastgpt.bench.results import PROVENANCE as PROVENANCE
 from fastgpt.bench.results import append_rows as append_rows
-from fastgpt.device import cpu_name, describe_machine, nvml
+from fastgpt.device import cpu_name, datasheet_bandwidth, datasheet_peak, describe_machine, nvml
 
 try:
     import resource
@@ -322,6 +322,16 @@ def gemm_job(flops: float, setting: Setting, seed: int) -> tuple[Job, float]:
     n = 64 * max(1, min(128, round((flops / 2) ** (1 / 3) / 64)))
     a, b = setting.tensors(seed, (n, n), (n, n))
     return Job(functools.partial(torch.mm, a, b)), flops / (2 * n**3)
+
+
+def datasheet(setting: Setting, multiplies: bool) -> float | None:
+    """The GPU's bandwidth (bytes/s), or its peak (FLOP/s) in 16 bits; None where its datasheet is not known."""
+    if setting.device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(setting.device)
+    if multiplies:
+        return datasheet_peak(name) if setting.dtype.itemsize == 2 else None
+    return datasheet_bandwidth(name)
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from fastgpt.bench._harness import (
     append_rows,
     copy_job,
     count_sets,
+    datasheet,
     gemm_job,
     gpu_state,
     provenance,
@@ -49,23 +50,15 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do an op. With a `backend` it is ours, so that it is gated; without one it is a baseline."""
+    """One way to do an op. With a `backend` it is ours, so that it is gated; without one it is a baseline, of another
+    library if it has a `package`."""
 
     name: str
     fn: Callable[..., Any]
     backend: str | None = None
     phases: tuple[str, ...] = ("forward", "backward", "both", "step")
     in_step: bool = False
-
-
-def no_gate_cases(shape: Shape) -> list[tuple[Shape, dict[str, Any]]]:
-    """The op's own parity cases are enough."""
-    return []
-
-
-def no_others(setting: Setting) -> list[Provider]:
-    """No baseline beside PyTorch's."""
-    return []
+    package: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,11 +83,11 @@ class Bench:
     of_model: Callable[[ModelConfig, int, int], tuple[Shape, dict[str, Any]] | None]
     shapes: dict[str, tuple[Shape, ...]]
     tiny: Shape
-    gate_cases: Callable[[Shape], list[tuple[Shape, dict[str, Any]]]] = no_gate_cases
+    gate_cases: Callable[[Shape], list[tuple[Shape, dict[str, Any]]]] = lambda shape: []
     flops: Callable[[Shape, str], float] | None = None
     phases: tuple[str, ...] = ("forward", "backward", "both")
     in_step: tuple[str, Callable[..., Any]] | None = None
-    others: Callable[[Setting], list[Provider]] = no_others
+    others: Callable[[Setting], list[Provider]] = lambda setting: []
 
 
 def bench_of(op: str) -> Bench:
@@ -133,7 +126,7 @@ def installed(setting: Setting, **baselines: Callable[..., Any]) -> list[Provide
     """Baselines by the package that each imports when called: those of installed ones, on a GPU."""
     if setting.device.type != "cuda":
         return []
-    return [Provider(name, fn) for name, fn in baselines.items() if importlib.util.find_spec(name)]
+    return [Provider(name, fn, package=name) for name, fn in baselines.items() if importlib.util.find_spec(name)]
 
 
 def chosen(op: str, provider: Provider) -> AbstractContextManager[Any]:
@@ -235,16 +228,17 @@ def _measure_phase(
         make[GEMM] = lambda: [product]
     timer = time_gpu if setting.device.type == "cuda" else time_cpu
     samples, errors = timer(make, lambda n: nullcontext() if n == best else chosen(bench.op, here[n]), seconds)
+    sheet = datasheet(setting, flops is not None)
     floor = samples[best] = Samples([scale * s for s in samples[best].seconds], samples[best].cut)
     about = {"bench": bench.op, "phase": phase, "dtype": str(setting.dtype).split(".")[1], "shape": setting.shape}
     about |= {"sets": len(sets), "gpu": gpu_state(setting.device), "machine": provenance(setting.device)}
-    figures = functools.partial(_figures, moved=moved, flops=flops, best=best, floor=floor.quantile(0.5))
+    figures = functools.partial(_figures, moved=moved, flops=flops, best=best, floor=floor.quantile(0.5), sheet=sheet)
     reference = bench.baseline.name if bench.baseline.name in samples else best
     rows = []
     for p in here.values():
         row = {**about, "provider": p.name, "backend": p.backend}
         if why := red.get(p.name) or errors.get(p.name):
-            rows.append({**row, "red": why})
+            rows.append({**row, "red": " ".join(why.split())[:300]})  # a library's error may have many lines
             continue
         costs: dict[str, Any] = {
             "host_us": host_us(bench, p, setting, phase),
@@ -262,10 +256,16 @@ def jobs(bench: Bench, provider: Provider, setting: Setting, phase: str, sets: r
 
 
 def _figures(
-    samples: Samples, moved: int, floor: float, flops: float | None = None, best: str = COPY
+    samples: Samples,
+    moved: int,
+    floor: float,
+    flops: float | None = None,
+    best: str = COPY,
+    sheet: float | None = None,
 ) -> dict[str, Any]:
     middle = samples.quantile(0.5)
     row = {**samples.figures(), "bytes": moved, "gb_s": moved / middle / 1e9, f"pct_of_{best}": 100 * floor / middle}
+    row["pct_of_datasheet"] = None if sheet is None else 100 * (moved if flops is None else flops) / middle / sheet
     return row if flops is None else row | {"flops": flops, "tflop_s": flops / middle / 1e12}
 
 
@@ -274,16 +274,16 @@ def show(rows: list[dict[str, Any]]) -> str:
     multiplies = any("tflop_s" in r for r in rows)
     rate, unit, best = ("tflop_s", "TFLOP/s", GEMM) if multiplies else ("gb_s", "GB/s", COPY)
     head = f"{'phase':<9}{'provider':<22}{'ms (20 .. 80 %)':<32}{unit:>8}"
-    lines = [f"{head}{'% ' + best:>8}{'peak MB':>9}{'host us':>9}"]
+    lines = [f"{head}{'% ' + best:>8}{'% sheet':>9}{'peak MB':>9}{'host us':>9}"]
     for r in rows:
         start = f"{r['phase']:<9}{r['provider']:<22}"
         if "red" in r:
             lines.append(f"{start}{'RED, no speed is shown' if r['backend'] else 'not measured'}: {r['red']}")
             continue
         times = f"{r['ms']:.4f} ({r['ms_q20']:.4f} .. {r['ms_q80']:.4f})"
-        memory, host = (_cell(r.get(key)) for key in ("peak_mb", "host_us"))
+        rest = "".join(f"{_cell(r.get(key)):>9}" for key in ("pct_of_datasheet", "peak_mb", "host_us"))
         speed = f"{r[rate]:>8.3g}" if multiplies else f"{r[rate]:>8.1f}"
-        lines.append(f"{start}{times:<32}{speed}{r['pct_of_' + best]:>8.1f}{memory:>9}{host:>9}")
+        lines.append(f"{start}{times:<32}{speed}{r['pct_of_' + best]:>8.1f}{rest}")
     return "\n".join(lines)
 
 
@@ -301,8 +301,8 @@ def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
     return device
 
 
-def main(bench: Bench, argv: list[str] | None = None) -> int:
-    """`fastgpt bench OP`, `python -m fastgpt.bench.OP`; 1 if a provider of ours was red."""
+def options(bench: Bench) -> argparse.ArgumentParser:
+    """The command line of one op's benchmark."""
     parser = argparse.ArgumentParser(prog=f"fastgpt bench {bench.op}", description=__doc__)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     shape_type = functools.partial(parse_shape, bench.dims)
@@ -312,28 +312,52 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="torch.compile of the baseline, too")
     parser.add_argument("--max-autotune", action="store_true", help="the same in its mode max-autotune, too")
     parser.add_argument("--seconds", type=float, default=2.0, help="of samples per phase")
+    parser.add_argument("--backend", help="only this one of ours: cpu, cuda, triton")
+    parser.add_argument("--calls", type=int, help="time nothing: call our backends so often, for a profiler to watch")
+    parser.add_argument("--ncu", action="store_true", help="print the command that profiles one kernel; run nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
+    return parser
+
+
+def main(bench: Bench, argv: list[str] | None = None) -> int:
+    """`fastgpt bench OP`, `python -m fastgpt.bench.OP`; 1 if a provider of ours was red."""
+    parser = options(bench)
     args = parser.parse_args(argv)
-    device = device_of(parser, args.device)
-    if device.type == "cuda":
+    from fastgpt.bench import _ncu  # it imports this module
+
+    device = default_device(args.device) if args.ncu else device_of(parser, args.device)
+    if device.type == "cuda" and not args.ncu:
         torch.cuda.set_device(device)
-    else:
+    elif device.type == "cpu":
         keep_freed_memory()  # else a large output's pages are fetched anew in every call, by everyone who is compared
     dtype = dtype_of(args.dtype or "auto", device.type)
     modes = ("default",) * args.compile + ("max-autotune-no-cudagraphs",) * args.max_autotune  # the graph is ours
     status = 0
     for shape in args.shape or bench.shapes[device.type]:
         setting = Setting(shape, dtype, device)
-        rows = measure(bench, setting, args.phase or list(bench.phases), providers(bench, setting, modes), args.seconds)
-        print(f"{bench.op} {'x'.join(map(str, shape))} {dtype} on {where(rows[0]['machine'])}")
-        print(show(rows))
-        for b in backend.ops()[bench.op]:
-            if backend.DEVICE_OF.get(b) == device.type and (why := backend.missing(b)):
-                print(f"not measured: {b}: {why}")
+        phases = args.phase or list(bench.phases)
+        if args.ncu:
+            print(_ncu.command(bench, setting, phases[0], args.backend))
+            continue
+        found = [p for p in providers(bench, setting, modes) if args.backend in (None, p.backend) or not p.backend]
+        if args.calls:
+            _ncu.call(bench, setting, phases, found, args.calls)
+            continue
+        rows = measure(bench, setting, phases, found, args.seconds)
+        tell(bench, setting, rows)
         if args.json:
             append_rows(args.json, rows)
         status |= any("red" in r and r["backend"] is not None for r in rows)
     return status
+
+
+def tell(bench: Bench, setting: Setting, rows: list[dict[str, Any]]) -> None:
+    """Print the rows, and which backends of ours are missing."""
+    print(f"{bench.op} {'x'.join(map(str, setting.shape))} {setting.dtype} on {where(rows[0]['machine'])}")
+    print(show(rows))
+    for b in backend.ops()[bench.op]:
+        if backend.DEVICE_OF.get(b) == setting.device.type and (why := backend.missing(b)):
+            print(f"not measured: {b}: {why}")
 
 
 def parse_shape(dims: str, text: str) -> Shape:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.bench import _op
-from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, installed
 from fastgpt.config import ModelConfig
 from fastgpt.optim import AdamW
 
@@ -42,6 +42,19 @@ def torch_step(params: list[nn.Parameter]) -> Callable[[], Any]:
     """PyTorch's fused optimizer behind clip_grad_norm_."""
     cuda = params[0].is_cuda
     optimizer = torch.optim.AdamW(params, fused=True, capturable=cuda, **SETTINGS)
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
+        optimizer.step()
+
+    return step
+
+
+def apex_step(params: list[nn.Parameter]) -> Callable[[], Any]:
+    """apex's multi-tensor optimizer behind clip_grad_norm_."""
+    from apex.optimizers import FusedAdam
+
+    optimizer = FusedAdam(params, adam_w_mode=True, capturable=True, **SETTINGS)
 
     def step() -> None:
         torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
@@ -87,6 +100,7 @@ BENCH = Bench(
     tiny=(1, 8, 1),
     gate_cases=lambda shape: [((4 * shape[1], shape[1]), {"max_norm": 0.5})],
     phases=("step",),
+    others=lambda setting: installed(setting, apex=apex_step),
 )
 pytest_generate_tests, test_adamw = _op.pytest_generate_tests, _op.run_benchmark
 

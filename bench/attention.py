@@ -51,6 +51,14 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return flash_attn_func(q, k, v, causal=True)
 
 
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """flash-attn 3's, for Hopper; its first releases return the log-sum-exp, too."""
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(q, k, v, causal=True)
+    return out[0] if isinstance(out, tuple) else out
+
+
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
     """One call over its own q, k, v, or packed qkv, and upstream gradient."""
     b, t, h, g, d = setting.shape
@@ -86,7 +94,7 @@ def others(setting: Setting) -> list[Provider]:
     """SDPA's backends, flash-attn."""
     names = SDPA if setting.device.type == "cuda" else ("math", "flash")
     found = [Provider(f"sdpa {name}", functools.partial(sdpa, SDPA[name])) for name in names]
-    return [*found, *installed(setting, flash_attn=flash_attn)]
+    return [*found, *installed(setting, flash_attn=flash_attn, flash_attn_interface=flash_attn_3)]
 
 
 BENCH = Bench(

@@ -17,13 +17,20 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.bench import _op
-from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, of_phase
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
 from fastgpt.config import GATED, ModelConfig
 
 
 def plain(x: Tensor, bias: Tensor) -> Tensor:
     """PyTorch's, in two passes."""
     return F.gelu(x + bias, approximate="tanh")
+
+
+def flash_attn(x: Tensor, bias: Tensor) -> Tensor:
+    """flash-attn's, fused by TorchScript."""
+    from flash_attn.ops.activations import bias_gelu_impl
+
+    return bias_gelu_impl(x, bias)
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
@@ -57,6 +64,7 @@ BENCH = Bench(
     shapes={"cpu": ((1024, 3072),), "cuda": ((65536, 3072), (8192, 14336))},
     tiny=(1, 8),
     gate_cases=lambda shape: [((min(shape[0], 64), shape[1]), {"approximate": a}) for a in ("none", "tanh")],
+    others=lambda setting: installed(setting, flash_attn=flash_attn),
 )
 pytest_generate_tests, test_bias_gelu = _op.pytest_generate_tests, _op.run_benchmark
 

@@ -44,6 +44,20 @@ def quack(logits: Tensor, target: Tensor) -> Tensor:
     return cross_entropy(logits, target, reduction="mean")
 
 
+def flash_attn(logits: Tensor, target: Tensor) -> Tensor:
+    """flash-attn's, a loss per row."""
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return cross_entropy_loss(logits, target)[0].mean()
+
+
+def apex(logits: Tensor, target: Tensor) -> Tensor:
+    """apex's, a loss per row in fp32 (no smoothing, -100 ignored)."""
+    from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
+
+    return SoftmaxCrossEntropyLoss.apply(logits, target, 0.0, -100, logits.dtype != torch.float32).mean()
+
+
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
     """One call over its own logits and targets; in place: the logits are restored before each call, untimed."""
     n, v = setting.shape
@@ -80,7 +94,7 @@ BENCH = Bench(
     tiny=(1, 8),
     gate_cases=lambda shape: [((min(shape[0], 4), shape[1]), {"inplace": inplace}) for inplace in (False, True)],
     in_step=("in place", functools.partial(ops.cross_entropy, inplace=True)),
-    others=lambda setting: installed(setting, liger_kernel=liger, quack=quack),
+    others=lambda setting: installed(setting, liger_kernel=liger, quack=quack, flash_attn=flash_attn, apex=apex),
 )
 pytest_generate_tests, test_cross_entropy = _op.pytest_generate_tests, _op.run_benchmark
 

@@ -17,13 +17,20 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.bench import _op
-from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, of_phase
+from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
 from fastgpt.config import ModelConfig
 
 
 def plain(ids: Tensor, weight: Tensor, position_weight: Tensor) -> Tensor:
     """PyTorch's two lookups and their sum."""
     return F.embedding(ids, weight) + position_weight
+
+
+def liger(ids: Tensor, weight: Tensor, position_weight: Tensor) -> Tensor:
+    """Liger-Kernel's token lookup, and the sum."""
+    from liger_kernel.ops import LigerEmbeddingFunction
+
+    return LigerEmbeddingFunction.apply(weight, ids) + position_weight
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
@@ -57,6 +64,7 @@ BENCH = Bench(
     shapes={"cpu": ((4, 256, 768, 4096),), "cuda": ((64, 1024, 768, 50304), (1, 8192, 4096, 128256))},
     tiny=(1, 2, 8, 4),
     gate_cases=lambda shape: [((min(shape[3], 1000), 16, shape[2], 4, 16), {})],  # V, positions, C, B, T
+    others=lambda setting: installed(setting, liger_kernel=liger),
 )
 pytest_generate_tests, test_embedding = _op.pytest_generate_tests, _op.run_benchmark
 

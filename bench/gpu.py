@@ -44,6 +44,7 @@ def plan(site: Path, out: Path, python: str = sys.executable) -> list[Stage]:
         Stage("parity", [*module, "fastgpt.parity", "--json", str(out / "parity.json")], 180, 80),
         Stage("throughput", [*throughput, "--batch", "64", "--compile", "--ablation"], 200, 120),
         *(Stage(op, [*module, f"fastgpt.bench.{op}", "--device", "cuda", *quick, *rows], 45, 14) for op in OPS),
+        Stage("roofline", [*module, "fastgpt.bench.roofline", "--device", "cuda", *rows], 60, 15),
         Stage("memcheck", [SANITIZER, "--tool", "memcheck", "--error-exitcode", "3", *small], 90, 60),
         Stage("racecheck", [SANITIZER, "--tool", "racecheck", "--error-exitcode", "3", *small], 90, 60),
         Stage("sweep", [*throughput, *(f"--batch={b}" for b in (1, 4, 16))], 90, 40),

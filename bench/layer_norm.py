@@ -48,6 +48,21 @@ def liger(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tens
     return liger_layer_norm(s, weight, bias, eps), s
 
 
+def flash_attn(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """flash-attn's, the add inside."""
+    from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+    return layer_norm_fn(x, weight, bias, residual=residual, eps=eps, prenorm=True)
+
+
+def apex(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """apex's, behind an add."""
+    from apex.normalization.fused_layer_norm import fused_layer_norm_affine
+
+    s = x + residual
+    return fused_layer_norm_affine(s, weight, bias, weight.shape, eps), s
+
+
 BENCH = Bench(
     "layer_norm",
     "NxC",
@@ -59,7 +74,7 @@ BENCH = Bench(
     shapes={"cpu": ((1024, 768),), "cuda": ((65536, 768), (8192, 4096))},
     tiny=(1, 8),
     gate_cases=lambda shape: [((min(shape[0], 64), shape[1]), {"residual": True})],
-    others=lambda setting: installed(setting, liger_kernel=liger),
+    others=lambda setting: installed(setting, liger_kernel=liger, flash_attn=flash_attn, apex=apex),
 )
 pytest_generate_tests, test_layer_norm = _op.pytest_generate_tests, _op.run_benchmark
 

@@ -46,6 +46,13 @@ def cut_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
     return linear_cross_entropy(x, weight, target, filter_eps=None)
 
 
+def quack(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """quack's, in chunks of rows."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(x, weight, target)
+
+
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
     """One call over its own x, weight (scaled so that logits are around one) and targets."""
     n, c, v = setting.shape
@@ -78,7 +85,7 @@ def others(setting: Setting) -> list[Provider]:
     """torch's own op where this torch has it, Liger-Kernel, cut-cross-entropy."""
     here = hasattr(torch.nn, "LinearCrossEntropyOptions")
     own = [Provider("torch chunked", torch_chunked, phases=("both",))] if here else []
-    return [*own, *installed(setting, liger_kernel=liger, cut_cross_entropy=cut_cross_entropy)]
+    return [*own, *installed(setting, liger_kernel=liger, cut_cross_entropy=cut_cross_entropy, quack=quack)]
 
 
 BENCH = Bench(

@@ -54,6 +54,21 @@ def quack(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[T
     return rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
 
 
+def flash_attn(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """flash-attn's, the add inside."""
+    from flash_attn.ops.triton.layer_norm import rms_norm_fn
+
+    return rms_norm_fn(x, weight, None, residual=residual, eps=eps, prenorm=True)
+
+
+def apex(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """apex's, behind an add."""
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+    s = x + residual
+    return fused_rms_norm_affine(s, weight, weight.shape, eps), s
+
+
 BENCH = Bench(
     "rms_norm",
     "NxC",
@@ -65,7 +80,7 @@ BENCH = Bench(
     shapes={"cpu": ((1024, 768),), "cuda": ((65536, 768), (8192, 4096))},
     tiny=(1, 8),
     gate_cases=lambda shape: [((min(shape[0], 64), shape[1]), {"residual": True})],
-    others=lambda setting: installed(setting, liger_kernel=liger, quack=quack),
+    others=lambda setting: installed(setting, liger_kernel=liger, quack=quack, flash_attn=flash_attn, apex=apex),
 )
 pytest_generate_tests, test_rms_norm = _op.pytest_generate_tests, _op.run_benchmark
 

@@ -21,9 +21,9 @@ from fastgpt.ops.swiglu import swiglu_torch
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own packed tensor (Liger-Kernel, which takes two: over its halves apart)."""
+    """One call over its own packed tensor (others' kernels, which take two: over its halves apart)."""
     n, f = setting.shape
-    apart = provider.fn is liger
+    apart = provider.fn in (liger, flash_attn)
     leaves = setting.tensors(seed, *([(n, f)] * 2 if apart else [(n, 2 * f)]), grad=True)
     return autograd_job(lambda: provider.fn(*leaves), leaves, setting.tensors(seed, (n, f)), phase)
 
@@ -46,6 +46,13 @@ def liger(gate: Tensor, up: Tensor) -> Tensor:
     return liger_swiglu(gate, up)
 
 
+def flash_attn(gate: Tensor, up: Tensor) -> Tensor:
+    """flash-attn's."""
+    from flash_attn.ops.activations import swiglu
+
+    return swiglu(gate, up)
+
+
 BENCH = Bench(
     "swiglu",
     "NxF",
@@ -57,7 +64,7 @@ BENCH = Bench(
     shapes={"cpu": ((1024, 2048),), "cuda": ((65536, 2048), (8192, 14336))},
     tiny=(1, 8),
     gate_cases=lambda shape: [((min(shape[0], 64), 2 * shape[1]), {"packed": True})],
-    others=lambda setting: installed(setting, liger_kernel=liger),
+    others=lambda setting: installed(setting, liger_kernel=liger, flash_attn=flash_attn),
 )
 pytest_generate_tests, test_swiglu = _op.pytest_generate_tests, _op.run_benchmark
 

@@ -6,13 +6,17 @@ AdamW(fused=True); on a GPU fp32 weights under bf16 autocast), eager and, with -
 weights, tokens, seed and schedule; steps are interleaved, one after another; speeds are shown only if every op's parity
 check holds and the losses of the first AGREE_STEPS steps agree within TOLERANCE. Tokens are synthetic
 (rank r with probability ~ 1/(r+1), so that losses fall) and lie on the device before a step. --ablation adds fastgpt
-with one op at a time on PyTorch.
+with one op at a time on PyTorch. On a GPU `fastgpt graphs` replays steps from CUDA graphs, as the trainer does there.
 
 small: 4 layers, width 128, T 64, B 12, 65 characters; medium: 6 layers, width 384, T 256, B 16, 65 characters;
-gpt2-124m: 12 layers, width 768, vocabulary 50304, B 4 of T 64 on a CPU, B 64 of T 1024 on a GPU (--batch sweeps B).
+llama-small: small as a Llama; gpt2-124m: 12 layers, width 768, vocabulary 50304, B 4 of T 64 on a CPU, B 64 of T 1024
+on a GPU; there also gpt2-350m, 774m, 1.5b and llama-125m. --sweep doubles B until memory ends.
 
 On a CPU every variant runs in a process of its own, as its user would run it: the trainer's has the trainer's settings
 of malloc, the others have their defaults; one waits while another runs. On a GPU they share this process.
+Joules per token: of the GPU, from NVML's energy counter over seconds of one variant alone ('-' where there is none).
+--llmc DIR and --nanogpt DIR run those trainers themselves (fastgpt/bench/rivals.py): their own code, data in their
+format, the same sizes and batch; their losses start from weights of their own and are not compared.
 Peak memory: on a GPU of the allocator during a step, the other variants' tensors left out; on a CPU the most resident
 memory of the variant's process over what it had before it built the model, warm-up left out.
 """
@@ -20,200 +24,30 @@ memory of the variant's process over what it had before it built the model, warm
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import gc
 import itertools
 import math
-import multiprocessing
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import Tensor
 
 from fastgpt import backend
-from fastgpt.bench import plain
-from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, resident_mb, turns, where
+from fastgpt.bench import rivals
+from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, turns, where
 from fastgpt.bench._op import Provider, every, gate
-from fastgpt.config import ModelConfig, TrainConfig
-from fastgpt.device import default_device, keep_freed_memory, peak_flops
+from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, settings, shapes_on
+from fastgpt.config import TrainConfig
+from fastgpt.device import default_device, energy_joules, peak_flops
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 # Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the
 # last place is 1e-7 apart from itself up to step 48 and 2e-4 at step 60.
 AGREE_STEPS = 40
-WARM_STEPS = 3  # before timing; compared, too
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Model, batch and length of one comparison, and how many steps are timed."""
-
-    layers: int
-    heads: int
-    width: int
-    vocab: int
-    block: int
-    batch: int
-    steps: int
-
-
-SHAPES = {
-    "small": Shape(4, 4, 128, 65, 64, 12, 60),
-    "medium": Shape(6, 6, 384, 65, 256, 16, 6),
-    "gpt2-124m": Shape(12, 12, 768, 50304, 64, 4, 6),
-}
-GPU_SHAPES = {"gpt2-124m": Shape(12, 12, 768, 50304, 1024, 64, 20)}
-
-
-def settings(shape: Shape, device: torch.device) -> TrainConfig:
-    """The trainer's settings for this shape; GPT-2 keeps its 1024 positions."""
-    model = ModelConfig(
-        n_layers=shape.layers,
-        n_heads=shape.heads,
-        width=shape.width,
-        vocab_size=shape.vocab,
-        vocab_multiple=1,  # 50304 is nanoGPT's padded vocabulary, 65 it does not pad
-        block_size=1024 if shape.vocab == 50304 else shape.block,
-    )
-    return TrainConfig(
-        model=model,
-        device=str(device),
-        dtype="bf16" if device.type == "cuda" else "fp32",
-        block_size=shape.block,
-        micro_batch=shape.batch,
-        batch_tokens=shape.batch * shape.block,
-        max_steps=1000,
-        warmup_steps=10,
-        lr=1e-3,
-    )
-
-
-def trainer() -> ModuleType:
-    """fastgpt.train; what only its console and files need (tqdm, safetensors) may be missing on a GPU machine."""
-    while True:
-        try:
-            import fastgpt.train
-
-            return fastgpt.train
-        except ModuleNotFoundError as e:
-            if e.name is None or e.name.split(".")[0] in ("fastgpt", "torch", "numpy"):
-                raise
-            sys.modules[e.name] = mock.MagicMock()  # a step calls nothing of it
-
-
-def batches(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Eight batches of (ids, targets), each (B, T), that all variants read in turn."""
-    generator = torch.Generator().manual_seed(1)
-    u = torch.rand((8, shape.batch, shape.block + 1), generator=generator, dtype=torch.float64)
-    ids = ((shape.vocab**u).long() - 1).to(device)
-    return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in ids]
-
-
-@dataclass
-class Variant:
-    """One way to train: `step(rate)` does one optimizer step and returns its loss, on the device."""
-
-    name: str
-    step: Callable[[float], Tensor]
-    kernels: dict[str, Any] = field(default_factory=dict)
-    flops: dict[str, float] = field(default_factory=dict)
-    losses: list[Tensor] = field(default_factory=list)
-    peak_mb: float | None = None
-
-    def train(self, cfg: TrainConfig, steps: int) -> float:
-        """The next steps of the schedule; returns seconds, the device's work included."""
-        learning_rate = trainer().learning_rate
-        wait = torch.cuda.synchronize if torch.device(cfg.device).type == "cuda" else lambda: None
-        wait()
-        start = time.perf_counter()
-        with backend.use(**self.kernels):
-            for _ in range(steps):
-                self.losses.append(self.step(learning_rate(cfg, len(self.losses), cfg.max_steps)))
-        wait()
-        return time.perf_counter() - start
-
-    def close(self) -> None:
-        """Nothing to end; see Apart."""
-
-
-class Apart:
-    """A Variant on the CPU in a process of its own."""
-
-    def __init__(self, name: str, shape: Shape) -> None:
-        self.name, self.losses, self.peak_mb = name, list[Tensor](), math.nan
-        context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads without their lives
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, name, shape), daemon=True)
-        self.process.start()
-        theirs.close()
-        self.flops: dict[str, float] = self._answer()
-
-    def _answer(self) -> Any:
-        try:
-            answer = self.pipe.recv()
-        except EOFError:
-            raise RuntimeError(f"the process of {self.name} ended; its message is above") from None
-        return answer
-
-    def train(self, cfg: TrainConfig, steps: int) -> float:
-        """As Variant.train, timed over there."""
-        self.pipe.send(steps)
-        seconds, losses, self.peak_mb = self._answer()
-        self.losses += torch.tensor(losses).unbind()
-        return float(seconds)
-
-    def close(self) -> None:
-        """End the process."""
-        self.pipe.send(0)
-        self.process.join()
-
-
-def _serve(pipe: Connection, name: str, shape: Shape) -> None:
-    """The process of an Apart: build, then train as many steps as asked for until 0 comes."""
-    cfg = settings(shape, torch.device("cpu"))
-    trainer()
-    before = resident_mb("VmRSS")
-    v = build(name, cfg, batches(shape, torch.device("cpu")))
-    pipe.send(v.flops)
-    while steps := pipe.recv():
-        seconds = v.train(cfg, steps)
-        fresh = torch.stack(v.losses[-steps:]).tolist()
-        pipe.send((seconds, fresh, resident_mb("VmHWM") - before))
-        if len(v.losses) <= WARM_STEPS:
-            gc.collect()
-            with contextlib.suppress(OSError):  # without it the peak includes warm-up
-                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
-
-
-def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
-    """'fastgpt', 'torch', either with ' compile'; 'fastgpt -OP': OP on PyTorch."""
-    train, device = trainer(), torch.device(cfg.device)
-    assert cfg.model.vocab_size is not None
-    compiled, loader = name.endswith(" compile"), itertools.cycle(data)
-    model = train.build_model(dataclasses.replace(cfg, compile=compiled), cfg.model.vocab_size, device)
-    if name.startswith("torch"):
-        return Variant(name, plain.make_step(model, cfg, loader, compiled))
-    if device.type == "cpu":
-        keep_freed_memory()
-    optimizer = train.build_optimizer(cfg, model)
-    run = torch.compile(model) if compiled else model
-
-    def step(rate: float) -> Tensor:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        return train.train_step(run, optimizer, loader, cfg.accumulation)[0]
-
-    _, _, without = name.partition(" -")
-    return Variant(name, step, {without: "torch"} if without else {}, model.flops_per_token(cfg.block_size))
+ENERGY_SECONDS = 3.0  # the meter moves some ten times a second
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -258,32 +92,6 @@ def time_steps(variants: list[Any], cfg: TrainConfig, rounds: int, block: int) -
     return samples
 
 
-def prepare(names: list[str], cfg: TrainConfig, shape: Shape) -> tuple[list[Any], list[str]]:
-    """Variants warmed up, with their peak memory on a GPU; and the names of those that do not fit."""
-    cuda = cfg.device.startswith("cuda")
-    if not cuda:
-        apart = [Apart(name, shape) for name in names]
-        for process in apart:
-            process.train(cfg, WARM_STEPS)
-        return apart, []
-    variants: list[Any] = []
-    too_large, data = [], batches(shape, torch.device(cfg.device))
-    for name in names:
-        try:
-            before = torch.cuda.memory_allocated()
-            v = build(name, cfg, data)
-            v.train(cfg, WARM_STEPS - 1)
-            torch.cuda.reset_peak_memory_stats()
-            v.train(cfg, 1)
-            v.peak_mb = (torch.cuda.max_memory_allocated() - before) / 1e6
-            variants.append(v)
-        except torch.OutOfMemoryError:
-            too_large.append(name)
-        gc.collect()
-        torch.cuda.empty_cache()
-    return variants, too_large
-
-
 def compare(names: list[str], shape_name: str, shape: Shape, device: torch.device) -> list[dict[str, Any]]:
     """One row per variant, or a single row with the reason why no speed is shown."""
     cfg = settings(shape, device)
@@ -307,7 +115,21 @@ def compare(names: list[str], shape_name: str, shape: Shape, device: torch.devic
         return [{**about, "red": f"{sentence}: more than {tolerance:g} apart"}]
     flops = next(v.flops for v in variants if v.flops)
     rows = [{**about, **figures(v, variants, samples, shape, flops, peak_flops(device, dtype))} for v in variants]
+    for row, v in zip(rows, variants):
+        row["joules_per_token"] = joules_per_token(v, cfg, device, shape.batch * shape.block)
     return rows + [{**about, "variant": name, "red": "out of memory"} for name in too_large]
+
+
+def joules_per_token(v: Any, cfg: TrainConfig, device: torch.device, tokens: int) -> float | None:
+    """Of the GPU, over ENERGY_SECONDS of steps of this variant alone; None where no meter is."""
+    before, end, steps = energy_joules(device), time.perf_counter() + ENERGY_SECONDS, 0
+    if before is None:
+        return None
+    while time.perf_counter() < end:
+        v.train(cfg, 1)
+        steps += 1
+    after = energy_joules(device)
+    return None if after is None else (after - before) / (steps * tokens)
 
 
 def figures(
@@ -344,9 +166,10 @@ def show(rows: list[dict[str, Any]]) -> str:
         lines.append(f"losses agree: {first['loss_gap']:.1e} apart, {first['loss_tolerance']:g} allowed")
         lines.append(
             f"{'variant':<24}{'ms a step (20 .. 80 %)':<28}{'tokens/s':>10}{'MFU full':>10}{'causal':>8}{'peak MB':>10}"
+            f"{'mJ/token':>10}"
             "  speed (20 .. 80 %) against"
         )
-    if any(max(r["mfu_full"], r["mfu_causal"]) > 1 for r in good):
+    if any(max(r.get("mfu_full", 0), r.get("mfu_causal", 0)) > 1 for r in good):
         lines.insert(1, "the measured peak is under the steps' own rate (a busy machine?): MFU means nothing here")
     for r in good:
         times = f"{r['ms']:.1f} ({r['ms_q20']:.1f} .. {r['ms_q80']:.1f})"
@@ -355,47 +178,72 @@ def show(rows: list[dict[str, Any]]) -> str:
             f"{key[9:]} {m:.3f} ({low:.3f} .. {high:.3f})"
             for key, (m, low, high) in ((k, v) for k, v in r.items() if k.startswith("speed_vs_"))
         ]
-        mfu = f"{r['mfu_full']:>10.1%}{r['mfu_causal']:>8.1%}"
-        lines.append(f"{r['variant']:<24}{times:<28}{r['tokens_per_s']:>10,.0f}{mfu}{peak:>10}  {', '.join(against)}")
+        mfu = f"{r['mfu_full']:>10.1%}{r['mfu_causal']:>8.1%}" if "mfu_full" in r else f"{'-':>10}{'-':>8}"
+        joules = "-" if r.get("joules_per_token") is None else f"{1e3 * r['joules_per_token']:.3f}"
+        start = f"{r['variant']:<24}{times:<28}{r['tokens_per_s']:>10,.0f}{mfu}{peak:>10}{joules:>10}"
+        lines.append(f"{start}  {', '.join(against)}")
     return "\n".join(lines + [f"{r.get('variant', 'no speed is shown')}: {r['red']}" for r in rows if "red" in r])
 
 
 def variant_names(args: argparse.Namespace, device: torch.device) -> list[str]:
     """The first is what the others' losses are compared with."""
-    names = ["torch", "fastgpt"] + (["torch compile", "fastgpt compile"] if args.compile else [])
+    names = ["torch", "fastgpt"] + (["fastgpt graphs"] if device.type == "cuda" else [])
+    names += ["torch compile", "fastgpt compile"] if args.compile else []
     if args.ablation:
         served = kernels(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         names += [f"fastgpt -{op}" for op, picked in served.items() if picked != "torch"]
     return names
 
 
+def sweep(shape: Shape, batches: list[int] | None, grow: bool) -> Iterator[Shape]:
+    """The shape at each batch; `grow`: at its powers of two, for as long as the caller asks for more."""
+    yield from (dataclasses.replace(shape, batch=b) for b in batches or ([] if grow else [shape.batch]))
+    if grow:
+        yield from (dataclasses.replace(shape, batch=2**i) for i in itertools.count())
+
+
 def main(argv: list[str] | None = None) -> int:
     """1 if losses or an op were wrong, so that no speed was shown."""
     parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.throughput", description=__doc__)
+    names = sorted(SHAPES | GPU_SHAPES)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="default: small on a CPU, gpt2-124m on a GPU")
-    parser.add_argument("--batch", action="append", type=int, help="sequences; may be repeated (a sweep)")
+    parser.add_argument("--shape", action="append", choices=names, help="default: small on a CPU, gpt2-124m on a GPU")
+    parser.add_argument("--batch", action="append", type=int, help="sequences; may be repeated")
+    parser.add_argument("--sweep", action="store_true", help="batches 1, 2, 4, ... until memory ends (GPU)")
     parser.add_argument("--steps", type=int, help="rounds that are timed")
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--ablation", action="store_true", help="fastgpt with one op at a time on PyTorch, too")
+    parser.add_argument("--llmc", type=Path, metavar="DIR", help="a built checkout of llm.c, too (train_gpt2cu)")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, too (train.py)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     device = default_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    shapes = GPU_SHAPES | {k: v for k, v in SHAPES.items() if k not in GPU_SHAPES} if device.type == "cuda" else SHAPES
-    status = 0
-    for name in args.shape or ["gpt2-124m" if device.type == "cuda" else "small"]:
-        for batch in args.batch or [shapes[name].batch]:
-            shape = dataclasses.replace(shapes[name], batch=batch, steps=args.steps or shapes[name].steps)
+    shapes, status = shapes_on(device), 0
+    if absent := set(args.shape or []) - set(shapes):
+        parser.error(f"--shape {', '.join(sorted(absent))} needs a GPU")
+    if args.sweep and device.type != "cuda":
+        parser.error("--sweep needs a GPU, whose memory ends with an error; on a CPU give each --batch")
+    for name in args.shape or [default_shape(device)]:
+        for shape in sweep(shapes[name], args.batch, args.sweep):
+            shape = dataclasses.replace(shape, steps=args.steps or shape.steps)
             rows = compare(variant_names(args, device), name, shape, device)
+            rows += rivals.rows(rows[0], shape, device, llmc=args.llmc, nanogpt=args.nanogpt)
             about = f"{name}: {shape.layers} layers, width {shape.width}, vocabulary {shape.vocab}"
-            print(f"{about}, B {batch} x T {shape.block}, {rows[0]['dtype']}, {where(rows[0]['machine'])}")
+            print(f"{about}, B {shape.batch} x T {shape.block}, {rows[0]['dtype']}, {where(rows[0]['machine'])}")
             print(show(rows), flush=True)
             if args.json:
                 append_rows(args.json, rows)
-            status |= any("red" in r and r["red"] != "out of memory" for r in rows)
+            status |= any("red" in r and not r.get("rival") and not out_of_memory(r) for r in rows)
+            if args.sweep and any(map(out_of_memory, rows)):
+                break
     return status
+
+
+def out_of_memory(row: dict[str, Any]) -> bool:
+    """Whether memory ended: no failure, but the end of a sweep."""
+    return str(row.get("red")).startswith("out of memory")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ class Kernel:
     wide_loads: int  # LDG.E.128 instructions
     wide_copies: int = 0  # LDGSTS.E.128: global to shared memory
     tensor_products: int = 0  # HMMA
+    warpgroup_products: int = 0  # HGMMA
+    threads: int = 0  # of a block, at most
     problem: str = ""
 
 
@@ -129,13 +131,24 @@ COUNTED = {
     "wide_loads": re.compile(r"\bLDG\.E\.(?:\w+\.)*128\b"),
     "wide_copies": re.compile(r"\bLDGSTS\.E\.(?:\w+\.)*128\b"),
     "tensor_products": re.compile(r"\bHMMA\.16816\b"),
+    "warpgroup_products": re.compile(r"\bHGMMA\."),
 }
 
 
 def instructions(disassembly: str) -> dict[str, dict[str, int]]:
-    """nvdisasm -c -> mangled name -> how many instructions of each kind in COUNTED."""
+    """nvdisasm -> mangled name -> how many instructions of each kind in COUNTED."""
     sections = re.split(r"^\s*\.section\s+\.text\.", disassembly, flags=re.M)[1:]
     return {s.split(",")[0].strip(): {kind: len(p.findall(s)) for kind, p in COUNTED.items()} for s in sections}
+
+
+def most_threads(disassembly: str) -> dict[str, int]:
+    """nvdisasm -> mangled name -> threads of a block, at most (__launch_bounds__, or Triton's number of warps)."""
+    found = {}
+    for section in re.split(r"^\s*\.section\s+\.nv\.info\.", disassembly, flags=re.M)[1:]:
+        bound = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\n(?:.*\n){,5}?.*\.word\s+0x(\w+)", section)
+        if bound is not None:
+            found[section.split(",")[0].strip()] = int(bound[1], 16)
+    return found
 
 
 def problem(kernel: Kernel, allowed: dict[str, dict[str, object]]) -> str:
@@ -163,24 +176,26 @@ def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Pat
     if done.returncode != 0 or re.search(r"\bwarning\b", done.stderr):
         raise RuntimeError(f"{source.name} for {arch}:\n{done.stdout}{done.stderr}")
     resources = parse_ptxas(done.stdout + done.stderr)
-    listing = subprocess.run([str(nvdisasm), "-c", str(cubin)], capture_output=True, text=True)
+    listing = subprocess.run([str(nvdisasm), str(cubin)], capture_output=True, text=True)
     counts = instructions(listing.stdout)
     if set(resources) - set(counts):
         absent = sorted(set(resources) - set(counts))
         raise RuntimeError(f"nvdisasm lists no code for {absent}: {listing.stderr[-300:]}")
-    names = short_names(list(resources))
-    numbers = {m: resources[m] | counts[m] for m in sorted(resources)}
+    names, threads = short_names(list(resources)), most_threads(listing.stdout)
+    numbers = {m: resources[m] | counts[m] | {"threads": threads.get(m, 0)} for m in sorted(resources)}
     return [Kernel(name=names[m], arch=arch, problem="", **n) for m, n in numbers.items()]
 
 
-def check(source: Path, archs: list[str]) -> tuple[list[Kernel], list[str]]:
-    """Every kernel below `source` with its problem, and the compilations that failed."""
+def check(source: Path, archs: list[str], names: str = "*") -> tuple[list[Kernel], list[str]]:
+    """Every kernel of the files `names` in `source` with its problem, and the compilations that failed."""
     nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
     if nvcc is None:
         raise ToolMissing(REMEDY)
-    files = sorted(source.glob("*.cu"))
+    files = sorted(source.glob(f"{names}.cu"))
     if not files:
-        raise ToolMissing(f"cuda_check: no .cu file in {source}; run it in a checkout, or give the folder by --source")
+        raise ToolMissing(
+            f"cuda_check: no {names}.cu in {source}; run it in a checkout, or give the folder by --source"
+        )
     listed = source / "spills.json"
     allowed = json.loads(listed.read_text()) if listed.exists() else {}
     kernels: list[Kernel] = []

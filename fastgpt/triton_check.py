@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,8 @@ class Report:
     stack: int = 0
     shared: int = 0
     error: str = ""
+    hmma: int | None = None  # tensor-core instructions of a warp, and of a warp group; None: not counted
+    wgmma: int | None = None
 
 
 def configurations(module: str, dtype: str, weight_dtype: str) -> list[Any]:
@@ -128,22 +131,32 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _configuration(job: Job) -> Any:
+    return configurations(job.module, job.dtype, job.weight_dtype)[job.number]
+
+
+def compiled(job: Job) -> Any:
+    """Triton's compiled kernel of one configuration."""
+    configuration = _configuration(job)
+    chosen = {n: getattr(configuration, n) for n in ("num_warps", "num_stages", "maxnreg")}
+    return triton.compile(
+        _source(configuration, job.aligned),
+        target=GPUTarget("cuda", job.arch, 32),
+        options={n: value for n, value in chosen.items() if value is not None},
+    )
+
+
 def compile_one(job: Job) -> Report:
     """Compile one configuration; a failure is a report, so that the rest is still checked."""
-    configuration = configurations(job.module, job.dtype, job.weight_dtype)[job.number]
+    configuration = _configuration(job)
     types = job.dtype if job.dtype == job.weight_dtype else f"{job.dtype}/{job.weight_dtype}"
     name = f"{configuration.name} {types}{'' if job.aligned else ' unaligned'}"
-    chosen = {n: getattr(configuration, n) for n in ("num_warps", "num_stages", "maxnreg")}
     try:
-        compiled = triton.compile(
-            _source(configuration, job.aligned),
-            target=GPUTarget("cuda", job.arch, 32),
-            options={n: value for n, value in chosen.items() if value is not None},
-        )
-        registers, stack = _resources(compiled.asm["cubin"])
+        kernel = compiled(job)
+        registers, stack = _resources(kernel.asm["cubin"])
     except Exception as e:
         return Report(name, job.arch, configuration.num_warps, error=f"{type(e).__name__}: {str(e)[-300:]}")
-    return Report(name, job.arch, configuration.num_warps, registers, stack, compiled.metadata.shared)
+    return Report(name, job.arch, configuration.num_warps, registers, stack, kernel.metadata.shared)
 
 
 def problem(report: Report) -> str:
@@ -158,17 +171,18 @@ def problem(report: Report) -> str:
     return f"{report.stack} bytes of stack, {allowed} allowed" if report.stack > allowed else ""
 
 
-def check(archs: list[int] | None, every: bool, quick: bool = False) -> list[Report]:
-    """Compile all configurations on all cores of this process's affinity; says on stderr what is refused, and how far.
+def check(found: list[Job], one: Callable[[Job], Report] = compile_one) -> list[Report]:
+    """Compile configurations by `one` on all cores of this process's affinity; says on stderr what is refused, and how
+    far.
 
     The cache is thrown away, unless TRITON_CACHE_DIR names one: then a check that was interrupted goes on where it was.
     """
-    found, reports = jobs(archs, every, quick), []
+    reports = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ.setdefault("TRITON_CACHE_DIR", cache)
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with multiprocessing.get_context("fork").Pool(workers) as pool:
-            for report in pool.imap_unordered(compile_one, found):
+            for report in pool.imap_unordered(one, found):
                 reports.append(report)
                 if problem(report):
                     print(f"{report.name} sm_{report.arch}: {problem(report)}", file=sys.stderr, flush=True)
@@ -207,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
     if triton.knobs.runtime.interpret:
         print("triton_check: TRITON_INTERPRET is set, nothing would be compiled; run it without", file=sys.stderr)
         return 2
-    reports = check(options.arch, options.all, options.quick)
+    reports = check(jobs(options.arch, options.all, options.quick))
     if options.json:
         options.json.write_text(json.dumps([asdict(r) | {"problem": problem(r)} for r in reports], indent=1))
     return 1 if _print(reports) else 0

@@ -27,13 +27,14 @@ from fastgpt.bench import (
     linear_cross_entropy,
     stages,
     throughput,
+    variants,
 )
 from fastgpt.bench._harness import Job, Samples, Setting
 from fastgpt.ops.layer_norm import layer_norm_torch
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parent.parent
-MICRO = throughput.Shape(layers=2, heads=2, width=32, vocab=65, block=16, batch=4, steps=3)
+MICRO = variants.Shape(layers=2, heads=2, width=32, vocab=65, block=16, batch=4, steps=3)
 
 
 class Clock:
@@ -334,10 +335,10 @@ def test_shape_on_the_command_line() -> None:
 @pytest.fixture
 def micro(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """throughput at a shape of milliseconds, in this process."""
-    monkeypatch.setitem(throughput.SHAPES, "small", MICRO)
-    cfg, data = throughput.settings(MICRO, CPU), throughput.batches(MICRO, CPU)
-    monkeypatch.setattr(throughput, "Apart", lambda name, shape: throughput.build(name, cfg, data))
-    monkeypatch.setattr(throughput, "keep_freed_memory", lambda: None)
+    monkeypatch.setitem(variants.SHAPES, "small", MICRO)
+    cfg, data = variants.settings(MICRO, CPU), variants.batches(MICRO, CPU)
+    monkeypatch.setattr(variants, "Apart", lambda name, shape: variants.build(name, cfg, data))
+    monkeypatch.setattr(variants, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(throughput, "peak_flops", lambda *args: (1e12, "measured"))
     return ["--device", "cpu"]
 
@@ -347,7 +348,7 @@ def test_throughput_compares_equal_losses(micro: list[str], capsys: pytest.Captu
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [r["variant"] for r in rows][:2] == ["torch", "fastgpt"]
     ours = rows[1]
-    assert len(ours["losses"]) == throughput.WARM_STEPS + MICRO.steps
+    assert len(ours["losses"]) == variants.WARM_STEPS + MICRO.steps
     assert ours["losses"][0] != ours["losses"][-1] and ours["loss_gap"] <= ours["loss_tolerance"]
     assert ours["tokens_per_s"] == pytest.approx(MICRO.batch * MICRO.block / ours["ms"] * 1e3)
     assert ours["speed_vs_torch"][0] > 0 and 0 < ours["mfu_causal"]
@@ -358,16 +359,16 @@ def test_throughput_compares_equal_losses(micro: list[str], capsys: pytest.Captu
 def test_throughput_shows_no_speed_for_other_losses(
     micro: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build = throughput.build
+    build = variants.build
 
-    def tampered(name: str, *args: Any) -> throughput.Variant:
+    def tampered(name: str, *args: Any) -> variants.Variant:
         v = build(name, *args)
         step = v.step
         if name == "fastgpt":
             v.step = lambda rate: step(1.1 * rate)  # a schedule that is 10 % off
         return v
 
-    monkeypatch.setattr(throughput, "build", tampered)
+    monkeypatch.setattr(variants, "build", tampered)
     assert throughput.main(micro) == 1
     out = capsys.readouterr().out
     assert "no speed is shown: loss of fastgpt at step" in out and "tokens/s" not in out
@@ -383,7 +384,7 @@ def test_throughput_shows_no_speed_over_a_red_op(
 
 def test_every_op_that_the_model_uses_is_gated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "gate", lambda bench, provider, setting: f"off at {setting.shape}")
-    found = throughput.red_ops(throughput.settings(MICRO, CPU), torch.float32)
+    found = throughput.red_ops(variants.settings(MICRO, CPU), torch.float32)
     served = {op for op in backend.ops() if backend.explain(op, "cpu", torch.float32)[0] != "torch"}
     assert {line.split()[0] for line in found} == served - {"rms_norm", "swiglu", "rope"}
     if "layer_norm" in served:
@@ -392,10 +393,10 @@ def test_every_op_that_the_model_uses_is_gated(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_variant_in_a_process_of_its_own() -> None:
     """Same losses as here; its own memory: 1.6 million parameters are 25 MB with gradients and moments."""
-    shape = throughput.Shape(layers=2, heads=2, width=256, vocab=65, block=16, batch=4, steps=3)
-    cfg = throughput.settings(shape, CPU)
-    apart, here = throughput.Apart("torch", shape), throughput.build("torch", cfg, throughput.batches(shape, CPU))
-    for steps in (throughput.WARM_STEPS, 1):
+    shape = variants.Shape(layers=2, heads=2, width=256, vocab=65, block=16, batch=4, steps=3)
+    cfg = variants.settings(shape, CPU)
+    apart, here = variants.Apart("torch", shape), variants.build("torch", cfg, variants.batches(shape, CPU))
+    for steps in (variants.WARM_STEPS, 1):
         assert apart.train(cfg, steps) > 0
         here.train(cfg, steps)
     apart.close()
@@ -408,7 +409,7 @@ def test_a_variant_in_a_process_of_its_own() -> None:
 def test_a_step_needs_neither_tqdm_nor_safetensors() -> None:
     code = (
         "import sys; sys.modules.update(tqdm=None, safetensors=None);"  # None: import says ModuleNotFoundError
-        "from fastgpt.bench import throughput; print(throughput.trainer().train_step.__module__)"
+        "from fastgpt.bench import variants; print(variants.trainer().train_step.__module__)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT / "tests")
     assert done.stdout.strip() == "fastgpt.train", done.stderr

@@ -55,12 +55,22 @@ def test_instructions() -> None:
     text = (
         "\t.section\t.text._Z1av,'ax'\n LDG.E.128 R4, [R2]\n LDG.E.128.CONSTANT R4\n LDG.E.64 R2\n LDG.E.CONSTANT R1\n"
         "\t.section\t.text._Z1bv,'ax'\n LDG.E R2\n LDGSTS.E.BYPASS.128.ZFILL [R1], [R8.64], P1\n LDGSTS.E [R1]\n"
-        " HMMA.16816.F32.BF16 R4, R8\n HMMA.16816.F32 R4, R8\n"
+        " HMMA.16816.F32.BF16 R4, R8\n HMMA.16816.F32 R4, R8\n HGMMA.64x128x16.F32.BF16 R24, R4\n"
     )
     assert cuda_check.instructions(text) == {
-        "_Z1av": {"wide_loads": 2, "wide_copies": 0, "tensor_products": 0},
-        "_Z1bv": {"wide_loads": 0, "wide_copies": 1, "tensor_products": 2},
+        "_Z1av": {"wide_loads": 2, "wide_copies": 0, "tensor_products": 0, "warpgroup_products": 0},
+        "_Z1bv": {"wide_loads": 0, "wide_copies": 1, "tensor_products": 2, "warpgroup_products": 1},
     }
+
+
+def test_threads_are_those_of_the_launch_bounds() -> None:
+    text = (
+        '\t.section\t.nv.info,"",@"SHT_CUDA_INFO"\n\t.section\t.nv.info._Z1av,"",@"SHT_CUDA_INFO"\n'
+        "//----- nvinfo : EIATTR_MAX_THREADS\n\t.align\t4\n.L_1:\n .byte 0x04, 0x05\n .short (.L_3 - .L_2)\n"
+        '.L_2:\n /*4*/ .word\t0x00000080\n /*8*/ .word 0x00000001\n\t.section\t.nv.info._Z1bv,"",@"SHT_CUDA_INFO"\n'
+        "//----- nvinfo : EIATTR_REGCOUNT\n .word 0x00000040\n"
+    )
+    assert cuda_check.most_threads(text) == {"_Z1av": 128}
 
 
 def test_problem() -> None:

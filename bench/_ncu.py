@@ -1,0 +1,39 @@
+"""Nsight Compute: the command that profiles one kernel of an op (`--ncu`), the calls that it watches (`--calls`)."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from fastgpt.bench._harness import Setting
+from fastgpt.bench._op import Bench, Provider, chosen
+from fastgpt.device import DTYPES
+
+
+def call(bench: Bench, setting: Setting, phases: list[str], found: list[Provider], calls: int) -> None:
+    """Each provider of ours in each phase, so often; what a profiler watches."""
+    for phase in phases:
+        for p in found:
+            if p.backend and phase in p.phases:
+                with chosen(bench.op, p):
+                    job = bench.job(p, setting, phase, 1)
+                    for _ in range(calls):
+                        (job.reset or int)()
+                        job.run()
+                print(f"{bench.op} {phase} {p.name}: {calls} calls")
+    if setting.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def command(bench: Bench, setting: Setting, phase: str, backend: str | None) -> str:
+    """Nsight Compute on one launch of the op's kernel, after two that warm up; of this backend if one is named."""
+    shape, dtype = "x".join(map(str, setting.shape)), next(n for n, d in DTYPES.items() if d == setting.dtype)
+    kernels = {"rope": "rope", "cross_entropy": "cross_entropy", "linear_cross_entropy": "cross_entropy"}.get(bench.op)
+    kernels = kernels or bench.op + {"forward": "_fwd", "backward": "_(bwd|dq|dkdv)"}.get(phase, "_")
+    named = "" if backend is None else f"--backend {backend} "
+    return (
+        f"ncu --set full --kernel-name 'regex:^{kernels}' --launch-skip 2 --launch-count 1 "
+        f"--export {bench.op}-{phase}-{shape}-{dtype} --force-overwrite {sys.executable} -m fastgpt.bench.{bench.op} "
+        f"--device {setting.device} --dtype {dtype} --shape {shape} --phase {phase} {named}--calls 3"
+    )

@@ -1,0 +1,191 @@
+"""What the compilers made of every kernel, no GPU used: `python -m fastgpt.bench.codegen [--only attention] [--all]`.
+
+One row per kernel, configuration and architecture: registers of a thread, stack (and, for CUDA, spills) and static or
+launched shared memory in bytes, tensor-core instructions in the machine code (hmma: of a warp, wgmma: of a warp
+group), and the bound on occupancy: the blocks of one multiprocessor that registers, shared memory and threads allow,
+what limits them, and the share of its warps that they fill. CUDA: every kernel by nvcc for sm_80 and sm_90a
+(fastgpt.cuda_check); where shared memory is sized at the launch (dynamic_shared), the bound is without it, so an upper
+one. Triton: three configurations of each kernel for sm_80 and sm_90, in bf16; --all takes every one. Exit code 1: a
+compilation failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import fnmatch
+import math
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt import cuda_check
+from fastgpt.bench._harness import append_rows, provenance, where
+from fastgpt.cuda_check import ToolMissing
+
+SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+LANGUAGES = ("cuda", "triton")
+REGISTERS, REGISTER_UNIT, PARTITIONS = 65536, 256, 4  # of a multiprocessor; given to a warp in units; its quarters
+SHARED_UNIT, SHARED_RESERVED = 128, 1024  # bytes; the second are the system's in every block
+# by compute capability: warps, blocks, KB of shared memory of a multiprocessor (CUDA programming guide, appendix)
+CHIPS = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228)}
+PER_KERNEL = 3  # Triton configurations without --all
+MACHINE = torch.device("cpu")  # the compilers run there, whatever device is
+
+
+def occupancy(chip: int, threads: int, registers: int, shared: int) -> dict[str, Any]:
+    """blocks_per_sm, what limits them, and the percentage of the multiprocessor's warps that they are."""
+    warps, blocks, kilobytes = CHIPS[chip]
+    needed = math.ceil(threads / 32)
+    of_warp = math.ceil(max(1, registers) * 32 / REGISTER_UNIT) * REGISTER_UNIT
+    of_block = math.ceil((shared + SHARED_RESERVED) / SHARED_UNIT) * SHARED_UNIT
+    bounds = {
+        "blocks": blocks,
+        "threads": warps // needed,
+        "registers": REGISTERS // PARTITIONS // of_warp * PARTITIONS // needed,
+        "shared memory": kilobytes * 1024 // of_block,
+    }
+    limit = min(bounds, key=lambda name: bounds[name])
+    most = bounds[limit]
+    return {"blocks_per_sm": most, "limited_by": limit, "occupancy_pct": 100 * most * needed / warps}
+
+
+def dynamic_kernels(source: Path) -> set[str]:
+    """Names of the kernels that declare shared memory whose size comes with the launch."""
+    found = set()
+    for file in source.glob("*.cu"):
+        for body in re.split(r"\b__global__\b", file.read_text(encoding="utf-8"))[1:]:
+            name = re.search(r"(\w+_kernel)\s*\(", body)
+            if name is not None and "FASTGPT_DYNAMIC_SHARED(" in body:
+                found.add(name[1])
+    return found
+
+
+def cuda_rows(source: Path, only: str) -> list[dict[str, Any]]:
+    """A row per CUDA kernel and architecture; raises ToolMissing."""
+    kernels, failures = cuda_check.check(source, sorted(cuda_check.ARCHS), only)
+    nvcc = cuda_check.find_nvcc()
+    assert nvcc is not None, "check ran it"
+    about = {"bench": "codegen", "language": "cuda", "compiler": nvcc_version(nvcc), "machine": provenance(MACHINE)}
+    dynamic = dynamic_kernels(source)
+    rows = []
+    for k in kernels:
+        row = {**about, "kernel": k.name, "arch": k.arch, "registers": k.registers, "stack_bytes": k.stack}
+        row |= {"spill_bytes": k.spills, "shared_bytes": k.shared, "threads": k.threads}
+        row |= {"dynamic_shared": k.name.split("<")[0] in dynamic}
+        row |= {"hmma": k.tensor_products, "wgmma": k.warpgroup_products}
+        chip = int(re.sub(r"\D", "", k.arch))
+        rows.append(row | occupancy(chip, k.threads, k.registers, k.shared))
+    return rows + [{**about, "kernel": failure.split(" for ")[0], "red": failure} for failure in failures]
+
+
+def nvcc_version(nvcc: Path) -> str:
+    """As in 'nvcc 13.0.88'."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"\bV([\d.]+)", text)
+    return f"nvcc {found[1] if found else 'of an unknown version'}"
+
+
+def triton_rows(only: str, every: bool) -> list[dict[str, Any]]:
+    """A row per configuration of a Triton kernel and architecture; raises ToolMissing."""
+    try:
+        import triton
+
+        from fastgpt import triton_check
+    except ImportError as e:
+        raise ToolMissing(f"triton is not there: {e}") from e
+    if triton.knobs.runtime.interpret:
+        raise ToolMissing("TRITON_INTERPRET is set, nothing would be compiled; run it without")
+    wanted = [j for j in triton_check.jobs(None, False, quick=not every) if fnmatch.fnmatchcase(j.module, only)]
+    wanted = wanted if every else some_of_each(wanted)
+    about = {"bench": "codegen", "language": "triton", "compiler": f"triton {triton.__version__}"}
+    about |= {"machine": provenance(MACHINE)}
+    rows: list[dict[str, Any]] = []
+    for r in triton_check.check(wanted, _counted) if wanted else []:
+        row: dict[str, Any] = {**about, "kernel": r.name, "arch": f"sm_{r.arch}"}
+        if r.error:
+            rows.append({**row, "red": r.error})
+            continue
+        row |= {"registers": r.registers, "stack_bytes": r.stack, "shared_bytes": r.shared, "threads": 32 * r.num_warps}
+        row |= {"dynamic_shared": False, "hmma": r.hmma, "wgmma": r.wgmma}
+        rows.append(row | occupancy(r.arch, 32 * r.num_warps, r.registers, r.shared))
+    return rows
+
+
+def some_of_each(jobs: list[Any]) -> list[Any]:
+    """At most PER_KERNEL jobs of each kernel and architecture, from the first to the last evenly."""
+    from fastgpt import triton_check
+
+    kernels: dict[tuple[str, int], list[Any]] = {}
+    for job in jobs:
+        name = triton_check.configurations(job.module, job.dtype, job.weight_dtype)[job.number].name
+        kernels.setdefault((name.split("[")[0], job.arch), []).append(job)
+    steps = range(PER_KERNEL)
+    picked = (sorted({i * (len(k) - 1) // (PER_KERNEL - 1) for i in steps}) for k in kernels.values())
+    return [k[i] for k, numbers in zip(kernels.values(), picked) for i in numbers]
+
+
+def _counted(job: Any) -> Any:
+    """triton_check's report with hmma and wgmma, from the machine code."""
+    from fastgpt import triton_check
+
+    report = triton_check.compile_one(job)
+    if report.error:
+        return report
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(triton_check.compiled(job).asm["cubin"])  # from Triton's cache
+        f.flush()
+        done = subprocess.run([cuda_check.find_nvdisasm(), "-c", f.name], check=True, capture_output=True, text=True)
+    (counts,) = cuda_check.instructions(done.stdout).values()
+    return dataclasses.replace(report, hmma=counts["tensor_products"], wgmma=counts["warpgroup_products"])
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The rows of one language as a table, failures last."""
+    good = sorted((r for r in rows if "red" not in r), key=lambda r: (r["kernel"], r["arch"]))
+    width = max((len(r["kernel"]) for r in good), default=6)
+    lines = [f"{'kernel':{width}}  arch    registers  stack  shared  threads  HMMA  wgmma  blocks/SM  occupancy, limit"]
+    for r in good:
+        blocks = f"{'<= ' if r['dynamic_shared'] else ''}{r['blocks_per_sm']}"
+        numbers = f"{r['registers']:9}  {r['stack_bytes']:5}  {r['shared_bytes']:6}  {r['threads']:7}  {r['hmma']:4}"
+        numbers += f"  {r['wgmma']:5}  {blocks:>9}  {r['occupancy_pct']:5.1f} %, {r['limited_by']}"
+        lines.append(f"{r['kernel']:{width}}  {r['arch']:6}  {numbers}")
+    return "\n".join(lines + [f"not compiled: {r['kernel']}: {r['red']}" for r in rows if "red" in r])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """1 if a compilation failed; a compiler that is not here is one line, not a failure."""
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.codegen", description=__doc__)
+    parser.add_argument("--language", choices=LANGUAGES, help="default: both")
+    parser.add_argument("--only", default="*", metavar="FILE", help="of csrc/cuda and kernels, as in 'attention*'")
+    parser.add_argument("--all", action="store_true", help="every configuration of the Triton kernels")
+    parser.add_argument("--source", type=Path, default=SOURCE, help="folder of .cu files (default: csrc/cuda)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
+    args = parser.parse_args(argv)
+    halves: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "cuda": lambda: cuda_rows(args.source, args.only),
+        "triton": lambda: triton_rows(args.only, args.all),
+    }
+    print(f"code generation on {where(provenance(MACHINE))}")
+    status = 0
+    for language in [args.language] if args.language else LANGUAGES:
+        try:
+            rows = halves[language]()
+        except ToolMissing as missing:
+            print(f"{language} kernels: not compiled: {missing}", flush=True)
+            continue
+        print(f"{language} kernels: {len(rows)}\n{show(rows)}", flush=True)
+        if args.json:
+            append_rows(args.json, rows)
+        status |= any("red" in r for r in rows)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

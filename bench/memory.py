@@ -1,0 +1,183 @@
+"""What fits a card: `python -m fastgpt.bench.memory [--model gpt2-774m] [--gb 80] [--measure] [--json FILE]`.
+
+The largest batch at the model's T, and the longest sequence at B 1 (in steps of 256 tokens; the position table, where
+the model has one, grows with it), by level of recomputation, bf16 with fp32 masters. planned: fastgpt/memory.py's
+figures against 92 % of the card, anywhere. measured, with --measure and a GPU: two real training steps at each size
+that a bisection asks for, on this GPU, its allocator held to the same 92 % of the largest card that is no larger (--gb
+names others).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.bench import variants
+from fastgpt.bench._harness import append_rows, gpu_state, provenance, where
+from fastgpt.config import ModelConfig, TrainConfig
+from fastgpt.device import default_device, total_memory
+from fastgpt.errors import UserError
+from fastgpt.memory import LEVELS, Shape, Target, plan, shape_of
+from fastgpt.plan import explain_out_of_memory
+from fastgpt.recompute import Level
+
+MODELS = tuple(variants.GPU_SHAPES)
+CARDS_GB = (24, 40, 80, 141)
+UNIT = 256  # tokens: a sequence's length is found to within this
+
+
+def card(gb: float) -> Target:
+    """A card of this much memory, in 10^9 bytes."""
+    return Target(f"{gb:g} GB", "cuda", int(gb * 1e9))
+
+
+def config_of(model: str, level: Level) -> TrainConfig:
+    """Settings of one model in bf16; nothing is allocated, and no GPU is needed."""
+    return replace(variants.settings(variants.GPU_SHAPES[model], torch.device("cuda")), recompute=level)
+
+
+def sized(cfg: TrainConfig, batch: int, block: int) -> TrainConfig:
+    """The settings at B x T in one micro-batch."""
+    model = replace(cfg.model, block_size=block)
+    return replace(cfg, model=model, block_size=block, micro_batch=batch, batch_tokens=batch * block)
+
+
+@functools.cache
+def _shapes(model: ModelConfig) -> tuple[Shape, Shape]:
+    """Of a model at 1 and at 2 UNIT tokens."""
+    blocks = (UNIT, 2 * UNIT)
+    sized = (TrainConfig(replace(model, block_size=t), block_size=t, micro_batch=1, batch_tokens=t) for t in blocks)
+    first, second = (shape_of(cfg) for cfg in sized)
+    return first, second
+
+
+def shape_at(cfg: TrainConfig) -> Shape:
+    """memory.shape_of in no time: position tables are linear in T, and nothing else depends on it."""
+    first, second = _shapes(replace(cfg.model, block_size=UNIT))
+    units = cfg.block_size / UNIT - 1
+    return Shape._make(type(a)(a + units * (b - a)) for a, b in zip(first, second))
+
+
+def planned_peak(cfg: TrainConfig, target: Target) -> int:
+    """Bytes by plan."""
+    return plan(cfg, shape_at(cfg), target).peak
+
+
+def largest(fits: Callable[[int], bool], guess: int = 1) -> int:
+    """The largest n from 1 on that fits, 0 if none does; what is larger than one that does not fit does not either."""
+    low, high = 0, max(1, guess)
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def planned(model: str, level: Level, gb: float) -> dict[str, Any]:
+    """Largest batch and longest sequence by plan, and the bytes that they take."""
+    cfg, target = config_of(model, level), card(gb)
+    batch = largest(lambda b: planned_peak(sized(cfg, b, cfg.block_size), target) <= target.usable)
+    units = largest(lambda n: planned_peak(sized(cfg, 1, n * UNIT), target) <= target.usable)
+    peaks = {}
+    if batch:
+        peaks["largest_batch_peak_gb"] = planned_peak(sized(cfg, batch, cfg.block_size), target) / 1e9
+    if units:
+        peaks["longest_context_peak_gb"] = planned_peak(sized(cfg, 1, units * UNIT), target) / 1e9
+    return {"figure": "planned", "largest_batch": batch, "longest_context": units * UNIT, **peaks}
+
+
+def step_fits(cfg: TrainConfig, device: torch.device) -> bool:
+    """Whether two training steps end well: the second one has the optimizer's state from the first."""
+    cfg = replace(cfg, device=str(device))
+    shape = (cfg.sequences, cfg.block_size)
+    assert cfg.model.vocab_size is not None
+    try:
+        with explain_out_of_memory(cfg, cfg.model.vocab_size, device):
+            ids = torch.randint(cfg.model.vocab_size, shape, device=device)
+            variants.build("fastgpt", cfg, [(ids, ids)]).train(cfg, 2)
+        return True
+    except UserError:
+        return False
+    finally:
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def measured(model: str, level: Level, gb: float, device: torch.device) -> dict[str, Any]:
+    """The same by real steps, from the plan's answer on."""
+    cfg, guess = config_of(model, level), planned(model, level, gb)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, card(gb).usable / total_memory(device)), device)
+    try:
+        batch = largest(lambda b: step_fits(sized(cfg, b, cfg.block_size), device), guess["largest_batch"])
+        units = largest(lambda n: step_fits(sized(cfg, 1, n * UNIT), device), guess["longest_context"] // UNIT)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    return {"figure": "measured", "largest_batch": batch, "longest_context": units * UNIT, "gpu": gpu_state(device)}
+
+
+def row(model: str, level: Level, gb: float, figures: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A row of figures."""
+    about = {"bench": "memory", "model": model, "mode": level, "device": f"{gb:g} GB", "memory_gb": gb, "dtype": "bf16"}
+    return {**about, "block": variants.GPU_SHAPES[model].block, **figures, "machine": provenance(device)}
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """Batch x T, and the longest sequence, by card."""
+    cards = sorted({r["memory_gb"] for r in rows})
+    lines = [f"{'model':<12}{'recompute':<11}{'':<10}" + "".join(f"{f'{gb:g} GB: B, longest T':>24}" for gb in cards)]
+    keys = dict.fromkeys((r["model"], r["mode"], r["figure"]) for r in rows)
+    for key in keys:
+        cells = {r["memory_gb"]: r for r in rows if (r["model"], r["mode"], r["figure"]) == key}
+        told = (
+            f"{cells[gb]['largest_batch']:,}, {cells[gb]['longest_context']:,}" if gb in cells else "-" for gb in cards
+        )
+        lines.append(f"{key[0]:<12}{key[1]:<11}{key[2]:<10}" + "".join(f"{cell:>24}" for cell in told))
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; a card that not even one sequence fits has batch 0."""
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.memory", description=__doc__)
+    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; default: all")
+    parser.add_argument("--gb", action="append", type=float, help=f"of a card; may be repeated; default: {CARDS_GB}")
+    parser.add_argument("--recompute", action="append", choices=LEVELS, help="may be repeated; default: all levels")
+    parser.add_argument("--measure", action="store_true", help="by real steps on this GPU, too (default: gpt2-124m)")
+    parser.add_argument("--device", default="auto", help="of --measure: cuda, cuda:1")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
+    args = parser.parse_args(argv)
+    device = default_device(args.device)
+    if args.measure and device.type != "cuda":
+        parser.error("--measure needs a GPU; without it the figures are planned")
+    levels, cards = args.recompute or LEVELS, args.gb or CARDS_GB
+    rows = [
+        row(model, level, gb, planned(model, level, gb), torch.device("cpu"))
+        for model in args.model or MODELS
+        for level in levels
+        for gb in cards
+    ]
+    if args.measure:
+        torch.cuda.set_device(device)
+        here = [gb for gb in cards if gb * 1e9 <= total_memory(device)]
+        here = here if args.gb else here[-1:]
+        for model in args.model or MODELS[:1]:
+            for level in levels:
+                rows += [row(model, level, gb, measured(model, level, gb, device), device) for gb in here]
+    print(f"bf16, T {variants.GPU_SHAPES[MODELS[0]].block} for the batch, {where(rows[-1]['machine'])}")
+    print(show(rows))
+    if args.json:
+        append_rows(args.json, rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

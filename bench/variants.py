@@ -1,0 +1,254 @@
+"""The ways to train that benchmarks compare: fastgpt's step and plain PyTorch's, at the shapes of GPT-2 and a Llama.
+
+`build(name, cfg, batches)` gives one in this process, `Apart` one in a process of its own, `prepare` all of them,
+warmed up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import itertools
+import math
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from fastgpt import backend
+from fastgpt.bench import plain
+from fastgpt.bench._harness import resident_mb
+from fastgpt.config import ModelConfig, TrainConfig
+from fastgpt.device import keep_freed_memory
+from fastgpt.graphs import Graphs
+
+WARM_STEPS = 3  # before timing; compared, too
+GPU_WARM_STEPS = 6  # graphs are recorded in the fourth
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Model, batch and length of one comparison, and how many steps are timed; `llama`: a model of that kind."""
+
+    layers: int
+    heads: int
+    width: int
+    vocab: int
+    block: int
+    batch: int
+    steps: int
+    llama: bool = False
+
+
+SHAPES = {
+    "small": Shape(4, 4, 128, 65, 64, 12, 60),
+    "medium": Shape(6, 6, 384, 65, 256, 16, 6),
+    "gpt2-124m": Shape(12, 12, 768, 50304, 64, 4, 6),
+    "llama-small": Shape(4, 4, 128, 65, 64, 12, 60, llama=True),
+}
+GPU_SHAPES = {  # the models of fastgpt/configs, which a machine without jsonargparse cannot read
+    "gpt2-124m": Shape(12, 12, 768, 50304, 1024, 64, 20),
+    "gpt2-350m": Shape(24, 16, 1024, 50304, 1024, 32, 20),
+    "gpt2-774m": Shape(36, 20, 1280, 50304, 1024, 16, 20),
+    "gpt2-1.5b": Shape(48, 25, 1600, 50304, 1024, 8, 20),
+    "llama-125m": Shape(12, 12, 768, 32000, 1024, 64, 20, llama=True),
+}
+LLAMA: dict[str, Any] = dict(norm="rms", activation="swiglu", positions="rope", tied=False)
+LLAMA |= dict(qkv_bias=False, proj_bias=False, mlp_bias=False)
+
+
+def shapes_on(device: torch.device) -> dict[str, Shape]:
+    """By name; on a GPU GPT-2 has its own length and batch, and there are larger models."""
+    return SHAPES | GPU_SHAPES if device.type == "cuda" else SHAPES
+
+
+def default_shape(device: torch.device) -> str:
+    """What is measured where nothing was named."""
+    return "gpt2-124m" if device.type == "cuda" else "small"
+
+
+def settings(shape: Shape, device: torch.device) -> TrainConfig:
+    """The trainer's settings for this shape; GPT-2 keeps its 1024 positions."""
+    model = ModelConfig(
+        n_layers=shape.layers,
+        n_heads=shape.heads,
+        width=shape.width,
+        vocab_size=shape.vocab,
+        vocab_multiple=1,  # 50304 is nanoGPT's padded vocabulary, 65 it does not pad
+        block_size=1024 if shape.vocab == 50304 else shape.block,
+        **(LLAMA if shape.llama else {}),
+    )
+    return TrainConfig(
+        model=model,
+        device=str(device),
+        dtype="bf16" if device.type == "cuda" else "fp32",
+        block_size=shape.block,
+        micro_batch=shape.batch,
+        batch_tokens=shape.batch * shape.block,
+        max_steps=1000,
+        warmup_steps=10,
+        lr=1e-3,
+    )
+
+
+def trainer() -> ModuleType:
+    """fastgpt.train; what only its console and files need (tqdm, safetensors) may be missing on a GPU machine."""
+    while True:
+        try:
+            import fastgpt.train
+
+            return fastgpt.train
+        except ModuleNotFoundError as e:
+            if e.name is None or e.name.split(".")[0] in ("fastgpt", "torch", "numpy"):
+                raise
+            sys.modules[e.name] = mock.MagicMock()  # a step calls nothing of it
+
+
+def batches(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Eight batches of (ids, targets), each (B, T), that all variants read in turn."""
+    generator = torch.Generator().manual_seed(1)
+    u = torch.rand((8, shape.batch, shape.block + 1), generator=generator, dtype=torch.float64)
+    ids = ((shape.vocab**u).long() - 1).to(device)
+    return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in ids]
+
+
+@dataclass
+class Variant:
+    """One way to train: `step(rate)` does one optimizer step and returns its loss, on the device."""
+
+    name: str
+    step: Callable[[float], Tensor]
+    kernels: dict[str, Any] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
+    losses: list[Tensor] = field(default_factory=list)
+    peak_mb: float | None = None
+    stream: Any = None  # torch.cuda.Stream; None: the current one
+
+    def train(self, cfg: TrainConfig, steps: int) -> float:
+        """The next steps of the schedule; returns seconds, the device's work included."""
+        learning_rate = trainer().learning_rate
+        wait = torch.cuda.synchronize if torch.device(cfg.device).type == "cuda" else lambda: None
+        wait()
+        start = time.perf_counter()
+        with backend.use(**self.kernels), torch.cuda.stream(self.stream):
+            for _ in range(steps):
+                self.losses.append(self.step(learning_rate(cfg, len(self.losses), cfg.max_steps)))
+        wait()
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        """Nothing to end; see Apart."""
+
+
+class Apart:
+    """A Variant on the CPU in a process of its own."""
+
+    def __init__(self, name: str, shape: Shape) -> None:
+        self.name, self.losses, self.peak_mb = name, list[Tensor](), math.nan
+        context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads without their lives
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, name, shape), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.flops: dict[str, float] = self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            answer = self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"the process of {self.name} ended; its message is above") from None
+        return answer
+
+    def train(self, cfg: TrainConfig, steps: int) -> float:
+        """As Variant.train, timed over there."""
+        self.pipe.send(steps)
+        seconds, losses, self.peak_mb = self._answer()
+        self.losses += torch.tensor(losses).unbind()
+        return float(seconds)
+
+    def close(self) -> None:
+        """End the process."""
+        self.pipe.send(0)
+        self.process.join()
+
+
+def _serve(pipe: Connection, name: str, shape: Shape) -> None:
+    """The process of an Apart: build, then train as many steps as asked for until 0 comes."""
+    cfg = settings(shape, torch.device("cpu"))
+    trainer()
+    before = resident_mb("VmRSS")
+    v = build(name, cfg, batches(shape, torch.device("cpu")))
+    pipe.send(v.flops)
+    while steps := pipe.recv():
+        seconds = v.train(cfg, steps)
+        fresh = torch.stack(v.losses[-steps:]).tolist()
+        pipe.send((seconds, fresh, resident_mb("VmHWM") - before))
+        if len(v.losses) <= WARM_STEPS:
+            gc.collect()
+            with contextlib.suppress(OSError):  # without it the peak includes warm-up
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+
+
+def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
+    """'fastgpt', 'torch', either with ' compile'; 'fastgpt graphs': as it trains on a GPU; 'fastgpt -OP': OP on
+    PyTorch."""
+    train, device = trainer(), torch.device(cfg.device)
+    assert cfg.model.vocab_size is not None
+    compiled, loader = name.endswith(" compile"), itertools.cycle(data)
+    model = train.build_model(dataclasses.replace(cfg, compile=compiled), cfg.model.vocab_size, device)
+    if name.startswith("torch"):
+        return Variant(name, plain.make_step(model, cfg, loader, compiled))
+    if device.type == "cpu":
+        keep_freed_memory()
+    optimizer = train.build_optimizer(cfg, model)
+    run = torch.compile(model) if compiled else model
+    graphs = Graphs(model) if name.endswith(" graphs") else None
+
+    def step(rate: float) -> Tensor:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss = train.train_step(run, optimizer, loader, cfg.accumulation, graphs=graphs)[0]
+        if graphs is not None and graphs.failure:
+            raise RuntimeError(f"{name}: not recorded: {graphs.failure}")
+        return loss if graphs is None else loss.clone()  # the next step writes over it
+
+    _, _, without = name.partition(" -")
+    kernels = {without: "torch"} if without else {}
+    stream = torch.cuda.Stream(device) if graphs is not None and device.type == "cuda" else None
+    return Variant(name, step, kernels, model.flops_per_token(cfg.block_size), stream=stream)
+
+
+def prepare(names: list[str], cfg: TrainConfig, shape: Shape) -> tuple[list[Any], list[str]]:
+    """Variants warmed up, with their peak memory on a GPU; and the names of those that do not fit."""
+    cuda = cfg.device.startswith("cuda")
+    if not cuda:
+        apart = [Apart(name, shape) for name in names]
+        for process in apart:
+            process.train(cfg, WARM_STEPS)
+        return apart, []
+    variants: list[Any] = []
+    too_large, data = [], batches(shape, torch.device(cfg.device))
+    for name in names:
+        try:
+            before = torch.cuda.memory_allocated()
+            v = build(name, cfg, data)
+            v.train(cfg, GPU_WARM_STEPS - 1)
+            torch.cuda.reset_peak_memory_stats()
+            v.train(cfg, 1)
+            v.peak_mb = (torch.cuda.max_memory_allocated() - before) / 1e6
+            variants.append(v)
+        except torch.OutOfMemoryError:
+            too_large.append(name)
+        gc.collect()
+        torch.cuda.empty_cache()
+    return variants, too_large
