@@ -1,6 +1,21 @@
 """fastgpt: train a GPT at the most tokens per second, with kernels that work in any PyTorch model."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from fastgpt import ops
 
+if TYPE_CHECKING:
+    from fastgpt.patching import patch, patch_report, unpatch
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "ops"]
+__all__ = ["__version__", "ops", "patch", "patch_report", "unpatch"]
+
+
+def __getattr__(name: str) -> Any:
+    """patch and its like, imported at their first use."""
+    if name in ("patch", "patch_report", "unpatch"):
+        return getattr(importlib.import_module("fastgpt.patching"), name)
+    raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")

@@ -1,0 +1,230 @@
+"""fastgpt's kernels in a model that exists: `patch(model)`, `unpatch(model)`, `patch_report(model)`.
+
+A patched module keeps its class, parameters, buffers, hooks and place: all that changes is one attribute of the
+instance (`forward`, mostly), which hides the class's. Modules are not exchanged and classes are not swapped, so
+state_dict keys, isinstance, type(), hooks, optimizers, PEFT, DDP, FSDP2 (which itself swaps classes), checkpointing and
+copy.deepcopy see what they saw before, and to undo is to delete the attribute. Nothing of torch or transformers changes
+for anyone else; transformers learns one more attention implementation, 'fastgpt', through its registry.
+(pickle cannot take the methods that are made anew for a model's own attention or rotation: save the state_dict.)
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from fastgpt.patching import _rebind
+from fastgpt.patching._recognise import RECOGNISERS, Found
+
+PARTS = ("norm", "mlp", "attention", "rope", "loss", "embedding")
+__all__ = ["PARTS", "Entry", "Report", "patch", "patch_report", "unpatch"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a report: `op` took the place of `what` in module `name`, or, op empty, did not, and `why`."""
+
+    name: str
+    part: str
+    what: str
+    op: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was replaced and what was left; prints as a table, layers that are alike in one line."""
+
+    replaced: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+    dry_run: bool = False
+    options: tuple[Any, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{'would replace' if self.dry_run else 'replaced'} {len(self.replaced)}, left {len(self.left)}"]
+        counts: dict[tuple[str, ...], int] = {}
+        for e in [*self.replaced, *self.left]:
+            end = f"fastgpt.ops.{e.op}" if e.op else f"left: {e.why}"
+            row = (e.part, re.sub(r"\d+", "*", e.name) or "(the model)", e.what, end)
+            counts[row] = counts.get(row, 0) + 1
+        rows = [(p, name if n == 1 else f"{name} ({n})", what, end) for (p, name, what, end), n in counts.items()]
+        widths = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
+        lines += ["  ".join([*(c.ljust(w) for c, w in zip(r, widths)), r[3]]) for r in rows]
+        return "\n".join(lines)
+
+
+def _transformers(model: nn.Module) -> Any:
+    """fastgpt.patching._huggingface if the model has a transformers model in it, else None."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not any(type(m).__module__.startswith("transformers.") for m in model.modules()):
+        return None
+    from fastgpt.patching import _huggingface
+
+    return _huggingface
+
+
+def _find(model: nn.Module, keep_logits: bool) -> Iterator[tuple[str, nn.Module, Found]]:
+    """Everything in the model that is an op's business: (name, module, what was found)."""
+    huggingface, configs = _transformers(model), []  # type: ignore[var-annotated]
+    for name, module in model.named_modules():
+        found: list[Found] = [f for r in RECOGNISERS if (f := r(module)) is not None]
+        found += _rebind.find(module)
+        for f in found:
+            yield name, module, _own(module, f)
+        if huggingface:
+            for at, m, f in huggingface.find(name, module, configs, keep_logits):
+                yield at, m, _own(m, f)
+
+
+def _own(module: nn.Module, f: Found) -> Found:
+    """f, or why it cannot be: someone else put a forward on this instance."""
+    if not f.op or f.attribute not in module.__dict__:
+        return f
+    why = f"{f.attribute} of this instance is not its class's (accelerate or another patch set it)"
+    return Found(f.part, f.what, why=why)
+
+
+def _names(option: str, value: str | Iterable[str] | None) -> frozenset[str]:
+    """Names of parts as a set.
+
+    Raises:
+        ValueError: a name that is not a part.
+    """
+    names = frozenset([value] if isinstance(value, str) else value or ())
+    if unknown := sorted(names - set(PARTS)):
+        raise ValueError(f"patch: {option}={', '.join(unknown)}: expected some of {', '.join(PARTS)}")
+    return names
+
+
+def _records(model: nn.Module) -> dict[str, Report]:
+    """Reports of the patched models in this one, by their names in it."""
+    return {n: m.__dict__["_fastgpt_report"] for n, m in model.named_modules() if "_fastgpt_report" in m.__dict__}
+
+
+def patch(
+    model: nn.Module,
+    *,
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    keep_logits: bool = False,
+) -> Any:
+    """Put fastgpt's kernels into a model, in place; `unpatch` takes them out, `patch_report` says what was done.
+
+    Args:
+        model: any nn.Module. Recognised are LayerNorm and RMSNorm (by what they compute), GELU and gated MLPs,
+            F.scaled_dot_product_attention, nn.MultiheadAttention and transformers' attention, transformers' rotary
+            embedding, the LM head with its loss, cross-entropy, nn.Embedding.
+        only, skip: names of parts, or one name: "norm", "mlp", "attention", "rope", "loss", "embedding".
+        dry_run: change nothing; patch_report(model) then says what would be done.
+        strict: raise where something of a wanted part cannot be replaced.
+        keep_logits: transformers' models give `logits` in training too (else None where labels were given).
+
+    Returns:
+        model. Patching it again with the same options does nothing.
+
+    Raises:
+        ValueError: an unknown part, nothing to patch, something left under strict, or other options than before.
+    """
+    chosen = (_names("only", only) or frozenset(PARTS)) - _names("skip", skip)
+    options = (chosen, keep_logits)
+    before = {n: r for n, r in _records(model).items() if not r.dry_run}
+    if any(r.options != options for r in before.values()):
+        raise ValueError(f"patch: {type(model).__name__} was patched with other options; unpatch it first")
+    if before:
+        return model
+    found = [(n, m, f) for n, m, f in _find(model, keep_logits) if f.part in chosen]
+    served = {(id(m), f.part) for _, m, f in found if f.op}
+    found = [(n, m, f) for n, m, f in found if f.op or (id(m), f.part) not in served]
+    entries = [Entry(n, f.part, f.what, f.op, f.why) for n, _, f in found]
+    report = Report([e for e in entries if e.op], [e for e in entries if not e.op], dry_run, options)
+    if not report.replaced:
+        looked = f"looked for {', '.join(p for p in PARTS if p in chosen)}"
+        reasons = "".join(f"; {e.name or 'the model'}: {e.why}" for e in report.left[:3])
+        raise ValueError(f"patch: nothing to patch in {type(model).__name__} ({looked}{reasons})")
+    if strict and report.left:
+        reasons = "; ".join(dict.fromkeys(f"{e.part} {e.name or 'of the model'}: {e.why}" for e in report.left))
+        raise ValueError(f"patch: strict, but {len(report.left)} could not be replaced: {reasons}")
+    if not dry_run:
+        _apply([(m, f) for _, m, f in found if f.op])
+    model.__dict__["_fastgpt_report"] = report
+    return model
+
+
+def _apply(found: list[tuple[nn.Module, Found]]) -> None:
+    """Set the attributes; every patched module remembers its own, so that copies can be undone too."""
+    methods: dict[tuple[int, str], tuple[nn.Module, list[Any]]] = {}
+    for module, f in found:
+        if f.function is not None:
+            methods.setdefault((id(module), f.attribute), (module, []))[1].append(f.function)
+        elif f.call is None:
+            huggingface = _transformers(module)
+            _remember(module)[f.attribute] = huggingface.set_implementation(module, huggingface.IMPLEMENTATION)
+        else:
+            _set(module, f.attribute, f.call, f.arguments)
+    for (_, attribute), (module, functions) in methods.items():
+        _set(module, attribute, _rebind.rebind(dict(_rebind.methods(module))[attribute], functions), ())
+
+
+def _remember(module: nn.Module) -> dict[str, Any]:
+    """Attribute -> what was put there, of a patched module."""
+    mine: dict[str, Any] = module.__dict__.setdefault("_fastgpt", {})
+    return mine
+
+
+def _set(module: nn.Module, attribute: str, call: Any, arguments: tuple[Any, ...]) -> None:
+    """A partial, where a bound method would do for eager: copy and pickle follow its module by themselves."""
+    ours: Any = functools.partial(call, module, *arguments)
+    ours.__signature__ = inspect.signature(getattr(module, attribute))  # the Trainer and generate() look at it
+    module.__dict__[attribute] = _remember(module)[attribute] = ours
+
+
+def unpatch(model: nn.Module) -> Any:
+    """Take out what `patch` put into this model or into models in it; returns the model, as it was.
+
+    Raises:
+        ValueError: nothing is patched, or a forward was wrapped since (by accelerate, say): undo that first.
+    """
+    patched = [(n, m) for n, m in model.named_modules() if "_fastgpt" in m.__dict__]
+    if not patched:
+        raise ValueError(f"unpatch: {type(model).__name__} is not patched")
+    for name, module in patched:
+        for attribute, ours in module.__dict__["_fastgpt"].items():
+            if not isinstance(ours, str) and module.__dict__.get(attribute) is not ours:
+                where = f"{name}.{attribute}" if name else attribute
+                raise ValueError(
+                    f"unpatch: {where} was wrapped after patching; unwrap it first (accelerate: unwrap_model)"
+                )
+    for _, module in patched:
+        for attribute, ours in module.__dict__.pop("_fastgpt").items():
+            if isinstance(ours, str):
+                _transformers(module).set_implementation(module, ours)
+            else:
+                del module.__dict__[attribute]
+    for m in model.modules():
+        m.__dict__.pop("_fastgpt_report", None)
+    return model
+
+
+def patch_report(model: nn.Module) -> Report:
+    """What `patch` replaced in this model and what it left, and why; `print` shows it as a table.
+
+    Raises:
+        ValueError: the model was not patched (nor looked at by a dry run).
+    """
+    records = _records(model)
+    if not records:
+        raise ValueError(f"patch_report: {type(model).__name__} was not patched")
+    report = Report(dry_run=all(r.dry_run for r in records.values()), options=next(iter(records.values())).options)
+    for prefix, r in records.items():
+        for mine, theirs in ((report.replaced, r.replaced), (report.left, r.left)):
+            mine += [Entry(".".join(filter(None, (prefix, e.name))), e.part, e.what, e.op, e.why) for e in theirs]
+    return report

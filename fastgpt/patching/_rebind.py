@@ -1,0 +1,125 @@
+"""Methods that call F.scaled_dot_product_attention and the like by name, made again with other globals.
+
+The code object stays the user's; only the names that lead to a replaced function lead elsewhere. So nothing of torch or
+of the user's module changes, nothing is added to a call, and torch.compile sees an ordinary function. The globals are
+those of the moment: a name that the user's module changes later keeps its value in the patched method.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastgpt.patching import _replace as replace
+from fastgpt.patching._recognise import Found, name_of
+
+# function of torch -> (part, op, what takes its place)
+FUNCTIONS: dict[Any, tuple[str, str, Callable[..., Any]]] = {
+    F.scaled_dot_product_attention: ("attention", "attention", replace.sdpa),
+    F.layer_norm: ("norm", "layer_norm", replace.functional_layer_norm),
+    F.rms_norm: ("norm", "rms_norm", replace.functional_rms_norm),
+    F.cross_entropy: ("loss", "cross_entropy", replace.cross_entropy),
+}
+ROTARY = "apply_rotary_pos_emb"  # transformers' name, in each of its model files
+
+
+def methods(module: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:
+    """The functions that the module's class defines or inherits, up to torch's own classes."""
+    seen: set[str] = set()
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch."):
+            continue
+        for name, f in vars(cls).items():
+            if isinstance(f, types.FunctionType) and name not in seen:
+                seen.add(name)
+                yield name, f
+
+
+def find(module: nn.Module) -> list[Found]:
+    """The replaceable functions that this module's methods call."""
+    found = []
+    theirs = type(module).__module__.startswith("transformers.")
+    for attribute, f in methods(module):
+        targets = [_global(f, ROTARY)] if ROTARY in f.__code__.co_names else []
+        targets += [] if theirs else [t for t in FUNCTIONS if t is not None and _calls(f, t)]
+        for target in filter(None, targets):
+            part, op, _ = FUNCTIONS.get(target, ("rope", "rope", None))
+            what = f"{name_of(module)}.{attribute}: {target.__name__}"
+            why = _refusal(f)
+            if not why and part == "rope" and not _rotates(target):
+                why = "it is not the half-pairing rotation of (q, k, cos, sin)"
+            found.append(Found(part, what, "" if why else op, why, attribute=attribute, function=target))
+    return found
+
+
+def _global(f: types.FunctionType, name: str) -> Any:
+    value = f.__globals__.get(name)
+    return value if callable(value) else None
+
+
+def _calls(f: types.FunctionType, target: Any) -> bool:
+    """Whether f reaches target through one of its globals: by itself, torch.nn.functional, torch.nn or torch."""
+    names = f.__code__.co_names
+    if any(f.__globals__.get(n) is target for n in names):
+        return True
+    return target.__name__ in names and any(f.__globals__.get(n) in (F, nn, torch) for n in names)
+
+
+def _refusal(f: types.FunctionType) -> str:
+    if any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(f)):
+        return "its method writes to a global"
+    return "its method asks for __name__" if "__name__" in f.__code__.co_names else ""
+
+
+def _rotates(function: Any) -> bool:
+    """Whether a function computes what `replace.rotary` does."""
+    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    g = torch.Generator("cpu").manual_seed(0)
+    q, k = (torch.randn(2, h, 3, 8, generator=g, device="cpu") for h in (4, 2))
+    cos, sin = (torch.randn(2, 3, 4, generator=g, device="cpu").repeat(1, 1, 2) for _ in "cs")
+    try:
+        with torch.no_grad():
+            theirs, ours = function(q, k, cos, sin), replace.rotary(q, k, cos, sin)
+    except Exception:  # whatever it is, it is not this rotation
+        return False
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours))
+
+
+def rebind(f: types.FunctionType, targets: list[Any]) -> types.FunctionType:
+    """f with what leads to each target leading to what takes its place."""
+    places = {t: FUNCTIONS[t][2] if t in FUNCTIONS else replace.rotary for t in targets}
+    spaces = _namespaces(tuple(t for t in places if t in FUNCTIONS))
+    scope = {name: _swap(value, places, spaces) for name, value in f.__globals__.items()}
+    del scope["__name__"]  # torch.compile would look for the names in the module of this name
+    new = types.FunctionType(f.__code__, scope, f.__name__, f.__defaults__, f.__closure__)
+    new.__kwdefaults__, new.__dict__ = f.__kwdefaults__, dict(f.__dict__)
+    return new
+
+
+def _swap(value: Any, places: dict[Any, Any], spaces: dict[int, Any]) -> Any:
+    if id(value) in spaces:
+        return spaces[id(value)]
+    return next((ours for theirs, ours in places.items() if theirs is value), value)
+
+
+@functools.cache
+def _namespaces(targets: tuple[Any, ...]) -> dict[int, types.ModuleType]:
+    """Copies of torch.nn.functional, torch.nn and torch in which these functions are replaced, by id of the original."""
+    if not targets:
+        return {}
+    copies = {}
+    changes: dict[str, Any] = {t.__name__: FUNCTIONS[t][2] for t in targets}
+    for space, name in ((F, "functional"), (nn, "nn"), (torch, "torch")):
+        copies[id(space)] = copy = types.ModuleType(space.__name__)
+        copy.__dict__.update({**vars(space), **changes})
+        changes = {name: copy}
+    return copies
