@@ -75,7 +75,8 @@ def _find(model: nn.Module, keep_logits: bool) -> Iterator[tuple[str, nn.Module,
     huggingface, configs = _transformers(model), []  # type: ignore[var-annotated]
     for name, module in model.named_modules():
         found: list[Found] = [f for r in RECOGNISERS if (f := r(module)) is not None]
-        found += _rebind.find(module)
+        whole = {f.attribute for f in found if f.op}  # the method goes as a whole: what it calls goes with it
+        found += [f for f in _rebind.find(module) if f.attribute not in whole]
         for f in found:
             yield name, module, _own(module, f)
         if huggingface:

@@ -2,9 +2,10 @@
 
 Attention goes through transformers' own registry: 'fastgpt' is entered there and in the registry of mask functions,
 and the model's config names it. A mask is not made T x S where the op needs less: the mask function gives
-None (causal, a sliding window), (B, T) int64 document ids (packed sequences; padding, as a document of its own), or
-(2, B) int32 starts and ends of the keys (decoding with left padding). Any other mask is transformers' 4D one and goes to
-PyTorch's attention, said once.
+None (causal, a sliding window, padding on the right, which no token sees), (B, 1 + T) int64 (where each sequence's keys
+start, then document ids: packed sequences; padding, as a document of its own), or (2, B) int32 starts and ends of the
+keys (decoding with left padding). Any other mask is transformers' 4D one and goes to PyTorch's attention, said once.
+What comes out at a padding token with real ones before it is then not what PyTorch's attention gives there.
 
 The loss: in training with labels, the head's weight and the hidden states go to linear_cross_entropy inside the head's
 own call, so that its hooks (FSDP2's too) run; the whole logits are never made, and `outputs.logits` is None.
@@ -58,17 +59,13 @@ def mask(
         return sdpa_mask(*lengths, allow_is_causal_skip=False, allow_is_bidirectional_skip=True, **options)
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_offset + kv_length
     padding = _padding(attention_mask, kv_length, kv_offset)
-    compact: tuple[bool, Tensor | None] = (False, None)
-    if not use_vmap and aligned and q_length == kv_length:
-        compact = True, padding if allow_is_causal_skip else _documents(mask_function, batch_size, q_length, device)
-        if not allow_is_causal_skip and padding is not None:
-            compact = False, None
-        elif padding is not None:
-            compact = True, None if _whole(padding) else padding.long()
-    elif not use_vmap and aligned:
-        compact = _ranges(padding)
-    if compact[0]:
-        return compact[1]
+    known, compact = False, None
+    if aligned and not use_vmap and q_length == kv_length and (allow_is_causal_skip or padding is None):
+        known, compact = True, _documents(mask_function, batch_size, q_length, device, padding, allow_is_causal_skip)
+    elif aligned and not use_vmap and q_length != kv_length:
+        known, compact = _ranges(padding)
+    if known:
+        return compact
     return sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, local_size,
         allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
@@ -85,17 +82,22 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: Any) -> T
     return attention_mask[:, kv_offset : kv_offset + kv_length]
 
 
-def _whole(padding: Tensor) -> bool:
-    """Whether nothing is padding; not known while compiling."""
-    return not torch.compiler.is_compiling() and bool(padding.all())
-
-
-def _documents(mask_function: Any, batch: int, length: int, device: Any) -> Tensor:
-    """(B, T) document ids: a token that does not see the one before it begins a document."""
-    rows = torch.arange(batch, device=device)[:, None]
+def _documents(
+    mask_function: Any, batch: int, length: int, device: Any, padding: Tensor | None, one: bool
+) -> Tensor | None:
+    """(B, 1 + T) int64 start of the keys, then document ids; None where causality says it all. one: no packing."""
     tokens = torch.arange(length, device=device)[None]
-    joined = mask_function(rows, torch.zeros_like(rows), tokens, (tokens - 1).clamp(min=0))
-    return (~joined).long().cumsum(1)
+    if not one:  # a token that does not see the one before it begins a document
+        rows = torch.arange(batch, device=device)[:, None]
+        joined = mask_function(rows, torch.zeros_like(rows), tokens, (tokens - 1).clamp(min=0))
+        ids = (~joined).long().cumsum(1)
+        return torch.cat((torch.zeros_like(ids[:, :1]), ids), 1)
+    if padding is None:
+        return None
+    if not torch.compiler.is_compiling() and bool((padding[:, :-1] >= padding[:, 1:]).all()):
+        return None
+    starts = torch.where(padding, tokens, length).amin(1, keepdim=True)
+    return torch.cat((starts, padding.long()), 1)
 
 
 def _ranges(padding: Tensor | None) -> tuple[bool, Tensor | None]:
@@ -134,7 +136,7 @@ def attention(
         return _masked(module, query, key, value, attention_mask, dropout, scaling, softcap), None
     which: dict[str, Tensor] = {}
     if attention_mask is not None and attention_mask.dtype == torch.int64:
-        which["doc_ids"] = attention_mask
+        which["kv_start"], which["doc_ids"] = attention_mask[:, 0], attention_mask[:, 1:]
     elif attention_mask is not None:
         which["kv_start"], which["kv_lens"] = attention_mask[0], attention_mask[1]
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))

@@ -113,7 +113,7 @@ def _swap(value: Any, places: dict[Any, Any], spaces: dict[int, Any]) -> Any:
 
 @functools.cache
 def _namespaces(targets: tuple[Any, ...]) -> dict[int, types.ModuleType]:
-    """Copies of torch.nn.functional, torch.nn and torch in which these functions are replaced, by id of the original."""
+    """Copies of torch.nn.functional, torch.nn and torch with these functions replaced, by the originals' ids."""
     if not targets:
         return {}
     copies = {}
