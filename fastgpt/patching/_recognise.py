@@ -78,8 +78,7 @@ def _norm_formula(module: Any) -> tuple[str, tuple[Any, ...]] | None:
     made: dict[str, Any] = {
         n: torch.randn(width, generator=g, device="cpu") for n, p in module._parameters.items() if p is not None
     }
-    bare = object.__new__(type(module))  # the same settings, other weights, no hooks
-    bare.__dict__.update(module.__dict__)
+    bare = bare_copy(module)
     bare.__dict__["_parameters"] = {n: made.get(n) for n in module._parameters}
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -134,14 +133,28 @@ def mlp(module: nn.Module) -> Found | None:
         return None
     children = dict(module.named_children())
     names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
-    active = any(activation(m) for m in children.values()) or {"gelu", "silu"} & set(names)
-    if not active or not 2 < len(children) <= MAX_CHILDREN and not (active and len(children) == 2):
+    active = any(activation(m) for m in children.values()) or bool({"gelu", "silu"} & set(names))
+    if not 2 <= len(children) <= MAX_CHILDREN or not (active or sum(map(_is_linear, children.values())) >= 2):
         return None
     try:
-        graph = _Shallow().trace(module)
+        graph = _Shallow().trace(bare_copy(module))
     except Exception:  # control flow over values, several arguments: not a plain chain
-        return Found("mlp", what, why="its forward cannot be traced")
+        return Found("mlp", what, why="its forward cannot be traced") if active else None
     return _match(module, what, graph)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or replace.is_conv1d(module) or hasattr(module, "base_layer")
+
+
+def bare_copy(module: nn.Module) -> Any:
+    """A module of the same class and settings, without hooks, to run once: what its forward sets stays on the copy."""
+    bare = object.__new__(type(module))
+    nn.Module.__init__(bare)
+    hooks = {n: v for n, v in bare.__dict__.items() if "hooks" in n}
+    kept = {n: dict(v) if isinstance(v, dict) else v for n, v in module.__dict__.items()}
+    bare.__dict__.update({**kept, **hooks})
+    return bare
 
 
 def _encoder_mlp(module: Any) -> Found | None:

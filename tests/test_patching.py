@@ -1,0 +1,453 @@
+"""fastgpt.patch on models that are nobody's family: what is recognised, what is left, and that it can be undone."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.functional import scaled_dot_product_attention
+
+import fastgpt
+from fastgpt.patching import _replace
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+C, H, V, T = 64, 4, 197, 12
+
+
+class LayerNorm(nn.Module):
+    """nanoGPT's: the bias is optional, epsilon is nowhere to be read."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(C) + 0.5)
+        self.bias = nn.Parameter(torch.rand(C)) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.layer_norm(input, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_attn, self.c_proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (H, -1)).transpose(1, 2) for t in self.c_attn(x).chunk(3, -1))
+        p = 0.5 if self.training else 0
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0 * p, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.gelu, self.c_proj, self.dropout = nn.Linear(C, 96), nn.GELU(), nn.Linear(96, C), nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_fc(x)
+        x = self.gelu(x)
+        x = self.c_proj(x)
+        return self.dropout(x)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = LayerNorm(False), SelfAttention(), LayerNorm(True), MLP()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """nanoGPT in small: a loss whose ignore_index is -1, a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(V, C), nn.Embedding(T, C)
+        self.h = nn.ModuleList(Block() for _ in range(2))
+        self.ln_f, self.lm_head = LayerNorm(False), nn.Linear(C, V, bias=False)
+        self.wte.weight = self.lm_head.weight
+
+    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        for block in self.h:
+            x = block(x)
+        logits = self.lm_head(self.ln_f(x))
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+
+
+@functools.cache
+def _gpt() -> GPT:
+    torch.manual_seed(0)
+    return GPT().to(DEVICE)
+
+
+def gpt() -> GPT:
+    return copy.deepcopy(_gpt())
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    ids = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    targets = ids.roll(-1, 1)
+    targets[0, :4] = -1
+    return ids, targets
+
+
+def outcome(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Every output and every gradient of their sum (each output times fixed random numbers)."""
+    outputs = model(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    g = torch.Generator().manual_seed(2)
+    total = sum((o * torch.randn(o.shape, generator=g).to(o)).sum() for o in outputs)
+    names, params = zip(*model.named_parameters())
+    grads = dict(zip(names, torch.autograd.grad(total, params)))  # type: ignore[arg-type]
+    return {str(i): o.detach() for i, o in enumerate(outputs)} | {f"d{n}": t for n, t in grads.items()}
+
+
+def assert_parity(model: nn.Module, *inputs: Tensor, differs: bool = True, **options: Any) -> None:
+    """The rule, by relative L2: 2 (outputs), 3 (gradients) times the unpatched model's error to fp64, plus a unit."""
+    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+    truth, base = outcome(copy.deepcopy(model).double(), *wide), outcome(model, *inputs)
+    ours = outcome(fastgpt.patch(copy.deepcopy(model), **options), *inputs)
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    for name, t in truth.items():
+        mine, theirs = (float((x[name].double() - t).norm() / t.norm()) for x in (ours, base))
+        assert mine <= (3 if name.startswith("d") else 2) * theirs + eps, f"{name}: {mine:.2e}, before {theirs:.2e}"
+    assert not differs or any(not torch.equal(ours[n], base[n]) for n in truth), "nothing was computed by other kernels"
+
+
+def replaced(model: nn.Module) -> dict[str, str]:
+    """Module name -> op, of what a patch would replace."""
+    report = fastgpt.patch_report(fastgpt.patch(copy.deepcopy(model), dry_run=True))
+    return {e.name: e.op for e in report.replaced}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_model_of_the_users_own(dtype: torch.dtype) -> None:
+    model = gpt().to(dtype)
+    assert replaced(model) == {
+        "": "cross_entropy", "wte": "embedding", "wpe": "embedding", "ln_f": "layer_norm",
+        **{f"h.{i}.{n}": op for i in (0, 1) for n, op in
+           {"ln_1": "layer_norm", "ln_2": "layer_norm", "attn": "attention", "mlp": "bias_gelu"}.items()},
+    }  # fmt: skip
+    assert not fastgpt.patch_report(fastgpt.patch(copy.deepcopy(model))).left
+    if dtype == torch.float32:  # PyTorch's loss is bf16 there
+        assert_parity(model, *batch())
+    assert_parity(model, *batch(), skip="loss")
+
+
+def test_unpatching_a_copy_leaves_the_original_patched() -> None:
+    model, inputs = gpt(), batch()
+    before = outcome(model, *inputs)
+    places = {n: (type(m), set(m.__dict__)) for n, m in model.named_modules()}
+    keys = list(fastgpt.patch(model).state_dict())
+    during, twin = outcome(model, *inputs), copy.deepcopy(model)
+    assert keys == list(before_keys := dict(gpt().state_dict())) and before_keys
+    assert fastgpt.unpatch(twin) is twin
+    for m, wanted in ((twin, before), (model, during)):
+        assert all(torch.equal(t, wanted[n]) for n, t in outcome(m, *inputs).items())
+    assert {n: (type(m), set(m.__dict__)) for n, m in twin.named_modules()} == places
+    with torch.no_grad():  # a copy computes with its own weights
+        twin = copy.deepcopy(model)
+        for p in twin.parameters():
+            p.zero_()
+        assert not torch.equal(twin(*inputs)[0], model(*inputs)[0])
+
+
+def test_hooks_and_checks_of_type_hold() -> None:
+    model, seen = gpt(), []
+    model.h[0].mlp.register_forward_hook(lambda m, args, out: seen.append(out))
+    model.h[0].mlp.c_fc.register_forward_hook(lambda m, args, out: seen.append(out))
+    ids, targets = batch()
+    model(ids, targets)
+    fastgpt.patch(model)(ids, targets)
+    assert len(seen) == 4 and type(model.h[0].mlp) is MLP
+    for before, after in zip(seen[:2], seen[2:]):  # the first linear layer's output has its bias for a hook to see
+        torch.testing.assert_close(after, before)
+
+
+def gated(act: Callable[[Tensor], Tensor]) -> type[nn.Module]:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w1, self.w2, self.w3 = nn.Linear(C, 96, bias=False), nn.Linear(96, C), nn.Linear(C, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.w2(act(self.w1(x)) * self.w3(x))
+
+    return Gated
+
+
+class OwnRMSNorm(nn.Module):
+    """Llama's reference code; with an offset Gemma's."""
+
+    def __init__(self, offset: float = 0.0, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.offset, self.eps = offset, eps
+        self.weight = nn.Parameter(torch.rand(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (y * (self.offset + self.weight)).type_as(x)
+
+
+RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "nn.LayerNorm": (lambda: nn.LayerNorm(C), "layer_norm"),
+    "nn.LayerNorm without bias": (lambda: nn.LayerNorm(C, eps=1e-3, bias=False), "layer_norm"),
+    "nn.RMSNorm": (lambda: nn.RMSNorm(C), "rms_norm"),
+    "nn.RMSNorm with eps": (lambda: nn.RMSNorm(C, eps=1e-3), "rms_norm"),
+    "own RMSNorm": (OwnRMSNorm, "rms_norm"),
+    "own RMSNorm, other eps": (lambda: OwnRMSNorm(eps=3e-4), "rms_norm"),
+    "own RMSNorm, 1 + w": (lambda: OwnRMSNorm(offset=1.0), "rms_norm"),
+    "own LayerNorm": (lambda: LayerNorm(True), "layer_norm"),
+    "Sequential": (lambda: nn.Sequential(nn.Linear(C, 96), nn.GELU("tanh"), nn.Linear(96, C)), "bias_gelu"),
+    "Sequential without bias": (
+        lambda: nn.Sequential(nn.Linear(C, 96, False), nn.GELU(), nn.Linear(96, C)),
+        "bias_gelu",
+    ),
+    "SwiGLU": (gated(F.silu), "swiglu"),
+    "GeGLU": (gated(F.gelu), "swiglu"),
+}
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_recognised_by_what_it_computes(name: str) -> None:
+    torch.manual_seed(0)
+    make, op = RECOGNISED[name]
+    model = nn.Sequential(make()).to(DEVICE)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    assert replaced(model) == {"0": op}
+    assert_parity(model, torch.randn(3, 5, C, device=DEVICE) + 0.2)
+    assert_parity(model, 1e-3 * torch.randn(3, 5, C, device=DEVICE), differs=False)  # where epsilon counts
+
+
+class NormOfTwo(OwnRMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 1.001
+
+
+class Residual(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
+class Branching(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "nearly a norm": (NormOfTwo, "computes neither LayerNorm nor RMSNorm"),
+    "two dimensions": (lambda: nn.LayerNorm((4, C)), "over 2 dimensions"),
+    "tanh GeGLU": (gated(functools.partial(F.gelu, approximate="tanh")), "swiglu has no tanh GELU"),
+    "residual inside": (Residual, "more than a chain"),
+    "control flow": (Branching, "cannot be traced"),
+    "silu": (lambda: nn.Sequential(nn.Linear(C, 96), nn.SiLU(), nn.Linear(96, C)), "no SiLU"),
+    "padding_idx": (lambda: nn.Embedding(V, C, padding_idx=0), "it has padding_idx"),
+    "max_norm": (lambda: nn.Embedding(V, C, max_norm=1.0), "it has max_norm"),
+    "wide keys": (lambda: nn.MultiheadAttention(C, H, kdim=32), "another width"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_left_as_it_is_and_why(name: str) -> None:
+    make, why = LEFT[name]
+    with pytest.raises(ValueError, match=f"nothing to patch in .*({why})"):
+        fastgpt.patch(make(), dry_run=True)
+    model = fastgpt.patch(nn.ModuleList([make(), nn.LayerNorm(C)]))
+    (entry,) = fastgpt.patch_report(model).left
+    assert entry.name == "0" and "forward" not in model[0].__dict__
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("activation", ["gelu", functools.partial(F.gelu, approximate="tanh")], ids=["erf", "tanh"])
+def test_transformer_encoder(norm_first: bool, activation: Any) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = dict(batch_first=True, norm_first=norm_first, activation=activation)
+    layer = nn.TransformerEncoderLayer(C, H, 96, 0.0, **options)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).to(DEVICE)
+    assert set(replaced(model).values()) == {"layer_norm", "bias_gelu", "attention"}
+    x = torch.randn(2, T, C, device=DEVICE)
+    assert_parity(model, x)
+    causal = nn.Transformer.generate_square_subsequent_mask(T, device=DEVICE)
+    padding = torch.zeros(2, T, dtype=torch.bool, device=DEVICE)
+    padding[1, 8:] = True
+    patched = fastgpt.patch(copy.deepcopy(model))
+    for kwargs in ({"mask": causal, "is_causal": True}, {"mask": causal}, {"src_key_padding_mask": padding}):
+        torch.testing.assert_close(patched(x, **kwargs), model(x, **kwargs))
+    with torch.no_grad():  # PyTorch's own fused layer, which asks no module: it stays
+        assert activation != "gelu" or torch.equal(patched.eval()(x), model.eval()(x))
+
+
+def test_transformer_decoder_layer_and_time_first_attention() -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(C, H, 96, 0.0, activation="gelu").to(DEVICE)
+    x, memory = torch.randn(T, 2, C, device=DEVICE), torch.randn(7, 2, C, device=DEVICE)
+    assert_parity(model, x, memory)
+
+
+class Cross(nn.Module):
+    """Calls under every name that the function has; with masks and lengths that the op does not take as they are."""
+
+    def __init__(self, call: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.proj, self.scale = nn.Linear(C, C), 0.3
+        self.mask: Tensor | None = None
+
+    def forward(self, q: Tensor, k: Tensor) -> Tensor:
+        q, k = (self.proj(t).unflatten(-1, (H, -1)).transpose(1, 2) for t in (q, k))
+        a = scaled_dot_product_attention(q, k, k, scale=self.scale)
+        b = functional.scaled_dot_product_attention(q, k, k, attn_mask=self.mask)
+        c = nn.functional.scaled_dot_product_attention(q, k, k, None, 0.0, True)
+        return torch.cat((a, b, c), 1)
+
+
+def test_every_call_of_sdpa_is_replaced_and_what_the_op_does_not_cover_is_pytorchs(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    torch.manual_seed(0)
+    model = Cross().to(DEVICE)
+    q, k = torch.randn(2, T, C, device=DEVICE), torch.randn(2, 7, C, device=DEVICE)
+    assert_parity(model, q, q)
+    _replace._said.clear()
+    caplog.clear()
+    for _ in range(2):
+        assert_parity(model, q, k)  # is_causal with other lengths: aligned at the top left there
+    model.mask = torch.rand(T, T, device=DEVICE) > 0.3
+    assert_parity(model, q, q)
+    said = [r.message for r in caplog.records]
+    assert len(said) == 2 and "different lengths" in said[0] and "attn_mask" in said[1]
+    assert (
+        "scaled_dot_product_attention" not in vars(fastgpt.patching)
+        and F.scaled_dot_product_attention(q, q, q) is not None
+    )
+
+
+def test_losses_that_the_op_does_not_cover(caplog: pytest.LogCaptureFixture) -> None:
+    """Class probabilities and (N, C, d) logits are PyTorch's, said once; class numbers ours, with every option."""
+    torch.manual_seed(0)
+    _replace._said.clear()
+    logits, wide = torch.randn(6, 9, device=DEVICE, requires_grad=True), torch.randn(2, 9, 5, device=DEVICE)
+    target = torch.tensor([0, 8, 3, 4, 4, 1], device=DEVICE)
+    for options in ({"weight": torch.rand(9, device=DEVICE), "label_smoothing": 0.1}, {"ignore_index": 3}):
+        model = nn.CrossEntropyLoss(**options)  # type: ignore[arg-type]
+        patched = fastgpt.patch(copy.deepcopy(model))
+        torch.testing.assert_close(patched(logits, target), model(logits, target))
+        assert not caplog.records or "ignore_index" in options
+        torch.testing.assert_close(
+            patched(wide, target[:2, None].expand(2, 5)), model(wide, target[:2, None].expand(2, 5))
+        )
+        if "weight" in options:
+            chances = torch.rand(6, 9, device=DEVICE)
+            torch.testing.assert_close(patched(logits, chances), model(logits, chances))
+    assert len(caplog.records) == 1 and "cross_entropy of other than" in caplog.text
+
+
+def test_only_skip_and_dry_run() -> None:
+    parts = {"norm", "mlp", "attention", "loss", "embedding"}
+    for options, wanted in (
+        ({"only": "norm"}, {"norm"}),
+        ({"only": ["norm", "mlp"], "skip": ["mlp"]}, {"norm"}),
+        ({"skip": {"embedding", "loss"}}, parts - {"embedding", "loss"}),
+        ({}, parts),
+    ):
+        model = fastgpt.patch(gpt(), **options)  # type: ignore[arg-type]
+        report = fastgpt.patch_report(model)
+        assert {e.part for e in report.replaced} == wanted
+    model = fastgpt.patch(gpt(), dry_run=True)
+    assert not any({"forward", "_fastgpt"} & set(m.__dict__) for m in model.modules())
+    assert "would replace 12, left 0" in str(fastgpt.patch_report(model))
+    text = str(fastgpt.patch_report(fastgpt.patch(model)))
+    assert "replaced 12, left 0" in text and "h.*.ln_* (4)" in text and "fastgpt.ops.bias_gelu" in text
+
+
+def test_wrong_use_is_one_clear_error() -> None:
+    with pytest.raises(ValueError, match="only=norms: expected some of norm, mlp, attention, rope, loss, embedding"):
+        fastgpt.patch(gpt(), only=["norms"])
+    with pytest.raises(ValueError, match="skip=head, tail"):
+        fastgpt.patch(gpt(), skip=["tail", "head"])
+    with pytest.raises(ValueError, match=r"nothing to patch in Linear \(looked for norm, mlp"):
+        fastgpt.patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="nothing to patch in GPT .looked for rope"):
+        fastgpt.patch(gpt(), only="rope")
+    mixed = nn.ModuleList([nn.LayerNorm(C), nn.Embedding(V, C, padding_idx=0)])
+    with pytest.raises(ValueError, match="strict, but 1 could not be replaced: embedding 1: it has padding_idx"):
+        fastgpt.patch(mixed, strict=True)
+    assert "forward" not in mixed[0].__dict__, "an error must change nothing"
+    assert fastgpt.patch(mixed, strict=True, only="norm") is mixed
+    for f in (fastgpt.unpatch, fastgpt.patch_report):
+        with pytest.raises(ValueError, match="GPT (is|was) not patched"):
+            f(gpt())
+
+
+def test_patching_twice() -> None:
+    model = fastgpt.patch(gpt(), only="norm")
+    places = {n: m.__dict__.get("forward") for n, m in model.named_modules()}
+    assert fastgpt.patch(model, only=["norm"]) is model
+    assert {n: m.__dict__.get("forward") for n, m in model.named_modules()} == places
+    for whole in (model, nn.ModuleList([model])):
+        with pytest.raises(ValueError, match="was patched with other options; unpatch it first"):
+            fastgpt.patch(whole)
+    assert "0.h.0.ln_1" in {e.name for e in fastgpt.patch_report(nn.ModuleList([model])).replaced}
+    assert "_fastgpt" not in fastgpt.unpatch(nn.ModuleList([model]))[0].ln_f.__dict__
+    fastgpt.patch(model)
+
+
+def test_forwards_that_are_someone_elses() -> None:
+    """An instance's forward that is there already stays; one that came over ours is not lost without a word."""
+    model = gpt()
+    model.ln_f.forward = lambda x: x  # type: ignore[method-assign]
+    (entry,) = fastgpt.patch_report(fastgpt.patch(model)).left
+    assert entry.name == "ln_f" and "not its class's" in entry.why
+    ours = model.h[0].mlp.forward
+    model.h[0].mlp.forward = lambda x: ours(x)  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="h.0.mlp.forward was wrapped after patching"):
+        fastgpt.unpatch(model)
+    assert "forward" in model.h[1].mlp.__dict__, "an error must change nothing"
+    model.h[0].mlp.forward = ours  # type: ignore[method-assign]
+    fastgpt.unpatch(model)
+
+
+COUNTER = 0
+
+
+class Counting(SelfAttention):
+    def forward(self, x: Tensor) -> Tensor:
+        global COUNTER
+        COUNTER += 1
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_methods_that_write_globals_are_left() -> None:
+    with pytest.raises(ValueError, match="writes to a global"):
+        fastgpt.patch(Counting(), only="attention")
+
+
+def test_other_dtypes_go_to_the_modules_own_forward(caplog: pytest.LogCaptureFixture) -> None:
+    _replace._said.clear()
+    norm = nn.LayerNorm(C, device=DEVICE, dtype=torch.bfloat16)
+    model, x = nn.Sequential(OwnRMSNorm().to(DEVICE, torch.bfloat16), norm), torch.randn(3, C, device=DEVICE)
+    patched = fastgpt.patch(copy.deepcopy(model))
+    assert torch.equal(patched[0](x), model[0](x))
+    assert "its own forward serves" in caplog.text
+
+
+def test_import_is_light() -> None:
+    code = "import fastgpt, sys; assert not {'transformers', 'fastgpt.patching', 'torch.fx'} <= sys.modules.keys();"
+    code += "assert not {'transformers', 'fastgpt.patching'} & sys.modules.keys(); import torch;"
+    code += "fastgpt.patch(torch.nn.Sequential(torch.nn.LayerNorm(8))); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
