@@ -7,6 +7,7 @@ import functools
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +164,15 @@ def test_unpatching_a_copy_leaves_the_original_patched() -> None:
         for p in twin.parameters():
             p.zero_()
         assert not torch.equal(twin(*inputs)[0], model(*inputs)[0])
+
+
+def test_a_model_pickled_whole_comes_back_with_its_own_forwards(tmp_path: Path) -> None:
+    model, inputs = gpt(), batch()
+    before = outcome(model, *inputs)
+    torch.save(fastgpt.patch(model), tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert all(torch.equal(t, before[n]) for n, t in outcome(fastgpt.unpatch(loaded), *inputs).items())
+    assert not torch.equal(fastgpt.patch(loaded)(*inputs)[0], before["0"])
 
 
 def test_hooks_and_checks_of_type_hold() -> None:

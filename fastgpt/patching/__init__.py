@@ -5,15 +5,15 @@ instance (`forward`, mostly), which hides the class's. Modules are not exchanged
 state_dict keys, isinstance, type(), hooks, optimizers, PEFT, DDP, FSDP2 (which itself swaps classes), checkpointing and
 copy.deepcopy see what they saw before, and to undo is to delete the attribute. Nothing of torch or transformers changes
 for anyone else; transformers learns one more attention implementation, 'fastgpt', through its registry.
-(pickle cannot take the methods that are made anew for a model's own attention or rotation: save the state_dict.)
+(pickle keeps methods by name, so that a model that was pickled whole comes back with its own forwards: patch it again.)
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import re
 import sys
+import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,7 +172,7 @@ def _apply(found: list[tuple[nn.Module, Found]]) -> None:
         else:
             _set(module, f.attribute, f.call, f.arguments)
     for (_, attribute), (module, functions) in methods.items():
-        _set(module, attribute, _rebind.rebind(dict(_rebind.methods(module))[attribute], functions), ())
+        _bind(module, attribute, _rebind.rebind(dict(_rebind.methods(module))[attribute], functions))
 
 
 def _remember(module: nn.Module) -> dict[str, Any]:
@@ -182,10 +182,18 @@ def _remember(module: nn.Module) -> dict[str, Any]:
 
 
 def _set(module: nn.Module, attribute: str, call: Any, arguments: tuple[Any, ...]) -> None:
-    """A partial, where a bound method would do for eager: copy and pickle follow its module by themselves."""
-    ours: Any = functools.partial(call, module, *arguments)
-    ours.__signature__ = inspect.signature(getattr(module, attribute))  # the Trainer and generate() look at it
-    module.__dict__[attribute] = _remember(module)[attribute] = ours
+    """A bound method of the instance: copy.deepcopy binds it to the copy, accelerate wraps and unwraps it."""
+
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return call(self, *arguments, *args, **kwargs)
+
+    method.__name__ = attribute
+    method.__signature__ = inspect.signature(getattr(type(module), attribute))  # type: ignore[attr-defined]
+    _bind(module, attribute, method)  # the signature: the Trainer and generate() look at it
+
+
+def _bind(module: nn.Module, attribute: str, function: Any) -> None:
+    module.__dict__[attribute] = _remember(module)[attribute] = types.MethodType(function, module)
 
 
 def unpatch(model: nn.Module) -> Any:
@@ -199,7 +207,7 @@ def unpatch(model: nn.Module) -> Any:
         raise ValueError(f"unpatch: {type(model).__name__} is not patched")
     for name, module in patched:
         for attribute, ours in module.__dict__["_fastgpt"].items():
-            if not isinstance(ours, str) and module.__dict__.get(attribute) is not ours:
+            if not isinstance(ours, str) and module.__dict__.get(attribute) != ours:
                 where = f"{name}.{attribute}" if name else attribute
                 raise ValueError(
                     f"unpatch: {where} was wrapped after patching; unwrap it first (accelerate: unwrap_model)"
