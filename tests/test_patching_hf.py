@@ -353,6 +353,22 @@ def test_families_left_alone() -> None:
         fastgpt.patch(fastgpt.unpatch(model), strict=True)
 
 
+class OwnForCausalLM(transformers.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.loss = out.loss + 1
+        return out
+
+
+def test_a_subclass_with_a_forward_of_its_own_keeps_it() -> None:
+    torch.manual_seed(0)
+    model, ids = OwnForCausalLM(transformers.LlamaConfig(**LLAMA, **NO_TOKENS)).train(), tokens()
+    before = model(ids, labels=ids)
+    fastgpt.patch(model)
+    assert [e.why for e in fastgpt.patch_report(model).left] == ["its forward is its own"]
+    torch.testing.assert_close(model(ids, labels=ids).loss, before.loss)
+
+
 def matrix() -> str:
     """docs/families.md: every family x part, by patching that part alone and holding the result to the rule."""
     rows, notes = [], []

@@ -1,5 +1,5 @@
-"""Commands and code of README, docs/training.md, docs/modules.md and docs/benchmarks.md, executed word for word (make's
-two commands are run by .ci/run; here their recipes must exist)."""
+"""Commands and code of README and of docs/training.md, modules.md, patching.md and benchmarks.md, executed word for word
+(make's two commands are run by .ci/run; here their recipes must exist)."""
 
 import os
 import re
@@ -14,9 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAINING, MODULES, BENCHMARKS = (
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("training", "modules", "benchmarks")
+TRAINING, MODULES, PATCHING, BENCHMARKS = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("training", "modules", "patching", "benchmarks")
 )
+PAGES = (README, TRAINING, MODULES, PATCHING, BENCHMARKS)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -53,7 +55,7 @@ def test_fastgpt_commands(folder: Path, page: str) -> None:
         assert done.returncode == 0, command + done.stdout[-2000:] + done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("code", [block for page in (README, TRAINING, MODULES) for block in blocks(page, "python")])
+@pytest.mark.parametrize("code", [block for page in PAGES for block in blocks(page, "python")])
 def test_python_block(code: str) -> None:
     exec(compile(code, "README.md", "exec"), {})
 

@@ -134,7 +134,7 @@ def attention(
     if attention_mask is not None and attention_mask.dim() == 4:
         replace.say_once("a mask other than causal, window, padding or packed documents: PyTorch's attention serves")
         return _masked(module, query, key, value, attention_mask, dropout, scaling, softcap), None
-    which: dict[str, Tensor] = {}
+    which: dict[str, Any] = {}
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         which["kv_start"], which["doc_ids"] = attention_mask[:, 0], attention_mask[:, 1:]
     elif attention_mask is not None:
@@ -295,19 +295,30 @@ def find(name: str, module: nn.Module, done: list[Any], keep_logits: bool) -> It
         yield from _loss(name, module, keep_logits)
 
 
+def _unknown(model: Any) -> str:
+    """Why a model is none of FAMILIES; empty if it is."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        return f"{kind} is not one of {', '.join(FAMILIES)}"
+    known = any(c.__module__.startswith("transformers.models.") for c in type(model).__mro__)
+    return "" if known else f"its code is not that of transformers' {kind}"
+
+
 def _implementation(model: Any) -> Found:
     """Attention of a whole model, through its config."""
-    what = f"attn_implementation {model.config._attn_implementation!r}"
-    if model.config.model_type not in FAMILIES:
-        return Found("attention", what, why=f"{model.config.model_type} is not one of {', '.join(FAMILIES)}")
+    what, why = f"attn_implementation {model.config._attn_implementation!r}", _unknown(model)
+    if why:
+        return Found("attention", what, why=why)
     return Found("attention", what, "attention", attribute=CONFIG)
 
 
 def _loss(name: str, model: Any, keep_logits: bool) -> Iterator[tuple[str, nn.Module, Found]]:
     what, lm_head = name_of(model), model.get_output_embeddings()
-    why = ""
-    if model.config.model_type not in FAMILIES:
-        why = f"{model.config.model_type} is not one of {', '.join(FAMILIES)}"
+    why = _unknown(model)
+    if why:
+        pass
+    elif not type(model).forward.__module__.startswith("transformers."):
+        why = "its forward is its own"
     elif not isinstance(lm_head, nn.Module) or not replace.is_plain_linear(lm_head):
         why = "its head is not a plain linear layer"
     elif not _counts_tokens(model):

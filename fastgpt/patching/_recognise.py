@@ -57,9 +57,9 @@ def norm(module: nn.Module) -> Found | None:
         return Found("norm", what, "rms_norm", call=replace.rms_norm, arguments=(module.eps, 0.0))
     if "norm" not in what.lower() or type(module).__module__.startswith("torch.nn."):
         return None
-    names = {n for n, p in module._parameters.items() if p is not None}
+    made = {n: p for n, p in module._parameters.items() if p is not None}
     leaf = not module._modules and not module._buffers
-    if not leaf or "weight" not in names or not names <= {"weight", "bias"} or module.weight.dim() != 1:  # type: ignore[union-attr]
+    if not leaf or "weight" not in made or not made.keys() <= {"weight", "bias"} or made["weight"].dim() != 1:
         return None if module._modules else Found("norm", what, why="it has other parameters than weight and bias")
     formula = _norm_formula(module)
     if formula is None:
