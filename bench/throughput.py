@@ -82,7 +82,7 @@ def disagreement(variants: list[Any], tolerance: float) -> tuple[float, str]:
     return worst, sentence
 
 
-def time_steps(variants: list[Any], cfg: TrainConfig, rounds: int, block: int) -> dict[str, Samples]:
+def time_steps(variants: list[Any], cfg: TrainConfig | None, rounds: int, block: int) -> dict[str, Samples]:
     """Seconds per step, one sample a round: `block` steps of each variant in turn."""
     samples = {v.name: Samples() for v in variants}
     by_name = {v.name: v for v in variants}

@@ -151,13 +151,13 @@ class Variant:
 
 
 class Apart:
-    """A Variant on the CPU in a process of its own."""
+    """A Variant on the CPU in a process of its own, which runs `serve`."""
 
-    def __init__(self, name: str, shape: Shape) -> None:
+    def __init__(self, name: str, shape: Any, serve: Callable[[Connection, str, Any], None] | None = None) -> None:
         self.name, self.losses, self.peak_mb = name, list[Tensor](), math.nan
         context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads without their lives
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, name, shape), daemon=True)
+        self.process = context.Process(target=serve or _serve, args=(theirs, name, shape), daemon=True)
         self.process.start()
         theirs.close()
         self.flops: dict[str, float] = self._answer()
@@ -169,7 +169,7 @@ class Apart:
             raise RuntimeError(f"the process of {self.name} ended; its message is above") from None
         return answer
 
-    def train(self, cfg: TrainConfig, steps: int) -> float:
+    def train(self, cfg: TrainConfig | None, steps: int) -> float:
         """As Variant.train, timed over there."""
         self.pipe.send(steps)
         seconds, losses, self.peak_mb = self._answer()
@@ -183,12 +183,17 @@ class Apart:
 
 
 def _serve(pipe: Connection, name: str, shape: Shape) -> None:
-    """The process of an Apart: build, then train as many steps as asked for until 0 comes."""
+    """The process of an Apart: build, then train."""
     cfg = settings(shape, torch.device("cpu"))
     trainer()
     before = resident_mb("VmRSS")
     v = build(name, cfg, batches(shape, torch.device("cpu")))
     pipe.send(v.flops)
+    answer(pipe, v, cfg, before)
+
+
+def answer(pipe: Connection, v: Any, cfg: TrainConfig | None, before: float) -> None:
+    """Train as many steps as asked for until 0 comes; send seconds, losses and the peak over `before` MB."""
     while steps := pipe.recv():
         seconds = v.train(cfg, steps)
         fresh = torch.stack(v.losses[-steps:]).tolist()

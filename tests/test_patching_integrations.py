@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastgpt
+from fastgpt.bench import patching as bench
 from fastgpt.optim import AdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,7 +182,7 @@ def pad(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def train(model: Any, folder: Path, optimizer: Callable[..., Any] = torch.optim.AdamW, **options: Any) -> Any:
+def train(model: Any, folder: Path, optimizer: Any = torch.optim.AdamW, collator: Any = pad, **options: Any) -> Any:
     settings: dict[str, Any] = dict(
         output_dir=str(folder), per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=3,
         logging_steps=1, report_to=[], save_strategy="no", use_cpu=DEVICE == "cpu", disable_tqdm=True, seed=0,
@@ -190,7 +191,7 @@ def train(model: Any, folder: Path, optimizer: Callable[..., Any] = torch.optim.
     arguments = transformers.TrainingArguments(**settings | options)
     optimizers = (optimizer(model.parameters(), lr=1e-2, weight_decay=0.0), None)
     trainer = transformers.Trainer(
-        model, arguments, data_collator=pad, train_dataset=Tokens(), eval_dataset=Tokens(), optimizers=optimizers
+        model, arguments, data_collator=collator, train_dataset=Tokens(), eval_dataset=Tokens(), optimizers=optimizers
     )
     trainer.train()
     return trainer
@@ -198,6 +199,15 @@ def train(model: Any, folder: Path, optimizer: Callable[..., Any] = torch.optim.
 
 def losses(trainer: Any) -> Tensor:
     return torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])
+
+
+def test_trainer_with_flattened_batches(tmp_path: Path) -> None:
+    """Documents in one row, told apart by position ids alone."""
+    collator = transformers.DataCollatorWithFlattening()
+    assert collator([Tokens()[0], Tokens()[1]])["position_ids"].tolist()[0][T : T + 2] == [0, 1]
+    models = [model_of("llama"), fastgpt.patch(model_of("llama"))]
+    base, ours = (losses(train(m, tmp_path, collator=collator)) for m in models)
+    torch.testing.assert_close(ours, base, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -329,3 +339,18 @@ for name in hub.LAYERS:
 
 def test_the_kernels_library_loads_a_repository_of_ours(tmp_path: Path) -> None:
     assert run(KERNELS, FOLDER=str(tmp_path)).count("held") == 4
+
+
+def test_bench_before_and_after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """`python -m fastgpt.bench.patching` at a shape of milliseconds, its variants in this process."""
+    monkeypatch.setattr(bench, "Apart", lambda name, shape, serve: bench.Variant(name, shape))
+    real = bench.figures
+    monkeypatch.setattr(bench, "figures", lambda v, *rest: real(setattr(v, "peak_mb", 1.0) or v, *rest))
+    command = ["--device", "cpu", "--shape", "tiny", "--steps", "2", "--ablation", "--json", str(tmp_path / "rows")]
+    assert bench.main(command) == 0
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text(encoding="utf-8").splitlines()]
+    names = ["transformers", "patched", *(f"only {p}" for p in ("norm", "mlp", "attention", "loss", "embedding"))]
+    assert [r["variant"] for r in rows] == names and all(r["machine"]["date"] and r["ms"] > 0 for r in rows)
+    assert "losses 0.0e+00 apart" not in capsys.readouterr().out, "the variants are the same"
+    monkeypatch.setitem(bench.TOLERANCE, "fp32", 1e-12)
+    assert bench.main(command[:6]) == 1 and "no speed is shown: loss of" in capsys.readouterr().out
