@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
 
         os.environ["FASTGPT_EMULATED_CUDA"] = str(emulator.build())  # before anything imports fastgpt
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are random and small; no test asks a hub
 _users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 os.environ.setdefault("MPLCONFIGDIR", str(_users / "matplotlib"))  # its list of fonts takes seconds to make anew
 _cache = tempfile.TemporaryDirectory(prefix="fastgpt-tests-")

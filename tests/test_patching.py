@@ -213,6 +213,17 @@ class OwnRMSNorm(nn.Module):
         return (y * (self.offset + self.weight)).type_as(x)
 
 
+class HardRMSNorm(OwnRMSNorm):
+    """Epsilon in the code alone."""
+
+    def __init__(self) -> None:
+        super().__init__(eps=1e-5)
+        self.small = self.__dict__.pop("eps")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.small)
+
+
 RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nn.LayerNorm": (lambda: nn.LayerNorm(C), "layer_norm"),
     "nn.LayerNorm without bias": (lambda: nn.LayerNorm(C, eps=1e-3, bias=False), "layer_norm"),
@@ -221,6 +232,7 @@ RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "own RMSNorm": (OwnRMSNorm, "rms_norm"),
     "own RMSNorm, other eps": (lambda: OwnRMSNorm(eps=3e-4), "rms_norm"),
     "own RMSNorm, 1 + w": (lambda: OwnRMSNorm(offset=1.0), "rms_norm"),
+    "own RMSNorm, eps unseen": (HardRMSNorm, "rms_norm"),
     "own LayerNorm": (lambda: LayerNorm(True), "layer_norm"),
     "Sequential": (lambda: nn.Sequential(nn.Linear(C, 96), nn.GELU("tanh"), nn.Linear(96, C)), "bias_gelu"),
     "Sequential without bias": (
@@ -260,11 +272,18 @@ class Branching(MLP):
         return super().forward(x if x.sum() > 0 else -x)
 
 
+class Keeping(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.c_fc(x).sum()
+        return super().forward(x)
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nearly a norm": (NormOfTwo, "computes neither LayerNorm nor RMSNorm"),
     "two dimensions": (lambda: nn.LayerNorm((4, C)), "over 2 dimensions"),
     "tanh GeGLU": (gated(functools.partial(F.gelu, approximate="tanh")), "swiglu has no tanh GELU"),
     "residual inside": (Residual, "more than a chain"),
+    "more than the chain": (Keeping, "more than a chain"),
     "control flow": (Branching, "cannot be traced"),
     "silu": (lambda: nn.Sequential(nn.Linear(C, 96), nn.SiLU(), nn.Linear(96, C)), "no SiLU"),
     "padding_idx": (lambda: nn.Embedding(V, C, padding_idx=0), "it has padding_idx"),
@@ -313,7 +332,7 @@ def test_transformer_decoder_layer_and_time_first_attention() -> None:
 class Cross(nn.Module):
     """Calls under every name that the function has; with masks and lengths that the op does not take as they are."""
 
-    def __init__(self, call: Callable[..., Tensor] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.proj, self.scale = nn.Linear(C, C), 0.3
         self.mask: Tensor | None = None

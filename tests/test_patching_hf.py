@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from transformers import masking_utils
 
 import fastgpt
 from fastgpt.patching import PARTS
@@ -314,6 +315,39 @@ def test_dropout_of_gpt2_is_the_same_in_distribution(names: tuple[str, ...]) -> 
     assert spread < 0.1 * theirs.mean(), "too few draws to tell"
     expected = (theirs.mean() + ours.mean()) / (chunks * draws)
     assert (means[0] - means[1]).square().sum() < 2 * expected, "the means are further apart than chance puts them"
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_compact_masks_say_what_transformers_masks_say(window: int | None) -> None:
+    """For every padding of six keys and one to six queries: the keys that each token sees, padding tokens apart."""
+    from fastgpt.ops._attention import attention_mask
+    from fastgpt.patching._huggingface import mask
+
+    s, compact = 6, 0
+    padding = torch.tensor([[bool(n >> i & 1) for i in range(s)] for n in range(1, 2**s)])
+    overlay = (
+        masking_utils.sliding_window_causal_mask_function(window) if window else masking_utils.causal_mask_function
+    )
+    options: dict[str, Any] = dict(mask_function=overlay, local_size=window)
+    for t in range(1, s + 1):
+        for seen in (*padding[:, None], padding):
+            got = mask(len(seen), t, s, s - t, 0, attention_mask=seen, **options)
+            wanted = masking_utils.sdpa_mask(
+                len(seen), t, s, s - t, 0, attention_mask=seen, allow_is_causal_skip=False, **options
+            )
+            if got is None or got.dim() == 2:
+                compact += 1
+                which: dict[str, Any] = dict.fromkeys(("cu_seqlens_q", "doc_ids", "kv_lens", "kv_start"))
+                if got is not None and got.dtype == torch.int64:
+                    which |= dict(kv_start=got[:, 0], doc_ids=got[:, 1:])
+                elif got is not None:
+                    which |= dict(kv_start=got[0], kv_lens=got[1])
+                q, k = torch.zeros(len(seen), t, 1, 1), torch.zeros(len(seen), s, 1, 1)
+                expanded = attention_mask(q, k, dict(causal=True, window=window, **which))
+                got = expanded.expand(len(seen), 1, t, s)
+            behind = ~seen[:, s - t :] & (seen.cumsum(1)[:, s - t :] > 0)  # what comes out there nothing reads
+            assert torch.equal(got[:, 0][~behind], wanted[:, 0][~behind]), (t, seen)
+    assert compact == 64 + 5 * s, "one query a key: all of them; fewer: where the keys are one range up to the last"
 
 
 def test_other_masks_fall_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
