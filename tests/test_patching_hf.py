@@ -387,6 +387,34 @@ def test_families_left_alone() -> None:
         fastgpt.patch(fastgpt.unpatch(model), strict=True)
 
 
+def test_attention_of_another_class_keeps_its_masks() -> None:
+    """GPT-Neo and GPT-J have no registry: a class of its own beside theirs would not know the masks."""
+    model = model_of("GPT-J")
+    model.transformer.h[1].attn._attn = lambda *args: None
+    with pytest.raises(ValueError, match="attention transformer.h.1.attn: _attn of this instance is not its class's"):
+        fastgpt.patch(model, only="attention", strict=True)
+    fastgpt.patch(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_cross_attention_and_classifiers() -> None:
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(add_cross_attention=True, **GPT, **NO_TOKENS)).eval()
+    memory, seen = torch.randn(B, 7, 64), torch.ones(B, 7, dtype=torch.long)
+    seen[0, 4:] = 0
+    patched = fastgpt.patch(copy.deepcopy(model))
+    for mask in (None, seen):
+        inputs = dict(input_ids=tokens().cpu(), encoder_hidden_states=memory, encoder_attention_mask=mask)
+        torch.testing.assert_close(patched(**inputs).logits, model(**inputs).logits)
+    config = transformers.LlamaConfig(**{**LLAMA, **NO_TOKENS, "pad_token_id": 0})
+    judge = transformers.LlamaForSequenceClassification(config).eval()
+    shown = inputs_of("right padding")["attention_mask"].cpu()
+    given = {"input_ids": tokens().cpu().clamp(min=1) * shown, "attention_mask": shown}  # it reads the last real token
+    wanted = judge(**given, labels=torch.tensor([0, 1]))
+    got = fastgpt.patch(judge)(**given, labels=torch.tensor([0, 1]))
+    torch.testing.assert_close((got.loss, got.logits), (wanted.loss, wanted.logits))
+
+
 class OwnForCausalLM(transformers.LlamaForCausalLM):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)

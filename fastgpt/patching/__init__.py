@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,18 +70,21 @@ def _transformers(model: nn.Module) -> Any:
     return _huggingface
 
 
-def _find(model: nn.Module, keep_logits: bool) -> Iterator[tuple[str, nn.Module, Found]]:
+def _find(model: nn.Module, keep_logits: bool) -> list[tuple[str, nn.Module, Found]]:
     """Everything in the model that is an op's business: (name, module, what was found)."""
-    huggingface, configs = _transformers(model), []  # type: ignore[var-annotated]
+    huggingface, configs, all_found = _transformers(model), list[Any](), list[tuple[str, nn.Module, Found]]()
     for name, module in model.named_modules():
         found: list[Found] = [f for r in RECOGNISERS if (f := r(module)) is not None]
         whole = {f.attribute for f in found if f.op}  # the method goes as a whole: what it calls goes with it
         found += [f for f in _rebind.find(module) if f.attribute not in whole]
-        for f in found:
-            yield name, module, _own(module, f)
+        all_found += [(name, module, _own(module, f)) for f in found]
         if huggingface:
-            for at, m, f in huggingface.find(name, module, configs, keep_logits):
-                yield at, m, _own(m, f)
+            special = huggingface.find(name, module, configs, keep_logits)
+            all_found += [(at, m, _own(m, f)) for at, m, f in special]
+    served = {
+        (id(m), f.part) for _, m, f in all_found if f.op
+    }  # GPT-J's rotation is left in one way, but not in another
+    return [(n, m, f) for n, m, f in all_found if f.op or (id(m), f.part) not in served]
 
 
 def _own(module: nn.Module, f: Found) -> Found:
@@ -107,6 +110,17 @@ def _names(option: str, value: str | Iterable[str] | None) -> frozenset[str]:
 def _records(model: nn.Module) -> dict[str, Report]:
     """Reports of the patched models in this one, by their names in it."""
     return {n: m.__dict__["_fastgpt_report"] for n, m in model.named_modules() if "_fastgpt_report" in m.__dict__}
+
+
+def _check(model: nn.Module, report: Report, chosen: frozenset[str], strict: bool) -> None:
+    """Raise where nothing can be replaced or, strict, not everything."""
+    if not report.replaced:
+        looked = f"looked for {', '.join(p for p in PARTS if p in chosen)}"
+        reasons = "".join(f"; {e.name or 'the model'}: {e.why}" for e in report.left[:3])
+        raise ValueError(f"patch: nothing to patch in {type(model).__name__} ({looked}{reasons})")
+    if strict and report.left:
+        reasons = "; ".join(dict.fromkeys(f"{e.part} {e.name or 'of the model'}: {e.why}" for e in report.left))
+        raise ValueError(f"patch: strict, but {len(report.left)} could not be replaced: {reasons}")
 
 
 def patch(
@@ -143,17 +157,9 @@ def patch(
     if before:
         return model
     found = [(n, m, f) for n, m, f in _find(model, keep_logits) if f.part in chosen]
-    served = {(id(m), f.part) for _, m, f in found if f.op}
-    found = [(n, m, f) for n, m, f in found if f.op or (id(m), f.part) not in served]
     entries = [Entry(n, f.part, f.what, f.op, f.why) for n, _, f in found]
     report = Report([e for e in entries if e.op], [e for e in entries if not e.op], dry_run, options)
-    if not report.replaced:
-        looked = f"looked for {', '.join(p for p in PARTS if p in chosen)}"
-        reasons = "".join(f"; {e.name or 'the model'}: {e.why}" for e in report.left[:3])
-        raise ValueError(f"patch: nothing to patch in {type(model).__name__} ({looked}{reasons})")
-    if strict and report.left:
-        reasons = "; ".join(dict.fromkeys(f"{e.part} {e.name or 'of the model'}: {e.why}" for e in report.left))
-        raise ValueError(f"patch: strict, but {len(report.left)} could not be replaced: {reasons}")
+    _check(model, report, chosen, strict)
     if not dry_run:
         _apply([(m, f) for _, m, f in found if f.op])
     model.__dict__["_fastgpt_report"] = report

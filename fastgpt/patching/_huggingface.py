@@ -307,6 +307,10 @@ def _unknown(model: Any) -> str:
 def _implementation(model: Any) -> Found:
     """Attention of a whole model, through its config."""
     what, why = f"attn_implementation {model.config._attn_implementation!r}", _unknown(model)
+    name = NO_REGISTRY.get(model.config.model_type)
+    methods = [m for m in model.modules() if hasattr(m, "_attn")]
+    if name and not (methods and all(name_of(m) == name and "_attn" not in m.__dict__ for m in methods)):
+        why = f"its attention is not transformers' {name}"  # which would be given masks that it does not know
     if why:
         return Found("attention", what, why=why)
     return Found("attention", what, "attention", attribute=CONFIG)

@@ -14,7 +14,7 @@ from fastgpt import ops
 
 log = logging.getLogger("fastgpt")
 _said: set[str] = set()
-WHOLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def say_once(message: str) -> None:
@@ -39,7 +39,7 @@ def _fits(args: tuple[Any, ...], kwargs: dict[str, Any], *vectors: Any) -> bool:
     if kwargs or len(args) != 1 or not _plain(*args, *vectors):
         return False
     dtype = args[0].dtype
-    return dtype in WHOLE and all(v is None or v.dtype in (dtype, torch.float32) for v in vectors)
+    return dtype in FLOATS and all(v is None or v.dtype in (dtype, torch.float32) for v in vectors)
 
 
 def layer_norm(module: Any, eps: float, *args: Any, **kwargs: Any) -> Tensor:
@@ -236,7 +236,5 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     positions = None
     if cos.shape[0] != t:  # each sequence has rows of its own
         positions = torch.arange(cos.shape[0], device=q.device).view(-1, t)
-    if q.dtype != k.dtype:  # under autocast a norm may have made one of them fp32
-        q, k = q.to(wide), k.to(wide)
     q, k = ops.rope(q, k, cos, sin, positions=positions)
     return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
