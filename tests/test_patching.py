@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 import fastgpt
+import fastgpt.nn
 from fastgpt.patching import _replace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -411,6 +412,8 @@ def test_wrong_use_is_one_clear_error() -> None:
         fastgpt.patch(gpt(), skip=["tail", "head"])
     with pytest.raises(ValueError, match=r"nothing to patch in Linear \(looked for norm, mlp"):
         fastgpt.patch(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="nothing to patch in Sequential"):
+        fastgpt.patch(nn.Sequential(fastgpt.nn.LayerNorm(C), fastgpt.nn.RMSNorm(C)))
     with pytest.raises(ValueError, match="nothing to patch in GPT .looked for rope"):
         fastgpt.patch(gpt(), only="rope")
     mixed = nn.ModuleList([nn.LayerNorm(C), nn.Embedding(V, C, padding_idx=0)])

@@ -74,6 +74,8 @@ def _find(model: nn.Module, keep_logits: bool) -> list[tuple[str, nn.Module, Fou
     """Everything in the model that is an op's business: (name, module, what was found)."""
     huggingface, configs, all_found = _transformers(model), list[Any](), list[tuple[str, nn.Module, Found]]()
     for name, module in model.named_modules():
+        if type(module).__module__.startswith("fastgpt."):  # fastgpt.nn's: they are on the ops already
+            continue
         found: list[Found] = [f for r in RECOGNISERS if (f := r(module)) is not None]
         whole = {f.attribute for f in found if f.op}  # the method goes as a whole: what it calls goes with it
         found += [f for f in _rebind.find(module) if f.attribute not in whole]
