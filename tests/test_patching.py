@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fastgpt
 import fastgpt.nn
+from fastgpt import backend
 from fastgpt.patching import _replace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -353,7 +354,7 @@ def test_every_call_of_sdpa_is_replaced_and_what_the_op_does_not_cover_is_pytorc
     model = Cross().to(DEVICE)
     q, k = torch.randn(2, T, C, device=DEVICE), torch.randn(2, 7, C, device=DEVICE)
     assert_parity(model, q, q)
-    _replace._said.clear()
+    backend._reported.clear()
     caplog.clear()
     for _ in range(2):
         assert_parity(model, q, k)  # is_causal with other lengths: aligned at the top left there
@@ -367,10 +368,20 @@ def test_every_call_of_sdpa_is_replaced_and_what_the_op_does_not_cover_is_pytorc
     )
 
 
+def test_sdpa_groups_no_heads_unasked_and_strict_mode_forbids_falling_back() -> None:
+    q, k = torch.randn(1, 4, 3, 8, device=DEVICE), torch.randn(1, 2, 3, 8, device=DEVICE)
+    with pytest.raises(RuntimeError, match="size"):
+        _replace.sdpa(q, k, k)
+    assert _replace.sdpa(q, k, k, enable_gqa=True).shape == q.shape
+    with backend.use(strict=True), pytest.raises(RuntimeError, match="attn_mask: only torch's own does that"):
+        _replace.sdpa(q, q, q, attn_mask=torch.ones(3, 3, dtype=torch.bool, device=DEVICE))
+    assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention, "torch itself was changed"
+
+
 def test_losses_that_the_op_does_not_cover(caplog: pytest.LogCaptureFixture) -> None:
     """Class probabilities and (N, C, d) logits are PyTorch's, said once; class numbers ours, with every option."""
     torch.manual_seed(0)
-    _replace._said.clear()
+    backend._reported.clear()
     logits, wide = torch.randn(6, 9, device=DEVICE, requires_grad=True), torch.randn(2, 9, 5, device=DEVICE)
     target = torch.tensor([0, 8, 3, 4, 4, 1], device=DEVICE)
     for options in ({"weight": torch.rand(9, device=DEVICE), "label_smoothing": 0.1}, {"ignore_index": 3}):
@@ -384,7 +395,7 @@ def test_losses_that_the_op_does_not_cover(caplog: pytest.LogCaptureFixture) -> 
         if "weight" in options:
             chances = torch.rand(6, 9, device=DEVICE)
             torch.testing.assert_close(patched(logits, chances), model(logits, chances))
-    assert len(caplog.records) == 1 and "cross_entropy of other than" in caplog.text
+    assert len(caplog.records) == 1 and "cross_entropy: other than" in caplog.text
 
 
 def test_only_skip_and_dry_run() -> None:
@@ -470,12 +481,12 @@ def test_methods_that_write_globals_are_left() -> None:
 
 
 def test_other_dtypes_go_to_the_modules_own_forward(caplog: pytest.LogCaptureFixture) -> None:
-    _replace._said.clear()
+    backend._reported.clear()
     norm = nn.LayerNorm(C, device=DEVICE, dtype=torch.bfloat16)
     model, x = nn.Sequential(OwnRMSNorm().to(DEVICE, torch.bfloat16), norm), torch.randn(3, C, device=DEVICE)
     patched = fastgpt.patch(copy.deepcopy(model))
     assert torch.equal(patched[0](x), model[0](x))
-    assert "its own forward serves" in caplog.text
+    assert "other arguments or dtypes" in caplog.text
 
 
 def test_import_is_light() -> None:

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
 import fastgpt
+from fastgpt import backend
 from fastgpt.patching import PARTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -355,7 +356,7 @@ def test_other_masks_fall_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     mask[:, 2] = False
     mask[2, 2] = True
-    fastgpt.patching._replace._said.clear()
+    backend._reported.clear()
     for family in ("Gemma 2", "Llama"):
         model, patched = (m.eval() for m in (model_of(family), fastgpt.patch(model_of(family))))
         added = torch.zeros(T, T).masked_fill(~mask, torch.finfo(torch.float32).min).expand(B, 1, T, T)

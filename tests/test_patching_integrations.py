@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 import fastgpt
+from fastgpt import backend
 from fastgpt.bench import patching as bench
 from fastgpt.optim import AdamW
 
@@ -152,7 +153,7 @@ def test_lora(family: str) -> None:
 
 
 def test_a_head_with_an_adapter_has_its_own_loss(caplog: pytest.LogCaptureFixture) -> None:
-    fastgpt.patching._replace._said.clear()
+    backend._reported.clear()
     model = lora(fastgpt.patch(model_of("llama")), modules_to_save=["lm_head"])
     base = step(lora(model_of("llama"), modules_to_save=["lm_head"]))
     for name, t in step(model).items():

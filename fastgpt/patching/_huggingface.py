@@ -27,6 +27,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 
 from fastgpt import ops
+from fastgpt.backend import leave_to_torch
 from fastgpt.patching import _replace as replace
 from fastgpt.patching._recognise import Found, name_of
 
@@ -132,7 +133,7 @@ def attention(
     """transformers' attention function: q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, T, H, D)."""
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is not None and attention_mask.dim() == 4:
-        replace.say_once("a mask other than causal, window, padding or packed documents: PyTorch's attention serves")
+        leave_to_torch("attention", "a mask other than causal, window, padding or packed documents")
         return _masked(module, query, key, value, attention_mask, dropout, scaling, softcap), None
     which: dict[str, Any] = {}
     if attention_mask is not None and attention_mask.dtype == torch.int64:
@@ -268,7 +269,7 @@ def _usual(model: Any, given: dict[str, Any]) -> bool:
     elif "_fastgpt" not in model.get_output_embeddings().__dict__:
         why = "its head was replaced after patching (by an adapter?)"
     if why:
-        replace.say_once(f"the loss of {type(model).__name__} is transformers' own: {why}")
+        leave_to_torch("linear_cross_entropy", f"the loss of {type(model).__name__}: {why}")
     return not why
 
 

@@ -3,7 +3,6 @@ the op does not cover, to the module's own forward (said once)."""
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -11,17 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.backend import leave_to_torch
 
-log = logging.getLogger("fastgpt")
-_said: set[str] = set()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def say_once(message: str) -> None:
-    """Log a fallback once a process (compiled code says nothing)."""
-    if not torch.compiler.is_compiling() and message not in _said:
-        _said.add(message)
-        log.warning("patch: %s", message)
 
 
 def own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -46,7 +37,7 @@ def layer_norm(module: Any, eps: float, *args: Any, **kwargs: Any) -> Tensor:
     """x (..., C) -> (..., C)."""
     weight, bias = module.weight, getattr(module, "bias", None)
     if not _fits(args, kwargs, weight, bias) or (bias is not None and bias.dtype != weight.dtype):
-        say_once(f"{type(module).__name__} got other arguments or dtypes than layer_norm takes: its own forward serves")
+        leave_to_torch("layer_norm", f"{type(module).__name__} got other arguments or dtypes than the op takes")
         return own(module, *args, **kwargs)
     return ops.layer_norm(args[0], weight, bias, eps)
 
@@ -54,7 +45,7 @@ def layer_norm(module: Any, eps: float, *args: Any, **kwargs: Any) -> Tensor:
 def rms_norm(module: Any, eps: float | None, offset: float, *args: Any, **kwargs: Any) -> Tensor:
     """x (..., C) -> (..., C); the weight counts as offset + weight."""
     if not _fits(args, kwargs, module.weight):
-        say_once(f"{type(module).__name__} got other arguments or dtypes than rms_norm takes: its own forward serves")
+        leave_to_torch("rms_norm", f"{type(module).__name__} got other arguments or dtypes than the op takes")
         return own(module, *args, **kwargs)
     eps = torch.finfo(args[0].dtype).eps if eps is None else eps
     return ops.rms_norm(args[0], module.weight, eps, weight_offset=offset)
@@ -131,7 +122,7 @@ def sdpa(
     elif is_causal and query.shape[2] != key.shape[2]:  # PyTorch aligns at the top left, the op at the bottom right
         why = "is_causal with queries and keys of different lengths"
     if why:
-        say_once(f"scaled_dot_product_attention with {why} is PyTorch's")
+        leave_to_torch("attention", f"scaled_dot_product_attention with {why}")
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
@@ -144,7 +135,7 @@ def functional_layer_norm(
 ) -> Tensor:
     """F.layer_norm over one dimension."""
     if len(normalized_shape) != 1 or not _fits((input,), {}, weight, bias):
-        say_once("layer_norm over several dimensions, or of other dtypes than the op takes, is PyTorch's")
+        leave_to_torch("layer_norm", "several dimensions, or other dtypes than the op takes")
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     return ops.layer_norm(input, weight, bias, eps)
 
@@ -152,7 +143,7 @@ def functional_layer_norm(
 def functional_rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
     """F.rms_norm over one dimension."""
     if len(normalized_shape) != 1 or not _fits((input,), {}, weight):
-        say_once("rms_norm over several dimensions, or of other dtypes than the op takes, is PyTorch's")
+        leave_to_torch("rms_norm", "several dimensions, or other dtypes than the op takes")
         return F.rms_norm(input, normalized_shape, weight, eps)
     return ops.rms_norm(input, weight, torch.finfo(input.dtype).eps if eps is None else eps)
 
@@ -170,7 +161,7 @@ def cross_entropy(
     """F.cross_entropy of logits (N, V) and targets (N,); the op's loss is fp32 whatever the logits."""
     usual = input.dim() == 2 and target.dim() == 1 and target.dtype == torch.int64 and _plain(input, target, weight)
     if not usual or size_average is not None or reduce is not None:
-        say_once("cross_entropy of other than (N, V) logits and (N,) class numbers is PyTorch's")
+        leave_to_torch("cross_entropy", "other than (N, V) logits and (N,) class numbers")
         options: dict[str, Any] = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         return F.cross_entropy(input, target, weight, size_average, reduce=reduce, **options)
     return ops.cross_entropy(
@@ -203,7 +194,9 @@ def multihead_attention(
     """nn.MultiheadAttention's self-attention without weights, unmasked or causal; other calls are its own."""
     alike = query is key and key is value and query.dim() == 3 and _plain(query)
     if need_weights or not alike or key_padding_mask is not None or (attn_mask is not None) != is_causal:
-        say_once("MultiheadAttention with weights, padding or a mask of its own, or of other tensors, is PyTorch's")
+        leave_to_torch(
+            "attention", "MultiheadAttention with weights, padding or a mask of its own, or of several tensors"
+        )
         return own(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
