@@ -465,3 +465,31 @@ def test_a_build_without_cuda_kernels_is_a_failure_here() -> None:
     )
     gpu.judge_build(stage)
     assert stage.outcome.startswith("FAILED")
+
+
+def test_a_sample_that_lost_its_core_does_not_count() -> None:
+    mine = Samples([1.0] * 8 + [9.0, 9.0], cut={8, 9})
+    row = mine.figures()
+    assert row["ms_q80"] == 1e3 and (row["samples"], row["cut_samples"]) == (8, 2)
+    assert Samples([1.0, 9.0], cut={1}).quantile(1.0) == 9.0, "too few are left: all count"
+    other = Samples([2.0] * 10, cut={0})
+    assert mine.shares(other).cut == {0, 8, 9} and mine.shares(other).quantile(1.0) == 0.5
+
+
+def test_preempted_rounds_are_told_from_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, count = Clock(), itertools.count()
+    monkeypatch.setattr(
+        _harness, "preemptions", lambda: (1 + next(count)) // 10
+    )  # grows within a sample, in the fifth round
+    samples, _ = _harness.time_cpu({"x": lambda: [clock.job("x", 1e-3)]}, free, 0.0, clock)
+    assert samples["x"].cut == {4}
+    assert len(samples["x"].seconds) >= _harness.LEAST_ROUNDS
+
+
+def test_inputs_are_made_anew_and_a_share_is_the_median_over_them() -> None:
+    clock, made = Clock(), itertools.count()
+    make = {"a": lambda: [clock.job("a", (1e-3, 1e-3, 5e-3, 1e-3)[next(made)])], "b": lambda: [clock.job("b", 2e-3)]}
+    samples, _ = _harness.time_cpu(make, free, 1.0, clock)
+    assert next(made) == _harness.BLOCKS and len(samples["a"].blocks()) == _harness.BLOCKS
+    assert [round(s.quantile(0.2), 6) for s in samples["a"].blocks()] == [1e-3, 1e-3, 5e-3, 1e-3]
+    assert samples["a"].against(samples["b"], "b")["relative_low"] == pytest.approx(0.5)
