@@ -1,5 +1,5 @@
-"""Commands and code of README and of docs/training.md, modules.md, patching.md and benchmarks.md, executed word for word
-(make's two commands are run by .ci/run; here their recipes must exist)."""
+"""Commands and code of README and of the pages in docs, executed word for word (make's two commands are run by .ci/run;
+here their recipes must exist)."""
 
 import os
 import re

@@ -275,7 +275,7 @@ def _usual(model: Any, given: dict[str, Any]) -> bool:
 
 def _counts_tokens(model: Any) -> bool:
     """Whether model.loss_function is ForCausalLMLoss (the property itself would log, which torch.compile refuses)."""
-    default = LOSS_MAPPING.get(getattr(model, "loss_type", None), ForCausalLMLoss)
+    default = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
     return model.__dict__.get("_loss_function", default) is ForCausalLMLoss
 
 
