@@ -181,20 +181,22 @@ def planted(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
 
 
 def test_a_real_slowdown_of_ten_percent_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op measured for real: eight runs each of the code as it is, again, and with 10 % planted, in turns."""
+    """An op measured for real, in turns: as it is, again, and with 10 % planted; for as many runs as the noise asks."""
     monkeypatch.setattr(_op, "host_us", lambda *args: 1.0)
     monkeypatch.setattr(_op, "gate", lambda *args: None)
-    bench, setting = _op.bench_of("bias_gelu"), Setting((64, 768), torch.float32, CPU)
+    bench, setting = _op.bench_of("swiglu"), Setting((64, 1024), torch.float32, CPU)
     found = [p for p in _op.providers(bench, setting) if p.backend or p.name == bench.baseline.name]
     assert any(p.backend for p in found), "the CPU kernels are not built"
     rows: dict[str, list[dict[str, Any]]] = {"base": [], "same": [], "slow": []}
-    for number in range(8):
+    for number in range(40):
         for name in sorted(rows, reverse=number % 2 == 0):
             with monkeypatch.context() as patch:
                 if name == "slow":
                     planted(patch, 0.1)
                 rows[name] += _op.measure(bench, setting, ["both"], found, 0.25)
-    same, slow = judge(rows["base"], rows["same"]), judge(rows["base"], rows["slow"])
+        same, slow = judge(rows["base"], rows["same"]), judge(rows["base"], rows["slow"])
+        if number >= 7 and max(same.band, slow.band) < compare.FLOOR:
+            break
     assert same.verdict == compare.SAME, same
     assert slow.verdict == compare.SLOWER, slow
 
