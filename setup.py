@@ -28,6 +28,8 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parent
+# The folder kernels/ here would hide Hugging Face's package of that name, where setuptools looks for plug-ins.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 TORCH_TARGET = (2, 11)  # the stable ABI of this release: one binary serves it and every later one
 CPU_SOURCES = [
     "csrc/registration.cpp",

@@ -37,6 +37,7 @@ def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
         Stage("medium", [*steps, "--shape", "medium", "--steps", "4"], 120, 50),
         Stage("gpt2-124m", [*steps, "--shape", "gpt2-124m", "--steps", "5"], 120, 50),
         Stage("host", [*module, "fastgpt.bench.host", *rows], 240, 90),
+        Stage("roofline", [*module, "fastgpt.bench.roofline", "--device", "cpu", *rows], 90, 30),
         Stage("memory", [*module, "fastgpt.bench.memory", *rows], 60, 20),
         Stage("codegen", [*module, "fastgpt.bench.codegen", *rows], 300, 180),
         Stage(

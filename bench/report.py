@@ -19,7 +19,6 @@ from fastgpt.bench import OPS, plots
 from fastgpt.bench.compare import ours
 from fastgpt.bench.render import NOT_MEASURED, Section, Table, markdown, markdown_table, number, page, spread
 from fastgpt.bench.results import Row, hardware, identity, on_cpu, read_rows, relative
-from fastgpt.device import datasheet_bandwidth, datasheet_peak
 from fastgpt.errors import UserError
 
 WANTED_GPUS = ("A100", "H100", "H200")
@@ -125,7 +124,6 @@ def summary(rows: list[Row]) -> Table:
 
 def details(name: str, rows: list[Row]) -> Table:
     """Every figure of the ops on one device."""
-    bandwidth, peak = (None, None) if on_cpu(rows[0]) else (datasheet_bandwidth(name), datasheet_peak(name))
     head = ["op", "shape", "dtype", "phase", "provider", "ms (20 .. 80 %)", "GB/s", "TFLOP/s", "% datasheet", "% copy"]
     lines = [[*head, "% matmul", "PyTorch / it", "peak MB", "host us"]]
     for r in rows:
@@ -133,19 +131,8 @@ def details(name: str, rows: list[Row]) -> Table:
         if "red" in r:
             lines.append([*start, f"{NOT_MEASURED}: {r['red']}", *["-"] * 8])
             continue
-        share = None
-        if r.get("tflop_s") and peak and r["dtype"] == "bfloat16":
-            share = 1e14 * r["tflop_s"] / peak
-        elif not r.get("tflop_s") and bandwidth:
-            share = 1e11 * r["gb_s"] / bandwidth
-        keys = ("pct_of_copy", "pct_of_gemm")
-        cells = [
-            spread(r, "ms"),
-            number(r["gb_s"]),
-            number(r.get("tflop_s")),
-            number(share),
-            *(number(r.get(k)) for k in keys),
-        ]
+        keys = ("gb_s", "tflop_s", "pct_of_datasheet", "pct_of_copy", "pct_of_gemm")
+        cells = [spread(r, "ms"), *(number(r.get(key)) for key in keys)]
         lines.append([*start, *cells, times(speed(r, rows)), number(r.get("peak_mb")), number(r.get("host_us"))])
     return Table(f"Every figure on {name}", lines, long=True)
 
