@@ -15,6 +15,7 @@ from ._attention import CAUSAL
 from ._runtime import ceil_pow2, interpreted
 
 RANGE_BLOCK, CHUNK = 64, 1024  # queries a block of attention_ranges_kernel; elements a step of what it scans
+DELTA_TILE = 2048  # elements a program of attention_delta_kernel, 16 a thread: more spill where strides are odd
 
 # BLOCK_M queries, BLOCK_N keys, warps, stages, and where one more program fits a multiprocessor: registers a thread.
 Tile = tuple[int, ...]

@@ -36,7 +36,7 @@ from ._attention import (
     store_tile,
     visible,
 )
-from ._attention_tiles import CHIPS, CHUNK, RANGE_BLOCK, columns, options_on, shared_memory, tile
+from ._attention_tiles import CHIPS, CHUNK, DELTA_TILE, RANGE_BLOCK, columns, options_on, shared_memory, tile
 from ._math import tanh
 from ._runtime import Configuration, interpreted, on_device, pointers
 from .attention_bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
@@ -221,7 +221,7 @@ def _backward(grads: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, q: T
     with on_device(q):
         options = _ranges(q, k, o[:5], o[6], o[8]) | _scores(q, k, o[5], o[7], o[9], o[10])
         blocks = {"blocks_ptr": options.pop("blocks_ptr"), "blocks": options.pop("blocks")}
-        rows = 1024 if interpreted() else 64
+        rows = 1024 if interpreted() else DELTA_TILE // columns(D)
         attention_delta_kernel[(triton.cdiv(B * T * H, rows),)](
             out, dout, lse, None if dlse is None else dlse.contiguous(), delta, *out.stride()[:3], *dout.stride()[:3],
             H, T, B * T * H, D, columns(D), rows, num_warps=4)  # fmt: skip
@@ -305,7 +305,7 @@ def _small_configurations(dtype: torch.dtype) -> Iterator[Configuration]:
         case, index = "full" if full else "plain", i32 if full else None
         delta = pointers(out_ptr=dtype, dout_ptr=dtype, lse_ptr=f32, dlse_ptr=f32 if full else None, delta_ptr=f32)
         for D in (64, 128, 256):
-            meta = {"D": D, "BLOCK_D": D, "BLOCK": 64}
+            meta = {"D": D, "BLOCK_D": D, "BLOCK": DELTA_TILE // D}
             yield Configuration(attention_delta_kernel, f"D={D} {case}", {**delta, **sizes}, 4, meta, quick=D == 64)
         for packed in (False, True):
             cu, lens = (index, None) if packed else (None, index)
