@@ -40,11 +40,12 @@ PRIOR = {("cpu", "relative"): 0.03, ("cpu", "time"): 0.15, ("gpu", "relative"): 
 TIMES = ("ms", "us", "seconds")
 COUNTS = {  # figure without noise -> by how much it may grow
     "registers": 0.0,
+    "stack_bytes": 0.0,
     "spill_bytes": 0.0,
     "shared_bytes": 0.0,
     "launches": 0.0,
-    "wheel_mb": 0.02,
-    "plan_mb": 0.01,
+    "operators": 0.0,
+    "mb": 0.02,  # of a wheel
 }
 SLOWER, FASTER, SAME, UNJUDGED = "SLOWER", "faster", "same", "not judged"
 Key = tuple[tuple[str, str], ...]

@@ -157,6 +157,12 @@ def test_counts_have_no_noise() -> None:
     assert {p.figure: p.verdict for p in pairs} == {"registers": compare.FASTER, "spill_bytes": compare.SLOWER}
     assert "0 -> 8" in compare.show(pairs, [], False)
 
+    def wheel(mb: float) -> dict[str, Any]:
+        return {"bench": "host", "figure": "wheel", "provider": "wheel", "mb": mb, "machine": MACHINE}
+
+    verdicts = [compare.compare([wheel(10.0)], [wheel(mb)])[0][0].verdict for mb in (10.1, 10.3)]
+    assert verdicts == [compare.SAME, compare.SLOWER]
+
 
 def planted(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     """From now on every call of ours takes `share` longer than it did: it waits that long at its end."""
