@@ -135,7 +135,10 @@ def test_markdown_shows_every_plot(committed: Path) -> None:
 def test_what_was_not_measured_says_so(committed: Path) -> None:
     text = (committed / "REPORT.md").read_text()
     assert "A100, H100, H200: not measured." in text
-    assert "| layer_norm | 4096 × 768 | float32 | 1.21 cpu | not measured | not measured | not measured |" in text
+    row = (
+        r"\| layer_norm \| 4096 × 768 \| float32 \| [\d.]+ [^|]*cpu \| not measured \| not measured \| not measured \|"
+    )
+    assert re.search(row, text)
     for section in ("Memory", "Host", "Codegen"):
         assert re.search(rf"## {section}\n\n[^#]*{section}: not measured\.", text)
     empty = report.sections_of([])
