@@ -259,6 +259,28 @@ def test_recognised_by_what_it_computes(name: str) -> None:
     assert_parity(model, 1e-3 * torch.randn(3, 5, C, device=DEVICE), differs=False)  # where epsilon counts
 
 
+class FunctionalRMSNorm(nn.Module):
+    """PyTorch's function in a method, its epsilon left to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (C,), self.gain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [lambda: nn.RMSNorm(C), FunctionalRMSNorm], ids=["module", "function"])
+def test_epsilon_that_is_pytorchs(make: Any, dtype: torch.dtype) -> None:
+    """For 16-bit rows it is fp32's, too: on small rows another one is another norm."""
+    model, x = make().to(DEVICE, dtype), (1e-2 * torch.randn(4, C, device=DEVICE)).to(dtype)
+    before = model(x).float()
+    after = fastgpt.patch(model)(x).float()
+    assert fastgpt.patch_report(model).replaced
+    assert float((after - before).abs().max()) <= 2 * torch.finfo(dtype).eps * float(before.abs().max())
+
+
 class NormOfTwo(OwnRMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) * 1.001

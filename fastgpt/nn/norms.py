@@ -27,6 +27,11 @@ def _over_last(
     return out.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in out)
 
 
+def epsilon(eps: float | None, x: Tensor) -> float:
+    """RMSNorm's eps for rows x; None is what PyTorch takes: fp32's machine epsilon, for 16 bits too (fp64's for fp64)."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
+
+
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm, with an optional residual added first.
 
@@ -75,9 +80,8 @@ class RMSNorm(nn.RMSNorm):
             nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
-        weight, eps, offset = self.weight, self.eps, self.weight_offset
-        if eps is None:
-            eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+        weight, offset = self.weight, self.weight_offset
+        eps = epsilon(self.eps, x)
         if weight is None or weight.dim() != 1:
 
             def norm(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.backend import leave_to_torch
+from fastgpt.nn.norms import epsilon
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -47,8 +48,7 @@ def rms_norm(module: Any, eps: float | None, offset: float, *args: Any, **kwargs
     if not _fits(args, kwargs, module.weight):
         leave_to_torch("rms_norm", f"{type(module).__name__} got other arguments or dtypes than the op takes")
         return own(module, *args, **kwargs)
-    eps = torch.finfo(args[0].dtype).eps if eps is None else eps
-    return ops.rms_norm(args[0], module.weight, eps, weight_offset=offset)
+    return ops.rms_norm(args[0], module.weight, epsilon(eps, args[0]), weight_offset=offset)
 
 
 def is_plain_linear(m: nn.Module) -> bool:
@@ -145,7 +145,7 @@ def functional_rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None
     if len(normalized_shape) != 1 or not _fits((input,), {}, weight):
         leave_to_torch("rms_norm", "several dimensions, or other dtypes than the op takes")
         return F.rms_norm(input, normalized_shape, weight, eps)
-    return ops.rms_norm(input, weight, torch.finfo(input.dtype).eps if eps is None else eps)
+    return ops.rms_norm(input, weight, epsilon(eps, input))
 
 
 def cross_entropy(
