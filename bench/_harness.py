@@ -9,6 +9,7 @@ least a millisecond; samples during which the system gave this process's core to
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import hashlib
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fastgpt.bench.results import PROVENANCE as PROVENANCE
 from fastgpt.bench.results import append_rows as append_rows
-from fastgpt.device import cpu_name, datasheet_bandwidth, datasheet_peak, describe_machine, nvml
+from fastgpt.device import cpu_name, datasheet_bandwidth, datasheet_peak, default_device, describe_machine, nvml
 
 try:
     import resource
@@ -332,6 +333,18 @@ def datasheet(setting: Setting, multiplies: bool) -> float | None:
     if multiplies:
         return datasheet_peak(name) if setting.dtype.itemsize == 2 else None
     return datasheet_bandwidth(name)
+
+
+def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
+    """--device, made the current one where it is a GPU; or the parser's error."""
+    if name != "auto" and name.partition(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device is {name!r}, expected cpu or cuda")
+    device = default_device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error(f"--device is {name!r}, but there is no CUDA device here")
+        torch.cuda.set_device(device)
+    return device
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:

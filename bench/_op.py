@@ -34,6 +34,7 @@ from fastgpt.bench._harness import (
     copy_job,
     count_sets,
     datasheet,
+    device_of,
     gemm_job,
     gpu_state,
     provenance,
@@ -291,16 +292,6 @@ def _cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
-    """--device, or the parser's error."""
-    if name != "auto" and name.partition(":")[0] not in ("cpu", "cuda"):
-        parser.error(f"--device is {name!r}, expected cpu or cuda")
-    device = default_device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(f"--device is {name!r}, but there is no CUDA device here")
-    return device
-
-
 def options(bench: Bench) -> argparse.ArgumentParser:
     """The command line of one op's benchmark."""
     parser = argparse.ArgumentParser(prog=f"fastgpt bench {bench.op}", description=__doc__)
@@ -326,9 +317,7 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
     from fastgpt.bench import _ncu  # it imports this module
 
     device = default_device(args.device) if args.ncu else device_of(parser, args.device)
-    if device.type == "cuda" and not args.ncu:
-        torch.cuda.set_device(device)
-    elif device.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()  # else a large output's pages are fetched anew in every call, by everyone who is compared
     dtype = dtype_of(args.dtype or "auto", device.type)
     modes = ("default",) * args.compile + ("max-autotune-no-cudagraphs",) * args.max_autotune  # the graph is ours

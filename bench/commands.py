@@ -16,6 +16,7 @@ COMMANDS = {  # name -> (module, what it answers)
     "host": ("host", "microseconds of an op call, launches of a step, import and compile times"),
     "codegen": ("codegen", "registers, spills, shared memory and occupancy of every kernel, without a GPU"),
     "memory": ("memory", "largest batch and longest context that fit a card"),
+    "patching": ("patching", "a step of transformers' GPT-2 and Llama before and after fastgpt.patch"),
     "all": ("cpu", "all of it that needs no GPU, in under 15 minutes, then the report"),
     "gpu": ("gpu", "the GPU's half, in a checkout; the same as `make gpu`"),
     "report": ("report", "tables and plots of rows: REPORT.md and REPORT.html"),

@@ -34,10 +34,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.bench import OPS, variants
-from fastgpt.bench._harness import Job, Samples, Setting, append_rows, provenance, time_cpu, where
+from fastgpt.bench._harness import Job, Samples, Setting, append_rows, device_of, provenance, time_cpu, where
 from fastgpt.bench._op import Bench, Provider, bench_of, chosen, gate, providers
 from fastgpt.bench.roofline import device_events
-from fastgpt.device import DTYPES, default_device, dtype_of
+from fastgpt.device import DTYPES, dtype_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("call", "step", "import", "compile")
@@ -314,9 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="size and installation of this wheel, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
-    device = default_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = device_of(parser, args.device)
     dtype = dtype_of(args.dtype or "auto", device.type)
     parts: list[Callable[[], list[dict[str, Any]]]] = []
     figures = args.figure or ([] if args.build or args.wheel else FIGURES)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from fastgpt.bench import variants
-from fastgpt.bench._harness import append_rows, gpu_state, provenance, where
+from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
 from fastgpt.config import ModelConfig, TrainConfig
-from fastgpt.device import default_device, total_memory
+from fastgpt.device import total_memory
 from fastgpt.errors import UserError
 from fastgpt.memory import LEVELS, Shape, Target, plan, shape_of
 from fastgpt.plan import explain_out_of_memory
@@ -155,8 +155,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default="auto", help="of --measure: cuda, cuda:1")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
-    device = default_device(args.device)
-    if args.measure and device.type != "cuda":
+    if args.measure and (device := device_of(parser, args.device)).type != "cuda":
         parser.error("--measure needs a GPU; without it the figures are planned")
     levels, cards = args.recompute or LEVELS, args.gb or CARDS_GB
     rows = [
@@ -166,7 +165,6 @@ def main(argv: list[str] | None = None) -> int:
         for gb in cards
     ]
     if args.measure:
-        torch.cuda.set_device(device)
         here = [gb for gb in cards if gb * 1e9 <= total_memory(device)]
         here = here if args.gb else here[-1:]
         for model in args.model or MODELS[:1]:

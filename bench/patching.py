@@ -27,10 +27,9 @@ import torch
 from torch import Tensor
 
 import fastgpt
-from fastgpt.bench._harness import Samples, append_rows, gpu_state, provenance, resident_mb, where
+from fastgpt.bench._harness import Samples, append_rows, device_of, gpu_state, provenance, resident_mb, where
 from fastgpt.bench.throughput import AGREE_STEPS, TOLERANCE, disagreement, kernels, time_steps
 from fastgpt.bench.variants import WARM_STEPS, Apart, answer
-from fastgpt.device import default_device
 from fastgpt.patching import PARTS
 
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -201,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ablation", action="store_true", help="each part patched alone, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
-    device = default_device(args.device)
+    device = device_of(parser, args.device)
     shapes = SHAPES | GPU_SHAPES if device.type == "cuda" else SHAPES
     names = ["transformers", "patched"] + (["transformers compile", "patched compile"] if args.compile else [])
     status = 0

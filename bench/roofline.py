@@ -26,10 +26,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fastgpt.bench import throughput, variants
-from fastgpt.bench._harness import append_rows, gpu_state, provenance, where
+from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, build, default_shape, settings, shapes_on
 from fastgpt.config import TrainConfig
-from fastgpt.device import default_device, peak_flops
+from fastgpt.device import peak_flops
 from fastgpt.model import GPT
 
 CLASSES = ("gemm", "attention", "memory", "idle")
@@ -191,9 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
-    device = default_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = device_of(parser, args.device)
     name = args.shape or default_shape(device)
     if name not in shapes_on(device):
         parser.error(f"--shape {name} needs a GPU")

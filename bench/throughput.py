@@ -37,11 +37,11 @@ import torch
 
 from fastgpt import backend
 from fastgpt.bench import rivals
-from fastgpt.bench._harness import Samples, Setting, append_rows, gpu_state, provenance, turns, where
+from fastgpt.bench._harness import Samples, Setting, append_rows, device_of, gpu_state, provenance, turns, where
 from fastgpt.bench._op import Provider, every, gate
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, settings, shapes_on
 from fastgpt.config import TrainConfig
-from fastgpt.device import default_device, energy_joules, peak_flops
+from fastgpt.device import energy_joules, peak_flops
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 # Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the
@@ -217,9 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, too (train.py)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
-    device = default_device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    device = device_of(parser, args.device)
     shapes, status = shapes_on(device), 0
     if absent := set(args.shape or []) - set(shapes):
         parser.error(f"--shape {', '.join(sorted(absent))} needs a GPU")

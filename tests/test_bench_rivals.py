@@ -127,6 +127,7 @@ def test_a_sweep_doubles_until_memory_ends(monkeypatch: pytest.MonkeyPatch, caps
 
     monkeypatch.setattr(throughput, "compare", compare)
     monkeypatch.setattr(throughput, "variant_names", lambda *args: ["torch", "fastgpt"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     command = ["--device", "cuda", "--shape", "gpt2-774m", "--shape", "gpt2-124m", "--sweep"]
     assert throughput.main(command) == 1  # "not timed here" is a failure, memory's end is none

@@ -28,7 +28,7 @@ def _over_last(
 
 
 def epsilon(eps: float | None, x: Tensor) -> float:
-    """RMSNorm's eps for rows x; None is what PyTorch takes: fp32's machine epsilon, for 16 bits too (fp64's for fp64)."""
+    """RMSNorm's eps for rows x; None is what PyTorch takes: fp32's machine epsilon, in 16 bits, too (fp64: its own)."""
     return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
 
 
