@@ -254,9 +254,8 @@ class GPT(nn.Module):
         cos, sin = (None, None) if self.rotary is None else (self.rotary.cos, self.rotary.sin)
         kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
         again = MadeAgain() if kept == "norms" else None
-        random = (
-            self.config.attn_dropout > 0 or self.config.resid_dropout > 0
-        )  # else no state to keep, which is host work
+        # dropout's generator is only put back where it draws: that is host work, and not for a CUDA graph
+        random = max(self.config.attn_dropout, self.config.resid_dropout) > 0
         run = Pass(cos, sin, positions, doc_ids, kv_cache, again)
         x = ops.embedding(ids, self.wte.weight, None if self.wpe is None else self.wpe.weight, positions=positions)
         x, residual = _dropout(x, self.config.embed_dropout, self.training), None

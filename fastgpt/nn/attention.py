@@ -97,35 +97,7 @@ class MultiheadAttention(nn.MultiheadAttention):
             leave_to_torch("MultiheadAttention", why)
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return super().forward(query, key, value, *masks)
-        lone = query.dim() == 2  # one sequence
-        same = query is key and key is value
-        batch_first = self.batch_first or lone
-        options: dict[str, Any] = dict(causal=is_causal, dropout_p=self.dropout if self.training else 0.0)
-        if same and self.in_proj_weight is not None and key_padding_mask is None:
-            qkv = self._heads(query, self.in_proj_weight, self.in_proj_bias, batch_first)
-            out = ops.attention_qkv(qkv, n_heads=self.num_heads, n_kv_heads=self.num_heads, **options)
-        else:
-            q, k, v = self._project(query, key, value, batch_first)
-            if key_padding_mask is not None:
-                k, v, lens = _counted_first(k, v, key_padding_mask.reshape(k.shape[:2]))
-                out = ops.attention(q, k, v, kv_lens=lens, **options)
-            else:
-                out = ops.attention(q, k, v, **options)
-        out = out.flatten(2)  # (B, T, C)
-        out = out.squeeze(0) if lone else out if batch_first else out.transpose(0, 1)
-        return self.out_proj(out), None
-
-    def _heads(self, x: Tensor, weight: Tensor, bias: Tensor | None, batch_first: bool) -> Tensor:
-        """x projected: (B, T, C) or (T, B, C) or (T, C) -> (B, T, heads, D)."""
-        y = F.linear(x[None] if x.dim() == 2 else x, weight, bias).unflatten(-1, (-1, self.head_dim))
-        return y if batch_first else y.transpose(0, 1)
-
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> list[Tensor]:
-        packed = self.in_proj_weight
-        own = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        weights: Any = own if packed is None else packed.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        return [self._heads(x, w, b, batch_first) for x, w, b in zip((query, key, value), weights, biases)]
+        return self.out_proj(attend(self, query, key, value, key_padding_mask, is_causal)), None
 
     def _uncovered(
         self, query: Tensor, key: Tensor, padding: Tensor | None, need_weights: bool, mask: Tensor | None, causal: bool
@@ -145,6 +117,39 @@ class MultiheadAttention(nn.MultiheadAttention):
         if causal and query.shape[length] != key.shape[length]:
             return "is_causal=True with other numbers of keys than of queries"
         return None
+
+
+def attend(m: Any, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, causal: bool) -> Tensor:
+    """What an nn.MultiheadAttention `m` gives its out_proj, laid out as query: packed where all three are one tensor.
+
+    padding: (B, S) bool, True where a key does not count; not with `causal`.
+    """
+    lone = query.dim() == 2  # one sequence
+    batch_first = m.batch_first or lone
+    options: dict[str, Any] = dict(causal=causal, dropout_p=m.dropout if m.training else 0.0)
+    if query is key and key is value and m.in_proj_weight is not None and padding is None:
+        qkv = _heads(m, query, m.in_proj_weight, m.in_proj_bias, batch_first)
+        out = ops.attention_qkv(qkv, n_heads=m.num_heads, n_kv_heads=m.num_heads, **options)
+    else:
+        q, k, v = _project(m, query, key, value, batch_first)
+        if padding is not None:
+            k, v, options["kv_lens"] = _counted_first(k, v, padding.reshape(k.shape[:2]))
+        out = ops.attention(q, k, v, **options)
+    out = out.flatten(2)  # (B, T, C)
+    return out.squeeze(0) if lone else out if batch_first else out.transpose(0, 1)
+
+
+def _heads(m: Any, x: Tensor, weight: Tensor, bias: Tensor | None, batch_first: bool) -> Tensor:
+    """x projected: (B, T, C) or (T, B, C) or (T, C) -> (B, T, heads, D)."""
+    y = F.linear(x[None] if x.dim() == 2 else x, weight, bias).unflatten(-1, (-1, m.head_dim))
+    return y if batch_first else y.transpose(0, 1)
+
+
+def _project(m: Any, query: Tensor, key: Tensor, value: Tensor, batch_first: bool) -> list[Tensor]:
+    own = (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+    weights = own if m.in_proj_weight is None else m.in_proj_weight.chunk(3)
+    biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
+    return [_heads(m, x, w, b, batch_first) for x, w, b in zip((query, key, value), weights, biases)]
 
 
 def _counted_first(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:

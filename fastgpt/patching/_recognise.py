@@ -41,7 +41,7 @@ class Found:
 
 
 def name_of(module: nn.Module) -> str:
-    """The class, without what FSDP2 puts before its name."""
+    """Its class's name."""
     return type(module).__name__
 
 

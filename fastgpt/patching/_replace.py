@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.backend import leave_to_torch
+from fastgpt.nn.attention import attend
 from fastgpt.nn.norms import epsilon
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -200,14 +201,8 @@ def multihead_attention(
         return own(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
-    x = query if module.batch_first else query.transpose(0, 1)
-    qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)  # (B, T, 3 C)
-    heads = module.num_heads
-    p = module.dropout if module.training else 0.0
-    packed = qkv.unflatten(-1, (3 * heads, module.head_dim))
-    y = ops.attention_qkv(packed, n_heads=heads, n_kv_heads=heads, causal=is_causal, dropout_p=p).flatten(2)
-    y = F.linear(y, module.out_proj.weight, module.out_proj.bias)
-    return (y if module.batch_first else y.transpose(0, 1)), None
+    y = attend(module, query, key, value, None, is_causal)
+    return F.linear(y, module.out_proj.weight, module.out_proj.bias), None
 
 
 def encoder_feed_forward(module: Any, approximate: str, x: Tensor) -> Tensor:
