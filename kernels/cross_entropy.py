@@ -11,7 +11,7 @@ ignore_index has loss and gradient 0 and its logits are not read for a gradient;
 loss and gradient 0. Everything is taken relative to the row's maximum or to z_y, so that a large common offset does not
 cancel.
 Bytes an element: fwd reads once; bwd reads and writes once; fwd_bwd the same, its second pass over a row reads L2.
-Saved for backward: lse (fp32), and the logits.
+Saved for backward: m = max_c z_c and s = sum_c exp(z_c - m) of each row in fp32, and the logits.
 """
 
 from __future__ import annotations
@@ -35,10 +35,6 @@ from ._runtime import (
     quick_width,
     split_meta,
 )
-
-# A rounded lse shifts every probability by |lse| 2^-24: less than half a unit of a 16-bit gradient up to this |lse|.
-# Above it, and always for fp32 logits, bwd sums the row again.
-LSE_IS_EXACT_ENOUGH = tl.constexpr(1024.0)
 
 
 @triton.jit
@@ -104,24 +100,24 @@ def _softmax_sums(
 
 @triton.jit
 def _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH: tl.constexpr):
-    """Loss and lse of each row from its sums."""
+    """Loss of each row from its sums."""
     log_s = tl.log(s)
     lse = m + log_s
     loss = (1.0 - label_smoothing) * w_y * ((m - z_y) + log_s)
     if SMOOTH:
         loss += label_smoothing / K * (w_sum * ((m - shift) + log_s) - weighted)
     loss += z_loss * lse * lse
-    return tl.where(ignored, 0.0, tl.where(valid, loss, float("nan"))), lse
+    return tl.where(ignored, 0.0, tl.where(valid, loss, float("nan")))
 
 
 @triton.jit
 def _store_gradient(
-    logits_ptr, offset, dlogits_ptr, d_offset, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, lse, scale,
+    logits_ptr, offset, dlogits_ptr, d_offset, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, scale,
     label_smoothing, z_loss, softcap, K, V, SMOOTH: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write all V columns of the gradient; p = exp(z - m) / s."""
     at_target = (1.0 - label_smoothing) * w_y  # (ROWS, 1)
-    of_p = at_target + 2.0 * z_loss * lse
+    of_p = at_target + 2.0 * z_loss * (m + tl.log(s))
     if SMOOTH:
         of_p += label_smoothing / K * w_sum
     of_p = of_p / s
@@ -150,12 +146,12 @@ def cross_entropy_fwd_kernel(
     weight_ptr,  # (K) fp32 or None
     weight_sum_ptr,  # (1) fp32, or None without weight
     loss_ptr,  # (N) fp32
-    lse_ptr,  # (N) fp32
+    stats_ptr,  # (2, N) fp32: max and sum
     logits_row, N, K, V,
     ignore_index, label_smoothing, z_loss, softcap,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss and lse of ROWS rows a program."""
+    """Loss, maximum and sum of ROWS rows a program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     in_batch = row < N
     offset = row * logits_row
@@ -167,9 +163,10 @@ def cross_entropy_fwd_kernel(
         logits_ptr, offset, in_batch, weight_ptr, shift, softcap, K, V, SMOOTH, CAP, ROWS, BLOCK
     )
     w_sum = tl.load(weight_sum_ptr) if weight_ptr is not None else K * 1.0
-    loss, lse = _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH)
+    loss = _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH)
     tl.store(loss_ptr + row, loss, in_batch)
-    tl.store(lse_ptr + row, lse, in_batch)
+    tl.store(stats_ptr + row, m, in_batch)
+    tl.store(stats_ptr + N + row, s, in_batch)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "label_smoothing", "z_loss", "softcap", "scale_step"])
@@ -177,7 +174,7 @@ def cross_entropy_bwd_kernel(
     dloss_ptr,  # (N) fp32, scale_step apart
     logits_ptr,  # (N, V), rows logits_row apart
     target_ptr,  # (N) int64
-    lse_ptr,  # (N) fp32
+    stats_ptr,  # (2, N) fp32: max and sum
     weight_ptr,  # (K) fp32 or None
     weight_sum_ptr,  # (1) fp32, or None without weight
     dlogits_ptr,  # (N, V) contiguous
@@ -193,14 +190,11 @@ def cross_entropy_bwd_kernel(
         target_ptr, logits_ptr, offset, weight_ptr, row, in_batch, K, ignore_index, softcap, CAP
     )
     scale = tl.load(dloss_ptr + row * scale_step, in_batch, other=0.0)
-    lse = tl.load(lse_ptr + row, valid, other=0.0)
-    m = lse
-    s = tl.full([ROWS, 1], 1.0, tl.float32)
-    if logits_ptr.dtype.element_ty == tl.float32 or tl.max(tl.abs(lse)) > LSE_IS_EXACT_ENOUGH:
-        m, s, _ = _softmax_sums(logits_ptr, offset, valid, None, lse, softcap, K, V, False, CAP, ROWS, BLOCK)
+    m = tl.load(stats_ptr + row, valid, other=0.0)
+    s = tl.load(stats_ptr + N + row, valid, other=1.0)
     w_sum = tl.load(weight_sum_ptr) if weight_ptr is not None else K * 1.0
     _store_gradient(
-        logits_ptr, offset, dlogits_ptr, row * V, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, lse, scale,
+        logits_ptr, offset, dlogits_ptr, row * V, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, scale,
         label_smoothing, z_loss, softcap, K, V, SMOOTH, CAP, BLOCK,
     )  # fmt: skip
 
@@ -230,11 +224,11 @@ def cross_entropy_fwd_bwd_kernel(
         logits_ptr, offset, valid, weight_ptr, shift, softcap, K, V, SMOOTH, CAP, ROWS, BLOCK
     )
     w_sum = tl.load(weight_sum_ptr) if weight_ptr is not None else K * 1.0
-    loss, lse = _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH)
+    loss = _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH)
     tl.store(loss_ptr + row, loss, in_batch)
     tl.debug_barrier()  # every thread has its z_y before one is overwritten
     _store_gradient(
-        logits_ptr, offset, logits_ptr, offset, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, lse, scale,
+        logits_ptr, offset, logits_ptr, offset, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, scale,
         label_smoothing, z_loss, softcap, K, V, SMOOTH, CAP, BLOCK,
     )  # fmt: skip
 
@@ -282,23 +276,23 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float, vocab_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss and lse, both (N,) fp32."""
+    """Loss (N,) and, for backward, each row's maximum and sum (2, N); fp32."""
     N = logits.shape[0]
-    loss, lse = (torch.empty(N, dtype=torch.float32, device=logits.device) for _ in range(2))
+    loss, stats = (torch.empty(s, dtype=torch.float32, device=logits.device) for s in ((N,), (2, N)))
     weight = None if weight is None else weight.contiguous()
     if N:
         meta = rows_meta(vocab_size)
         with on_device(logits):
             cross_entropy_fwd_kernel[(triton.cdiv(N, meta["ROWS"]),)](
-                logits, target.contiguous(), weight, _weight_sum(weight), loss, lse, logits.stride(0), N, vocab_size,
+                logits, target.contiguous(), weight, _weight_sum(weight), loss, stats, logits.stride(0), N, vocab_size,
                 logits.shape[1], ignore_index, label_smoothing, z_loss, softcap, SMOOTH=label_smoothing > 0,
                 CAP=softcap > 0, **meta,
             )  # fmt: skip
-    return loss, lse
+    return loss, stats
 
 
 def cross_entropy_bwd(
-    dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, weight: Tensor | None, ignore_index: int,
+    dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, weight: Tensor | None, ignore_index: int,
     label_smoothing: float, z_loss: float, softcap: float, vocab_size: int,
 ) -> Tensor:  # fmt: skip
     """Gradient (N, Vp) of sum(dloss * loss), contiguous, in the logits' dtype."""
@@ -309,7 +303,7 @@ def cross_entropy_bwd(
         meta = rows_meta(vocab_size)
         with on_device(logits):
             cross_entropy_bwd_kernel[(triton.cdiv(N, meta["ROWS"]),)](
-                dloss, logits, target.contiguous(), lse, weight, _weight_sum(weight), dlogits, dloss.stride(0),
+                dloss, logits, target.contiguous(), stats, weight, _weight_sum(weight), dlogits, dloss.stride(0),
                 logits.stride(0), N, vocab_size, V, ignore_index, label_smoothing, z_loss, softcap,
                 SMOOTH=label_smoothing > 0, CAP=softcap > 0, **meta,
             )  # fmt: skip
@@ -359,10 +353,10 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
             meta, warps = split_meta(rows_meta(block))
             flags = {"SMOOTH": full, "CAP": full, **meta}
             case, quick = f"K={block} {'full' if full else 'plain'}", quick_width(block)
-            out = pointers(loss_ptr=f32, lse_ptr=f32)
+            out = pointers(loss_ptr=f32, stats_ptr=f32)
             yield Configuration(cross_entropy_fwd_kernel, case, {**common, **out}, warps, flags, quick=quick)
             both = {**common, "scale_step": "i32"}
-            out = pointers(dloss_ptr=f32, lse_ptr=f32, dlogits_ptr=dtype)
+            out = pointers(dloss_ptr=f32, stats_ptr=f32, dlogits_ptr=dtype)
             yield Configuration(cross_entropy_bwd_kernel, case, {**both, **out}, warps, flags, quick=quick)
             out = pointers(loss_ptr=f32, scale_ptr=f32)
             yield Configuration(cross_entropy_fwd_bwd_kernel, case, {**both, **out}, warps, flags, quick=quick)

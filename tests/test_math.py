@@ -1,7 +1,6 @@
 """csrc/include/fastgpt/math.h against fp64 and against PyTorch's conversions: the errors that it states hold."""
 
 import ctypes
-import math
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,7 +17,7 @@ SOURCE = """
 using namespace fastgpt;
 #define UNARY(name, out, in, expression) \\
   extern "C" void name(const in* x, out* y, int64_t n) { for (int64_t i = 0; i < n; ++i) y[i] = expression; }
-UNARY(exp_f_, float, float, exp_f(x[i]))
+UNARY(exp_low_, float, float, exp_low(x[i]))
 UNARY(tanh_f_, float, float, tanh_f(x[i]))
 UNARY(to_bf16_, uint16_t, float, to_bf16(x[i]).bits)
 UNARY(to_f16_, uint16_t, float, to_f16(x[i]).bits)
@@ -59,12 +58,11 @@ def floats(low: float, high: float) -> np.ndarray:
 
 
 def test_exp(call: Call) -> None:
-    x = floats(-87.33, 88.72)
+    x = floats(-87.33, 87.0)
     exact = np.exp(x.astype(np.float64))
-    assert np.max(np.abs(call("exp_f", x, np.float32) / exact - 1)) <= 0.70 * U
-    edge = np.array([-np.inf, -1e30, -88.0, 89.0, np.inf, np.nan, 0.0], np.float32)
-    got = call("exp_f", edge, np.float32)
-    assert got[:3].tolist() == [0, 0, 0] and got[3:5].tolist() == [math.inf] * 2 and np.isnan(got[5]) and got[6] == 1
+    assert np.max(np.abs(call("exp_low", x, np.float32) / exact - 1)) <= 0.70 * U
+    got = call("exp_low", np.array([-np.inf, -1e30, -88.0, np.nan, 0.0], np.float32), np.float32)
+    assert got[:3].tolist() == [0, 0, 0] and np.isnan(got[3]) and got[4] == 1
 
 
 def test_tanh(call: Call) -> None:

@@ -3,6 +3,9 @@
 // A row goes by in chunks of 1024 columns: the largest z so far and the sum of exponentials around it (Milakov,
 // Gimelshein 2018, arXiv:1805.02867), then, if asked, the gradient while the row is still in cache, over the logits or
 // elsewhere. So logits are read from memory once and the gradient is written once. Padding columns get gradient 0.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("fp-contract=fast")  // no formula here relies on a rounded product
+#endif
 #include <cmath>
 
 #include "fastgpt/parallel.h"
@@ -48,7 +51,7 @@ struct Scratch {
 inline void exp_chunk(Scratch& b, float max, int64_t n) {
   for_vectors(n, [&](int64_t slot, int64_t) {
     FASTGPT_SIMD
-    for (int64_t k = slot; k < slot + kLanes; ++k) b.e[k] = exp_f(b.z[k] - max);
+    for (int64_t k = slot; k < slot + kLanes; ++k) b.e[k] = exp_low(b.z[k] - max);
   });
 }
 
@@ -57,7 +60,7 @@ inline void add_exp(RowStats& s, Scratch& b, int64_t n) {
   const float top = max_of(b.z, n);
   if (top > s.max) {
     const float step = top - s.max;  // infinite at first, when there is nothing to rescale
-    if (s.sum_exp != 0.0) s.sum_exp *= exp_f(-step);
+    if (s.sum_exp != 0.0) s.sum_exp *= exp_low(-step);
     if (s.sum_weight > 0.0) s.sum_gap += s.sum_weight * step;
     s.max = top;
   }
@@ -115,19 +118,20 @@ inline void store_chunk(const Scratch& b, const float* weight, T* dlogits, const
   for_vectors(n, [&](int64_t slot, int64_t column) { store(slot, column, kLanes); });
 }
 
+// Gradient of row n with target y. loaded: its z and exp(z - max) lie in `b` (a row of one chunk).
 template <bool Softcap, class T>
-inline void store_grad(const T* logits, T* dlogits, const RowStats& s, float lse, int64_t n, int64_t y,
-                       const CrossEntropyArgs& a, Scratch& b) {
+inline void store_grad(const T* logits, T* dlogits, float max, float sum_exp, int64_t n, int64_t y,
+                       const CrossEntropyArgs& a, Scratch& b, bool loaded) {
   const float w_y = a.weight == nullptr ? 1.0f : a.weight[y];
   const float weight_sum = a.weight == nullptr ? static_cast<float>(a.n_classes) : *a.weight_sum;
-  const CrossEntropyGrad g = cross_entropy_grad_row(a.scale[n * a.scale_step], w_y, weight_sum, lse, a.label_smoothing,
-                                                    a.z_loss, static_cast<float>(a.n_classes));
+  const CrossEntropyGrad g = cross_entropy_grad_row(a.scale[n * a.scale_step], w_y, weight_sum, max + std::log(sum_exp),
+                                                    a.label_smoothing, a.z_loss, static_cast<float>(a.n_classes));
   const bool weighted = a.weight != nullptr && a.label_smoothing > 0.0f;
-  const float inv_sum = static_cast<float>(1.0 / s.sum_exp), inv_softcap = Softcap ? 1.0f / a.softcap : 0.0f;
+  const float inv_sum = 1.0f / sum_exp, inv_softcap = Softcap ? 1.0f / a.softcap : 0.0f;
   float d_y = 0.0f;
   for (int64_t first = 0; first < a.n_classes; first += kChunk) {
     const int64_t n_chunk = min_of(kChunk, a.n_classes - first);
-    if (a.n_classes > kChunk) exp_chunk(b, s.max, load_chunk<Softcap>(logits + first, n_chunk, a.softcap, b.z));
+    if (!loaded) exp_chunk(b, max, load_chunk<Softcap>(logits + first, n_chunk, a.softcap, b.z));
     if (y >= first && y < first + n_chunk) {
       const int64_t slot = n_chunk < kLanes ? y - first : slot_of(y - first, n_chunk);
       d_y = cross_entropy_dz(g, b.e[slot] * inv_sum, weighted ? w_y : 1.0f) - g.hit;
@@ -149,11 +153,11 @@ enum class Pass { fwd, bwd, fwd_bwd };
 template <Pass P, class T>
 inline void empty_row(const CrossEntropyArgs& a, T* dlogits, int64_t n, bool ignored) {
   if (P != Pass::bwd) a.loss[n] = ignored ? 0.0f : NAN;
-  if (P == Pass::fwd) a.lse[n] = 0.0f;  // not read by bwd
+  if (P == Pass::fwd) a.max[n] = a.sum_exp[n] = 0.0f;  // not read by bwd
   for (int64_t c = 0; P != Pass::fwd && c < a.n_cols; ++c) dlogits[c] = from_float<T>(0.0f);
 }
 
-// One row of one pass. bwd has lse, but sums again: lse's own rounding would shift every p of the row.
+// One row of one pass.
 template <Pass P, bool Softcap, class T>
 inline void loss_row(const CrossEntropyArgs& a, int64_t n) {
   const T* logits = static_cast<const T*>(a.logits) + n * a.logits_row;
@@ -161,18 +165,22 @@ inline void loss_row(const CrossEntropyArgs& a, int64_t n) {
   const int64_t y = a.target[n];
   if (y == a.ignore_index || y < 0 || y >= a.n_classes) return empty_row<P>(a, dlogits, n, y == a.ignore_index);
   Scratch b;
-  const RowStats s = row_stats<Softcap>(logits, a, P != Pass::bwd && a.label_smoothing > 0.0f, b);
-  float lse = P == Pass::bwd ? a.lse[n] : 0.0f;
-  if constexpr (P != Pass::bwd) {
-    const float log_sum = std::log(static_cast<float>(s.sum_exp));
+  if constexpr (P == Pass::bwd) {
+    store_grad<Softcap>(logits, dlogits, a.max[n], a.sum_exp[n], n, y, a, b, false);
+  } else {
+    const RowStats s = row_stats<Softcap>(logits, a, a.label_smoothing > 0.0f, b);
+    const float sum_exp = static_cast<float>(s.sum_exp), log_sum = std::log(sum_exp);
     const float z_y = z_of<Softcap>(logits[y], a.softcap, Softcap ? 1.0f / a.softcap : 0.0f);
-    lse = s.max + log_sum;
     const float smooth_sum = static_cast<float>(s.sum_gap + s.sum_weight * log_sum);
-    a.loss[n] = cross_entropy_loss((s.max - z_y) + log_sum, smooth_sum, a.weight == nullptr ? 1.0f : a.weight[y], lse,
-                                   a.label_smoothing, a.z_loss, static_cast<float>(a.n_classes));
+    const float w_y = a.weight == nullptr ? 1.0f : a.weight[y];
+    a.loss[n] = cross_entropy_loss((s.max - z_y) + log_sum, smooth_sum, w_y, s.max + log_sum, a.label_smoothing,
+                                   a.z_loss, static_cast<float>(a.n_classes));
+    if constexpr (P == Pass::fwd) {
+      a.max[n] = s.max, a.sum_exp[n] = sum_exp;
+    } else {
+      store_grad<Softcap>(logits, dlogits, s.max, sum_exp, n, y, a, b, a.n_classes <= kChunk);
+    }
   }
-  if constexpr (P == Pass::fwd) a.lse[n] = lse;
-  if constexpr (P != Pass::fwd) store_grad<Softcap>(logits, dlogits, s, lse, n, y, a, b);
 }
 
 template <Pass P>

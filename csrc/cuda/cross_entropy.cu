@@ -5,8 +5,8 @@
 //
 // Fused: softcap, class weights, label smoothing, z-loss, padding columns, ignored rows, the factor of each row.
 // fwd_bwd reads the logits from HBM once and writes the gradient in their place; its second sweep over a row finds it
-// in L2. Saved for a separate backward: lse. Bytes for each 16-bit logit: fwd 2, bwd 4, fwd_bwd 4. Floor of fwd_bwd
-// for 65536 rows of 50304 (13.2 GB): A100 6.5 ms, H100 3.9, H200 2.7; of fwd half as much.
+// in L2. Saved for a separate backward: m and s, so that it sweeps once. Bytes for each 16-bit logit: fwd 2, bwd 4,
+// fwd_bwd 4. Floor of fwd_bwd for 65536 rows of 50304 (13.2 GB): A100 6.5 ms, H100 3.9, H200 2.7; of fwd half as much.
 //
 // How: a row belongs to one block; four 16-byte loads of a thread are in flight; rows that start off a 16-byte
 // boundary (odd V) peel their first and last columns. 512 threads at two blocks a multiprocessor keep 2 * 132 rows of
@@ -21,7 +21,6 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kUnroll = 4;
-constexpr float kMaxExactLse = 1024.0f;  // 16-bit gradients: the rounding of a larger lse would show in exp(z - lse)
 
 // One row and what its class asks for. Plain: no softcap, no class weights, no smoothing.
 template <typename T, bool kPlain>
@@ -109,12 +108,14 @@ __device__ __forceinline__ float row_loss(const Row<T, kPlain>& row, const Stats
                             s.max + log_sum, a.label_smoothing, a.z_loss, static_cast<float>(row.n_classes));
 }
 
-// Writes the row's gradient: p_c = exp(z_c - shift) * inv_sum. Each thread reads a column before it overwrites it.
+// Writes the row's gradient: p_c = exp(z_c - max) / sum. Each thread reads a column before it overwrites it.
 template <typename T, bool kPlain>
-__device__ __forceinline__ void write_gradient(const Row<T, kPlain>& row, float shift, float inv_sum, float lse) {
+__device__ __forceinline__ void write_gradient(const Row<T, kPlain>& row, float max, float sum) {
   const CrossEntropyArgs& a = row.a;
-  const CrossEntropyGrad g = cross_entropy_grad_row(row.scale(), row.weight(row.target), row.weight_sum(), lse,
-                                                    a.label_smoothing, a.z_loss, static_cast<float>(row.n_classes));
+  const float inv_sum = 1.0f / sum;
+  const CrossEntropyGrad g =
+      cross_entropy_grad_row(row.scale(), row.weight(row.target), row.weight_sum(), max + logf(sum), a.label_smoothing,
+                             a.z_loss, static_cast<float>(row.n_classes));
   const bool aligned = (reinterpret_cast<uintptr_t>(row.logits) ^ reinterpret_cast<uintptr_t>(row.dlogits)) % 16 == 0;
   const int y = static_cast<int>(row.target);
   sweep<kUnroll>(row.logits, row.n_classes, [&](int c, auto& x) {
@@ -122,7 +123,7 @@ __device__ __forceinline__ void write_gradient(const Row<T, kPlain>& row, float 
 #pragma unroll
     for (int l = 0; l < L; ++l) {
       const float z = row.z(x[l]);
-      float d = cross_entropy_dz(g, fast_exp(z - shift) * inv_sum, row.weight(c + l));
+      float d = cross_entropy_dz(g, fast_exp(z - max) * inv_sum, row.weight(c + l));
       d -= c + l == y ? g.hit : 0.0f;
       x[l] = kPlain || a.softcap <= 0.0f ? d : d * softcap_slope(z, row.inv_softcap);
     }
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_fwd_kernel(const Cross
   __shared__ float scratch[3 * kMaxWarps];
   const Row<T, kPlain> row(a, blockIdx.x);
   if (!row.counted()) {
-    if (threadIdx.x == 0) a.lse[row.index] = 0.0f;
+    if (threadIdx.x == 0) a.max[row.index] = a.sum_exp[row.index] = 0.0f;  // not read
     write_uncounted(row, true, false);
     return;
   }
@@ -156,24 +157,16 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_fwd_kernel(const Cross
   const Stats s = row_stats(row, z_ref, scratch);
   if (threadIdx.x == 0) {
     a.loss[row.index] = row_loss(row, s, z_y, z_ref);
-    a.lse[row.index] = s.max + logf(s.sum);
+    a.max[row.index] = s.max;
+    a.sum_exp[row.index] = s.sum;
   }
 }
 
-// p from the saved lse where its rounding cannot show; else max and sum once more (the second sweep finds the row in
-// L2).
 template <typename T, bool kPlain>
 __global__ void __launch_bounds__(kThreads) cross_entropy_bwd_kernel(const CrossEntropyArgs a) {
-  __shared__ float scratch[3 * kMaxWarps];
   const Row<T, kPlain> row(a, blockIdx.x);
-  if (!row.counted()) {
-    write_uncounted(row, false, true);
-    return;
-  }
-  const float lse = a.lse[row.index];
-  Stats s = {lse, 1.0f, 0.0f};
-  if (sizeof(T) == 4 || !(fabsf(lse) < kMaxExactLse)) s = row_stats(row, 0.0f, scratch);
-  write_gradient(row, s.max, 1.0f / s.sum, lse);
+  if (!row.counted()) return write_uncounted(row, false, true);
+  write_gradient(row, a.max[row.index], a.sum_exp[row.index]);
 }
 
 template <typename T, bool kPlain>
@@ -188,7 +181,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_fwd_bwd_kernel(const C
   const float z_ref = z_y == -INFINITY ? 0.0f : z_y;
   const Stats s = row_stats(row, z_ref, scratch);  // its barrier: z_y is read before any gradient is written
   if (threadIdx.x == 0) a.loss[row.index] = row_loss(row, s, z_y, z_ref);
-  write_gradient(row, s.max, 1.0f / s.sum, s.max + logf(s.sum));
+  write_gradient(row, s.max, s.sum);
 }
 
 // A row whose scale is exactly 1 costs one load.

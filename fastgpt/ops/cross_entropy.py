@@ -9,9 +9,10 @@ Row i with target y, classes K = vocab_size, class weights w (1 if absent), labe
 
 A row whose target is ignore_index has loss and gradient 0; "mean" divides by the sum of w_y over the other rows (their
 number without weights), as torch.nn.functional.cross_entropy does. Not in place: logits are read in forward and again
-in backward, where the gradient is written. In place: loss and gradient come from one read and one write of the logits,
-and backward only rescales rows whose upstream gradient is not 1. Sources: Szegedy et al. 2015 (arXiv:1512.00567,
-smoothing), Chowdhery et al. 2022 (arXiv:2204.02311, z-loss), Gemma 2 (arXiv:2408.00118, softcap).
+in backward, where the gradient is written; each row's max z and sum exp(z - max) are saved, so that it sweeps once. In
+place: loss and gradient come from one read and one write of the logits, and backward only rescales rows whose upstream
+gradient is not 1. Sources: Szegedy et al. 2015 (arXiv:1512.00567, smoothing), Chowdhery et al. 2022 (arXiv:2204.02311,
+z-loss), Gemma 2 (arXiv:2408.00118, softcap).
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ Options = tuple[int, float, float, float, int]
 
 
 def _fwd_fake(logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> tuple[Tensor, Tensor]:
-    loss = logits.new_empty((logits.shape[0],), dtype=torch.float32)
-    return loss, torch.empty_like(loss)
+    n = logits.shape[0]
+    return logits.new_empty((n,), dtype=torch.float32), logits.new_empty((2, n), dtype=torch.float32)
 
 
 def _bwd_fake(
-    dloss: Tensor, logits: Tensor, target: Tensor, lse: Tensor, weight: Tensor | None, *options: Any
+    dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, weight: Tensor | None, *options: Any
 ) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -49,7 +50,7 @@ FWD = define(
 BWD = define(
     "cross_entropy",
     "cross_entropy_bwd",
-    f"(Tensor dloss, Tensor logits, Tensor target, Tensor lse, Tensor? weight, {OPTIONS}) -> Tensor",
+    f"(Tensor dloss, Tensor logits, Tensor target, Tensor stats, Tensor? weight, {OPTIONS}) -> Tensor",
     _bwd_fake,
 )
 FWD_BWD = define(
@@ -128,19 +129,19 @@ class CrossEntropyFn(torch.autograd.Function):
         reduction: str,
         options: Options,
     ) -> Tensor:
-        loss, lse = FWD[backend](logits, target, weight, *options)
+        loss, stats = FWD[backend](logits, target, weight, *options)
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
         ctx.backend, ctx.reduction, ctx.options = backend, reduction, options
-        ctx.save_for_backward(logits, target, lse, weight, count)
+        ctx.save_for_backward(logits, target, stats, weight, count)
         return reduce_rows(loss, reduction, count)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, lse, weight, count = ctx.saved_tensors
+        logits, target, stats, weight, count = ctx.saved_tensors
         rows = grad if count is None else grad / count
         dloss = rows.float().expand(target.shape).contiguous()
-        return None, BWD[ctx.backend](dloss, logits, target, lse, weight, *ctx.options), None, None, None, None
+        return None, BWD[ctx.backend](dloss, logits, target, stats, weight, *ctx.options), None, None, None, None
 
 
 class CrossEntropyInplaceFn(torch.autograd.Function):
@@ -234,8 +235,8 @@ def _self_check(backend: str, device: torch.device) -> float:
     logits, target = torch.randn(5, 203, device=device), torch.tensor([0, 199, 7, -100, 50], device=device)
     options: Options = (-100, 0.1, 1e-3, 5.0, 200)
     dloss = torch.rand(5, device=device)
-    loss, lse = FWD[backend](logits, target, None, *options)
-    dlogits = BWD[backend](dloss, logits, target, lse, None, *options)
+    loss, stats = FWD[backend](logits, target, None, *options)
+    dlogits = BWD[backend](dloss, logits, target, stats, None, *options)
     fused, fused_loss = logits.clone(), torch.empty_like(loss)
     FWD_BWD[backend](fused, fused_loss, target, None, dloss, *options)
     halved = dlogits.clone()

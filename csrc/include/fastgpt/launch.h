@@ -47,7 +47,8 @@ struct CrossEntropyArgs {
   const float* weight_sum;  // (1): sum of weight; null without weight
   const float* scale;       // (N) or (1): factor of each row's gradient
   float* loss;              // (N)
-  float* lse;               // (N): written by fwd, read by bwd, not used by fwd_bwd
+  float* max;               // (N): of z; written by fwd, read by bwd, not used by fwd_bwd
+  float* sum_exp;           // (N): sum exp(z - max); as max
   int64_t logits_row, dlogits_row;
   int64_t scale_step;       // 1 for (N), 0 for (1)
   int64_t n_rows, n_cols, n_classes;
@@ -78,7 +79,7 @@ struct BiasGeluArgs {
   DType dtype, bias_dtype;
 };
 
-enum class Activation : int { silu = 0, gelu = 1, relu2 = 2 };
+enum class Activation : int { silu = 0, gelu = 1, relu2 = 2, gelu_tanh = 3 };
 
 // act(gate) * up; packed tensors are two halves of one, their rows twice as far apart.
 struct SwigluArgs {

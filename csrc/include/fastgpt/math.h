@@ -79,9 +79,9 @@ FASTGPT_HD f16 from_float<f16>(float x) {
 
 // ---- exp, tanh ----
 
-// exp(x): relative error 0.69 u; 0 below -87.33 (no subnormal results), infinity above 88.72, NaN for NaN.
-// x = n ln 2 + r, |r| <= ln(2)/2; polynomial in r, times 2^n put together from bits.
-FASTGPT_HD float exp_f(float x) {
+// exp(x) for -87.33 <= x <= 87 (and NaN): relative error 0.7 u. x = n ln 2 + r, |r| <= ln(2)/2; polynomial in r, times
+// 2^n put together from bits.
+FASTGPT_HD float exp_near(float x) {
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n * part
@@ -91,17 +91,17 @@ FASTGPT_HD float exp_f(float x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  const float y = (p * r * r + r) + 1.0f;
-  // 2^n in two factors: n = 128 is out of one exponent's range
-  const uint32_t half = (float_bits(shifted) - 0x4b400000u + 256u) / 2u - 128u;
-  const uint32_t rest = (float_bits(shifted) - 0x4b400000u) - half;
-  const float value = y * bits_float((half + 127u) << 23) * bits_float((rest + 127u) << 23);
-  const float low = x < -87.33654f ? 0.0f : value;
-  return x > 88.72283f ? bits_float(0x7f800000u) : low;
+  return ((p * r * r + r) + 1.0f) * bits_float((float_bits(shifted) + 127u) << 23);
+}
+
+// exp(x) for x <= 87 (and NaN): 0 below -87.33, no subnormal results.
+FASTGPT_HD float exp_low(float x) {
+  const float y = exp_near(x);
+  return x < -87.33654f ? 0.0f : y;
 }
 
 // tanh(x) from e = exp(-2|x|): polynomial below 0.625, (1 - e) / (1 + e) above. Relative error 1.25 u with e from
-// exp_f.
+// exp_low.
 FASTGPT_HD float tanh_from_exp(float x, float e) {
   const float a = bits_float(float_bits(x) & 0x7fffffffu);
   const float s = a * a;
@@ -118,7 +118,7 @@ FASTGPT_HD float tanh_from_exp(float x, float e) {
 
 FASTGPT_HD float tanh_f(float x) {
   const float a = bits_float(float_bits(x) & 0x7fffffffu);
-  return tanh_from_exp(x, exp_f(-2.0f * a));
+  return tanh_from_exp(x, exp_low(-2.0f * a));
 }
 
 // ---- LayerNorm ----
@@ -177,20 +177,6 @@ FASTGPT_HD float at_least(float x, float low) { return x < low ? low : x; }
 FASTGPT_HD float clamp_to(float x, float limit) {
   const float y = at_least(x, -limit);
   return y > limit ? limit : y;
-}
-
-// exp(x) for -86 <= x <= 86 (and NaN): exp_f without its far ends; relative error 0.7 u.
-FASTGPT_HD float exp_near(float x) {
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  return ((p * r * r + r) + 1.0f) * bits_float((float_bits(shifted) + 127u) << 23);
 }
 
 struct NormalTail {
@@ -384,12 +370,6 @@ FASTGPT_HD bf16 round_stochastic(float x, uint32_t random) {
 }
 
 // ---- attention; formulas in fastgpt/ops/attention.py ----
-
-// exp(x) for x <= 86 (and NaN): exp_near, and 0 below -86.
-FASTGPT_HD float exp_low(float x) {
-  const float e = exp_near(x);
-  return x < -86.0f ? 0.0f : e;
-}
 
 // First word of Philox4x32-7 (Salmon et al. 2011) for a counter of four words and a key of two: dropout's random bits,
 // as `dropout_keep` in fastgpt/ops/_attention.py.

@@ -27,7 +27,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor> cross_entropy_fwd(Tensor logits, Tensor target, OptTensor weight,
                                                       int64_t ignore_index, double label_smoothing, double z_loss,
                                                       double softcap, int64_t vocab_size);
-  static Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, OptTensor weight,
+  static Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor stats, OptTensor weight,
                                   int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                                   int64_t vocab_size);
   static void cross_entropy_fwd_bwd(Tensor logits, Tensor loss, Tensor target, OptTensor weight, Tensor scale,

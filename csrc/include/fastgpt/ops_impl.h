@@ -163,18 +163,20 @@ std::tuple<Tensor, Tensor> Ops<Device>::cross_entropy_fwd(Tensor logits, Tensor 
   OptTensor weight_sum;
   CrossEntropyArgs a = loss_args("cross_entropy_fwd", logits, target, weight,
                                  {ignore_index, label_smoothing, z_loss, softcap, vocab_size}, weight_sum);
-  Tensor loss = allocate(logits, {a.n_rows}, ScalarType::Float), lse = allocate(logits, {a.n_rows}, ScalarType::Float);
+  Tensor loss = allocate(logits, {a.n_rows}, ScalarType::Float);
+  Tensor stats = allocate(logits, {2, a.n_rows}, ScalarType::Float);
   if (a.n_rows > 0) {
     const Rows rows = rows_of(logits);
     a.logits = rows.data(), a.logits_row = rows.step;
-    a.loss = static_cast<float*>(loss.data_ptr()), a.lse = static_cast<float*>(lse.data_ptr());
+    a.loss = static_cast<float*>(loss.data_ptr());
+    a.max = static_cast<float*>(stats.data_ptr()), a.sum_exp = a.max + a.n_rows;
     device.cross_entropy_fwd(a);
   }
-  return {loss, lse};
+  return {loss, stats};
 }
 
 template <class Device>
-Tensor Ops<Device>::cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor lse, OptTensor weight,
+Tensor Ops<Device>::cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor stats, OptTensor weight,
                                       int64_t ignore_index, double label_smoothing, double z_loss, double softcap,
                                       int64_t vocab_size) {
   const char* op = "cross_entropy_bwd";
@@ -182,7 +184,7 @@ Tensor Ops<Device>::cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target
   OptTensor weight_sum;
   CrossEntropyArgs a = loss_args(op, logits, target, weight,
                                  {ignore_index, label_smoothing, z_loss, softcap, vocab_size}, weight_sum);
-  check_flat(op, "lse", lse, ScalarType::Float, a.n_rows, logits);
+  check_flat(op, "stats", stats, ScalarType::Float, 2 * a.n_rows, logits);
   if (!dloss.is_contiguous()) dloss = torch::stable::contiguous(dloss);
   check_flat(op, "dloss", dloss, ScalarType::Float, a.n_rows, logits);
   Tensor dlogits = allocate_like(logits);
@@ -190,7 +192,7 @@ Tensor Ops<Device>::cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target
     const Rows rows = rows_of(logits);
     a.logits = rows.data(), a.logits_row = rows.step;
     a.dlogits = dlogits.data_ptr(), a.dlogits_row = a.n_cols;
-    a.lse = static_cast<float*>(lse.data_ptr());
+    a.max = static_cast<float*>(stats.data_ptr()), a.sum_exp = a.max + a.n_rows;
     a.scale = static_cast<const float*>(dloss.data_ptr()), a.scale_step = 1;
     device.cross_entropy_bwd(a);
   }
