@@ -17,7 +17,8 @@ from fastgpt import options
 from fastgpt.errors import UserError
 from fastgpt.trackers import TRACKERS
 
-GATED = {"swiglu": "silu", "geglu": "gelu", "reglu2": "relu2"}  # model.activation -> ops.swiglu's activation
+# model.activation -> ops.swiglu's activation
+GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu2": "relu2"}
 
 
 def _need(ok: bool, key: str, came: object, expected: str) -> None:
@@ -44,7 +45,8 @@ class ModelConfig:
         norm_eps: added to the variance.
         norm_bias: whether LayerNorm has a bias.
         parallel: attention and MLP side by side, from one norm (shared, GPT-J) or two (separate, GPT-NeoX).
-        activation: of the MLP; swiglu, geglu and reglu2 are gated (silu, gelu or squared ReLU of the gate, times up).
+        activation: of the MLP; swiglu, geglu, geglu_tanh and reglu2 are gated (silu, gelu, tanh's gelu or squared ReLU
+            of the gate, times up).
         positions: learned table, rotary, or none.
         rotary_dim: leading columns of each head that turn; null is all.
         rope_theta: base of the rotary frequencies.
@@ -81,7 +83,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     norm_bias: bool = True
     parallel: Literal["none", "shared", "separate"] = "none"
-    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu", "geglu", "reglu2"] = "gelu_tanh"
+    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu", "geglu", "geglu_tanh", "reglu2"] = "gelu_tanh"
     positions: Literal["learned", "rope", "none"] = "learned"
     rotary_dim: int | None = None
     rope_theta: float = 10000.0

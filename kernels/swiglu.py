@@ -1,6 +1,6 @@
 """act(gate) * up, forward and backward (Shazeer 2020, arXiv:2002.05202).
 
-    y = act(gate) up,  dgate = dy up act'(gate),  dup = dy act(gate);  act: silu, gelu or relu2, formulas in _math.py
+    y = act(gate) up,  dgate = dy up act'(gate),  dup = dy act(gate);  act: silu, gelu, relu2, gelu_tanh (_math.py)
 
 Bytes an element: forward reads gate and up, writes y; backward reads dy, gate and up, writes both gradients.
 Saved for backward: gate and up. A packed tensor is two views of one, its gradient too.
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._math import gelu, relu2, silu
+from ._math import gelu, gelu_tanh, relu2, silu
 from ._runtime import (
     Configuration,
     as_rows,
@@ -30,7 +30,7 @@ from ._runtime import (
 )
 
 MAX_BLOCK = 1024  # columns a program takes; wider rows are cut
-SILU, GELU, RELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SILU, GELU, RELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # else: gelu_tanh
 
 
 @triton.jit
@@ -40,8 +40,10 @@ def _activation(x, ACT: tl.constexpr):
         return silu(x)
     elif ACT == GELU:
         return gelu(x)
-    else:
+    elif ACT == RELU2:
         return relu2(x)
+    else:
+        return gelu_tanh(x)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -134,7 +136,7 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
     """Every launch shape of this file for every activation."""
     sizes = {"gate_row": "i32", "up_row": "i32", "N": "i32", "C": "i32"}
     grads = {"dy_row": "i32", "grad_row": "i32"}
-    for act, name in enumerate(("silu", "gelu", "relu2")):
+    for act, name in enumerate(("silu", "gelu", "relu2", "gelu_tanh")):
         for block in powers_of_two(16, MAX_BLOCK):
             meta, warps = split_meta(tile_meta(block))
             quick = name != "relu2" and quick_width(block)

@@ -133,7 +133,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--model.n-layers", "0"], "model.n_layers is 0, expected more than 0"),
     (
         ["--model.activation", "tanh"],
-        "model.activation is 'tanh', expected one of gelu_tanh, gelu, relu2, swiglu, geglu, reglu2",
+        "model.activation is 'tanh', expected one of gelu_tanh, gelu, relu2, swiglu, geglu, geglu_tanh, reglu2",
     ),
     (
         ["--model.window", "wide"],

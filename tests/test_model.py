@@ -62,6 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no biases": dict(qkv_bias=False, proj_bias=False, mlp_bias=False, norm_bias=False),
     "head bias, tied": dict(head_bias=True),
     "geglu": dict(activation="geglu"),
+    "geglu_tanh": dict(activation="geglu_tanh"),
     "reglu2": dict(activation="reglu2"),
     "relu2": dict(activation="relu2"),
     "multi-query": dict(n_kv_heads=1),
@@ -166,6 +167,7 @@ def plain_mlp(c: ModelConfig, x: Tensor, w: dict[str, Tensor], layer: int) -> Te
         "relu2": lambda: F.relu(h) ** 2,
         "swiglu": lambda: F.silu(h[..., :f]) * h[..., f:],
         "geglu": lambda: F.gelu(h[..., :f]) * h[..., f:],
+        "geglu_tanh": lambda: F.gelu(h[..., :f], approximate="tanh") * h[..., f:],
         "reglu2": lambda: F.relu(h[..., :f]) ** 2 * h[..., f:],
     }
     return F.linear(acts[c.activation](), w[f"{name}.down.weight"], w.get(f"{name}.down.bias"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -142,10 +143,16 @@ CASES: dict[str, Case] = {
     "SwiGLU gelu": Case(
         lambda: fnn.SwiGLU(12, 20, bias=True, activation="gelu"), lambda: LlamaMLP(F.gelu, bias=True), X
     ),
+    "SwiGLU gelu tanh": Case(
+        lambda: fnn.SwiGLU(12, 20, activation="gelu_tanh"),
+        lambda: LlamaMLP(functools.partial(F.gelu, approximate="tanh")),
+        X,
+    ),
     "RotaryEmbedding": Case(
         lambda: fnn.RotaryEmbedding(8, 9, theta=500.0, interleaved=True), ComplexRotary, ((2, 7, 4, 10), (2, 7, 2, 10))
     ),
     "Embedding": Case(**both("Embedding", 6, 12), shapes=((2, 9),), integers=6),
+    "Embedding padded": Case(**both("Embedding", 6, 12, padding_idx=-2), shapes=((2, 9),), integers=6),
     "attention": attention(),
     "attention causal": attention(call={"is_causal": True, "attn_mask": CAUSAL}),
     "attention padded": attention(call={"key_padding_mask": PADDING}),

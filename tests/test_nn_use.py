@@ -53,7 +53,6 @@ UNCOVERED: dict[str, tuple[Any, ...]] = {
     "probabilities": ("CrossEntropyLoss", (), {}, (floats(5, 11), floats(5, 11).softmax(1)), {}, "probabilities"),
     "images": ("CrossEntropyLoss", (), {}, (floats(2, 11, 3), numbers(2, 3)), {}, "input of 3 dimensions"),
     "one row": ("CrossEntropyLoss", (), {}, (floats(11), numbers()), {}, "input of 1 dimensions"),
-    "padding_idx": ("Embedding", (11, 6, 0), {}, (numbers(2, 9),), {}, "padding_idx=0:"),
     "max_norm": ("Embedding", (11, 6), {"max_norm": 1.0}, (numbers(2, 9),), {}, "max_norm=1.0:"),
     "scale_grad": ("Embedding", (11, 6), {"scale_grad_by_freq": True}, (numbers(9),), {}, "scale_grad_by_freq=True:"),
     "sparse": ("Embedding", (11, 6), {"sparse": True}, (numbers(9),), {}, "sparse=True:"),
@@ -114,7 +113,7 @@ def test_what_an_op_does_not_cover_goes_to_torchs_own(name: str, caplog: pytest.
         ours(*inputs, **call)
 
 
-@pytest.mark.parametrize("name", ["probabilities", "padding_idx", "out_features", "mask"])
+@pytest.mark.parametrize("name", ["probabilities", "scale_grad", "out_features", "mask"])
 def test_torchs_own_compiles_whole_and_is_logged(name: str, caplog: pytest.LogCaptureFixture) -> None:
     kind, args, options, inputs, call, _ = UNCOVERED[name]
     ours = getattr(fnn, kind)(*args, **options).to(DEVICE)

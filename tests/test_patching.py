@@ -243,6 +243,7 @@ RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "SwiGLU": (gated(F.silu), "swiglu"),
     "GeGLU": (gated(F.gelu), "swiglu"),
+    "GeGLU tanh": (gated(functools.partial(F.gelu, approximate="tanh")), "swiglu"),
 }
 
 
@@ -275,10 +276,39 @@ class FunctionalRMSNorm(nn.Module):
 def test_epsilon_that_is_pytorchs(make: Any, dtype: torch.dtype) -> None:
     """For 16-bit rows it is fp32's, too: on small rows another one is another norm."""
     model, x = make().to(DEVICE, dtype), (1e-2 * torch.randn(4, C, device=DEVICE)).to(dtype)
-    before = model(x).float()
-    after = fastgpt.patch(model)(x).float()
+    before = model(x).detach().float()
+    after = fastgpt.patch(model)(x).detach().float()
     assert fastgpt.patch_report(model).replaced
     assert float((after - before).abs().max()) <= 2 * torch.finfo(dtype).eps * float(before.abs().max())
+
+
+class ScaledEmbedding(nn.Embedding):
+    """Gemma's."""
+
+    def __init__(self, factor: float = 1.0) -> None:
+        super().__init__(V, C, padding_idx=3)
+        self.factor = factor
+        self.register_buffer("embed_scale", torch.tensor(5.5))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale.to(self.weight.dtype) * self.factor
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Embedding(V, C, padding_idx=3), ScaledEmbedding], ids=["plain", "scaled"])
+def test_embeddings_with_padding_and_scale(make: Callable[[], nn.Embedding]) -> None:
+    """The same bits as PyTorch's in forward; the padding row has no gradient, whatever it had before."""
+    ids = torch.tensor([[1, 3, 3], [1, 0, 2]], device=DEVICE)
+    stock = make().to(DEVICE)
+    ours = copy.deepcopy(stock)
+    assert replaced(nn.Sequential(ours)) == {"0": "embedding"}
+    grads = []
+    for m in (stock, ours):
+        y = m(ids)
+        assert torch.equal(y, stock(ids))
+        y.backward(torch.linspace(-1, 1, y.numel(), device=DEVICE).view_as(y))
+        assert m.weight.grad is not None and not m.weight.grad[3].any() and m.weight.grad[2].any()
+        grads.append(m.weight.grad)
+    torch.testing.assert_close(*grads)
 
 
 class NormOfTwo(OwnRMSNorm):
@@ -305,13 +335,12 @@ class Keeping(MLP):
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nearly a norm": (NormOfTwo, "computes neither LayerNorm nor RMSNorm"),
     "two dimensions": (lambda: nn.LayerNorm((4, C)), "over 2 dimensions"),
-    "tanh GeGLU": (gated(functools.partial(F.gelu, approximate="tanh")), "swiglu has no tanh GELU"),
     "residual inside": (Residual, "more than a chain"),
     "more than the chain": (Keeping, "more than a chain"),
     "control flow": (Branching, "cannot be traced"),
     "silu": (lambda: nn.Sequential(nn.Linear(C, 96), nn.SiLU(), nn.Linear(96, C)), "no SiLU"),
-    "padding_idx": (lambda: nn.Embedding(V, C, padding_idx=0), "it has padding_idx"),
     "max_norm": (lambda: nn.Embedding(V, C, max_norm=1.0), "it has max_norm"),
+    "scaled twice": (lambda: ScaledEmbedding(2.0), "its forward is its own"),
     "wide keys": (lambda: nn.MultiheadAttention(C, H, kdim=32), "another width"),
 }
 
@@ -449,8 +478,8 @@ def test_wrong_use_is_one_clear_error() -> None:
         fastgpt.patch(nn.Sequential(fastgpt.nn.LayerNorm(C), fastgpt.nn.RMSNorm(C)))
     with pytest.raises(ValueError, match="nothing to patch in GPT .looked for rope"):
         fastgpt.patch(gpt(), only="rope")
-    mixed = nn.ModuleList([nn.LayerNorm(C), nn.Embedding(V, C, padding_idx=0)])
-    with pytest.raises(ValueError, match="strict, but 1 could not be replaced: embedding 1: it has padding_idx"):
+    mixed = nn.ModuleList([nn.LayerNorm(C), nn.Embedding(V, C, max_norm=1.0)])
+    with pytest.raises(ValueError, match="strict, but 1 could not be replaced: embedding 1: it has max_norm"):
         fastgpt.patch(mixed, strict=True)
     assert "forward" not in mixed[0].__dict__, "an error must change nothing"
     assert fastgpt.patch(mixed, strict=True, only="norm") is mixed

@@ -459,8 +459,8 @@ def matrix() -> str:
         "against transformers' own code in fp64, plain, left-padded and packed: error at most 2 (outputs) or 3\n"
         "(gradients) times that of the unpatched model plus one unit in the last place.\n"
     )
-    ends = "\n".join(f"{i}. {note}" for i, note in enumerate(notes, 1))
-    return f"{about}\n{head}\n" + "\n".join(rows) + f"\n\nLeft as they are, because\n\n{ends}\n"
+    ends = "".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1))
+    return f"{about}\n{head}\n" + "\n".join(rows) + (f"\n\nLeft as they are, because\n\n{ends}" if notes else "\n")
 
 
 def test_family_matrix() -> None:

@@ -13,12 +13,18 @@ namespace fastgpt::cpu {
 
 template <Activation A>
 inline float value_of(float x) {
-  return A == Activation::silu ? silu_f(x) : A == Activation::gelu ? gelu_f(x) : relu2_f(x);
+  return A == Activation::silu    ? silu_f(x)
+         : A == Activation::gelu  ? gelu_f(x)
+         : A == Activation::relu2 ? relu2_f(x)
+                                  : gelu_tanh_f(x);
 }
 
 template <Activation A>
 inline ValueSlope both_of(float x) {
-  return A == Activation::silu ? silu_both(x) : A == Activation::gelu ? gelu_both(x) : relu2_both(x);
+  return A == Activation::silu    ? silu_both(x)
+         : A == Activation::gelu  ? gelu_both(x)
+         : A == Activation::relu2 ? relu2_both(x)
+                                  : gelu_tanh_both(x);
 }
 
 template <Activation A, class T>
@@ -58,6 +64,7 @@ inline void with_activation(const SwigluArgs& a, const F& fn) {
       case Activation::silu: return fn(tag, std::integral_constant<Activation, Activation::silu>{});
       case Activation::gelu: return fn(tag, std::integral_constant<Activation, Activation::gelu>{});
       case Activation::relu2: return fn(tag, std::integral_constant<Activation, Activation::relu2>{});
+      case Activation::gelu_tanh: return fn(tag, std::integral_constant<Activation, Activation::gelu_tanh>{});
     }
   });
 }

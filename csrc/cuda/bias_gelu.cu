@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kTileThreads) bias_gelu_bwd_kernel(const BiasG
 #pragma unroll
       for (int l = 0; l < L; ++l) {
         u[l] += bias[l];
-        d[l] *= kTanh ? gelu_tanh_slope<T>(u[l]) : gelu_and_slope<T>(u[l]).slope;
+        d[l] *= (kTanh ? gelu_tanh_and_slope<T>(u[l]) : gelu_and_slope<T>(u[l])).slope;
         dbias[0][l] += d[l];
       }
       store_whole(static_cast<T*>(a.out) + row * a.n_cols + c, d);

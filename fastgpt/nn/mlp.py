@@ -95,7 +95,7 @@ class SwiGLU(nn.Module):
 
     Args:
         in_features, hidden_features: C and F. out_features: C where None. bias: of all three layers.
-        activation: "silu" (SwiGLU), "gelu" (GeGLU) or "relu2".
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU), "relu2".
 
     Shape: x (..., C) -> (..., out_features). Keys: gate_proj.weight, up_proj.weight, down_proj.weight (and .bias).
     For one packed projection call fastgpt.ops.swiglu(gate_up), gate first. Source: arXiv:2002.05202.

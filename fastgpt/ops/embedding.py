@@ -49,10 +49,15 @@ BWD_ADD = define("embedding", "embedding_bwd_add", "(Tensor(a!) dweight, Tensor 
 
 
 def embedding_ref(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None = None, *, positions: Tensor | None = None
+    ids: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """The `torch` backend, the parity baseline and, in fp64, its ground truth: F.embedding, twice."""
-    out = F.embedding(ids, weight)
+    out = F.embedding(ids, weight, padding_idx)
     if position_weight is None:
         return out
     if positions is None:
@@ -61,13 +66,19 @@ def embedding_ref(
 
 
 class EmbeddingFn(torch.autograd.Function):
-    """Autograd over the raw ops: (backend, ids, weight, position_weight, positions) -> y."""
+    """Autograd over the raw ops: (backend, ids, weight, position_weight, positions, padding_idx) -> y."""
 
     @staticmethod
     def forward(
-        ctx: Any, backend: str, ids: Tensor, weight: Tensor, position_weight: Tensor | None, positions: Tensor | None
+        ctx: Any,
+        backend: str,
+        ids: Tensor,
+        weight: Tensor,
+        position_weight: Tensor | None,
+        positions: Tensor | None,
+        padding_idx: int | None,
     ) -> Tensor:
-        ctx.backend, ctx.rows = backend, weight.shape[0]
+        ctx.backend, ctx.rows, ctx.padding_idx = backend, weight.shape[0], padding_idx
         ctx.position_rows = 0 if position_weight is None else position_weight.shape[0]
         # Not saved tensors: their values are not needed, and an optimizer may change them before backward.
         ctx.tables = (None, None) if torch.compiler.is_compiling() else (weight, position_weight)
@@ -80,13 +91,14 @@ class EmbeddingFn(torch.autograd.Function):
         ids, positions = ctx.saved_tensors
         dweight = dposition = None
         if ctx.needs_input_grad[2]:
-            dweight = _gather(ctx.backend, ctx.tables[0], ctx.rows, dy, ids)
+            counted = ids if ctx.padding_idx is None else torch.where(ids == ctx.padding_idx, -1, ids)  # -1 is no row
+            dweight = _gather(ctx.backend, ctx.tables[0], ctx.rows, dy, counted)
         if ctx.needs_input_grad[3] and positions is None:
             dposition = _sum_batch(ctx.tables[1], ctx.position_rows, dy)
         elif ctx.needs_input_grad[3]:
             where = positions.expand(ids.shape)
             dposition = _gather(ctx.backend, ctx.tables[1], ctx.position_rows, dy, where)
-        return None, None, dweight, dposition, None
+        return None, None, dweight, dposition, None, None
 
 
 def _place(table: Tensor | None) -> Tensor | None:
@@ -180,7 +192,12 @@ register("embedding", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def embedding(
-    ids: Tensor, weight: Tensor, position_weight: Tensor | None = None, *, positions: Tensor | None = None
+    ids: Tensor,
+    weight: Tensor,
+    position_weight: Tensor | None = None,
+    *,
+    positions: Tensor | None = None,
+    padding_idx: int | None = None,
 ) -> Tensor:
     """weight[ids], plus position_weight[positions] if given.
 
@@ -188,6 +205,7 @@ def embedding(
         ids: (..., T) int64 or int32, mostly (B, T).
         weight: (V, C) fp32, bf16, fp16 (fp64 on the reference); position_weight: (T_max, C), weight's dtype.
         positions: (T,) or ids' shape, int64 or int32; default 0, 1, 2, ... along T; not read without position_weight.
+        padding_idx: a row of weight that gets no gradient, -V to V - 1.
 
     Returns:
         (..., T, C) in weight's dtype, summed in fp32. Gradients are dense, in weight's dtype, summed in fp32.
@@ -197,12 +215,17 @@ def embedding(
             token's row is NaN, and it adds nothing to a gradient (FASTGPT_CHECK=1 syncs and raises).
     """
     _check(ids, weight, position_weight, positions)
+    if padding_idx is not None:
+        v = weight.shape[0]
+        if not -v <= padding_idx < v:
+            raise ValueError(f"embedding: padding_idx is {padding_idx}, expected {-v} to {v - 1}")
+        padding_idx %= v
     backend = select("embedding", weight)
     positions = None if position_weight is None else positions
     if backend == "torch":
-        return embedding_ref(ids, weight, position_weight, positions=positions)
+        return embedding_ref(ids, weight, position_weight, positions=positions, padding_idx=padding_idx)
     if needs_grad(weight, position_weight):
-        y: Tensor = EmbeddingFn.apply(backend, ids, weight, position_weight, positions)
+        y: Tensor = EmbeddingFn.apply(backend, ids, weight, position_weight, positions, padding_idx)
     else:
         y = FWD[backend](ids, weight, position_weight, positions)
     return y

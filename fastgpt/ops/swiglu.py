@@ -1,6 +1,7 @@
 """Gated activation in one pass (Shazeer 2020, arXiv:2002.05202; squared ReLU: So et al. 2021, arXiv:2109.08668).
 
-    y = act(gate) * up,   act: silu(g) = g sigmoid(g), gelu(g) = g Phi(g) or relu(g)^2
+    y = act(gate) * up,   act: silu(g) = g sigmoid(g), gelu(g) = g Phi(g), relu(g)^2 or
+                           gelu_tanh(g) = g sigmoid(2 sqrt(2 / pi) (g + 0.044715 g^3))
     dgate = dy up act'(gate),  dup = dy act(gate)
 
 Forward reads gate and up and writes y once; backward reads dy, gate and up and writes both gradients once, a packed
@@ -24,12 +25,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # their places are the r
     "silu": F.silu,
     "gelu": F.gelu,
     "relu2": lambda x: F.relu(x).square(),
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 NUMBERS = {name: i for i, name in enumerate(ACTIVATIONS)}
 FORMULAS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": lambda g: g * torch.sigmoid(g),
     "gelu": lambda g: 0.5 * g * torch.erfc(-g / math.sqrt(2)),
     "relu2": lambda g: torch.where(g > 0, g, 0.0) ** 2,
+    "gelu_tanh": lambda g: g * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)),
 }
 
 
@@ -105,7 +108,7 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") 
     Args:
         gate: (..., F), or packed (..., 2F) with the gate first when up is None; up: (..., F) as gate. Any strides;
             fp32, bf16, fp16 (fp64 on the reference).
-        activation: "silu" (SwiGLU), "gelu" (GeGLU) or "relu2" (squared ReLU).
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU; the second as Gemma has it), "relu2" (squared ReLU).
 
     Returns:
         (..., F) in gate's dtype; the function and the product in fp32.

@@ -70,7 +70,7 @@ def _swiglu_variants(dtype: torch.dtype) -> Iterator[Variant]:
     for shape in ((1, 1), (1, 7), (2, 3, 770), (67, 128), (2, 5000), (5,), (0, 16)):
         yield shape, {}
         yield (*shape[:-1], 2 * shape[-1]), {"packed": True}
-    for activation in ("silu", "gelu", "relu2"):
+    for activation in ("silu", "gelu", "relu2", "gelu_tanh"):
         for o in ({}, {"packed": True}, *EXTREMES[2 if activation == "relu2" else 0 :]):  # 1e8 is over fp16's range
             yield (6, 66), {"activation": activation, **o}
 

@@ -62,7 +62,7 @@ def run_embedding(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs
     weight = inputs.leaf((v, c), case.dtype)
     position_weight = inputs.leaf((p, c), case.dtype) if p else None
     positions = _rows(case, inputs, p, tuple(shape), o.get("positions"))
-    y = fn(ids, weight, position_weight, positions=positions)
+    y = fn(ids, weight, position_weight, positions=positions, padding_idx=o.get("padding_idx"))
     y.backward(inputs.grad(tuple(y.shape), case.dtype, o.get("scale", 1.0), o.get("mean", 0.0)))
     leaves = {"dweight": weight, "dposition_weight": position_weight}
     return {"y": y, **{n: t.grad for n, t in leaves.items() if t is not None and t.grad is not None}}
@@ -116,12 +116,13 @@ def _embedding_variants(dtype: torch.dtype) -> Iterator[Variant]:
     others: tuple[tuple[int, ...], ...] = ((7, 3, 16, 2, 0), (12, 6, 8, 6), (12, 6, 8, 2, 3, 4), (12, 0, 8))
     for other in others:
         yield other, {}
-    for o in ({"positions": "shared"}, {"positions": "own"}, {"int32": True}, {"distinct": 50}):
+    for o in ({"positions": "shared"}, {"positions": "own"}, {"int32": True}, {"distinct": 50}, {"padding_idx": 7}):
         yield (50, 9, 20, 9, 9), {**o}
     yield (3, 2, 40, 300, 2), {}  # many tokens a row
     yield (2, 1, 8, 600, 1), {}
     yield (1, 0, 8, 1500), {}
     yield (3, 2, 40, 300, 2), {"positions": "own", "mean": 100.0}
+    yield (2, 1, 8, 600, 1), {"padding_idx": -1, "int32": True}
     yield (11, 7, 33, 3, 5), {"scale": 1e4 if dtype != torch.float16 else 1e3}
 
 

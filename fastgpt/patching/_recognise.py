@@ -193,8 +193,6 @@ def _match(module: nn.Module, what: str, graph: fx.Graph) -> Found | None:
         if len(ups) != 1 or not isinstance(ups[0], fx.Node) or not _is_call(ups[0], x):
             return Found("mlp", what, why="its gate does not multiply a linear layer of the same input")
         rest = _chain(after, seen | {ups[0], after}, nodes)
-        if kind == "gelu_tanh":
-            return Found("mlp", what, why="swiglu has no tanh GELU")
         roles: tuple[Any, ...] = (str(before.target), str(ups[0].target), kind)
         op, call = "swiglu", replace.gated_mlp
     else:
@@ -229,19 +227,31 @@ def _chain(node: fx.Node, seen: set[fx.Node], nodes: list[fx.Node]) -> tuple[str
 
 
 def embedding(module: nn.Module) -> Found | None:
-    """nn.Embedding without the options that ops.embedding has not."""
-    if type(module).forward is not nn.Embedding.forward:
-        return (
-            Found("embedding", name_of(module), why="its forward is its own")
-            if isinstance(module, nn.Embedding)
-            else None
-        )
-    options = ("padding_idx", "max_norm")
-    extra = [n for n in options if getattr(module, n) is not None]
-    extra += [n for n in ("scale_grad_by_freq", "sparse") if getattr(module, n)]
+    """nn.Embedding, or a subclass that multiplies rows by `embed_scale`, without options that ops.embedding lacks."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    what, plain = name_of(module), type(module).forward is nn.Embedding.forward
+    if not plain and not _is_scaled_embedding(module):
+        return Found("embedding", what, why="its forward is its own")
+    extra = [n for n in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, n)]
     if extra:
-        return Found("embedding", name_of(module), why=f"it has {' and '.join(extra)}")
-    return Found("embedding", name_of(module), "embedding", call=replace.embedding)
+        return Found("embedding", what, why=f"it has {' and '.join(extra)}")
+    return Found("embedding", what, "embedding", call=replace.embedding, arguments=(not plain,))
+
+
+def _is_scaled_embedding(module: nn.Embedding) -> bool:
+    """Whether weight[ids] times the buffer embed_scale is what its class computes, from a run on a few rows."""
+    if module._parameters.keys() != {"weight"} or module._buffers.keys() != {"embed_scale"}:
+        return False
+    weight = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    scale, ids = torch.tensor(1.7, device="cpu"), torch.tensor([[2, 0, 3]], device="cpu")
+    bare = bare_copy(module)
+    bare.__dict__ |= {"_parameters": {"weight": weight}, "_buffers": {"embed_scale": scale}, "padding_idx": None}
+    try:
+        y = type(module).forward(bare, ids)
+    except Exception:  # it wants other arguments, or looks at what a bare copy lacks
+        return False
+    return isinstance(y, torch.Tensor) and torch.equal(y, weight[ids] * scale)
 
 
 def loss(module: nn.Module) -> Found | None:

@@ -95,11 +95,12 @@ def gated_mlp(
     return x
 
 
-def embedding(module: Any, ids: Tensor) -> Tensor:
-    """ids (...) -> (..., C)."""
+def embedding(module: Any, scaled: bool, ids: Tensor) -> Tensor:
+    """ids (...) -> (..., C), times the module's embed_scale if `scaled` (Gemma's)."""
     if not _plain(ids, module.weight) or ids.dtype not in (torch.int64, torch.int32):
         return own(module, ids)
-    return ops.embedding(ids, module.weight)
+    rows = ops.embedding(ids, module.weight, padding_idx=module.padding_idx)
+    return rows * module.embed_scale.to(rows.dtype) if scaled else rows
 
 
 def sdpa(

@@ -29,7 +29,8 @@ UNARY(gelu, cuda::gelu<bf16>(x))
 UNARY(gelu_slope, cuda::gelu_and_slope<bf16>(x).slope)
 UNARY(gelu_again, cuda::gelu_and_slope<bf16>(x).value)
 UNARY(gelu_tanh, cuda::gelu_tanh<bf16>(x))
-UNARY(gelu_tanh_slope, cuda::gelu_tanh_slope<bf16>(x))
+UNARY(gelu_tanh_slope, cuda::gelu_tanh_and_slope<bf16>(x).slope)
+UNARY(gelu_tanh_again, cuda::gelu_tanh_and_slope<bf16>(x).value)
 UNARY(silu, cuda::silu<bf16>(x))
 UNARY(silu_slope, cuda::silu_and_slope<bf16>(x).slope)
 UNARY(silu_again, cuda::silu_and_slope<bf16>(x).value)
@@ -65,6 +66,7 @@ VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: x * 0.5 * torch.erfc(-x / math.sqrt(2)),
     "gelu_again": lambda x: x * 0.5 * torch.erfc(-x / math.sqrt(2)),
     "gelu_tanh": lambda x: x * torch.sigmoid(tanh_argument(x)),
+    "gelu_tanh_again": lambda x: x * torch.sigmoid(tanh_argument(x)),
     "silu": lambda x: x * torch.sigmoid(x),
     "silu_again": lambda x: x * torch.sigmoid(x),
 }

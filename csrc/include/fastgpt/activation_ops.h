@@ -75,7 +75,7 @@ struct GatedRows {
 inline SwigluArgs swiglu_args(const char* op, const Tensor& gate, const OptTensor& up, int64_t activation,
                               std::optional<GatedRows>& rows) {
   FASTGPT_CHECK(gate.dim() >= 1, op, "gate must have at least one dimension");
-  FASTGPT_CHECK(activation >= 0 && activation <= 2, op, "activation is ", activation, ", expected 0 to 2");
+  FASTGPT_CHECK(activation >= 0 && activation <= 3, op, "activation is ", activation, ", expected 0 to 3");
   const int64_t width = gate.size(gate.dim() - 1);
   FASTGPT_CHECK(up || width % 2 == 0, op, "packed gate must have an even number of columns");
   if (up) check_same_shape(op, "up", *up, gate);

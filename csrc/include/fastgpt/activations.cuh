@@ -55,11 +55,11 @@ __device__ __forceinline__ float gelu_tanh(float x) {
 }
 
 template <typename T>
-__device__ __forceinline__ float gelu_tanh_slope(float x) {
-  if constexpr (!kShort<T>) return gelu_tanh_both(x).slope;
+__device__ __forceinline__ ValueSlope gelu_tanh_and_slope(float x) {
+  if constexpr (!kShort<T>) return gelu_tanh_both(x);
   const float u = clamp_to(x, 9.9f), v = 1.59576912f * u, s2 = 0.044715f * u * u;
   const float e = ptx::ex2(v * (1.0f + s2) * -1.44269504f), s = ptx::rcp(1.0f + e);
-  return s + s * (e * s) * (v * (1.0f + 3.0f * s2));
+  return ValueSlope{at_least(x, -9.9f) * s, s + s * (e * s) * (v * (1.0f + 3.0f * s2))};
 }
 
 template <typename T>
