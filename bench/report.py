@@ -40,6 +40,7 @@ HIDDEN = (
     "samples",
     "cut_samples",
     "reference",
+    "relative_low",
     "red",
 )
 HERE, CHECKOUT = Path("bench-results"), Path("bench/results")

@@ -171,7 +171,7 @@ def cross_entropy_fwd_kernel(
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "label_smoothing", "z_loss", "softcap", "scale_step"])
 def cross_entropy_bwd_kernel(
-    dloss_ptr,  # (N) fp32, scale_step apart
+    dloss_ptr,  # fp32, scale_step apart
     logits_ptr,  # (N, V), rows logits_row apart
     target_ptr,  # (N) int64
     stats_ptr,  # (2, N) fp32: max and sum
@@ -295,7 +295,7 @@ def cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, weight: Tensor | None, ignore_index: int,
     label_smoothing: float, z_loss: float, softcap: float, vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    """Gradient (N, Vp) of sum(dloss * loss), contiguous, in the logits' dtype."""
+    """Gradient (N, Vp) of sum(dloss * loss), contiguous, in the logits' dtype; dloss (1,) or (N,)."""
     N, V = logits.shape
     dlogits = torch.empty((N, V), dtype=logits.dtype, device=logits.device)
     weight = None if weight is None else weight.contiguous()
@@ -303,7 +303,7 @@ def cross_entropy_bwd(
         meta = rows_meta(vocab_size)
         with on_device(logits):
             cross_entropy_bwd_kernel[(triton.cdiv(N, meta["ROWS"]),)](
-                dloss, logits, target.contiguous(), stats, weight, _weight_sum(weight), dlogits, dloss.stride(0),
+                dloss, logits, target.contiguous(), stats, weight, _weight_sum(weight), dlogits, _step(dloss),
                 logits.stride(0), N, vocab_size, V, ignore_index, label_smoothing, z_loss, softcap,
                 SMOOTH=label_smoothing > 0, CAP=softcap > 0, **meta,
             )  # fmt: skip

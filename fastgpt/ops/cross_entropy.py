@@ -140,7 +140,7 @@ class CrossEntropyFn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, stats, weight, count = ctx.saved_tensors
         rows = grad if count is None else grad / count
-        dloss = rows.float().expand(target.shape).contiguous()
+        dloss = rows.float().reshape(-1).contiguous()  # (1,), or (N,) for reduction "none"
         return None, BWD[ctx.backend](dloss, logits, target, stats, weight, *ctx.options), None, None, None, None
 
 

@@ -98,7 +98,8 @@ def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None) -> Path:
 
     CACHE.mkdir(exist_ok=True)
     torch = _torch()
-    host = [f"-I{p}" for p in (torch / "include", pybind11.get_include(), sysconfig.get_path("include"))]
+    # pybind11 first: torch brings one of its own, which refuses to be used beside the stable ABI
+    host = [f"-I{p}" for p in (pybind11.get_include(), torch / "include", sysconfig.get_path("include"))]
     with (CACHE / "lock").open("w") as lock, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for old in CACHE.glob("*-*"):

@@ -58,6 +58,7 @@ def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
         "layer_norm_bwd plain": (LN_BWD[name], (x, None, x, None, None, stats)),
         "cross_entropy_fwd": (CE_FWD[name], (x, t, None, *options)),
         "cross_entropy_bwd": (CE_BWD[name], (rand(6), x, t, row_stats, None, *options)),
+        "cross_entropy_bwd of a mean": (CE_BWD[name], (rand(1), x, t, row_stats, None, *options)),
         "cross_entropy_fwd_bwd": (FWD_BWD[name], (x.clone(), rand(6), t, None, rand(1), *options)),
         "scale_rows": (SCALE_ROWS[name], (x.clone(), rand(6))),
         "adamw_prepare": (PREPARE[name], (p, steps, [0, 1], partials, 0, True)),

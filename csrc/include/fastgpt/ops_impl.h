@@ -142,8 +142,8 @@ inline CrossEntropyArgs loss_args(const char* op, const Tensor& logits, Tensor& 
 }
 
 // Per-row factor: (1,) for all rows, or (N,).
-inline int64_t check_scale(const char* op, const Tensor& scale, int64_t n_rows, const Tensor& like) {
-  check_flat(op, "scale", scale, ScalarType::Float, scale.numel() == 1 ? 1 : n_rows, like);
+inline int64_t check_scale(const char* op, const char* name, const Tensor& scale, int64_t n_rows, const Tensor& like) {
+  check_flat(op, name, scale, ScalarType::Float, scale.numel() == 1 ? 1 : n_rows, like);
   return scale.numel() == 1 ? 0 : 1;
 }
 
@@ -186,14 +186,14 @@ Tensor Ops<Device>::cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target
                                  {ignore_index, label_smoothing, z_loss, softcap, vocab_size}, weight_sum);
   check_flat(op, "stats", stats, ScalarType::Float, 2 * a.n_rows, logits);
   if (!dloss.is_contiguous()) dloss = torch::stable::contiguous(dloss);
-  check_flat(op, "dloss", dloss, ScalarType::Float, a.n_rows, logits);
+  a.scale_step = check_scale(op, "dloss", dloss, a.n_rows, logits);
   Tensor dlogits = allocate_like(logits);
   if (a.n_rows > 0) {
     const Rows rows = rows_of(logits);
     a.logits = rows.data(), a.logits_row = rows.step;
     a.dlogits = dlogits.data_ptr(), a.dlogits_row = a.n_cols;
     a.max = static_cast<float*>(stats.data_ptr()), a.sum_exp = a.max + a.n_rows;
-    a.scale = static_cast<const float*>(dloss.data_ptr()), a.scale_step = 1;
+    a.scale = static_cast<const float*>(dloss.data_ptr());
     device.cross_entropy_bwd(a);
   }
   return dlogits;
@@ -209,7 +209,7 @@ void Ops<Device>::cross_entropy_fwd_bwd(Tensor logits, Tensor loss, Tensor targe
   CrossEntropyArgs a = loss_args(op, logits, target, weight,
                                  {ignore_index, label_smoothing, z_loss, softcap, vocab_size}, weight_sum);
   check_flat(op, "loss", loss, ScalarType::Float, a.n_rows, logits);
-  a.scale_step = check_scale(op, scale, a.n_rows, logits);
+  a.scale_step = check_scale(op, "scale", scale, a.n_rows, logits);
   a.logits_row = a.dlogits_row = writable_row_stride(op, "logits", logits);
   if (a.n_rows == 0) return;
   a.logits = a.dlogits = logits.data_ptr();
@@ -225,7 +225,7 @@ void Ops<Device>::scale_rows(Tensor x, Tensor scale) {
   a.dtype = float_dtype_of(op, "x", x);
   a.x_row = writable_row_stride(op, "x", x);
   a.n_rows = x.size(0), a.n_cols = x.size(1);
-  a.scale_step = check_scale(op, scale, a.n_rows, x);
+  a.scale_step = check_scale(op, "scale", scale, a.n_rows, x);
   if (x.numel() == 0) return;
   Device device(x);
   a.x = x.data_ptr(), a.scale = static_cast<const float*>(scale.data_ptr());
