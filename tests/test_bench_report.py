@@ -139,8 +139,7 @@ def test_what_was_not_measured_says_so(committed: Path) -> None:
         r"\| layer_norm \| 4096 × 768 \| float32 \| [\d.]+ [^|]*cpu \| not measured \| not measured \| not measured \|"
     )
     assert re.search(row, text)
-    for section in ("Memory", "Host", "Codegen"):
-        assert re.search(rf"## {section}\n\n[^#]*{section}: not measured\.", text)
+    assert re.search(r"## Codegen\n\n[^#]*Codegen: not measured\.", text)  # the committed rows have none
     empty = report.sections_of([])
     assert all("not measured" in " ".join(s.about) and not s.tables and not s.plots for s in empty)
 
