@@ -140,6 +140,9 @@ def test_what_was_not_measured_says_so(committed: Path) -> None:
     )
     assert re.search(row, text)
     assert re.search(r"## Codegen\n\n[^#]*Codegen: not measured\.", text)  # the committed rows have none
+    rows = [r for r in results.read_rows([str(COMMITTED)]) if r["bench"] in OPS]
+    about = {s.title: " ".join(s.about) for s in report.sections_of(rows)}
+    assert all(f"{section}: not measured." in about[section] for section in ("Memory", "Host", "Codegen"))
     empty = report.sections_of([])
     assert all("not measured" in " ".join(s.about) and not s.tables and not s.plots for s in empty)
 

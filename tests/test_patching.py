@@ -340,6 +340,7 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "control flow": (Branching, "cannot be traced"),
     "silu": (lambda: nn.Sequential(nn.Linear(C, 96), nn.SiLU(), nn.Linear(96, C)), "no SiLU"),
     "max_norm": (lambda: nn.Embedding(V, C, max_norm=1.0), "it has max_norm"),
+    "max_norm of 0": (lambda: nn.Embedding(V, C, max_norm=0.0), "it has max_norm"),
     "scaled twice": (lambda: ScaledEmbedding(2.0), "its forward is its own"),
     "wide keys": (lambda: nn.MultiheadAttention(C, H, kdim=32), "another width"),
 }

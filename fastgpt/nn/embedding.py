@@ -17,9 +17,14 @@ class Embedding(nn.Embedding):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.max_norm is None and not (self.scale_grad_by_freq or self.sparse):
+        given = uncovered(self)
+        if not given:
             return ops.embedding(input, self.weight, padding_idx=self.padding_idx)
-        names = ("max_norm", "scale_grad_by_freq", "sparse")
-        given = [n for n in names if getattr(self, n) is not None and getattr(self, n) is not False]
         leave_to_torch("Embedding", ", ".join(f"{n}={getattr(self, n)}" for n in given))
         return super().forward(input)
+
+
+def uncovered(m: nn.Embedding) -> list[str]:
+    """The options given to an nn.Embedding that ops.embedding lacks."""
+    names = ("max_norm", "scale_grad_by_freq", "sparse")
+    return [n for n in names if getattr(m, n) is not None and getattr(m, n) is not False]  # max_norm=0.0 is given

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.ops.bias_gelu import bias_gelu_ref, bias_gelu_torch
-from fastgpt.ops.swiglu import swiglu_ref, swiglu_torch
+from fastgpt.ops.swiglu import ACTIVATIONS, swiglu_ref, swiglu_torch
 from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 
@@ -70,7 +70,7 @@ def _swiglu_variants(dtype: torch.dtype) -> Iterator[Variant]:
     for shape in ((1, 1), (1, 7), (2, 3, 770), (67, 128), (2, 5000), (5,), (0, 16)):
         yield shape, {}
         yield (*shape[:-1], 2 * shape[-1]), {"packed": True}
-    for activation in ("silu", "gelu", "relu2", "gelu_tanh"):
+    for activation in ACTIVATIONS:
         for o in ({}, {"packed": True}, *EXTREMES[2 if activation == "relu2" else 0 :]):  # 1e8 is over fp16's range
             yield (6, 66), {"activation": activation, **o}
 

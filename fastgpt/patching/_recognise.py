@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastgpt.nn.embedding import uncovered
 from fastgpt.ops.layer_norm import layer_norm_ref
 from fastgpt.ops.rms_norm import rms_norm_ref
 from fastgpt.patching import _replace as replace
@@ -78,14 +79,8 @@ def _norm_formula(module: Any) -> tuple[str, tuple[Any, ...]] | None:
     made: dict[str, Any] = {
         n: torch.randn(width, generator=g, device="cpu") for n, p in module._parameters.items() if p is not None
     }
-    bare = bare_copy(module)
-    bare.__dict__["_parameters"] = {n: made.get(n) for n in module._parameters}
-    try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            y = type(module).forward(bare, x)
-    except Exception:  # it wants other arguments, or looks at what a bare copy lacks: not a norm of one tensor
-        return None
-    if not isinstance(y, torch.Tensor) or y.shape != x.shape:
+    y = _try(module, x, _parameters={n: made.get(n) for n in module._parameters})
+    if y is None or y.shape != x.shape:
         return None
     own_eps = [getattr(module, n) for n in ("eps", "variance_epsilon", "epsilon", "norm_eps") if hasattr(module, n)]
     for eps in (*(e for e in own_eps if isinstance(e, float)), *EPSILONS):
@@ -95,6 +90,18 @@ def _norm_formula(module: Any) -> tuple[str, tuple[Any, ...]] | None:
         if _close(y, layer_norm_ref(x, made["weight"], made.get("bias"), eps)):
             return "layer_norm", (eps,)
     return None
+
+
+def _try(module: nn.Module, x: torch.Tensor, **attributes: Any) -> torch.Tensor | None:
+    """What module's class computes of x alone with these attributes; None if nothing, or not a tensor."""
+    bare = bare_copy(module)
+    bare.__dict__ |= attributes
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            y = type(module).forward(bare, x)
+    except Exception:  # it wants other arguments, or looks at what a bare copy lacks
+        return None
+    return y if isinstance(y, torch.Tensor) else None
 
 
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -233,8 +240,7 @@ def embedding(module: nn.Module) -> Found | None:
     what, plain = name_of(module), type(module).forward is nn.Embedding.forward
     if not plain and not _is_scaled_embedding(module):
         return Found("embedding", what, why="its forward is its own")
-    extra = [n for n in ("max_norm", "scale_grad_by_freq", "sparse") if getattr(module, n)]
-    if extra:
+    if extra := uncovered(module):
         return Found("embedding", what, why=f"it has {' and '.join(extra)}")
     return Found("embedding", what, "embedding", call=replace.embedding, arguments=(not plain,))
 
@@ -245,13 +251,8 @@ def _is_scaled_embedding(module: nn.Embedding) -> bool:
         return False
     weight = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     scale, ids = torch.tensor(1.7, device="cpu"), torch.tensor([[2, 0, 3]], device="cpu")
-    bare = bare_copy(module)
-    bare.__dict__ |= {"_parameters": {"weight": weight}, "_buffers": {"embed_scale": scale}, "padding_idx": None}
-    try:
-        y = type(module).forward(bare, ids)
-    except Exception:  # it wants other arguments, or looks at what a bare copy lacks
-        return False
-    return isinstance(y, torch.Tensor) and torch.equal(y, weight[ids] * scale)
+    y = _try(module, ids, _parameters={"weight": weight}, _buffers={"embed_scale": scale}, padding_idx=None)
+    return y is not None and torch.equal(y, weight[ids] * scale)
 
 
 def loss(module: nn.Module) -> Found | None:
