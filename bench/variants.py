@@ -12,20 +12,17 @@ import gc
 import itertools
 import math
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from fastgpt import backend
+from fastgpt import backend, train
 from fastgpt.bench import plain
 from fastgpt.bench._harness import resident_mb
 from fastgpt.config import ModelConfig, TrainConfig
@@ -101,19 +98,6 @@ def settings(shape: Shape, device: torch.device) -> TrainConfig:
     )
 
 
-def trainer() -> ModuleType:
-    """fastgpt.train; what only its console and files need (tqdm, safetensors) may be missing on a GPU machine."""
-    while True:
-        try:
-            import fastgpt.train
-
-            return fastgpt.train
-        except ModuleNotFoundError as e:
-            if e.name is None or e.name.split(".")[0] in ("fastgpt", "torch", "numpy"):
-                raise
-            sys.modules[e.name] = mock.MagicMock()  # a step calls nothing of it
-
-
 def batches(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     """Eight batches of (ids, targets), each (B, T), that all variants read in turn."""
     generator = torch.Generator().manual_seed(1)
@@ -136,13 +120,12 @@ class Variant:
 
     def train(self, cfg: TrainConfig, steps: int) -> float:
         """The next steps of the schedule; returns seconds, the device's work included."""
-        learning_rate = trainer().learning_rate
         wait = torch.cuda.synchronize if torch.device(cfg.device).type == "cuda" else lambda: None
         wait()
         start = time.perf_counter()
         with backend.use(**self.kernels), torch.cuda.stream(self.stream):
             for _ in range(steps):
-                self.losses.append(self.step(learning_rate(cfg, len(self.losses), cfg.max_steps)))
+                self.losses.append(self.step(train.learning_rate(cfg, len(self.losses), cfg.max_steps)))
         wait()
         return time.perf_counter() - start
 
@@ -185,7 +168,6 @@ class Apart:
 def _serve(pipe: Connection, name: str, shape: Shape) -> None:
     """The process of an Apart: build, then train."""
     cfg = settings(shape, torch.device("cpu"))
-    trainer()
     before = resident_mb("VmRSS")
     v = build(name, cfg, batches(shape, torch.device("cpu")))
     pipe.send(v.flops)
@@ -207,7 +189,7 @@ def answer(pipe: Connection, v: Any, cfg: TrainConfig | None, before: float) -> 
 def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
     """'fastgpt', 'torch', either with ' compile'; 'fastgpt graphs': as it trains on a GPU; 'fastgpt -OP': OP on
     PyTorch."""
-    train, device = trainer(), torch.device(cfg.device)
+    device = torch.device(cfg.device)
     assert cfg.model.vocab_size is not None
     compiled, loader = name.endswith(" compile"), itertools.cycle(data)
     model = train.build_model(dataclasses.replace(cfg, compile=compiled), cfg.model.vocab_size, device)

@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastgpt.errors import UserError
+from fastgpt.tensorfile import load_file, save_file
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
@@ -165,7 +164,7 @@ def save(
         os.replace(aside, final)
         _sync(run)
         shutil.rmtree(replaced, ignore_errors=True)
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
         shutil.rmtree(aside, ignore_errors=True)
         raise UserError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched") from e
     for old in checkpoints(run)[:-keep] if keep > 0 else []:

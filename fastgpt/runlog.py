@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from fastgpt import progress
 from fastgpt.config import TrainConfig, to_dict
 from fastgpt.trackers import Trackers
 
@@ -50,7 +50,7 @@ class Log:
         self.file = self.path.open("a", encoding="utf-8")
         self.trackers = Trackers(cfg.trackers, run, to_dict(cfg))
         self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(
+        self.bar = progress.bar(
             total=last_step,
             initial=step,
             unit="step",
@@ -73,7 +73,7 @@ class Log:
         self.trackers.put(row)
 
     def say(self, text: str) -> None:
-        tqdm.write(text) if self.terminal else print(text, flush=True)
+        progress.write(text) if self.terminal else print(text, flush=True)
 
     def step(self, row: dict[str, Any], last_step: int) -> None:
         self.row(row)
@@ -92,9 +92,12 @@ class Log:
         self.file.close()
         self.trackers.close()
 
-    def plot(self) -> Path:
-        """Loss curve of the whole run, resumes included, as loss.png."""
-        import matplotlib
+    def plot(self) -> Path | str:
+        """Draw the loss curve of the whole run, resumes included: its file loss.png, or why there is none."""
+        try:
+            import matplotlib
+        except ImportError:
+            return "not drawn, since matplotlib is not installed"
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt

@@ -173,7 +173,7 @@ class LossScale:
 def train_step(
     model: Any,
     optimizer: AdamW | MuonAdamW,
-    loader: TokenLoader,
+    loader: Iterator[tuple[Tensor, Tensor]],
     accumulation: int,
     guard: SpikeGuard | None = None,
     scaling: LossScale | None = None,

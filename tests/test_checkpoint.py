@@ -4,9 +4,10 @@ import errno
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
-from fastgpt import checkpoint
+from fastgpt import checkpoint, tensorfile
 from fastgpt.errors import UserError
 from fastgpt.optim import AdamW
 
@@ -31,6 +32,18 @@ def test_round_trip_and_keep(tmp_path: Path) -> None:
         assert all(torch.equal(got[k], expected[k]) and got[k].dtype == expected[k].dtype for k in got)
     save(tmp_path, 10)
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")], "nothing is left lying about"
+
+
+def test_files_are_the_safetensors_package_s(tmp_path: Path) -> None:
+    """What fastgpt writes the package reads, and the other way round: every dtype, a scalar, nothing, odd strides."""
+    tensors = {name: torch.arange(3).to(dtype) for name, dtype in tensorfile.DTYPES.items()}
+    tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "strided": torch.randn(4, 3).t()}
+    path = tmp_path / "ours"
+    tensorfile.save_file(tensors, path)
+    safetensors.torch.save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "theirs")
+    for got in (safetensors.torch.load_file(path), *map(tensorfile.load_file, (path, tmp_path / "theirs"))):
+        assert got.keys() == tensors.keys()
+        assert all(torch.equal(got[k], t) and got[k].dtype == t.dtype for k, t in tensors.items())
 
 
 @pytest.mark.parametrize("at", ["save_file", "replace", "fsync"])

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from fastgpt import progress
 from fastgpt.data.prepare import Dataset, prepare
 from fastgpt.data.shards import Tokens, open_split, open_tokens
 from fastgpt.data.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ class _Bars:
 
     def __init__(self) -> None:
         self.stage = ""
-        self.bar: tqdm[Any] | None = None
+        self.bar: Any = None
 
     def __enter__(self) -> _Bars:
         return self
@@ -119,7 +119,7 @@ class _Bars:
     def report(self, stage: str, done: int, total: int) -> None:
         if stage != self.stage:
             self.__exit__()
-            self.stage, self.bar = stage, tqdm(total=total, unit="B", unit_scale=True, desc=f"preparing {stage}")
+            self.stage, self.bar = stage, progress.bar(total, unit="B", unit_scale=True, desc=f"preparing {stage}")
         assert self.bar is not None
         self.bar.update(done - self.bar.n)
 
