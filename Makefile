@@ -20,7 +20,7 @@ test-slow: $(VENV)/tested
 
 # Everything that a machine without a GPU can show: an hour and a half on two cores.
 test-all: test test-slow
-	$(BIN)/python -m fastgpt.triton_check --all
+	$(BIN)/python -m fastgpt.checks.triton --all
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -29,10 +29,10 @@ types: $(VENV)/tested
 	$(BIN)/mypy
 
 cuda-check: $(VENV)/tested
-	$(BIN)/python -m fastgpt.cuda_check
+	$(BIN)/python -m fastgpt.checks.cuda
 
 triton-check: $(VENV)/tested
-	$(BIN)/python -m fastgpt.triton_check
+	$(BIN)/python -m fastgpt.checks.triton
 
 # CPU kernels, Triton in its interpreter, CUDA in the emulation
 parity: $(VENV)/tested
@@ -57,7 +57,7 @@ $(VENV)/packages: $(VENV)/created requirements.txt
 
 $(VENV)/installed: $(VENV)/packages setup.py pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
-	@$(BIN)/python -c "from fastgpt import _native; print(*_native.describe(), sep='\n')"  # a lesser build is never silent
+	@$(BIN)/python -c "from fastgpt.core import native; print(*native.describe(), sep='\n')"  # a lesser build is never silent
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed requirements-dev.txt

@@ -28,8 +28,6 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parent
-# The folder kernels/ here would hide Hugging Face's package of that name, where setuptools looks for plug-ins.
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 TORCH_TARGET = (2, 11)  # the stable ABI of this release: one binary serves it and every later one
 CPU_SOURCES = [
     "csrc/registration.cpp",
@@ -87,7 +85,7 @@ class Facts:
         utc = datetime.timezone.utc
         when = datetime.datetime.fromtimestamp(int(epoch), utc) if epoch else datetime.datetime.now(utc)
         lines = [
-            '"""What setup.py built here; written by it, read by fastgpt._native."""',
+            '"""What setup.py built here; written by it, read by fastgpt.native."""',
             f"TORCH = {self.torch!r}",
             f"NVCC = {self.nvcc!r}",
             f"ARCHS = {self.archs!r}",
@@ -290,8 +288,8 @@ facts = Facts()
 if __name__ == "__main__":
     pure = wanted("FASTGPT_NO_EXT", "0") == "1"
     setup(
-        packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), "fastgpt.kernels", "fastgpt.bench"],
-        package_dir={"fastgpt": "fastgpt", "fastgpt.kernels": "kernels", "fastgpt.bench": "bench"},
+        # fastgpt/kernels and fastgpt/bench are links to the folders of those names: one name for every tool
+        packages=find_packages(include=["fastgpt", "fastgpt.*"]),
         package_data={"fastgpt": ["configs/*.yaml", "configs/*/*.yaml", "py.typed"]},
         include_package_data=False,
         # a placeholder until BuildNative knows what can be built

@@ -18,7 +18,7 @@ import importlib.util
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastgpt.bench.results import PROVENANCE as PROVENANCE
 from fastgpt.bench.results import append_rows as append_rows
-from fastgpt.device import cpu_name, datasheet_bandwidth, datasheet_peak, default_device, describe_machine, nvml
+from fastgpt.core.device import cpu_name, datasheet_bandwidth, datasheet_peak, default_device, describe_machine, nvml
 
 try:
     import resource
@@ -148,7 +148,7 @@ def resident_mb(key: str) -> float:
 
 
 def time_cpu(
-    make: dict[str, Callable[[], list[Job]]],
+    make: Mapping[str, Callable[[], list[Job]]],
     context: Context,
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
@@ -176,7 +176,7 @@ def time_cpu(
 
 
 def _prepare(
-    make: dict[str, Callable[[], list[Job]]], context: Context, clock: Callable[[], float]
+    make: Mapping[str, Callable[[], list[Job]]], context: Context, clock: Callable[[], float]
 ) -> tuple[dict[str, list[Job]], dict[str, int], dict[str, str]]:
     """By name: jobs that ran three times, how many calls make a sample, why the others failed."""
     jobs, repeats, errors = {}, {}, {}
@@ -240,7 +240,7 @@ class Graph:
     resets: list[Callable[[], Any]]
 
 
-def time_gpu(make: dict[str, Callable[[], list[Job]]], context: Context, seconds: float) -> Timed:
+def time_gpu(make: Mapping[str, Callable[[], list[Job]]], context: Context, seconds: float) -> Timed:
     """Interleaved samples of CUDA graphs, launch by launch; each graph runs over all input sets of its own."""
     stream = torch.cuda.Stream()
     graphs: dict[str, Graph] = {}

@@ -8,7 +8,7 @@ import torch
 
 from fastgpt.bench._harness import Setting
 from fastgpt.bench._op import Bench, Provider, chosen
-from fastgpt.device import DTYPES
+from fastgpt.core.device import DTYPES
 
 
 def call(bench: Bench, setting: Setting, phases: list[str], found: list[Provider], calls: int) -> None:

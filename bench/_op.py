@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend, parity
+from fastgpt import parity
 from fastgpt.bench import OPS
 from fastgpt.bench._harness import (
     Job,
@@ -42,8 +42,9 @@ from fastgpt.bench._harness import (
     time_gpu,
     where,
 )
-from fastgpt.config import ModelConfig
-from fastgpt.device import DTYPES, default_device, dtype_of, keep_freed_memory
+from fastgpt.core import backend
+from fastgpt.core.device import DTYPES, default_device, dtype_of, keep_freed_memory
+from fastgpt.training.config import ModelConfig
 
 COPY, GEMM = "copy", "gemm"
 Shape = tuple[int, ...]
@@ -231,7 +232,12 @@ def _measure_phase(
     samples, errors = timer(make, lambda n: nullcontext() if n == best else chosen(bench.op, here[n]), seconds)
     sheet = datasheet(setting, flops is not None)
     floor = samples[best] = Samples([scale * s for s in samples[best].seconds], samples[best].cut)
-    about = {"bench": bench.op, "phase": phase, "dtype": str(setting.dtype).split(".")[1], "shape": setting.shape}
+    about: dict[str, Any] = {
+        "bench": bench.op,
+        "phase": phase,
+        "dtype": str(setting.dtype).split(".")[1],
+        "shape": setting.shape,
+    }
     about |= {"sets": len(sets), "gpu": gpu_state(setting.device), "machine": provenance(setting.device)}
     figures = functools.partial(_figures, moved=moved, flops=flops, best=best, floor=floor.quantile(0.5), sheet=sheet)
     reference = bench.baseline.name if bench.baseline.name in samples else best
@@ -265,7 +271,12 @@ def _figures(
     sheet: float | None = None,
 ) -> dict[str, Any]:
     middle = samples.quantile(0.5)
-    row = {**samples.figures(), "bytes": moved, "gb_s": moved / middle / 1e9, f"pct_of_{best}": 100 * floor / middle}
+    row: dict[str, Any] = {
+        **samples.figures(),
+        "bytes": moved,
+        "gb_s": moved / middle / 1e9,
+        f"pct_of_{best}": 100 * floor / middle,
+    }
     row["pct_of_datasheet"] = None if sheet is None else 100 * (moved if flops is None else flops) / middle / sheet
     return row if flops is None else row | {"flops": flops, "tflop_s": flops / middle / 1e12}
 

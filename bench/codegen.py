@@ -4,7 +4,7 @@ One row per kernel, configuration and architecture: registers of a thread, stack
 launched shared memory in bytes, tensor-core instructions in the machine code (hmma: of a warp, wgmma: of a warp
 group), and the bound on occupancy: the blocks of one multiprocessor that registers, shared memory and threads allow,
 what limits them, and the share of its warps that they fill. CUDA: every kernel by nvcc for sm_80 and sm_90a
-(fastgpt.cuda_check); where shared memory is sized at the launch (dynamic_shared), the bound is without it, so an upper
+(fastgpt.checks.cuda); where shared memory is sized at the launch (dynamic_shared), the bound is without it, so an upper
 one. Triton: three configurations of each kernel for sm_80 and sm_90, in bf16; --all takes every one. Exit code 1: a
 compilation failed.
 """
@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from fastgpt import cuda_check
 from fastgpt.bench._harness import append_rows, provenance, where
-from fastgpt.cuda_check import ToolMissing
+from fastgpt.checks import cuda as cuda_check
+from fastgpt.checks.cuda import ToolMissing
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
 LANGUAGES = ("cuda", "triton")
@@ -97,14 +97,14 @@ def triton_rows(only: str, every: bool) -> list[dict[str, Any]]:
     try:
         import triton
 
-        from fastgpt import triton_check
+        from fastgpt.checks import triton as triton_check
     except ImportError as e:
         raise ToolMissing(f"triton is not there: {e}") from e
     if triton.knobs.runtime.interpret:
         raise ToolMissing("TRITON_INTERPRET is set, nothing would be compiled; run it without")
     wanted = [j for j in triton_check.jobs(None, False, quick=not every) if fnmatch.fnmatchcase(j.module, only)]
     wanted = wanted if every else some_of_each(wanted)
-    about = {"bench": "codegen", "language": "triton", "compiler": f"triton {triton.__version__}"}
+    about: dict[str, Any] = {"bench": "codegen", "language": "triton", "compiler": f"triton {triton.__version__}"}
     about |= {"machine": provenance(MACHINE)}
     rows: list[dict[str, Any]] = []
     for r in triton_check.check(wanted, _counted) if wanted else []:
@@ -120,7 +120,7 @@ def triton_rows(only: str, every: bool) -> list[dict[str, Any]]:
 
 def some_of_each(jobs: list[Any]) -> list[Any]:
     """At most PER_KERNEL jobs of each kernel and architecture, from the first to the last evenly."""
-    from fastgpt import triton_check
+    from fastgpt.checks import triton as triton_check
 
     kernels: dict[tuple[str, int], list[Any]] = {}
     for job in jobs:
@@ -133,7 +133,7 @@ def some_of_each(jobs: list[Any]) -> list[Any]:
 
 def _counted(job: Any) -> Any:
     """triton_check's report with hmma and wgmma, from the machine code."""
-    from fastgpt import triton_check
+    from fastgpt.checks import triton as triton_check
 
     report = triton_check.compile_one(job)
     if report.error:

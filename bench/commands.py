@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 
 from fastgpt.bench import OPS
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 COMMANDS = {  # name -> (module, what it answers)
     "throughput": ("throughput", "training steps against plain PyTorch: tokens/s, MFU, memory, losses overlaid"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastgpt.bench import OPS
 from fastgpt.bench.stages import Record, Stage, checkout_commit, run_stages, show_plan
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 BUDGET = 880.0  # seconds for all stages
 # beside an op's own default shape: a GPT-2's

@@ -37,7 +37,7 @@ from fastgpt.bench import OPS, variants
 from fastgpt.bench._harness import Job, Samples, Setting, append_rows, device_of, provenance, time_cpu, where
 from fastgpt.bench._op import Bench, Provider, bench_of, chosen, gate, providers
 from fastgpt.bench.roofline import device_events
-from fastgpt.device import DTYPES, dtype_of
+from fastgpt.core.device import DTYPES, dtype_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ("call", "step", "import", "compile")
@@ -119,7 +119,7 @@ def _call_phase(
 
     make = {p.name: functools.partial(jobs, p) for p in here.values() if p.name not in red}
     samples, errors = time_cpu(make, context, seconds)
-    about = {"bench": "host", "figure": "call", "op": bench.op, "phase": phase, "shape": bench.tiny}
+    about: dict[str, Any] = {"bench": "host", "figure": "call", "op": bench.op, "phase": phase, "shape": bench.tiny}
     about |= {"dtype": str(setting.dtype).split(".")[1], "machine": provenance(setting.device)}
     rows = []
     for name in [*here, *(n for n in red if n not in here)]:
@@ -217,7 +217,7 @@ print(json.dumps(time.perf_counter() - start))
 """
 TRITON = """
 import json, time
-from fastgpt import triton_check
+from fastgpt.checks import triton as triton_check
 found = {}
 for job in triton_check.jobs([90], False, quick=True):
     if job.module not in found:

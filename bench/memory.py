@@ -1,10 +1,10 @@
 """What fits a card: `python -m fastgpt.bench.memory [--model gpt2-774m] [--gb 80] [--measure] [--json FILE]`.
 
 The largest batch at the model's T, and the longest sequence at B 1 (in steps of 256 tokens; the position table, where
-the model has one, grows with it), by level of recomputation, bf16 with fp32 masters. planned: fastgpt/memory.py's
-figures against 92 % of the card, anywhere. measured, with --measure and a GPU: two real training steps at each size
-that a bisection asks for, on this GPU, its allocator held to the same 92 % of the largest card that is no larger (--gb
-names others).
+the model has one, grows with it), by level of recomputation, bf16 with fp32 masters. planned: the
+figures of fastgpt/training/memory.py against 92 % of the card, anywhere. measured, with --measure and a GPU: two real
+training steps at each size that a bisection asks for, on this GPU, its allocator held to the same 92 % of the largest
+card that is no larger (--gb names others).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 
 from fastgpt.bench import variants
 from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
-from fastgpt.config import ModelConfig, TrainConfig
-from fastgpt.device import total_memory
-from fastgpt.errors import UserError
-from fastgpt.memory import LEVELS, Shape, Target, plan, shape_of
-from fastgpt.plan import explain_out_of_memory
-from fastgpt.recompute import Level
+from fastgpt.core.device import total_memory
+from fastgpt.core.errors import UserError
+from fastgpt.models.recompute import Level
+from fastgpt.training.config import ModelConfig, TrainConfig
+from fastgpt.training.memory import LEVELS, Shape, Target, plan, shape_of
+from fastgpt.training.plan import explain_out_of_memory
 
 MODELS = tuple(variants.GPU_SHAPES)
 CARDS_GB = (24, 40, 80, 141)

@@ -1,6 +1,6 @@
 """The baseline: a nanoGPT-class GPT-2 or Llama in plain PyTorch, by its parameters the same function as fastgpt's.
 
-Parameters bear the names of fastgpt.model.GPT's, so that its state_dict loads as it is.
+Parameters bear the names of fastgpt.models.gpt.GPT's, so that its state_dict loads as it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.config import ModelConfig, TrainConfig
+from fastgpt.training.config import ModelConfig, TrainConfig
 
 
 def norm(c: ModelConfig) -> nn.Module:
@@ -111,7 +111,7 @@ class PlainGPT(nn.Module):
 def make_step(
     like: nn.Module, cfg: TrainConfig, batches: Iterator[tuple[Tensor, Tensor]], compiled: bool
 ) -> Callable[[float], Tensor]:
-    """`step(rate)` -> loss: nanoGPT's training step from the weights of `like`, a fastgpt.model.GPT."""
+    """`step(rate)` -> loss: nanoGPT's training step from the weights of `like`, a fastgpt.models.gpt.GPT."""
     device = torch.device(cfg.device)
     with torch.device(device):
         model = PlainGPT(cfg.model)

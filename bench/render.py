@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 NOT_MEASURED = "not measured"
 

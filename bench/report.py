@@ -19,7 +19,7 @@ from fastgpt.bench import OPS, plots
 from fastgpt.bench.compare import ours
 from fastgpt.bench.render import NOT_MEASURED, Section, Table, markdown, markdown_table, number, page, spread
 from fastgpt.bench.results import Row, hardware, identity, on_cpu, read_rows, relative
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 WANTED_GPUS = ("A100", "H100", "H200")
 WHOLE = ("both", "step")  # phases that a training step is made of

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 Row = dict[str, Any]
 PROVENANCE = ("fastgpt", "sources", "torch", "device_name", "threads", "date")  # and commit, where there is a checkout

@@ -28,9 +28,9 @@ from torch.profiler import ProfilerActivity, profile
 from fastgpt.bench import throughput, variants
 from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, build, default_shape, settings, shapes_on
-from fastgpt.config import TrainConfig
-from fastgpt.device import peak_flops
-from fastgpt.model import GPT
+from fastgpt.core.device import peak_flops
+from fastgpt.models.gpt import GPT
+from fastgpt.training.config import TrainConfig
 
 CLASSES = ("gemm", "attention", "memory", "idle")
 SLOWEST = 12  # kernels listed in a row

@@ -35,13 +35,13 @@ from typing import Any
 
 import torch
 
-from fastgpt import backend
 from fastgpt.bench import rivals
 from fastgpt.bench._harness import Samples, Setting, append_rows, device_of, gpu_state, provenance, turns, where
 from fastgpt.bench._op import Provider, every, gate
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, settings, shapes_on
-from fastgpt.config import TrainConfig
-from fastgpt.device import energy_joules, peak_flops
+from fastgpt.core import backend
+from fastgpt.core.device import energy_joules, peak_flops
+from fastgpt.training.config import TrainConfig
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 # Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the

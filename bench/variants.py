@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend, train
+from fastgpt import train
 from fastgpt.bench import plain
 from fastgpt.bench._harness import resident_mb
-from fastgpt.config import ModelConfig, TrainConfig
-from fastgpt.device import keep_freed_memory
-from fastgpt.graphs import Graphs
+from fastgpt.core import backend
+from fastgpt.core.device import keep_freed_memory
+from fastgpt.training.config import ModelConfig, TrainConfig
+from fastgpt.training.graphs import Graphs
 
 WARM_STEPS = 3  # before timing; compared, too
 GPU_WARM_STEPS = 6  # graphs are recorded in the fourth

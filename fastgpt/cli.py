@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 
 def run_command(command: Callable[[], int]) -> int:
@@ -46,12 +46,12 @@ def sample(argv: list[str]) -> int:
 
     import torch
 
-    from fastgpt import checkpoint
-    from fastgpt.config import model_from_dict
+    from fastgpt.core.device import default_device
     from fastgpt.data import Tokenizer
-    from fastgpt.device import default_device
-    from fastgpt.generate import generate
-    from fastgpt.model import GPT
+    from fastgpt.inference.generate import generate
+    from fastgpt.models.gpt import GPT
+    from fastgpt.training import checkpoint
+    from fastgpt.training.config import model_from_dict
 
     path = checkpoint.find(args.run)
     state = checkpoint.read_state(path)
@@ -85,13 +85,14 @@ def doctor(argv: list[str]) -> int:
 
     import torch
 
-    from fastgpt import _native, backend, ops  # noqa: F401 (ops fill the table)
-    from fastgpt.device import default_device, describe_machine
+    from fastgpt import ops  # noqa: F401 (ops fill the table)
+    from fastgpt.core import backend, native
+    from fastgpt.core.device import default_device, describe_machine
 
     device = default_device()
     for name, value in describe_machine(device).items():
         print(f"{name:<12} {value}")
-    print(*_native.describe(), sep="\n")
+    print(*native.describe(), sep="\n")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     print(f"\nop on {device} in {dtype}: backend (why)")
     for op in backend.ops():
@@ -103,7 +104,7 @@ def doctor(argv: list[str]) -> int:
 
 
 def tune(argv: list[str]) -> int:
-    """`fastgpt tune`: see fastgpt/tune.py."""
+    """`fastgpt tune`: see bench/tune.py."""
     about = "Time every backend of every op at a model's shapes on this machine; from then on the fastest serves."
     parser = Parser(prog="fastgpt tune", description=about)
     parser.add_argument("--config", help="NAME or file.yaml, as for train (default: what suits the machine)")
@@ -116,7 +117,7 @@ def tune(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be timed; time and write nothing")
     args = parser.parse_args(argv)
 
-    from fastgpt.tune import run
+    from fastgpt.bench.tune import run
 
     return run(args)
 

@@ -22,12 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend, checkpoint, plan
-from fastgpt.config import TrainConfig, load_config, to_dict
-from fastgpt.data import IGNORE, TokenLoader, sequential, unigram_nats
-from fastgpt.data.shards import Tokens
-from fastgpt.data.source import open_source, open_validation
-from fastgpt.device import (
+from fastgpt.core import backend
+from fastgpt.core.device import (
     default_device,
     describe_machine,
     dtype_of,
@@ -36,15 +32,20 @@ from fastgpt.device import (
     memory_gb,
     peak_flops,
 )
-from fastgpt.errors import UserError
-from fastgpt.generate import generate
-from fastgpt.graphs import Graphs, call
-from fastgpt.model import GPT
-from fastgpt.muon import MuonAdamW
+from fastgpt.core.errors import UserError
+from fastgpt.data import IGNORE, TokenLoader, sequential, unigram_nats
+from fastgpt.data.shards import Tokens
+from fastgpt.data.source import open_source, open_validation
+from fastgpt.inference.generate import generate
+from fastgpt.models.gpt import GPT
 from fastgpt.nn import keep_gradients
 from fastgpt.optim import AdamW
-from fastgpt.profiling import Profile
-from fastgpt.runlog import Lagged, Log
+from fastgpt.optim.muon import MuonAdamW
+from fastgpt.training import checkpoint, plan
+from fastgpt.training.config import TrainConfig, load_config, to_dict
+from fastgpt.training.graphs import Graphs, call
+from fastgpt.training.profiling import Profile
+from fastgpt.training.runlog import Lagged, Log
 
 # name -> evaluation(run): figures by name, taken at every validation and logged as "name.figure"; a script of one's own
 # puts functions here before it calls main(). The model is in training mode when they are called, and must be after.

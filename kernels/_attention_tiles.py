@@ -1,6 +1,6 @@
 """Launch shapes of the attention kernels: by head dimension, type, options and the shared memory that a chip has.
 
-The shapes are what compiles without spills and with tensor cores for sm_80, 86, 89 and 90 (fastgpt/triton_check.py);
+The shapes are what compiles without spills and with tensor cores for sm_80, 86, 89 and 90 (fastgpt/checks/triton.py);
 none was chosen by time yet.
 """
 

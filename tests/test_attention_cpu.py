@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import backend
+from fastgpt.core import backend
 from fastgpt.ops._attention import attention_ref, dropout_keep
 from fastgpt.ops.attention import _DEFAULTS, BWD, FWD, QKV_BWD, pack
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import backend, parity
+from fastgpt import parity
 from fastgpt.bench import (
     OPS,
     _harness,
@@ -30,6 +30,7 @@ from fastgpt.bench import (
     variants,
 )
 from fastgpt.bench._harness import Job, Samples, Setting
+from fastgpt.core import backend
 from fastgpt.ops.layer_norm import layer_norm_torch
 
 CPU = torch.device("cpu")

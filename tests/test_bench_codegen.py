@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import cuda_check
 from fastgpt.bench import _harness, codegen
+from fastgpt.checks import cuda as cuda_check
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = """
@@ -114,7 +114,7 @@ def test_rows_of_triton_kernels(tmp_path: Path) -> None:
 def test_tensor_core_instructions_are_counted_in_machine_code(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     code = (
-        "from fastgpt import triton_check; from fastgpt.bench import codegen\n"
+        "from fastgpt.checks import triton as triton_check; from fastgpt.bench import codegen\n"
         "for arch in (80, 90):\n"
         "    found = [j for j in triton_check.jobs([arch], False) if j.module == 'attention']\n"
         "    names = [c.name for c in triton_check.configurations('attention', 'bfloat16', 'bfloat16')]\n"
@@ -128,7 +128,7 @@ def test_tensor_core_instructions_are_counted_in_machine_code(tmp_path: Path) ->
 
 
 def test_some_of_each_keeps_the_first_and_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    triton_check = pytest.importorskip("fastgpt.triton_check")
+    triton_check = pytest.importorskip("fastgpt.checks.triton")
     jobs = triton_check.jobs([90], False)
     picked = codegen.some_of_each(jobs)
     name = {j: triton_check.configurations(j.module, j.dtype, j.weight_dtype)[j.number].name for j in jobs}

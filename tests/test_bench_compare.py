@@ -16,7 +16,7 @@ import torch
 
 from fastgpt.bench import _op, ab, compare, results
 from fastgpt.bench._harness import Setting, append_rows, provenance
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 CPU = torch.device("cpu")
 MACHINE = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastgpt.bench import _harness, memory, variants
-from fastgpt.memory import LEVELS, shape_of
+from fastgpt.training.memory import LEVELS, shape_of
 
 CPU = torch.device("cpu")
 

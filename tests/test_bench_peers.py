@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgpt.bench import OPS, _harness, _ncu, _op
 from fastgpt.bench._harness import Setting
-from fastgpt.device import datasheet_bandwidth
+from fastgpt.core.device import datasheet_bandwidth
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,8 +16,8 @@ import torch
 from fastgpt import cli
 from fastgpt.bench import OPS, commands, cpu, render, report, results
 from fastgpt.bench._harness import provenance
-from fastgpt.device import datasheet_bandwidth
-from fastgpt.errors import UserError
+from fastgpt.core.device import datasheet_bandwidth
+from fastgpt.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "bench" / "results" / "2026-11-21-epyc-2-cores.jsonl"

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from fastgpt import graphs
 from fastgpt.bench import plain, rivals, throughput, variants
-from fastgpt.config import load_config
-from fastgpt.model import GPT
+from fastgpt.models.gpt import GPT
+from fastgpt.training import graphs
+from fastgpt.training.config import load_config
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GPT2 = variants.Shape(layers=12, heads=12, width=768, vocab=50304, block=64, batch=2, steps=3)

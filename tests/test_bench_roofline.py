@@ -10,7 +10,7 @@ import torch
 
 from fastgpt.bench import _harness, roofline, throughput, variants
 from fastgpt.bench.roofline import Event
-from fastgpt.config import load_config
+from fastgpt.training.config import load_config
 
 CPU = torch.device("cpu")
 MICRO = variants.Shape(layers=2, heads=2, width=32, vocab=65, block=16, batch=4, steps=3)

@@ -7,9 +7,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastgpt import checkpoint, tensorfile
-from fastgpt.errors import UserError
+from fastgpt.core import tensorfile
+from fastgpt.core.errors import UserError
 from fastgpt.optim import AdamW
+from fastgpt.training import checkpoint
 
 WEIGHTS = {"w": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)}
 STATE = {"0.step": torch.tensor(3.0), "0.exp_avg": torch.zeros(2, 3).t()}

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import _native, cli, train
-from fastgpt.backend import ops as registry
-from fastgpt.errors import UserError
+from fastgpt import cli, train
+from fastgpt.core import native
+from fastgpt.core.backend import ops as registry
+from fastgpt.core.errors import UserError
 
 SMALL = (
     "--model.n-layers 1 --model.n-heads 2 --model.width 16 --block-size 16 --micro-batch 2 --batch-tokens 32 "
@@ -60,8 +61,8 @@ def test_doctor_names_every_op_and_what_is_missing(
     assert run(monkeypatch, "doctor") == 0
     out = capsys.readouterr().out
     assert all(op in out for op in registry()) and "torch" in out
-    for backend, built in _native.BUILT.items():
-        assert built or _native.reason(backend) in out
+    for backend, built in native.BUILT.items():
+        assert built or native.reason(backend) in out
 
 
 def test_unknown_commands_and_user_errors_exit_2(

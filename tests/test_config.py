@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import options
-from fastgpt.config import ModelConfig, TrainConfig, from_dict, load_config, model_from_dict, to_dict
-from fastgpt.errors import UserError
-from fastgpt.model import GPT
+from fastgpt.core import options
+from fastgpt.core.errors import UserError
+from fastgpt.models.gpt import GPT
+from fastgpt.training.config import ModelConfig, TrainConfig, from_dict, load_config, model_from_dict, to_dict
 
 SIZES = {  # layers, width, heads, parameters: padded vocabulary rows included
     "tiny": (4, 192, 6, 2_590_848),  # with a vocabulary of 4096

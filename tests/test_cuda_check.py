@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt import cuda_check
+from fastgpt.checks import cuda as cuda_check
 
 needs_nvcc = pytest.mark.skipif(cuda_check.find_nvcc() is None, reason="no nvcc here")
 

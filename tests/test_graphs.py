@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgpt import graphs, train
-from fastgpt.config import ModelConfig, TrainConfig
+from fastgpt import train
 from fastgpt.data import TokenLoader
+from fastgpt.training import graphs
+from fastgpt.training.config import ModelConfig, TrainConfig
 
 WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
 

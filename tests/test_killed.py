@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text of its own."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "text").mkdir()
-    for path in sorted(Path(train.__file__).parent.glob("*.py")):
+    for path in sorted(Path(train.__file__).parent.rglob("*.py")):
         (folder / "text" / f"{path.stem}.txt").write_text(path.read_text())
     return folder
 

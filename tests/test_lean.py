@@ -22,7 +22,7 @@ PathFinder.find_spec = find_spec
 RUN = """
 import sys
 from fastgpt import train
-from fastgpt.config import ModelConfig, TrainConfig
+from fastgpt.training.config import ModelConfig, TrainConfig
 
 model = ModelConfig(n_layers=1, n_heads=2, width=32, block_size=16)
 for steps in (3, 5):

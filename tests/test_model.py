@@ -1,4 +1,4 @@
-"""fastgpt.model against a plain PyTorch transformer: logits, loss and every gradient, for every setting."""
+"""fastgpt.models.gpt against a plain PyTorch transformer: logits, loss and every gradient, for every setting."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.config import ModelConfig
-from fastgpt.model import GPT, KVCache
+from fastgpt.models.gpt import GPT, KVCache
 from fastgpt.ops.rope import rope_frequencies
+from fastgpt.training.config import ModelConfig
 
 SMALL = ModelConfig(n_layers=2, n_heads=4, width=32, vocab_size=50, vocab_multiple=32, block_size=24)
 LLAMA = dict(

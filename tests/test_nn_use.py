@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt import backend
 from fastgpt import nn as fnn
+from fastgpt.core import backend
 from fastgpt.nn import losses
 from fastgpt.ops import use
 

@@ -28,7 +28,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     junk = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.py", "results")
     for part in PARTS:
         if (ROOT / part).is_dir():
-            shutil.copytree(ROOT / part, copy / part, ignore=junk)
+            shutil.copytree(ROOT / part, copy / part, ignore=junk, symlinks=True)
         else:
             shutil.copy(ROOT / part, copy / part)
     (copy / "tests").mkdir()
@@ -40,9 +40,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(sources: Path, out: Path, hook: str = "build_wheel", **env: str) -> tuple[subprocess.CompletedProcess, Path]:
     """Run a build hook in a copy of its own; returns the process, and the file that it made (if it did)."""
     here = out / "sources"
-    shutil.copytree(sources, here)
+    shutil.copytree(sources, here, symlinks=True)
     (out / "dist").mkdir()
-    command = f"from setuptools import build_meta; build_meta.{hook}({str(out / 'dist')!r})"
+    command = "import sys; del sys.path[0]; "  # as pip calls it: the sources are not on the path
+    command += f"from setuptools import build_meta; build_meta.{hook}({str(out / 'dist')!r})"
     clean = {name: value for name, value in os.environ.items() if name not in UNSET} | {"MAX_JOBS": "1"} | env
     done = subprocess.run([sys.executable, "-c", command], cwd=here, env=clean, capture_output=True, text=True)
     made = list((out / "dist").iterdir())
@@ -95,9 +96,9 @@ def test_metadata_does_not_depend_on_the_machine(pure_wheel: Path) -> None:
 def test_pure_install_imports_and_says_what_is_missing(pure_wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(pure_wheel).extractall(tmp_path)
     code = (
-        "import fastgpt, fastgpt.kernels, fastgpt.bench, torch; from fastgpt import _native; "
+        "import fastgpt, fastgpt.kernels, fastgpt.bench, torch; from fastgpt.core import native; "
         f"assert fastgpt.__file__.startswith({str(tmp_path)!r}), fastgpt.__file__; "
-        "fastgpt.ops.layer_norm(torch.ones(2, 4)); print(_native.BUILT); print(*_native.describe(), sep='\\n')"
+        "fastgpt.ops.layer_norm(torch.ones(2, 4)); print(native.BUILT); print(*native.describe(), sep='\\n')"
     )
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
@@ -189,7 +190,7 @@ def test_cpu_wheel_builds_and_loads(sources: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(target)
     assert str(ROOT).encode() not in (target / "fastgpt" / "_C.abi3.so").read_bytes()
     code = (
-        "import fastgpt, torch; from fastgpt import _native; assert _native.BUILT['cpu'], _native.describe(); "
+        "import fastgpt, torch; from fastgpt.core import native; assert native.BUILT['cpu'], native.describe(); "
         "x = torch.randn(4, 8); y = torch.ops.fastgpt.layer_norm_fwd.cpu(x, None, None, None, 1e-5)[0]; "
         "torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (8,)))"
     )

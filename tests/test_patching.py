@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import fastgpt
 import fastgpt.nn
-from fastgpt import backend
+from fastgpt.core import backend
 from fastgpt.patching import _replace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
 import fastgpt
-from fastgpt import backend
+from fastgpt.core import backend
 from fastgpt.patching import PARTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

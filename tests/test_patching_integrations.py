@@ -19,8 +19,8 @@ import transformers
 from torch import Tensor, nn
 
 import fastgpt
-from fastgpt import backend
 from fastgpt.bench import patching as bench
+from fastgpt.core import backend
 from fastgpt.optim import AdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

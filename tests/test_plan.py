@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import backend, memory, ops, plan, train
-from fastgpt.backend import use
+from fastgpt import ops, train
 from fastgpt.cli import run_command
-from fastgpt.config import ModelConfig, TrainConfig, load_config
-from fastgpt.device import CARDS, PEAK_BF16, datasheet_peak, total_memory
-from fastgpt.errors import UserError
-from fastgpt.memory import LEVELS, Plan, Target, shape_of
+from fastgpt.core import backend
+from fastgpt.core.backend import use
+from fastgpt.core.device import CARDS, PEAK_BF16, datasheet_peak, total_memory
+from fastgpt.core.errors import UserError
+from fastgpt.training import memory, plan
+from fastgpt.training.config import ModelConfig, TrainConfig, load_config
+from fastgpt.training.memory import LEVELS, Plan, Target, shape_of
 
 CPU = Target("cpu", "cpu", 16 << 30)
 needs_cpu = pytest.mark.skipif(backend.missing("cpu") is not None, reason="needs the compiled CPU kernels")

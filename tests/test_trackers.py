@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt.device import energy_joules
-from fastgpt.errors import UserError
-from fastgpt.profiling import Profile
-from fastgpt.trackers import Trackers
+from fastgpt.core.device import energy_joules
+from fastgpt.core.errors import UserError
+from fastgpt.training.profiling import Profile
+from fastgpt.training.trackers import Trackers
 
 
 class Wandb(types.ModuleType):
@@ -129,7 +129,7 @@ def test_nsys_is_shown_the_steps_and_their_ops(tmp_path: Path, monkeypatch: pyte
         yield
         seen.append("no ranges")
 
-    monkeypatch.setattr("fastgpt.profiling.emit_nvtx", ranges)
+    monkeypatch.setattr("fastgpt.training.profiling.emit_nvtx", ranges)
     watch, said = Profile("2:3", "nsys", tmp_path, torch.device("cuda")), []
     for step in range(1, 5):
         watch.before(step)

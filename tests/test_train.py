@@ -18,14 +18,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import checkpoint, train
-from fastgpt.backend import use
+from fastgpt import train
 from fastgpt.cli import run_command
-from fastgpt.config import load_config
+from fastgpt.core.backend import use
+from fastgpt.core.errors import UserError
 from fastgpt.data import IGNORE
 from fastgpt.data.shards import ShardWriter
 from fastgpt.data.source import open_source, open_validation
-from fastgpt.errors import UserError
+from fastgpt.training import checkpoint
+from fastgpt.training.config import load_config
 
 SMALL = (
     "--model.n-layers 2 --model.n-heads 2 --model.width 32 --block-size 32 --micro-batch 4 --batch-tokens 256 "
@@ -38,7 +39,7 @@ SMALL = (
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A real text: this file's neighbours' own source."""
     folder = tmp_path_factory.mktemp("text")
-    for path in sorted(Path(train.__file__).parent.glob("*.py")):
+    for path in sorted(Path(train.__file__).parent.rglob("*.py")):
         shutil.copy(path, folder / f"{path.stem}.txt")
     return folder
 

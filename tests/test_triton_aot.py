@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 
 def _check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    command = [sys.executable, "-m", "fastgpt.triton_check", *arguments]
+    command = [sys.executable, "-m", "fastgpt.checks.triton", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -38,7 +38,7 @@ def test_configurations_compile_without_spills(tmp_path: Path) -> None:
 
 
 def test_chips_stages_and_the_quick_selection_are_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgpt import triton_check
+    from fastgpt.checks import triton as triton_check
     from fastgpt.kernels import swiglu
 
     some = next(swiglu.configurations(torch.bfloat16))
@@ -74,7 +74,7 @@ def test_interpreter_is_refused() -> None:
 
 
 def test_problems_are_found() -> None:
-    from fastgpt.triton_check import Report, problem
+    from fastgpt.checks.triton import Report, problem
 
     assert problem(Report("k[x] bfloat16", 90, 4, registers=64, stack=0, shared=1024)) == ""
     assert "8 bytes of stack" in problem(Report("k[x] bfloat16", 90, 4, registers=64, stack=8))

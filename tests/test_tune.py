@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt import backend, cli, ops, parity, tune
-from fastgpt.backend import use
-from fastgpt.bench import _harness
+from fastgpt import cli, ops, parity
+from fastgpt.bench import _harness, tune
 from fastgpt.bench._harness import Samples
-from fastgpt.config import ModelConfig, load_config
-from fastgpt.errors import UserError
+from fastgpt.core import backend
+from fastgpt.core.backend import use
+from fastgpt.core.errors import UserError
+from fastgpt.training.config import ModelConfig, load_config
 
 CPU = torch.device("cpu")
 FP32 = torch.float32

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 EOT = "<|endoftext|>"
 

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fastgpt.core.errors import UserError
 from fastgpt.data.shards import Tokens
-from fastgpt.errors import UserError
 
 IGNORE = -100  # target of positions that do not count (cross_entropy's default ignore_index)
 STATE_VERSION = 1

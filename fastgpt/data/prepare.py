@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt.core.errors import UserError
 from fastgpt.data.corpus import Corpus, Part, default_corpus, documents, split_files, text_files
 from fastgpt.data.shards import ShardWriter, Tokens, open_tokens
 from fastgpt.data.tokenizer import Tokenizer, train_tokenizer
-from fastgpt.errors import UserError
 
 VERSION = 1
 TRAINER_BYTES = 64 << 20  # text the BPE is trained on at most; more changes few merges and costs memory

@@ -20,7 +20,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 HEADER_BYTES = 1024
 FORMATS: dict[int, tuple[int, np.dtype[Any]]] = {

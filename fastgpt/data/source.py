@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastgpt import progress
+from fastgpt.core import progress
+from fastgpt.core.errors import UserError
 from fastgpt.data.prepare import Dataset, prepare
 from fastgpt.data.shards import Tokens, open_split, open_tokens
 from fastgpt.data.tokenizer import Tokenizer
-from fastgpt.errors import UserError
 
 
 @dataclass(frozen=True)

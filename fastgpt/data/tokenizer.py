@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastgpt.core.errors import UserError
 from fastgpt.data.corpus import EOT
 from fastgpt.data.shards import atomic_file
-from fastgpt.errors import UserError
 
 # GPT-2's word pattern; possessive where that cannot change a match, so that long runs never backtrack
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

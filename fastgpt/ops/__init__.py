@@ -1,6 +1,6 @@
 """Drop-in ops: each is a function over PyTorch tensors, differentiable, compile-safe, on several backends."""
 
-from fastgpt.backend import apply_environment, use
+from fastgpt.core.backend import apply_environment, use
 from fastgpt.ops import adamw as _adamw  # noqa: F401 (registers the optimizer's raw ops)
 from fastgpt.ops.attention import attention, attention_qkv
 from fastgpt.ops.bias_gelu import bias_gelu

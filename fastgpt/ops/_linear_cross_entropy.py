@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.backend import multiplies_into_fp32
+from fastgpt.core.backend import multiplies_into_fp32
 from fastgpt.ops._common import define_driver, flop_formula
 from fastgpt.ops.cross_entropy import FWD as CE_FWD
 from fastgpt.ops.cross_entropy import FWD_BWD as CE_FWD_BWD

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.backend import Cell, register
+from fastgpt.core.backend import Cell, register
 from fastgpt.ops._common import define, no_outputs, relative_error
 
 PARTIALS = 2048  # partial sums of squares that a bucket has room for; what a backend leaves unused stays 0

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.backend import Cell, checks_values, register, select
+from fastgpt.core.backend import Cell, checks_values, register, select
 from fastgpt.ops._attention import attention_ref, attention_torch, sdpa_can
 from fastgpt.ops._common import autocast, check_float, check_like, define, needs_grad, relative_error
 

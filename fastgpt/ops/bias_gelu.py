@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import Cell, register, select
+from fastgpt.core.backend import Cell, register, select
 from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import Cell, checks_values, register, select
+from fastgpt.core.backend import Cell, checks_values, register, select
 from fastgpt.ops._common import check_float, check_like, define, mark_mutated, needs_grad, no_outputs, relative_error
 
 OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float softcap, int vocab_size"

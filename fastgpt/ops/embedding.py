@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import Cell, checks_values, register, select
+from fastgpt.core.backend import Cell, checks_values, register, select
 from fastgpt.ops._common import (
     check_float,
     check_like,

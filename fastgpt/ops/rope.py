@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.backend import Cell, checks_values, register, select
+from fastgpt.core.backend import Cell, checks_values, register, select
 from fastgpt.ops._common import (
     check_float,
     check_like,

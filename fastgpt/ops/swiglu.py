@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.backend import Cell, register, select
+from fastgpt.core.backend import Cell, register, select
 from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # their places are the raw ops' numbers

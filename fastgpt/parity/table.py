@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import backend
+from fastgpt.core import backend
 from fastgpt.parity import activations, adamw, attention, cross_entropy, linear_cross_entropy, norms, positions
 from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import REPEATED, Case, Row, Subject, allowed_error

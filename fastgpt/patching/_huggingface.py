@@ -27,7 +27,7 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, CausalLMOutputWithPast
 
 from fastgpt import ops
-from fastgpt.backend import leave_to_torch
+from fastgpt.core.backend import leave_to_torch
 from fastgpt.patching import _replace as replace
 from fastgpt.patching._recognise import Found, name_of
 

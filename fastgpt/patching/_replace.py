@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.backend import leave_to_torch
+from fastgpt.core.backend import leave_to_torch
 from fastgpt.nn.attention import attend
 from fastgpt.nn.norms import epsilon
 

@@ -151,7 +151,8 @@ def some_cases(ops: list[str]) -> Iterator[Any]:
 
 def try_ops(library: Path, schedule: str, ops: list[str]) -> str:
     """Digest of all outputs of some_cases with this order of threads, or the first error."""
-    from fastgpt import backend, parity
+    from fastgpt import parity
+    from fastgpt.core import backend
 
     ctypes.CDLL(str(library)).fastgpt_set_schedule(SCHEDULES.index(schedule), 1)
     digest = hashlib.sha256()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from fastgpt import backend
+from fastgpt.core import backend
 
 if importlib.util.find_spec("pybind11") is None or shutil.which("g++") is None:
     pytest.skip("needs pybind11 and g++", allow_module_level=True)

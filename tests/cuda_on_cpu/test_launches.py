@@ -112,7 +112,8 @@ def test_planning_launches_nothing_and_ends(kernels: Any) -> None:
     """Pointers above lead nowhere; after a plan, kernels run again."""
     import torch
 
-    from fastgpt import backend, ops
+    from fastgpt import ops
+    from fastgpt.core import backend
 
     if not backend.simulated("cuda"):
         pytest.skip("the emulation is not this process's backend")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from fastgpt.core.errors import UserError
 from fastgpt.data import default_corpus, read_text, read_texts, split_files, text_files
 from fastgpt.data.corpus import documents
-from fastgpt.errors import UserError
 
 from .conftest import sentences
 

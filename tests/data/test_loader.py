@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from fastgpt.core.errors import UserError
 from fastgpt.data import IGNORE, TokenLoader, Tokens, sequential
 from fastgpt.data.loader import permute
-from fastgpt.errors import UserError
 
 N, T = 5003, 16
 IDS = np.arange(N, dtype=np.uint16)  # a token says where it stands

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastgpt.core.errors import UserError
 from fastgpt.data import Tokenizer, default_corpus, load_dataset, prepare, split_files, text_files, unigram_nats
 from fastgpt.data import prepare as _prepare  # the function; its module is reached through sys.modules
-from fastgpt.errors import UserError
 
 from .conftest import sentences
 

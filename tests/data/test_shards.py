@@ -3,9 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastgpt.core.errors import UserError
 from fastgpt.data import ShardWriter, Tokens, open_split, open_tokens
 from fastgpt.data.shards import atomic_file
-from fastgpt.errors import UserError
 
 
 def llmc(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, n: int | None = None) -> Path:

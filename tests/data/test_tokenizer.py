@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
 
+from fastgpt.core.errors import UserError
 from fastgpt.data import EOT, Tokenizer, default_corpus, train_tokenizer
 from fastgpt.data import tokenizer as module
-from fastgpt.errors import UserError
 
 from .conftest import sentences
 

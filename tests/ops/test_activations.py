@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import ops, parity
-from fastgpt.backend import use
+from fastgpt.core.backend import use
 from fastgpt.ops.bias_gelu import BWD as BG_BWD
 from fastgpt.ops.bias_gelu import FWD as BG_FWD
 from fastgpt.ops.swiglu import FWD as SG_FWD

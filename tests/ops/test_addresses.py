@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops, parity
-from fastgpt.backend import use
+from fastgpt.core.backend import use
 from fastgpt.ops.cross_entropy import FWD_BWD, SCALE_ROWS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt import backend, ops, parity
-from fastgpt.backend import use
+from fastgpt import ops, parity
+from fastgpt.core import backend
+from fastgpt.core.backend import use
 from fastgpt.ops._attention import attention_ref, dropout_keep
 from fastgpt.ops.attention import _DEFAULTS, BWD, FWD, QKV_BWD, pack
 

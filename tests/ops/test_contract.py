@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import backend, ops, parity
-from fastgpt.backend import use
-from fastgpt.errors import UserError
+from fastgpt import ops, parity
+from fastgpt.core import backend
+from fastgpt.core.backend import use
+from fastgpt.core.errors import UserError
 from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE
 from fastgpt.ops.bias_gelu import BWD as BG_BWD
 from fastgpt.ops.bias_gelu import FWD as BG_FWD

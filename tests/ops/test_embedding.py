@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import ops, parity
-from fastgpt.backend import use
+from fastgpt.core.backend import use
 from fastgpt.ops.embedding import BWD, BWD_ADD, FWD, embedding_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastgpt import backend, ops, parity
-from fastgpt.backend import use
+from fastgpt import ops, parity
+from fastgpt.core import backend
+from fastgpt.core.backend import use
 from fastgpt.ops import _linear_cross_entropy as raw
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy_ref, rows_at_once
 

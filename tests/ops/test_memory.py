@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgpt import backend, parity
+from fastgpt import parity
+from fastgpt.core import backend
 from fastgpt.parity.inputs import MARGIN, Guarded, canaries, geometry, view
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

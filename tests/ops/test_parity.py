@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastgpt import backend, parity
+from fastgpt import parity
+from fastgpt.core import backend
 from fastgpt.parity import table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops, parity
-from fastgpt.backend import use
+from fastgpt.core.backend import use
 from fastgpt.ops.rope import COPY, FWD, ROWS, rope_qkv_ref, rope_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -178,7 +178,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 class Model(nn.Module):
-    """A packed projection as in fastgpt.model: rope_qkv sees a view of its output."""
+    """A packed projection as in fastgpt.models.gpt: rope_qkv sees a view of its output."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
@@ -474,4 +474,4 @@ def test_raw_ops_refuse_what_they_cannot_write(name: str) -> None:
 
 
 def test_registered_for_compiled_and_triton_backends() -> None:
-    assert set(sys.modules["fastgpt.backend"].ops()["rope"]) >= {"cpu", "triton", "torch"}
+    assert set(sys.modules["fastgpt.core.backend"].ops()["rope"]) >= {"cpu", "triton", "torch"}

@@ -9,7 +9,7 @@ import torch
 from torch.autograd.profiler import emit_nvtx
 from torch.profiler import ProfilerActivity, profile
 
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 
 class Profile:

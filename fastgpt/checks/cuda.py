@@ -1,4 +1,4 @@
-"""Compile check of the CUDA kernels, no GPU used: `python -m fastgpt.cuda_check [--source DIR] [--arch A] [--json F]`.
+"""Compile check of the CUDA kernels, no GPU used: `python -m fastgpt.checks.cuda [--source DIR] [--arch A] [--json F]`.
 
 Every csrc/cuda/*.cu is compiled by itself for sm_80 and sm_90a. ptxas tells registers, stack, spills and shared memory
 of each kernel; nvdisasm (it comes with Triton) tells whether the loads are 128 bits wide. Exit code 1: a compilation
@@ -226,8 +226,8 @@ def _print(kernels: list[Kernel], failures: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.cuda_check", description="compile every CUDA kernel")
-    default = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.checks.cuda", description="compile every CUDA kernel")
+    default = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
     parser.add_argument("--source", type=Path, default=default, help="folder of .cu files (default: csrc/cuda)")
     parser.add_argument("--arch", action="append", choices=sorted(ARCHS), help="default: all")
     parser.add_argument("--json", type=Path, help="write the table to this file")

@@ -1,7 +1,8 @@
 """`fastgpt train --plan`: what a run needs, whether it fits, the largest micro-batch that does, hours and cost.
 
-The bytes are fastgpt/memory.py's. `settle` gives `micro_batch: auto` its number, and `explain_out_of_memory` turns an
-allocation that failed into the setting to turn. Hours and cost are an estimate: tokens * FLOP per token / (peak * MFU).
+Bytes come from fastgpt/training/memory.py. `settle` resolves `micro_batch: auto`, and `explain_out_of_memory` turns an
+out-of-memory error into advice on which setting to change. Hours and cost are an estimate: tokens * FLOP per token /
+(peak * MFU).
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 
-from fastgpt import backend
-from fastgpt.config import TrainConfig, load_config
-from fastgpt.device import CARDS, DTYPES, datasheet_peak, default_device, dtype_of, total_memory
-from fastgpt.errors import UserError
-from fastgpt.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
+from fastgpt.core import backend
+from fastgpt.core.device import CARDS, DTYPES, datasheet_peak, default_device, dtype_of, total_memory
+from fastgpt.core.errors import UserError
+from fastgpt.training.config import TrainConfig, load_config
+from fastgpt.training.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
 
 DEVICES = "auto, cpu, cuda, cuda:N or a card"
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import _native
-from fastgpt.device import cpu_name, package_version
-from fastgpt.errors import UserError
+from fastgpt.core import native
+from fastgpt.core.device import cpu_name, package_version
+from fastgpt.core.errors import UserError
 
 log = logging.getLogger("fastgpt")
 
@@ -130,7 +130,7 @@ def missing(backend: str) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install 'triton>=3.6')"
         return None
-    return None if _native.BUILT[backend] else _native.reason(backend)
+    return None if native.BUILT[backend] else native.reason(backend)
 
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0) -> str | None:
@@ -177,7 +177,7 @@ def _verdict(op: str, backend: str) -> str | None:
 
 def machine_facts(device: str) -> dict[str, str]:
     """What a result kept on disk holds for: the device, its driver, and versions of everything that makes kernels."""
-    facts = {"torch": torch.__version__, "triton": package_version("triton"), "native": _native.identity()}
+    facts = {"torch": torch.__version__, "triton": package_version("triton"), "native": native.identity()}
     if device != "cuda":
         return {"device": cpu_name(), "threads": str(torch.get_num_threads()), **facts}
     driver = Path("/proc/driver/nvidia/version")

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastgpt import options
-from fastgpt.errors import UserError
-from fastgpt.trackers import TRACKERS
+from fastgpt.core import options
+from fastgpt.core.errors import UserError
+from fastgpt.training.trackers import TRACKERS
 
 # model.activation -> ops.swiglu's activation
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu2": "relu2"}
@@ -344,7 +344,7 @@ class TrainConfig:
 
     @property
     def sequences(self) -> int:
-        """micro_batch as a number (fastgpt.plan.settle gives one for auto)."""
+        """micro_batch as a number (fastgpt.training.plan.settle gives one for auto)."""
         _need(self.micro_batch != "auto", "micro_batch", self.micro_batch, "a number here")
         return int(self.micro_batch)
 

@@ -26,9 +26,9 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
-from fastgpt.config import GATED, ModelConfig
+from fastgpt.models.recompute import Level, MadeAgain
 from fastgpt.nn import LayerNorm, Linear, RMSNorm, RotaryEmbedding
-from fastgpt.recompute import Level, MadeAgain
+from fastgpt.training.config import GATED, ModelConfig
 
 
 class KVCache:
@@ -201,7 +201,7 @@ class GPT(nn.Module):
             raise ValueError("GPT: config.vocab_size or config.block_size is None, expected numbers")
         self.config, c = config, config
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
-        self.recompute: Level = "none"  # what backward makes again: fastgpt/recompute.py
+        self.recompute: Level = "none"  # what backward makes again: fastgpt/models/recompute.py
         self.wte = _make(nn.Embedding, c.padded_vocab_size, c.width)
         self.wpe = _make(nn.Embedding, self.block_size, c.width) if c.positions == "learned" else None
         self.rotary = (

@@ -2,7 +2,7 @@
 
     peak = parameters + gradients + optimizer + activations + max(loss, one block's backward)
 
-activations: what the blocks keep between forward and backward, by level of recomputation (fastgpt/recompute.py);
+activations: what the blocks keep between forward and backward, by level of recomputation (fastgpt/models/recompute.py);
 loss: the last norm, the head and the loss with their gradients, in chunks or in one piece. No tensor is allocated.
 The figures are of fastgpt's kernels, eager; what PyTorch's own ops or a compiler keep in their place is not in them.
 """
@@ -14,13 +14,13 @@ from typing import NamedTuple, get_args
 
 import torch
 
-from fastgpt import backend
-from fastgpt.config import GATED, ModelConfig, TrainConfig
-from fastgpt.device import dtype_of
-from fastgpt.model import GPT
+from fastgpt.core import backend
+from fastgpt.core.device import dtype_of
+from fastgpt.models.gpt import GPT
+from fastgpt.models.recompute import Level
 from fastgpt.nn import KEPT_NUMEL
 from fastgpt.ops.linear_cross_entropy import rows_at_once
-from fastgpt.recompute import Level
+from fastgpt.training.config import GATED, ModelConfig, TrainConfig
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 SPARE = {"cuda": 0.08, "cpu": 0.2}  # share left to CUDA's context, libraries' workspaces and gaps; to the system

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastgpt.errors import UserError
+from fastgpt.core.errors import UserError
 
 log = logging.getLogger("fastgpt")
 Log = Callable[[dict[str, float], int], None]  # figures, step

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.errors import UserError
-from fastgpt.tensorfile import load_file, save_file
+from fastgpt.core.errors import UserError
+from fastgpt.core.tensorfile import load_file, save_file
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"

@@ -59,7 +59,7 @@ def identity() -> str:
 
 def _stale() -> str:
     """A note if this checkout's csrc/ is newer than _C; empty outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not any(BUILT.values()) or not (root / "csrc" / "registration.cpp").is_file():
         return ""
     digest = hashlib.sha256()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.model import GPT, KVCache
+from fastgpt.models.gpt import GPT, KVCache
 
 
 def context_start(length: int, block_size: int) -> int:

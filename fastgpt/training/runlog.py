@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import progress
-from fastgpt.config import TrainConfig, to_dict
-from fastgpt.trackers import Trackers
+from fastgpt.core import progress
+from fastgpt.training.config import TrainConfig, to_dict
+from fastgpt.training.trackers import Trackers
 
 
 class Lagged:

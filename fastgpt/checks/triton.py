@@ -1,4 +1,4 @@
-"""Ahead-of-time check of the Triton kernels: `python -m fastgpt.triton_check [--arch 90] [--all | --quick]`.
+"""Ahead-of-time check of the Triton kernels: `python -m fastgpt.checks.triton [--arch 90] [--all | --quick]`.
 
 Compiles every configuration that a launcher may pick (each kernel file's `configurations`) for explicit GPU targets; no
 GPU is needed. Registers, stack (spills) and shared memory come from the cubin, read by the cuobjdump that Triton
@@ -209,7 +209,7 @@ def _print(reports: list[Report]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.triton_check", description="compile every Triton kernel")
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.checks.triton", description="compile every Triton kernel")
     parser.add_argument(
         "--arch",
         type=int,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.backend import select
+from fastgpt.core.backend import select
 from fastgpt.ops._common import mark_mutated
 from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE, Bucket, adamw_ref, grad_norm_ref
 

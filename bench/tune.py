@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from fastgpt import backend
 from fastgpt.bench._harness import Samples, Setting, count_sets, time_cpu, time_gpu
 from fastgpt.bench._op import Bench, Provider, Shape, bench_of, chosen, every, gate, jobs
-from fastgpt.config import ModelConfig, TrainConfig, load_config
-from fastgpt.device import cpu_name, default_device, dtype_of, keep_freed_memory
-from fastgpt.errors import UserError
-from fastgpt.plan import settle
+from fastgpt.core import backend
+from fastgpt.core.device import cpu_name, default_device, dtype_of, keep_freed_memory
+from fastgpt.core.errors import UserError
+from fastgpt.training.config import ModelConfig, TrainConfig, load_config
+from fastgpt.training.plan import settle
 
 LEAST_GAIN = 1.03  # how much faster than the prior's choice a backend must be to take its place
 CPU_TOKENS = 1024

@@ -203,7 +203,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def _commit() -> str | None:
     """The commit of the checkout that fastgpt runs from; None when installed as a wheel."""
-    here = Path(__file__).resolve().parent.parent
+    here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -1,0 +1,1 @@
+"""The GPT that fastgpt trains."""
