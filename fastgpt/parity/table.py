@@ -9,7 +9,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -98,13 +98,23 @@ def takes(name: str, case: Case) -> bool:
     return backend.ops()[case.op][name].takes(case.dtype, 0)
 
 
-def run_all(only: list[str]) -> list[Row]:
-    """All cases of the ops and backends in `only` (empty: all) that run here."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def run_all(only: list[str], jobs: int = 1) -> Iterator[Row]:
+    """All cases of the ops and backends in `only` (empty: all) that run here, in so many processes."""
+    from fastgpt.parity.jobs import pieces, run  # it imports this module
+
     wanted = [op for op in SUBJECTS if op in only] or list(SUBJECTS)
     names = [b for b in backend.BACKENDS if b in only] or list(backend.BACKENDS)
-    pairs = [(op, name) for op in wanted for name in backends_here(op) if name in names]
-    return [row for op, name in pairs for case in cases(op) if takes(name, case) for row in check(case, name, device)]
+    return run(pieces([(op, name) for op in wanted for name in backends_here(op) if name in names]), jobs)
+
+
+def keep(rows: Iterable[Row], path: Path | None) -> Iterator[Row]:
+    """The rows, each written to `path` as it comes; numbers have four digits there, so that a GPU's take about 7 MB."""
+    with open(os.devnull if path is None else path, "w", encoding="utf-8") as f:
+        for row in rows:
+            short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
+            f.write(json.dumps(short, separators=(",", ":")) + "\n")
+            f.flush()
+            yield row
 
 
 def missing_cells(rows: list[Row]) -> list[str]:
@@ -127,17 +137,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="fastgpt parity", description="errors against fp64, as a share of what is allowed"
     )
     parser.add_argument("only", nargs="*", help="ops or backends; default: all that run here")
-    parser.add_argument("--json", type=Path, help="write every row to this file")
+    parser.add_argument("--json", type=Path, help="write every row to this file as it comes, one a line")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases (default: 1)")
     parser.add_argument("--top", type=int, default=20, help="rows to print")
     args = parser.parse_args(argv)
     if unknown := [o for o in args.only if o not in SUBJECTS and o not in backend.BACKENDS]:
         parser.error(f"{unknown[0]} is neither an op with kernels ({', '.join(SUBJECTS)}) nor a backend")
+    if args.jobs < 1:
+        parser.error(f"--jobs is {args.jobs}, expected at least 1")
     if not torch.cuda.is_available() and not backend.interpreting():
         again = [sys.executable, "-m", "fastgpt.parity", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.call(again, env={**os.environ, "TRITON_INTERPRET": "1"})  # must be set before Triton's import
-    rows = sorted(run_all(args.only), key=lambda r: -r.ratio)
-    if args.json:
-        args.json.write_text(json.dumps([asdict(r) for r in rows], indent=1), encoding="utf-8")
+    rows = sorted(keep(run_all(args.only, args.jobs), args.json), key=lambda r: -r.ratio)
     for r in rows[: args.top]:
         print(f"{r.ratio:6.3f}  {r.backend:<7} {r.output:<12} error {r.error:.2e}  allowed {r.allowed:.2e}  {r.case}")
     over, missing = [r for r in rows if not r.ratio <= 1], [] if args.only else missing_cells(rows)

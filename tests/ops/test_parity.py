@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastgpt import parity
 from fastgpt.core import backend
-from fastgpt.parity import table
+from fastgpt.parity import jobs, table
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = [
@@ -69,8 +73,70 @@ def test_command_writes_the_table_and_names_missing_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(backend, "interpreting", lambda: True)
-    monkeypatch.setattr(table, "run_all", lambda only: parity.check(next(parity.cases("adamw")), "torch"))
+    monkeypatch.setattr(table, "run_all", lambda only, jobs: parity.check(next(parity.cases("adamw")), "torch"))
     monkeypatch.setattr(table, "backends_here", lambda op: ["triton"])
     assert parity.main(["--json", str(tmp_path / "table.json")]) == 1
     assert "missing: adamw triton float32 contiguous/transposed" in capsys.readouterr().out
-    assert {"ratio", "error", "allowed", "case"} <= json.loads((tmp_path / "table.json").read_text())[0].keys()
+    assert {"ratio", "error", "allowed", "case"} <= json.loads(
+        (tmp_path / "table.json").read_text().splitlines()[0]
+    ).keys()
+
+
+def test_rows_are_on_disk_when_they_come(tmp_path: Path) -> None:
+    """Whatever ends the command later: a row's file has it before the next case begins. All of a GPU's fit 16 MB."""
+    path, row = tmp_path / "rows.jsonl", parity.Row("op", "cpu", "float32", "a/b", "case", "y", 1 / 3, 0.0, 1.0)
+    for number, _ in enumerate(table.keep(iter([row] * 3), path), 1):
+        assert len(path.read_text().splitlines()) == number
+    assert json.loads(path.read_text().splitlines()[0])["error"] == 0.3333
+    assert 30_000 * len(path.read_text()) / 3 < 16e6
+
+
+WORKER = """
+import os
+from fastgpt.parity import jobs, table
+
+usual = table.check
+def check(case, name, device):
+    number = jobs.cases_of("embedding", "torch").index(case)
+    if number == 1:
+        raise ValueError("broken")
+    if number == 4:
+        os._exit(9)
+    return usual(case, name, device)
+
+table.check = check
+answers = [True, True, False, True]
+jobs.usable = lambda: answers.pop(0)
+jobs.main()
+"""
+
+
+def test_a_case_that_ends_its_process_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Case 1 raises, after case 2 the device does not answer any more, case 4 kills its process."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(threads: int) -> subprocess.Popen[str]:
+        pipes: dict[str, Any] = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        started.append(subprocess.Popen([sys.executable, "-c", WORKER], **pipes))
+        return started[-1]
+
+    monkeypatch.setattr(jobs, "_start", start)
+    rows = list(jobs.run([jobs.Piece("embedding", "torch", 0, 6)], 2))
+    every = jobs.cases_of("embedding", "torch")
+    assert {r.case: r.output for r in rows if r.ratio == math.inf} == {
+        str(every[1]): "raised ValueError: broken",
+        str(every[4]): "its process ended with code 9",
+    }
+    expected = [r for i in (0, 2, 3, 5) for r in parity.check(every[i], "torch")]
+    assert [r for r in rows if r.ratio < math.inf] == expected
+    assert len(started) == 3 and all(p.wait(5) is not None for p in started)
+
+
+def test_pieces_hold_every_case_once_and_cuda_comes_first() -> None:
+    pairs = [("attention", "triton"), ("adamw", "triton"), ("attention", "cuda")]
+    found = jobs.pieces(pairs)
+    assert [p.backend for p in found[:2]] == ["cuda", "cuda"] and found[-1].backend == "triton"
+    for op, name in pairs:
+        numbers = sorted(i for p in found if (p.op, p.backend) == (op, name) for i in range(p.first, p.last))
+        assert numbers == list(range(len(jobs.cases_of(op, name))))
+    assert max(p.last - p.first for p in found) <= jobs.PIECE
