@@ -177,7 +177,8 @@ def test_sdist_holds_the_native_sources(sources: Path, tmp_path: Path) -> None:
     names = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     native = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.*") if p.is_file()}
     assert native and native <= names
-    assert {"kernels/__init__.py", "bench/__init__.py", "fastgpt/configs/tiny.yaml", "setup.py"} <= names
+    assert {f"fastgpt/{part}" for part in ("kernels/__init__.py", "bench/__init__.py", "configs/tiny.yaml")} <= names
+    assert {"setup.py", "README.md"} <= names
     assert not [name for name in names if name.endswith((".so", "_build_info.py"))]
 
 
