@@ -73,7 +73,8 @@ class Bench:
     bytes_moved(shape, dtype, phase), flops(shape, phase): the least that the phase moves and multiplies.
     of_model(model, B, T): shape and options of the public function in a training step, None if the model does without
     the op. gate_cases(shape): (shape, options) of parity cases like what is measured. shapes: the defaults by device.
-    tiny: a shape whose maths is nothing, for the cost of a call on the host.
+    tiny: a shape whose maths is nothing, for the cost of a call on the host. within: the op that calls this one in a
+    training step, on the backend that serves itself.
     """
 
     op: str
@@ -90,6 +91,7 @@ class Bench:
     phases: tuple[str, ...] = ("forward", "backward", "both")
     in_step: tuple[str, Callable[..., Any]] | None = None
     others: Callable[[Setting], list[Provider]] = lambda setting: []
+    within: str = ""
 
 
 def bench_of(op: str) -> Bench:

@@ -95,6 +95,7 @@ BENCH = Bench(
     gate_cases=lambda shape: [((min(shape[0], 4), shape[1]), {"inplace": inplace}) for inplace in (False, True)],
     in_step=("in place", functools.partial(ops.cross_entropy, inplace=True)),
     others=lambda setting: installed(setting, liger_kernel=liger, quack=quack, flash_attn=flash_attn, apex=apex),
+    within="linear_cross_entropy",
 )
 pytest_generate_tests, test_cross_entropy = _op.pytest_generate_tests, _op.run_benchmark
 

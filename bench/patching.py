@@ -152,10 +152,12 @@ def compare(names: list[str], shape_name: str, shape: Shape, rounds: int) -> lis
     about = {"bench": "patching", "shape": shape_name, "batch": shape.batch, "block": shape.block, "dtype": dtype}
     about |= {"config": shape.config, "settings": shape.settings, "kernels": used, "machine": provenance(device)}
     variants = prepare(names, shape)
-    samples = time_steps(variants, None, rounds, 1)
+    samples, failed = time_steps(variants, None, rounds, 1)
     for v in variants:
         v.close()
-    gap, sentence = disagreement(variants, TOLERANCE[dtype])
+    if failed:
+        return [{**about, "red": "; ".join(f"{name}: {why}" for name, why in failed.items())}]
+    gap, sentence = max(disagreement(v, variants[0], TOLERANCE[dtype]) for v in variants[1:])
     about |= {"loss_gap": gap, "loss_tolerance": TOLERANCE[dtype], "agree_steps": AGREE_STEPS, "gpu": gpu_state(device)}
     if sentence:
         return [{**about, "red": sentence}]

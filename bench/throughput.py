@@ -4,7 +4,8 @@ fastgpt: fastgpt.train's build_model, build_optimizer and train_step, nothing of
 model in fastgpt/bench/plain.py (nn.LayerNorm, F.gelu, SDPA, F.cross_entropy over padded logits, clip_grad_norm_,
 AdamW(fused=True); on a GPU fp32 weights under bf16 autocast), eager and, with --compile, under torch.compile. Same
 weights, tokens, seed and schedule; steps are interleaved, one after another; speeds are shown only if every op's parity
-check holds and the losses of the first AGREE_STEPS steps agree within TOLERANCE. Tokens are synthetic
+check holds, and a variant's only if its losses of the first AGREE_STEPS steps agree with torch's within TOLERANCE. One
+that fails has a row that says why; each row is written as soon as it is sure. Tokens are synthetic
 (rank r with probability ~ 1/(r+1), so that losses fall) and lie on the device before a step. --ablation adds fastgpt
 with one op at a time on PyTorch. On a GPU `fastgpt graphs` replays steps from CUDA graphs, as the trainer does there.
 
@@ -14,11 +15,13 @@ on a GPU; there also gpt2-350m, 774m, 1.5b and llama-125m. --sweep doubles B unt
 
 On a CPU every variant runs in a process of its own, as its user would run it: the trainer's has the trainer's settings
 of malloc, the others have their defaults; one waits while another runs. On a GPU they share this process.
-Joules per token: of the GPU, from NVML's energy counter over seconds of one variant alone ('-' where there is none).
+Joules per token: of the GPU, from NVML's energy counter over seconds of one variant alone (those of ENERGY_OF; '-' for
+the others and where there is no counter), in rows of their own after the speeds.
 --llmc DIR and --nanogpt DIR run those trainers themselves (fastgpt/bench/rivals.py): their own code, data in their
 format, the same sizes and batch; their losses start from weights of their own and are not compared.
-Peak memory: on a GPU of the allocator during a step, the other variants' tensors left out; on a CPU the most resident
-memory of the variant's process over what it had before it built the model, warm-up left out.
+Peak memory: on a GPU of the allocator during a step, the other variants' tensors left out; of `fastgpt graphs` what it
+keeps reserved, since a replay allocates nothing and works in the graphs' own pool; on a CPU the most resident memory of
+the variant's process over what it had before it built the model, warm-up left out.
 """
 
 from __future__ import annotations
@@ -38,16 +41,17 @@ import torch
 from fastgpt.bench import rivals
 from fastgpt.bench._harness import Samples, Setting, append_rows, device_of, gpu_state, provenance, turns, where
 from fastgpt.bench._op import Provider, every, gate
-from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, settings, shapes_on
+from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, reason, settings, shapes_on
 from fastgpt.core import backend
 from fastgpt.core.device import energy_joules, peak_flops
-from fastgpt.training.config import TrainConfig
+from fastgpt.training.config import ModelConfig, TrainConfig
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 # Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the
 # last place is 1e-7 apart from itself up to step 48 and 2e-4 at step 60.
 AGREE_STEPS = 40
 ENERGY_SECONDS = 3.0  # the meter moves some ten times a second
+ENERGY_OF = ("fastgpt graphs", "torch compile")
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -68,66 +72,93 @@ def red_ops(cfg: TrainConfig, dtype: torch.dtype) -> list[str]:
     return found
 
 
-def disagreement(variants: list[Any], tolerance: float) -> tuple[float, str]:
-    """The largest relative difference of a step's loss to the first variant's, and a sentence if it is too large."""
-    worst, sentence = 0.0, ""
-    truth = torch.stack(variants[0].losses[:AGREE_STEPS]).double().cpu()
-    for v in variants[1:]:
-        losses = torch.stack(v.losses[:AGREE_STEPS]).double().cpu()
-        gaps = torch.nan_to_num((losses - truth).abs() / truth.abs(), nan=math.inf)
-        step = int(gaps.argmax())
-        if float(gaps[step]) > tolerance and not sentence:
-            sentence = f"loss of {v.name} at step {step} is {losses[step]:.6f}, of {variants[0].name} {truth[step]:.6f}"
-        worst = max(worst, float(gaps[step]))
-    return worst, sentence
+def disagreement(v: Any, reference: Any, tolerance: float) -> tuple[float, str]:
+    """The largest relative difference of a step's loss to the reference's, and a sentence if it is too large."""
+    losses, truth = (torch.stack(x.losses[:AGREE_STEPS]).double().cpu() for x in (v, reference))
+    gaps = torch.nan_to_num((losses - truth).abs() / truth.abs(), nan=math.inf)
+    step = int(gaps.argmax())
+    gap = float(gaps[step])
+    told = f"loss of {v.name} at step {step} is {losses[step]:.6f}, of {reference.name} {truth[step]:.6f}"
+    return gap, f"{told}: more than {tolerance:g} apart" if gap > tolerance else ""
 
 
-def time_steps(variants: list[Any], cfg: TrainConfig | None, rounds: int, block: int) -> dict[str, Samples]:
-    """Seconds per step, one sample a round: `block` steps of each variant in turn."""
-    samples = {v.name: Samples() for v in variants}
-    by_name = {v.name: v for v in variants}
+def time_steps(
+    variants: list[Any], cfg: TrainConfig | None, rounds: int, block: int
+) -> tuple[dict[str, Samples], dict[str, str]]:
+    """Seconds per step, one sample a round: `block` steps of each variant in turn; and why one was left out."""
+    by_name, failed = {v.name: v for v in variants}, {}
+    samples = {name: Samples() for name in by_name}
     for number in range(rounds):
         for name in turns(list(by_name), number):
-            samples[name].seconds.append(by_name[name].train(cfg, block) / block)
-    return samples
+            try:
+                samples[name].seconds.append(by_name[name].train(cfg, block) / block)
+            except Exception as e:  # as in prepare
+                failed[name] = reason(e)
+                del by_name[name], samples[name]
+    return samples, failed
 
 
-def compare(names: list[str], shape_name: str, shape: Shape, device: torch.device) -> list[dict[str, Any]]:
-    """One row per variant, or a single row with the reason why no speed is shown."""
+def compare(names: list[str], shape_name: str, shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One row per variant as soon as it is sure: figures, or why there are none; then, on a GPU, rows of energy.
+
+    A single row if one of our ops is wrong. The first name's losses are the reference: without them there is no speed.
+    """
     cfg = settings(shape, device)
-    tolerance = TOLERANCE[cfg.dtype]
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     about = {"bench": "throughput", "shape": shape_name, "batch": shape.batch, "block": shape.block, "dtype": cfg.dtype}
     about |= {"model": vars(cfg.model), "kernels": kernels(device, dtype), "machine": provenance(device)}
     if red := red_ops(cfg, dtype):
-        return [{**about, "red": "; ".join(red)}]
-    variants, too_large = prepare(names, cfg, shape)
-    if len(variants) < 2 or variants[0].name != names[0]:
-        return [{**about, "red": f"out of memory: {', '.join(too_large)}"}]
+        yield {**about, "red": "; ".join(red)}
+        return
+    variants, failed = prepare(names, cfg, shape)
     block = 1 if device.type == "cpu" else min(8, max(1, 64 // shape.batch))
-    samples = time_steps(variants, cfg, shape.steps, block)
+    samples: dict[str, Samples] = {}
+    if names[0] not in failed:
+        samples, late = time_steps(variants, cfg, shape.steps, block)
+        failed |= late
+    if why := failed.get(names[0]):
+        failed = {name: f"{why} (of {names[0]}, whose losses show who is right)" for name in names} | failed
+    about |= {"loss_tolerance": TOLERANCE[cfg.dtype], "steps_per_sample": block, "gpu": gpu_state(device)}
+    gaps = judge(variants, names[0], TOLERANCE[cfg.dtype], failed)
+    right = [v for v in variants if v.name in gaps]
+    flops: dict[str, float] = next((v.flops for v in right if v.flops), {})
+    peak = peak_flops(device, dtype) if right else (0.0, "")
+    for v in right:
+        yield {**about, "loss_gap": gaps[v.name], **figures(v, right, samples, shape, flops, peak)}
+    yield from ({**about, "variant": name, "red": why} for name, why in failed.items())
+    for v in right:
+        if v.name in ENERGY_OF and (joules := joules_per_token(v, cfg, device, shape.batch * shape.block)) is not None:
+            yield {**about, "bench": "energy", "variant": v.name, "joules_per_token": joules}
+
+
+def judge(variants: list[Any], reference: str, tolerance: float, failed: dict[str, str]) -> dict[str, float]:
+    """End the variants; the gap in loss of those that are right, and into `failed` why the others are not."""
+    gaps, by_name = {}, {v.name: v for v in variants}
     for v in variants:
-        v.close()
-    state = gpu_state(device)
-    gap, sentence = disagreement(variants, tolerance)
-    about |= {"loss_gap": gap, "loss_tolerance": tolerance, "steps_per_sample": block, "gpu": state}
-    if sentence:
-        return [{**about, "red": f"{sentence}: more than {tolerance:g} apart"}]
-    flops = next(v.flops for v in variants if v.flops)
-    rows = [{**about, **figures(v, variants, samples, shape, flops, peak_flops(device, dtype))} for v in variants]
-    for row, v in zip(rows, variants):
-        row["joules_per_token"] = joules_per_token(v, cfg, device, shape.batch * shape.block)
-    return rows + [{**about, "variant": name, "red": "out of memory"} for name in too_large]
+        try:
+            v.close()
+            if v.name not in failed:
+                gaps[v.name], why = disagreement(v, by_name[reference], tolerance)
+        except Exception as e:  # as in prepare
+            why = reason(e)
+        if v.name not in failed and why:
+            gaps.pop(v.name, None)
+            failed[v.name] = why
+    return gaps
 
 
 def joules_per_token(v: Any, cfg: TrainConfig, device: torch.device, tokens: int) -> float | None:
-    """Of the GPU, over ENERGY_SECONDS of steps of this variant alone; None where no meter is."""
+    """Of the GPU, over ENERGY_SECONDS of steps of this variant alone; None where no meter is or a step fails."""
     before, end, steps = energy_joules(device), time.perf_counter() + ENERGY_SECONDS, 0
     if before is None:
         return None
-    while time.perf_counter() < end:
-        v.train(cfg, 1)
-        steps += 1
+    try:
+        while time.perf_counter() < end:
+            v.train(cfg, 1)
+            steps += 1
+    except Exception as e:  # as in prepare; its speed is known already
+        print(f"{v.name}: no energy: {reason(e)}", file=sys.stderr)
+        return None
     after = energy_joules(device)
     return None if after is None else (after - before) / (steps * tokens)
 
@@ -157,13 +188,15 @@ def figures(
 
 def show(rows: list[dict[str, Any]]) -> str:
     """The rows as a table, or the reason why there is none."""
-    good = [r for r in rows if "red" not in r]
+    good = [r for r in rows if "tokens_per_s" in r]
+    energy = {r["variant"]: f"{1e3 * r['joules_per_token']:.3f}" for r in rows if "joules_per_token" in r}
     lines = []
     if good:
         first = good[0]
         served = ", ".join(f"{op} {b}" for op, b in first["kernels"].items() if b != "torch") or "all torch"
         lines.append(f"kernels: {served}; peak {first['peak_flops'] / 1e12:.3g} TFLOP/s ({first['peak_flops_from']})")
-        lines.append(f"losses agree: {first['loss_gap']:.1e} apart, {first['loss_tolerance']:g} allowed")
+        gap = max(r.get("loss_gap", 0.0) for r in good)
+        lines.append(f"losses agree: {gap:.1e} apart, {first['loss_tolerance']:g} allowed")
         lines.append(
             f"{'variant':<24}{'ms a step (20 .. 80 %)':<28}{'tokens/s':>10}{'MFU full':>10}{'causal':>8}{'peak MB':>10}"
             f"{'mJ/token':>10}"
@@ -179,20 +212,28 @@ def show(rows: list[dict[str, Any]]) -> str:
             for key, (m, low, high) in ((k, v) for k, v in r.items() if k.startswith("speed_vs_"))
         ]
         mfu = f"{r['mfu_full']:>10.1%}{r['mfu_causal']:>8.1%}" if "mfu_full" in r else f"{'-':>10}{'-':>8}"
-        joules = "-" if r.get("joules_per_token") is None else f"{1e3 * r['joules_per_token']:.3f}"
+        joules = energy.get(r["variant"], "-")
         start = f"{r['variant']:<24}{times:<28}{r['tokens_per_s']:>10,.0f}{mfu}{peak:>10}{joules:>10}"
         lines.append(f"{start}  {', '.join(against)}")
     return "\n".join(lines + [f"{r.get('variant', 'no speed is shown')}: {r['red']}" for r in rows if "red" in r])
 
 
-def variant_names(args: argparse.Namespace, device: torch.device) -> list[str]:
+def variant_names(args: argparse.Namespace, shape: Shape, device: torch.device) -> list[str]:
     """The first is what the others' losses are compared with."""
+    if args.variant:
+        return ["torch", *(name for name in args.variant if name != "torch")]
     names = ["torch", "fastgpt"] + (["fastgpt graphs"] if device.type == "cuda" else [])
     names += ["torch compile", "fastgpt compile"] if args.compile else []
     if args.ablation:
         served = kernels(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        names += [f"fastgpt -{op}" for op, picked in served.items() if picked != "torch"]
+        called = called_ops(settings(shape, device).model)
+        names += [f"fastgpt -{op}" for op, picked in served.items() if picked != "torch" and op in called]
     return names
+
+
+def called_ops(model: ModelConfig) -> set[str]:
+    """The ops whose backend a training step chooses: without it their ablation would be the whole step again."""
+    return {b.op for b in every() if not b.within and b.of_model(model, 1, 1) is not None}
 
 
 def sweep(shape: Shape, batches: list[int] | None, grow: bool) -> Iterator[Shape]:
@@ -213,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="rounds that are timed")
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--ablation", action="store_true", help="fastgpt with one op at a time on PyTorch, too")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="torch and these alone; may be repeated")
     parser.add_argument("--llmc", type=Path, metavar="DIR", help="a built checkout of llm.c, too (train_gpt2cu)")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, too (train.py)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
@@ -226,17 +268,26 @@ def main(argv: list[str] | None = None) -> int:
     for name in args.shape or [default_shape(device)]:
         for shape in sweep(shapes[name], args.batch, args.sweep):
             shape = dataclasses.replace(shape, steps=args.steps or shape.steps)
-            rows = compare(variant_names(args, device), name, shape, device)
-            rows += rivals.rows(rows[0], shape, device, llmc=args.llmc, nanogpt=args.nanogpt)
+            rows = []
+            for row in compare(variant_names(args, shape, device), name, shape, device):
+                rows.append(row)
+                keep(args.json, [row])
+            rival = rivals.rows(rows[0], shape, device, llmc=args.llmc, nanogpt=args.nanogpt)
+            keep(args.json, rival)
+            rows += rival
             about = f"{name}: {shape.layers} layers, width {shape.width}, vocabulary {shape.vocab}"
             print(f"{about}, B {shape.batch} x T {shape.block}, {rows[0]['dtype']}, {where(rows[0]['machine'])}")
             print(show(rows), flush=True)
-            if args.json:
-                append_rows(args.json, rows)
             status |= any("red" in r and not r.get("rival") and not out_of_memory(r) for r in rows)
             if args.sweep and any(map(out_of_memory, rows)):
                 break
     return status
+
+
+def keep(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Append rows to --json's file."""
+    if path is not None:
+        append_rows(path, rows)
 
 
 def out_of_memory(row: dict[str, Any]) -> bool:

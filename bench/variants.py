@@ -216,27 +216,47 @@ def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Var
     return Variant(name, step, kernels, model.flops_per_token(cfg.block_size), stream=stream)
 
 
-def prepare(names: list[str], cfg: TrainConfig, shape: Shape) -> tuple[list[Any], list[str]]:
-    """Variants warmed up, with their peak memory on a GPU; and the names of those that do not fit."""
-    cuda = cfg.device.startswith("cuda")
-    if not cuda:
-        apart = [Apart(name, shape) for name in names]
-        for process in apart:
-            process.train(cfg, WARM_STEPS)
-        return apart, []
+def prepare(names: list[str], cfg: TrainConfig, shape: Shape) -> tuple[list[Any], dict[str, str]]:
+    """Variants warmed up, with their peak memory on a GPU; and why the others are not among them."""
     variants: list[Any] = []
-    too_large, data = [], batches(shape, torch.device(cfg.device))
+    failed: dict[str, str] = {}
+    cuda = cfg.device.startswith("cuda")
+    data = batches(shape, torch.device(cfg.device)) if cuda else []
     for name in names:
         try:
-            before = torch.cuda.memory_allocated()
-            v = build(name, cfg, data)
-            v.train(cfg, GPU_WARM_STEPS - 1)
-            torch.cuda.reset_peak_memory_stats()
-            v.train(cfg, 1)
-            v.peak_mb = (torch.cuda.max_memory_allocated() - before) / 1e6
-            variants.append(v)
-        except torch.OutOfMemoryError:
-            too_large.append(name)
+            variants.append(_warm(name, cfg, data) if cuda else _apart(name, cfg, shape))
+        except Exception as e:  # the compiler's or the device's: it costs this variant alone its figures
+            failed[name] = reason(e)
+        if cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+    return variants, failed
+
+
+def reason(e: Exception) -> str:
+    """An exception in a row's words."""
+    if isinstance(e, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
+
+
+def _apart(name: str, cfg: TrainConfig, shape: Shape) -> Any:
+    v = Apart(name, shape)
+    v.train(cfg, WARM_STEPS)
+    return v
+
+
+def _warm(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
+    """A variant on the GPU. Its memory: the most that a step has allocated; what it keeps reserved where steps are
+    replayed, since a replay allocates nothing and works in the graphs' own pool."""
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    v = build(name, cfg, data)
+    v.train(cfg, GPU_WARM_STEPS - 1)
+    torch.cuda.reset_peak_memory_stats()
+    v.train(cfg, 1)
+    v.peak_mb = (torch.cuda.max_memory_allocated() - allocated) / 1e6
+    if name.endswith(" graphs"):
         gc.collect()
-        torch.cuda.empty_cache()
-    return variants, too_large
+        torch.cuda.empty_cache()  # of all that warm-up left
+        v.peak_mb = (torch.cuda.memory_reserved() - reserved) / 1e6
+    return v

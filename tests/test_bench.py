@@ -350,6 +350,7 @@ def test_throughput_compares_equal_losses(micro: list[str], capsys: pytest.Captu
     assert [r["variant"] for r in rows][:2] == ["torch", "fastgpt"]
     ours = rows[1]
     assert len(ours["losses"]) == variants.WARM_STEPS + MICRO.steps
+    assert not {"fastgpt -rms_norm", "fastgpt -swiglu", "fastgpt -cross_entropy"} & {r["variant"] for r in rows}
     assert ours["losses"][0] != ours["losses"][-1] and ours["loss_gap"] <= ours["loss_tolerance"]
     assert ours["tokens_per_s"] == pytest.approx(MICRO.batch * MICRO.block / ours["ms"] * 1e3)
     assert ours["speed_vs_torch"][0] > 0 and 0 < ours["mfu_causal"]
@@ -370,9 +371,95 @@ def test_throughput_shows_no_speed_for_other_losses(
         return v
 
     monkeypatch.setattr(variants, "build", tampered)
-    assert throughput.main(micro) == 1
+    assert throughput.main([*micro, "--ablation"]) == 1
     out = capsys.readouterr().out
-    assert "no speed is shown: loss of fastgpt at step" in out and "tokens/s" not in out
+    assert "\nfastgpt: loss of fastgpt at step" in out and "\nfastgpt  " not in out, "no speed"
+    assert "\ntorch  " in out and "\nfastgpt -layer_norm  " in out, "the others have theirs"
+
+
+@pytest.mark.parametrize("at", ["build", "step"])
+@pytest.mark.parametrize("name", ["torch", "fastgpt"])
+def test_a_variant_that_fails_costs_itself_alone(
+    name: str, at: str, micro: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The reference alone costs everyone their speed: nobody shows who is right."""
+    build = variants.build
+
+    def broken(built: str, *args: Any) -> variants.Variant:
+        if at == "build" and built == name:
+            raise RuntimeError("no such\n  kernel")
+        v = build(built, *args)
+        step, due = v.step, variants.WARM_STEPS + 2
+        if built == name:
+            v.step = lambda rate: step(rate) if len(v.losses) < due else 1 / 0  # type: ignore[return-value]
+        return v
+
+    monkeypatch.setattr(variants, "build", broken)
+    rows = tmp_path / "rows.jsonl"
+    assert throughput.main([*micro, "--variant", "fastgpt", "--variant", "fastgpt -adamw", "--json", str(rows)]) == 1
+    found = {r["variant"]: r for r in map(json.loads, rows.read_text().splitlines())}
+    why = "RuntimeError: no such kernel" if at == "build" else "ZeroDivisionError: division by zero"
+    assert "ms" not in found[name] and found[name]["red"] == why and len(found) == 3
+    if name == "torch":
+        assert found["fastgpt"]["red"] == f"{why} (of torch, whose losses show who is right)"
+    else:
+        assert found["torch"]["ms"] > 0 and found["fastgpt -adamw"]["speed_vs_torch"]
+
+
+def test_rows_are_written_before_energy_is_measured(
+    micro: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path, seen = tmp_path / "rows.jsonl", []
+
+    def meter(device: torch.device) -> float:
+        seen.append(len(path.read_text().splitlines()))
+        return 2.0 * len(seen)
+
+    monkeypatch.setattr(throughput, "ENERGY_OF", ("fastgpt",))
+
+    monkeypatch.setattr(throughput, "joules_per_token", lambda v, *args: meter(CPU))
+    assert throughput.main([*micro, "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert seen == [2] and [(r["bench"], r["variant"]) for r in rows[2:]] == [("energy", "fastgpt")]
+
+
+@pytest.mark.parametrize("llama", [False, True])
+def test_ablations_are_of_ops_that_a_step_calls(llama: bool) -> None:
+    shape = dataclasses.replace(MICRO, llama=llama)
+    cfg = variants.settings(shape, CPU)
+    variant = variants.build("fastgpt", cfg, variants.batches(shape, CPU))
+    backend._cache.clear()
+    variant.train(cfg, 1)
+    assert throughput.called_ops(cfg.model) == {key[0] for key in backend._cache}
+
+
+def test_memory_of_replayed_steps_is_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay allocates nothing: its pool is reserved, and seen by that alone."""
+    held = {"allocated": 50, "reserved": 70, "cached": 0}
+
+    class Fake:
+        def train(self, cfg: object, steps: int) -> None:
+            held["cached"] = 500  # of warm-up: given back by empty_cache
+
+    def build(name: str, cfg: object, data: object) -> Any:
+        held["allocated"] += 2
+        held["reserved"] += 29 if name.endswith(" graphs") else 3
+        return Fake()
+
+    monkeypatch.setattr(variants, "build", build)
+    monkeypatch.setattr(variants, "batches", lambda shape, device: [])
+    counters: dict[str, Callable[[], Any]] = {
+        "memory_allocated": lambda: held["allocated"] * 10**6,
+        "max_memory_allocated": lambda: (held["allocated"] + 19) * 10**6,
+        "memory_reserved": lambda: (held["reserved"] + held["cached"]) * 10**6,
+        "empty_cache": lambda: held.update(cached=0),
+        "reset_peak_memory_stats": lambda: None,
+    }
+    for name, counter in counters.items():
+        monkeypatch.setattr(torch.cuda, name, counter)
+    cfg = dataclasses.replace(variants.settings(MICRO, CPU), device="cuda")
+    found, failed = variants.prepare(["fastgpt", "fastgpt graphs"], cfg, MICRO)
+    assert [v.peak_mb for v in found] == [21, 29] and not failed
 
 
 def test_throughput_shows_no_speed_over_a_red_op(
