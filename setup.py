@@ -287,9 +287,11 @@ class Wheel(bdist_wheel):
 facts = Facts()
 if __name__ == "__main__":
     pure = wanted("FASTGPT_NO_EXT", "0") == "1"
+    # fastgpt/kernels and fastgpt/bench are links to ./kernels and ./bench; a copy that lost its links needs a mapping
+    unlinked = {f"fastgpt.{n}": n for n in ("kernels", "bench") if not (ROOT / "fastgpt" / n).is_dir()}
     setup(
-        # fastgpt/kernels and fastgpt/bench are links to the folders of those names: one name for every tool
-        packages=find_packages(include=["fastgpt", "fastgpt.*"]),
+        packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), *unlinked],
+        package_dir=unlinked and {"fastgpt": "fastgpt", **unlinked},
         package_data={"fastgpt": ["configs/*.yaml", "configs/*/*.yaml", "py.typed"]},
         include_package_data=False,
         # a placeholder until BuildNative knows what can be built
