@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._runtime import INTERPRETED, cast
+from ._runtime import INTERPRETED, cast, exp, exp2
 
 NONE, CAUSAL, BAND, ROWS = (tl.constexpr(i) for i in range(4))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -36,13 +36,7 @@ def operand(x, dtype: tl.constexpr):
 def power(x, dtype: tl.constexpr):
     """2^x for 16 bits, whose scores are in base 2: log2 e is in their scale. e^x for fp32: near 0, where p is large, x
     is exact only if lse is subtracted before log2 e is multiplied."""
-    return tl.exp(x) if dtype == tl.float32 else tl.exp2(x)
-
-
-@triton.jit
-def dot(a, b):
-    """a b in fp32: tensor cores for 16 bits, plain fp32 otherwise (Triton's default would be TF32)."""
-    return tl.dot(a, b, input_precision="ieee")
+    return exp(x) if dtype == tl.float32 else exp2(x)
 
 
 @triton.jit

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ._runtime import exp
+
 
 @triton.jit
 def clamp_to(x, limit: tl.constexpr):
@@ -20,7 +22,7 @@ def clamp_to(x, limit: tl.constexpr):
 def normal(x):
     """(density, cdf) of the normal distribution: cdf(-a) = exp(-a^2/2) P(a t) t with t = 1 / (a + 2), a = |x|."""
     a = tl.abs(clamp_to(x, 13.1))
-    e = tl.exp(-0.5 * a * a)
+    e = exp(-0.5 * a * a)
     t = 1.0 / (a + 2.0)
     w = a * t
     p = -0.097487188876 + w * 0.056855879724
@@ -44,7 +46,7 @@ def gelu_tanh(x):
     """Value and slope of x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
     u = clamp_to(x, 10.0)  # beyond, the value is x or 0 and the slope 1 or 0
     s2 = 0.044715 * u * u
-    e = tl.exp(-1.59576912 * u * (1.0 + s2))
+    e = exp(-1.59576912 * u * (1.0 + s2))
     s = 1.0 / (1.0 + e)
     value = tl.where(x < -10.0, 0.0, x * s)
     return value, s + s * (e * s) * (1.59576912 * u * (1.0 + 3.0 * s2))
@@ -54,7 +56,7 @@ def gelu_tanh(x):
 def silu(x):
     """Value and slope of x / (1 + exp(-x))."""
     u = clamp_to(x, 87.0)
-    e = tl.exp(-u)
+    e = exp(-u)
     s = 1.0 / (1.0 + e)
     return tl.where(x < -87.0, 0.0, x * s), s + s * (e * s) * u
 
@@ -73,6 +75,6 @@ def tanh(x):
     u = x * x
     p = -0.0526718123 + u * 0.016437579
     small = x + x * u * (-0.333329466 + u * (0.13320725 + u * p))
-    e = tl.exp(-2.0 * a)
+    e = exp(-2.0 * a)
     large = (1.0 - e) / (1.0 + e)
     return tl.where(a < 0.55, small, tl.where(x < 0.0, -large, large))

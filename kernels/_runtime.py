@@ -2,6 +2,8 @@
 
 Triton's interpreter (TRITON_INTERPRET=1, tests without a GPU) truncates on a cast to bf16 and takes milliseconds per
 program whatever its width. So kernels round through `cast`, and shapes give the interpreter fewer, larger programs.
+Its products and exponentials are numpy's, whose last bits change with the BLAS and the instruction set. So kernels
+take `dot`, `exp`, `exp2` and `log` from here: in the interpreter fp64, rounded once, the same on every machine.
 """
 
 from __future__ import annotations
@@ -37,6 +39,42 @@ def cast(x, dtype: tl.constexpr):
         return high.to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b):
+    """a b in fp32: tensor cores for 16 bits, plain fp32 otherwise (Triton's default would be TF32)."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def exp(x):
+    """e^x of fp32."""
+    if INTERPRETED:
+        return tl.exp(x.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.exp(x)
+
+
+@triton.jit
+def exp2(x):
+    """2^x of fp32."""
+    if INTERPRETED:
+        return tl.exp2(x.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log(x):
+    """Natural logarithm of fp32."""
+    if INTERPRETED:
+        return tl.log(x.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.log(x)
 
 
 def interpreted() -> bool:

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import TYPES, Configuration, cast, interpreted, on_device, pointers, processors, split_meta
+from ._runtime import TYPES, Configuration, cast, exp, interpreted, on_device, pointers, processors, split_meta
 from ._tables import Tables
 
 CHUNK = 4096  # elements that one program takes at a time, all of one tensor
@@ -72,7 +72,7 @@ def _one_minus_power(log_beta, t):
     x = log_beta * t
     near = 0.008325044065713882 + x * (0.0013637071242555976 + x * 0.0001599568931851536)
     near = x + x * x * (0.5 + x * (0.16666655242443085 + x * (0.041665270924568176 + x * near)))
-    return tl.where(x > -0.5, -near, 1.0 - tl.exp(x))
+    return tl.where(x > -0.5, -near, 1.0 - exp(x))
 
 
 @triton.jit

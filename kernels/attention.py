@@ -26,7 +26,6 @@ from ._attention import (
     NONE,
     ROWS,
     attention_ranges_kernel,
-    dot,
     kept,
     key_blocks,
     load_tile,
@@ -38,7 +37,7 @@ from ._attention import (
 )
 from ._attention_tiles import CHIPS, CHUNK, DELTA_TILE, RANGE_BLOCK, columns, options_on, shared_memory, tile
 from ._math import tanh
-from ._runtime import Configuration, interpreted, on_device, pointers
+from ._runtime import Configuration, dot, interpreted, log, on_device, pointers
 from .attention_bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 
 
@@ -133,7 +132,7 @@ def attention_fwd_kernel(
     store_tile(out_ptr + (b * T * H + h) * D, out, start, H * D, T, BLOCK_M, D, BLOCK_D)
     if q_ptr.dtype.element_ty != tl.float32:
         top *= LN2
-    lse = tl.where(seen, top + tl.log(tl.where(seen, total, 1.0)), -float("inf"))
+    lse = tl.where(seen, top + log(tl.where(seen, total, 1.0)), -float("inf"))
     tl.store(lse_ptr + tl.cast(head, tl.int64) * T + rows, lse, rows < T)
 # fmt: on
 

@@ -21,7 +21,6 @@ from ._attention import (
     LOG2E,
     NONE,
     ROWS,
-    dot,
     kept,
     key_blocks,
     load_tile,
@@ -32,6 +31,7 @@ from ._attention import (
     visible,
 )
 from ._math import tanh
+from ._runtime import dot
 
 
 # fmt: off

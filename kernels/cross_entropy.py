@@ -27,7 +27,9 @@ from ._runtime import (
     Configuration,
     cast,
     ceil_pow2,
+    exp,
     interpreted,
+    log,
     on_device,
     pointers,
     powers_of_two,
@@ -43,7 +45,7 @@ def _tanh(x):
     s = tl.minimum(x * x, 0.390625)
     p = -0.05373971536755562 + s * (0.02063908614218235 - s * 0.005704986397176981)
     p = -0.3333328068256378 + s * (0.13331441581249237 + s * p)
-    e = tl.exp(-2.0 * tl.abs(x))
+    e = exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) < 0.625, x + x * (s * p), tl.where(x < 0.0, -far, far))
 
@@ -93,7 +95,7 @@ def _softmax_sums(
         z = tl.where(mask, z, float("-inf"))
         m_new = tl.maximum(m, tl.max(z, axis=1, keep_dims=True))
         finite = tl.where(m_new == float("-inf"), 0.0, m_new)  # -inf - -inf is NaN
-        s = s * tl.exp(m - finite) + tl.sum(tl.exp(z - finite), axis=1, keep_dims=True)
+        s = s * exp(m - finite) + tl.sum(exp(z - finite), axis=1, keep_dims=True)
         m = m_new
     return m, s, weighted
 
@@ -101,7 +103,7 @@ def _softmax_sums(
 @triton.jit
 def _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH: tl.constexpr):
     """Loss of each row from its sums."""
-    log_s = tl.log(s)
+    log_s = log(s)
     lse = m + log_s
     loss = (1.0 - label_smoothing) * w_y * ((m - z_y) + log_s)
     if SMOOTH:
@@ -117,7 +119,7 @@ def _store_gradient(
 ):  # fmt: skip
     """Write all V columns of the gradient; p = exp(z - m) / s."""
     at_target = (1.0 - label_smoothing) * w_y  # (ROWS, 1)
-    of_p = at_target + 2.0 * z_loss * (m + tl.log(s))
+    of_p = at_target + 2.0 * z_loss * (m + log(s))
     if SMOOTH:
         of_p += label_smoothing / K * w_sum
     of_p = of_p / s
@@ -126,7 +128,7 @@ def _store_gradient(
         mask = valid & (c < K)
         x = tl.load(logits_ptr + offset + c, valid & (c < V), other=0.0).to(tl.float32)
         z = _capped(x, softcap, CAP)
-        grad = tl.exp(z - m) * of_p - tl.where(c == y, at_target, 0.0)
+        grad = exp(z - m) * of_p - tl.where(c == y, at_target, 0.0)
         if SMOOTH:
             if weight_ptr is not None:
                 grad -= label_smoothing / K * tl.load(weight_ptr + c, c < K, other=0.0)

@@ -88,17 +88,27 @@ class Guarded:
 
 
 class Inputs:
-    """Seeded tensors of one case: the same values, rounded to their dtype, in its layouts; for the truth in fp64."""
+    """Seeded tensors of one case: the same values, rounded to their dtype, in its layouts; for the truth in fp64.
 
-    def __init__(self, case: Case, device: str, wide: bool) -> None:
-        self.case, self.device, self.wide, self.seed = case, device, wide, 0
+    shift (with `wide`): number of a draw of rounding errors, each value moved by 2^-24 of itself; 0: none.
+    """
+
+    def __init__(self, case: Case, device: str, wide: bool, shift: int = 0) -> None:
+        self.case, self.device, self.wide, self.shift, self.seed = case, device, wide, shift, 1000 * case.seed
         self.guarded: list[Guarded] = []
 
     def place(self, t: Tensor, layout: str | None = None, written: bool = False) -> Tensor:
         """t in guarded memory, in the case's layout of inputs or in this one. written: the op writes to it."""
         guarded = Guarded(t.to(self.device), self.case.layout if layout is None else layout, written)
         self.guarded.append(guarded)
-        return guarded.tensor.double() if self.wide and t.is_floating_point() else guarded.tensor
+        if not self.wide or not t.is_floating_point():
+            return guarded.tensor
+        exact = guarded.tensor.double()
+        if not self.shift:
+            return exact
+        g = torch.Generator().manual_seed(1_000_000 * self.shift + len(self.guarded))
+        signs = torch.randint(0, 2, exact.shape, generator=g, dtype=torch.float64) * 2 - 1
+        return exact * (1 + 2.0**-24 * signs.to(self.device))
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         self.seed += 1

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,40 +20,71 @@ from torch import Tensor
 from fastgpt.core import backend
 from fastgpt.parity import activations, adamw, attention, cross_entropy, linear_cross_entropy, norms, positions
 from fastgpt.parity.inputs import Inputs
-from fastgpt.parity.rule import REPEATED, Case, Row, Subject, allowed_error
+from fastgpt.parity.rule import REPEATED, SHIFTS, Case, Outputs, Row, Subject, allowed_error
 
 FAMILIES = (norms, cross_entropy, linear_cross_entropy, activations, positions, attention, adamw)
 SUBJECTS: dict[str, Subject] = {op: subject for family in FAMILIES for op, subject in family.SUBJECTS.items()}
 
 
-def check(case: Case, name: str, device: str = "cpu") -> list[Row]:
+@dataclass(frozen=True)
+class Expected:
+    """What every backend's outputs of one case are held against: the exact ones and, by name, what PyTorch's own op
+    and (fp32 outputs) the rounding of the inputs come away with."""
+
+    truth: Outputs
+    torch_errors: dict[str, float]
+    sensitivities: dict[str, float]
+
+
+def expected(case: Case, device: str = "cpu") -> Expected:
+    """Run the reference in fp64 and the baseline; once for all backends.
+
+    Raises:
+        AssertionError: the reference and the baseline differ in their outputs.
+    """
+    subject, torch_backend = SUBJECTS[case.op], {case.op: "torch"}
+    baseline = subject.run(case, subject.torch, Inputs(case, device, wide=False))
+    with backend.use(**torch_backend):  # type: ignore[arg-type]
+        truth = subject.run(case, subject.reference, Inputs(case, device, wide=True))
+        assert truth.keys() == baseline.keys(), (baseline.keys(), truth.keys())
+        single = [name for name, t in baseline.items() if t.dtype == torch.float32 and t.numel()]
+        sensitivities = dict.fromkeys(truth, 0.0)
+        for shift in range(1, SHIFTS + 1 if single else 1):
+            moved = subject.run(case, subject.reference, Inputs(case, device, wide=True, shift=shift))
+            for name in single:
+                sensitivities[name] = max(sensitivities[name], _error(moved[name], truth[name]))
+    return Expected(truth, {name: _error(t, truth[name]) for name, t in baseline.items()}, sensitivities)
+
+
+def compare(case: Case, name: str, wanted: Expected, device: str = "cpu") -> list[Row]:
     """Run one case on one backend; one row per output, and one per input that was written to or over.
 
     Raises:
-        AssertionError: an output's shape or dtype is not the baseline's.
+        AssertionError: an output's shape is not the reference's.
     """
     subject = SUBJECTS[case.op]
     choice: dict[str, Any] = {case.op: name}
     with backend.use(strict=True, **choice):
         inputs = Inputs(case, device, wide=False)
         ours = subject.run(case, subject.ours, inputs)
-    baseline = subject.run(case, subject.torch, Inputs(case, device, wide=False))
-    choice[case.op] = "torch"
-    with backend.use(**choice):
-        truth = subject.run(case, subject.reference, Inputs(case, device, wide=True))
-    assert ours.keys() == truth.keys() == baseline.keys(), (ours.keys(), baseline.keys(), truth.keys())
+    assert ours.keys() == wanted.truth.keys(), (ours.keys(), wanted.truth.keys())
     dtype = str(case.dtype).split(".")[1]
     rows = [
         Row(case.op, name, dtype, case.layouts, str(case), what + " overwritten", math.inf, 0.0, 0.0)
         for what in inputs.harmed()
     ]
-    for output, exact in truth.items():
-        got = ours[output]
+    for output, exact in wanted.truth.items():
+        got, torch_error, sensitivity = ours[output], wanted.torch_errors[output], wanted.sensitivities[output]
         assert got.shape == exact.shape, f"{case} {output}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-        error, torch_error = _error(got, exact), _error(baseline[output], exact)
-        limit = allowed_error(output, exact, torch_error, got.dtype)
-        rows.append(Row(case.op, name, dtype, case.layouts, str(case), output, error, torch_error, limit))
+        limit = allowed_error(output, exact, max(torch_error, sensitivity), got.dtype)
+        error = _error(got, exact)
+        rows.append(Row(case.op, name, dtype, case.layouts, str(case), output, error, torch_error, limit, sensitivity))
     return rows
+
+
+def check(case: Case, name: str, device: str = "cpu") -> list[Row]:
+    """`expected` and `compare` for one case on one backend."""
+    return compare(case, name, expected(case, device), device)
 
 
 def _error(got: Tensor, exact: Tensor) -> float:
