@@ -6,11 +6,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from fastgpt import ops
+from fastgpt._version import __version__
 
 if TYPE_CHECKING:
     from fastgpt.patching import patch, patch_report, unpatch
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "ops", "patch", "patch_report", "unpatch"]
 
 

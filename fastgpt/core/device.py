@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from fastgpt._version import __version__
+
 # Dense bf16 peak, FLOP/s, from the makers' datasheets; the longest name that the device's name contains counts.
 PEAK_BF16 = {
     "A100": 312e12,
@@ -179,8 +181,6 @@ def package_version(name: str) -> str:
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions and device for the header of a run or a result."""
-    import fastgpt
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     try:
         import triton
@@ -189,7 +189,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     except ImportError:
         triton_version = None
     return {
-        "fastgpt": fastgpt.__version__,
+        "fastgpt": __version__,
         "commit": _commit(),
         "torch": torch.__version__,
         "triton": triton_version,
