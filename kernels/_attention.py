@@ -160,7 +160,7 @@ def attention_ranges_kernel(
     """One block of queries of one batch a program: blocks along axis 0, batches along axis 1."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    lo, hi = i * 0, i * 0 + S
+    lo, hi, shift = i * 0, i * 0 + S, i * 0 + (S - T)
     if cu_q_ptr is not None:
         segment = _segments(cu_q_ptr, i, n, steps)
         inside = segment < n
@@ -172,7 +172,6 @@ def attention_ranges_kernel(
             hi = tl.minimum(i * 0 + tl.load(kv_lens_ptr + b), S)
         if kv_start_ptr is not None:
             lo = i * 0 + tl.load(kv_start_ptr + b)
-        shift = hi - T
     if causal:
         hi = tl.minimum(hi, i + shift + 1)
     if window > 0:

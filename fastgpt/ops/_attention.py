@@ -34,7 +34,7 @@ def attention_mask(q: Tensor, k: Tensor, o: dict[str, Any]) -> Tensor | None:
     else:
         lens = o["kv_lens"]
         end = torch.full((1, 1, 1), s, device=device) if lens is None else lens.long()[:, None, None]
-        rows = rows[None] + end - t
+        rows = rows[None] + s - t
         mask = cols[None] < end
         if o["kv_start"] is not None:
             mask = mask & (cols[None] >= o["kv_start"].long()[:, None, None])

@@ -219,9 +219,14 @@ def attention(
         q: (B, T, H, D); k, v: (B, S, Hkv, D), Hkv dividing H; any strides; one dtype.
         causal: query i sees keys up to i + S - T (aligned at the bottom right).
         scale: default 1 / sqrt(D). window: keys seen back from the query, its own included. softcap: 0 is off.
-        cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 starts of packed sequences; then B = 1 and T, S are totals.
+        cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 starts of packed sequences; then B = 1 and T, S are totals, and
+            causal and window align each sequence at its own bottom right.
         doc_ids: (B, T) int: a query sees keys of its own document only.
-        kv_lens, kv_start: (B,) end and start of the valid keys of each sequence.
+        kv_lens, kv_start: (B,) end and start of the valid keys of each sequence. They take keys away (padding on the
+            right, on the left) and move nothing: causal and window still count from i + S - T. In a KV cache whose
+            sequences have different lengths L, one query each needs kv_lens alone. For several queries or a window,
+            view the cache as one row (1, B S, Hkv, D) and pass cu_seqlens, with a sequence of no query over each gap:
+            cu_seqlens_q = (0, T, T, 2 T, 2 T, ...), cu_seqlens_k = (0, L0, S, S + L1, 2 S, ...).
         deterministic: forbids dispatch to a library whose backward is not; fastgpt's own always is.
         return_lse: also return log-sum-exp (B, H, T), fp32, differentiable.
 

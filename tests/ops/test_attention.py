@@ -109,12 +109,33 @@ def test_queries_without_keys(name: str) -> None:
     with use(strict=True, attention=name):
         out, lse = ops.attention(*leaves, causal=True, kv_lens=lens, kv_start=start, return_lse=True)
         out.backward(rand(*out.shape, seed=4, dtype=out.dtype))
-    alone = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)  # query i of the second sees keys up to i - 3, from 2 on
-    alone[0], alone[1, :5] = True, True
+    alone = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)  # query i of the second sees keys up to i - 1, from 2 on
+    alone[0], alone[1, :3] = True, True
     assert torch.equal(out[alone], torch.zeros_like(out[alone])) and not out.isnan().any()
     assert torch.equal(lse.isneginf().all(1), alone)
     assert all(x.grad is not None and not x.grad.isnan().any() for x in leaves)
     assert not leaves[0].grad[alone].any() and not leaves[1].grad[0].any() and leaves[2].grad[1, 2].any()
+
+
+@ON
+@pytest.mark.parametrize("window", [None, 3])
+def test_lengths_take_keys_away_and_move_no_query(name: str, window: int | None) -> None:
+    """kv_lens is padding on the right; a cache of unequal lengths is one packed row, with gaps that no query sees."""
+    lens, t, s = torch.tensor([8, 5]), 3, 8
+    q, k, v = qkv(name, t=t, s=s)
+    i, j = torch.arange(t, device=DEVICE)[:, None], torch.arange(s, device=DEVICE)
+    gaps = torch.tensor([[8, 0], [5, 3]]).flatten().cumsum(0)
+    cu = {"cu_seqlens_q": [0, t, t, 2 * t, 2 * t], "cu_seqlens_k": [0, *gaps.tolist()]}
+    packed = {n: torch.tensor(c, dtype=torch.int32, device=DEVICE) for n, c in cu.items()}
+    with use(strict=True, attention=name):
+        padded = ops.attention(q, k, v, causal=True, window=window, kv_lens=lens.to(DEVICE))
+        row = ops.attention(*(x.flatten(0, 1)[None] for x in (q, k, v)), causal=True, window=window, **packed)
+    for got, last in ((padded, i + s - t), (row.view_as(q), i + lens.to(DEVICE)[:, None, None] - t)):
+        seen = (j <= last) & (j < lens.to(DEVICE)[:, None, None]) & (j > last - (window or s))
+        z = torch.einsum("bthd,bshd->bhts", q.double(), k.double().expand(-1, -1, 2, -1)) * q.shape[-1] ** -0.5
+        p = z.masked_fill(~seen[:, None], -torch.inf).softmax(-1).nan_to_num(0.0)
+        wanted = torch.einsum("bhts,bshd->bthd", p, v.double().expand(-1, -1, 2, -1))
+        torch.testing.assert_close(got.double(), wanted, atol=1e-2 if q.dtype == torch.bfloat16 else 1e-5, rtol=0)
 
 
 @ON

@@ -18,9 +18,9 @@ FASTGPT_HD KeyRange key_range(const AttentionArgs& a, int64_t batch, int64_t que
     begin = a.cu_k[sequence], end = a.cu_k[sequence + 1];
     position = query + end - a.cu_q[sequence + 1];
   } else {
+    position = query + end - a.n_queries;
     if (a.kv_lens != nullptr) end = a.kv_lens[batch];
     if (a.kv_start != nullptr) begin = a.kv_start[batch];
-    position = query + end - a.n_queries;
   }
   if (a.causal && position + 1 < end) end = position + 1;
   if (a.window > 0 && position + 1 - a.window > begin) begin = position + 1 - a.window;
