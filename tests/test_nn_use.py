@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import nn as fnn
+from fastgpt import ops
 from fastgpt.core import backend
 from fastgpt.nn import losses
 from fastgpt.ops import use
@@ -154,6 +155,16 @@ def test_linear_loss_without_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
         loss(floats(9, 6), floats(9, 11).softmax(1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_class_weights_may_be_of_the_logits_dtype(dtype: torch.dtype) -> None:
+    w, x, y = torch.linspace(0.5, 1.5, 11, device=DEVICE).to(dtype), floats(9, 6).to(dtype), numbers(9)
+    head = floats(11, 6).to(dtype)
+    loss = ops.cross_entropy(x @ head.t(), y, weight=w)
+    torch.testing.assert_close(loss, ops.cross_entropy(x @ head.t(), y, weight=w.float()), rtol=0, atol=0)
+    torch.testing.assert_close(loss, F.cross_entropy((x @ head.t()).float(), y, w.float()))
+    torch.testing.assert_close(ops.linear_cross_entropy(x, head, y, weight=w), loss)
+
+
 def test_losses_keep_16_bit_class_weights_and_all_ignored() -> None:
     loss, stock = (m.CrossEntropyLoss(torch.linspace(0.5, 1.5, 11)).to(DEVICE, torch.bfloat16) for m in (fnn, nn))
     z, y = floats(9, 11).bfloat16(), numbers(9)
@@ -236,6 +247,16 @@ def test_mlp_calls_what_was_put_into_it() -> None:
     assert seen == [1, 1]
     mlp[0] = Doubled(mlp[0])
     torch.testing.assert_close(mlp(x), wanted)
+
+
+def test_linear_loss_calls_a_layer_that_was_put_into_it_or_hooked() -> None:
+    loss, x, y = fnn.LinearCrossEntropyLoss(6, 11).to(DEVICE), floats(9, 6), numbers(9)
+    wanted = F.cross_entropy(loss.linear(x) / 2, y)
+    handle = loss.linear.register_forward_hook(lambda m, args, z: z / 2)
+    torch.testing.assert_close(loss(x, y), wanted)
+    handle.remove()
+    loss.linear = nn.Sequential(loss.linear, nn.Tanh())
+    torch.testing.assert_close(loss(x, y), F.cross_entropy(loss.linear(x), y))
 
 
 def test_rotary_tables_stay_exact_and_take_positions() -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils import prune
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastgpt
 import fastgpt.nn
@@ -226,6 +229,18 @@ class HardRMSNorm(OwnRMSNorm):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.small)
 
 
+class Standardise(nn.Module):
+    """TensorFlow's names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta, self.gamma = nn.Parameter(torch.rand(C)), nn.Parameter(torch.rand(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-8).sqrt() * self.gamma + self.beta
+
+
 RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nn.LayerNorm": (lambda: nn.LayerNorm(C), "layer_norm"),
     "nn.LayerNorm without bias": (lambda: nn.LayerNorm(C, eps=1e-3, bias=False), "layer_norm"),
@@ -236,6 +251,7 @@ RECOGNISED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "own RMSNorm, 1 + w": (lambda: OwnRMSNorm(offset=1.0), "rms_norm"),
     "own RMSNorm, eps unseen": (HardRMSNorm, "rms_norm"),
     "own LayerNorm": (lambda: LayerNorm(True), "layer_norm"),
+    "LayerNorm of another name": (Standardise, "layer_norm"),
     "Sequential": (lambda: nn.Sequential(nn.Linear(C, 96), nn.GELU("tanh"), nn.Linear(96, C)), "bias_gelu"),
     "Sequential without bias": (
         lambda: nn.Sequential(nn.Linear(C, 96, False), nn.GELU(), nn.Linear(96, C)),
@@ -332,6 +348,58 @@ class Keeping(MLP):
         return super().forward(x)
 
 
+def look_alike(change: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    """An RMSNorm with something behind it."""
+
+    class RMSNorm(OwnRMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return change(self, super().forward(x))
+
+    return RMSNorm()
+
+
+class LengthNorm(OwnRMSNorm):
+    """No epsilon: rows of zeros stay zeros, the smallest rows are as long as others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) * C**0.5 * self.weight
+
+
+class AxisNorm(OwnRMSNorm):
+    """Channels are axis 1, which is the last of two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) * self.weight
+
+
+class CountingNorm(OwnRMSNorm):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class CountingMLP(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class TrainingMLP(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(2 * x if self.training else x)
+
+
+class HalfGELU(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) / 2
+
+
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "nearly a norm": (NormOfTwo, "computes neither LayerNorm nor RMSNorm"),
     "two dimensions": (lambda: nn.LayerNorm((4, C)), "over 2 dimensions"),
@@ -342,7 +410,15 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "max_norm": (lambda: nn.Embedding(V, C, max_norm=1.0), "it has max_norm"),
     "max_norm of 0": (lambda: nn.Embedding(V, C, max_norm=0.0), "it has max_norm"),
     "scaled twice": (lambda: ScaledEmbedding(2.0), "its forward is its own"),
-    "wide keys": (lambda: nn.MultiheadAttention(C, H, kdim=32), "another width"),
+    "added keys": (lambda: nn.MultiheadAttention(C, H, add_bias_kv=True), "add_bias_kv"),
+    "noise in training": (lambda: look_alike(lambda m, y: y * (torch.rand(()) > 0 if m.training else 1)), "random"),
+    "another gradient": (lambda: look_alike(lambda m, y: y.detach() + 0 * m.weight), "nor RMSNorm"),
+    "times sqrt(C) by its length": (LengthNorm, "nor RMSNorm"),
+    "over another axis of 3": (AxisNorm, "in some runs only"),
+    "another in training": (lambda: look_alike(lambda m, y: y + 1 if m.training else y), "in some runs only"),
+    "counting calls": (CountingNorm, "changes its own attributes"),
+    "MLP counting calls": (CountingMLP, "more than a chain"),
+    "MLP in training": (lambda: TrainingMLP(), "another in training"),
 }
 
 
@@ -354,6 +430,137 @@ def test_left_as_it_is_and_why(name: str) -> None:
     model = fastgpt.patch(nn.ModuleList([make(), nn.LayerNorm(C)]))
     (entry,) = fastgpt.patch_report(model).left
     assert entry.name == "0" and "forward" not in model[0].__dict__
+
+
+class Flagged(MLP):
+    """With settings that its forward reads in each way."""
+
+    shift = 0.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.config, self.act = None, types.SimpleNamespace(twice=False), F.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.c_fc(x))
+        h = h if self.scale is None else h * self.scale
+        h = h + h if self.config.twice or getattr(self, "thrice", False) else h
+        return self.c_proj(h + self.shift if self.shift else h)
+
+
+CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Any]]] = {
+    "LayerNorm.eps": (lambda: nn.LayerNorm(C), lambda m: setattr(m, "eps", 0.1)),
+    "RMSNorm.eps": (lambda: nn.RMSNorm(C), lambda m: setattr(m, "eps", 0.1)),
+    "LayerNorm.bias": (lambda: nn.LayerNorm(C), lambda m: setattr(m, "bias", None)),
+    "LayerNorm.normalized_shape": (lambda: nn.LayerNorm(C, bias=False), lambda m: (
+        setattr(m, "normalized_shape", (3, C)), setattr(m, "weight", nn.Parameter(torch.rand(3, C, device=DEVICE))))),
+    "own RMSNorm.eps": (OwnRMSNorm, lambda m: setattr(m, "eps", 0.1)),
+    "own RMSNorm.offset": (OwnRMSNorm, lambda m: setattr(m, "offset", 1.0)),
+    "own LayerNorm.bias": (lambda: LayerNorm(True), lambda m: setattr(m, "bias", None)),
+    "own LayerNorm with bias": (
+        lambda: LayerNorm(False), lambda m: setattr(m, "bias", nn.Parameter(torch.rand(C, device=DEVICE)))),
+    "a setting": (Flagged, lambda m: setattr(m, "scale", 3.0)),
+    "a class's setting": (Flagged, lambda m: setattr(m, "shift", 3.0)),
+    "a config's setting": (Flagged, lambda m: setattr(m.config, "twice", True)),
+    "a setting that was missing": (Flagged, lambda m: setattr(m, "thrice", True)),
+    "an activation function": (Flagged, lambda m: setattr(m, "act", F.relu)),
+    "an activation": (MLP, lambda m: setattr(m, "gelu", nn.ReLU())),
+    "an activation's setting": (MLP, lambda m: setattr(m.gelu, "approximate", "tanh")),
+    "an activation's forward": (MLP, lambda m: setattr(m.gelu, "forward", F.relu)),
+    "hooks on an activation": (MLP, lambda m: m.gelu.register_forward_hook(lambda m, args, y: y / 2)),
+    "hooks before an activation": (MLP, lambda m: m.gelu.register_forward_pre_hook(lambda m, args: (args[0] / 2,))),
+    "hooks on a linear layer": (MLP, lambda m: m.c_fc.register_forward_hook(lambda m, args, y: y / 2)),
+    "a linear layer": (MLP, lambda m: setattr(m, "c_fc", nn.Sequential(m.c_fc, nn.Tanh()))),
+    "a pruned linear layer": (MLP, lambda m: prune.random_unstructured(m.c_fc, "weight", 0.5)),
+    "a parametrized linear layer": (
+        MLP, lambda m: nn.utils.parametrize.register_parametrization(m.c_fc, "weight", nn.Tanh())),
+    "a linear layer without bias": (MLP, lambda m: setattr(m.c_fc, "bias", None)),
+    "Sequential's length": (
+        lambda: nn.Sequential(nn.Linear(C, 96), nn.GELU(), nn.Linear(96, C)), lambda m: m.append(nn.Tanh())),
+    "Embedding.max_norm": (lambda: nn.Sequential(Ids(), nn.Embedding(V, C)), lambda m: setattr(m[1], "max_norm", 0.5)),
+}  # fmt: skip
+
+
+class Ids(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[..., 0].abs().mul(100).long() % V
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_after_patching_counts(name: str) -> None:
+    """In the model and in its copies."""
+    torch.manual_seed(0)
+    make, change = CHANGES[name]
+    plain = nn.Sequential(make()).to(DEVICE)
+    with torch.no_grad():
+        for p in plain.parameters():
+            p += 0.1
+    patched = copy.deepcopy(fastgpt.patch(copy.deepcopy(plain)))
+    x = 0.3 * torch.randn(2, 3, C, device=DEVICE)
+    before = plain(x)
+    torch.testing.assert_close(patched(x), before)
+    for m in (plain, patched):
+        torch.manual_seed(1)
+        change(m[0])
+    assert plain(x).shape != before.shape or not torch.allclose(plain(x), before, rtol=1e-3)
+    torch.testing.assert_close(patched(x), plain(x))
+
+
+def test_an_activation_of_the_users_own_is_not_its_parent() -> None:
+    model = nn.ModuleList([nn.Sequential(nn.Linear(C, 96), HalfGELU(), nn.Linear(96, C)), nn.LayerNorm(C)])
+    assert replaced(model) == {"1": "layer_norm"}
+
+
+def test_hooks_on_every_module_see_activations(caplog: pytest.LogCaptureFixture) -> None:
+    backend._reported.clear()
+    model, seen = fastgpt.patch(nn.Sequential(MLP())).to(DEVICE), []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(m))
+    try:
+        model(torch.ones(2, C, device=DEVICE))
+        assert model[0].gelu in seen and model[0].c_fc in seen
+        with backend.use(strict=True), pytest.raises(RuntimeError, match="bias_gelu: MLP has .*one with hooks"):
+            model(torch.ones(2, C, device=DEVICE))
+    finally:
+        handle.remove()
+    assert len(caplog.records) == 1
+    with backend.use(strict=True), FlopCounterMode(display=False):  # its hooks only note where the model is
+        model(torch.ones(2, C, device=DEVICE))
+
+
+def test_modes_generators_and_buffers_are_as_before_patching() -> None:
+    model = nn.ModuleList([nn.LayerNorm(C), CountingNorm(), CountingMLP(), TrainingMLP().eval()]).train()
+    modes, drawn = [m.training for m in model.modules()], torch.get_rng_state()
+    with torch.inference_mode():
+        fastgpt.patch(model)
+    assert modes == [m.training for m in model.modules()] and torch.equal(drawn, torch.get_rng_state())
+    assert model[1].calls == 0 and model[2].calls == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_the_default_dtype_and_device_do_not_matter(dtype: torch.dtype) -> None:
+    model = nn.ModuleList([OwnRMSNorm(), Standardise(), MLP(), ScaledEmbedding()])
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            assert len(replaced(model)) == 4
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_multihead_attention_with_padding_and_other_keys() -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = dict(batch_first=True, device=DEVICE)
+    x, memory = torch.randn(2, 5, C, device=DEVICE), torch.randn(2, 7, 32, device=DEVICE)
+    padding = torch.arange(7, device=DEVICE) >= torch.tensor([[7], [4]], device=DEVICE)
+    for m, keys in (
+        (nn.MultiheadAttention(C, H, kdim=32, vdim=32, **options), memory),
+        (nn.MultiheadAttention(C, H, **options), x),
+    ):
+        mask = padding[:, : keys.shape[1]]
+        wanted = m(x, keys, keys, mask, need_weights=False)[0]
+        with backend.use(strict=True):
+            got = fastgpt.patch(m)(x, keys, keys, mask, need_weights=False)[0]
+        torch.testing.assert_close(got, wanted)
 
 
 @pytest.mark.parametrize("norm_first", [True, False])

@@ -285,6 +285,21 @@ def test_the_trainers_conventions() -> None:
     torch.testing.assert_close(kept.logits, model(input_ids=ids).logits)
 
 
+def test_a_hook_on_the_head_sees_logits_in_training_and_counts() -> None:
+    plain, ids, seen = model_of("Llama").train(), tokens(1, 8), []
+
+    def halved(module: Any, args: Any, logits: Tensor) -> Tensor:
+        seen.append(logits.shape)
+        return logits / 2
+
+    losses = []
+    for model in (plain, fastgpt.patch(copy.deepcopy(plain))):
+        model.lm_head.register_forward_hook(halved)
+        losses.append(model(ids, labels=ids).loss)
+    torch.testing.assert_close(*losses)
+    assert seen == [(1, 8, VOCAB)] * 2
+
+
 def test_positional_arguments_tuples_and_own_losses_are_honoured() -> None:
     ids = tokens()
     for family in ("GPT-2", "Llama", "GPT-J"):

@@ -92,31 +92,32 @@ class MultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        why = self._uncovered(query, key, key_padding_mask, need_weights, attn_mask, is_causal)
+        why = uncovered(self, query, key, key_padding_mask, need_weights, attn_mask, is_causal)
         if why is not None:
             leave_to_torch("MultiheadAttention", why)
             masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
             return super().forward(query, key, value, *masks)
         return self.out_proj(attend(self, query, key, value, key_padding_mask, is_causal)), None
 
-    def _uncovered(
-        self, query: Tensor, key: Tensor, padding: Tensor | None, need_weights: bool, mask: Tensor | None, causal: bool
-    ) -> str | None:
-        """What the op does not do of a call; None where it does all."""
-        if need_weights:
-            return "need_weights=True (pass need_weights=False where the weights are not used)"
-        if self.bias_k is not None or self.add_zero_attn:
-            return "add_bias_kv or add_zero_attn"
-        if mask is not None and not causal:
-            return "attn_mask without is_causal=True"
-        if padding is not None and (causal or padding.dtype != torch.bool):
-            return f"key_padding_mask {'with is_causal=True' if causal else f'of {padding.dtype}'}"
-        length = 1 if self.batch_first and query.dim() == 3 else 0
-        if query.dim() not in (2, 3) or query.is_nested:
-            return "nested tensors or inputs of other than 2 or 3 dimensions"
-        if causal and query.shape[length] != key.shape[length]:
-            return "is_causal=True with other numbers of keys than of queries"
-        return None
+
+def uncovered(
+    m: Any, query: Tensor, key: Tensor, padding: Tensor | None, need_weights: bool, mask: Tensor | None, causal: bool
+) -> str | None:
+    """What the op does not do of a call of nn.MultiheadAttention `m`; None where it does all."""
+    if need_weights:
+        return "need_weights=True (pass need_weights=False where the weights are not used)"
+    if m.bias_k is not None or m.add_zero_attn:
+        return "add_bias_kv or add_zero_attn"
+    if mask is not None and not causal:
+        return "attn_mask without is_causal=True"
+    if padding is not None and (causal or padding.dtype != torch.bool):
+        return f"key_padding_mask {'with is_causal=True' if causal else f'of {padding.dtype}'}"
+    length = 1 if m.batch_first and query.dim() == 3 else 0
+    if query.dim() not in (2, 3) or query.is_nested:
+        return "nested tensors or inputs of other than 2 or 3 dimensions"
+    if causal and query.shape[length] != key.shape[length]:
+        return "is_causal=True with other numbers of keys than of queries"
+    return None
 
 
 def attend(m: Any, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, causal: bool) -> Tensor:

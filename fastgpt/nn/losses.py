@@ -10,6 +10,7 @@ from torch.nn.modules.loss import _WeightedLoss
 
 from fastgpt import ops
 from fastgpt.core.backend import leave_to_torch
+from fastgpt.nn._hooks import plain
 
 _Stock: Any = getattr(nn, "LinearCrossEntropyLoss", _WeightedLoss)  # PyTorch has it from 2.13 on
 
@@ -54,7 +55,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         if why := _uncovered(input, target):
             _leave("CrossEntropyLoss", self, why)
             return super().forward(input, target)
-        return ops.cross_entropy(input, target, **_options(self, input))
+        return ops.cross_entropy(input, target, **_options(self))
 
     def extra_repr(self) -> str:
         return _repr(self)
@@ -68,8 +69,9 @@ class LinearCrossEntropyLoss(_Stock):  # type: ignore[misc]
         z_loss, softcap: as in `CrossEntropyLoss`. chunk: as in fastgpt.ops.linear_cross_entropy.
 
     Shape: input (N, in_features), target (N,) int64 -> () or, for reduction "none", (N,). Keys: linear.weight
-    (num_classes, in_features) and linear.bias; `loss.linear.weight = embedding.weight` ties them. out_features, class
-    probabilities and other dimensions go to torch's own, or raise ValueError where that cannot do them.
+    (num_classes, in_features) and linear.bias; `loss.linear.weight = embedding.weight` ties them. A linear layer that
+    was replaced or hooked is called, so its logits are whole. out_features, class probabilities and other dimensions
+    go to torch's own, or raise ValueError where that cannot do them.
     """
 
     def __init__(
@@ -109,7 +111,9 @@ class LinearCrossEntropyLoss(_Stock):  # type: ignore[misc]
                 raise ValueError(f"LinearCrossEntropyLoss: {why}: torch.nn has it from PyTorch 2.13 on")
             out: Tensor = super().forward(input, target)
             return out
-        options = {**_options(self, input), "linear_bias": self.linear.bias, "chunk": self.chunk}
+        if type(self.linear).forward is not nn.Linear.forward or not plain(self.linear):  # an adapter, a hook
+            return ops.cross_entropy(self.linear(input), target, **_options(self))
+        options = {**_options(self), "linear_bias": self.linear.bias, "chunk": self.chunk}
         return ops.linear_cross_entropy(input, self.linear.weight, target, **options)
 
     def extra_repr(self) -> str:
@@ -122,12 +126,11 @@ def _leave(name: str, loss: Any, why: str) -> None:
     leave_to_torch(name, why)
 
 
-def _options(loss: Any, input: Tensor) -> dict[str, Any]:
-    """A loss module's settings as the ops take them: class weights in fp32 (fp64 for fp64 input)."""
-    weight = None if loss.weight is None else loss.weight.to(torch.promote_types(input.dtype, torch.float32))
-    names = ("label_smoothing", "reduction", "z_loss", "softcap")
+def _options(loss: Any) -> dict[str, Any]:
+    """A loss module's settings as the ops take them."""
+    names = ("weight", "label_smoothing", "reduction", "z_loss", "softcap")
     ignore = -100 if loss.ignore_index is None else loss.ignore_index
-    return {"weight": weight, "ignore_index": ignore, **{n: getattr(loss, n) for n in names}}
+    return {"ignore_index": ignore, **{n: getattr(loss, n) for n in names}}
 
 
 def _repr(loss: Any, *first: str) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.nn._hooks import plain
 from fastgpt.nn.linear import Linear
 
 
@@ -76,18 +77,12 @@ class MLP(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         up: Any = self[0]
         gelu: Any = self[1]
-        if not (_plain(up, Linear) and _plain(gelu, GELU)):
+        if not (len(self) == 3 and type(up) is Linear and type(gelu) is GELU and plain(up) and plain(gelu)):
             out: Tensor = super().forward(input)
             return out
         h = ops.bias_gelu(ops.linear(input, up.weight), up.bias, approximate=gelu.approximate)
         down: Tensor = self[2](h)
         return down
-
-
-def _plain(m: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether calling m runs kind's own forward and nothing else."""
-    hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-    return type(m) is kind and not any(hooks)
 
 
 class SwiGLU(nn.Module):

@@ -199,12 +199,17 @@ def check_loss(
     if not 1 <= k <= v:
         raise ValueError(f"{op}: vocab_size is {k}, expected 1 to {v}, {names[1]}")
     check_like(op, "target", target, (n,), like, (torch.int64,), f"to match {names[0]}")
-    wide = torch.promote_types(like.dtype, torch.float32)
-    check_like(op, "weight", weight, (k,), like, (wide,), "to match vocab_size")
+    dtypes = (torch.promote_types(like.dtype, torch.float32), torch.float32, torch.bfloat16, torch.float16)
+    check_like(op, "weight", weight, (k,), like, dtypes, "to match vocab_size")
     if not 0.0 <= smoothing <= 1.0:
         raise ValueError(f"{op}: label_smoothing is {smoothing}, expected 0 to 1")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")
+
+
+def widened(weight: Tensor | None, like: Tensor) -> Tensor | None:
+    """Class weights as the kernels read them: fp32 (fp64 for fp64 logits)."""
+    return None if weight is None else weight.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def check_values(op: str, target: Tensor, ignore_index: int, k: int) -> None:
@@ -271,7 +276,7 @@ def cross_entropy(
     Args:
         logits: (N, V) fp32, bf16, fp16 (fp64 on the reference).
         target: (N,) int64 in [0, vocab_size) or ignore_index.
-        weight: (vocab_size,) fp32 class weights.
+        weight: (vocab_size,) class weights, fp32 or 16 bits, read as fp32 (fp64 for fp64 logits).
         vocab_size: columns that exist; the ones behind it are padding (excluded, gradient 0). Default: V.
         z_loss, softcap, label_smoothing: 0 means off.
         reduction: "none" (N,), "sum" or "mean" (0-dim); fp32 on kernels and for 16-bit logits.
@@ -289,6 +294,7 @@ def cross_entropy(
     sides, shape = ("logits' rows", "the columns of logits"), (logits.shape[0], logits.shape[1])
     check_loss("cross_entropy", shape, sides, logits, target, weight, label_smoothing, k, reduction)
     check_values("cross_entropy", target, ignore_index, k)
+    weight = widened(weight, logits)
     backend = select("cross_entropy", logits)
     if backend == "torch":
         options = dict(

@@ -39,6 +39,7 @@ from fastgpt.ops.cross_entropy import (
     cross_entropy_torch,
     denominator,
     reduce_rows,
+    widened,
 )
 from fastgpt.ops.cross_entropy import _self_check as check_cross_entropy
 from fastgpt.ops.linear import weight_gradient
@@ -313,6 +314,7 @@ def linear_cross_entropy(
     k, sides = v if vocab_size is None else vocab_size, ("x's rows", "the rows of linear_weight")
     check_loss(op, (n, v), sides, x, target, weight, label_smoothing, k, reduction)
     check_values(op, target, ignore_index, k)
+    weight = widened(weight, x)
     backend = select(op, x)
     if backend == "torch":
         options: dict[str, Any] = dict(weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing)

@@ -20,8 +20,10 @@ from typing import Any
 
 from torch import nn
 
+from fastgpt.core.backend import leave_to_torch
 from fastgpt.patching import _rebind
 from fastgpt.patching._recognise import RECOGNISERS, Found
+from fastgpt.patching._settings import changed
 
 PARTS = ("norm", "mlp", "attention", "rope", "loss", "embedding")
 __all__ = ["PARTS", "Entry", "Report", "patch", "patch_report", "unpatch"]
@@ -178,7 +180,7 @@ def _apply(found: list[tuple[nn.Module, Found]]) -> None:
             huggingface = _transformers(module)
             _remember(module)[f.attribute] = huggingface.set_implementation(module, huggingface.IMPLEMENTATION)
         else:
-            _set(module, f.attribute, f.call, f.arguments)
+            _set(module, f)
     for (_, attribute), (module, functions) in methods.items():
         _bind(module, attribute, _rebind.rebind(dict(_rebind.methods(module))[attribute], functions))
 
@@ -189,10 +191,15 @@ def _remember(module: nn.Module) -> dict[str, Any]:
     return mine
 
 
-def _set(module: nn.Module, attribute: str, call: Any, arguments: tuple[Any, ...]) -> None:
+def _set(module: nn.Module, f: Found) -> None:
     """A bound method of the instance: copy.deepcopy binds it to the copy, accelerate wraps and unwraps it."""
+    call, arguments, attribute, kept, op = f.call, f.arguments, f.attribute, f.settings, f.op
+    assert call is not None
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if kept and (name := changed(self, kept)):
+            leave_to_torch(op, f"{type(self).__name__}.{name} is another than when it was patched")
+            return getattr(type(self), attribute)(self, *args, **kwargs)
         return call(self, *arguments, *args, **kwargs)
 
     method.__name__ = attribute

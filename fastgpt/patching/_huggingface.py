@@ -28,6 +28,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Cau
 
 from fastgpt import ops
 from fastgpt.core.backend import leave_to_torch
+from fastgpt.nn import _hooks
 from fastgpt.patching import _replace as replace
 from fastgpt.patching._recognise import Found, name_of
 
@@ -268,6 +269,8 @@ def _usual(model: Any, given: dict[str, Any]) -> bool:
         why = "its loss_function is another than transformers' ForCausalLMLoss"
     elif "_fastgpt" not in model.get_output_embeddings().__dict__:
         why = "its head was replaced after patching (by an adapter?)"
+    elif _hooks.watched(model.get_output_embeddings()):
+        why = "a hook on its head is to see logits"
     if why:
         leave_to_torch("linear_cross_entropy", f"the loss of {type(model).__name__}: {why}")
     return not why

@@ -84,8 +84,9 @@ def _rotates(function: Any) -> bool:
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     g = torch.Generator("cpu").manual_seed(0)
-    q, k = (torch.randn(2, h, 3, 8, generator=g, device="cpu") for h in (4, 2))
-    cos, sin = (torch.randn(2, 3, 4, generator=g, device="cpu").repeat(1, 1, 2) for _ in "cs")
+    options: dict[str, Any] = dict(generator=g, device="cpu", dtype=torch.float32)
+    q, k = (torch.randn(2, h, 3, 8, **options) for h in (4, 2))
+    cos, sin = (torch.randn(2, 3, 4, **options).repeat(1, 1, 2) for _ in "cs")
     try:
         with torch.no_grad():
             theirs, ours = function(q, k, cos, sin), replace.rotary(q, k, cos, sin)

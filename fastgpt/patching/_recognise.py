@@ -1,34 +1,40 @@
 """What a module is, by what it computes and not by its name: norms are run on a few small rows, MLPs are traced.
 
 So a norm or MLP of a model nobody has heard of is found as surely as Llama's, and one that only looks like it is not.
+Each is run in training and in evaluation: one that computes two things, draws random numbers or changes itself is left.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from fastgpt.nn.embedding import uncovered
 from fastgpt.ops.layer_norm import layer_norm_ref
 from fastgpt.ops.rms_norm import rms_norm_ref
 from fastgpt.patching import _replace as replace
+from fastgpt.patching._replace import Norm, activation
+from fastgpt.patching._settings import Settings, run_apart, settings, writes_globals
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 MAX_CHILDREN = 8
+MAX_WIDTH = 2**18  # a wider vector is no norm's (FSDP's flat parameters)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their forward, or a loop, runs whatever is in them
 
 
 @dataclass(frozen=True)
 class Found:
     """Something in a module that an op can take the place of (`op`), or not (`op` empty, and `why`).
 
-    `call` is put under `attribute` of the instance, with the module and `arguments` before the call's own; for a
-    function that a method calls by name, `function` and what takes its place are given instead.
+    `call` is put under `attribute` of the instance, with the module and `arguments` before the call's own, for as long
+    as the module's `settings` stay as they are; for a function that a method calls by name, `function` and what takes
+    its place are given instead.
     """
 
     part: str
@@ -39,6 +45,7 @@ class Found:
     call: Callable[..., Any] | None = None
     arguments: tuple[Any, ...] = ()
     function: Any = None
+    settings: Settings = ()
 
 
 def name_of(module: nn.Module) -> str:
@@ -54,78 +61,118 @@ def norm(module: nn.Module) -> Found | None:
         if len(module.normalized_shape) != 1:  # type: ignore[arg-type]
             return Found("norm", what, why=f"it normalises over {len(module.normalized_shape)} dimensions")  # type: ignore[arg-type]
         if forward is nn.LayerNorm.forward:
-            return Found("norm", what, "layer_norm", call=replace.layer_norm, arguments=(module.eps,))
-        return Found("norm", what, "rms_norm", call=replace.rms_norm, arguments=(module.eps, 0.0))
-    if "norm" not in what.lower() or type(module).__module__.startswith("torch.nn."):
+            return Found("norm", what, "layer_norm", call=replace.layer_norm)
+        return Found("norm", what, "rms_norm", call=replace.rms_norm)
+    if type(module).__module__.startswith("torch.nn.") or module._modules:
         return None
-    made = {n: p for n, p in module._parameters.items() if p is not None}
-    leaf = not module._modules and not module._buffers
-    if not leaf or "weight" not in made or not made.keys() <= {"weight", "bias"} or made["weight"].dim() != 1:
-        return None if module._modules else Found("norm", what, why="it has other parameters than weight and bias")
-    formula = _norm_formula(module)
-    if formula is None:
-        return Found("norm", what, why="it computes neither LayerNorm nor RMSNorm")
-    op, arguments = formula
-    return Found("norm", what, op, call=getattr(replace, op), arguments=arguments)
+    found = _own_norm(module)
+    if isinstance(found, Found):
+        return found
+    # one that is no norm is worth a line of the report if its name says that it is
+    return Found("norm", what, why=found) if "norm" in what.lower() else None
 
 
-def _norm_formula(module: Any) -> tuple[str, tuple[Any, ...]] | None:
-    """(op, its arguments) that give what this module's class computes with these settings, from a run in fp32."""
-    width = module.weight.shape[0]
+def _own_norm(module: nn.Module) -> Found | str:
+    """A leaf of the user's, if it computes a norm with one or two vectors; else why not."""
+    vectors = {n: p for n, p in module._parameters.items() if p is not None}
+    shapes = [tuple(p.shape) for p in vectors.values()]
+    tensors = module._buffers or any(isinstance(v, Tensor) for v in vars(module).values())
+    alike = len(shapes) in (1, 2) and len(set(shapes)) == 1 and len(shapes[0]) == 1
+    if tensors or not alike or not 2 <= shapes[0][0] <= MAX_WIDTH:
+        return "it has other parameters than weight and bias"
+    if writes_globals(type(module)):
+        return "its forward sets a global variable"
+    return _probe_norm(module, tuple(vectors), shapes[0][0])
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _probe_norm(module: Any, names: tuple[str, ...], width: int) -> Found | str:
+    """The norm that this module's class computes with these settings, from runs in fp32; else why not."""
     g = torch.Generator("cpu").manual_seed(0)
+    options: dict[str, Any] = dict(generator=g, device="cpu", dtype=torch.float32)
+    made = {n: torch.randn(width, **options).requires_grad_() for n in names}
+    parameters = {n: made.get(n) for n in module._parameters}
     # means and scales apart; the smallest rows tell the epsilons apart
-    x = torch.randn(4, width, generator=g, device="cpu") + 0.5
-    x *= torch.tensor([[1e-4], [1e-2], [1.0], [30.0]], device="cpu")
-    made: dict[str, Any] = {
-        n: torch.randn(width, generator=g, device="cpu") for n, p in module._parameters.items() if p is not None
-    }
-    y = _try(module, x, _parameters={n: made.get(n) for n in module._parameters})
-    if y is None or y.shape != x.shape:
-        return None
-    own_eps = [getattr(module, n) for n in ("eps", "variance_epsilon", "epsilon", "norm_eps") if hasattr(module, n)]
-    for eps in (*(e for e in own_eps if isinstance(e, float)), *EPSILONS):
-        for offset in (0.0, 1.0):
-            if "bias" not in made and _close(y, rms_norm_ref(x, made["weight"], eps, weight_offset=offset)):
-                return "rms_norm", (eps, offset)
-        if _close(y, layer_norm_ref(x, made["weight"], made.get("bias"), eps)):
-            return "layer_norm", (eps,)
-    return None
+    rows = torch.randn(4, width, **options) + 0.5
+    rows = rows * rows.new_tensor([[1e-7], [1e-4], [1e-2], [30.0]])
+    formula: Norm | None = None
+    dims, other = set[int](), "it computes neither LayerNorm nor RMSNorm"
+    for shape in ((4, width), (2, 2, width), (2, 1, 2, width)):
+        x = rows.view(shape).detach().requires_grad_()
+        runs = [_try(module, x, training, _parameters=parameters) for training in (False, True)]
+        ys = [y for y, _ in runs if y is not None]
+        if not ys:
+            continue
+        formula = formula or next((f for y in ys for f in _candidates(module, names) if _is_norm(f, x, y, made)), None)
+        if formula is None:
+            return other
+        if why := runs[0][1] or runs[1][1]:
+            return why
+        if len(ys) < 2 or not all(_is_norm(formula, x, y, made) for y in ys):
+            return f"it computes {formula.op} in some runs only (in training, or over the last of some dimensions)"
+        dims.add(len(shape))
+    if formula is None:
+        return other
+    arguments = (formula, frozenset(dims))
+    kept = settings(module)
+    return Found("norm", name_of(module), formula.op, call=replace.own_norm, arguments=arguments, settings=kept)
 
 
-def _try(module: nn.Module, x: torch.Tensor, **attributes: Any) -> torch.Tensor | None:
-    """What module's class computes of x alone with these attributes; None if nothing, or not a tensor."""
-    bare = bare_copy(module)
-    bare.__dict__ |= attributes
+def _candidates(module: Any, names: tuple[str, ...]) -> Iterator[Norm]:
+    """Every norm over parameters of these names, with the epsilons that the module has among its attributes first."""
+    own = [v for v in {**vars(type(module)), **vars(module)}.values() if isinstance(v, float) and v > 0]
+    for eps in dict.fromkeys((*own, *EPSILONS)):
+        if len(names) == 1:
+            yield from (Norm("rms_norm", names[0], None, eps, offset) for offset in (0.0, 1.0))
+            yield Norm("layer_norm", names[0], None, eps)
+        else:
+            yield from (Norm("layer_norm", w, b, eps) for w, b in (names, names[::-1]))
+
+
+def _is_norm(norm: Norm, x: Tensor, y: Tensor, made: dict[str, Tensor]) -> bool:
+    """Whether y is this norm of x, with its gradients."""
+    weight, bias = made[norm.weight], None if norm.bias is None else made[norm.bias]
+    if norm.op == "rms_norm":
+        exact = rms_norm_ref(x, weight, norm.eps, weight_offset=norm.offset)
+    else:
+        exact = layer_norm_ref(x, weight, bias, norm.eps)
+    if not y.requires_grad or not _close(y, exact, 2e-5):
+        return False
+    dy = torch.linspace(-1, 2, y.numel(), device="cpu", dtype=torch.float32).view(y.shape)
+    inputs = [x, *made.values()]
+    theirs, ours = (
+        torch.autograd.grad(t, inputs, dy, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for t in (y, exact)
+    )
+    return all(_close(a, b, 1e-3) for a, b in zip(theirs, ours))
+
+
+def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    """Whether every row of a is near its row of b, by the row's largest element."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return bool(((a - b).abs().amax(-1) <= tolerance * b.abs().amax(-1)).all())
+
+
+def _try(module: nn.Module, x: Tensor, training: bool, **attributes: Any) -> tuple[Tensor | None, str]:
+    """What module's class computes of x alone with these attributes, None if it is no tensor; and what else it does."""
+
+    def call(bare: Any) -> Any:
+        with torch.autocast("cpu", enabled=False), torch.device("cpu"):
+            return type(module).forward(bare, x)
+
     try:
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            y = type(module).forward(bare, x)
+        y, why = run_apart(module, call, training, **attributes)
     except Exception:  # it wants other arguments, or looks at what a bare copy lacks
-        return None
-    return y if isinstance(y, torch.Tensor) else None
-
-
-def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return bool((a - b).abs().max() <= 1e-4 * b.abs().max())
-
-
-def activation(node_target: Any) -> str | None:
-    """'gelu', 'gelu_tanh', 'silu', or None, of an activation module or function."""
-    if isinstance(node_target, nn.GELU):
-        return "gelu" if node_target.approximate == "none" else "gelu_tanh"
-    if isinstance(node_target, nn.SiLU):
-        return "silu"
-    functions = {F.gelu: "gelu", F.silu: "silu"}
-    if node_target in functions:
-        return functions[node_target]
-    if type(node_target).__module__ != "transformers.activations":
-        return None
-    names = {"NewGELUActivation": "gelu_tanh", "FastGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh"}
-    names |= {"GELUActivation": "gelu", "SiLUActivation": "silu"}
-    return names.get(type(node_target).__name__)
+        return None, ""
+    return (y, why) if isinstance(y, Tensor) else (None, "")
 
 
 class _Shallow(fx.Tracer):
-    """Every child module is one node."""
+    """Every child module is one node, and every buffer: what changes one is in the graph, and is not done."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -143,35 +190,33 @@ def mlp(module: nn.Module) -> Found | None:
     active = any(activation(m) for m in children.values()) or bool({"gelu", "silu"} & set(names))
     if not 2 <= len(children) <= MAX_CHILDREN or not (active or sum(map(_is_linear, children.values())) >= 2):
         return None
+    found = [_trace_mlp(module, what, training, active) for training in (False, True)]
+    if found[0] == found[1]:
+        return found[0]
+    return Found("mlp", what, why="its forward is another in training")
+
+
+def _trace_mlp(module: nn.Module, what: str, training: bool, active: bool) -> Found | None:
+    """An MLP as its forward is in this mode."""
     try:
-        graph = _Shallow().trace(bare_copy(module))
+        graph, why = run_apart(module, _Shallow().trace, training)
     except Exception:  # control flow over values, several arguments: not a plain chain
         return Found("mlp", what, why="its forward cannot be traced") if active else None
-    return _match(module, what, graph)
+    found = _match(module, what, graph)
+    if found is None or not found.op:
+        return found
+    why = "its forward sets a global variable" if writes_globals(type(module)) else why
+    return Found("mlp", what, why=why) if why else found
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or replace.is_conv1d(module) or hasattr(module, "base_layer")
 
 
-def bare_copy(module: nn.Module) -> Any:
-    """A module of the same class and settings, without hooks, to run once: what its forward sets stays on the copy."""
-    bare = object.__new__(type(module))
-    nn.Module.__init__(bare)
-    hooks = {n: v for n, v in bare.__dict__.items() if "hooks" in n}
-    kept = {n: dict(v) if isinstance(v, dict) else v for n, v in module.__dict__.items()}
-    bare.__dict__.update({**kept, **hooks})
-    return bare
-
-
 def _encoder_mlp(module: Any) -> Found | None:
-    act = module.activation
-    kind = activation(act) or activation(getattr(act, "func", None))
-    if kind is None or "gelu" not in kind:
+    if replace.encoder_activation(module) is None:
         return Found("mlp", name_of(module), why="its activation is not GELU")
-    approximate = "tanh" if kind == "gelu_tanh" or getattr(act, "keywords", {}).get("approximate") == "tanh" else "none"
-    call = replace.encoder_feed_forward
-    return Found("mlp", name_of(module), "bias_gelu", attribute="_ff_block", call=call, arguments=(approximate,))
+    return Found("mlp", name_of(module), "bias_gelu", attribute="_ff_block", call=replace.encoder_feed_forward)
 
 
 def _kind(module: nn.Module, node: fx.Node) -> str | None:
@@ -190,6 +235,7 @@ def _match(module: nn.Module, what: str, graph: fx.Graph) -> Found | None:
     x, act = nodes[0], acts[0]
     kind = _kind(module, act)
     assert kind is not None
+    named = (str(act.target) if act.op == "call_module" else "", kind)
     before = act.args[0]
     if not (isinstance(before, fx.Node) and _is_call(before, x)):
         return Found("mlp", what, why="its activation does not follow a linear layer")
@@ -200,17 +246,20 @@ def _match(module: nn.Module, what: str, graph: fx.Graph) -> Found | None:
         if len(ups) != 1 or not isinstance(ups[0], fx.Node) or not _is_call(ups[0], x):
             return Found("mlp", what, why="its gate does not multiply a linear layer of the same input")
         rest = _chain(after, seen | {ups[0], after}, nodes)
-        roles: tuple[Any, ...] = (str(before.target), str(ups[0].target), kind)
+        roles = (str(before.target), str(ups[0].target), *named)
         op, call = "swiglu", replace.gated_mlp
     else:
         rest = _chain(act, seen, nodes)
         if kind == "silu":
             return Found("mlp", what, why="bias_gelu has no SiLU")
-        roles = (str(before.target), "tanh" if kind == "gelu_tanh" else "none")
+        roles = (str(before.target), "", *named)
         op, call = "bias_gelu", replace.gelu_mlp  # type: ignore[assignment]
     if rest is None:
         return Found("mlp", what, why="more than a chain of modules follows its activation")
-    return Found("mlp", what, op, call=call, arguments=(*roles, rest))
+    children = replace.Chain(*roles, rest, ())
+    sizes = [(n, len(m)) for n in children.places() if isinstance(m := replace.child(module, n), CONTAINERS)]
+    chain = dataclasses.replace(children, sizes=tuple(sizes))
+    return Found("mlp", what, op, call=call, arguments=(chain,), settings=settings(module))
 
 
 def _is_call(node: fx.Node, x: fx.Node) -> bool:
@@ -242,17 +291,22 @@ def embedding(module: nn.Module) -> Found | None:
         return Found("embedding", what, why="its forward is its own")
     if extra := uncovered(module):
         return Found("embedding", what, why=f"it has {' and '.join(extra)}")
-    return Found("embedding", what, "embedding", call=replace.embedding, arguments=(not plain,))
+    kept = settings(module)
+    return Found("embedding", what, "embedding", call=replace.embedding, arguments=(not plain,), settings=kept)
 
 
 def _is_scaled_embedding(module: nn.Embedding) -> bool:
-    """Whether weight[ids] times the buffer embed_scale is what its class computes, from a run on a few rows."""
+    """Whether weight[ids] times the buffer embed_scale is all that its class does, from runs on a few rows."""
     if module._parameters.keys() != {"weight"} or module._buffers.keys() != {"embed_scale"}:
         return False
-    weight = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    scale, ids = torch.tensor(1.7, device="cpu"), torch.tensor([[2, 0, 3]], device="cpu")
-    y = _try(module, ids, _parameters={"weight": weight}, _buffers={"embed_scale": scale}, padding_idx=None)
-    return y is not None and torch.equal(y, weight[ids] * scale)
+    options: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
+    weight = torch.randn(4, 3, generator=torch.Generator("cpu").manual_seed(0), **options)
+    scale, ids = torch.tensor(1.7, **options), torch.tensor([[2, 0, 3]], device="cpu")
+    made: dict[str, Any] = dict(_parameters={"weight": weight}, _buffers={"embed_scale": scale}, padding_idx=None)
+    runs = [_try(module, ids, training, **made) for training in (False, True)]
+    return not writes_globals(type(module)) and all(
+        y is not None and torch.equal(y, weight[ids] * scale) and not why for y, why in runs
+    )
 
 
 def loss(module: nn.Module) -> Found | None:
@@ -267,8 +321,8 @@ def attention(module: Any) -> Found | None:
     if type(module).forward is not nn.MultiheadAttention.forward:
         return None
     what = name_of(module)
-    if not module._qkv_same_embed_dim or module.bias_k is not None or module.add_zero_attn:
-        return Found("attention", what, why="its keys have another width or extra entries")
+    if module.bias_k is not None or module.add_zero_attn:
+        return Found("attention", what, why="it has add_bias_kv or add_zero_attn")
     return Found("attention", what, "attention", call=replace.multihead_attention)
 
 

@@ -3,6 +3,7 @@ the op does not cover, to the module's own forward (said once)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,58 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.core.backend import leave_to_torch
-from fastgpt.nn.attention import attend
+from fastgpt.nn import GELU, _hooks
+from fastgpt.nn.attention import attend, uncovered
+from fastgpt.nn.embedding import uncovered as uncovered_embedding
 from fastgpt.nn.norms import epsilon
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm that a module of the user's computes: names of its parameters, and its numbers."""
+
+    op: str
+    weight: str
+    bias: str | None
+    eps: float
+    offset: float = 0.0  # added to the weight
+
+
+@dataclass(frozen=True)
+class Chain:
+    """rest(act(first(x))), or rest(act(first(x)) * up(x)): names of children (`up` empty where there is none).
+
+    act: the activation's name, empty where it is the function `kind`. sizes: (container, number of its children).
+    """
+
+    first: str
+    up: str
+    act: str
+    kind: str
+    rest: tuple[str, ...]
+    sizes: tuple[tuple[str, int], ...]
+
+    def places(self) -> dict[str, None]:
+        """The modules whose children these are."""
+        return dict.fromkeys(n.rpartition(".")[0] for n in ("", self.first, self.up, self.act, *self.rest))
+
+    def kind_now(self, module: Any) -> str | None:
+        """The activation, as it is now; None if it is none of the ops' or must be called, or if there is more."""
+        if any(len(child(module, name)) != n for name, n in self.sizes):
+            return None
+        if not self.act:
+            return self.kind
+        act = child(module, self.act)
+        return activation(act) if _hooks.plain(act) else None
+
+
+def child(module: Any, name: str) -> Any:
+    """The module of this dotted name."""
+    for part in filter(None, name.split(".")):
+        module = getattr(module, part)
+    return module
 
 
 def own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -22,42 +71,80 @@ def own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
+def _leave(op: str, why: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The module's own forward, said once."""
+    leave_to_torch(op, f"{type(module).__name__} {why}")
+    return own(module, *args, **kwargs)
+
+
+ARGUMENTS = "got other arguments or dtypes than the op takes"
+ACTIVATION = "has another activation than when it was patched, one with hooks, or other children"
+
+
 def _plain(*tensors: Any) -> bool:
     """Whether these are ordinary dense tensors (None counts): no DTensor, no nested tensor."""
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_nested) for t in tensors)
 
 
-def _fits(args: tuple[Any, ...], kwargs: dict[str, Any], *vectors: Any) -> bool:
-    """Whether the call is one floating-point tensor beside vectors that an op takes with it: of its dtype, or fp32."""
-    if kwargs or len(args) != 1 or not _plain(*args, *vectors):
+def _fits(args: tuple[Any, ...], kwargs: dict[str, Any], width: int | None, *vectors: Any) -> bool:
+    """Whether the call is one floating-point tensor (..., width) beside vectors that an op takes with it: of its dtype,
+    or fp32. width None: whatever the tensor has."""
+    if kwargs or len(args) != 1 or not _plain(*args, *vectors) or args[0].dim() == 0:
         return False
-    dtype = args[0].dtype
-    return dtype in FLOATS and all(v is None or v.dtype in (dtype, torch.float32) for v in vectors)
+    x = args[0]
+    shape = (x.shape[-1] if width is None else width,)
+    fit = all(v is None or (v.dtype in (x.dtype, torch.float32) and v.shape == shape) for v in vectors)
+    return x.dtype in FLOATS and x.shape[-1:] == shape and fit
 
 
-def layer_norm(module: Any, eps: float, *args: Any, **kwargs: Any) -> Tensor:
-    """x (..., C) -> (..., C)."""
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if not _fits(args, kwargs, weight, bias) or (bias is not None and bias.dtype != weight.dtype):
-        leave_to_torch("layer_norm", f"{type(module).__name__} got other arguments or dtypes than the op takes")
-        return own(module, *args, **kwargs)
-    return ops.layer_norm(args[0], weight, bias, eps)
+def layer_norm(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """nn.LayerNorm: x (..., C) -> (..., C)."""
+    weight, bias, shape = module.weight, module.bias, module.normalized_shape
+    alike = bias is None or (weight is not None and bias.dtype == weight.dtype)
+    if len(shape) != 1 or not alike or not _fits(args, kwargs, shape[0], weight, bias):
+        return _leave("layer_norm", ARGUMENTS, module, args, kwargs)
+    return ops.layer_norm(args[0], weight, bias, module.eps)
 
 
-def rms_norm(module: Any, eps: float | None, offset: float, *args: Any, **kwargs: Any) -> Tensor:
-    """x (..., C) -> (..., C); the weight counts as offset + weight."""
-    if not _fits(args, kwargs, module.weight):
-        leave_to_torch("rms_norm", f"{type(module).__name__} got other arguments or dtypes than the op takes")
-        return own(module, *args, **kwargs)
-    return ops.rms_norm(args[0], module.weight, epsilon(eps, args[0]), weight_offset=offset)
+def rms_norm(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """nn.RMSNorm: x (..., C) -> (..., C)."""
+    shape = module.normalized_shape
+    if len(shape) != 1 or not _fits(args, kwargs, shape[0], module.weight):
+        return _leave("rms_norm", ARGUMENTS, module, args, kwargs)
+    return ops.rms_norm(args[0], module.weight, epsilon(module.eps, args[0]))
+
+
+def own_norm(module: Any, norm: Norm, dims: frozenset[int], *args: Any, **kwargs: Any) -> Tensor:
+    """A norm of the user's own: x (..., C) of one of these numbers of dimensions -> (..., C)."""
+    weight = getattr(module, norm.weight)
+    bias = None if norm.bias is None else getattr(module, norm.bias)
+    there = weight is not None and (norm.bias is None or (bias is not None and bias.dtype == weight.dtype))
+    if not there or not _fits(args, kwargs, None, weight, bias) or args[0].dim() not in dims:
+        return _leave(norm.op, ARGUMENTS, module, args, kwargs)
+    if norm.op == "layer_norm":
+        return ops.layer_norm(args[0], weight, bias, norm.eps)
+    return ops.rms_norm(args[0], weight, norm.eps, weight_offset=norm.offset)
+
+
+def activation(target: Any) -> str | None:
+    """'gelu', 'gelu_tanh', 'silu', or None, of an activation module or function."""
+    if not isinstance(target, nn.Module):
+        return "gelu" if target is F.gelu else "silu" if target is F.silu else None
+    forward = type(target).forward
+    if forward is nn.GELU.forward or forward is GELU.forward:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(target.approximate))
+    if forward is nn.SiLU.forward:
+        return "silu"
+    if type(target).__module__ != "transformers.activations":
+        return None
+    names = {"NewGELUActivation": "gelu_tanh", "FastGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh"}
+    names |= {"GELUActivation": "gelu", "SiLUActivation": "silu"}
+    return names.get(type(target).__name__)
 
 
 def is_plain_linear(m: nn.Module) -> bool:
     """A linear layer whose call is x W + b and nothing else: no adapter, no hook, no forward of its own."""
-    hooked = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-    if hooked or "forward" in m.__dict__:
-        return False
-    return type(m).forward is nn.Linear.forward or is_conv1d(m)
+    return _hooks.plain(m) and (type(m).forward is nn.Linear.forward or is_conv1d(m))
 
 
 def is_conv1d(m: nn.Module) -> bool:
@@ -65,41 +152,50 @@ def is_conv1d(m: nn.Module) -> bool:
     return type(m).__module__ == "transformers.pytorch_utils" and type(m).__name__ == "Conv1D"
 
 
-def gelu_mlp(module: nn.Module, up: str, approximate: str, rest: tuple[str, ...], *args: Any, **kwargs: Any) -> Tensor:
-    """rest(gelu(up(x))): bias and GELU in one pass where `up` is a plain linear layer, else GELU alone."""
+def gelu_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Tensor:
+    """rest(gelu(first(x))): bias and GELU in one pass where `first` is a plain linear layer, else GELU alone."""
     if kwargs or len(args) != 1:
-        return own(module, *args, **kwargs)
-    first: Any = getattr(module, up)
+        return _leave("bias_gelu", ARGUMENTS, module, args, kwargs)
+    kind = chain.kind_now(module)
+    if kind not in ("gelu", "gelu_tanh"):
+        return _leave("bias_gelu", ACTIVATION, module, args, kwargs)
+    return _through(module, chain.rest, _linear_gelu(child(module, chain.first), kind, args[0]))
+
+
+def _linear_gelu(first: Any, kind: str, x: Tensor) -> Tensor:
     bias = first.bias if is_plain_linear(first) else None
-    if bias is None or not _plain(args[0], first.weight, bias):
-        x, bias = first(args[0]), None
+    if bias is None or not _plain(x, first.weight, bias):
+        x, bias = first(x), None
     else:
-        x = args[0] @ first.weight if is_conv1d(first) else F.linear(args[0], first.weight)
+        x = x @ first.weight if is_conv1d(first) else F.linear(x, first.weight)
     if bias is not None and bias.dtype not in (x.dtype, torch.float32):
         bias = bias.to(x.dtype)
-    x = ops.bias_gelu(x, bias, approximate=approximate)
-    for name in rest:
-        x = getattr(module, name)(x)
+    return ops.bias_gelu(x, bias, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def _through(module: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
+    for name in names:
+        x = child(module, name)(x)
     return x
 
 
-def gated_mlp(
-    module: nn.Module, gate: str, up: str, activation: str, rest: tuple[str, ...], *args: Any, **kwargs: Any
-) -> Tensor:
-    """rest(act(gate(x)) * up(x))."""
+def gated_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Tensor:
+    """rest(act(first(x)) * up(x))."""
     if kwargs or len(args) != 1:
-        return own(module, *args, **kwargs)
-    x = ops.swiglu(getattr(module, gate)(args[0]), getattr(module, up)(args[0]), activation=activation)
-    for name in rest:
-        x = getattr(module, name)(x)
-    return x
+        return _leave("swiglu", ARGUMENTS, module, args, kwargs)
+    kind = chain.kind_now(module)
+    if kind is None:
+        return _leave("swiglu", ACTIVATION, module, args, kwargs)
+    gate, up = child(module, chain.first)(args[0]), child(module, chain.up)(args[0])
+    return _through(module, chain.rest, ops.swiglu(gate, up, activation=kind))
 
 
-def embedding(module: Any, scaled: bool, ids: Tensor) -> Tensor:
+def embedding(module: Any, scaled: bool, *args: Any, **kwargs: Any) -> Tensor:
     """ids (...) -> (..., C), times the module's embed_scale if `scaled` (Gemma's)."""
-    if not _plain(ids, module.weight) or ids.dtype not in (torch.int64, torch.int32):
-        return own(module, ids)
-    rows = ops.embedding(ids, module.weight, padding_idx=module.padding_idx)
+    usual = not kwargs and len(args) == 1 and _plain(*args, module.weight)
+    if not usual or args[0].dtype not in (torch.int64, torch.int32) or uncovered_embedding(module):
+        return _leave("embedding", "got other arguments or options than the op takes", module, args, kwargs)
+    rows = ops.embedding(args[0], module.weight, padding_idx=module.padding_idx)
     return rows * module.embed_scale.to(rows.dtype) if scaled else rows
 
 
@@ -136,7 +232,7 @@ def functional_layer_norm(
     input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor:
     """F.layer_norm over one dimension."""
-    if len(normalized_shape) != 1 or not _fits((input,), {}, weight, bias):
+    if len(normalized_shape) != 1 or not _fits((input,), {}, normalized_shape[0], weight, bias):
         leave_to_torch("layer_norm", "several dimensions, or other dtypes than the op takes")
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     return ops.layer_norm(input, weight, bias, eps)
@@ -144,7 +240,7 @@ def functional_layer_norm(
 
 def functional_rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
     """F.rms_norm over one dimension."""
-    if len(normalized_shape) != 1 or not _fits((input,), {}, weight):
+    if len(normalized_shape) != 1 or not _fits((input,), {}, normalized_shape[0], weight):
         leave_to_torch("rms_norm", "several dimensions, or other dtypes than the op takes")
         return F.rms_norm(input, normalized_shape, weight, eps)
     return ops.rms_norm(input, weight, epsilon(eps, input))
@@ -193,24 +289,40 @@ def multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """nn.MultiheadAttention's self-attention without weights, unmasked or causal; other calls are its own."""
-    alike = query is key and key is value and query.dim() == 3 and _plain(query)
-    if need_weights or not alike or key_padding_mask is not None or (attn_mask is not None) != is_causal:
-        leave_to_torch(
-            "attention", "MultiheadAttention with weights, padding or a mask of its own, or of several tensors"
-        )
+    """nn.MultiheadAttention; calls that fastgpt.nn.MultiheadAttention does not cover are its own."""
+    why = uncovered(module, query, key, key_padding_mask, need_weights, attn_mask, is_causal)
+    if why is None and not _plain(query, key, value):
+        why = "tensors that are not ordinary ones"
+    if why is not None:
+        leave_to_torch("attention", f"MultiheadAttention with {why}")
         return own(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
-    y = attend(module, query, key, value, None, is_causal)
+    y = attend(module, query, key, value, key_padding_mask, is_causal)
     return F.linear(y, module.out_proj.weight, module.out_proj.bias), None
 
 
-def encoder_feed_forward(module: Any, approximate: str, x: Tensor) -> Tensor:
+def encoder_activation(module: Any) -> str | None:
+    """'gelu' or 'gelu_tanh' of torch's encoder and decoder layers' activation; None if another or hooked."""
+    act = module.activation
+    if isinstance(act, nn.Module):
+        kind = activation(act) if _hooks.plain(act) else None
+    else:
+        options = getattr(act, "keywords", {})
+        kind = activation(getattr(act, "func", act))
+        kind = "gelu_tanh" if kind == "gelu" and options.get("approximate") == "tanh" else kind
+    return kind if kind in ("gelu", "gelu_tanh") else None
+
+
+def encoder_feed_forward(module: Any, x: Tensor) -> Tensor:
     """nn.TransformerEncoderLayer's and DecoderLayer's _ff_block with GELU."""
+    kind = encoder_activation(module)
+    if kind is None:
+        leave_to_torch("bias_gelu", f"{type(module).__name__} {ACTIVATION}")
+        return type(module)._ff_block(module, x)  # type: ignore[no-any-return]
+    y = _through(module, ("dropout", "linear2"), _linear_gelu(module.linear1, kind, x))
     last = getattr(module, "dropout3", None) or module.dropout2
-    y: Tensor = gelu_mlp(module, "linear1", approximate, ("dropout", "linear2"), x)
-    return last(y)
+    return last(y)  # type: ignore[no-any-return]
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:

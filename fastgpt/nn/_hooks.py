@@ -1,0 +1,42 @@
+"""Whether a module may be computed without calling it: what a call of it would run beside its class's forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as _modules
+
+# hooks on every module; these dicts are filled and emptied in place
+_GLOBAL = (
+    _modules._global_forward_pre_hooks,
+    _modules._global_forward_hooks,
+    _modules._global_backward_pre_hooks,
+    _modules._global_backward_hooks,
+)
+
+
+def _hooks(m: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (m._forward_pre_hooks, m._forward_hooks, m._backward_pre_hooks, m._backward_hooks)  # type: ignore[return-value]
+
+
+def _users(tables: tuple[Any, ...]) -> Iterator[Any]:
+    """The hooks that are not PyTorch's own (FSDP gathers weights in hooks, the FLOP counter notes names)."""
+    for table in tables:
+        for hook in table.values():
+            if not (getattr(hook, "__module__", None) or "").startswith("torch."):
+                yield hook
+
+
+def plain(m: nn.Module) -> bool:
+    """Whether a call of m runs its class's forward and nothing else: no hook, no forward on the instance."""
+    if any(_hooks(m)) or "forward" in m.__dict__:
+        return False
+    return not any(_GLOBAL) or not any(True for _ in _users(_GLOBAL))
+
+
+def watched(m: nn.Module) -> bool:
+    """Whether a hook of the user's sees what m gets or gives: its own, or one on every module."""
+    tables = (*_hooks(m), *_GLOBAL)
+    return any(tables) and any(True for _ in _users(tables))
