@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._runtime import INTERPRETED, cast, exp, exp2
+from ._runtime import INTERPRETED, cast, exp, exp2, jit_kernel
 
 NONE, CAUSAL, BAND, ROWS = (tl.constexpr(i) for i in range(4))
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -146,7 +146,7 @@ def _same_documents(docs_ptr, i, T, CHUNK: tl.constexpr):
     return first, end
 
 
-@triton.jit(do_not_specialize=["n", "steps", "T", "S", "causal", "window"])
+@jit_kernel(do_not_specialize=["n", "steps", "T", "S", "causal", "window"])
 def attention_ranges_kernel(
     cu_q_ptr,  # (n + 1) or None
     cu_k_ptr,  # (n + 1) or None

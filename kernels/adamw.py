@@ -27,7 +27,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._runtime import TYPES, Configuration, cast, exp, interpreted, on_device, pointers, processors, split_meta
+from ._runtime import (
+    TYPES,
+    Configuration,
+    cast,
+    exp,
+    interpreted,
+    jit_kernel,
+    on_device,
+    pointers,
+    processors,
+    split_meta,
+)
 from ._tables import Tables
 
 CHUNK = 4096  # elements that one program takes at a time, all of one tensor
@@ -94,7 +105,7 @@ def _round_stochastic(p, key, element):
     return (bits >> 16).to(tl.uint16).to(tl.int16, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["n_tensors", "n_chunks", "offset"])
+@jit_kernel(do_not_specialize=["n_tensors", "n_chunks", "offset"])
 def adamw_prepare_kernel(
     table_ptr,  # (n_tensors, COLUMNS) int64
     chunks_ptr,  # (n_chunks) int32: the tensor of each chunk
@@ -191,7 +202,7 @@ def _store_param(
             tl.store(_pointer(table_ptr, tensor, MASTER, tl.float32, ALIGNED) + i, p, mask)
 
 
-@triton.jit(do_not_specialize=["n_tensors", "n_chunks", "n_partials", "max_norm", "seed_low", "seed_high"])
+@jit_kernel(do_not_specialize=["n_tensors", "n_chunks", "n_partials", "max_norm", "seed_low", "seed_high"])
 def adamw_update_kernel(
     table_ptr,  # (n_tensors, COLUMNS) int64
     chunks_ptr,  # (n_chunks) int32: the tensor of each chunk

@@ -37,7 +37,7 @@ from ._attention import (
 )
 from ._attention_tiles import CHIPS, CHUNK, DELTA_TILE, RANGE_BLOCK, columns, options_on, shared_memory, tile
 from ._math import tanh
-from ._runtime import Configuration, dot, interpreted, log, on_device, pointers
+from ._runtime import Configuration, dot, interpreted, jit_kernel, log, on_device, pointers
 from .attention_bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
 
 
@@ -81,7 +81,7 @@ def _fwd_blocks(
     return acc, top, total
 
 
-@triton.jit(do_not_specialize=["H", "G", "T", "S", "back", "ahead", "threshold"])
+@jit_kernel(do_not_specialize=["H", "G", "T", "S", "back", "ahead", "threshold"])
 def attention_fwd_kernel(
     q_ptr,  # (B, T, H, D)
     k_ptr,  # (B, S, H / G, D)

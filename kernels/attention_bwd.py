@@ -31,11 +31,11 @@ from ._attention import (
     visible,
 )
 from ._math import tanh
-from ._runtime import dot
+from ._runtime import dot, jit_kernel
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["H", "T", "N"])
+@jit_kernel(do_not_specialize=["H", "T", "N"])
 def attention_delta_kernel(
     out_ptr,  # (B, T, H, D)
     dout_ptr,  # (B, T, H, D)
@@ -143,7 +143,7 @@ def _query_blocks(start, blocks_ptr, blocks, T, S, back, ahead, RANGE: tl.conste
         return first, left, right, last
 
 
-@triton.jit(do_not_specialize=["H", "G", "T", "S", "blocks", "back", "ahead", "threshold"])
+@jit_kernel(do_not_specialize=["H", "G", "T", "S", "blocks", "back", "ahead", "threshold"])
 def attention_dkdv_kernel(
     q_ptr,  # (B, T, H, D)
     k_ptr,  # (B, S, H / G, D)
@@ -240,7 +240,7 @@ def _dq_blocks(
     return dq
 
 
-@triton.jit(do_not_specialize=["H", "G", "T", "S", "back", "ahead", "threshold"])
+@jit_kernel(do_not_specialize=["H", "G", "T", "S", "back", "ahead", "threshold"])
 def attention_dq_kernel(
     q_ptr,  # (B, T, H, D)
     k_ptr,  # (B, S, H / G, D)

@@ -26,6 +26,7 @@ from ._runtime import (
     cast,
     ceil_pow2,
     interpreted,
+    jit_kernel,
     on_device,
     pointers,
     powers_of_two,
@@ -46,7 +47,7 @@ def _load(x_ptr, bias_ptr, row, x_row, c, mask, in_row):
     return u
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit_kernel(do_not_specialize=["N"])
 def bias_gelu_fwd_kernel(
     x_ptr,  # (N, C), rows x_row apart
     bias_ptr,  # (C) or None
@@ -65,7 +66,7 @@ def bias_gelu_fwd_kernel(
     tl.store(y_ptr + row * C + c, cast(y, y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit_kernel(do_not_specialize=["N"])
 def bias_gelu_bwd_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     x_ptr,  # (N, C), rows x_row apart
@@ -93,7 +94,7 @@ def bias_gelu_bwd_kernel(
         tl.store(out, tl.sum(dbias, axis=0, keep_dims=True), c < C)
 
 
-@triton.jit(do_not_specialize=["P"])
+@jit_kernel(do_not_specialize=["P"])
 def bias_gelu_reduce_kernel(
     partials_ptr,  # (P, C)
     dbias_ptr,  # (C)

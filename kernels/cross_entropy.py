@@ -29,6 +29,7 @@ from ._runtime import (
     ceil_pow2,
     exp,
     interpreted,
+    jit_kernel,
     log,
     on_device,
     pointers,
@@ -141,7 +142,7 @@ def _store_gradient(
         tl.store(dlogits_ptr + d_offset + c, cast(grad, dlogits_ptr.dtype.element_ty), in_batch & (c < V))
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index", "label_smoothing", "z_loss", "softcap"])
+@jit_kernel(do_not_specialize=["N", "ignore_index", "label_smoothing", "z_loss", "softcap"])
 def cross_entropy_fwd_kernel(
     logits_ptr,  # (N, V), rows logits_row apart
     target_ptr,  # (N) int64
@@ -171,7 +172,7 @@ def cross_entropy_fwd_kernel(
     tl.store(stats_ptr + N + row, s, in_batch)
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index", "label_smoothing", "z_loss", "softcap", "scale_step"])
+@jit_kernel(do_not_specialize=["N", "ignore_index", "label_smoothing", "z_loss", "softcap", "scale_step"])
 def cross_entropy_bwd_kernel(
     dloss_ptr,  # fp32, scale_step apart
     logits_ptr,  # (N, V), rows logits_row apart
@@ -201,7 +202,7 @@ def cross_entropy_bwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "ignore_index", "label_smoothing", "z_loss", "softcap", "scale_step"])
+@jit_kernel(do_not_specialize=["N", "ignore_index", "label_smoothing", "z_loss", "softcap", "scale_step"])
 def cross_entropy_fwd_bwd_kernel(
     logits_ptr,  # (N, V), rows logits_row apart; overwritten by the gradient
     loss_ptr,  # (N) fp32
@@ -235,7 +236,7 @@ def cross_entropy_fwd_bwd_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N", "scale_step"])
+@jit_kernel(do_not_specialize=["N", "scale_step"])
 def scale_rows_kernel(
     x_ptr,  # (N, V), rows x_row apart, in place
     scale_ptr,  # fp32, scale_step apart

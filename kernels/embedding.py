@@ -23,6 +23,7 @@ from ._runtime import (
     cast,
     ceil_pow2,
     interpreted,
+    jit_kernel,
     on_device,
     pointers,
     powers_of_two,
@@ -32,7 +33,7 @@ from ._runtime import (
 MIN_BLOCK, FWD_BLOCK, BWD_BLOCK = 16, 1024, 256  # columns a program takes; wider rows are cut
 
 
-@triton.jit(do_not_specialize=["N", "V", "P", "period"])
+@jit_kernel(do_not_specialize=["N", "V", "P", "period"])
 def embedding_fwd_kernel(
     ids_ptr,  # (N) int64 or int32
     positions_ptr,  # (period) int64 or int32; None: token n has position n % period
@@ -58,7 +59,7 @@ def embedding_fwd_kernel(
     tl.store(y_ptr + n * C + c, cast(y, y_ptr.dtype.element_ty), inside & (c < C))
 
 
-@triton.jit(do_not_specialize=["V"])
+@jit_kernel(do_not_specialize=["V"])
 def embedding_bwd_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     order_ptr,  # (N) int64: tokens sorted by id

@@ -29,6 +29,7 @@ from ._runtime import (
     cast,
     ceil_pow2,
     interpreted,
+    jit_kernel,
     on_device,
     pointers,
     powers_of_two,
@@ -62,7 +63,7 @@ def _affine(n, weight_ptr, bias_ptr, c, mask):
     return n
 
 
-@triton.jit(do_not_specialize=["N", "eps"])
+@jit_kernel(do_not_specialize=["N", "eps"])
 def layer_norm_fwd_kernel(
     x_ptr,  # (N, C), rows x_row apart
     residual_ptr,  # (N, C) or None
@@ -91,7 +92,7 @@ def layer_norm_fwd_kernel(
     tl.store(y_ptr + row * C + c, cast(y, y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["N", "eps"])
+@jit_kernel(do_not_specialize=["N", "eps"])
 def layer_norm_fwd_wide_kernel(
     x_ptr,  # (N, C), rows x_row apart
     residual_ptr,  # (N, C) or None
@@ -140,7 +141,7 @@ def _load_grads(dy_ptr, h_ptr, weight_ptr, row, dy_row, h_row, c, mask, in_row, 
     return dy, n, g
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit_kernel(do_not_specialize=["N"])
 def layer_norm_bwd_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     dsum_ptr,  # (N, C), rows dsum_row apart, or None
@@ -177,7 +178,7 @@ def layer_norm_bwd_kernel(
         tl.store(out + C, dbias, in_row)
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit_kernel(do_not_specialize=["N"])
 def layer_norm_dx_wide_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     dsum_ptr,  # (N, C), rows dsum_row apart, or None
@@ -209,7 +210,7 @@ def layer_norm_dx_wide_kernel(
         tl.store(dx_ptr + row * C + c, cast(dx, dx_ptr.dtype.element_ty), c < C)
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit_kernel(do_not_specialize=["N"])
 def layer_norm_partials_wide_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     h_ptr,  # (N, C), rows h_row apart
@@ -234,7 +235,7 @@ def layer_norm_partials_wide_kernel(
     tl.store(out + C, tl.sum(dbias, axis=0, keep_dims=True), c < C)
 
 
-@triton.jit(do_not_specialize=["P"])
+@jit_kernel(do_not_specialize=["P"])
 def layer_norm_reduce_kernel(
     partials_ptr,  # (P, sums, C): dweight, or dweight and dbias
     dweight_ptr,  # (C) or None
@@ -249,10 +250,12 @@ def layer_norm_reduce_kernel(
         p = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
         acc += tl.load(partials_ptr + (sums * p + which) * C + c, (p < P) & (c < C), other=0.0)
     total = tl.sum(acc, axis=0, keep_dims=True)
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + c, cast(total, dweight_ptr.dtype.element_ty), (c < C) & (which == 0))
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + c, cast(total, dbias_ptr.dtype.element_ty), (c < C) & (which == 1))
+    # not `(c < C) & (which == 0)`: the interpreter turns a scalar condition into an integer mask, refused by Triton 3.9
+    if which == 0:
+        if dweight_ptr is not None:
+            tl.store(dweight_ptr + c, cast(total, dweight_ptr.dtype.element_ty), c < C)
+    elif dbias_ptr is not None:
+        tl.store(dbias_ptr + c, cast(total, dbias_ptr.dtype.element_ty), c < C)
 
 
 def _rows_meta(C: int, one_piece: int, rows: int, elements: int, warps: int) -> dict[str, int]:

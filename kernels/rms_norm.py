@@ -25,6 +25,7 @@ from ._runtime import (
     as_rows,
     cast,
     interpreted,
+    jit_kernel,
     on_device,
     pointers,
     powers_of_two,
@@ -52,7 +53,7 @@ def _weighted(n, weight_ptr, weight_offset, c, mask):
     return n
 
 
-@triton.jit(do_not_specialize=["N", "eps", "weight_offset"])
+@jit_kernel(do_not_specialize=["N", "eps", "weight_offset"])
 def rms_norm_fwd_kernel(
     x_ptr,  # (N, C), rows x_row apart
     residual_ptr,  # (N, C) or None
@@ -76,7 +77,7 @@ def rms_norm_fwd_kernel(
     tl.store(y_ptr + row * C + c, cast(y, y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["N", "eps", "weight_offset"])
+@jit_kernel(do_not_specialize=["N", "eps", "weight_offset"])
 def rms_norm_fwd_wide_kernel(
     x_ptr,  # (N, C), rows x_row apart
     residual_ptr,  # (N, C) or None
@@ -112,7 +113,7 @@ def _load_grads(dy_ptr, h_ptr, row, dy_row, h_row, c, mask, rstd):
     return dy, tl.load(h_ptr + row * h_row + c, mask, other=0.0).to(tl.float32) * rstd
 
 
-@triton.jit(do_not_specialize=["N", "weight_offset"])
+@jit_kernel(do_not_specialize=["N", "weight_offset"])
 def rms_norm_bwd_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     dsum_ptr,  # (N, C), rows dsum_row apart, or None
@@ -146,7 +147,7 @@ def rms_norm_bwd_kernel(
         tl.store(partials_ptr + tl.program_id(0).to(tl.int64) * C + c, dweight, in_row)
 
 
-@triton.jit(do_not_specialize=["N", "weight_offset"])
+@jit_kernel(do_not_specialize=["N", "weight_offset"])
 def rms_norm_dx_wide_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     dsum_ptr,  # (N, C), rows dsum_row apart, or None
@@ -174,7 +175,7 @@ def rms_norm_dx_wide_kernel(
         tl.store(dx_ptr + row * C + c, cast(dx, dx_ptr.dtype.element_ty), c < C)
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit_kernel(do_not_specialize=["N"])
 def rms_norm_partials_wide_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     h_ptr,  # (N, C), rows h_row apart

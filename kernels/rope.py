@@ -21,6 +21,7 @@ from ._runtime import (
     cast,
     ceil_pow2,
     interpreted,
+    jit_kernel,
     on_device,
     pointers,
     powers_of_two,
@@ -81,7 +82,7 @@ def _turn(
 _FREE = ["N", "T", "P", "sign", "positions_batch"]  # not worth a compilation each
 
 
-@triton.jit(do_not_specialize=[*_FREE, "q_tiles"])
+@jit_kernel(do_not_specialize=[*_FREE, "q_tiles"])
 def rope_fwd_kernel(
     q_ptr,  # (B, T, H, D), columns contiguous
     k_ptr,  # (B, T, G, D), columns contiguous
@@ -107,7 +108,7 @@ def rope_fwd_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_FREE)
+@jit_kernel(do_not_specialize=_FREE)
 def rope_rows_kernel(
     x_ptr,  # (B, T, H or more, D), columns contiguous
     y_ptr,  # (B, T, H, D) contiguous; None: in place

@@ -22,6 +22,7 @@ from ._runtime import (
     cast,
     ceil_pow2,
     interpreted,
+    jit_kernel,
     on_device,
     pointers,
     powers_of_two,
@@ -46,7 +47,7 @@ def _activation(x, ACT: tl.constexpr):
         return gelu_tanh(x)
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit_kernel(do_not_specialize=["N"])
 def swiglu_fwd_kernel(
     gate_ptr,  # (N, C), rows gate_row apart
     up_ptr,  # (N, C), rows up_row apart
@@ -63,7 +64,7 @@ def swiglu_fwd_kernel(
     tl.store(y_ptr + row * C + c, cast(value * up, y_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit_kernel(do_not_specialize=["N"])
 def swiglu_bwd_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     gate_ptr,  # (N, C), rows gate_row apart

@@ -27,6 +27,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgpt.kernels._runtime import COMPILE_OPTIONS
+
 MODULES = ("layer_norm", "cross_entropy", "adamw", "rms_norm", "bias_gelu", "swiglu", "rope", "embedding", "attention")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 REGISTERS = 65536  # of one multiprocessor, on every chip above
@@ -145,7 +147,7 @@ def compiled(job: Job) -> Any:
     return triton.compile(
         _source(configuration, job.aligned),
         target=GPUTarget("cuda", job.arch, 32),
-        options={n: value for n, value in chosen.items() if value is not None},
+        options=COMPILE_OPTIONS | {n: value for n, value in chosen.items() if value is not None},
     )
 
 
