@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ._attention import CAUSAL
-from ._runtime import ceil_pow2, interpreted
+from ._runtime import TRITON, ceil_pow2, interpreted
 
 RANGE_BLOCK, CHUNK = 64, 1024  # queries a block of attention_ranges_kernel; elements a step of what it scans
 DELTA_TILE = 2048  # elements a program of attention_delta_kernel, 16 a thread: more spill where strides are odd
@@ -37,6 +37,8 @@ PLAIN: dict[int, Tiles] = {  # shared memory in KB -> 16 bits, no mask but causa
         "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
     },
 }
+if TRITON >= (3, 9):  # would spill 40 bytes at 128 registers; 4 warps of 253 also are two programs a multiprocessor
+    PLAIN[227]["fwd"][64] = (128, 64, 4, 3)
 OPTIONS: dict[int, Tiles] = {  # with a window, ranges, documents, softcap or dropout
     227: {
         "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},

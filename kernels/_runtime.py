@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 # torch dtype -> name in a Triton signature and type inside a kernel
