@@ -5,6 +5,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,22 @@ def _patch_triton_once() -> None:
     interpreter._patch_lang = patch_lang
 
 
+def _refuse_integer_masks() -> None:
+    """Triton 3.9's interpreter refuses a mask of integers, which older ones take: make those refuse it too."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def with_check(method: Callable[..., Any], place: int) -> Callable[..., Any]:
+        def checked(*arguments: Any) -> Any:
+            if arguments[place].data.dtype != bool:
+                raise ValueError(f"mask has unsupported dtype {arguments[place].data.dtype}")
+            return method(*arguments)
+
+        return checked
+
+    for name, place in (("create_masked_load", 2), ("create_masked_store", 3)):
+        setattr(InterpreterBuilder, name, with_check(getattr(InterpreterBuilder, name), place))
+
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
     if "FASTGPT_EMULATED_CUDA" not in os.environ and shutil.which("g++") and importlib.util.find_spec("pybind11"):
@@ -39,6 +56,7 @@ if not torch.cuda.is_available():
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     _patch_triton_once()
+    _refuse_integer_masks()
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are random and small; no test asks a hub
 _users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

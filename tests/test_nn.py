@@ -105,10 +105,22 @@ class Case:
         return ours, stock
 
 
+class LinearThenCrossEntropy(nn.Module):
+    """torch.nn.LinearCrossEntropyLoss, which PyTorch has from 2.13 on, as a layer and a function."""
+
+    def __init__(self, in_features: int, num_classes: int, bias: bool = False, **options: Any) -> None:
+        super().__init__()
+        self.linear, self.options = nn.Linear(in_features, num_classes, bias), options
+
+    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.linear(x), target, **self.options)
+
+
 def both(name: str, *args: Any, **options: Any) -> dict[str, Callable[[], nn.Module]]:
+    stock = LinearThenCrossEntropy if name == "LinearCrossEntropyLoss" else None
     return {
         "ours": lambda: getattr(fnn, name)(*args, **options),
-        "stock": lambda: getattr(nn, name)(*args, **options),
+        "stock": lambda: getattr(nn, name, stock)(*args, **options),
     }
 
 

@@ -7,6 +7,7 @@ dtype, alignment and chip too.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+import triton.language as tl
 
 
 def _check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,6 +38,7 @@ def test_configurations_compile_without_spills(tmp_path: Path) -> None:
     for kernel in (*kernels, "rms_norm_fwd", "rms_norm_bwd", "rope_fwd", "rope_rows", "embedding_fwd", "embedding_bwd"):
         assert any(r["name"].startswith(f"{kernel}_kernel[") for r in reports), f"{kernel} was not checked"
     assert all(r["registers"] > 0 for r in reports)
+    assert "FP_FUSION" not in done.stdout + done.stderr  # Triton 3.9's warning
 
 
 def test_chips_stages_and_the_quick_selection_are_as_the_configuration_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +67,40 @@ def test_chips_stages_and_the_quick_selection_are_as_the_configuration_says(monk
         raise RuntimeError("far enough")
 
     reports = [triton_check.compile_one(job) for job in triton_check.jobs([90], False)]
-    assert options == [{"num_warps": 4}, {"num_warps": 4, "num_stages": 3}, {"num_warps": 4}]
+    given = {"enable_fp_fusion": True, "num_warps": 4}
+    assert options == [given, {**given, "num_stages": 3}, given]
     assert all("far enough" in triton_check.problem(r) for r in reports)
+
+
+def test_every_kernel_is_launched_with_fp_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever Triton's default is: on from 3.6 to 3.9, off from 3.10 on."""
+    from fastgpt.checks import triton as triton_check
+    from fastgpt.kernels._runtime import jit_kernel
+
+    modules = [importlib.import_module(f"fastgpt.kernels.{m}") for m in (*triton_check.MODULES, "attention_bwd")]
+    kernels = [
+        (name, k) for m in modules for name, k in vars(m).items() if name.endswith("_kernel") and k is not jit_kernel
+    ]
+    assert len(kernels) > 30
+    assert [name for name, k in kernels if getattr(k.run, "keywords", None) != {"enable_fp_fusion": True}] == []
+
+    class Driver:
+        get_current_device = get_current_stream = get_device_capability = staticmethod(lambda *_: 0)
+        get_current_target = staticmethod(lambda: triton_check.GPUTarget("cuda", 90, 32))
+
+    importlib.import_module("triton.experimental.gluon")  # Triton 3.9's binder would, and fail, with `interpret` off
+    monkeypatch.setattr(triton_check.triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(triton_check.triton.runtime.driver, "_active", Driver)
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
+    compiled = jit_kernel(do_not_specialize=["N"])(multiply_and_add).warmup(torch.float32, 1, grid=(1,))
+    assert compiled.metadata.enable_fp_fusion
+    assert "fma.rn" in compiled.asm["ptx"]
+
+
+def multiply_and_add(x_ptr, N):  # type: ignore[no-untyped-def]
+    i = tl.arange(0, 32)
+    x = tl.load(x_ptr + i, i < N)
+    tl.store(x_ptr + i, x * x + 1.0, i < N)
 
 
 def test_interpreter_is_refused() -> None:

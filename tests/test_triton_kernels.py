@@ -16,6 +16,8 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -359,3 +361,16 @@ def test_scale_rows(dtype: torch.dtype) -> None:
     assert same_bits(x, scaled.where(scale[:, None] != 1, before))
     cross_entropy.scale_rows(x[2:], torch.tensor([2.0], device=DEVICE))
     assert same_bits(x[2:], (scaled[2:].float() * 2).to(dtype)) and canaries_intact(buffer)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="Triton's interpreter only")
+def test_a_scalar_condition_in_a_mask_is_refused() -> None:
+    """As Triton 3.9's interpreter does; tests/conftest.py makes older ones do it."""
+
+    @triton.jit
+    def scalar_in_mask(x_ptr, C: tl.constexpr):  # type: ignore[no-untyped-def]
+        c = tl.arange(0, C)
+        tl.store(x_ptr + c, 1.0, (c < C) & (tl.program_id(0) == 0))
+
+    with pytest.raises(Exception, match="mask has unsupported dtype"):
+        scalar_in_mask[(1,)](torch.zeros(4), 4)

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,17 @@ def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> 
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
+@contextmanager
+def partitioned(how: str) -> Iterator[None]:
+    """Skips what PyTorch before 2.13 cannot partition: what is split and recomputed in a compiled graph."""
+    try:
+        yield
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        if how != "compile and checkpoint" or torch.__version__ >= (2, 13) or "failed to partition" not in str(error):
+            raise
+        pytest.skip(f"PyTorch {torch.__version__} fails to partition a compiled graph with a checkpoint and a split")
+
+
 @ON
 @pytest.mark.parametrize(
     "how,bias",
@@ -225,7 +237,7 @@ def test_in_place_on_a_view_of_a_projection(name: str, bias: bool, how: str) -> 
     for shape in ((2, 3, 6), (3, 7, 6)):
         with use(rope="torch"):
             wanted = gradients(model, model, rand(*shape))
-        with use(strict=True, rope=name):
+        with use(strict=True, rope=name), partitioned(how):
             got = gradients(model, call, rand(*shape))
         for a, b in zip(got, wanted, strict=True):
             torch.testing.assert_close(a, b)
