@@ -30,6 +30,7 @@ from torch import Tensor
 from fastgpt.bench.results import PROVENANCE as PROVENANCE
 from fastgpt.bench.results import append_rows as append_rows
 from fastgpt.core.device import cpu_name, datasheet_bandwidth, datasheet_peak, default_device, describe_machine, nvml
+from fastgpt.core.errors import UserError
 
 try:
     import resource
@@ -337,12 +338,11 @@ def datasheet(setting: Setting, multiplies: bool) -> float | None:
 
 def device_of(parser: argparse.ArgumentParser, name: str) -> torch.device:
     """--device, made the current one where it is a GPU; or the parser's error."""
-    if name != "auto" and name.partition(":")[0] not in ("cpu", "cuda"):
-        parser.error(f"--device is {name!r}, expected cpu or cuda")
-    device = default_device(name)
+    try:
+        device = default_device(name)
+    except UserError as e:
+        parser.error(f"--{e}")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            parser.error(f"--device is {name!r}, but there is no CUDA device here")
         torch.cuda.set_device(device)
     return device
 

@@ -43,7 +43,7 @@ from fastgpt.bench._harness import (
     where,
 )
 from fastgpt.core import backend
-from fastgpt.core.device import DTYPES, default_device, dtype_of, keep_freed_memory
+from fastgpt.core.device import DTYPES, dtype_of, keep_freed_memory
 from fastgpt.training.config import ModelConfig
 
 COPY, GEMM = "copy", "gemm"
@@ -329,7 +329,8 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     from fastgpt.bench import _ncu  # it imports this module
 
-    device = default_device(args.device) if args.ncu else device_of(parser, args.device)
+    elsewhere = args.ncu and args.device.startswith("cuda")  # a command to run where there is a GPU
+    device = torch.device(args.device) if elsewhere else device_of(parser, args.device)
     if device.type == "cpu":
         keep_freed_memory()  # else a large output's pages are fetched anew in every call, by everyone who is compared
     dtype = dtype_of(args.dtype or "auto", device.type)

@@ -160,21 +160,15 @@ def line(r: Result) -> str:
 
 def _setting_of(args: argparse.Namespace) -> tuple[TrainConfig, torch.device, torch.dtype]:
     device = default_device(args.device)
-    if device.type not in backend.DEVICE_OF.values():
-        raise UserError(f"tune: --device is {args.device!r}, expected cpu or cuda")
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"tune: --device is {args.device!r}, but there is no CUDA device here")
         torch.cuda.set_device(device)
-    cfg = load_config(["--config", args.config or ("gpt2-124m-demo" if device.type == "cuda" else "tiny")])
+    usual = "gpt2-124m-demo" if device.type == "cuda" else "tiny"
+    cfg = load_config(["--config", usual if args.config is None else args.config])
     return cfg, device, dtype_of(args.dtype or cfg.dtype, device.type)
 
 
 def _batch_of(cfg: TrainConfig, args: argparse.Namespace, device: torch.device) -> tuple[int, int]:
     """B and T: what was asked for, else the configuration's, on a CPU at most CPU_TOKENS tokens."""
-    for name in ("batch", "block"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise UserError(f"tune: --{name} is {getattr(args, name)}, expected at least 1")
     cfg = settle(cfg, cfg.model.vocab_size or cfg.vocab_size, device)
     most = CPU_TOKENS if device.type == "cpu" else cfg.sequences * cfg.block_size
     block = args.block or min(cfg.block_size, most)

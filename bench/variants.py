@@ -126,7 +126,7 @@ class Variant:
         start = time.perf_counter()
         with backend.use(**self.kernels), torch.cuda.stream(self.stream):
             for _ in range(steps):
-                self.losses.append(self.step(train.learning_rate(cfg, len(self.losses), cfg.max_steps)))
+                self.losses.append(self.step(train.learning_rate(cfg, len(self.losses), cfg.most_steps)))
         wait()
         return time.perf_counter() - start
 

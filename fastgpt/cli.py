@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from fastgpt.core.errors import UserError
 
@@ -29,7 +32,29 @@ class Parser(argparse.ArgumentParser):
     """argparse whose errors read like fastgpt's own."""
 
     def error(self, message: str) -> None:  # type: ignore[override]
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
         raise UserError(f"{self.prog.split()[-1]}: {message} (see {self.prog} --help)")
+
+
+def number(kind: type, least: float, most: float = math.inf, open_least: bool = False) -> Callable[[str], Any]:
+    """A `type` for argparse: a whole (int) or finite (float) number from least to most; open_least: more than least."""
+    what = "a whole number" if kind is int else "a number"
+    bounds = f"more than {least:g}" if open_least else f"{least:g} or more"
+    bounds = f"{bounds}, at most {most:g}" if most < math.inf else bounds
+
+    limit = 2**63 if kind is int else math.inf
+
+    def read(text: str) -> Any:
+        try:
+            value = kind(text)
+            right = (least < value if open_least else least <= value) and value <= most and value < limit
+        except (ValueError, OverflowError):
+            right = False
+        if not right:
+            raise argparse.ArgumentTypeError(f"is {text!r}, expected {what}, {bounds}")
+        return value
+
+    return read
 
 
 def sample(argv: list[str]) -> int:
@@ -37,11 +62,13 @@ def sample(argv: list[str]) -> int:
     parser = Parser(prog="fastgpt sample", description="Continue a prompt with a trained model.")
     parser.add_argument("--run", default="runs/tiny", help="run folder or checkpoint (default: runs/tiny)")
     parser.add_argument("--prompt", default="def ", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=200, help="how many tokens to add at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest tokens; 0: from all")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--tokens", type=number(int, 0), default=200, help="how many tokens to add at most")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest token")
+    parser.add_argument(
+        "--top-k", type=number(int, 0), default=50, help="draw from the k likeliest tokens; 0: from all"
+    )
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="another one, another text")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     args = parser.parse_args(argv)
 
     import torch
@@ -53,12 +80,12 @@ def sample(argv: list[str]) -> int:
     from fastgpt.training import checkpoint
     from fastgpt.training.config import model_from_dict
 
+    device = default_device(args.device)
     path = checkpoint.find(args.run)
     state = checkpoint.read_state(path)
     tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
     if tokenizer.fingerprint != state["tokenizer"]:
         raise UserError(f"sample: {path.parent / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
-    device = default_device(args.device)
     model = GPT(model_from_dict(state["model"]))
     model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
     model = model.to(device).eval()
@@ -110,10 +137,12 @@ def tune(argv: list[str]) -> int:
     parser.add_argument("--config", help="NAME or file.yaml, as for train (default: what suits the machine)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the configuration's")
-    parser.add_argument("--batch", type=int, help="sequences B (default: the configuration's; fewer on a CPU)")
-    parser.add_argument("--block", type=int, help="tokens T of a sequence (default: the configuration's)")
+    parser.add_argument(
+        "--batch", type=number(int, 1), help="sequences B (default: the configuration's; fewer on a CPU)"
+    )
+    parser.add_argument("--block", type=number(int, 1), help="tokens T of a sequence (default: the configuration's)")
     parser.add_argument("--ops", nargs="+", metavar="OP", help="only these")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of samples per op")
+    parser.add_argument("--seconds", type=number(float, 0), default=1.0, help="of samples per op")
     parser.add_argument("--dry-run", action="store_true", help="say what would be timed; time and write nothing")
     args = parser.parse_args(argv)
 

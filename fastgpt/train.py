@@ -45,13 +45,13 @@ from fastgpt.training import checkpoint, plan
 from fastgpt.training.config import TrainConfig, load_config, to_dict
 from fastgpt.training.graphs import Graphs, call
 from fastgpt.training.profiling import Profile
-from fastgpt.training.runlog import Lagged, Log
+from fastgpt.training.runlog import AHEAD, Lagged, Log, Pace
 
 # name -> evaluation(run): figures by name, taken at every validation and logged as "name.figure"; a script of one's own
 # puts functions here before it calls main(). The model is in training mode when they are called, and must be after.
 EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
-WARM_STEPS = 3  # left out when speed is measured
-MEASURED_STEPS = 12  # after these a run limited by minutes knows how many steps it will take
+WARM_STEPS = 6  # left out when speed is measured; graphs are recorded in the fourth
+MEASURED_STEPS = 15  # after these a run limited by minutes knows how many steps it will take
 STOP_AFTER_SKIPS = 10  # steps in a row that the guard skipped
 SPIKE_HORIZON = 100  # steps that a loss is compared with
 GROW_AFTER = 2000  # steps without overflow before fp16's loss scale is doubled
@@ -220,20 +220,27 @@ class Run:
     def __init__(self, cfg: TrainConfig) -> None:
         self.cfg, self.folder = cfg, Path(cfg.out or "runs/train")
         self.device = default_device(cfg.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(
+                self.device
+            )  # what takes no device (events, streams, kernels of others) is on it, too
         torch.manual_seed(cfg.seed)
         self.data = open_source(
             cfg.data,
+            data_dtype=cfg.data_dtype,
             val_data=cfg.val_data,
             tokenizer=cfg.tokenizer,
             vocab_size=cfg.vocab_size,
             val_fraction=cfg.val_fraction,
         )
         vocab = cfg.model.vocab_size or self.data.n_vocab
-        if vocab < self.data.n_vocab:
-            raise UserError(f"model.vocab_size is {vocab}, but {self.data.name} has {self.data.n_vocab} token ids")
+        if vocab < self.data.n_ids:
+            raise UserError(f"model.vocab_size is {vocab}, but {self.data.name} has {self.data.n_ids} token ids")
+        if cfg.model.vocab_size is not None:
+            self.data = dataclasses.replace(self.data, n_vocab=min(vocab, self.data.n_vocab), said="")
         if len(self.data.val) < 2:
             raise UserError(f"{self.data.name} has {len(self.data.val)} validation tokens, expected at least 2")
-        self.val_sources = open_validation(cfg.val_sources, self.data)
+        self.val_sources = open_validation(cfg.val_sources, self.data, cfg.data_dtype)
         self.cfg = cfg = plan.settle(cfg, vocab, self.device)
         keep_freed_memory()
         with plan.explain_out_of_memory(cfg, vocab, self.device):
@@ -242,7 +249,7 @@ class Run:
         self.loader = TokenLoader(self.data.train, cfg.sequences, cfg.block_size, seed=cfg.seed, device=self.device)
         self.guard = SpikeGuard(cfg.spike_sigmas, self.device) if cfg.spike_sigmas > 0 else None
         self.scaling = LossScale(self.device) if cfg.dtype == "fp16" else None
-        self.progress = Progress(last_step=cfg.max_steps, length_known=cfg.max_minutes is None)
+        self.progress = Progress(last_step=cfg.most_steps, length_known=cfg.max_minutes is None)
         self.writer = checkpoint.Writer()
         self.graphs: Graphs | None = None
         if cfg.graphs and self.device.type == "cuda" and cfg.optimizer == "adamw":
@@ -273,13 +280,16 @@ class Run:
         stays |= set(range(0, step, cfg.keep_every)) if cfg.keep_every else set()
         self.writer.save(self.folder, step, self.model.state_dict(), extra, state, cfg.keep, stays)
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint of the run folder, or from cfg.resume; nothing to do in a new folder."""
+    def resume(self) -> list[str]:
+        """Continue from the newest checkpoint of the run folder, or from cfg.resume; nothing to do in a new folder.
+
+        Returns the settings that are others than the checkpoint's, each with what it was and is: they count from here.
+        """
         cfg = self.cfg
         if cfg.resume == "never" and checkpoint.checkpoints(self.folder):
             raise UserError(f"out: {self.folder} already holds a run; choose another --out, or delete that folder")
         if cfg.resume == "never" or (cfg.resume == "auto" and not checkpoint.checkpoints(self.folder)):
-            return
+            return []
         path = checkpoint.find(self.folder if cfg.resume == "auto" else cfg.resume)
         state = checkpoint.read_state(path)
         if state["tokenizer"] != self.data.fingerprint:
@@ -296,16 +306,40 @@ class Run:
         checkpoint.unflatten_optimizer(self.optimizer, extra)
         checkpoint.restore_random_states(rng, self.device)
         self.loader.load_state_dict(state["loader"])
-        length = self.progress.last_step
-        self.progress = Progress(**state["progress"])
-        if self.progress.length_known and cfg.max_minutes is None and not (self.progress.ended and cfg.patience):
-            self.progress.last_step = length  # a longer max_steps goes on where the run stood
+        self.progress = p = Progress(**state["progress"])
+        before, now = state["config"], to_dict(cfg)
+        if not (p.ended and cfg.patience):  # a longer max_steps goes on where the run stood
+            if cfg.max_minutes is None:
+                p.last_step, p.length_known = cfg.most_steps, True
+            elif any(before.get(k) != now[k] for k in ("max_minutes", "max_steps")):
+                p.last_step, p.length_known = cfg.most_steps, False
+        others = [k for k in now if before.get(k, now[k]) != now[k] and k not in ("model", "resume", "out")]
+        return [f"{key} {before[key]!r} -> {now[key]!r}" for key in others]
 
-    def fix_length(self, measured: int) -> None:
-        """With max_minutes: how many steps fit, from `measured` steps' speed. Fixed once: a resume repeats it."""
-        p = self.progress
-        fits = int(self.cfg.max_minutes * 60 * measured / p.seconds) if self.cfg.max_minutes else p.last_step
+    def ends(self) -> str:
+        """What ends the run, in words."""
+        p, minutes = self.progress, self.cfg.max_minutes
+        if p.length_known or minutes is None:
+            return f"the run ends with step {p.last_step}"
+        steps = "" if self.cfg.max_steps is None else f" or with step {p.last_step} (max_steps), whichever is first"
+        return f"the run ends after {minutes:g} minutes (max_minutes){steps}"
+
+    def fix_length(self, step: int, seconds: float) -> str:
+        """With max_minutes, after `step`: how many steps fit if each takes `seconds`, in words. Fixed once: a resume
+        repeats it."""
+        p, minutes = self.progress, self.cfg.max_minutes
+        assert minutes is not None
+        fits = step + int((60 * minutes - p.seconds) / seconds)
+        limit = "max_steps" if p.last_step <= fits else f"max_minutes {minutes:g} at {seconds:.3g} s a step"
         p.last_step, p.length_known = max(p.step + 1, min(p.last_step, fits)), True
+        return f"the run ends with step {p.last_step} ({limit})"
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """Figures of a step that took `seconds`."""
+        speed = self.cfg.batch_tokens / seconds
+        peak, _ = peak_flops(self.device, next(self.model.parameters()).dtype)
+        flops = self.model.flops_per_token(self.cfg.block_size)
+        return {"tokens_per_second": speed, **{f"mfu_{name}": f * speed / peak for name, f in flops.items()}}
 
     def step(self, model: Any) -> Tensor:
         """One optimizer step; its (loss, gradient norm, whether it was a spike) stay on the device."""
@@ -343,13 +377,17 @@ def name_checkpoints(run: Run, log: Log, wait: bool = False) -> None:
         log.say(f"checkpoint {path}")
 
 
-def report(run: Run, log: Log, lagged: Lagged, everything: bool = False) -> None:
-    """Write down the steps whose numbers have arrived, and the checkpoints; end a run that is skipped on and on."""
+def report(run: Run, log: Log, lagged: Lagged, pace: Pace, wait: bool = False) -> None:
+    """Write down the steps whose numbers have arrived (wait: all of them), and end a run that is skipped on and on."""
     cfg, p = run.cfg, run.progress
-    name_checkpoints(run, log, wait=everything)
-    for row, (loss, norm, spike) in lagged.ready(everything):
-        row.update(loss=loss, grad_norm=norm)
+    arrived = list(lagged.ready(0 if wait else AHEAD))
+    seconds = pace.step(len(arrived)) if arrived else 0.0
+    for row, (loss, norm, spike) in arrived:
+        p.seconds += seconds if p.length_known or pace.steps > WARM_STEPS else 0.0
+        row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **run.speed(seconds))
         log.step(row, p.last_step)
+        if not p.length_known and pace.steps >= MEASURED_STEPS:
+            log.say(run.fix_length(int(row["step"]), pace.seconds / (pace.steps - WARM_STEPS)))
         if math.isfinite(norm) and math.isfinite(loss) and not spike:
             p.skipped = 0
             continue
@@ -365,21 +403,23 @@ def report(run: Run, log: Log, lagged: Lagged, everything: bool = False) -> None
             )
 
 
-def side_work(run: Run, log: Log) -> bool:
-    """Evaluation, samples and checkpoints that are due after this step; whether there were any."""
+def due(run: Run) -> list[bool]:
+    """Whether evaluation, a checkpoint, samples are due after this step."""
     cfg, p = run.cfg, run.progress
-    last = p.step >= p.last_step
-    due = [
-        bool(every) and p.step % every == 0 and not last for every in (cfg.eval_every, cfg.save_every, cfg.sample_every)
-    ]
-    if due[0]:
+    every = (cfg.eval_every, cfg.save_every, cfg.sample_every)
+    return [n > 0 and p.step % n == 0 and p.step < p.last_step for n in every]
+
+
+def side_work(run: Run, log: Log, evaluates: bool, saves: bool, samples: bool) -> None:
+    """Evaluation, checkpoint and samples that are due."""
+    cfg = run.cfg
+    if evaluates:
         best = judge(run, log, validate(run, log, cfg.eval_batches))
-        due[1] = due[1] or (best and cfg.patience > 0)
-    if due[1]:
+        saves = saves or (best and cfg.patience > 0)
+    if saves:
         run.save()
-    if due[2]:
+    if samples:
         log.say(sample(run, cfg.prompt))
-    return any(due)
 
 
 def judge(run: Run, log: Log, loss: float) -> bool:
@@ -396,13 +436,14 @@ def judge(run: Run, log: Log, loss: float) -> bool:
 
 
 def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
-    """Step until the run's length, the time budget or a signal ends it; evaluate and checkpoint on the way."""
+    """Step until the run's length, the time budget or a signal ends it; evaluate and checkpoint on the way.
+
+    The host launches steps ahead of the device, at most AHEAD of them; time is taken when their numbers arrive.
+    """
     cfg, p, lagged = run.cfg, run.progress, Lagged(run.device)
-    per_token = run.model.flops_per_token(cfg.block_size)
-    peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)
     limit = math.inf if cfg.max_minutes is None else cfg.max_minutes * 60 * 1.1  # the machine may have slowed down
     profile = Profile(cfg.profile, cfg.profiler, run.folder, run.device)
-    started, clock = p.step, time.perf_counter()
+    pace = Pace(WARM_STEPS)
     while p.step < p.last_step and not stop.asked and p.seconds < limit:
         profile.before(p.step + 1)
         values = run.step(model)
@@ -413,19 +454,18 @@ def loop(run: Run, model: Any, log: Log, stop: Stop) -> None:
             run.graphs = None
         if wrote := profile.after(p.step):
             log.say(wrote)
-        now = time.perf_counter()
-        seconds, clock = now - clock, now
-        p.seconds += seconds if p.length_known or p.step - started > WARM_STEPS else 0.0
-        row = {"step": p.step, "tokens": p.tokens, "lr": run.rate, "seconds": p.seconds}
-        row["tokens_per_second"] = speed = cfg.batch_tokens / seconds
-        row.update({f"mfu_{name}": flops * speed / peak for name, flops in per_token.items()})
-        lagged.put({**row, "memory_gb": memory_gb(run.device)}, values)
-        report(run, log, lagged)
-        if not p.length_known and p.step - started >= MEASURED_STEPS:
-            run.fix_length(p.step - started - WARM_STEPS)
-        if side_work(run, log):
-            clock = time.perf_counter()
-    report(run, log, lagged, everything=True)
+        row = {"step": p.step, "tokens": p.tokens, "lr": run.rate, "memory_gb": memory_gb(run.device)}
+        lagged.put(row, values)
+        name_checkpoints(run, log)
+        report(run, log, lagged, pace)
+        if any(work := due(run)):
+            report(run, log, lagged, pace, wait=True)
+            side_work(run, log, *work)
+            pace.restart()
+    report(run, log, lagged, pace, wait=True)
+    name_checkpoints(run, log, wait=True)
+    if p.seconds >= limit:
+        log.say(f"the run ends with step {p.step} of {p.last_step}: steps have become slower (max_minutes)")
     if wrote := profile.close():
         log.say(wrote)
 
@@ -499,7 +539,7 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
     backend.use(**backend.parse_choices(cfg.kernels))
     run = Run(cfg)
     cfg = run.cfg  # with a number for micro_batch
-    run.resume()
+    changed = run.resume()
     run.folder.mkdir(parents=True, exist_ok=True)
     dtype = next(run.model.parameters()).dtype
     kernels = {op: backend.explain(op, run.device.type, dtype) for op in backend.ops()}
@@ -515,7 +555,11 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
     )
     resumed = run.progress.step
     if resumed:
-        log.say(f"resumed at step {resumed} of {run.progress.last_step}")
+        length = f" of {run.progress.last_step}" if run.progress.length_known else ""
+        log.say(
+            f"resumed at step {resumed}{length}" + (f"; changed since then: {', '.join(changed)}" if changed else "")
+        )
+    log.say(run.ends())
     stop = Stop()
     gc.freeze()
     joules, clock = energy_joules(run.device), time.perf_counter()

@@ -1,13 +1,16 @@
 """The console commands: sample, doctor, parity, and how errors reach a person."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
 
 from fastgpt import cli, train
-from fastgpt.core import native
+from fastgpt.core import native, options
 from fastgpt.core.backend import ops as registry
 from fastgpt.core.errors import UserError
+from fastgpt.training.config import TrainConfig, load_config
 
 SMALL = (
     "--model.n-layers 1 --model.n-heads 2 --model.width 16 --block-size 16 --micro-batch 2 --batch-tokens 32 "
@@ -52,7 +55,71 @@ def test_sample_refuses_a_foreign_tokenizer_and_missing_runs(
     assert run(monkeypatch, "sample", "--run", "nowhere") == 2
     assert "nowhere is neither a checkpoint nor a run folder" in capsys.readouterr().err
     assert run(monkeypatch, "sample", "--run", "run", "--prompt", "") == 2
-    assert run(monkeypatch, "sample", "--tokens", "many") == 2
+
+
+NOT_NUMBERS = ["many", "nan", "inf", "1e400", "-1", "", "null", "10%", "4m", "1,5", "9" * 400]
+NUMBERS = {  # command -> options with a number, and numbers out of range for each
+    ("sample",): {"--tokens": ["1e3"], "--temperature": ["-0.1"], "--top-k": ["2.5"], "--seed": [str(2**63), "1.5"]},
+    ("tune", "--dry-run"): {"--batch": ["0", "1e3"], "--block": ["0"], "--seconds": ["-0.5"]},
+    ("train", "--plan", "--tokens", "1e9"): {
+        "--gpus": ["0", "1.5"], "--tokens": ["0"], "--price": ["-0.01"], "--mfu": ["0", "1.01", "40"],
+    },
+    ("parity",): {"--top": ["1e1"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", NUMBERS, ids=" ".join)
+def test_a_wrong_number_is_one_sentence(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, more in NUMBERS[command].items():
+        for value in [*NOT_NUMBERS, *more]:
+            assert run(monkeypatch, *command, f"{option}={value}") == 2, (option, value)
+            err = capsys.readouterr().err
+            assert err.startswith("fastgpt: error: ") and err.count("\n") == 1, err
+            assert f"{option} is {value!r}, expected a" in err, err
+
+
+def test_a_wrong_number_among_the_settings_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every number of the settings with a wrong value, every wrong value with a setting of each kind."""
+    hints = options.key_types(TrainConfig)
+    numbers = [key for key, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
+    wrong = [v for v in NOT_NUMBERS if v != "null"] + ["1:30", ".nan", "-.inf", str(2**63)]
+    pairs = [(key, wrong[i % len(wrong)]) for i, key in enumerate(numbers)]
+    pairs += [(key, value) for key in ("max_steps", "lr") for value in wrong]
+    assert len(numbers) > 40
+    for key, value in pairs:
+        with pytest.raises(UserError, match=rf"^{key} is .*, expected [^\n]*$"):
+            load_config([f"--{key}={value}"])
+
+
+def test_devices_that_are_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, said in {
+        "": "expected auto",
+        "cdua": "expected auto",
+        "cuda:": "expected auto",
+        "cuda": "finds no",
+    }.items():
+        for command in (["tune", "--dry-run"], ["sample", "--run", "x"]):
+            assert run(monkeypatch, *command, f"--device={name}") == 2
+            err = capsys.readouterr().err
+            assert f"device is {name!r}" in err and said in err and err.count("\n") == 1
+
+
+def test_commands_without_a_place_for_it_refuse_an_option(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels = ["--kernels", "attention=torch"]
+    for argv in (
+        ["sample", *kernels], ["doctor", *kernels], ["tune", *kernels], ["parity", *kernels], [*kernels, "train"],
+        ["--config", "tiny", "train"], ["doctor", "now"], ["train", "train"], ["train", "--kernels", "attention="],
+        ["train", "--kernels"], ["train", "--plan=true"], ["train", "--plan", "--price", "2"], ["tune", "--config="],
+        ["bench", *kernels], ["train", "--config="],
+    ):  # fmt: skip
+        assert run(monkeypatch, *argv, *(["--device", "cpu"] if argv[0] == "train" else [])) == 2, argv
+        err = capsys.readouterr().err
+        assert err.startswith("fastgpt: error: ") and err.count("\n") == 1, (argv, err)
 
 
 def test_doctor_names_every_op_and_what_is_missing(

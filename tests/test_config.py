@@ -68,8 +68,72 @@ def test_tiny_is_the_default_and_options_override_it() -> None:
     assert cfg.model.width == 192, "what was not overridden stays the configuration's"
 
 
+def test_options_count_wherever_they_stand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Configurations come first, in their order; then options, of which the last one of a key counts, which is said."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("lr: 6e-4\nclip: 2.0\n", encoding="utf-8")
+    config = ["--config", "tiny"]
+    for option in (["--lr=1e-4"], ["--micro-batch", "8"], ["--model.n-layers", "1"], ["--no-graphs"]):
+        expected = load_config([*config, *option])
+        assert expected != load_config(config)
+        assert load_config([*option, *config]) == load_config(option) == expected
+    both = load_config(["--lr", "1e-4", "--config", str(file), *config, "--config=" + str(file)])
+    assert (both.lr, both.clip, both.model.n_layers) == (1e-4, 2.0, 4)
+    assert not caplog.messages
+    assert load_config(["--lr", "1", *config, "--lr=2", "--seed", "3", "--seed", "3"]).lr == 2
+    assert caplog.messages == ["--lr is given twice: the last value counts, 2, not 1"]
+
+
+def test_a_limit_on_the_command_line_wins_over_the_packages() -> None:
+    def limits(*argv: str) -> tuple[int | None, float | None]:
+        cfg = load_config(argv)
+        return cfg.max_steps, cfg.max_minutes
+
+    assert limits() == limits("--config", "gpt2-124m-demo") == (None, 4.0)
+    assert limits("--max-steps", "2000") == limits("--max-steps=2000", "--config", "tiny") == (2000, None)
+    assert limits("--max-minutes", "90") == (None, 90.0)
+    assert limits("--max-steps", "9", "--max-minutes", "1") == (9, 1.0)
+
+
+def test_a_limit_in_ones_own_file_holds(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("max_minutes: 7\n", encoding="utf-8")
+    cfg = load_config(["--config", str(file), "--max-steps", "2000"])
+    assert (cfg.max_steps, cfg.max_minutes) == (2000, 7.0)
+
+
+@pytest.mark.parametrize(
+    "option, where, counts",
+    [
+        ("momentum 0.9", "optimizer muon", "optimizer muon"),
+        ("decay-fraction 0.1", "schedule wsd", "schedule wsd"),
+        ("min-lr-ratio 0.2", "another schedule than constant", "schedule linear"),
+        ("vocab-size 300", "text data (model.vocab_size is the model's)", "data a.txt"),
+        ("val-fraction 0.1", "no val_data", "val-data null"),
+        ("profiler nsys", "profile", "profile 1:2"),
+        ("graphs true", "optimizer adamw on a GPU", "device cuda"),
+        ("master none", "another dtype than fp32", "dtype bf16"),
+        ("patience 2", "eval_every above 0", "eval-every 1"),
+        ("model.norm-bias false", "model.norm layer", "model.norm layer"),
+        ("model.rope-theta 5", "model.positions rope", "model.positions rope"),
+    ],
+)
+def test_an_option_that_changes_nothing_is_said(
+    option: str, where: str, counts: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    idle = "--schedule constant --data a.bin --val-data b.bin --device cpu --dtype fp32 --eval-every 0 --model.norm rms"
+    argv = ["--" + option.split()[0], option.split()[1]]
+    load_config([*idle.split(), *argv])
+    name = option.split()[0].replace("-", "_")
+    assert caplog.messages == [f"--{name} changes nothing here: it counts with {where}"]
+    caplog.clear()
+    load_config([*argv, "--" + counts.split()[0], counts.split()[1]])
+    assert not caplog.messages
+
+
 def test_values_of_every_kind() -> None:
     argv = ["--model.window", "[null, 256]", "--model.head-dim", "null", "--max-minutes", "null", "--compile"]
+    argv += ["--max-steps", "9"]
     argv += ["--prompt", "a-b --c=1".replace(" --", " - "), "--check-baseline", "false", "--data", "shards_*.bin"]
     argv += ["--model.positions", "rope", "--model.rope-scaling", "{rope_type: linear, factor: 2}"]
     cfg = load_config(argv)
@@ -120,7 +184,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--lr", ".inf"], "lr is inf, expected more than 0"),
     (["--seed", "1.5"], "seed is '1.5', expected a whole number"),
     (["--max-steps", "-3"], "max_steps is -3, expected more than 0"),
-    (["--max-steps"], "max_steps came without a value, expected a whole number"),
+    (["--max-steps"], "max_steps came without a value, expected a whole number or null"),
     (["--max-minutes", "x"], "max_minutes is 'x', expected a number or null"),
     (["--compile", "maybe"], "compile is 'maybe', expected true or false"),
     (["--dtype", "fp8"], "dtype is 'fp8', expected one of auto, fp32, bf16, fp16"),
@@ -178,6 +242,10 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--min-lr-ratio", "2"], "min_lr_ratio is 2.0, expected 0 to 1"),
     (["--clip", "-1"], "clip is -1.0, expected 0 or more"),
     (["--sample-tokens", "-1"], "sample_tokens is -1, expected 0 or more"),
+    (["--max-minutes", "null"], "max_steps is None, expected a number, or one for max_minutes"),
+    (["--max-minutes", "1:30"], "max_minutes is '1:30', expected a number or null"),
+    (["--data", ""], "data is '', expected a path or null"),
+    (["--resume="], "resume is '', expected auto, never or a path"),
     (["--config"], "config came without a value, expected text"),
     (
         ["--config", "nope"],

@@ -347,7 +347,10 @@ def test_finished_run_is_not_trained_again(text: Path, capsys: pytest.CaptureFix
     assert "resumed at step 12 of 12" in capsys.readouterr().out
     assert newest.stat().st_mtime_ns == written, "its checkpoint stays as it is"
     assert len(losses()) == 12
-    assert go(text, "--max-steps", "14") == 0
+    assert go(text, "--max-steps", "14", "--lr", "1e-4") == 0
+    said = capsys.readouterr().out
+    assert "resumed at step 12 of 14; changed since then: max_steps 12 -> 14, lr 0.003 -> 0.0001" in said
+    assert "the run ends with step 14" in said
     assert [s for s, _ in losses()] == list(range(1, 15))
 
 
@@ -372,6 +375,12 @@ def test_minutes_fix_the_number_of_steps_once(text: Path) -> None:
     assert progress["length_known"] and progress["last_step"] < 100000
     assert train.MEASURED_STEPS < progress["step"] <= progress["last_step"]
     assert rows()[-2]["lr"] < 0.5 * 3e-3 or progress["step"] < progress["last_step"], "the schedule reached its end"
+    known = {}
+    for limits in ("--max-minutes 0.03 --max-steps 100000", "--max-minutes 0.09 --max-steps 100000", "--max-steps 99"):
+        run = train.Run(load_config([*SMALL, "--data", str(text), "--out", "run", *limits.split()]))
+        run.resume()
+        known[limits] = run.progress.length_known, run.progress.last_step
+    assert [*known.values()] == [(True, progress["last_step"]), (False, 100000), (True, 99)], "a new limit counts"
 
 
 def test_baseline_check_fails_a_model_that_learnt_nothing(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -401,6 +410,21 @@ def test_token_shards_train_without_a_tokenizer(text: Path, capsys: pytest.Captu
     assert "came without a tokenizer" in capsys.readouterr().out
     with_tokenizer = ["--tokenizer", str(folder / "tokenizer.json"), "--out", "bin2", "--max-steps", "3"]
     assert train.main([*SMALL, "--data", f"{folder}/train.bin", *with_tokenizer]) == 0
+
+
+def test_characters_as_ids(here: Path) -> None:
+    """nanoGPT's character-level train.bin: the model's vocabulary may be as small as the ids are."""
+    torch.arange(4000).remainder(65).short().numpy().tofile("train.bin")
+    settings = [*SMALL, "--data", "train.bin", "--val-sources", '{"more": "train.bin"}']
+    assert train.Run(load_config(settings)).model.vocab_size == 50257
+    run = train.Run(load_config([*settings, "--model.vocab-size", "65"]))
+    assert (run.model.vocab_size, run.data.n_vocab) == (65, 65)
+    with pytest.raises(UserError, match="model.vocab_size is 64, but train.bin has 65 token ids"):
+        train.Run(load_config([*settings, "--model.vocab-size", "64"]))
+    torch.full((500,), 70).short().numpy().tofile("train.bin.more.bin")
+    more = ["--val-sources", '{"more": "train.bin.more.bin"}', "--model.vocab-size", "65"]
+    with pytest.raises(UserError, match="more.bin has token id 70 at position 0; the vocabulary has 65 ids"):
+        train.Run(load_config([*SMALL, "--data", "train.bin", *more]))
 
 
 def test_train_py_copied_out_of_the_checkout_runs(text: Path, here: Path) -> None:

@@ -18,7 +18,6 @@ from fastgpt.bench import _harness, tune
 from fastgpt.bench._harness import Samples
 from fastgpt.core import backend
 from fastgpt.core.backend import use
-from fastgpt.core.errors import UserError
 from fastgpt.training.config import ModelConfig, load_config
 
 CPU = torch.device("cpu")
@@ -327,15 +326,13 @@ def test_tokens_on_a_cpu_are_limited_unless_asked_for() -> None:
     assert tune._batch_of(cfg, argparse.Namespace(batch=4, block=None), CPU) == (4, 1024)
     assert tune._batch_of(cfg, argparse.Namespace(batch=None, block=128), CPU) == (8, 128)
     assert tune._batch_of(cfg, argparse.Namespace(batch=3, block=2048), CPU) == (3, 2048)
-    with pytest.raises(UserError, match="--block is 0, expected at least 1"):
-        tune._batch_of(cfg, argparse.Namespace(batch=None, block=0), CPU)
 
 
 @pytest.mark.parametrize(
     "argv, why",
     [
         ("--ops layer_norm fft", "there is no op 'fft'; expected some of adamw, "),
-        ("--device mps", "--device is 'mps', expected cpu or cuda"),
+        ("--device mps", "device is 'mps', expected auto, cpu, cuda or cuda:N"),
         ("--config no-such", "config is 'no-such'"),
         ("--dtype fp64", "--dtype"),
         ("--batch many", "--batch"),

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastgpt._version import __version__
+from fastgpt.core.errors import UserError
 
 # Dense bf16 peak, FLOP/s, from the makers' datasheets; the longest name that the device's name contains counts.
 PEAK_BF16 = {
@@ -55,8 +56,20 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def default_device(name: str = "auto") -> torch.device:
-    """The device to train on: what was asked for, or a GPU where there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    """The device to train on: what was asked for, or a GPU where there is one; a GPU always with its number.
+
+    Raises:
+        UserError: it is none of auto, cpu, cuda and cuda:N, or not here.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    number = re.fullmatch(r"auto|cuda(?::(\d+))?", name)
+    if number is None:
+        raise UserError(f"device is {name!r}, expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number[1] or 0) >= count:
+        raise UserError(f"device is {name!r}, but PyTorch finds {count or 'no'} CUDA devices here")
+    return torch.device("cuda", torch.cuda.current_device() if number[1] is None else int(number[1]))
 
 
 def dtype_of(name: str, device_type: str) -> torch.dtype:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 import re
 import types
 from argparse import ArgumentError
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastgpt.core.errors import UserError
+
+log = logging.getLogger("fastgpt")
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 
@@ -35,17 +39,21 @@ def path_of(name: str) -> str:
     return name
 
 
-def from_command_line(cls: type, argv: Sequence[str], default: str) -> tuple[dict[str, Any], str]:
-    """The settings of dataclass `cls` as plain values, and the last configuration that argv names (else `default`).
+def from_command_line(cls: type, argv: Sequence[str], default: str) -> tuple[dict[str, Any], str, set[str]]:
+    """The settings of dataclass `cls` as plain values, the last configuration that argv names (else `default`), and the
+    keys that argv gives a value.
+
+    Configurations are read first, in their order, wherever they stand; then options count, the last one of each key.
 
     Raises:
         UserError: naming the key, what came and what was expected.
     """
     types_of = key_types(cls)
     args, configs = _normalise(argv, types_of)
-    if not configs:
-        configs, args = [default], [f"--config={path_of(default)}", *args]
-    return _parse(cls, lambda parser: parser.parse_args(args), f"config {configs[-1]}"), configs[-1]
+    configs = configs or [default]
+    words = [*(f"--config={path_of(name)}" for name in configs), *args]
+    typed = _typed(args, types_of)
+    return _parse(cls, lambda parser: parser.parse_args(words), f"config {configs[-1]}"), configs[-1], set(typed)
 
 
 def from_mapping(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
@@ -70,38 +78,66 @@ def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _normalise(argv: Sequence[str], types_of: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """argv with underscores in option names, bare flags as `=true` (`=false` with no_ before them), configurations as
-    paths; and the configurations."""
+    """argv without its configurations, with underscores in option names, and bare flags as `=true` (`=false` with no_
+    before them); and the configurations."""
     args: list[str] = []
     configs: list[str] = []
-    for i, word in enumerate(argv):
-        if args and args[-1] == "--config":  # its value
-            configs.append(word)
-            args[-1] = f"--config={path_of(word)}"
-            continue
-        option, equals, value = word.partition("=")
-        if option.startswith("--"):
+    words = iter(range(len(argv)))
+    for i in words:
+        option, equals, value = argv[i].partition("=")
+        if option == "--config" and not equals:
+            if i + 1 == len(argv):
+                raise UserError("config came without a value, expected text")
+            configs.append(argv[next(words)])
+        elif option == "--config":
+            configs.append(value)
+        elif option.startswith("--"):
             option = option[:2] + option[2:].replace("-", "_")
             alone = not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
             if alone and option.startswith("--no_") and types_of.get(option[5:]) is bool:
                 option, alone, equals, value = "--" + option[5:], False, "=", "false"
-            word = option + ("=true" if alone and types_of.get(option[2:]) is bool else equals + value)
-        if option == "--config" and equals:
-            configs.append(value)
-            word = f"--config={path_of(value)}"
-        args.append(word)
+            args.append(option + ("=true" if alone and types_of.get(option[2:]) is bool else equals + value))
+        else:
+            args.append(argv[i])
     return args, configs
 
 
-def _parse(cls: type, run: Callable[[Any], Any], source: str) -> dict[str, Any]:
+def _typed(args: Sequence[str], types_of: dict[str, Any]) -> dict[str, str]:
+    """Key -> value of the options in `args` (_normalise's). An option that comes twice with other values is said.
+
+    Raises:
+        UserError: a number with colons, which YAML takes for one to the base of 60, or with more digits than any float.
+    """
+    found: dict[str, str] = {}
+    for i, word in enumerate(args):
+        if not word.startswith("--"):
+            continue
+        key, equals, value = word[2:].partition("=")
+        value = value if equals or i + 1 == len(args) else args[i + 1]
+        hint = types_of.get(key)
+        if {int, float} & {hint, *get_args(hint)} and re.fullmatch(r"[-+]?(\d+(:\d+)+(\.\d*)?|\d{20,})", value):
+            raise UserError(f"{key} is {value!r}, expected {describe(hint)}")
+        if found.get(key, value) != value:
+            log.warning("--%s is given twice: the last value counts, %s, not %s", key, value, found[key])
+        found[key] = value
+    return found
+
+
+@functools.cache  # building one takes longer than parsing with it
+def _parser(cls: type) -> Any:
     from jsonargparse import ActionConfigFile, ArgumentParser  # slow to import, and only who reads settings needs it
 
     parser = ArgumentParser(prog="fastgpt train", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help=f"YAML file, or one of {', '.join(names())}")
     parser.add_class_arguments(cls, None)
+    return parser
+
+
+def _parse(cls: type, run: Callable[[Any], Any], source: str) -> dict[str, Any]:
+    parser = _parser(cls)
     try:
         settings: dict[str, Any] = run(parser).as_dict()
-    except (ArgumentError, TypeError, KeyError, ValueError, OSError) as e:
+    except (ArgumentError, TypeError, KeyError, ValueError, OverflowError, OSError) as e:
         raise UserError(sentence(str(e), source, key_types(cls))) from e
     settings.pop("config", None)
     return settings
@@ -112,6 +148,7 @@ def sentence(message: str, source: str, types_of: dict[str, Any]) -> str:
     text = " ".join(message.split())
     if found := re.search(r'Parser key "([\w.]+)".* (?:(?:Got|Given) value: ?|Unable to load config )(.*)', text):
         came = found[2].strip("\"'")
+        came = "null" if came == "None" else came
         return f"{found[1]} is {came!r}, expected {describe(types_of.get(found[1], str))}"
     if found := re.search(r"unrecognized arguments: (?:--)?([^ =]+)", text):
         return unknown(found[1], types_of)

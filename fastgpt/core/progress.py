@@ -33,7 +33,7 @@ def _tqdm() -> Any:
     return tqdm
 
 
-def bar(total: int, initial: int = 0, **options: Any) -> Any:
+def bar(total: int | None, initial: int = 0, **options: Any) -> Any:
     """A tqdm bar with these options, or a NoBar."""
     tqdm = _tqdm()
     return NoBar(total, initial) if tqdm is None else tqdm(total=total, initial=initial, **options)

@@ -191,7 +191,10 @@ def _open_shard(path: Path, dtype: str | None) -> Array:
         head = f.read(HEADER_BYTES)
     fields = np.frombuffer(head[: len(head) // 4 * 4], "<u4")
     if len(fields) and int(fields[0]) in FORMATS:
-        return _open_llmc(path, size, fields)
+        ids = _open_llmc(path, size, fields)
+        if dtype not in (None, ids.dtype.name):
+            raise UserError(f"token file {path} has a header that says {ids.dtype.name}, expected {dtype} (data_dtype)")
+        return ids
     # a header that is not one of ours would otherwise be read as 512 tokens of nonsense
     if len(fields) == 256 and not fields[4:].any() and fields[0] and size > HEADER_BYTES:
         known = " or ".join(map(str, FORMATS))
@@ -202,7 +205,10 @@ def _open_shard(path: Path, dtype: str | None) -> Array:
         raise UserError(f"token file {path} has {size} bytes, raw {kind.name} ids need a multiple of {kind.itemsize}")
     ids = np.memmap(path, kind, "r")
     if kind.itemsize == 2 and dtype is None and len(ids) >= 64 and not ids[1:4096:2].any() and ids[:4096:2].any():
-        raise UserError(f"token file {path} looks like uint32 ids (every second 16-bit word is 0); say dtype uint32")
+        raise UserError(
+            f"token file {path} looks like uint32 ids (every second 16-bit word is 0): "
+            "--data-dtype uint32 reads it as such, --data-dtype uint16 as it stands"
+        )
     return ids
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickletools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +16,27 @@ from fastgpt.data.prepare import Dataset, prepare
 from fastgpt.data.shards import Tokens, open_split, open_tokens
 from fastgpt.data.tokenizer import Tokenizer
 
+GPT2_VOCABULARY = 50257
+
 
 @dataclass(frozen=True)
 class Source:
-    """Training and validation tokens with what they mean. `tokenizer` is None for shards that came without one."""
+    """Training and validation tokens with what they mean.
+
+    Attributes:
+        n_vocab: size of the vocabulary unless the model's is set.
+        tokenizer: None for shards that came without one.
+        n_ids: the least that a model's vocabulary may have: the tokenizer's, or the largest id of all and 1.
+        said: where n_vocab is from, if not from a tokenizer.
+    """
 
     name: str
     train: Tokens
     val: Tokens
     n_vocab: int
     tokenizer: Tokenizer | None
+    n_ids: int
+    said: str = ""
 
     @property
     def fingerprint(self) -> str | None:
@@ -33,12 +45,14 @@ class Source:
 
     def describe(self) -> str:
         """One line for the console and the run header."""
-        return f"{self.name}: {len(self.train):,} training and {len(self.val):,} validation tokens of {self.n_vocab:,}"
+        tokens = f"{len(self.train):,} training and {len(self.val):,} validation tokens of {self.n_vocab:,}"
+        return f"{self.name}: {tokens}" + (f" ({self.said})" if self.said else "")
 
 
 def open_source(
     data: str | None,
     *,
+    data_dtype: str = "auto",
     val_data: str | None = None,
     tokenizer: str | None = None,
     vocab_size: int = 4096,
@@ -48,18 +62,25 @@ def open_source(
     """Open `data`: None (the Python standard library's source), a text file or folder, or .bin shards (globs allowed).
 
     Text gets a tokenizer of `vocab_size`, trained on its training split, and is prepared once, below `folder`.
-    Shards are read as they are; `tokenizer` names the tokenizer.json they were made with.
+    Shards are read as they are, raw ones as ids of `data_dtype`; `tokenizer` names the tokenizer.json they were made
+    with. Without it their vocabulary is that of a meta.pkl beside them (nanoGPT's character-level data), else GPT-2's,
+    else the largest id decides.
 
     Raises:
         UserError: missing, empty, damaged or too short data, or settings that do not go together.
     """
     if data is not None and data.endswith(".bin"):
-        train, val = open_split(data, val_data, val_fraction)
-        loaded = None if tokenizer is None else Tokenizer.load(tokenizer)
-        n_vocab = _ids_in(train, val) if loaded is None else loaded.n_vocab
-        if loaded is not None:
-            train.check_ids(n_vocab, limit=1 << 24)
-        return Source(data, train, val, n_vocab, loaded)
+        train, val = open_split(data, val_data, val_fraction, None if data_dtype == "auto" else data_dtype)
+        if tokenizer is None:
+            n_ids = 1 + max(int(ids.max()) for tokens in (train, val) for _, _, ids in tokens.chunks() if len(ids))
+            n_vocab, said = _vocabulary(train, n_ids)
+            return Source(data, train, val, n_vocab, None, n_ids, said)
+        loaded = Tokenizer.load(tokenizer)
+        for tokens in (train, val):
+            tokens.check_ids(loaded.n_vocab, limit=1 << 24)
+        return Source(data, train, val, loaded.n_vocab, loaded, loaded.n_vocab)
+    if data_dtype != "auto":
+        raise UserError(f"data_dtype is {data_dtype!r}, but data is text: only .bin files are read as ids")
     if val_data is not None:
         raise UserError(f"val_data is {val_data!r}, but text data holds out its own validation files (val_fraction)")
     if tokenizer is not None:
@@ -70,11 +91,13 @@ def open_source(
         made: Dataset = prepare(
             data, out, vocab_size, val_fraction=val_fraction, stdlib_tests=data is None, progress=bars.report
         )
-    return Source(str(made.path), made.train, made.val, made.tokenizer.n_vocab, made.tokenizer)
+    n_vocab = made.tokenizer.n_vocab
+    return Source(str(made.path), made.train, made.val, n_vocab, made.tokenizer, n_vocab)
 
 
-def open_validation(sources: dict[str, str], source: Source) -> dict[str, Tokens]:
-    """Further validation tokens by name: .bin shards, or a text file in the tokenizer of `source`.
+def open_validation(sources: dict[str, str], source: Source, data_dtype: str = "auto") -> dict[str, Tokens]:
+    """Further validation tokens by name: .bin shards (raw ones of `data_dtype`), or a text file in the tokenizer of
+    `source`.
 
     Raises:
         UserError: missing or damaged files, ids that `source` does not have, text where there is no tokenizer.
@@ -82,7 +105,7 @@ def open_validation(sources: dict[str, str], source: Source) -> dict[str, Tokens
     found = {}
     for name, path in sources.items():
         if path.endswith(".bin"):
-            found[name] = open_tokens(path)
+            found[name] = open_tokens(path, None if data_dtype == "auto" else data_dtype)
             found[name].check_ids(source.n_vocab, limit=1 << 24)
             continue
         if source.tokenizer is None:
@@ -100,10 +123,36 @@ def open_validation(sources: dict[str, str], source: Source) -> dict[str, Tokens
     return found
 
 
-def _ids_in(*splits: Tokens) -> int:
-    """Size of the vocabulary that shards without a tokenizer need: GPT-2's for anything that fits it."""
-    most = max(int(ids.max()) for tokens in splits for _, _, ids in tokens.chunks() if len(ids))
-    return 50257 if most < 50257 and splits[0].parts[0].dtype == np.uint16 else most + 1
+def _vocabulary(tokens: Tokens, n_ids: int) -> tuple[int, str]:
+    """Size of the vocabulary of shards without a tokenizer, whose largest id is n_ids - 1, and where it is from."""
+    meta = Path(tokens.names[0]).with_name("meta.pkl")
+    if meta.is_file():
+        size = read_vocab_size(meta)
+        if size < n_ids:
+            raise UserError(f"{meta} says vocab_size {size}, but the largest token id beside it is {n_ids - 1}")
+        return size, str(meta)
+    if n_ids <= GPT2_VOCABULARY and tokens.parts[0].dtype == np.uint16:
+        return GPT2_VOCABULARY, f"GPT-2's; the largest id is {n_ids - 1}, so --model.vocab-size {n_ids} would do"
+    return n_ids, "by the largest id"
+
+
+def read_vocab_size(meta: Path) -> int:
+    """vocab_size in nanoGPT's meta.pkl.
+
+    A pickle may run anything when it is loaded, so its opcodes are read, not executed: a dict has the number right
+    behind the key.
+
+    Raises:
+        UserError: it has no such key, or is no pickle.
+    """
+    try:
+        codes = [code for code in pickletools.genops(meta.read_bytes()) if not re.search("PUT|MEMOIZE", code[0].name)]
+    except (OSError, ValueError) as e:
+        raise UserError(f"{meta} cannot be read ({e}): move it away and say --model.vocab-size") from e
+    behind = [value for (_, key, _), (_, value, _) in zip(codes, codes[1:]) if key == "vocab_size"]
+    if not behind or type(behind[0]) is not int or not 0 < behind[0] < 2**31:
+        raise UserError(f"{meta} has no whole number as vocab_size: move it away and say --model.vocab-size")
+    return behind[0]
 
 
 class _Bars:

@@ -29,7 +29,7 @@ def sample(
     """One token per row: logits (B, V) -> (B,) int64. temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    z = logits.float() / temperature
+    z = logits.float() / max(temperature, 1e-30)  # a smaller one overflows
     if top_k is not None and top_k < z.shape[-1]:
         z = z.masked_fill(z < z.topk(top_k).values[:, -1:], -torch.inf)
     p = z.softmax(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.cli import Parser, number
 from fastgpt.core import backend
 from fastgpt.parity import activations, adamw, attention, cross_entropy, linear_cross_entropy, norms, positions
 from fastgpt.parity.inputs import Inputs
@@ -164,13 +164,11 @@ def missing_cells(rows: list[Row]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """`fastgpt parity`: run the cases, print the table; 1 if a ratio is over 1 or a cell is missing."""
-    parser = argparse.ArgumentParser(
-        prog="fastgpt parity", description="errors against fp64, as a share of what is allowed"
-    )
+    parser = Parser(prog="fastgpt parity", description="errors against fp64, as a share of what is allowed")
     parser.add_argument("only", nargs="*", help="ops or backends; default: all that run here")
     parser.add_argument("--json", type=Path, help="write every row to this file as it comes, one a line")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cases (default: 1)")
-    parser.add_argument("--top", type=int, default=20, help="rows to print")
+    parser.add_argument("--jobs", type=number(int, 1), default=1, help="processes that share the cases (default: 1)")
+    parser.add_argument("--top", type=number(int, 0), default=20, help="rows to print")
     args = parser.parse_args(argv)
     if unknown := [o for o in args.only if o not in SUBJECTS and o not in backend.BACKENDS]:
         parser.error(f"{unknown[0]} is neither an op with kernels ({', '.join(SUBJECTS)}) nor a backend")

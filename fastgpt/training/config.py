@@ -6,16 +6,21 @@ expected. Option names take hyphens or underscores; model fields are nested: `--
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastgpt.core import options
 from fastgpt.core.errors import UserError
 from fastgpt.training.trackers import TRACKERS
+
+log = logging.getLogger("fastgpt")
+
+ENDLESS = 10**9  # steps of a run that minutes alone limit
 
 # model.activation -> ops.swiglu's activation
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu2": "relu2"}
@@ -24,6 +29,14 @@ GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu2":
 def _need(ok: bool, key: str, came: object, expected: str) -> None:
     if not ok:
         raise UserError(f"{key} is {came!r}, expected {expected}")
+
+
+def _need_sizes(config: Any, prefix: str = "") -> None:
+    """No infinite number, and no whole one that torch cannot hold."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if isinstance(value, int | float):
+            _need(abs(value) < 2**63, prefix + f.name, value, "a number below 2^63")
 
 
 @dataclass(frozen=True)
@@ -123,10 +136,12 @@ class ModelConfig:
         for name in ("attn_softcap", "logit_softcap"):
             cap = getattr(self, name)
             _need(0.0 <= cap < math.inf, f"model.{name}", cap, "0 (off) or more")
+        self._positive("attn_scale")
         parallel_post = self.parallel != "none" and self.norm_placement == "post"
         _need(not parallel_post, "model.parallel", self.parallel, "none with model.norm_placement post")
         self._check_rope()
         self._check_window()
+        _need_sizes(self, "model.")
 
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
@@ -198,6 +213,7 @@ class TrainConfig:
     Attributes:
         model: Shape of the model.
         data: text file, folder of text, or .bin shards ('shards_*.bin'); null is the Python standard library's source.
+        data_dtype: of the ids in .bin files without a header; auto is uint16, or uint32 where a name has u32 or uint32
         val_data: the same for validation; null splits val_fraction off the training data.
         val_sources: "name -> text file or .bin shards whose validation loss is reported, too, as in {web: web_val.bin}"
         tokenizer: tokenizer.json that .bin data was made with (for samples).
@@ -216,8 +232,9 @@ class TrainConfig:
         block_size: tokens T of a training sequence.
         micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan tells).
         batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
-        max_steps: optimizer steps to train for.
-        max_minutes: end training after this time if max_steps was not reached; null is no limit.
+        max_steps: optimizer steps to train for; null is no limit (max_minutes then is one).
+        max_minutes: end training after this time if max_steps was not reached; null is no limit. --max-steps without
+            --max-minutes takes away the minutes of a configuration that comes with the package.
         optimizer: adamw, or muon for the blocks' matrices and adamw for the rest (one learning rate serves both).
         momentum: Muon's.
         lr: highest learning rate.
@@ -251,6 +268,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: str | None = None
+    data_dtype: Literal["auto", "uint16", "uint32"] = "auto"
     val_data: str | None = None
     val_sources: dict[str, str] = field(default_factory=dict)
     tokenizer: str | None = None
@@ -268,7 +286,7 @@ class TrainConfig:
     block_size: int = 1024
     micro_batch: int | Literal["auto"] = 32
     batch_tokens: int = 524288
-    max_steps: int = 18865
+    max_steps: int | None = 18865
     max_minutes: float | None = None
     optimizer: Literal["adamw", "muon"] = "adamw"
     momentum: float = 0.95
@@ -316,7 +334,12 @@ class TrainConfig:
         _need(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end mark)")
         for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
-            _need(value >= 0, name, value, "0 or more")
+            _need(0 <= value < math.inf, name, value, "0 or more")
+        for name in ("data", "val_data", "tokenizer"):
+            _need(getattr(self, name) != "", name, "", "a path or null")
+        _need(self.resume != "", "resume", "", "auto, never or a path")
+        endless = self.max_steps is None and self.max_minutes is None
+        _need(not endless, "max_steps", None, "a number, or one for max_minutes")
         halves = self.dtype == "fp16" and (self.optimizer == "muon" or self.master in ("remainder", "stochastic"))
         _need(not halves, "dtype", self.dtype, "bf16 or fp32 with muon, remainder or stochastic masters")
         for pattern, ratio in self.lr_ratios.items():
@@ -336,6 +359,7 @@ class TrainConfig:
             object.__setattr__(self, "model", replace(self.model, block_size=self.block_size))
         most = self.model.block_size or self.block_size
         _need(self.block_size <= most, "block_size", self.block_size, f"at most model.block_size {most}")
+        _need_sizes(self)
 
     @property
     def trackers(self) -> list[str]:
@@ -347,6 +371,11 @@ class TrainConfig:
         """micro_batch as a number (fastgpt.training.plan.settle gives one for auto)."""
         _need(self.micro_batch != "auto", "micro_batch", self.micro_batch, "a number here")
         return int(self.micro_batch)
+
+    @property
+    def most_steps(self) -> int:
+        """max_steps as a number; ENDLESS where it is null."""
+        return ENDLESS if self.max_steps is None else self.max_steps
 
     @property
     def accumulation(self) -> int:
@@ -372,10 +401,35 @@ def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
     Raises:
         UserError: naming the key, what came and what was expected.
     """
-    settings, name = options.from_command_line(TrainConfig, argv, default)
+    settings, name, typed = options.from_command_line(TrainConfig, argv, default)
     if not settings["out"]:
         settings["out"] = "runs/" + Path(name).name.removesuffix(".yaml").removesuffix(".yml")
-    return _build(settings)
+    if "max_steps" in typed and "max_minutes" not in typed and name in options.names():
+        settings["max_minutes"] = None  # else a demo's four minutes would end a run whose length was asked for
+    config = _build(settings)
+    for key, (counts, where) in COUNTS.items():
+        if key in typed and not counts(config):
+            log.warning("--%s changes nothing here: it counts with %s", key, where)
+    return config
+
+
+# setting -> (whether it counts, where it does), for those that some other settings make meaningless
+COUNTS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
+    "momentum": (lambda c: c.optimizer == "muon", "optimizer muon"),
+    "decay_fraction": (lambda c: c.schedule == "wsd", "schedule wsd"),
+    "min_lr_ratio": (lambda c: c.schedule != "constant", "another schedule than constant"),
+    "val_fraction": (lambda c: c.val_data is None, "no val_data"),
+    "vocab_size": (lambda c: not (c.data or "").endswith(".bin"), "text data (model.vocab_size is the model's)"),
+    "profiler": (lambda c: bool(c.profile), "profile"),
+    "graphs": (lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),
+    "master": (lambda c: c.dtype != "fp32", "another dtype than fp32"),
+    "patience": (lambda c: c.eval_every > 0, "eval_every above 0"),
+    "model.norm_bias": (lambda c: c.model.norm == "layer", "model.norm layer"),
+    **{
+        f"model.{name}": (lambda c: c.model.positions == "rope", "model.positions rope")
+        for name in ("rotary_dim", "rope_theta", "rope_interleaved", "rope_scaling")
+    },
+}
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

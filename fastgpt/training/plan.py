@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
 
+MFU = 0.4
 DEVICES = "auto, cpu, cuda, cuda:N or a card"
 
 
@@ -175,9 +175,10 @@ def find_target(name: str, cards: list[Target]) -> tuple[Target, str]:
         return known, known.name
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
         raise UserError(f"device is {name!r}, expected {DEVICES}: {', '.join(CARDS)}")
-    device = default_device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device is {name!r}, which is not here, expected a card to plan for: {', '.join(CARDS)}")
+    try:
+        device = default_device(name)
+    except UserError as e:
+        raise UserError(f"{e}; to plan for a card elsewhere, name it: {', '.join(CARDS)}") from e
     target = target_of(device)
     if target.memory <= 0:
         raise UserError(f"device is {name!r}, but this system does not tell its memory, expected a card to plan for")
@@ -234,7 +235,7 @@ def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]
     cfg = with_vocabulary(cfg)
     shape = shape_of(cfg)
     cards = holding(cfg, shape, args.gpus)
-    target, called = find_target(args.device or cfg.device, cards)
+    target, called = find_target(cfg.device if args.device is None else args.device, cards)
     dtype, auto = dtype_of(cfg.dtype, target.kind), cfg.micro_batch == "auto"
     size = largest_micro_batch(cfg, shape, target, args.gpus) if auto else cfg.sequences
     now = replace(cfg, micro_batch=size or 1)
@@ -269,27 +270,22 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: a value that makes no sense.
     """
-    from fastgpt.cli import Parser
+    from fastgpt.cli import Parser, number
 
     about = "Print what a run needs, before anything is allocated. Settings: as for fastgpt train."
     parser = Parser(prog="fastgpt train --plan", description=about, allow_abbrev=False, usage="%(prog)s [options]")
     parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", help=f"{DEVICES}: {', '.join(CARDS)}")
-    parser.add_argument("--gpus", type=int, default=1, help="of this kind, each with all of the model")
-    parser.add_argument("--tokens", type=float, help="to train on: prints hours")
-    parser.add_argument("--price", type=float, help="of a GPU-hour: prints the cost")
-    parser.add_argument("--mfu", type=float, default=0.4, help="share of the peak that is assumed (default: 0.4)")
+    parser.add_argument("--gpus", type=number(int, 1), default=1, help="of this kind, each with all of the model")
+    parser.add_argument("--tokens", type=number(float, 0, open_least=True), help="to train on: prints hours")
+    parser.add_argument("--price", type=number(float, 0), help="of a GPU-hour: prints the cost (with --tokens)")
+    share = number(float, 0, 1, open_least=True)
+    parser.add_argument("--mfu", type=share, help=f"share of the peak that is assumed with --tokens (default: {MFU})")
     args, rest = parser.parse_known_args(argv)
-    priced = args.price is None or (0 <= args.price < math.inf and args.tokens is not None)
-    checks = {
-        "gpus": (args.gpus >= 1, "at least 1"),
-        "tokens": (args.tokens is None or 0 < args.tokens < math.inf, "more than 0"),
-        "price": (priced, "0 or more, with --tokens"),
-        "mfu": (0 < args.mfu <= 1, "more than 0, at most 1"),
-    }
-    for name, (ok, expected) in checks.items():
-        if not ok:
-            raise UserError(f"{name} is {getattr(args, name):g}, expected {expected}")
+    for name in ("price", "mfu"):
+        if getattr(args, name) is not None and args.tokens is None:
+            raise UserError(f"{name} is {getattr(args, name):g}, but it counts with --tokens only")
+    args.mfu = MFU if args.mfu is None else args.mfu
     return args, rest
 
 

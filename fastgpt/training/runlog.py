@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,32 +14,55 @@ import torch
 from torch import Tensor
 
 from fastgpt.core import progress
-from fastgpt.training.config import TrainConfig, to_dict
+from fastgpt.training.config import ENDLESS, TrainConfig, to_dict
 from fastgpt.training.trackers import Trackers
+
+AHEAD = 2  # steps that the host may launch before the device has done the one before them
 
 
 class Lagged:
-    """Numbers that stay on the device until they have arrived by themselves: the loop never waits for the GPU."""
+    """Numbers that stay on the device until they have arrived: the device always has a step to do."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
+        self.device = device
         self.queue: deque[tuple[dict[str, Any], Tensor, Any]] = deque()
 
     def put(self, row: dict[str, Any], values: Tensor) -> None:
-        host = torch.empty(values.shape, pin_memory=self.cuda)
+        cuda = self.device.type == "cuda"
+        host = torch.empty(values.shape, pin_memory=cuda)
         host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event() if self.cuda else None
+        event = torch.cuda.Event() if cuda else None
         if event is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(self.device))
         self.queue.append((row, host, event))
 
-    def ready(self, everything: bool = False) -> Iterator[tuple[dict[str, Any], list[float]]]:
-        """Rows whose numbers are there, oldest first; `everything` waits for all."""
-        while self.queue and (everything or self.queue[0][2] is None or self.queue[0][2].query()):
+    def ready(self, ahead: int = AHEAD) -> Iterator[tuple[dict[str, Any], list[float]]]:
+        """Rows whose numbers are there, oldest first; waits until at most `ahead` are missing."""
+        while self.queue and (len(self.queue) > ahead or self.queue[0][2] is None or self.queue[0][2].query()):
             row, host, event = self.queue.popleft()
             if event is not None:
                 event.synchronize()
             yield row, host.tolist()
+
+
+class Pace:
+    """A stopwatch for steps: how many were taken, and the seconds of those after the first `warm` ones."""
+
+    def __init__(self, warm: int) -> None:
+        self.warm, self.steps, self.seconds = warm, 0, 0.0
+        self.restart()
+
+    def restart(self) -> None:
+        """What was done since the last step is no step's."""
+        self.clock = time.perf_counter()
+
+    def step(self, arrived: int) -> float:
+        """Seconds of each of the `arrived` steps that were done since the last call or restart."""
+        now = time.perf_counter()
+        each, self.clock = (now - self.clock) / arrived, now
+        self.seconds += each * min(arrived, max(0, self.steps + arrived - self.warm))
+        self.steps += arrived
+        return each
 
 
 class Log:
@@ -51,7 +75,7 @@ class Log:
         self.trackers = Trackers(cfg.trackers, run, to_dict(cfg))
         self.terminal = sys.stderr.isatty()
         self.bar = progress.bar(
-            total=last_step,
+            total=last_step if last_step < ENDLESS else None,
             initial=step,
             unit="step",
             mininterval=0.1 if self.terminal else 15.0,  # in a log file a bar is a line each time
@@ -77,12 +101,13 @@ class Log:
 
     def step(self, row: dict[str, Any], last_step: int) -> None:
         self.row(row)
-        self.bar.total = last_step
+        self.bar.total = last_step if last_step < ENDLESS else None
         self.bar.update(1)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tok/s", refresh=False)
         if row["step"] % self.cfg.log_every == 0 or row["step"] == last_step:
+            of = f"/{last_step}" if last_step < ENDLESS else ""
             self.say(
-                f"step {row['step']:>6}/{last_step} | loss {row['loss']:.4f} | norm {row['grad_norm']:.3f} | "
+                f"step {row['step']:>6}{of} | loss {row['loss']:.4f} | norm {row['grad_norm']:.3f} | "
                 f"lr {row['lr']:.2e} | {row['tokens_per_second']:,.0f} tok/s | "
                 f"mfu {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full | {row['memory_gb']:.2f} GB"
             )
