@@ -21,6 +21,7 @@ test-slow: $(VENV)/tested
 # Everything that a machine without a GPU can show: an hour and a half on two cores.
 test-all: test test-slow
 	$(BIN)/python -m fastgpt.checks.triton --all
+	$(BIN)/python tests/numeric_cover.py
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

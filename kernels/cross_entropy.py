@@ -119,10 +119,12 @@ def _store_gradient(
     label_smoothing, z_loss, softcap, K, V, SMOOTH: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write all V columns of the gradient; p = exp(z - m) / s."""
-    at_target = (1.0 - label_smoothing) * w_y  # (ROWS, 1)
+    # of one class p is 1, and what it and the target weigh is the same: left out, not subtracted
+    at_target = tl.where(K > 1, (1.0 - label_smoothing) * w_y, 0.0)  # (ROWS, 1)
+    smooth = tl.where(K > 1, label_smoothing / K, 0.0)
     of_p = at_target + 2.0 * z_loss * (m + log(s))
     if SMOOTH:
-        of_p += label_smoothing / K * w_sum
+        of_p += smooth * w_sum
     of_p = of_p / s
     for start in range(0, V, BLOCK):
         c = start + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
@@ -132,9 +134,9 @@ def _store_gradient(
         grad = exp(z - m) * of_p - tl.where(c == y, at_target, 0.0)
         if SMOOTH:
             if weight_ptr is not None:
-                grad -= label_smoothing / K * tl.load(weight_ptr + c, c < K, other=0.0)
+                grad -= smooth * tl.load(weight_ptr + c, c < K, other=0.0)
             else:
-                grad -= label_smoothing / K
+                grad -= smooth
         if CAP:
             t = z / softcap
             grad *= 1.0 - t * t

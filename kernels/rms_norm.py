@@ -107,13 +107,20 @@ def rms_norm_fwd_wide_kernel(
 
 
 @triton.jit
+def _dx_terms(sum_gn, rstd, C, eps):
+    """mean and factor of dx = factor * (g - n * mean). With one column the difference, g * (1 - n^2), is
+    g * eps * rstd^2, and would be lost to cancellation: the product is in the factor."""
+    return tl.where(C == 1, 0.0, sum_gn / C), tl.where(C == 1, eps * rstd * rstd * rstd, rstd)
+
+
+@triton.jit
 def _load_grads(dy_ptr, h_ptr, row, dy_row, h_row, c, mask, rstd):
     """One tile of dy and n in fp32, zero where masked."""
     dy = tl.load(dy_ptr + row * dy_row + c, mask, other=0.0).to(tl.float32)
     return dy, tl.load(h_ptr + row * h_row + c, mask, other=0.0).to(tl.float32) * rstd
 
 
-@jit_kernel(do_not_specialize=["N", "weight_offset"])
+@jit_kernel(do_not_specialize=["N", "eps", "weight_offset"])
 def rms_norm_bwd_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     dsum_ptr,  # (N, C), rows dsum_row apart, or None
@@ -122,7 +129,7 @@ def rms_norm_bwd_kernel(
     rstd_ptr,  # (N)
     dx_ptr,  # (N, C) contiguous
     partials_ptr,  # (programs, 1, C): dweight; or None
-    dy_row, dsum_row, h_row, N, C, weight_offset, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    dy_row, dsum_row, h_row, N, C, eps, weight_offset, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Persistent: program p takes row tiles p, p + programs, ... with its share of dweight in registers."""
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
@@ -137,9 +144,9 @@ def rms_norm_bwd_kernel(
         if partials_ptr is not None:
             dweight += tl.sum(dyn, axis=0, keep_dims=True)
         gn = _weighted(dyn, weight_ptr, weight_offset, c, in_row)  # g * n spills 8 bytes on sm_80
-        mean_gn = tl.sum(gn, axis=1, keep_dims=True) / C
+        mean_gn, factor = _dx_terms(tl.sum(gn, axis=1, keep_dims=True), rstd, C, eps)
         g = _weighted(dy, weight_ptr, weight_offset, c, in_row)
-        dx = rstd * (g - n * mean_gn)
+        dx = factor * (g - n * mean_gn)
         if dsum_ptr is not None:
             dx += tl.load(dsum_ptr + row * dsum_row + c, mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * C + c, cast(dx, dx_ptr.dtype.element_ty), mask)
@@ -234,7 +241,13 @@ def rms_norm_fwd(
 
 
 def rms_norm_bwd(
-    dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float
+    dy: Tensor,
+    dsum: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    weight_offset: float,
 ) -> tuple[Tensor, Tensor | None]:
     """dx (the residual's gradient too) and dweight (None without weight)."""
     weight = None if weight is None else weight.contiguous()
@@ -245,7 +258,7 @@ def rms_norm_bwd(
     dy2, h2 = as_rows(dy), as_rows(h)  # (N, C)
     dsum2 = None if dsum is None else as_rows(dsum)
     with on_device(h):
-        partials = _launch_bwd(dy2, dsum2, h2, weight, rstd, dx, weight_offset)
+        partials = _launch_bwd(dy2, dsum2, h2, weight, rstd, dx, eps, weight_offset)
         if partials is not None:
             meta = reduce_meta()
             P, _, C = partials.shape
@@ -254,7 +267,14 @@ def rms_norm_bwd(
 
 
 def _launch_bwd(
-    dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, dx: Tensor, weight_offset: float
+    dy: Tensor,
+    dsum: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    dx: Tensor,
+    eps: float,
+    weight_offset: float,
 ) -> Tensor | None:
     """Fill dx; return each program's dweight (programs, 1, C), or None without weight."""
     N, C = h.shape
@@ -265,7 +285,7 @@ def _launch_bwd(
         per_processor = 2 if interpreted() else max(1, min(16, 8192 // (meta["ROWS"] * meta["BLOCK"])))
         programs = min(triton.cdiv(N, meta["ROWS"]), per_processor * processors(h.device))
         partials = None if weight is None else h.new_empty((programs, 1, C), dtype=torch.float32)
-        rms_norm_bwd_kernel[(programs,)](dy, dsum, h, weight, rstd, dx, partials, **dx_rows, **meta)
+        rms_norm_bwd_kernel[(programs,)](dy, dsum, h, weight, rstd, dx, partials, eps=eps, **dx_rows, **meta)
         return partials
     rms_norm_dx_wide_kernel[(N,)](dy, dsum, h, weight, rstd, dx, **dx_rows, **meta)
     if weight is None:
@@ -300,7 +320,7 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
             kernel = rms_norm_bwd_kernel if "ROWS" in meta else rms_norm_dx_wide_kernel
             types = pointers(dy_ptr=dtype, dsum_ptr=o, h_ptr=dtype, weight_ptr=ow, rstd_ptr=f32, dx_ptr=dtype)
             if "ROWS" in meta:
-                types |= pointers(partials_ptr=f32 if full else None)
+                types |= {**pointers(partials_ptr=f32 if full else None), "eps": "fp32"}
             yield Configuration(kernel, f"C={block} {case}", {**types, **bwd}, warps, meta, quick=quick)
     meta, warps = split_meta(partials_meta())
     types = pointers(dy_ptr=dtype, h_ptr=dtype, rstd_ptr=f32, partials_ptr=f32)

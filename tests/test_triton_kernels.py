@@ -202,7 +202,7 @@ def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
     (x, residual, dy, dsum, w), buffers = zip(*(guarded(t) for t in data), strict=True)
     y, h, rstd = rms_norm.rms_norm_fwd(x, residual, w, 1e-6, offset)
     assert h is not None and torch.equal(h, x + residual)
-    ours = (y, *rms_norm.rms_norm_bwd(dy, dsum, h, w, rstd, offset))
+    ours = (y, *rms_norm.rms_norm_bwd(dy, dsum, h, w, rstd, 1e-6, offset))
     found = []
     for fn, dtype in ((rms_norm_torch, BF16), (rms_norm_ref, torch.float64)):
         leaves = [t.to(dtype).requires_grad_() for t in (h, w)]
@@ -212,7 +212,7 @@ def test_rms_norm(shape: tuple[int, ...], offset: float) -> None:
     for name, t, torchs, exact in zip(("y", "dx", "dweight"), ours, *found, strict=True):
         within(name, t, torchs, exact)
     assert all(torch.equal(a, b) for a, b in zip(data, (x, residual, dy, dsum, w))) and canaries_intact(*buffers)
-    again = rms_norm.rms_norm_bwd(dy, dsum, h, w, rstd, offset)
+    again = rms_norm.rms_norm_bwd(dy, dsum, h, w, rstd, 1e-6, offset)
     assert all(same_bits(a, b) for a, b in zip(ours[1:], again, strict=True))
 
 

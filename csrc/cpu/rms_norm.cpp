@@ -71,18 +71,18 @@ inline void bwd_row(const RmsNormBwdArgs& a, const float* weight, float* dweight
   for (int64_t c = 0; c < n_cols; c += kChunk) {
     total += add_columns(dy, h, weight, rstd, dweight, c, min_of(n_cols, c + kChunk));
   }
-  const float mean_wdy_xhat = static_cast<float>(total / static_cast<double>(n_cols));
+  const RmsNormDx row(static_cast<float>(total / static_cast<double>(n_cols)), rstd, n_cols, a.eps);
   if (a.dsum == nullptr) {
     FASTGPT_SIMD
     for (int64_t c = 0; c < n_cols; ++c) {
-      dx[c] = from_float<T>(rms_norm_dx(to_float(dy[c]) * weight[c], to_float(h[c]) * rstd, mean_wdy_xhat, rstd));
+      dx[c] = from_float<T>(row(to_float(dy[c]) * weight[c], to_float(h[c]) * rstd));
     }
     return;
   }
   const T* dsum = static_cast<const T*>(a.dsum) + n * a.dsum_row;
   FASTGPT_SIMD
   for (int64_t c = 0; c < n_cols; ++c) {
-    const float d = rms_norm_dx(to_float(dy[c]) * weight[c], to_float(h[c]) * rstd, mean_wdy_xhat, rstd);
+    const float d = row(to_float(dy[c]) * weight[c], to_float(h[c]) * rstd);
     dx[c] = from_float<T>(d + to_float(dsum[c]));
   }
 }

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
       }
     }
     if (row + step < a.n_rows) next_rstd = a.rstd[row + step];
-    dot = row_sum(dot, scratch[set]) / n;
+    const RmsNormDx dx(row_sum(dot, scratch[set]) / n, rstd, n, a.eps);
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {
       const int c = column<L, kPacks>(i);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
       if (ring.dsum) ring.get(set, 2, i, dsum);
       load_weight<W>(a, c, w);
 #pragma unroll
-      for (int l = 0; l < L; ++l) d[l] = rms_norm_dx(w[l] * d[l], h[l] * rstd, dot, rstd);
+      for (int l = 0; l < L; ++l) d[l] = dx(w[l] * d[l], h[l] * rstd);
       store_dx<T>(a, row, c, d, dsum);
     }
   }
@@ -167,6 +167,7 @@ __global__ void __launch_bounds__(kWideThreads) rms_norm_bwd_wide_kernel(const R
 #pragma unroll 1
       for (int r = 0; r < n_rows; ++r) {
         const float rstd = a.rstd[first + r];
+        const RmsNormDx dx(means[set][r], rstd, n, a.eps);
         float d[L], xhat[L], dsum[L] = {};
         load(at_row<T>(a.dy, first + r, a.dy_row) + c, d);
         load(at_row<T>(a.h, first + r, a.h_row) + c, xhat);
@@ -175,7 +176,7 @@ __global__ void __launch_bounds__(kWideThreads) rms_norm_bwd_wide_kernel(const R
         for (int l = 0; l < L; ++l) {
           xhat[l] *= rstd;
           dw[l] += d[l] * xhat[l];
-          d[l] = rms_norm_dx(w[l] * d[l], xhat[l], means[set][r], rstd);
+          d[l] = dx(w[l] * d[l], xhat[l]);
         }
         store_dx<T>(a, first + r, c, d, dsum);
       }

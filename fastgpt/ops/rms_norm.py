@@ -4,7 +4,11 @@
     y = s / sqrt(mean(s^2) + eps) * (weight_offset + weight)
 
 Forward reads x (and residual) and writes y (and s) once; backward reads dy and s once. Saved for backward: s, and
-1/sqrt(mean(s^2) + eps) in fp32. The gradients of x and of residual are the same tensor's values.
+1/sqrt(mean(s^2) + eps) in fp32. The gradients of x and of residual are the same tensor's values:
+
+    g = dy * (weight_offset + weight),  n = s * rstd,  dx = rstd * (g - n * mean(g * n))
+
+With one column that difference is g * eps * rstd^2, which fp32 would lose to cancellation: kernels compute the product.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ def _fwd_fake(
 
 
 def _bwd_fake(
-    dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, weight_offset: float
+    dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor | None]:
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     return dx, None if weight is None else torch.empty_like(weight)
@@ -43,7 +47,8 @@ FWD = define(
 BWD = define(
     "rms_norm",
     "rms_norm_bwd",
-    "(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor rstd, float weight_offset) -> (Tensor, Tensor?)",
+    "(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor rstd, float eps, float weight_offset) "
+    "-> (Tensor, Tensor?)",
     _bwd_fake,
 )
 
@@ -96,7 +101,7 @@ class RMSNormFn(torch.autograd.Function):
         y, s, rstd = FWD[backend](x, residual, weight, eps, weight_offset)
         ctx.backend = backend
         ctx.has_residual = residual is not None
-        ctx.weight_offset = weight_offset
+        ctx.eps, ctx.weight_offset = eps, weight_offset
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x if s is None else s, weight, rstd)
         return y, s
@@ -108,7 +113,7 @@ class RMSNormFn(torch.autograd.Function):
         if dy is None:  # only x + residual was used
             dx, dweight = dsum, None
         else:
-            dx, dweight = BWD[ctx.backend](dy, dsum, h, weight, rstd, ctx.weight_offset)
+            dx, dweight = BWD[ctx.backend](dy, dsum, h, weight, rstd, ctx.eps, ctx.weight_offset)
         return None, dx, dx if ctx.has_residual else None, dweight, None, None
 
 
@@ -125,7 +130,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     x, residual, dy, dsum = torch.randn(4, 5, 130, device=device).unbind()
     weight = torch.randn(130, device=device)
     y, s, rstd = FWD[backend](x, residual, weight, 1e-6, 1.0)
-    got = [y, s, *BWD[backend](dy, dsum, s, weight, rstd, 1.0)]
+    got = [y, s, *BWD[backend](dy, dsum, s, weight, rstd, 1e-6, 1.0)]
     leaves = x64, weight64 = [t.double().requires_grad_() for t in (x, weight)]
     exact = rms_norm_ref(x64, weight64, residual=residual.double(), weight_offset=1.0)
     grads = torch.autograd.grad(exact, leaves, (dy.double(), dsum.double()))

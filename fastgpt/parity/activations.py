@@ -50,7 +50,7 @@ def _bias_gelu_bases(dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _bias_gelu_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    for shape in ((1, 1), (1, 7), (2, 3, 770), (67, 128), (2, 5000), (300, 33), (10500, 8), (5,), (0, 16)):
+    for shape in ((1, 1), (33, 1), (1, 7), (2, 3, 770), (67, 128), (2, 5000), (300, 33), (10500, 8), (5,), (0, 16)):
         yield shape, {}
     for o in ({"bias": False}, {"fp32_weight": True}, *EXTREMES):
         if dtype != torch.float32 or not o.get("fp32_weight"):
@@ -67,7 +67,7 @@ def _swiglu_bases(dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _swiglu_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    for shape in ((1, 1), (1, 7), (2, 3, 770), (67, 128), (2, 5000), (5,), (0, 16)):
+    for shape in ((1, 1), (33, 1), (1, 7), (2, 3, 770), (67, 128), (2, 5000), (5,), (0, 16)):
         yield shape, {}
         yield (*shape[:-1], 2 * shape[-1]), {"packed": True}
     for activation in ACTIVATIONS:

@@ -66,6 +66,7 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     yield (33, 17), {"max_norm": 0.5}
     yield (33, 17), {"max_norm": 1e9, "moment_dtype": torch.bfloat16}
     yield (70001,), {"max_norm": 1.0, "steps": 2}
+    yield (1,), {"max_norm": 0.5}
     yield (0,), {}
 
 

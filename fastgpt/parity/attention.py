@@ -150,6 +150,12 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     for t, s in ((1, 1), (1, 70), (70, 70), (3, 130), (130, 3), (65, 64), (0, 5), (5, 0)):
         for causal in (False, True):
             yield (1, t, s, 2, 1, 16), {"causal": causal}
+    for d in (1, 16):  # one key, one query, one or two keys a query
+        yield (1, 33, 1, 2, 1, d), {}
+        yield (1, 33, 2, 2, 1, d), {"causal": True}
+        yield (1, 1, 33, 2, 1, d), {}
+        yield (2, 33, 33, 2, 2, d), {"window": 1}
+    yield (1, 33, 33, 2, 1, 1), {}
     yield (1, 130, 130, 1, 1, 32), {"causal": True, "window": 20, "docs": True}
     yield (1, 130, 130, 2, 1, 32), {"causal": True, "segments": True}
     yield (2, 70, 70, 4, 2, 16), {"causal": True, "packed": True}

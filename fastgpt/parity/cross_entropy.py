@@ -58,6 +58,9 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     for shape in ((1, 1), (1, 2), (3, 1000), (2, 50257), (0, 16)):
         for inplace in (False, True):
             yield shape, {"reduction": "sum", "inplace": inplace}
+    for classes in (1, 2):
+        for o in ({}, {"z_loss": 1e-2}, {"label_smoothing": 0.1, "z_loss": 1e-2, "weighted": True, "softcap": 4.0}):
+            yield (33, classes), {"reduction": "none", **o}
     single: list[dict[str, Any]] = [
         {"reduction": "none"},
         {"reduction": "sum"},

@@ -76,6 +76,9 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     for shape in ((1, 1, 1), (1, 5, 2), (3, 40, 1000), (2, 8, 50257), (5, 1, 7), (0, 4, 16)):
         for chunk in ("auto", 2):
             yield shape, {"reduction": "sum", "chunk": chunk}
+    for shape in ((33, 3, 1), (33, 1, 2)):
+        for o in ({}, {"label_smoothing": 0.1, "z_loss": 1e-2}):
+            yield shape, {"reduction": "none", "chunk": 13, **o}
     for extreme in ({"scale": 5e3}, {"bias": True, "mean": 1e4}, {"scale": 1e-3}):
         for reduction in ("mean", "none"):
             for chunk in (13, 5):

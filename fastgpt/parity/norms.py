@@ -45,6 +45,11 @@ def _variants(dtype: torch.dtype, own: list[dict[str, Any]]) -> Iterator[Variant
     for shape in (*shapes, (9, 2080), (2, 8448), (34, 4104)):  # the last: more rows than one wave of blocks has
         yield shape, {"residual": True}
     yield (67, 128), {}
+    for o in ({}, {"residual": True}, {"weight": False}, *own):  # one column: what RMSNorm hands back nearly cancels
+        if dtype != torch.float32 or not o.get("fp32_weight"):
+            yield (33, 1), o
+    yield (7, 1), {}
+    yield (33, 2), {}
     mixed = {"fp32_weight": True, "residual": True}
     for o in ({}, *own, {"weight": False}, mixed, {"eps": 1e-2}):
         if dtype != torch.float32 or not o.get("fp32_weight"):

@@ -78,6 +78,7 @@ def _rope_bases(dtype: torch.dtype) -> Iterator[Variant]:
 def _rope_variants(dtype: torch.dtype) -> Iterator[Variant]:
     shapes = (
         (1, 1, 1, 1, 2, 1),
+        (1, 5, 1, 1, 2, 1),
         (2, 33, 4, 1, 64, 32),
         (1, 3, 2, 2, 33, 16),
         (1, 4, 2, 1, 33, 4),
@@ -110,7 +111,15 @@ def _embedding_bases(dtype: torch.dtype) -> Iterator[Variant]:
 
 
 def _embedding_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    for shape in ((1, 1, 1, 1, 1), (500, 70, 128, 3, 67), (9, 5, 770, 2, 5), (5, 4, 2100, 2, 3), (7, 3, 16, 0, 3)):
+    for shape in (
+        (1, 1, 1, 1, 1),
+        (1, 5, 1, 3, 5),
+        (9, 5, 1, 3, 5),
+        (500, 70, 128, 3, 67),
+        (9, 5, 770, 2, 5),
+        (5, 4, 2100, 2, 3),
+        (7, 3, 16, 0, 3),
+    ):
         yield shape, {}
         yield (shape[0], 0, *shape[2:]), {}
     others: tuple[tuple[int, ...], ...] = ((7, 3, 16, 2, 0), (12, 6, 8, 6), (12, 6, 8, 2, 3, 4), (12, 0, 8))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 FORWARD, BACKWARD = 2.0, 3.0
-SHIFTS = 2  # draws of rounding errors of the inputs
+SHIFTS = 4  # draws of rounding errors of the inputs
 FP64_NOISE = 2.0**-48  # an fp64 reference cannot tell less from zero, at values around 1
 LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "rows", "expanded", "misaligned")  # inputs.py draws them
 GRAD_LAYOUTS = (*LAYOUTS, "broadcast")

@@ -68,8 +68,8 @@ def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     rms_norm = {
         "rms_norm_fwd": (RMS_FWD[name], (x, rand(6, 33, seed=1), w, 1e-6, 1.0)),
         "rms_norm_fwd plain": (RMS_FWD[name], (x, None, None, 1e-6, 0.0)),
-        "rms_norm_bwd": (RMS_BWD[name], (x, rand(6, 33, seed=1), x, w, stats[1], 1.0)),
-        "rms_norm_bwd plain": (RMS_BWD[name], (x, None, x, None, stats[1], 0.0)),
+        "rms_norm_bwd": (RMS_BWD[name], (x, rand(6, 33, seed=1), x, w, stats[1], 1e-6, 1.0)),
+        "rms_norm_bwd plain": (RMS_BWD[name], (x, None, x, None, stats[1], 1e-6, 0.0)),
     }
     return calls | (rms_norm if name in backend.ops()["rms_norm"] else {})
 

@@ -153,7 +153,7 @@ struct RmsNormBwdArgs {
   float* partials;     // (rms_norm_bwd_blocks(N, C), C): dweight of each block; null without weight
   int64_t dy_row, dsum_row, h_row;
   int64_t n_rows, n_cols;
-  float weight_offset;
+  float eps, weight_offset;
   DType dtype, weight_dtype;
 };
 

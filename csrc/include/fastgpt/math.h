@@ -159,8 +159,9 @@ struct CrossEntropyGrad {
 
 FASTGPT_HD CrossEntropyGrad cross_entropy_grad_row(float scale, float w_y, float weight_sum, float lse, float smoothing,
                                                    float z_loss, float n_classes) {
-  const float hit = (1.0f - smoothing) * w_y;
-  const float smooth = smoothing / n_classes;
+  // of one class p is 1, and what it and the target weigh is the same: left out, not subtracted
+  const float hit = n_classes > 1.0f ? (1.0f - smoothing) * w_y : 0.0f;
+  const float smooth = n_classes > 1.0f ? smoothing / n_classes : 0.0f;
   return CrossEntropyGrad{scale * (hit + smooth * weight_sum + 2.0f * z_loss * lse), scale * smooth, scale * hit};
 }
 
@@ -390,9 +391,15 @@ FASTGPT_HD uint32_t philox_first(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t
 // One element of y; the weight with its offset.
 FASTGPT_HD float rms_norm_y(float x, float rstd, float weight) { return x * rstd * weight; }
 
-// One element of dx: wdy = weight dy, xhat = x rstd, the mean taken over the row.
-FASTGPT_HD float rms_norm_dx(float wdy, float xhat, float mean_wdy_xhat, float rstd) {
-  return (wdy - xhat * mean_wdy_xhat) * rstd;
-}
+// What a row's dx is made of: dx = (wdy - xhat mean) factor, wdy = weight dy, xhat = x rstd. With one column the
+// difference, wdy (1 - xhat^2) = wdy eps rstd^2, would be lost to cancellation: the product is in the factor.
+struct RmsNormDx {
+  float mean, factor;
+
+  FASTGPT_HD RmsNormDx(float mean_wdy_xhat, float rstd, int64_t n_cols, float eps)
+      : mean(n_cols == 1 ? 0.0f : mean_wdy_xhat), factor(n_cols == 1 ? eps * rstd * rstd * rstd : rstd) {}
+
+  FASTGPT_HD float operator()(float wdy, float xhat) const { return (wdy - xhat * mean) * factor; }
+};
 
 }  // namespace fastgpt

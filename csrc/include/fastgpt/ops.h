@@ -47,7 +47,7 @@ struct RmsNormOps {
   static std::tuple<Tensor, OptTensor, Tensor> rms_norm_fwd(Tensor x, OptTensor residual, OptTensor weight, double eps,
                                                             double weight_offset);
   static std::tuple<Tensor, OptTensor> rms_norm_bwd(Tensor dy, OptTensor dsum, Tensor h, OptTensor weight, Tensor rstd,
-                                                    double weight_offset);
+                                                    double eps, double weight_offset);
 };
 
 // Bodies in activation_ops.h.

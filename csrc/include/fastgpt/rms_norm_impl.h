@@ -34,7 +34,7 @@ std::tuple<Tensor, OptTensor, Tensor> RmsNormOps<Device>::rms_norm_fwd(Tensor x,
 
 template <class Device>
 std::tuple<Tensor, OptTensor> RmsNormOps<Device>::rms_norm_bwd(Tensor dy, OptTensor dsum, Tensor h, OptTensor weight,
-                                                               Tensor rstd, double weight_offset) {
+                                                               Tensor rstd, double eps, double weight_offset) {
   const char* op = "rms_norm_bwd";
   FASTGPT_CHECK(h.dim() >= 1, op, "h must have at least one dimension");
   if (weight && !weight->is_contiguous()) weight = torch::stable::contiguous(*weight);
@@ -45,7 +45,7 @@ std::tuple<Tensor, OptTensor> RmsNormOps<Device>::rms_norm_bwd(Tensor dy, OptTen
   if (dsum) check_same_shape(op, "dsum", *dsum, h);
   a.n_cols = h.size(h.dim() - 1);
   a.n_rows = a.n_cols == 0 ? 0 : h.numel() / a.n_cols;
-  a.weight_offset = static_cast<float>(weight_offset);
+  a.eps = static_cast<float>(eps), a.weight_offset = static_cast<float>(weight_offset);
   check_flat(op, "rstd", rstd, ScalarType::Float, a.n_rows, h);
   Device device(h);
   Tensor dx = allocate_like(h);
