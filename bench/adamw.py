@@ -2,7 +2,7 @@
 
 Bytes per parameter (norm: reads g; update: reads g, p, m, v; writes p, m, v), whatever the provider:
     fp32        4 + 16 + 12 = 32
-    16 bits     2 + (2 + 12) + (12 + 2) = 30: fp32 master, moments in fp32, the 16-bit copy written
+    16 bits     2 + (2 + 2 + 12) + (12 + 2) = 32: fp32 master and moments, the 16-bit copy read and written
 PyTorch's side is clip_grad_norm_ and AdamW(fused=True); with --dtype bf16 it keeps fp32 parameters and gradients, as a
 trainer under autocast does: no optimizer of PyTorch's keeps fp32 masters of bf16 parameters.
 """
@@ -80,7 +80,7 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
     """The formula at this file's head."""
     count = sum(torch.Size(s).numel() for s in parameter_shapes(*shape))
-    return count * (32 if dtype == torch.float32 else 30)
+    return count * 32
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:

@@ -273,7 +273,8 @@ class Run:
             "loader": self.loader.state_dict(),
             "tokenizer": self.data.fingerprint,
         }
-        extra = {**checkpoint.flatten_optimizer(self.optimizer), **checkpoint.random_states(self.device)}
+        moments = checkpoint.flatten_optimizer(self.optimizer, self.model.named_parameters())
+        extra = {**moments, **checkpoint.random_states(self.device)}
         extra.update({name: part.state for name, part in self.device_parts()})
         cfg, step = self.cfg, self.progress.step
         stays = {self.progress.best_step} if cfg.patience else set()
@@ -297,13 +298,17 @@ class Run:
         for name, value in dataclasses.asdict(self.model.config).items():
             if state["model"].get(name) != value:
                 raise UserError(f"checkpoint {path} has model.{name} {state['model'].get(name)!r}, expected {value!r}")
+        fixed = ("optimizer", "lr_ratios") if state["format"] == 1 else ("optimizer",)  # 1: groups give the order
+        for name in fixed:
+            if state["config"].get(name) != (value := to_dict(cfg)[name]):
+                raise UserError(f"checkpoint {path} has {name} {state['config'].get(name)!r}, expected {value!r}")
         self.model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
         extra = checkpoint.read_tensors(path, checkpoint.OPTIMIZER, state)
         rng = {name: extra.pop(name) for name in list(extra) if name.startswith("rng.")}
         seen: dict[str, Tensor] = {name: extra.pop(name) for name in ("guard", "scaling") if name in extra}
         for name, part in self.device_parts():
             part.state.copy_(seen.get(name, part.state))
-        checkpoint.unflatten_optimizer(self.optimizer, extra)
+        checkpoint.unflatten_optimizer(self.optimizer, extra, self.model.named_parameters())
         checkpoint.restore_random_states(rng, self.device)
         self.loader.load_state_dict(state["loader"])
         self.progress = p = Progress(**state["progress"])

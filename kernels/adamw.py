@@ -7,7 +7,8 @@
 Loshchilov, Hutter 2017 (arXiv:1711.05101). fp32 maths on fp32 or bf16 moments. Parameters: fp32, or 16-bit with an fp32
 master, with the master's low 16 bits (bf16; exact), rounded stochastically (bf16), or rounded to nearest.
 1 - b^t cancels in fp32 where b^t is near 1; -expm1(t log b) with log b rounded once from double does not (2e-7).
-Bytes an element, bf16 with fp32 master and moments: 2 (norm) + 28. No synchronisation with the host.
+A parameter that is not its fp32 master's rounding was set from outside: the master takes its value before the update.
+Bytes an element, bf16 with fp32 master and moments: 2 (norm) + 30. No synchronisation with the host.
 
 Addresses, sizes and hyperparameters travel as tables on the device, cached by their content: an unchanged set of
 tensors uploads nothing. Under CUDA graph capture a table that is already cached is used as it is; gradients that moved
@@ -175,10 +176,13 @@ def _gradient_factor(
 def _load_param(table_ptr, tensor, i, mask, PARAM_TYPE: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr):
     """fp32 value of the parameters: the parameter, its master, or its bits above the remainder's."""
     if MODE == 1:
-        return tl.load(_pointer(table_ptr, tensor, MASTER, tl.float32, ALIGNED) + i, mask, other=0.0)
+        master = tl.load(_pointer(table_ptr, tensor, MASTER, tl.float32, ALIGNED) + i, mask, other=0.0)
+        p = tl.load(_pointer(table_ptr, tensor, PARAM, PARAM_TYPE, ALIGNED) + i, mask, other=0.0).to(tl.float32)
+        return tl.where(cast(master, PARAM_TYPE).to(tl.float32) == p, master, p)
     elif MODE == 2:
         high = tl.load(_pointer(table_ptr, tensor, PARAM, tl.int16, ALIGNED) + i, mask, other=0).to(tl.int32)
         low = tl.load(_pointer(table_ptr, tensor, MASTER, tl.int16, ALIGNED) + i, mask, other=0).to(tl.int32)
+        low = tl.where(((high & 0x7FFF) == 0) & (low < 0), 0, low)  # a zero set from outside: the sum would be a NaN
         return ((high << 16) + low).to(tl.float32, bitcast=True)
     else:
         return tl.load(_pointer(table_ptr, tensor, PARAM, PARAM_TYPE, ALIGNED) + i, mask, other=0.0).to(tl.float32)
@@ -286,8 +290,8 @@ def adamw_partials(numels: Sequence[int]) -> int:
 
 def _chunk_map(numels: tuple[int, ...]) -> tuple[Tensor, int]:
     """The tensor of each chunk, and the number of chunks."""
-    counts = torch.tensor([triton.cdiv(n, CHUNK) for n in numels])
-    of_chunk = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32), counts)
+    counts = torch.tensor([triton.cdiv(n, CHUNK) for n in numels], device="cpu")  # whatever the default device is
+    of_chunk = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32, device="cpu"), counts)
     return of_chunk, of_chunk.numel()
 
 
@@ -297,7 +301,7 @@ def _tensor_table(addresses: Sequence[tuple[int, ...]], rest: Sequence[tuple[int
     first = [0, *itertools.accumulate(triton.cdiv(n, CHUNK) for n in numels)][:-1]
     columns = [*(a or (0,) * len(numels) for a in addresses), numels, first, index, group]
     aligned = all(a % 16 == 0 for column in (*addresses, numels) for a in column)
-    return torch.tensor(columns).T.contiguous(), aligned
+    return torch.tensor(columns, device="cpu").T.contiguous(), aligned
 
 
 def _upload(
@@ -317,7 +321,7 @@ def _upload(
 def _group_table(groups: Sequence[tuple[float, float, float, float]]) -> tuple[Tensor, None]:
     """Per group: constants of the update, computed in double, rounded once."""
     rows = [(_log(b1), _log(b2), 1 - b1, b2, 1 - b2, eps, decay) for b1, b2, eps, decay in groups]
-    return torch.tensor(rows, dtype=torch.float64).to(torch.float32), None
+    return torch.tensor(rows, dtype=torch.float64, device="cpu").to(torch.float32), None
 
 
 def _log(x: float) -> float:

@@ -69,7 +69,7 @@ def test_damage_is_named_with_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"model.safetensors is missing; the one before it is {older}"):
         checkpoint.read_tensors(newest, checkpoint.MODEL, state)
     (newest / checkpoint.STATE).write_text('{"format": 99}')
-    with pytest.raises(UserError, match="not of format 1"):
+    with pytest.raises(UserError, match="not of format 1 or 2"):
         checkpoint.read_state(newest)
     with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
         checkpoint.find(tmp_path / "nowhere")
@@ -82,9 +82,37 @@ def test_optimizer_state_survives_bitwise() -> None:
     opt.step()
     q = torch.nn.Parameter(p.detach().clone())
     again = AdamW([q], max_norm=1.0)
-    checkpoint.unflatten_optimizer(again, checkpoint.flatten_optimizer(opt))
+    checkpoint.unflatten_optimizer(again, checkpoint.flatten_optimizer(opt, [("w", p)]), [("w", q)])
     for name, t in opt.state[p].items():
         assert torch.equal(t, again.state[q][name]) and t.dtype == again.state[q][name].dtype
+
+
+def test_optimizer_state_finds_its_parameter_by_name() -> None:
+    def make(*order: str) -> tuple[AdamW, list[tuple[str, torch.nn.Parameter]]]:
+        ps = {name: torch.nn.Parameter(torch.ones(2)) for name in "abc"}
+        return AdamW([{"params": [ps[name]]} for name in order]), list(ps.items())
+
+    opt, names = make("a", "b", "c")
+    for name, p in names:
+        p.grad = torch.full((2,), float(ord(name)))
+    opt.step()
+    saved = checkpoint.flatten_optimizer(opt, names)
+    again, now = make("c", "a", "b")
+    checkpoint.unflatten_optimizer(again, saved, now)
+    old = {f"{'abc'.index(key[0])}{key[1:]}": t for key, t in saved.items()}  # format 1: numbers, the groups' order
+    numbered, then = make("a", "b", "c")
+    checkpoint.unflatten_optimizer(numbered, old, then)
+    for optimizer, known in ((again, now), (numbered, then)):
+        for name, p in known:
+            assert torch.equal(optimizer.state[p]["exp_avg"], saved[f"{name}.exp_avg"])
+    for order, match in (("ab", "c has state in the checkpoint, but"), ("abc", "b has no state in the checkpoint")):
+        part, of = make(*order)
+        tensors = {key: t for key, t in saved.items() if order == "ab" or key[0] != "b"}
+        with pytest.raises(UserError, match=match):
+            checkpoint.unflatten_optimizer(part, tensors, of)
+    saved["a.exp_avg"] = torch.ones(3)
+    with pytest.raises(UserError, match=r"does not fit \(AdamW: saved exp_avg has shape"):
+        checkpoint.unflatten_optimizer(again, saved, now)
 
 
 def test_random_states_restore() -> None:

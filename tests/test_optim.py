@@ -253,6 +253,147 @@ def test_a_thousand_steps_follow_fp64(name: str) -> None:
     assert (ours - exact).norm() <= 2 * (theirs - exact).norm() + 1e-6 * exact.norm()
 
 
+@ON
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_are_set_stay_set(name: str, dtype: torch.dtype) -> None:
+    """Half of a tensor is set between two steps: there the master follows, elsewhere not a bit differs."""
+    walks = []
+    with use(strict=True, adamw=name):
+        for by_hand in (False, True):
+            ps = params(dtype)
+            opt = AdamW(ps, lr=1e-3)
+            for i in range(3):
+                give_grads(ps, i)
+                opt.step()
+                if i == 1:
+                    for p in ps:
+                        new = p.detach() + (torch.arange(p.numel(), device=DEVICE) % 2).view(p.shape)
+                        if by_hand:
+                            opt.state[p]["master"][new != p] = new[new != p].float()
+                        p.data.copy_(new)
+            walks.append([t for p in ps for t in (p.detach(), opt.state[p]["master"])])
+    assert all(torch.equal(a, b) for a, b in zip(*walks))
+
+
+@ON
+def test_remainders_beside_weights_that_are_set(name: str) -> None:
+    """What is left of the old value is half a unit in the last place, at zero too, where it could become a NaN."""
+    with use(strict=True, adamw=name):
+        p = params(torch.bfloat16)[0]
+        opt = AdamW([p], lr=0.0, master="remainder")
+        for low in (-0x8000, 0x7FFF):
+            for value in (0.0, -0.0, 1.0, -3.0):
+                give_grads([p], 0)
+                opt.step()
+                p.data.fill_(value)
+                opt.state[p]["master"].fill_(low)
+                opt.step()
+                assert float((p - value).detach().abs().max()) <= abs(value) * 2**-7, (low, value)
+
+
+@ON
+def test_torchs_defaults_change_nothing(name: str) -> None:
+    walks = []
+    for dtype, device in ((torch.float32, DEVICE), (torch.bfloat16, "meta"), (torch.float64, "meta")):
+        ps = params()
+        grads = [torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p) for p in ps]
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device), use(strict=True, adamw=name):
+                opt = AdamW(ps, lr=1e-2, max_norm=1.0)
+                for _ in range(3):
+                    for p, g in zip(ps, grads):
+                        p.grad = g
+                    opt.step()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        walks.append([*ps, opt.grad_norm])
+    assert all(torch.equal(a, b) for walk in walks[1:] for a, b in zip(walks[0], walk))
+
+
+def test_fp64_beside_fp32() -> None:
+    walks = []
+    for kind in (AdamW, torch.optim.AdamW):
+        ps = [params()[0], params(torch.float64)[1]]
+        opt = kind(ps, lr=2**-7)
+        for i in range(3):
+            give_grads(ps, i)
+            opt.step()
+        walks.append(ps)
+    for p, q in zip(*walks):
+        torch.testing.assert_close(p, q)
+
+
+KINDS = ("fp32", "remainder", "stochastic", None)
+
+
+@pytest.mark.parametrize("weights_first", [True, False])
+@pytest.mark.parametrize("first", KINDS)
+def test_state_with_another_kind_of_master_goes_on_where_it_was(first: str | None, weights_first: bool) -> None:
+    """fp32 and remainder keep the fp32 value (half-way cases move by its last bit), all others the weight."""
+
+    def exact(p: Tensor, state: dict[str, Tensor]) -> Tensor:
+        m = state.get("master", p.detach().float())
+        return join_remainder(p.detach(), m) if m.dtype == torch.int16 else m
+
+    for then in KINDS:
+        p = nn.Parameter(torch.cat((torch.linspace(-1, 1, 61), torch.tensor([1.0, 1.0078125, -2.0]))).bfloat16())
+        opt = AdamW([p], lr=1e-3, weight_decay=0.0, master=first)
+        p.grad = torch.cat((torch.ones(61), torch.zeros(3))).bfloat16()
+        opt.step()
+        if first == "fp32":  # three values half-way between two of bf16, rounded to even
+            opt.state[p]["master"][61:] = torch.tensor([1.00390625, 1.01171875, -2.0078125])
+            p.data.copy_(opt.state[p]["master"])
+        elif first == "remainder":
+            opt.state[p]["master"][61:] = -0x8000
+        q = nn.Parameter(p.detach().clone() if weights_first else torch.full_like(p, 7.0))
+        again = AdamW([q], lr=1e-3, master=then)
+        again.load_state_dict(opt.state_dict())
+        q.data.copy_(p)
+        q.grad = torch.zeros_like(q)
+        again.param_groups[0]["lr"] = 0.0
+        again.step()
+        kept = {first, then} <= {"fp32", "remainder"} and (weights_first or first == "fp32" or first == then)
+        before, after = exact(p, opt.state[p]) if kept else p.detach().float(), exact(q, again.state[q])
+        assert float(((after - before) / before).abs().max()) <= 2**-23, (first, then)
+        assert torch.equal(after[:61], before[:61]) and (first == "remainder" or torch.equal(p, q)), (first, then)
+
+
+def test_parameters_that_are_cast_exchanged_or_regrouped() -> None:
+    """The state is converted at the next step, or one sentence says what is wrong."""
+    ps = params()
+    opt = AdamW([{"params": ps[:1]}, {"params": ps[1:]}], lr=1e-2)
+    give_grads(ps, 0)
+    opt.step()
+    for p in ps:  # what model.half() does
+        p.data = p.data.half()
+    give_grads(ps, 1)
+    opt.step()
+    assert all(torch.equal(opt.state[p]["master"].half(), p) and float(opt.state[p]["step"]) == 2 for p in ps)
+    for p in ps:
+        p.data = p.data.t().contiguous().t().float()
+    opt.state[ps[0]]["exp_avg"] = opt.state[ps[0]]["exp_avg"].bfloat16()
+    give_grads(ps, 2)
+    opt.step()
+    assert "master" not in opt.state[ps[0]] and opt.state[ps[0]]["exp_avg"].dtype == torch.float32
+    opt.param_groups[0]["params"][0] = fresh = params()[0]
+    give_grads([fresh, ps[1]], 3)
+    opt.step()
+    assert float(opt.state[fresh]["step"]) == 1 and float(opt.state[ps[1]]["step"]) == 4
+    del opt.param_groups[0]
+    give_grads(ps, 4)
+    opt.step()
+    assert float(opt.state[ps[1]]["step"]) == 5
+    ps[1].grad = None
+    ps[1].data = torch.ones(4, device=DEVICE)
+    give_grads(ps, 5)
+    with pytest.raises(ValueError, match=r"state exp_avg has shape \(7,\), expected \(4,\)"):
+        opt.step()
+    opt.state.clear()
+    opt.step()
+    assert float(opt.state[ps[1]]["step"]) == 1
+
+
 def test_refuses_what_it_cannot_do() -> None:
     p = params()
     with pytest.raises(ValueError, match="one device"):

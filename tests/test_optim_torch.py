@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 import io
@@ -9,6 +10,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -84,17 +86,28 @@ def test_wrong_settings_of_a_group_are_refused() -> None:
     p = params()
     for setting, match in (
         ({"lr": -1.0}, "lr is -1.0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"lr": "1e-3"}, "lr is '1e-3', expected a number"),
         ({"lr": torch.zeros(2)}, r"lr has shape \(2,\)"),
         ({"betas": (0.9, 1.0)}, "betas are"),
         ({"betas": (torch.tensor(0.9), 0.9)}, "betas are tensors"),
         ({"eps": -1.0}, "eps is -1.0"),
-        ({"weight_decay": -1.0}, "weight_decay -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0"),
     ):
         for make in (lambda s: AdamW(p, **s), lambda s: AdamW([{"params": p, **s}])):
             with pytest.raises(ValueError, match=match):
                 make(setting)
     with pytest.raises(ValueError, match="decoupled_weight_decay is False"):
         AdamW(p).load_state_dict(torch.optim.Adam(params(), weight_decay=0.1).state_dict())
+    with pytest.raises(ValueError, match="a saved group has no betas, expected the state of an AdamW"):
+        AdamW(p).load_state_dict(torch.optim.SGD(params(), lr=1.0).state_dict())
+    others = torch.optim.Adamax(q := params(), weight_decay=0.0)
+    walk(others, q, range(1))
+    with pytest.raises(ValueError, match="saved state has .*'exp_inf'.* and no exp_avg_sq"):
+        AdamW(p).load_state_dict(others.state_dict())
+    for setting in ({"max_norm": float("nan")}, {"seed": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(setting))):
+            AdamW(p, **setting)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="bogus"):
         AdamW(p, bogus=1)  # type: ignore[call-arg]
 
@@ -132,6 +145,46 @@ def test_loading_a_fresh_state_starts_again() -> None:
     for optimizer, ps in ((used, a), (fresh, b)):
         walk(optimizer, ps, range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(a, b)) and float(used.state[a[0]]["step"]) == 3
+
+
+RESETS: dict[str, Callable[[torch.optim.Optimizer, list[nn.Parameter]], Any]] = {
+    "clear": lambda o, ps: o.state.clear(),
+    "replaced": lambda o, ps: setattr(o, "state", collections.defaultdict(dict)),
+    "one of them": lambda o, ps: o.state.pop(ps[1]),
+    "new tensors": lambda o, ps: o.state[ps[0]].update(
+        step=torch.tensor(5.0), exp_avg=torch.ones_like(ps[0]), exp_avg_sq=torch.ones_like(ps[0])
+    ),
+    "a step": lambda o, ps: o.state[ps[0]].update(step=torch.tensor(5.0)),
+    "its own state_dict": lambda o, ps: o.load_state_dict(o.state_dict()),
+}
+
+
+@pytest.mark.parametrize("name", RESETS)
+def test_state_that_is_cleared_or_replaced(name: str) -> None:
+    walks = []
+    for kind, dtype in ((AdamW, torch.float32), (torch.optim.AdamW, torch.float32), (torch.optim.AdamW, torch.float64)):
+        ps = params(dtype)
+        optimizer = kind(ps, lr=1e-2)
+        walk(optimizer, ps, range(3))
+        RESETS[name](optimizer, ps)
+        walk(optimizer, ps, range(3, 6))
+        walks.append(ps)
+        steps = [float(optimizer.state[p]["step"]) for p in ps]
+    assert_parity(*walks)
+    expected = {"one of them": [6, 3, 6], "new tensors": [8, 6, 6], "a step": [8, 6, 6], "its own state_dict": [6] * 3}
+    assert steps == expected.get(name, [3] * 3)
+
+
+@pytest.mark.parametrize("lr", [torch.tensor([0.1]), torch.tensor([[0.1]]), np.float32(0.1), 1], ids=str)
+def test_learning_rates_of_every_kind(lr: Any) -> None:
+    walks = []
+    for kind in (AdamW, torch.optim.AdamW):
+        ps = params()
+        optimizer = kind(ps, lr=copy.deepcopy(lr))
+        walk(optimizer, ps, range(2))
+        walks.append(ps)
+    for p, q in zip(*walks):
+        torch.testing.assert_close(p, q)
 
 
 def test_groups_are_added_mid_run() -> None:

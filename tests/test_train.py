@@ -269,6 +269,31 @@ def test_evaluations_of_ones_own(
     assert found == [(6, 6.0, 2.0), (12, 12.0, 2.0)] and "own.two 2.0000" in capsys.readouterr().out
 
 
+def test_a_resume_with_other_groups_keeps_each_parameters_moments(text: Path) -> None:
+    def resumed(*more: str) -> train.Run:
+        run = train.Run(load_config([*SMALL, "--data", str(text), "--out", "run", *more]))
+        run.resume()
+        return run
+
+    def state_of(run: train.Run) -> dict[str, torch.Tensor]:
+        return checkpoint.flatten_optimizer(run.optimizer, run.model.named_parameters())
+
+    run = resumed()
+    run.step(run.model)
+    run.save()
+    run.writer.finished(wait=True)
+    other = resumed("--lr-ratios", '{"wte": 1.0}')
+    assert len(other.optimizer.param_groups) > len(run.optimizer.param_groups)
+    before, after = state_of(run), state_of(other)
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    with pytest.raises(UserError, match="has optimizer 'adamw', expected 'muon'"):
+        resumed("--optimizer", "muon")
+    path = checkpoint.find("run") / checkpoint.STATE
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))  # its state would go by number
+    with pytest.raises(UserError, match=r"has lr_ratios \{\}, expected \{'wte': 1.0\}"):
+        resumed("--lr-ratios", '{"wte": 1.0}')
+
+
 def test_fp16_scales_its_loss_and_resumes_bitwise(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "GROW_AFTER", 3)
     more = ["--dtype", "fp16", "--keep", "0", "--save-every", "5"]

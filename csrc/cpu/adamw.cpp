@@ -72,10 +72,27 @@ inline void close(void* data, DType dtype, int64_t i, int64_t n, const float* va
   with_type(dtype, [&](auto tag) { from_floats(values, static_cast<decltype(tag)*>(data) + i, n); });
 }
 
+// A parameter that is not its master's rounding was set from outside: the master takes its value.
+inline void follow_param(const void* param, DType dtype, int64_t i, int64_t n, float* master) {
+  with_type(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* p = static_cast<const T*>(param) + i;
+    FASTGPT_SIMD
+    for (int64_t k = 0; k < n; ++k) {
+      const float value = to_float(p[k]);
+      master[k] = to_float(from_float<T>(master[k])) == value ? master[k] : value;
+    }
+  });
+}
+
 // The fp32 value of the parameter: the master, bf16 + remainder, or the parameter itself.
 inline float* open_param(const AdamWArgs& a, const AdamWTensor& t, int64_t i, int64_t n, float* buffer) {
   if (t.master == nullptr) return open(t.param, a.param_dtype, i, n, buffer);
-  if (a.master_dtype == DType::f32) return static_cast<float*>(t.master) + i;
+  if (a.master_dtype == DType::f32) {
+    float* master = static_cast<float*>(t.master) + i;
+    follow_param(t.param, a.param_dtype, i, n, master);
+    return master;
+  }
   const bf16* high = static_cast<const bf16*>(t.param) + i;
   const int16_t* low = static_cast<const int16_t*>(t.master) + i;
   FASTGPT_SIMD

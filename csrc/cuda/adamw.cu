@@ -5,10 +5,10 @@
 //   update:  norm, clip coefficient, bias corrections, moments, decay, parameter, master or remainder or rounding
 //
 // Every block of update adds all partials in the same order, so that there is no third launch and no host sync. Bytes
-// for each bf16 parameter: prepare 2 (grad); update with fp32 master and fp32 moments 28 (read grad 2, master 4, m 4,
-// v 4; write param 2, master 4, m 4, v 4), with a remainder 24 (param 2, remainder 2 each way), bf16 moments and
-// random rounding 14. Floor for 124e6 parameters, fp32 master (3.7 GB both launches): A100 1.8 ms, H100 1.1, H200
-// 0.78.
+// for each bf16 parameter: prepare 2 (grad); update with fp32 master and fp32 moments 30 (read grad 2, param 2, master
+// 4, m 4, v 4; write param 2, master 4, m 4, v 4), with a remainder 26 (param 2, remainder 2 each way), bf16 moments
+// and random rounding 14. Floor for 124e6 parameters, fp32 master (4.0 GB both launches): A100 1.9 ms, H100 1.2, H200
+// 0.83. The parameter is read beside its master to see whether it was set from outside since the last step.
 //
 // How: tensors are cut into chunks of 32768 elements, one block each; the table of up to 512 tensors travels in the
 // kernel's parameters (< 32 KB, CUDA >= 12.1), so nothing is copied beforehand. A thread has 8 elements of every
@@ -152,8 +152,13 @@ __device__ __forceinline__ void update(const Tensors<P, G, M, kMaster>& t, int64
   load(t.grad + e, g);
   load(t.exp_avg + e, m);
   load(t.exp_avg_sq + e, v);
-  if constexpr (kMaster == Master::f32) load(wide, p);
-  else load(t.param + e, p);
+  load(t.param + e, p);
+  if constexpr (kMaster == Master::f32) {
+    float master[L];
+    load(wide, master);
+#pragma unroll
+    for (int l = 0; l < L; ++l) p[l] = rounded<P>(master[l]) == p[l] ? master[l] : p[l];  // not its rounding: set outside
+  }
   if constexpr (kMaster == Master::remainder) {
     alignas(16) int16_t r[L];
     load_words(low, r);

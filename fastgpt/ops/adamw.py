@@ -7,6 +7,7 @@
 Two launches over all tensors: `adamw_prepare` (step counters, sums of squares), `adamw_update`; the host never waits.
 If the norm is not finite, or found_inf is set, nothing changes and the step counters go back. 16-bit parameters keep
 their low bits in `masters`: whole fp32 copies, or int16 remainders (fp32 bits = bf16 bits << 16, plus the remainder).
+A parameter that is not the rounding of its fp32 copy was set from outside: the copy takes its value before the update.
 `fastgpt.optim.AdamW` is the way to use this.
 """
 
@@ -57,7 +58,14 @@ class Bucket:
 
 def join_remainder(param: Tensor, remainder: Tensor) -> Tensor:
     """bf16 parameter and int16 remainder -> the fp32 master they stand for."""
-    return ((param.view(torch.int16).to(torch.int32) << 16) + remainder.to(torch.int32)).view(torch.float32)
+    # a zero with a negative remainder never came from a master: it was set from outside, and the sum would be a NaN
+    low = torch.where(param == 0, remainder.clamp(min=0), remainder).to(torch.int32)
+    return ((param.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+
+def follow_param(param: Tensor, master: Tensor) -> Tensor:
+    """The fp32 master, where param is its rounding; elsewhere param, which was set from outside since then."""
+    return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype))
 
 
 def split_remainder(master: Tensor, param: Tensor, remainder: Tensor) -> None:
@@ -98,14 +106,17 @@ def adamw_ref(
     """
     if (found_inf is not None and bool(found_inf)) or (norm is not None and not bool(torch.isfinite(norm))):
         return
-    factor = torch.ones(1, device=lr.device)
+    factor = torch.ones(1, device=lr.device, dtype=torch.float32)
     factor = factor if norm is None or max_norm <= 0 else (max_norm / (norm + 1e-6)).clamp(max=1.0)
     factor = factor if grad_scale is None else factor / grad_scale
     for i, param in enumerate(bucket.params):
         g, m, v = bucket.grads[i], bucket.exp_avgs[i], bucket.exp_avg_sqs[i]
         master = bucket.masters[i] if bucket.masters else None
         wide = torch.promote_types(param.dtype, torch.float32)
-        p = param.to(wide) if master is None else master if master.dtype == wide else join_remainder(param, master)
+        if master is None:
+            p = param.to(wide)
+        else:
+            p = join_remainder(param, master) if master.dtype == torch.int16 else follow_param(param, master)
         h = groups[bucket.group[i]]
         steps[bucket.index[i]] += 1
         t = float(steps[bucket.index[i]])

@@ -1,6 +1,7 @@
 """Optimizers over fastgpt's fused update: AdamW, and Muon for matrices with AdamW for the rest."""
 
-from fastgpt.optim.adamw import MASTERS, AdamW
+from fastgpt.optim.adamw import AdamW
 from fastgpt.optim.muon import MuonAdamW
+from fastgpt.optim.state import MASTERS
 
 __all__ = ["MASTERS", "AdamW", "MuonAdamW"]

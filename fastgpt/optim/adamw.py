@@ -11,16 +11,31 @@ from torch import Tensor
 from fastgpt.core.backend import select
 from fastgpt.ops._common import mark_mutated
 from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE, Bucket, adamw_ref, grad_norm_ref
-
-MASTERS = ("fp32", "remainder", "stochastic", None)
+from fastgpt.optim.state import (
+    MOMENTS,
+    Fitted,
+    check_group,
+    check_parameter,
+    check_saved,
+    check_settings,
+    fit,
+    is_sharded,
+    load_uncast,
+    set_step,
+    shard,
+    still_fits,
+    write_master,
+)
 
 
 class AdamW(torch.optim.Optimizer):
     """torch.optim.AdamW's interface (names, order, defaults, state_dict) over fastgpt's fused update.
 
     Args:
-        params: parameters or groups; fp32, bf16 or fp16, on one device. `lr` and `weight_decay` may differ by group.
-        lr: float, or a 0-dim tensor on the parameters' device (read there, so that it can change inside a CUDA graph).
+        params: parameters or groups; fp32, bf16, fp16 or fp64, on one device. With fp64 among them all are updated by
+            the `torch` backend. `lr` and `weight_decay` may differ by group.
+        lr: a number, or a tensor of one element; on the parameters' device it is read there, so that it can change
+            inside a CUDA graph.
         betas, eps, weight_decay: as in torch.optim.AdamW (decoupled decay).
         master: how 16-bit parameters keep what 16 bits cannot: "fp32" copies, "remainder" (bf16 only: 16 low bits,
             the exact fp32 value for 2 bytes less), "stochastic" rounding (bf16 only, unbiased, from `seed`), or None.
@@ -32,6 +47,10 @@ class AdamW(torch.optim.Optimizer):
         grad_norm: (1,) fp32 on the device: global norm of the last step before clipping (with max_norm only; NaN before
             the first step). Reading it waits for the device.
 
+    Weights that are set between steps (a checkpoint, the best model, a merge) stay set: fp32 masters follow a parameter
+    that is no longer their rounding. A remainder cannot tell: it stays, at most half a unit in the last place of bf16.
+    State that is cleared starts anew, its step count too; state that is replaced is taken as it is. Parameters may be
+    cast, moved or exchanged (`model.half()`, `p.data = ...`): their state is converted at the next step.
     DTensors (FSDP2): every process updates its own shards; the norm is summed over processes on the device.
     `foreach`, `fused` and `capturable` change nothing (it is fused and can be captured), `amsgrad`, `maximize` and
     `differentiable` are not supported. Groups may be added at any time. Pickle and deepcopy keep everything.
@@ -64,14 +83,13 @@ class AdamW(torch.optim.Optimizer):
         moment_dtype: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        _check_settings(master, max_norm, moment_dtype)
+        check_settings(master, max_norm, moment_dtype, seed)
         flags = dict(maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable)
         # decoupled_weight_decay: PyTorch's optimizers tell by it that a saved group is AdamW's
         flags |= dict(amsgrad=amsgrad, fused=fused, decoupled_weight_decay=True)
-        self.master, self.max_norm, self.moment_dtype, self.seed = master, max_norm, moment_dtype, seed
+        self.master, self.max_norm, self.moment_dtype, self.seed = master, max_norm, moment_dtype, int(seed)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **flags))
         self._number()
-        self.grad_norm = torch.full((1,), torch.nan, device=self.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, before the first step or after any; it has the defaults of what it does not name.
@@ -81,10 +99,10 @@ class AdamW(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            _check_group(param_group)
+            check_group(param_group)
             for p in param_group["params"]:
-                _check_parameter(p, self.master)
-            if hasattr(self, "_slots"):  # else the constructor numbers all groups
+                check_parameter(p, self.master)
+            if hasattr(self, "_order"):  # else the constructor numbers all groups
                 self._number()
         except (ValueError, TypeError):
             self.param_groups.pop()
@@ -93,21 +111,26 @@ class AdamW(torch.optim.Optimizer):
     def _number(self) -> None:
         """Give every parameter its slot in the step counters, which state["step"] are views of, and every group its
         learning rate on the device; steps that were taken are kept."""
-        slots = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        devices = {p.device for p in slots}
+        order = [p for g in self.param_groups for p in g["params"]]
+        devices = {p.device for p in order} or {torch.device("cpu")}
         if len(devices) > 1:
             raise ValueError(f"AdamW: parameters are on {sorted(map(str, devices))}, expected one device")
-        self._slots, self.device = slots, devices.pop()
-        self._sharded = any(map(_is_sharded, slots))
-        steps = torch.zeros(len(slots), device=self.device)
-        for p, slot in slots.items():
-            if p in self.state:
-                self.state[p]["step"] = steps[slot].copy_(self.state[p]["step"])
-        self._steps = steps
-        self._lr = torch.zeros(len(self.param_groups), device=self.device)
+        self._order, self.device = order, devices.pop()
+        self._device_number = order[0].get_device() if order else -1  # compared for each parameter in each step: quick
+        self._sharded = any(map(is_sharded, order))
+        fp32: dict[str, Any] = dict(dtype=torch.float32, device=self.device)  # whatever the defaults are
+        self._steps = torch.zeros(len(order), **fp32)
+        self._places = [self._steps[slot] for slot in range(len(order))]  # views
+        for slot, p in enumerate(order):
+            if state := self.state.get(p):
+                set_step(self._places[slot], state)
+        self._fitted: list[Fitted | None] = [None] * len(order)
+        self._fitted_for = self.master, self.moment_dtype
+        self._lr = torch.zeros(len(self.param_groups), **fp32)
         self._lr_floats: list[float | None] = []
-        self._partials = torch.zeros(0, device=self.device)
+        self._partials = torch.zeros(0, **fp32)
         self._with_grad: list[tuple[int, ...]] = []
+        self.grad_norm = getattr(self, "grad_norm", torch.full((1,), torch.nan, **fp32)).to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy (torch's own keeps only its settings, state and groups)."""
@@ -130,7 +153,7 @@ class AdamW(torch.optim.Optimizer):
         if not buckets:
             return loss
         self.refresh_lr()
-        backend = select("adamw", buckets[0].params[0])
+        backend = select("adamw", max((b.params[0] for b in buckets), key=Tensor.element_size))
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if backend == "torch":
             self._step_torch(buckets, *scaling)
@@ -145,12 +168,12 @@ class AdamW(torch.optim.Optimizer):
         with_grad = [tuple(b.index) for b in buckets]
         if clip and (with_grad != self._with_grad or self._sharded):  # other tensors leave other partial sums unused
             self._with_grad = with_grad
-            self._partials = torch.zeros(PARTIALS * len(buckets), device=self.device)
+            self._partials = torch.zeros(PARTIALS * len(buckets), dtype=torch.float32, device=self.device)
         for i, b in enumerate(buckets):
             PREPARE[backend](b.grads, self._steps, b.index, self._partials, i * PARTIALS, clip)
             if clip and b.groups:
                 _sum_over(b.groups, self._partials[i * PARTIALS : (i + 1) * PARTIALS])
-        beta1, beta2, eps, decay = zip(*((*g["betas"], g["eps"], g["weight_decay"]) for g in self.param_groups))
+        beta1, beta2, eps, decay = zip(*(_numbers(g) for g in self.param_groups))
         for b in buckets:
             UPDATE[backend](
                 b.params,
@@ -184,10 +207,8 @@ class AdamW(torch.optim.Optimizer):
                 norms = [_sum_over(b.groups, grad_norm_ref([b], grad_scale).square()) for b in buckets]
                 norm = torch.stack(norms).sum(0).sqrt()
             self.grad_norm.copy_(norm)
-        groups = [
-            dict(beta1=g["betas"][0], beta2=g["betas"][1], eps=g["eps"], weight_decay=g["weight_decay"])
-            for g in self.param_groups
-        ]
+        names = ("beta1", "beta2", "eps", "weight_decay")
+        groups = [dict(zip(names, _numbers(g))) for g in self.param_groups]
         for b in buckets:
             stochastic = self.master == "stochastic" and b.params[0].dtype == torch.bfloat16
             adamw_ref(
@@ -205,22 +226,39 @@ class AdamW(torch.optim.Optimizer):
 
     def _buckets(self) -> list[Bucket]:
         """Parameters with a gradient, by (parameter dtype, gradient dtype, process groups); of DTensors the shards."""
+        if len(self.param_groups) != len(self._lr):
+            self._number()
+        if (self.master, self.moment_dtype) != self._fitted_for:  # set by hand
+            check_settings(self.master, self.max_norm, self.moment_dtype, self.seed)
+            self._number()
         buckets: dict[tuple[Any, ...], Bucket] = {}
+        slot = -1
         for number, group in enumerate(self.param_groups):
             for p in group["params"]:
+                slot += 1
                 g = p.grad
                 if g is None:
                     continue
+                # exchanged in its group, or moved
+                if slot >= len(self._order) or p is not self._order[slot] or p.get_device() != self._device_number:
+                    self._number()
+                    return self._buckets()
+                groups, dtype, grad_dtype, stride, state = (), p.dtype, g.dtype, p.stride(), self.state.get(p)
+                if state is None or not still_fits(self._fitted[slot], p, dtype, stride, state):
+                    state = self._fit(p, slot)
+                    _check_gradient(p, g)
                 if g.layout is not torch.strided:
                     raise TypeError(f"AdamW: a gradient is {g.layout}, expected dense (sparse=False in the embedding)")
-                state, slot, groups = self.state[p] or self._init_state(p), self._slots[p], ()
-                if self._sharded and _is_sharded(p):
-                    groups, p, g, state = _shard(p, g, state)
-                if g.stride() != p.stride():
-                    g = torch.empty_like(p, dtype=g.dtype).copy_(g)
-                b = buckets.get((p.dtype, g.dtype, groups))
+                if self._sharded and is_sharded(p):
+                    groups, p, g, state = shard(p, g, state)
+                    stride = p.stride()
+                known = grad_dtype is dtype or grad_dtype is torch.float32
+                if not known or g.stride() != stride:
+                    grad_dtype = grad_dtype if known else torch.float32
+                    g = torch.empty_like(p, dtype=grad_dtype).copy_(g)
+                b = buckets.get((dtype, grad_dtype, groups))
                 if b is None:
-                    b = buckets[(p.dtype, g.dtype, groups)] = Bucket([], [], [], [], [], [], [], groups)
+                    b = buckets[(dtype, grad_dtype, groups)] = Bucket([], [], [], [], [], [], [], groups)
                 b.params.append(p)
                 b.grads.append(g)
                 b.exp_avgs.append(state["exp_avg"])
@@ -231,17 +269,11 @@ class AdamW(torch.optim.Optimizer):
                 b.group.append(number)
         return list(buckets.values())
 
-    def _init_state(self, p: Tensor) -> dict[str, Tensor]:
-        state = self.state[p]
-        state["step"] = self._steps[self._slots[p]]  # a view: the kernels count all steps in one tensor
-        wide = torch.promote_types(p.dtype, self.moment_dtype) if p.dtype == torch.float64 else self.moment_dtype
-        state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
-        state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
-        if p.dtype in (torch.bfloat16, torch.float16):
-            if self.master == "fp32":
-                state["master"] = p.detach().to(torch.float32, copy=True)
-            elif self.master == "remainder":
-                state["master"] = torch.zeros_like(p, dtype=torch.int16)
+    def _fit(self, p: Tensor, slot: int) -> dict[str, Any]:
+        """p's state, made to fit what p, its state and the settings are now."""
+        state: dict[str, Any] = self.state.setdefault(p, {})
+        self._fitted[slot] = fit(p, state, self._places[slot], self.master, self.moment_dtype)
+        self._with_grad = []  # another size leaves other partial sums unused
         return state
 
     def refresh_lr(self) -> None:
@@ -250,78 +282,53 @@ class AdamW(torch.optim.Optimizer):
         step() does it; call it before each replay of a CUDA graph that holds step().
         """
         rates = [g["lr"] for g in self.param_groups]
-        floats = [None if isinstance(r, Tensor) else float(r) for r in rates]
+        there = [isinstance(r, Tensor) and r.device.type != "cpu" for r in rates]  # reading those would wait
+        floats = [None if t else float(r.detach() if isinstance(r, Tensor) else r) for r, t in zip(rates, there)]
         if floats != self._lr_floats:
             self._lr_floats = floats
-            host = torch.tensor([0.0 if f is None else f for f in floats])
+            host = torch.tensor([0.0 if f is None else f for f in floats], dtype=torch.float32, device="cpu")
             self._lr.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
         for i, rate in enumerate(rates):
-            if isinstance(rate, Tensor):
-                self._lr[i].copy_(rate, non_blocking=True)
+            if there[i]:
+                self._lr[i].copy_(rate.reshape(()), non_blocking=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this optimizer's state, or torch.optim.AdamW's. Dtypes of moments and masters are kept as saved here.
+        """Load this optimizer's state, or torch.optim.AdamW's; moments and masters become what this one's settings say.
 
-        (torch's own would cast fp32 moments of bf16 parameters to bf16.)
+        (torch's own would cast fp32 moments of bf16 parameters to bf16.) A master of another kind is converted: fp32
+        and remainder into each other, from none to one at the weight, dropped where this optimizer keeps none.
 
         Raises:
-            ValueError: a group with a setting that is not supported, or a tensor of another shape than its parameter's.
+            ValueError: a setting that is not supported, the state of another kind of optimizer, or a tensor of another
+                shape than its parameter's; nothing has changed then.
         """
-        state: dict[int, dict[str, Any]] = {}
-        numbers: list[int] = []
+        load_uncast(self, state_dict, check_saved, self._load)
 
-        def take(_: Any, content: dict[str, Any]) -> dict[str, Any]:  # behind other hooks: what they left
-            for group in content["param_groups"]:
-                _check_group(group)
-                numbers.extend(group["params"])
-            state.update(content["state"])
-            return {**content, "state": {}}
-
-        def fill(_: Any) -> None:  # before other hooks: they find the state there
-            self._steps.zero_()
-            for number, p in zip(numbers, self._slots, strict=True):
-                if number in state:
-                    self._load_state(p, state[number])
-
-        hooks = [
-            self.register_load_state_dict_pre_hook(take),
-            self.register_load_state_dict_post_hook(fill, prepend=True),
-        ]
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _load_state(self, p: Tensor, saved: dict[str, Any]) -> None:
-        state = self._init_state(p)
-        for name, value in saved.items():
-            if name in state:
-                if name != "step" and value.shape != p.shape:
-                    raise ValueError(f"AdamW: saved {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}")
-                state[name].copy_(torch.as_tensor(value))
+    def _load(self, saved: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        self._number()
+        slots = {p: slot for slot, p in enumerate(self._order)}
+        for p, old in saved:
+            self.state[p] = {"step": old["step"]}
+            state = self._fit(p, slots[p])
+            for name in MOMENTS:
+                state[name].copy_(old[name])
+            if "master" in state:
+                write_master(state["master"], p, old.get("master"))
 
 
-def _is_dense(p: Tensor) -> bool:
-    """Whether p's elements fill their memory, each at a place of its own."""
-    size = 1
-    for stride, n in sorted((s, n) for s, n in zip(p.stride(), p.shape) if n != 1):
-        if stride != size and p.numel():
-            return False
-        size *= n
-    return True
+def _check_gradient(p: Tensor, g: Tensor) -> None:
+    """Raise ValueError for a gradient from before p got another shape or device."""
+    if g.shape != p.shape or g.device != p.device:
+        raise ValueError(
+            f"AdamW: a gradient of shape {tuple(g.shape)} is on {g.device}, expected its parameter's "
+            f"{tuple(p.shape)} on {p.device}"
+        )
 
 
-def _is_sharded(p: Tensor) -> bool:
-    """Whether p is a DTensor (whose import takes half a second)."""
-    return hasattr(p, "to_local")
-
-
-def _shard(p: Any, g: Any, state: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor, Tensor, dict[str, Any]]:
-    """Process groups that DTensor p is sharded over, and this process's part of it, of its gradient and state."""
-    groups = tuple(p.device_mesh.get_group(i) for i, place in enumerate(p.placements) if place.is_shard())
-    g = g if g.placements == p.placements else g.redistribute(placements=p.placements)
-    return groups, p.to_local(), g.to_local(), {n: t.to_local() if _is_sharded(t) else t for n, t in state.items()}
+def _numbers(group: dict[str, Any]) -> tuple[float, float, float, float]:
+    """beta1, beta2, eps, weight_decay of a group."""
+    beta1, beta2 = group["betas"]
+    return float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
 
 
 def _sum_over(groups: tuple[Any, ...], t: Tensor) -> Tensor:
@@ -329,44 +336,3 @@ def _sum_over(groups: tuple[Any, ...], t: Tensor) -> Tensor:
     for group in groups:
         torch.distributed.all_reduce(t, group=group)
     return t
-
-
-def _check_parameter(p: Tensor, master: str | None) -> None:
-    if not p.is_floating_point() or p.layout is not torch.strided:
-        raise TypeError(f"AdamW: a parameter is {p.dtype} {p.layout}, expected dense floating point")
-    if not _is_dense(p.to_local() if _is_sharded(p) else p):  # type: ignore[attr-defined]
-        raise ValueError(
-            f"AdamW: a parameter of shape {tuple(p.shape)} has strides {p.stride()}, expected elements without "
-            "gaps or overlaps in memory, in any order of dimensions (call .contiguous() on a view first)"
-        )
-    if master in ("remainder", "stochastic") and p.dtype == torch.float16:
-        raise ValueError(f"AdamW: master={master!r} is for bf16 parameters, came with torch.float16")
-
-
-def _check_group(group: dict[str, Any]) -> None:
-    """Settings of a parameter group, the constructor's own or loaded; what is left out is the default."""
-    for flag in ("amsgrad", "maximize", "differentiable"):
-        if group.get(flag):
-            raise ValueError(f"AdamW: {flag}=True is not supported")
-    if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
-        raise ValueError("AdamW: decoupled_weight_decay is False (torch.optim.Adam's), expected AdamW's")
-    lr, betas, eps, decay = (group[n] for n in ("lr", "betas", "eps", "weight_decay"))
-    if not isinstance(lr, Tensor) and lr < 0:
-        raise ValueError(f"AdamW: lr is {lr}, expected at least 0")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"AdamW: lr has shape {tuple(lr.shape)}, expected one element")
-    if any(isinstance(b, Tensor) for b in betas):
-        raise ValueError("AdamW: betas are tensors, expected numbers")
-    if not all(0.0 <= b < 1.0 for b in betas):
-        raise ValueError(f"AdamW: betas are {betas}, expected 0 to less than 1")
-    if eps < 0 or decay < 0:
-        raise ValueError(f"AdamW: eps is {eps} and weight_decay {decay}, expected at least 0")
-
-
-def _check_settings(master: str | None, max_norm: float | None, moment_dtype: torch.dtype) -> None:
-    if master not in MASTERS:
-        raise ValueError(f"AdamW: master is {master!r}, expected one of {MASTERS}")
-    if max_norm is not None and max_norm <= 0:
-        raise ValueError(f"AdamW: max_norm is {max_norm}, expected more than 0, or None")
-    if moment_dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"AdamW: moment_dtype is {moment_dtype}, expected torch.float32 or torch.bfloat16")

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastgpt.ops.adamw import follow_param
 from fastgpt.optim import AdamW
+from fastgpt.optim.state import check_saved, load_uncast
+
+BUFFER = "momentum_buffer"
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """torch.optim.Muon for matrices in the middle of a model, AdamW for all other parameters, as one optimizer.
 
     Args:
-        groups: parameter groups; those with "muon": True hold matrices only.
+        groups: parameter groups; those with "muon": True hold matrices only, and come first in `param_groups`.
         lr, weight_decay, momentum: as in torch.optim.Muon, whose update is scaled to the size of AdamW's
             ("match_rms_adamw"), so that one learning rate serves both.
         max_norm: clip the global gradient norm, of all parameters together, to this.
@@ -24,7 +30,9 @@ class MuonAdamW(torch.optim.Optimizer):
         grad_norm: as AdamW's.
 
     Matrices of 16 bits have fp32 copies, whatever `master` says of the others. A step whose norm is not finite, or with
-    found_inf, changes nothing; telling that waits for the device. Source: arXiv:2502.16982.
+    found_inf, changes nothing; telling that waits for the device. What AdamW says of weights that are set, and of state
+    that is cleared or replaced, holds here too. Raises ValueError for groups added after it was made, and for matrices
+    that were fp32 then and no longer are. Source: arXiv:2502.16982.
     """
 
     def __init__(
@@ -37,21 +45,35 @@ class MuonAdamW(torch.optim.Optimizer):
         max_norm: float | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(groups, dict(lr=lr, weight_decay=weight_decay))
+        super().__init__(sorted(groups, key=lambda g: not g.get("muon")), dict(lr=lr, weight_decay=weight_decay))
         mine = [g for g in self.param_groups if g.get("muon")]
         others = [g for g in self.param_groups if not g.get("muon")]
         self.max_norm = max_norm
-        self.adamw = AdamW([{**g} for g in others], lr=lr, weight_decay=weight_decay, **settings)
         self.matrices = [p for g in mine for p in g["params"]]
         self.masters = [p if p.dtype == torch.float32 else p.detach().float() for p in self.matrices]
         of = dict(zip(self.matrices, self.masters, strict=True))
-        wide = [{**g, "params": [of[p] for p in g["params"]]} for g in mine]
         self.muon = torch.optim.Muon(
-            wide, lr=lr, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw"
+            [{**g, "params": [of[p] for p in g["params"]]} for g in mine],
+            lr=lr,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            adjust_lr_fn="match_rms_adamw",
         )
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]  # the same dicts: a schedule sets both
+        self.adamw = AdamW(others, lr=lr, weight_decay=weight_decay, **settings)
+        for group, inner in zip(mine, self.muon.param_groups, strict=True):
+            group.update({name: value for name, value in inner.items() if name != "params"})
         self.device, self.found_inf = self.adamw.device, None
-        self.grad_norm = torch.full((1,), torch.nan, device=self.device)
+        self.grad_norm = torch.full((1,), torch.nan, dtype=torch.float32, device=self.device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if hasattr(self, "adamw"):  # else the constructor's
+            raise ValueError("MuonAdamW: a group was added after it was made, expected all groups in the constructor")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy (torch's own keeps only its settings, state and groups)."""
+        names = ("max_norm", "matrices", "masters", "muon", "adamw", "device", "found_inf", "grad_norm")
+        return {**super().__getstate__(), **{n: getattr(self, n) for n in names}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -60,49 +82,85 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        others = [p for g in self.adamw.param_groups for p in g["params"]]
-        given = [p for p in (*self.matrices, *others) if p.grad is not None]
-        self.grad_norm.copy_(torch.nn.utils.get_total_norm([p.grad for p in given if p.grad is not None]))
-        skip = (
-            ~self.grad_norm.isfinite() if self.found_inf is None else ~self.grad_norm.isfinite() | (self.found_inf != 0)
-        )
-        if bool(skip):
+        given = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        self.grad_norm.copy_(torch.nn.utils.get_total_norm([p.grad for p in given]))
+        skip = ~self.grad_norm.isfinite()
+        if bool(skip if self.found_inf is None else skip | (self.found_inf != 0)):
             return loss
         if self.max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(given, self.max_norm, self.grad_norm[0])
+        self._share()
         for p, master in zip(self.matrices, self.masters, strict=True):
             master.grad = None if p.grad is None else p.grad.to(master.dtype)
         self.muon.step()
         self.adamw.step()
         for p, master in zip(self.matrices, self.masters, strict=True):
+            self.state[p].update(self.muon.state[master])
             if master is not p:
                 p.copy_(master)
                 master.grad = None
         return loss
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.muon.zero_grad(set_to_none)
-        self.adamw.zero_grad(set_to_none)
-        for p in self.matrices:
-            p.grad = None
+    def _share(self) -> None:
+        """Hand settings and state, which may have been changed, loaded or cleared, to the two optimizers."""
+        mine = self.param_groups[: len(self.muon.param_groups)]
+        for group, inner in zip(mine, self.muon.param_groups, strict=True):
+            inner.update({name: value for name, value in group.items() if name != "params"})
+        self.adamw.param_groups = self.param_groups[len(mine) :]
+        self.adamw.state = self.state
+        self.muon.state = defaultdict(dict)
+        for p, master in zip(self.matrices, self.masters, strict=True):
+            state = self.state.setdefault(p, {})
+            if master is not p:
+                _follow(p, master, state)
+            elif p.dtype != torch.float32:
+                raise ValueError(f"MuonAdamW: a matrix became {p.dtype}, expected the optimizer made after the cast")
+            if BUFFER in state:
+                self.muon.state[master][BUFFER] = state[BUFFER].to(master)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The matrices' state first (momentum_buffer, and master of 16-bit ones), then AdamW's, numbered on."""
-        state: dict[int, dict[str, Any]] = {}
-        for i, (p, master) in enumerate(zip(self.matrices, self.masters, strict=True)):
-            state[i] = {**self.muon.state[master], **({} if master is p else {"master": master})}
-        others = self.adamw.state_dict()
-        state |= {i + len(self.matrices): s for i, s in others["state"].items()}
-        return {"state": state, "param_groups": others["param_groups"]}
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for master in self.masters:  # the copies'
+            master.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        n = len(self.matrices)
-        others = {i - n: s for i, s in state_dict["state"].items() if i >= n}
-        self.adamw.load_state_dict({"state": others, "param_groups": state_dict["param_groups"]})
-        self.param_groups = [*self.muon.param_groups, *self.adamw.param_groups]
-        for i, master in enumerate(self.masters):
-            saved = state_dict["state"].get(i, {})
-            if "momentum_buffer" in saved:
-                self.muon.state[master]["momentum_buffer"] = saved["momentum_buffer"].to(master, copy=True)
-            if "master" in saved:
-                master.copy_(saved["master"])
+        """Load this optimizer's state, on the device and in the dtypes of now.
+
+        Raises:
+            ValueError: other groups, the state of another kind of optimizer, or a tensor of another shape than its
+                parameter's; nothing has changed then.
+        """
+        load_uncast(self, state_dict, self._check, self._load)
+
+    def _check(self, groups: list[dict[str, Any]], pairs: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        mine = set(self.matrices)
+        if [bool(g.get("muon")) for g in groups] != [bool(g.get("muon")) for g in self.param_groups]:
+            raise ValueError("MuonAdamW: the saved groups are not those of this optimizer")
+        for p, saved in pairs:
+            t = saved.get(BUFFER)
+            if p in mine and (t is None or t.shape != p.shape):
+                came = f"has {sorted(saved)}" if t is None else f"has a {BUFFER} of shape {tuple(t.shape)}"
+                raise ValueError(f"MuonAdamW: a matrix's saved state {came}, expected a {BUFFER} of {tuple(p.shape)}")
+        others = [g for g in groups if not g.get("muon")]
+        check_saved(others, [(p, saved) for p, saved in pairs if p not in mine])
+
+    def _load(self, pairs: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        masters = dict(zip(self.matrices, self.masters, strict=True))
+        for p, saved in pairs:
+            if p in masters:
+                self.state[p] = {BUFFER: saved[BUFFER].to(masters[p], copy=True)}
+                if masters[p] is not p:
+                    self.state[p]["master"] = saved.get("master", p.detach()).to(masters[p], copy=True)
+        self.adamw.param_groups = self.param_groups[len(self.muon.param_groups) :]
+        self.adamw.state = self.state
+        self.adamw._load([(p, saved) for p, saved in pairs if p not in masters])
+
+
+def _follow(p: Tensor, master: Tensor, state: dict[str, Any]) -> None:
+    """Bring a matrix's fp32 copy, in its place, to what state and matrix say: cleared, replaced or set from outside."""
+    if master.device != p.device:
+        master.data = master.to(p.device)
+    if state.get("master") is not master:
+        master.copy_(state.get("master", p))
+        state["master"] = master
+    master.copy_(follow_param(p, master))

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from torch import Tensor
 from fastgpt.core.errors import UserError
 from fastgpt.core.tensorfile import load_file, save_file
 
-FORMAT = 1
+FORMAT = 2  # 1: the optimizer's state by the parameters' numbers, not by their names
+READS = (1, FORMAT)
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
@@ -42,19 +43,38 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-def flatten_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Optimizer state as named tensors: '<parameter number>.<name>'."""
-    state = optimizer.state_dict()["state"]
-    return {f"{i}.{name}": torch.as_tensor(t) for i, s in state.items() for name, t in s.items()}
+Named = Iterable[tuple[str, Tensor]]  # what model.named_parameters() gives
 
 
-def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Load what `flatten_optimizer` gave."""
-    state: dict[int, dict[str, Tensor]] = {}
+def flatten_optimizer(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, Tensor]:
+    """Optimizer state as named tensors: '<name of the parameter>.<name in its state>'."""
+    names = {p: name for name, p in named}
+    return {f"{names[p]}.{name}": torch.as_tensor(t) for p, s in optimizer.state.items() for name, t in s.items()}
+
+
+def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], named: Named) -> None:
+    """Load what `flatten_optimizer` gave, however the parameters are grouped now; format 1's numbers are their order.
+
+    Raises:
+        UserError: a parameter has no state there, a state no parameter here, or the state is none that it takes.
+    """
+    names = {p: name for name, p in named}
+    order = [names[p] for g in optimizer.param_groups for p in g["params"]]
+    state: dict[str, dict[str, Tensor]] = {}
     for key, t in tensors.items():
-        number, _, name = key.partition(".")
-        state.setdefault(int(number), {})[name] = t
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        owner, _, name = key.rpartition(".")
+        owner = order[int(owner)] if owner.isdigit() and int(owner) < len(order) else owner
+        state.setdefault(owner, {})[name] = t
+    if state and (other := sorted(set(order) ^ set(state))):
+        where = (
+            "no state in the checkpoint" if other[0] in order else "state in the checkpoint, but is not trained here"
+        )
+        raise UserError(f"optimizer: {other[0]} has {where}")
+    numbered = {i: state[name] for i, name in enumerate(order) if name in state}
+    try:
+        optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
+    except ValueError as e:
+        raise UserError(f"optimizer: the checkpoint's state does not fit ({e})") from e
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
@@ -203,8 +223,10 @@ def read_state(path: Path) -> dict[str, Any]:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise UserError(f"checkpoint {path} is damaged: {STATE} cannot be read ({e}){_before(path)}") from e
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"checkpoint {path}: {STATE} is not of format {FORMAT}, which this version reads")
+    if not isinstance(state, dict) or state.get("format") not in READS:
+        raise UserError(
+            f"checkpoint {path}: {STATE} is not of format {' or '.join(map(str, READS))}, which this version reads"
+        )
     return state
 
 

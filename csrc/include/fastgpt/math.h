@@ -313,7 +313,9 @@ FASTGPT_HD void adamw_element(float& p, float g, float& m, float& v, const AdamW
 // ---- fp32 master = bf16 parameter + 16-bit remainder, exact ----
 
 FASTGPT_HD float join_remainder(bf16 high, int16_t low) {
-  return bits_float((static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(static_cast<int32_t>(low)));
+  // a zero with negative low bits never came from a master: it was set from outside, and the sum would be a NaN
+  const int32_t rest = (high.bits & 0x7fffu) == 0 && low < 0 ? 0 : low;
+  return bits_float((static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(rest));
 }
 
 FASTGPT_HD uint32_t remainder_bits(float master) {  // every NaN as the one that rounding leaves a NaN
