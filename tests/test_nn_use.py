@@ -73,6 +73,14 @@ UNCOVERED: dict[str, tuple[Any, ...]] = {
         {},
         "probabilities",
     ),
+    "weight of bf16": (
+        "RMSNorm",
+        (6,),
+        {"dtype": torch.bfloat16},
+        (floats(5, 6),),
+        {},
+        "weight of torch.bfloat16 with x",
+    ),
     "weights": mha({}, "need_weights=True"),
     "mask": mha({**QUIET, "attn_mask": MASK}, "attn_mask without is_causal"),
     "causal and padded": mha(
@@ -207,6 +215,18 @@ def test_attention_whose_keys_are_all_masked_is_the_bias() -> None:
     assert torch.equal(y[1], torch.ones_like(y[1])) and not (y[0] == 1).any()
     y.sum().backward()
     assert x.grad is not None and x.grad.isfinite().all() and not x.grad[1].any()
+
+
+def test_attention_refuses_a_padding_mask_of_another_shape() -> None:
+    """As many values as keys are not enough: (S, B) is no (B, S)."""
+    m, x = fnn.MultiheadAttention(8, 2).to(DEVICE), floats(4, 7, 8)
+    with pytest.raises(AssertionError, match="key_padded_mask.shape"):
+        m(x, x, x, torch.zeros(4, 7, dtype=torch.bool, device=DEVICE), need_weights=False)
+
+
+def test_attention_takes_shapes_without_values() -> None:
+    x = torch.empty(4, 7, 8, device="meta")
+    assert fnn.MultiheadAttention(8, 2, device="meta")(x, x, x, need_weights=False)[0].shape == x.shape
 
 
 def test_attention_drops_in_training_only() -> None:

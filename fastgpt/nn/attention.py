@@ -115,6 +115,9 @@ def uncovered(
     length = 1 if m.batch_first and query.dim() == 3 else 0
     if query.dim() not in (2, 3) or query.is_nested:
         return "nested tensors or inputs of other than 2 or 3 dimensions"
+    rows = key.shape[:-1] if m.batch_first or key.dim() == 2 else (key.shape[1], key.shape[0])
+    if padding is not None and padding.shape != torch.Size(rows):
+        return f"key_padding_mask of shape {tuple(padding.shape)} with keys {tuple(key.shape)}"
     if causal and query.shape[length] != key.shape[length]:
         return "is_causal=True with other numbers of keys than of queries"
     return None

@@ -25,8 +25,8 @@ def keep_gradients(module: nn.Module, min_numel: int = KEPT_NUMEL) -> None:
 class Linear(nn.Linear):
     """torch.nn.Linear whose weight gradient goes where `keep_gradients` said.
 
-    Args: as torch.nn.Linear. x: (..., in_features) -> (..., out_features).
+    Args: as torch.nn.Linear. input: (..., in_features) -> (..., out_features).
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.linear(input, self.weight, self.bias)

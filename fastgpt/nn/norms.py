@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.core.backend import leave_to_torch
 
 
 def _over_last(
@@ -20,11 +21,16 @@ def _over_last(
         ValueError: x does not end in `shape`.
     """
     n = len(shape)
-    if x.dim() < n or tuple(x.shape[-n:]) != shape:
+    if not n or x.dim() < n or tuple(x.shape[-n:]) != shape:
         raise ValueError(f"{name}: x has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, shape))})")
     flat = [p.flatten() if isinstance(p, Tensor) else p for p in params]
     out = norm(x.flatten(-n), *flat, residual=None if residual is None else residual.flatten(-n))
     return out.view(x.shape) if residual is None else tuple(t.view(x.shape) for t in out)
+
+
+def _mixed(x: Tensor, weight: Tensor | None) -> bool:
+    """Whether the weight has a dtype that the ops do not take with x: neither its own nor fp32."""
+    return weight is not None and weight.dtype not in (x.dtype, torch.float32)
 
 
 def epsilon(eps: float | None, x: Tensor) -> float:
@@ -35,18 +41,21 @@ def epsilon(eps: float | None, x: Tensor) -> float:
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm, with an optional residual added first.
 
-    Args: as torch.nn.LayerNorm. x: (..., *normalized_shape), parameters of its dtype or fp32.
+    Args: as torch.nn.LayerNorm. input: (..., *normalized_shape), parameters of its dtype or fp32.
 
     Returns:
-        y of x's shape and dtype; with `residual` (as x) the pair (y, x + residual).
+        y of input's shape and dtype; with `residual` (as input) the pair (y, input + residual).
     """
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
         weight = self.weight
+        if residual is None and _mixed(input, weight):
+            leave_to_torch("LayerNorm", f"a weight of {weight.dtype} with input of {input.dtype}")
+            return super().forward(input)
         if weight is None or weight.dim() != 1:  # a weight of one dimension: the op compares it with x
             params = (weight, self.bias, self.eps)
-            return _over_last("LayerNorm", ops.layer_norm, self.normalized_shape, x, residual, *params)
-        return ops.layer_norm(x, weight, self.bias, self.eps, residual=residual)
+            return _over_last("LayerNorm", ops.layer_norm, self.normalized_shape, input, residual, *params)
+        return ops.layer_norm(input, weight, self.bias, self.eps, residual=residual)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -81,6 +90,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         weight, offset = self.weight, self.weight_offset
+        if residual is None and not offset and _mixed(x, weight):
+            leave_to_torch("RMSNorm", f"a weight of {weight.dtype} with x of {x.dtype}")
+            return super().forward(x)
         eps = epsilon(self.eps, x)
         if weight is None or weight.dim() != 1:
 
