@@ -15,7 +15,9 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace fastgpt {
 
 static void* current_stream(int32_t device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "fastgpt: this torch has no CUDA support");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "fastgpt: aoti_torch_get_current_cuda_stream was not found: this torch has no CUDA support, or its "
+                  "libtorch_cuda is not what libtorch loads");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;

@@ -81,7 +81,7 @@ def _dkdv_blocks(
     lse, delta = _load_lse(lse_ptr, rows, T, dtype), tl.load(delta_ptr + rows, rows < T, other=0.0)
     for m in tl.range(start, stop, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
-        inside = (lse < float("inf")) if RANGE == ROWS else (rows < T)  # what queries without keys hold must not count
+        inside = (lse != float("inf")) if RANGE == ROWS else (rows < T)  # what queries without keys hold must not count
         q = load_tile(q_ptr, m, q_row, inside, BLOCK_M, D, BLOCK_D)
         z = dot(k, tl.trans(q)) * scale
         if SOFTCAP:
@@ -290,6 +290,6 @@ def attention_dq_kernel(
     dq = _dq_blocks(
         dq, q, dout, lse, delta, k_ptr, v_ptr, k_row, v_row, right, last, low, last, rows, lo, hi, docs_ptr, rng_ptr,
         head, scale, cap, threshold, keep_scale, T, RANGE, DOCS, SOFTCAP, DROPOUT, D, BLOCK_D, BLOCK_N, True)
-    dq = tl.where((lse < float("inf"))[:, None], dq * factor, 0.0)  # whatever a query without keys holds
+    dq = tl.where((lse == float("inf"))[:, None], 0.0, dq * factor)  # whatever a query without keys holds
     store_tile(dq_ptr + b * dq_batch + h * dq_head, dq, start, dq_row, T, BLOCK_M, D, BLOCK_D)
 # fmt: on

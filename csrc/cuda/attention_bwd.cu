@@ -172,7 +172,7 @@ __global__ void __launch_bounds__(DqTile<D, Full>::kThreads)
 #pragma unroll
   for (int i = 0; i < 2 * kM; ++i) {
     factor[i / 2][i % 2] = a.scale;
-    if (rows[own + i * 8 + lane_id() / 4].lse < INFINITY) continue;
+    if (rows[own + i * 8 + lane_id() / 4].lse != INFINITY) continue;  // NaN stays NaN
 #pragma unroll
     for (int n = 0; n < D / 8; ++n) dq[i / 2][n][i % 2 * 2] = dq[i / 2][n][i % 2 * 2 + 1] = 0.0f;  // whatever it holds
   }

@@ -57,7 +57,7 @@ __device__ __forceinline__ void update(Softmax<M, W>& s, float (&z)[M][N][4], fl
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
       const float base = top == -INFINITY ? 0.0f : top * c;  // no key yet: 2^-inf, not 2^(inf - inf)
-      const float shrink = ptx::ex2(s.top[m][h] * c - base);
+      const float shrink = ptx::ex2(__fmul_rn(s.top[m][h], c) - base);  // 1 where top stays; by an FMA, 2^(its residue)
       s.top[m][h] = top;
       float sum = 0.0f;
 #pragma unroll

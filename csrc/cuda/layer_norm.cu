@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
     ring.request_row(a, row + step, set ^ 1);
     ptx::cp_async_wait<1>();  // this row is there, the next may be on its way
     const int end = row < a.n_rows ? n : 0;
-    const float mean = next_mean, rstd = next_rstd;
+    // of one column dx is 0, which wdy - mean_wdy is not where an FMA takes one of the two unrounded
+    const float mean = next_mean, rstd = n == 1 ? 0.0f : next_rstd;
     float sum = 0.0f, dot = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPacks; ++i) {

@@ -7,6 +7,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <thread>
+
 namespace py = pybind11;
 using namespace fastgpt;
 
@@ -89,6 +91,29 @@ auto planned(int64_t (*size)(Sizes...)) {
   };
 }
 
+// Launches a and, from another thread between what a's launch sets and the launch itself, b.
+template <typename Args>
+auto at_once(void (*launcher)(const Args&, cuda::Stream)) {
+  return [launcher](const py::dict& a_values, const py::dict& b_values) {
+    Args a{}, b{};
+    fill(a, a_values);
+    fill(b, b_values);
+    const Planning planning;
+    emulator::machine().before_launch = [&] { std::thread([&] { launcher(b, nullptr); }).join(); };
+    launcher(a, nullptr);
+    return emulator::machine().launches;
+  };
+}
+
+// Addresses of the kernels launched since the last call.
+std::vector<uintptr_t> launched() {
+  std::vector<uintptr_t> found;
+  for (const void* kernel : std::exchange(emulator::machine().kernels, {})) {
+    found.push_back(reinterpret_cast<uintptr_t>(kernel));
+  }
+  return found;
+}
+
 }  // namespace
 
 // The order in which threads run: 0 forward, 1 backward, 2 random from this seed.
@@ -101,6 +126,8 @@ PYBIND11_MODULE(kernels, m) {
   m.def("layer_norm_fwd", planned(cuda::layer_norm_fwd));
   m.def("layer_norm_bwd", planned(cuda::layer_norm_bwd));
   m.def("layer_norm_bwd_blocks", planned(cuda::layer_norm_bwd_blocks));
+  m.def("layer_norm_bwd_at_once", at_once(cuda::layer_norm_bwd));
+  m.def("launched", launched);
   m.def("rms_norm_fwd", planned(cuda::rms_norm_fwd));
   m.def("rms_norm_bwd", planned(cuda::rms_norm_bwd));
   m.def("rms_norm_bwd_blocks", planned(cuda::rms_norm_bwd_blocks));

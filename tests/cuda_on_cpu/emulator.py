@@ -4,8 +4,9 @@ include/cuda_runtime.h says how kernels run. With FASTGPT_EMULATED_CUDA naming t
 its ops for the backend `cuda`: all of fastgpt/parity then runs on them. As a command:
 
     python tests/cuda_on_cpu/emulator.py                   builds, prints the library's path
-    python tests/cuda_on_cpu/emulator.py LIBRARY OP ...    runs some parity cases of each op in every order of threads:
-                                                           JSON, order -> digest of all outputs, or the first error
+    python tests/cuda_on_cpu/emulator.py LIBRARY OP FILE   runs some parity cases of the op in every order of threads:
+                                                           JSON, order -> each case's digest of its outputs, or its
+                                                           error, to the first that is not what FILE holds
 
 Objects are kept by the hash of all they are made of, in a folder that later runs find again. `mutate` replaces text in
 the sources first: the tests of the equipment itself break a kernel that way.
@@ -20,6 +21,7 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -36,12 +38,19 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CACHE = Path(tempfile.gettempdir()) / f"fastgpt-cuda-on-cpu-{os.getuid()}"
 FLAGS = (
-    "-std=c++20 -g1 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing -fno-math-errno -ffp-contract=off "
+    "-std=c++20 -g1 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing -fno-math-errno "
     "-Wall -Wno-unknown-pragmas -DFASTGPT_WITH_CUDA -DFASTGPT_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
 ).split()
+# As nvcc does by default, a product and the sum that takes it become one FMA, where this processor has that; gcc looks
+# for them from -O2 on, or where asked to.
+HAS_FMA = platform.machine() != "x86_64" or re.search(r"\bfma\b", Path("/proc/cpuinfo").read_text()) is not None
+ROUNDING = ("-ffp-contract=off",)
+if HAS_FMA:
+    ROUNDING = ("-ffp-contract=fast", "-fexpensive-optimizations", *(("-mfma",) * (platform.machine() == "x86_64")))
 ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer")
 SCHEDULES = ("forward", "backward", "random")
 Mutation = tuple[str, str, str]  # file below csrc, text, replacement
+Digests = dict[str, list[str]]  # order of threads -> of each case
 
 
 def _run(command: list[str]) -> None:
@@ -74,8 +83,9 @@ def _texts(source: Path, folders: list[Path], seen: set[Path]) -> Iterator[str]:
             yield from _texts(found, folders, seen)
 
 
-def _object(source: Path, root: Path, flags: list[str]) -> Path:
-    folders = [HERE / "include", root / "include"]
+def _object(source: Path, flags: list[str]) -> Path:
+    """The object of a file in a csrc (or of binding.cpp), with the headers of that csrc."""
+    folders = [HERE / "include", (source.parents[1] if source.suffix == ".cu" else CSRC) / "include"]
     key = hashlib.sha256("\0".join([*_texts(source, folders, set()), *FLAGS, *flags]).encode()).hexdigest()[:24]
     target = CACHE / f"{source.stem}-{key}.o"
     if not target.exists():
@@ -92,8 +102,12 @@ def _torch() -> Path:
     return Path(spec.origin).parent
 
 
-def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None) -> Path:
-    """The library of all kernels, also a Python module; compiled where no object of the same text and flags is kept."""
+def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None, op: str = "*") -> Path:
+    """The library of all kernels, also a Python module; compiled where no object of the same text and flags is kept.
+
+    Only the kernels of `op` are compiled from mutated sources. They are linked first, since of an inline function that
+    several objects hold the first one's counts.
+    """
     import pybind11
 
     CACHE.mkdir(exist_ok=True)
@@ -105,11 +119,16 @@ def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None) -> Path:
         for old in CACHE.glob("*-*"):
             if old.stat().st_mtime < time.time() - 86400:
                 old.unlink()
-        root = CSRC if mutate is None else _mutated(mutate)
-        sources = [(p, ["-O1", *flags]) for p in sorted((root / "cuda").glob("*.cu"))]
-        ours = [root / "ops_cuda.cpp", root / "registration.cpp", HERE / "binding.cpp"]
-        sources += [(p, ["-O0", "-Wno-maybe-uninitialized", *flags, *host]) for p in ours]
-        objects = list(pool.map(lambda s: _object(s[0], root, s[1]), sources))
+        kernels = sorted((CSRC / "cuda").glob("*.cu"))
+        if mutate is not None:
+            broken = sorted((_mutated(mutate) / "cuda").glob(f"{op}*.cu"))
+            kernels = broken + [p for p in kernels if p.name not in {b.name for b in broken}]
+        sources = [(p, ["-O1", *ROUNDING, *flags]) for p in kernels]
+        ours = [CSRC / "ops_cuda.cpp", CSRC / "registration.cpp", HERE / "binding.cpp"]
+        # pybind11's thread-local variables are not shared memory: they must not lie there (cuda_runtime.h)
+        options = ["-O0", "-Wno-maybe-uninitialized", "-Dthread_local=", *ROUNDING, *flags, *host]
+        sources += [(p, options) for p in ours]
+        objects = list(pool.map(lambda s: _object(*s), sources))
         key = hashlib.sha256("".join(p.name for p in objects).encode()).hexdigest()[:24]
         target = CACHE / f"kernels-{key}.so"
         if not target.exists():
@@ -129,47 +148,53 @@ def load(path: Path) -> Any:
     return module
 
 
-def run(library: Path, *ops: str, preload: str = "") -> subprocess.CompletedProcess[str]:
+def run(library: Path, op: str, known: Digests, preload: str = "") -> subprocess.CompletedProcess[str]:
     """The second command at this file's head, in a process of its own, which a broken kernel may take down."""
     env = os.environ | {"FASTGPT_EMULATED_CUDA": str(library), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     if preload:
         env |= {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0"}
-    command = [sys.executable, str(Path(__file__)), str(library), *ops]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(known, file)
+        file.flush()
+        command = [sys.executable, str(Path(__file__)), str(library), op, file.name]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
 
 
-def some_cases(ops: list[str]) -> Iterator[Any]:
+def some_cases(op: str) -> Iterator[Any]:
     """Cases of fastgpt/parity that take every branch on alignment and width, without the longest."""
     from fastgpt import parity
 
     layouts = ("contiguous/contiguous", "sliced/rows", "misaligned/contiguous", "contiguous/misaligned")
-    for case in (case for op in ops for case in parity.cases(op)):
+    for case in parity.cases(op):
         size = math.prod(case.shape) // max(1, case.shape[2] if case.op == "attention" else 1)
         if case.layouts in layouts and str(case.dtype) != "torch.float16" and size < 20000:
             yield case
 
 
-def try_ops(library: Path, schedule: str, ops: list[str]) -> str:
-    """Digest of all outputs of some_cases with this order of threads, or the first error."""
+def try_op(library: Path, op: str, schedule: str, known: list[str]) -> list[str]:
+    """For each of some_cases, with this order of threads, the digest of all outputs or the error; up to the first that
+    differs from `known`."""
     from fastgpt import parity
     from fastgpt.core import backend
 
     ctypes.CDLL(str(library)).fastgpt_set_schedule(SCHEDULES.index(schedule), 1)
-    digest = hashlib.sha256()
-    for case in some_cases(ops):
-        inputs = parity.Inputs(case, "cpu", wide=False)
-        subject = parity.SUBJECTS[case.op]
-        if not backend.ops()[case.op]["cuda"].takes(case.dtype, 0):
+    subject, found = parity.SUBJECTS[op], list[str]()
+    for case in some_cases(op):
+        if not backend.ops()[op]["cuda"].takes(case.dtype, 0):
             continue
+        inputs, digest = parity.Inputs(case, "cpu", wide=False), hashlib.sha256()
         try:
-            with backend.use(strict=True, **{case.op: "cuda"}):
+            with backend.use(strict=True, **{op: "cuda"}):
                 outputs = subject.run(case, subject.ours, inputs)
+            for t in outputs.values():
+                digest.update(t.detach().double().numpy().tobytes())
+            digest.update(repr(inputs.harmed()).encode())
+            found.append(digest.hexdigest())
         except RuntimeError as error:
-            return f"{case}: {error}"
-        for t in outputs.values():
-            digest.update(t.detach().double().numpy().tobytes())
-        digest.update(repr(inputs.harmed()).encode())
-    return digest.hexdigest()
+            found.append(f"{case}: {error}")
+        if known and found != known[: len(found)]:
+            break
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -177,7 +202,9 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         print(build())
         return
-    print(json.dumps({s: try_ops(Path(arguments[0]), s, arguments[1:]) for s in SCHEDULES}))
+    library, op, file = arguments
+    known: Digests = json.loads(Path(file).read_text())
+    print(json.dumps({s: try_op(Path(library), op, s, known.get(s, [])) for s in SCHEDULES}))
 
 
 if __name__ == "__main__":

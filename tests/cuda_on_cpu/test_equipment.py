@@ -6,6 +6,7 @@ GPU (tests/conftest.py).
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 from typing import Any
 
 import pytest
+import torch
 
 from fastgpt.core import backend
 
@@ -25,20 +27,20 @@ import emulator
 OPS = sorted(op for op, cells in backend.ops().items() if "cuda" in cells)
 
 
-def digests(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
-    """By order of threads; a process that a kernel took down gives none."""
-    found: dict[str, str] = json.loads(done.stdout) if done.returncode == 0 else {}
+def digests(done: subprocess.CompletedProcess[str]) -> emulator.Digests:
+    """A process that a kernel took down gives none."""
+    found: emulator.Digests = json.loads(done.stdout) if done.returncode == 0 else {}
     return found
 
 
 @pytest.fixture(scope="module")
 def right() -> Any:
     """right(op): the digests of the sources as they are, each computed once."""
-    found: dict[str, dict[str, str]] = {}
+    found: dict[str, emulator.Digests] = {}
 
-    def of(op: str) -> dict[str, str]:
+    def of(op: str) -> emulator.Digests:
         if op not in found:
-            found[op] = digests(emulator.run(emulator.build(), op))
+            found[op] = digests(emulator.run(emulator.build(), op, {}))
         return found[op]
 
     return of
@@ -47,8 +49,8 @@ def right() -> Any:
 @pytest.mark.parametrize("op", OPS)
 def test_orders_of_threads_agree_bitwise(op: str, right: Any) -> None:
     found = right(op)
-    assert set(found) == set(emulator.SCHEDULES) and len(set(found.values())) == 1, found
-    assert len(found["random"]) == 64, found
+    assert set(found) == set(emulator.SCHEDULES) and found["forward"] == found["backward"] == found["random"], found
+    assert found["random"] and all(len(d) == 64 for d in found["random"]), found
 
 
 # What is broken -> the op that shows it, the file, its text, what stands there instead
@@ -191,9 +193,81 @@ MUTATIONS: dict[str, tuple[str, str, str, str]] = {
 def test_a_broken_kernel_is_caught(name: str, right: Any) -> None:
     """In every order of threads: other bits, an error, or a process that died."""
     op, *mutation = MUTATIONS[name]
-    assert all(len(d) == 64 for d in right(op).values()), right(op)
-    found = digests(emulator.run(emulator.build(mutate=tuple(mutation)), op))
+    assert right(op).keys() == set(emulator.SCHEDULES)
+    found = digests(emulator.run(emulator.build(mutate=tuple(mutation), op=op), op, right(op)))
     assert all(found.get(schedule) != digest for schedule, digest in right(op).items()), found
+
+
+# ---- Poison: what no one has written yet must not count ----
+
+KERNELS = """
+#include <cuda_runtime.h>
+#include <fastgpt/cuda_launch.cuh>
+#include <fastgpt/ptx.cuh>
+using namespace fastgpt;
+__global__ void write_kernel(float* out, bool all) {
+  __shared__ float shared[32];
+  if (all || threadIdx.x != 3) shared[threadIdx.x] = 1.0f;
+  __syncthreads();
+  out[threadIdx.x] = shared[threadIdx.x];
+}
+__global__ void copy_kernel(const float* in, float* out, bool wait) {
+  FASTGPT_DYNAMIC_SHARED(float, tile);
+  for (int i = 0; i < 8; ++i) tile[8 * threadIdx.x + i] = 1.0f;  // as what comes
+  for (int i = 0; i < 8; i += 4) ptx::cp_async_16(ptx::shared_address(tile + 8 * threadIdx.x + i), in + i, 16);
+  ptx::cp_async_commit();
+  if (wait) ptx::cp_async_wait<0>();
+  for (int i = 0; i < 8; ++i) out[8 * threadIdx.x + i] = tile[8 * threadIdx.x + i];
+  ptx::cp_async_wait<0>();
+}
+extern "C" void write_all(float* out, bool all) { cuda::launch("write", write_kernel, {1}, 32, 0, nullptr, out, all); }
+__global__ void contract_kernel(const float* in, float* out) {
+  const float product = in[0] * in[1];
+  out[0] = product, out[1] = in[0] * in[1] - product, out[2] = __fmul_rn(in[0], in[1]) - product;
+}
+extern "C" void contract(const float* in, float* out) {
+  cuda::launch("contract", contract_kernel, {1}, 1, 0, nullptr, in, out);
+}
+extern "C" void copy_async(const float* in, float* out, bool wait) {
+  cuda::launch("copy", copy_kernel, {1}, 2, 64, nullptr, in, out, wait);
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """KERNELS' functions, called with tensors."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "kernels.cu").write_text(KERNELS)
+    include = [f"-I{p}" for p in (emulator.HERE / "include", emulator.CSRC / "include")]
+    flags = [*emulator.FLAGS, *emulator.ROUNDING, "-fvisibility=default", "-O1", "-shared", *include, "-x", "c++"]
+    subprocess.run(["g++", *flags, str(folder / "kernels.cu"), "-o", str(folder / "kernels.so")], check=True)
+    library = ctypes.CDLL(str(folder / "kernels.so"))
+
+    def call(name: str, *values: Any) -> None:
+        getattr(library, name)(*(ctypes.c_void_p(v.data_ptr()) if isinstance(v, torch.Tensor) else v for v in values))
+
+    return call
+
+
+def test_what_was_not_written_is_poison(small: Any) -> None:
+    """Also where the block before has written the same place, and where a copy is on its way with the same values."""
+    out = torch.empty(32)
+    for all_written in (True, False):
+        small("write_all", out, all_written)
+        assert out.isnan().nonzero().flatten().tolist() == ([] if all_written else [3])
+    out = torch.empty(2, 2, 4)
+    for waits in (True, False):
+        small("copy_async", torch.ones(8), out, waits)
+        assert torch.equal(out.isnan().any(0), torch.tensor([[False], [not waits]]).expand(2, 4))
+
+
+@pytest.mark.skipif(not emulator.HAS_FMA, reason="this processor has no FMA")
+def test_products_go_into_sums_unrounded(small: Any) -> None:
+    """As nvcc makes them, except where the source says otherwise."""
+    x, out = torch.tensor([1.1, 1.3]), torch.empty(3)
+    small("contract", x, out)
+    assert out[1] == float(x[0]) * float(x[1]) - float(out[0]) != 0 == out[2]
 
 
 # ---- AddressSanitizer: sees what is written or read outside of what the ops allocate ----
@@ -206,7 +280,7 @@ def run_under_asan(op: str, mutation: tuple[str, str, str] | None = None) -> sub
     ]
     if not os.path.isabs(libraries[0]):
         pytest.skip("g++ comes without libasan")
-    return emulator.run(emulator.build(emulator.ASAN, mutation), op, preload=" ".join(libraries))
+    return emulator.run(emulator.build(emulator.ASAN, mutation, op), op, {}, preload=" ".join(libraries))
 
 
 @pytest.mark.parametrize("op", OPS)

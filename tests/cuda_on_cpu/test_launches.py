@@ -51,6 +51,15 @@ def test_norms_cover_all_rows_and_stay_in_their_workspace(kernels: Any, op: str,
             assert reduce[0] * 32 >= n_cols
 
 
+def test_one_launch_takes_no_shared_memory_from_anothers(kernels: Any) -> None:
+    """A second thread launches the same kernel with less, just when the first has said what it needs."""
+    given = pointers("x", "y", "dy", "h", "weight", "dweight", "partials") | {"n_rows": 4097, "dtype": 1}
+    wide, narrow = ({**given, "n_cols": n, "x_row": n} for n in (8192, 5120))
+    first, second = kernels.layer_norm_bwd(**wide), kernels.layer_norm_bwd(**narrow)
+    assert first[0][6] > 48 * 1024 > second[0][6] > 32 * 1024
+    assert kernels.layer_norm_bwd_at_once(wide, narrow) == second + first
+
+
 def test_activations_cover_every_element(kernels: Any) -> None:
     for n_cols in WIDTHS:
         for n_rows in (1, 5, 4097, 2**20):

@@ -1,6 +1,7 @@
 """Attention's contract beside its numbers (fastgpt/parity/attention.py): registration, compile, masks, errors."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -210,6 +211,33 @@ def test_gradients_of_large_scores(name: str, t: int, seed: int) -> None:
         case = parity.Case("attention", first_dtype(name), "contiguous", (1, t, t, 2, 2, 16), options)
         rows = parity.check(dataclasses.replace(case, seed=4 * seed + draw), name, DEVICE)
         assert not [r for r in rows if not r.ratio <= 1]
+
+
+@ON
+def test_early_keys_keep_their_weight(name: str) -> None:
+    """However many tiles of keys follow, where the largest score stays: what a tile holds is then multiplied by 1, not
+    by 2 to the power of a rounding error (which FMA contraction makes of x * c - base with base = x * c)."""
+    dtype = torch.float16 if torch.float16 in backend.ops()["attention"][name].dtypes else first_dtype(name)
+    n, first = 2**15, 64
+    q, k = (torch.ones(1, t, 1, 16, device=DEVICE, dtype=dtype) for t in (1, n))
+    k *= 11 / 16  # scores of 11: 16 times a factor would be exact
+    v = (torch.arange(n, device=DEVICE) < first).to(dtype).view(1, n, 1, 1).expand(k.shape)
+    scale = 69.3
+    out, lse = FWD[name](q, k, v, *options(q, scale=scale))
+    assert torch.equal(out, torch.full_like(out, first / n)), out.flatten()[0]
+    torch.testing.assert_close(lse, torch.full_like(lse, 11 * scale + math.log(n)), rtol=3e-7, atol=0)
+
+
+@ON
+def test_a_query_that_is_nan_has_a_gradient_that_is_nan(name: str) -> None:
+    """And a finite one stays what it is, although both share keys."""
+    q, k, v = qkv(name, t=9, s=9)
+    o, dout = options(q, causal=True), torch.ones_like(q)
+    q[0, 4, 1, 3] = math.nan
+    dq = BWD[name](dout, None, q, k, v, *FWD[name](q, k, v, *o), *o)[0]
+    nan = torch.zeros_like(dq, dtype=torch.bool)
+    nan[0, 4, 1] = True
+    assert torch.equal(dq.isnan(), nan)
 
 
 @ON

@@ -3,12 +3,15 @@
 // in an order that set_schedule picks. Barriers and warp collectives are rendezvous; a thread that never comes is
 // reported as a deadlock. Of a thread's asynchronous copies every other one is made at once, the rest at its wait. Each
 // 16-byte access is checked for alignment, each launch for CUDA's limits; AddressSanitizer sees shared memory as well,
-// dynamic shared memory being allocated to its exact size.
+// dynamic shared memory being allocated to its exact size. Shared memory begins each block as NaN, and so does what an
+// asynchronous copy will write, from its issue to its wait: nothing may count on what was there.
 //
 // What it cannot show: races between threads that run at the same time (it shows those that some order of whole
-// stretches between barriers brings out), memory ordering, the device's rounding of ex2 and its fused multiply-adds,
-// registers, spills, occupancy, speed, and anything of streams and devices.
+// stretches between barriers brings out), memory ordering, the device's rounding of ex2, which products nvcc makes part
+// of an FMA (gcc's choice is near it: emulator.py), registers, spills, occupancy, speed, and anything of streams and
+// devices.
 #pragma once
+#include <link.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -22,7 +25,9 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
@@ -39,7 +44,11 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define __shared__ static  // blocks run one at a time
+#if defined(__SANITIZE_ADDRESS__)
+#define __shared__ static  // blocks run one at a time; with red zones around
+#else
+#define __shared__ static __thread  // so that all of it is one piece of memory (StaticShared)
+#endif
 #define FASTGPT_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(emulator::machine().dynamic_shared.get())
 
@@ -60,10 +69,15 @@ enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
+  cudaErrorIllegalAddress = 700,
   cudaErrorMisalignedAddress = 716,
   cudaErrorLaunchFailure = 719
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+struct cudaFuncAttributes {
+  size_t sharedSizeBytes;
+};
 using cudaStream_t = struct CUstream_st*;
 
 namespace emulator {
@@ -95,6 +109,37 @@ struct Warp {
 constexpr size_t kStack = 256 * 1024;
 constexpr unsigned kMaxThreads = 1024;
 
+constexpr int kPoison = 0xff;  // bytes of a NaN, and of an index that no tensor has
+
+// The static shared memory of this library's kernels: this thread's copy of its thread-local variables.
+struct StaticShared {
+  void* data = nullptr;
+  size_t bytes = 0;
+
+  StaticShared() {
+    static __thread volatile char any;
+    any = any;  // there is no copy before a variable of it was used
+    dl_iterate_phdr(find, this);
+  }
+
+  static int find(dl_phdr_info* library, size_t, void* found) {
+    const auto here = reinterpret_cast<uintptr_t>(&find);
+    bool ours = false;
+    const ElfW(Phdr)* variables = nullptr;
+    for (int i = 0; i < library->dlpi_phnum; ++i) {
+      const ElfW(Phdr)& part = library->dlpi_phdr[i];
+      if (part.p_type == PT_LOAD) ours |= here - library->dlpi_addr - part.p_vaddr < part.p_memsz;
+      if (part.p_type == PT_TLS) variables = &part;
+    }
+    if (!ours) return 0;
+    auto& shared = *static_cast<StaticShared*>(found);
+    if (variables != nullptr) shared.data = library->dlpi_tls_data, shared.bytes = variables->p_memsz;
+    return 1;
+  }
+
+  void poison() const { std::memset(data, kPoison, bytes); }
+};
+
 // One block at work. All state of the emulation is here.
 struct Machine {
   std::vector<Fiber> fibers;
@@ -107,6 +152,8 @@ struct Machine {
   std::mt19937 random{0};
   bool misaligned = false, dry = false;             // dry: launches are written down, and nothing runs
   std::vector<std::array<uint64_t, 7>> launches;    // grid, block, bytes of dynamic shared memory
+  std::set<const void*> kernels;                    // that were launched
+  std::function<void()> before_launch;              // what another thread does just then, once
   std::string error;
   std::map<const void*, size_t> shared_limits;  // of kernels that asked for more than 48 KB
   std::unique_ptr<void, void (*)(void*)> dynamic_shared{nullptr, std::free};
@@ -177,8 +224,9 @@ struct Machine {
   void copy_async(void* to, const void* from, int bytes) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) misaligned = true;
     const Copy copy{to, from, bytes, current->groups};
-    if (current->started++ % 2 == 0) make(copy);
-    else current->copies.push_back(copy);
+    if (current->started++ % 2 == 0) return make(copy);
+    std::memset(to, kPoison, 16);
+    current->copies.push_back(copy);
   }
 
   void wait_for_copies(int n_open) {
@@ -259,6 +307,7 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
   body = std::move(kernel);
   misaligned = false;
   error.clear();
+  const StaticShared static_shared;
   const uint64_t n_blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t k = 0; k < n_blocks && error.empty(); ++k) {
     const uint64_t b = schedule == Schedule::backward ? n_blocks - 1 - k : k;
@@ -267,7 +316,8 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
     void* memory = nullptr;
     if (shared_bytes > 0 && posix_memalign(&memory, 128, shared_bytes) != 0) std::abort();
     dynamic_shared.reset(memory);
-    if (shared_bytes > 0) std::memset(dynamic_shared.get(), 0xff, shared_bytes);  // NaN: nothing may count on zeros
+    if (shared_bytes > 0) std::memset(dynamic_shared.get(), kPoison, shared_bytes);
+    static_shared.poison();
     run_block();
   }
   if (misaligned) return cudaErrorMisalignedAddress;
@@ -294,6 +344,13 @@ struct alignas(16) uint4 {
   }
 };
 
+// A product that no sum takes into an FMA.
+inline float __fmul_rn(float a, float b) {
+  float product = a * b;
+  asm("" : "+m"(product));
+  return product;
+}
+
 template <typename T>
 inline T __ldg(const T* p) {
   return *p;
@@ -319,9 +376,15 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// As a device of sm_80.
+// As a device of sm_80, and as if every kernel had this much static shared memory.
+constexpr int kStaticShared = 4096;
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 163 * 1024, cudaSuccess; }
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
+  return of->sharedSizeBytes = kStaticShared, cudaSuccess;
+}
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || bytes > 163 * 1024) return cudaErrorInvalidValue;
+  if (bytes < 0 || bytes + kStaticShared > 163 * 1024) return cudaErrorInvalidValue;
   emulator::machine().shared_limits[kernel] = bytes;
   return cudaSuccess;
 }
@@ -338,7 +401,9 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   emulator::Machine& m = emulator::machine();
+  if (const auto other = std::exchange(m.before_launch, nullptr)) other();
+  m.kernels.insert(reinterpret_cast<const void*>(kernel));
   const auto asked = m.shared_limits.find(reinterpret_cast<const void*>(kernel));
   return m.run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
-               asked == m.shared_limits.end() ? 48 * 1024 : asked->second, [&] { kernel(arguments...); });
+               asked == m.shared_limits.end() ? 48 * 1024 - kStaticShared : asked->second, [&] { kernel(arguments...); });
 }
