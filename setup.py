@@ -58,6 +58,7 @@ CUDA_SOURCES = [
     "csrc/cuda/attention_bwd.cu",
 ]
 DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; PTX for every other card from 8.0 on
+LEAST_ARCH = 80  # the kernels' instructions begin there
 REBUILD = "pip install --no-build-isolation -e ."
 
 
@@ -73,6 +74,7 @@ class Facts:
         self.missing: dict[str, str] = {}  # backend -> reason and remedy
         self.torch = self.nvcc = ""
         self.archs: list[str] = []
+        self.notes: list[str] = []  # what the last line says beside what was built
 
     def leave_out(self, backend: str, why: str) -> None:
         if wanted("FASTGPT_CUDA", "auto") == "1":
@@ -99,7 +101,8 @@ class Facts:
 
     def summary(self) -> str:
         built = f"built the {' and '.join(self.built)} kernels" if self.built else "pure Python install"
-        return "; ".join([f"fastgpt: {built}", *(f"left out {b}: {why}" for b, why in self.missing.items())])
+        left_out = (f"left out {b}: {why}" for b, why in self.missing.items())
+        return "; ".join([f"fastgpt: {built}", *self.notes, *left_out])
 
 
 def wanted(name: str, default: str) -> str:
@@ -158,13 +161,41 @@ def find_cuda_home() -> Path:
     return home_path
 
 
-def gencode_flags(archs: str) -> list[str]:
-    """TORCH_CUDA_ARCH_LIST's "8.0;9.0a+PTX" -> nvcc's flags."""
-    flags = []
-    for arch in filter(None, re.split(r"[;,\s]+", archs)):
-        found = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+ARCH = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
+
+
+def known_archs(nvcc: Path) -> set[int]:
+    """What this nvcc compiles for, as in 90; empty where it does not say."""
+    said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return {int(n) for n in re.findall(r"compute_(\d+)", said)}
+
+
+def choose_archs(known: set[int]) -> tuple[str, str]:
+    """What to compile for, and a note if that is less than TORCH_CUDA_ARCH_LIST asks for.
+
+    One architecture that does not compile would fail the whole extension, and the list may not be the user's own:
+    images preset it to everything that their torch was built for.
+    """
+    asked = [a for a in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if a]
+    kept, dropped = [], []
+    for arch in asked:
+        found = ARCH.fullmatch(arch)
         if found is None:
             raise PlatformError(f"fastgpt: TORCH_CUDA_ARCH_LIST holds {arch!r}, expected numbers like 8.0 or 9.0a+PTX")
+        number = int(found[1] + found[2].rstrip("af"))
+        (kept if number >= LEAST_ARCH and (not known or number in known) else dropped).append(arch)
+    if not dropped:
+        return ";".join(kept) or DEFAULT_ARCHS, ""
+    why = f"not {', '.join(dropped)} of TORCH_CUDA_ARCH_LIST (the kernels need 8.0, and an nvcc that knows the card)"
+    return (";".join(kept), why) if kept else (DEFAULT_ARCHS, f"{why}: {DEFAULT_ARCHS} instead")
+
+
+def gencode_flags(archs: str) -> list[str]:
+    """ "8.0;9.0a+PTX" -> nvcc's flags."""
+    flags = []
+    for arch in archs.split(";"):
+        found = ARCH.fullmatch(arch)
+        assert found is not None, arch
         number = found[1] + found[2]
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
         if found[3]:
@@ -237,7 +268,7 @@ class BuildNative(build_ext):
 
     def _compile(self, torch: Any, cuda_home: Path | None) -> Extension | None:
         """Compile and place one extension; None, with the reason noted, if that fails."""
-        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
+        archs, note = choose_archs(known_archs(cuda_home / "bin" / "nvcc")) if cuda_home else ("", "")
         extension = native_extension(torch, cuda_home, archs)
         command = torch.utils.cpp_extension.BuildExtension(self.distribution)
         self.distribution.ext_modules = [extension]
@@ -255,6 +286,7 @@ class BuildNative(build_ext):
         if cuda_home:
             release = subprocess.run([cuda_home / "bin" / "nvcc", "--version"], capture_output=True, text=True).stdout
             facts.nvcc = (re.findall(r"V([\d.]+)", release) or ["unknown"])[0]
+            facts.notes = [f"cuda for {archs}", note] if note else []
             facts.archs = [flag.rsplit("=", 1)[1] for flag in gencode_flags(archs)]
         return command.extensions[0]
 

@@ -6,6 +6,7 @@ is one in which `import torch` fails; one without a compiler has CXX set to noth
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,8 +14,12 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
+import torch.utils.cpp_extension
+from setuptools import Distribution
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "fastgpt", "kernels", "bench", "csrc"]
@@ -169,6 +174,58 @@ def test_wrong_settings_are_named(sources: Path, tmp_path: Path, setting: dict[s
         pytest.skip("nvcc is not installed")
     done, _ = build(sources, tmp_path, **setting)
     assert done.returncode != 0 and f"fastgpt: {name}" in done.stderr and repr(value.lower()) in done.stderr.lower()
+
+
+@pytest.fixture
+def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """setup.py as a module: nothing is built."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "asked, archs, dropped",
+    [
+        ("", "8.0+PTX;9.0a", ""),
+        ("8.0;9.0a+PTX", "8.0;9.0a+PTX", ""),
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "8.0;8.6;9.0;10.0", "7.5, 12.0+PTX"),  # as images preset it
+        ("7.0;7.5+PTX", "8.0+PTX;9.0a", "7.0, 7.5+PTX"),
+    ],
+)
+def test_architectures_that_do_not_compile_are_left_out_and_said(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str, archs: str, dropped: str
+) -> None:
+    """Compiling is a mock: what nvcc would be told, and the build's last line."""
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho compute_75 compute_80 compute_86 compute_90 compute_100; echo V13.0.88\n")
+    nvcc.chmod(0o755)
+    told: list[str] = []
+
+    class Compile:
+        def __init__(self, distribution: Distribution) -> None:
+            self.distribution = distribution
+
+        def ensure_finalized(self) -> None:
+            self.extensions = self.distribution.ext_modules
+            told.extend(self.extensions[0].extra_compile_args["nvcc"])
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    monkeypatch.setattr(torch.utils.cpp_extension, "BuildExtension", Compile)
+    command = setup_script.BuildNative(Distribution())
+    command.initialize_options()
+    assert command._compile(torch, tmp_path) is not None
+    said = setup_script.facts.summary()
+    assert [f for f in told if f.startswith("-gencode")] == setup_script.gencode_flags(archs)
+    assert said.startswith("fastgpt: built the cpu and cuda kernels")
+    assert f"not {dropped} of TORCH_CUDA_ARCH_LIST" in said if dropped else "TORCH_CUDA_ARCH_LIST" not in said
 
 
 def test_sdist_holds_the_native_sources(sources: Path, tmp_path: Path) -> None:
