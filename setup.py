@@ -177,7 +177,8 @@ def choose_archs(known: set[int]) -> tuple[str, str]:
     images preset it to everything that their torch was built for.
     """
     asked = [a for a in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if a]
-    kept, dropped = [], []
+    kept: list[str] = []
+    dropped: list[str] = []
     for arch in asked:
         found = ARCH.fullmatch(arch)
         if found is None:

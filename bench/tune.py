@@ -68,7 +68,8 @@ def plan(
         if only and bench.op not in only:
             continue
         used, cells = bench.of_model(model, batch, block), backend.ops()[bench.op]
-        here = [b for b in backend.PRIOR if b in cells and backend.DEVICE_OF.get(b, device) == device]
+        order = backend.prior(bench.op, device, dtype)
+        here = [b for b in order if b in cells and backend.DEVICE_OF.get(b, device) == device]
         refused = {b: why for b in here if (why := backend.refusal(bench.op, b, device, dtype))}
         runs = [b for b in here if b not in refused]
         if used is None:

@@ -150,8 +150,38 @@ def test_the_prior_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing was measured: CUDA kernels, but Triton's attention."""
     monkeypatch.setattr(backend, "refusal", lambda *args: None)
     monkeypatch.setattr(backend, "tuned", lambda *args: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     found = {op: backend._select(op, "auto", "cuda", torch.bfloat16, False) for op in backend.ops()}
     assert found == {op: "triton" if op == "attention" else "cuda" for op in backend.ops()}
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])
+def test_the_library_s_attention_is_the_prior_from_sm_90_on(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    """For what it can do exactly and, asked to, deterministically; until something else was measured as faster."""
+    module = sys.modules["fastgpt.ops.attention"]
+    monkeypatch.setattr(backend, "refusal", lambda *args: None)
+    monkeypatch.setattr(backend, "machine_facts", lambda device: {"device": device})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    bf16, name = torch.bfloat16, "sm_" + "".join(map(str, capability))
+    picked, why = backend.explain("attention", "cuda", bf16)
+    assert picked == "torch" and why.startswith(f"prior: the library's attention on {name}, until `fastgpt tune`")
+    assert backend.explain("attention", "cuda", FP32) == ("triton", "prior"), "its fp32 runs on no tensor core"
+    assert backend.explain("layer_norm", "cuda", bf16) == ("cuda", "prior")
+    assert tune.plan(GPT2, 2, 8, "cuda", bf16, ["attention"])[0][0].backends == ["torch", "triton", "cuda"]
+
+    class Query:  # as much of a CUDA tensor as choosing reads
+        shape, dtype, device, is_cuda = torch.Size((1, 4, 2, 16)), bf16, torch.device("cuda"), True
+
+    options = {**module._DEFAULTS, "return_lse": False, "causal": True}
+    assert module._select(Query, Query, options, False) == "torch"
+    assert module._select(Query, Query, options, True) == "triton", "its backward is not deterministic"
+    for special in ({"window": 2}, {"softcap": 3.0}, {"return_lse": True}, {"kv_lens": 1}, {"dropout_p": 0.1}):
+        assert module._select(Query, Query, {**options, **special}, False) == "triton", special
+    backend.write_tuned("cuda", {"attention.bfloat16": entry("cuda")})
+    assert backend.explain("attention", "cuda", bf16) == ("cuda", "measured")
+    assert module._select(Query, Query, options, False) == "cuda"
 
 
 def test_a_call_unlike_what_was_measured_keeps_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:

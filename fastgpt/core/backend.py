@@ -35,6 +35,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # the backend that its table names is then tried first.
 PRIOR = ("cuda", "cpu", "triton", "torch")
 PRIOR_OF = {"attention": ("triton", "cuda", "cpu", "torch")}  # op -> its own order; the CUDA kernel was never timed
+# From this compute capability on, PyTorch's fused attention (cuDNN or flash) runs on warp-group products, which the
+# kernels here do without: it is tried first for 16 bits.
+LIBRARY_FIRST = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,19 @@ def missing(backend: str) -> str | None:
             return "Triton is not installed (pip install 'triton>=3.6')"
         return None
     return None if native.BUILT[backend] else native.reason(backend)
+
+
+def prefers_library(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether PyTorch's own op is tried before the kernels where nothing was measured."""
+    if op != "attention" or device != "cuda" or dtype.itemsize != 2:
+        return False
+    return torch.cuda.get_device_capability() >= LIBRARY_FIRST
+
+
+def prior(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """The order in which backends are tried where nothing was measured."""
+    order = PRIOR_OF.get(op, PRIOR)
+    return ("torch", *order[:-1]) if prefers_library(op, device, dtype) else order
 
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0) -> str | None:
@@ -294,7 +310,8 @@ def _select(
         _report_once(op, f"{want} was asked for, but {why}; choosing by itself")
     entry = tuned(op, device, dtype) if measured else None
     first = () if entry is None else (entry["backend"],)
-    for backend in (*first, *(b for b in PRIOR_OF.get(op, PRIOR) if b not in first)):
+    order = prior(op, device, dtype) if measured else PRIOR_OF.get(op, PRIOR)
+    for backend in (*first, *(b for b in order if b not in first)):
         if backend not in _table[op] or DEVICE_OF.get(backend, device) != device:
             continue
         why = refusal(op, backend, device, dtype, dim)
@@ -316,7 +333,8 @@ _cache: dict[tuple[str, str, str, torch.dtype, bool, bool, int], str] = {}
 
 def select(op: str, x: Tensor, measured: bool = True, dim: int = 0) -> str:
     """Name of the backend that serves `op` for tensors like `x`, with heads of dimension dim where the op has them;
-    measured=False: for a call unlike what was measured, so that the prior holds."""
+    measured=False: for a call unlike what was measured, or what the library is preferred for: the prior of the
+    kernels holds."""
     want, strict = _choice.get(op, "auto"), _strict[0]
     if torch.compiler.is_compiling():
         return _select(op, want, x.device.type, x.dtype, strict, measured, dim)
@@ -337,6 +355,9 @@ def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
         return picked, "chosen"
     if (tuned(op, device, dtype) or {}).get("backend") == picked:
         return picked, "measured"
+    if picked == "torch" and prefers_library(op, device, dtype):
+        name = "sm_{}{}".format(*torch.cuda.get_device_capability())
+        return picked, f"prior: the library's {op} on {name}, until `fastgpt tune` measures a kernel here as faster"
     refused = [
         f"{b}: {why}"
         for b in PRIOR_OF.get(op, PRIOR)

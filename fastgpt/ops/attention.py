@@ -264,10 +264,11 @@ def attention(
 
 
 def _select(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> str:
-    """The backend; where torch only measured fastest, and this call would take its formula, the prior's."""
+    """The backend; where torch only measured fastest, or is the prior, and this call would take its formula or another
+    mask of dropout, what the kernels' prior says."""
     dim = 1 + MAX_HEAD_DIM if q.shape[3] > MAX_HEAD_DIM else 0  # a number for the compiler, whose shapes may be symbols
     backend = select("attention", q, dim=dim)
-    if backend == "torch" and not sdpa_can(q, k, o, deterministic):
+    if backend == "torch" and (o["dropout_p"] > 0 or not sdpa_can(q, k, o, deterministic)):
         backend = select("attention", q, measured=False, dim=dim)
     return backend
 

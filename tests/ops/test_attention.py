@@ -228,6 +228,29 @@ def test_early_keys_keep_their_weight(name: str) -> None:
     torch.testing.assert_close(lse, torch.full_like(lse, 11 * scale + math.log(n)), rtol=3e-7, atol=0)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_librarys_attention_is_the_formula(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transposed, heads grouped, scaled, causal; and it is really the library that computes."""
+    called: list[tuple[int, ...]] = []
+    library = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda q, *rest, **o: (called.append(q.shape), library(q, *rest, **o))[1]
+    )
+    leaves = [x.requires_grad_() for x in qkv(t=9, s=9, h=4, g=2)]
+    dout = rand(2, 9, 4, 16, seed=3)
+    with use(attention="torch"):
+        if packed:
+            out = ops.attention_qkv(torch.cat(leaves, 2), n_heads=4, n_kv_heads=2, causal=True, scale=0.4)
+        else:
+            out = ops.attention(*leaves, causal=True, scale=0.4)
+    got = [out, *torch.autograd.grad(out, leaves, dout)]
+    wide = [x.detach().double().requires_grad_() for x in leaves]
+    exact, _ = attention_ref(*wide, **{**_DEFAULTS, "causal": True, "scale": 0.4})
+    for a, b in zip(got, [exact, *torch.autograd.grad(exact, wide, dout.double())]):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    assert called == [(2, 4, 9, 16)]
+
+
 @ON
 def test_a_query_that_is_nan_has_a_gradient_that_is_nan(name: str) -> None:
     """And a finite one stays what it is, although both share keys."""
