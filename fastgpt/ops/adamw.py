@@ -139,22 +139,31 @@ def adamw_ref(
 
 
 def _self_check(backend: str, device: torch.device) -> float:
-    params, grads = ([torch.randn(n, device=device) for n in (1300, 7)] for _ in range(2))
-    moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-    bucket = Bucket(params, grads, moments[0], moments[1], [], [0, 1], [0, 0])
+    errors = [_error(backend, device, torch.float32)]
+    if backend == "cuda":
+        errors.append(_error(backend, device, torch.bfloat16))  # kernels of their own, with fp32 masters
+    return max(errors)
+
+
+def _error(backend: str, device: torch.device, dtype: torch.dtype) -> float:
+    params, grads = ([torch.randn(n, device=device).to(dtype) for n in (1300, 7)] for _ in range(2))
+    moments = [[torch.zeros_like(p, dtype=torch.float32) for p in params] for _ in range(2)]
+    masters = [p.float() for p in params] if dtype == torch.bfloat16 else []
+    bucket = Bucket(params, grads, moments[0], moments[1], masters, [0, 1], [0, 0])
     wide = [[t.double() for t in tensors] for tensors in (params, grads, *moments)]
     steps, lr, norm = torch.zeros(2, device=device), torch.full((1,), 0.1, device=device), torch.zeros(1, device=device)
     partials = torch.zeros(PARTIALS, device=device)
     group = ([0.9], [0.999], [1e-8], [0.1])
     PREPARE[backend](grads, steps, bucket.index, partials, 0, True)
     tail = (*group, partials, 1.0, None, None, norm, False, 0)
-    UPDATE[backend](params, grads, *moments, [], steps, bucket.index, bucket.group, lr, *tail)
+    UPDATE[backend](params, grads, *moments, masters, steps, bucket.index, bucket.group, lr, *tail)
     exact = Bucket(wide[0], wide[1], wide[2], wide[3], [], [0, 1], [0, 0])
     exact_norm = torch.cat(wide[1]).norm().reshape(1)
     settings = dict(zip(("beta1", "beta2", "eps", "weight_decay"), (g[0] for g in group)))
     adamw_ref(exact, torch.zeros(2, device=device), lr, [settings], exact_norm, 1.0, None, None, False, 0)
-    got = [*params, *moments[0], *moments[1], norm]
-    return relative_error(got, [*exact.params, *exact.exp_avgs, *exact.exp_avg_sqs, exact_norm])
+    got = [*params, *masters, *moments[0], *moments[1], norm]
+    wanted = [*exact.params, *exact.params[: len(masters)], *exact.exp_avgs, *exact.exp_avg_sqs, exact_norm]
+    return relative_error(got, wanted)
 
 
 register("adamw", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())

@@ -11,6 +11,7 @@ reduce, in fp32. Saved for backward: x and bias; u and y' are computed again.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -71,10 +72,11 @@ class BiasGeluFn(torch.autograd.Function):
 
 
 def _self_check(backend: str, device: torch.device) -> float:
-    x, dy = torch.randn(2, 5, 130, device=device).mul_(2).unbind()
-    bias = torch.randn(130, device=device)
     worst = 0.0
-    for approximate in ("none", "tanh"):
+    kinds = [(torch.float32, 130)] + [(torch.bfloat16, 3072)] * (backend == "cuda")  # the latter in 16-byte pieces
+    for approximate, (dtype, n_cols) in itertools.product(("none", "tanh"), kinds):
+        x, dy = torch.randn(2, 5, n_cols, device=device).mul_(2).to(dtype).unbind()
+        bias = torch.randn(n_cols, device=device).to(dtype)
         tanh = approximate == "tanh"
         got = [FWD[backend](x, bias, tanh), *BWD[backend](dy, x, bias, tanh)]
         leaves = [t.double().requires_grad_() for t in (x, bias)]

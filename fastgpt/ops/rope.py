@@ -210,8 +210,15 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Non
 
 
 def _self_check(backend: str, device: torch.device) -> float:
-    q, k = torch.randn(2, 5, 3, 20, device=device), torch.randn(2, 5, 2, 20, device=device)
-    cos, sin = torch.randn(2, 9, 8, device=device).unbind()
+    errors = [_error(backend, device, torch.float32, 20, 8)]
+    if backend == "cuda":
+        errors += [_error(backend, device, torch.bfloat16, 64, 32)]  # in 16-byte pieces
+    return max(errors)
+
+
+def _error(backend: str, device: torch.device, dtype: torch.dtype, dim: int, half: int) -> float:
+    q, k = (torch.randn(2, 5, n_heads, dim, device=device).to(dtype) for n_heads in (3, 2))
+    cos, sin = torch.randn(2, 9, half, device=device).unbind()
     positions = torch.randint(9, (2, 5), device=device)
     got: list[Tensor] = []
     wanted: list[Tensor] = []

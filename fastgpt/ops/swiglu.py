@@ -10,6 +10,7 @@ input's as one packed tensor. Saved for backward: gate and up; act and act' are 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -85,10 +86,11 @@ class SwigluFn(torch.autograd.Function):
 
 
 def _self_check(backend: str, device: torch.device) -> float:
-    gate, up, dy = torch.randn(3, 5, 130, device=device).unbind()
-    packed = torch.cat((gate, up), -1)
     worst = 0.0
-    for name, number in NUMBERS.items():
+    kinds = [(torch.float32, 130)] + [(torch.bfloat16, 2048)] * (backend == "cuda")  # the latter in 16-byte pieces
+    for (name, number), (dtype, n_cols) in itertools.product(NUMBERS.items(), kinds):
+        gate, up, dy = torch.randn(3, 5, n_cols, device=device).to(dtype).unbind()
+        packed = torch.cat((gate, up), -1)
         leaves = [t.double().requires_grad_() for t in (gate, up)]
         exact = swiglu_ref(*leaves, activation=name)
         grads = torch.autograd.grad(exact, leaves, dy.double())

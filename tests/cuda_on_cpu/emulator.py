@@ -148,6 +148,17 @@ def load(path: Path) -> Any:
     return module
 
 
+def kernel_names(library: Path) -> dict[int, str]:
+    """Address in this process -> name of each kernel of a library that is loaded here."""
+    listed = subprocess.run(["nm", "-C", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+    symbols = [line.split(" ", 2) for line in listed.stdout.splitlines()]
+    (at,) = (int(offset, 16) for offset, _, name in symbols if name == "fastgpt_set_schedule")
+    here = ctypes.cast(ctypes.CDLL(str(library)).fastgpt_set_schedule, ctypes.c_void_p).value
+    assert here is not None
+    plain = re.compile(r"\(anonymous namespace\)::|fastgpt::|cuda::|^void ")
+    return {here - at + int(o, 16): plain.sub("", n).split("(")[0] for o, _, n in symbols if "_kernel" in n}
+
+
 def run(library: Path, op: str, known: Digests, preload: str = "") -> subprocess.CompletedProcess[str]:
     """The second command at this file's head, in a process of its own, which a broken kernel may take down."""
     env = os.environ | {"FASTGPT_EMULATED_CUDA": str(library), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
