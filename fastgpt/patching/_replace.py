@@ -126,6 +126,12 @@ def own_norm(module: Any, norm: Norm, dims: frozenset[int], *args: Any, **kwargs
     return ops.rms_norm(args[0], weight, norm.eps, weight_offset=norm.offset)
 
 
+TRANSFORMERS_ACTIVATIONS = {
+    "NewGELUActivation": "gelu_tanh", "FastGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh",
+    "GELUActivation": "gelu", "SiLUActivation": "silu",
+}  # fmt: skip
+
+
 def activation(target: Any) -> str | None:
     """'gelu', 'gelu_tanh', 'silu', or None, of an activation module or function."""
     if not isinstance(target, nn.Module):
@@ -137,9 +143,7 @@ def activation(target: Any) -> str | None:
         return "silu"
     if type(target).__module__ != "transformers.activations":
         return None
-    names = {"NewGELUActivation": "gelu_tanh", "FastGELUActivation": "gelu_tanh", "GELUTanh": "gelu_tanh"}
-    names |= {"GELUActivation": "gelu", "SiLUActivation": "silu"}
-    return names.get(type(target).__name__)
+    return TRANSFORMERS_ACTIVATIONS.get(type(target).__name__)
 
 
 def is_plain_linear(m: nn.Module) -> bool:
