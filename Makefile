@@ -7,7 +7,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/fastgpt/*)
 # Two processes with one thread each use two cores; more of either only gets in the way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-slow test-all lint types cuda-check triton-check parity bench gpu clean
+.PHONY: train test test-slow test-all lint types cuda-check triton-check parity bench gpu gpu-check clean
 
 train: $(VENV)/installed
 	$(BIN)/fastgpt train $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data '$(DATA)',--check-baseline true) $(ARGS)
@@ -46,6 +46,10 @@ bench: $(VENV)/tested
 # On a machine with a GPU: no network, no virtual environment, the system's Python with torch, triton, numpy, pytest.
 gpu:
 	$(PYTHON) -m bench.gpu
+
+# There too: compute-sanitizer's memcheck and racecheck over the CUDA kernels
+gpu-check:
+	$(PYTHON) -m bench.gpu --check
 
 $(VENV)/created:
 	$(PYTHON) -m venv $(VENV)

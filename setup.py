@@ -59,6 +59,7 @@ CUDA_SOURCES = [
 ]
 DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; PTX for every other card from 8.0 on
 LEAST_ARCH = 80  # the kernels' instructions begin there
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"  # on no PATH in a shell that reads no profile; PyTorch looks there, too
 REBUILD = "pip install --no-build-isolation -e ."
 
 
@@ -150,7 +151,7 @@ def find_cuda_home() -> Path:
             if (Path(home) / "bin" / "nvcc").is_file():
                 return Path(home)
             raise Unbuildable(f"{name}={home} has no bin/nvcc; {remedy}")
-    nvcc = shutil.which("nvcc")
+    nvcc = shutil.which("nvcc") or (USUAL_NVCC if Path(USUAL_NVCC).is_file() else None)
     if nvcc is None:
         raise Unbuildable(f"nvcc was not found; {remedy}")
     dryrun = subprocess.run([nvcc, "-v", "--dryrun", "x.cu"], capture_output=True, text=True).stderr

@@ -249,10 +249,12 @@ def _measure_phase(
         if why := red.get(p.name) or errors.get(p.name):
             rows.append({**row, "red": " ".join(why.split())[:300]})  # a library's error may have many lines
             continue
-        costs: dict[str, Any] = {
-            "host_us": host_us(bench, p, setting, phase),
-            "peak_mb": peak_mb(bench, p, setting, phase),
-        }
+        costs: dict[str, Any] = {}
+        try:
+            costs["host_us"] = host_us(bench, p, setting, phase)
+            costs["peak_mb"] = peak_mb(bench, p, setting, phase)
+        except Exception as e:  # the times stand without
+            costs["costs_failed"] = f"{type(e).__name__}: {e}"[:300]
         if p.name != reference:
             costs |= samples[p.name].against(samples[reference], reference)
         rows.append({**row, **figures(samples[p.name]), **costs})
@@ -297,7 +299,8 @@ def show(rows: list[dict[str, Any]]) -> str:
         times = f"{r['ms']:.4f} ({r['ms_q20']:.4f} .. {r['ms_q80']:.4f})"
         rest = "".join(f"{_cell(r.get(key)):>9}" for key in ("pct_of_datasheet", "peak_mb", "host_us"))
         speed = f"{r[rate]:>8.3g}" if multiplies else f"{r[rate]:>8.1f}"
-        lines.append(f"{start}{times:<32}{speed}{r['pct_of_' + best]:>8.1f}{rest}")
+        failed = f"  {r['costs_failed']}" if "costs_failed" in r else ""
+        lines.append(f"{start}{times:<32}{speed}{r['pct_of_' + best]:>8.1f}{rest}{failed}")
     return "\n".join(lines)
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 
 from fastgpt.bench import OPS
-from fastgpt.bench.stages import Record, Stage, checkout_commit, run_stages, show_plan
+from fastgpt.bench.stages import FRESH, Record, Stage, checkout_commit, run_stages, show_plan
 from fastgpt.core.errors import UserError
 
 BUDGET = 880.0  # seconds for all stages
@@ -54,14 +53,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="STAGE", help="may be repeated")
     args = parser.parse_args(argv)
     out = args.out.resolve()
-    with tempfile.TemporaryDirectory(prefix="fastgpt-bench-") as work:
-        fresh = Path(work) / "rows.jsonl"
-        stages = plan(fresh, out)
-        if unknown := set(args.only or ()) - {s.name for s in stages}:
-            raise UserError(f"all: there is no stage {min(unknown)}, expected {', '.join(s.name for s in stages)}")
-        stages = [s for s in stages if not args.only or s.name in args.only]
-        if args.dry_run:
-            print(show_plan(stages, BUDGET))
-            return 0
-        commit = checkout_commit(Path(__file__).resolve().parent.parent)
-        return run_stages(stages, out, fresh, Record("cpu", BUDGET, commit))
+    stages = plan(out / FRESH, out)
+    if unknown := set(args.only or ()) - {s.name for s in stages}:
+        raise UserError(f"all: there is no stage {min(unknown)}, expected {', '.join(s.name for s in stages)}")
+    stages = [s for s in stages if not args.only or s.name in args.only]
+    if args.dry_run:
+        print(show_plan(stages, BUDGET))
+        return 0
+    commit = checkout_commit(Path(__file__).resolve().parent.parent)
+    return run_stages(stages, out, Record("cpu", BUDGET, commit))

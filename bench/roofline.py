@@ -153,8 +153,8 @@ def rows_of(names: list[str], shape_name: str, shape: Shape, device: torch.devic
     for name in names:
         try:
             rows.append({**about, "variant": name, **measure(name, shape, device), "gpu": gpu_state(device)})
-        except torch.OutOfMemoryError:
-            rows.append({**about, "variant": name, "red": "out of memory"})
+        except Exception as e:  # the compiler's or the device's: the other variants have their figures
+            rows.append({**about, "variant": name, "red": variants.reason(e)})
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -19,14 +19,17 @@ from __future__ import annotations
 import argparse
 import datetime
 import functools
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastgpt.bench._harness import Samples, Setting, count_sets, time_cpu, time_gpu
+from fastgpt.bench._harness import Samples, Setting, append_rows, count_sets, device_of, provenance, time_cpu, time_gpu
 from fastgpt.bench._op import Bench, Provider, Shape, bench_of, chosen, every, gate, jobs
+from fastgpt.bench.variants import GPU_SHAPES, SHAPES, default_shape, settings, shapes_on
 from fastgpt.core import backend
 from fastgpt.core.device import cpu_name, default_device, dtype_of, keep_freed_memory
 from fastgpt.core.errors import UserError
@@ -196,14 +199,64 @@ def run(args: argparse.Namespace) -> int:
         for t in tasks:
             print(f"{t.op:<22}{'x'.join(map(str, t.shape)):<20}would time {', '.join(t.backends)}")
         return 0
+    wrong = [remember(task, device, dtype, args.seconds, name) for task in tasks]
+    print("`fastgpt doctor` shows what is in use")
+    return int(any(wrong))
+
+
+def remember(
+    task: Task, device: torch.device, dtype: torch.dtype, seconds: float, model: str, json: Path | None = None
+) -> bool:
+    """Measure a task, print its line and write the answer down at once; whether a backend gave a wrong result."""
     keep_freed_memory()  # as the trainer does
-    results = []
-    for task in tasks:
-        results.append(measure(task, device, dtype, args.seconds))
-        print(line(results[-1]), flush=True)
-    if found := entries(results, dtype, name):
+    result = measure(task, device, dtype, seconds)
+    wrong = "; ".join(f"{b} is {why}" for b, why in result.refused.items() if why.startswith("wrong"))
+    print(line(result), flush=True)
+    if found := entries([result], dtype, model):
         try:
-            print(f"written to {backend.write_tuned(device.type, found)}; `fastgpt doctor` shows what is in use")
+            path = backend.write_tuned(device.type, found)
+            print(f"{'':<22}written to {path}", flush=True)
         except OSError as e:
             raise UserError(f"tune: the table cannot be written ({e}); XDG_CACHE_HOME names another folder") from e
-    return int(any(why.startswith("wrong") for r in results for why in r.refused.values()))
+    if json is not None:
+        row: dict[str, Any] = {
+            "bench": "tune",
+            "op": task.op,
+            "shape": task.shape,
+            "dtype": str(dtype).split(".")[1],
+            "model": model,
+        }
+        row |= {"chosen": result.chosen, "note": result.note, "times_ms": result.ms, "refused": result.refused}
+        row |= {"red": wrong} if wrong else {}
+        append_rows(json, [{**row, "machine": provenance(device)}])
+    return bool(wrong)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """At a shape of throughput's, without a configuration file; 1 if a result was wrong."""
+    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.tune", description=main.__doc__)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--shape", choices=sorted(SHAPES | GPU_SHAPES), help="default: small, on a GPU gpt2-124m")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of samples per op")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append a row per op to this file")
+    args = parser.parse_args(argv)
+    device = device_of(parser, args.device)
+    name = args.shape or default_shape(device)
+    shape = shapes_on(device)[name]
+    cfg = settings(shape, device)
+    dtype = dtype_of(cfg.dtype, device.type)
+    tasks, _ = plan(cfg.model, shape.batch, shape.block, device.type, dtype)
+    status = 0
+    for task in tasks:
+        try:
+            status |= remember(task, device, dtype, args.seconds, name, args.json)
+        except UserError:
+            raise
+        except Exception as e:  # one op that fails must not cost the others their answers
+            print(f"{task.op:<22}failed: {type(e).__name__}: {e}", flush=True)
+            status = 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,8 +4,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,8 @@ from fastgpt.bench import (
     attention,
     cross_entropy,
     embedding,
-    gpu,
     layer_norm,
     linear_cross_entropy,
-    stages,
     throughput,
     variants,
 )
@@ -284,6 +280,15 @@ def test_a_baseline_that_cannot_run_is_no_failure(
     assert "not measured: RuntimeError: No available kernel" in capsys.readouterr().out
 
 
+def test_costs_that_fail_leave_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick(monkeypatch)
+    monkeypatch.setattr(_op, "host_us", lambda *args: 1 / 0)
+    setting = Setting((4, 8), torch.float32, CPU)
+    rows = _op.measure(layer_norm.BENCH, setting, ["forward"], [_op.Provider("torch", layer_norm_torch)], 0.0)
+    assert rows[0]["ms"] > 0 and rows[0]["costs_failed"] == "ZeroDivisionError: division by zero"
+    assert "ZeroDivisionError" in _op.show(rows)
+
+
 def test_no_parity_cases_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(parity.SUBJECTS, "layer_norm")
     provider = _op.Provider("cpu", layer_norm.BENCH.public, "cpu")
@@ -492,58 +497,6 @@ def test_a_variant_in_a_process_of_its_own() -> None:
     torch.testing.assert_close(torch.stack(apart.losses), torch.stack(here.losses))
     if Path("/proc/self/status").exists():
         assert 20 < apart.peak_mb < 500
-
-
-def test_gpu_dry_run_prints_the_plan() -> None:
-    done = subprocess.run([sys.executable, "-m", "bench.gpu", "--dry-run"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    for name in ("build", "parity", *OPS, "throughput", "memcheck"):
-        assert f"\n{name} " in done.stdout
-    assert "guesses, not measured" in done.stdout
-
-
-def test_gpu_plan_fits_its_budget(tmp_path: Path) -> None:
-    planned = gpu.plan(tmp_path / "site", tmp_path)
-    assert sum(s.guess for s in planned) <= gpu.BUDGET < 600 and all(s.guess <= s.limit for s in planned)
-    for stage in planned:  # every option exists
-        module = stage.command[stage.command.index("-m") + 1] if "-m" in stage.command else ""
-        if module.startswith("fastgpt.bench.") and not module.endswith(("throughput", "gpu")):
-            done = [a for a in stage.command if a.startswith("--")]
-            assert set(done) <= {"--device", "--dtype", "--shape", "--seconds", "--compile", "--json"}
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="would run everything")
-def test_gpu_without_a_gpu_is_one_sentence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert gpu.main(["--out", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
-
-
-def test_gpu_stages_are_limited_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"bench": "x", "machine": {"commit": None}}
-    site = tmp_path / "work" / "site"
-    site.parent.mkdir()
-    write = f"open({str(gpu.rows_of(site))!r}, 'w').write({json.dumps(row)!r} + chr(10)); print('done')"
-    planned = [
-        stages.Stage("good", [sys.executable, "-c", write], 20, 1),
-        stages.Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20, 1),
-        stages.Stage("absent", ["no-such-command-here"], 20, 1),
-        stages.Stage("late", [sys.executable, "-c", "import time; time.sleep(60)"], 5, 1),
-    ]
-    assert gpu.run(planned, site, tmp_path / "out", "abc") == 1
-    outcomes = [s.outcome for s in planned]
-    assert outcomes[:2] == ["passed", "FAILED: exit code 3"] and planned[0].last == "done"
-    assert outcomes[2:] == ["not run: no-such-command-here was not found", "FAILED: over its limit of 5 s"]
-    assert json.loads((tmp_path / "out" / "rows.jsonl").read_text())["machine"]["commit"] == "abc"
-    assert [s["name"] for s in json.loads((tmp_path / "out" / "gpu.json").read_text())["stages"]][0] == "good"
-    assert "stage" in capsys.readouterr().out.splitlines()[-5]
-
-
-def test_a_build_without_cuda_kernels_is_a_failure_here() -> None:
-    stage = stages.Stage(
-        "build", [], 1, 1, outcome="passed", last="fastgpt: built the cpu kernels; left out cuda: no nvcc"
-    )
-    gpu.judge_build(stage)
-    assert stage.outcome.startswith("FAILED")
 
 
 def test_a_sample_that_lost_its_core_does_not_count() -> None:

@@ -128,3 +128,15 @@ def test_a_red_op_has_no_shares(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(throughput, "red_ops", lambda *args: ["attention on cpu: off"])
     assert roofline.main(["--device", "cpu"]) == 1
     assert "no figure is shown: attention on cpu: off" in capsys.readouterr().out
+
+
+def test_a_variant_that_fails_leaves_the_others_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(name: str, *args: object) -> dict[str, float]:
+        if name == "torch":
+            raise RuntimeError("no such kernel")
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(roofline, "measure", measure)
+    monkeypatch.setattr(throughput, "red_ops", lambda *args: [])
+    rows = roofline.rows_of(["torch", "fastgpt"], "small", variants.SHAPES["small"], torch.device("cpu"))
+    assert rows[0]["red"] == "RuntimeError: no such kernel" and rows[1]["ms"] == 1.0

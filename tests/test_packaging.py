@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,25 @@ def build(sources: Path, out: Path, hook: str = "build_wheel", **env: str) -> tu
     done = subprocess.run([sys.executable, "-c", command], cwd=here, env=clean, capture_output=True, text=True)
     made = list((out / "dist").iterdir())
     return done, made[0] if made else out
+
+
+def test_nvcc_is_found_where_it_usually_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by PyTorch, where PATH does not name it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (tmp_path / "bin" / "nvcc").chmod(0o755)
+    found = runpy.run_path(str(ROOT / "setup.py"))
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    find = found["find_cuda_home"]
+    for place, home in ((tmp_path / "bin" / "nvcc", tmp_path), (tmp_path / "absent", None)):
+        monkeypatch.setitem(find.__globals__, "USUAL_NVCC", str(place))
+        if home is None:
+            with pytest.raises(found["Unbuildable"], match="nvcc was not found"):
+                find()
+        else:
+            assert find() == home
 
 
 def last_line(done: subprocess.CompletedProcess) -> str:
