@@ -28,7 +28,7 @@ class Tables:
         # key -> (table, note), stream and event of its upload
         self.entries: OrderedDict[Hashable, tuple[Built, Any, Any]] = OrderedDict()
         self.spares: dict[Hashable, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self.captured: list[tuple[Tensor, Tensor]] = []  # owned by graphs
+        self.captured: list[Any] = []  # read or written by graphs, and so kept for good
 
     def get(self, key: Hashable, build: Callable[[], Built], moves: bool = False) -> Built:
         """The table of this key on the device, and its note. moves: it may change between warm-up and capture."""
@@ -39,6 +39,8 @@ class Tables:
                 current = torch.cuda.current_stream(self.device)
                 if stream != current:
                     current.wait_event(event)
+            if capturing:
+                self.captured.append(built)
             return built
         host, note = build()
         if capturing:

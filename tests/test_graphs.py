@@ -1,7 +1,9 @@
 """A step that is recorded and replayed is bit for bit the step that is called: on graphs where there is a GPU,
 elsewhere on a recorder of PyTorch's calls with their rules (fixed addresses, the host's numbers frozen, no waiting)."""
 
+import functools
 import importlib
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgpt import train
+from fastgpt.core.errors import UserError
 from fastgpt.data import TokenLoader
+from fastgpt.kernels import _tables
 from fastgpt.training import graphs
 from fastgpt.training.config import ModelConfig, TrainConfig
 
@@ -30,7 +34,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in WAITS:
-            raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
+            raise graphs.CaptureLost(f"operation not permitted when stream is capturing: {func}")
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
@@ -153,19 +157,89 @@ def test_a_part_that_waits_is_called_instead(part: str, monkeypatch: pytest.Monk
     record = recording(training.state)
     order = ["micro_step", "accumulate", "update"]
 
-    def waits(function: graphs.Function, inputs: list[Tensor], pool: object) -> Any:
+    def fails(function: graphs.Function, inputs: list[Tensor], pool: object) -> Any:
         def late(*x: Tensor) -> Tensor:
             out = function(*x)
-            float(out[0])
+            if how.steps > graphs.WARM_STEPS and not how.failure:
+                raise RuntimeError("get_state is not for captures")
             return out
 
         return record(late if len(how.recorded) == order.index(part) else function, inputs, pool)
 
-    monkeypatch.setattr(graphs, "record", waits)
+    monkeypatch.setattr(graphs, "record", fails)
     how = graphs.Graphs(training.model)
     assert training.steps(how) == expected
-    assert how.failure.startswith(f"{part}: operation not permitted when stream is capturing")
+    assert how.failure == f"{part}: get_state is not for captures"
     assert len(how.recorded) == order.index(part)
+
+
+@pytest.mark.usefixtures("unlooked")
+def test_a_part_that_waits_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    training = Training(settings(batch_tokens=32))
+    record = recording(training.state)
+
+    def waits(function: graphs.Function, inputs: list[Tensor], pool: object) -> Any:
+        return record(lambda *x: x[0] * float(function(*x)), inputs, pool)
+
+    monkeypatch.setattr(graphs, "record", waits)
+    with pytest.raises(UserError, match="micro_step cannot be recorded .operation not permitted.* with --no-graphs"):
+        training.steps(graphs.Graphs(training.model))
+
+
+class FakeCuda:
+    """torch.cuda's capture: an error inside may invalidate it; its end then raises, and what it set stays set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.capturing = self.invalid = False
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        monkeypatch.setattr(torch.cuda, "graph", lambda *args, **options: self)
+
+    def __enter__(self) -> None:
+        self.capturing = True
+
+    def __exit__(self, *args: object) -> None:
+        if self.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+        self.capturing = False
+
+    def function(self, x: Tensor, invalidates: bool, raises: str = "stop") -> Tensor:
+        if self.capturing:
+            self.invalid = invalidates
+            try:
+                raise ValueError("the reason")
+            except ValueError as e:
+                raise RuntimeError(raises) from (e if raises == "stop" else None)
+        return x + 1
+
+
+@pytest.mark.parametrize("invalidates", [False, True])
+@pytest.mark.parametrize("raises, said", [("stop", "the reason"), ("the end", "the end")])
+def test_only_a_clean_failure_falls_back(
+    raises: str, said: str, invalidates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda, how = FakeCuda(monkeypatch), graphs.Graphs(torch.nn.Linear(1, 1))
+    how.steps = graphs.WARM_STEPS + 1
+    call = functools.partial(how, "part", lambda x: cuda.function(x, invalidates, raises), torch.ones(1))
+    if invalidates:
+        with pytest.raises(UserError, match=f"part cannot be recorded .{said}., .*--no-graphs"):
+            call()
+    else:
+        assert float(call()) == 2.0 and not cuda.capturing and how.failure == f"part: {said}"
+
+
+def test_a_table_of_a_graph_outlives_newer_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = _tables.Tables(torch.device("cuda"))
+    monkeypatch.setattr(tables, "_upload", lambda host, note, moves: ((host.clone(), note), None, None))
+    capturing = [False, True] + [False] * _tables.ENTRIES
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing.pop(0))
+
+    def get(key: int) -> weakref.ref[Tensor]:
+        return weakref.ref(tables.get(key, lambda: (torch.ones(1), None))[0])
+
+    known, again = get(0), get(0)
+    newer = [get(key) for key in range(1, _tables.ENTRIES + 1)]
+    assert 0 not in tables.entries and known() is again() is not None and newer[-1]() is not None
 
 
 def test_a_run_says_that_it_goes_on_without_graphs(
@@ -180,7 +254,11 @@ def test_a_run_says_that_it_goes_on_without_graphs(
         self.graphs = graphs.Graphs(self.model)
 
     monkeypatch.setattr(train.Run, "__init__", with_graphs)
-    monkeypatch.setattr(graphs, "record", recording(list))  # fails: on a CPU targets are looked at
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("no recording here")
+
+    monkeypatch.setattr(graphs, "record", fails)
     argv = "--model.n-layers 1 --model.n-heads 1 --model.width 16 --block-size 16 --micro-batch 2 --batch-tokens 32"
     argv += " --out a --max-steps 5 --max-minutes null --vocab-size 300 --sample-tokens 1 --device cpu --data text.txt"
     assert train.main(argv.split()) == 0

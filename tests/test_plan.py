@@ -180,6 +180,26 @@ def test_peak_of_a_step_in_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -
     assert whole < planned(cfg).loss
 
 
+@needs_cpu
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen"])
+def test_validation_is_beside_the_graphs_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a forward pass without gradients allocates stays under the plan's figure, which counts where graphs do."""
+    monkeypatch.setattr(backend, "share_for_logits", lambda gpu: 1 << 29)
+    cfg = settings(MODELS[name] | WIDE, batch_tokens=4 * 64)
+    shape = shape_of(cfg)
+    target = Target("card", "cuda", 16 << 30)
+    on, off = (memory.plan(replace(cfg, graphs=graphs), shape, target) for graphs in (True, False))
+    assert on.peak == off.peak == off.needed < on.needed == on.peak + on.validation
+    assert planned(cfg).validation == memory.plan(replace(cfg, optimizer="muon"), shape, target).validation == 0
+    card = Target("between", "cuda", int((on.needed + off.needed) / 2 / (1 - memory.SPARE["cuda"])))
+    sizes = [plan.largest_micro_batch(replace(cfg, graphs=graphs), shape, card) for graphs in (True, False)]
+    assert sizes[0] < cfg.sequences == sizes[1]
+    model = train.build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
+    ids = torch.randint(1000, (cfg.sequences, cfg.block_size))
+    top, _ = peak_of(lambda: train.evaluate(model, iter([(ids, ids)])))
+    assert 0.5 * on.validation < top <= memory.validation_bytes(cfg, ids.numel(), 4, CPU)
+
+
 @pytest.mark.parametrize("master", ["fp32", "remainder", "stochastic", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_and_state_are_exact(master: Any, dtype: str) -> None:

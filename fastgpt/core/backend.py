@@ -169,6 +169,9 @@ def _verdict(op: str, backend: str) -> str | None:
 
     Runs at the first use on a device, driver and version (milliseconds), never while compiling or capturing; the
     verdict is kept in the user's cache folder.
+
+    Raises:
+        UserError: the kernel faulted so that CUDA answers nothing any more in this process.
     """
     name = f"{op}.{backend}"
     if not _verdicts:
@@ -185,7 +188,14 @@ def _verdict(op: str, backend: str) -> str | None:
             error = _self_checks[op](backend, device)
         why = None if error <= SELF_CHECK_BOUND else f"it is wrong on this device (relative error {error:.1e})"
     except Exception as e:  # whatever a broken kernel or driver raises, the op must still run elsewhere
-        why = f"it fails on this device ({type(e).__name__}: {str(e).splitlines()[0]})"
+        why = f"it fails on this device ({type(e).__name__}: {(str(e).splitlines() or [''])[0]})"
+        try:
+            torch.cuda.synchronize(device)
+        except Exception:
+            raise UserError(
+                f"{op}: the self-check of the {backend} kernel ended CUDA in this process: {why}; run again with "
+                f"FASTGPT_KERNELS={op}=torch"
+            ) from e
     _verdicts[name] = why
     _write_verdicts()
     return why
@@ -355,7 +365,9 @@ def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
         return picked, "chosen"
     if (tuned(op, device, dtype) or {}).get("backend") == picked:
         return picked, "measured"
-    if picked == "torch" and prefers_library(op, device, dtype):
+    if picked != "torch":  # nobody else is asked: a self-check would compile kernels that are not used
+        return picked, "prior"
+    if prefers_library(op, device, dtype):
         name = "sm_{}{}".format(*torch.cuda.get_device_capability())
         return picked, f"prior: the library's {op} on {name}, until `fastgpt tune` measures a kernel here as faster"
     refused = [
@@ -363,7 +375,7 @@ def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
         for b in PRIOR_OF.get(op, PRIOR)
         if DEVICE_OF.get(b, device) == device and b != picked and (why := refusal(op, b, device, dtype))
     ]
-    return picked, "prior" if not refused or picked != "torch" else "; ".join(refused)
+    return picked, "; ".join(refused) or "prior"
 
 
 class use:

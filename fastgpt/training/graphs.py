@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastgpt.core.errors import UserError
+
 WARM_STEPS = 3  # PyTorch asks for three before a capture
 
 Function = Callable[..., Tensor]
@@ -25,20 +27,47 @@ def call(name: str, function: Function, *inputs: Tensor) -> Tensor:
     return function(*inputs)
 
 
+class CaptureLost(RuntimeError):
+    """CUDA ended a capture with an error. The allocator and the random generator of some versions of PyTorch (2.11 is
+    one) then believe for good that they are inside it, so that this process cannot go on."""
+
+
 def record(function: Function, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], None], Tensor, Any]:
-    """Record function(*inputs) on the current stream, without running it: (replay, its result, the memory pool)."""
-    graph = torch.cuda.CUDAGraph()
-    # thread_local: the loader's and the checkpoint writer's threads may allocate pinned memory meanwhile
-    with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
-        out = function(*inputs)
+    """Record function(*inputs) on the current stream, without running it: (replay, its result, the memory pool).
+
+    Raises:
+        CaptureLost: what was called is not allowed in a capture, as waiting for the device is.
+        Exception: of `function`, which left the capture intact.
+    """
+    graph, raised = torch.cuda.CUDAGraph(), None
+    try:
+        # thread_local: the loader's and the checkpoint writer's threads may allocate pinned memory meanwhile
+        with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            try:
+                out = function(*inputs)
+            except Exception as e:
+                raised = e
+                raise
+    except Exception as e:
+        if e is raised:
+            raise
+        raise CaptureLost(_sentence(raised or e)) from e  # e says only that there was an error before
     return graph.replay, out, graph.pool()
+
+
+def _sentence(e: BaseException) -> str:
+    """An error's own words, or those of the one that it came from, in one line."""
+    while inner := e.__cause__ or (None if e.__suppress_context__ else e.__context__):
+        e = inner
+    return " ".join(str(e).split())[:300] or type(e).__name__
 
 
 class Graphs:
     """Calls the parts of a step by name, and replays them once they are recorded.
 
-    All graphs share one memory pool: their parts are called in one order, step after step. Where a recording fails, the
-    reason is in `failure`, gradients are as before it, and every part is called as without graphs from then on.
+    All graphs share one memory pool: their parts are called in one order, step after step. Where a part cannot be
+    recorded, the reason is in `failure`, gradients are as before it, and every part is called as without graphs from
+    then on; where CUDA itself ended the capture, that is a UserError.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -61,8 +90,13 @@ class Graphs:
             try:
                 static = [x.clone() for x in inputs]
                 replay, out, self.pool = record(function, static, self.pool)
+            except CaptureLost as e:
+                raise UserError(
+                    f"graphs: {name} cannot be recorded ({e}), and CUDA does not recover from that: run again with "
+                    "--no-graphs"
+                ) from e
             except Exception as e:
-                self.failure = f"{name}: {' '.join(str(e).split())[:300] or type(e).__name__}"
+                self.failure = f"{name}: {_sentence(e)}"
                 for p, grad in zip(self.parameters, grads, strict=True):
                     p.grad = grad
                 return function(*inputs)

@@ -66,6 +66,12 @@ class Plan:
     activations: int
     loss: int
     block: int
+    validation: int = 0  # allocated beside a step's memory, which CUDA graphs keep
+
+    @property
+    def needed(self) -> int:
+        """What must fit."""
+        return self.peak + self.validation
 
     @property
     def peak(self) -> int:
@@ -159,6 +165,16 @@ def _backward_bytes(m: ModelConfig, n: int, w: int, mask: int, recompute: Level)
     return most + sum(block_bytes(m, n, w, mask)) - (2 * n * w * m.width if m.norm_placement == "post" else 0)
 
 
+def validation_bytes(cfg: TrainConfig, n: int, w: int, target: Target) -> int:
+    """A bound of what a forward pass over n tokens without gradients has at a time: six tensors (B, T, C), a chunk of
+    logits or a block's wide tensors."""
+    m = cfg.model
+    v, packed = m.padded_vocab_size, (m.n_heads + 2 * m.kv_heads) * m.d_head
+    rows = rows_at_once(n, v, w, backend.share_for_logits(target.memory if target.kind == "cuda" else None))
+    block = max(packed * (2 if m.qk_norm else 1) + m.n_heads * m.d_head, _mlp_columns(m) + m.d_mlp)
+    return w * (6 * n * m.width + max(n * block, min(rows, n) * v)) + 12 * n
+
+
 def _gradient_bytes(
     cfg: TrainConfig, shape: Shape, row: int, w: int, activations: int, loss: int, block: int, gpus: int
 ) -> int:
@@ -189,6 +205,7 @@ def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> Plan:
     masters = {"fp32": 4, "remainder": 2}.get(cfg.master, 0) if w == 2 else 0
     others = shape.parameters - shape.matrices  # Muon has a copy in fp32, its gradient and a momentum
     copies = 8 * shape.matrices if w == 2 else 0
+    graphs = cfg.graphs and target.kind == "cuda" and cfg.optimizer == "adamw"
     loss, block = _loss_bytes(cfg, n, w, target), _backward_bytes(m, n, w, mask, cfg.recompute)
     return Plan(
         parameters=shape.parameters * w + shape.tables + 16 * cfg.batch_tokens // gpus,
@@ -198,4 +215,5 @@ def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> Plan:
         activations=activations,
         loss=loss,
         block=block,
+        validation=validation_bytes(cfg, n, w, target) if graphs else 0,
     )

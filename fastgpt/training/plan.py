@@ -42,7 +42,7 @@ def micro_batches(cfg: TrainConfig, gpus: int = 1) -> list[int]:
 def largest_micro_batch(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> int:
     """The largest micro-batch whose peak fits; 0 where not even one sequence does."""
     for size in micro_batches(cfg, gpus):
-        if plan(replace(cfg, micro_batch=size), shape, target, gpus).peak <= target.usable:
+        if plan(replace(cfg, micro_batch=size), shape, target, gpus).needed <= target.usable:
             return size
     return 0
 
@@ -108,10 +108,10 @@ def remedy(cfg: TrainConfig, target: Target, room: float | None = None, gpus: in
     small = [d for d in micro_batches(now, gpus) if d < now.sequences]
     state_first = here.largest()[0] == "the optimizer's state" and dtype_of(now.dtype, target.kind).itemsize == 2
     for change in _changes(now, small, state_first):
-        peak = plan(replace(now, **change), shape, target, gpus).peak
-        if peak <= min(room, 0.95 * here.peak):
+        needed = plan(replace(now, **change), shape, target, gpus).needed
+        if needed <= min(room, 0.95 * here.needed):
             knobs = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in change.items())
-            return f"{knobs} needs {_size(peak)} of {_size(room)}"
+            return f"{knobs} needs {_size(needed)} of {_size(room)}"
     return (
         f"no micro_batch, recompute, master or block_size fits {_size(room)}: a smaller model or a larger device does"
     )
@@ -133,7 +133,7 @@ def explain_out_of_memory(cfg: TrainConfig, vocab_size: int, device: torch.devic
         here = plan(full, shape_of(full), target)
         name, size = here.largest()
         raise UserError(
-            f"out of memory on {device}: the largest part by plan is {name}, {_size(size)} of {_size(here.peak)}; "
+            f"out of memory on {device}: the largest part by plan is {name}, {_size(size)} of {_size(here.needed)}; "
             f"{remedy(full, target, room)}"
         ) from e
 
@@ -156,7 +156,7 @@ def holding(cfg: TrainConfig, shape: Shape, gpus: int) -> list[Target]:
     """The known cards that the settings fit, smallest first."""
     least = replace(cfg, micro_batch=1) if cfg.micro_batch == "auto" else cfg
     cards = sorted((_card(key) for key in CARDS), key=lambda c: c.memory)
-    return [c for c in cards if plan(least, shape, c, gpus).peak <= c.usable]
+    return [c for c in cards if plan(least, shape, c, gpus).needed <= c.usable]
 
 
 def find_target(name: str, cards: list[Target]) -> tuple[Target, str]:
@@ -204,6 +204,7 @@ def table(cfg: TrainConfig, shape: Shape, target: Target, gpus: int) -> list[str
         "either: head and loss": [p.loss for p in plans],
         "    or: a block's backward": [p.block for p in plans],
         "peak": [p.peak for p in plans],
+        "validation beside graphs": [p.validation for p in plans],
     }
     lines = [f"{unit + ', recompute':<28}" + "".join(f"{level:>10}" for level in levels)]
     lines += [f"{name:<28}" + "".join(f"{v / scale:>10.2f}" for v in values) for name, values in rows.items()]
@@ -258,8 +259,8 @@ def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]
         lines.append(estimate(shape, target, dtype, args))
     names = ", ".join(c.name for c in cards[:4]) or "none that is known"
     lines.append(f"smallest cards that hold it (recompute {cfg.recompute}, micro_batch {cfg.micro_batch}): {names}")
-    fits = (peak := plan(now, shape, target, args.gpus).peak) <= target.usable
-    lines.append(f"{'fits' if fits else 'does not fit'}: {_size(peak)} of {_size(target.usable)}")
+    fits = (needed := plan(now, shape, target, args.gpus).needed) <= target.usable
+    lines.append(f"{'fits' if fits else 'does not fit'}: {_size(needed)} of {_size(target.usable)}")
     lines[-1] += "" if fits else f"; {remedy(now, target, gpus=args.gpus)}"
     return lines, fits
 

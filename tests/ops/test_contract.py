@@ -327,6 +327,7 @@ def test_a_kernel_that_fails_its_self_check_is_not_used(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Pretended")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: real_fork([]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(backend, "missing", lambda b: None)
     monkeypatch.setattr(backend, "_self_checks", {"layer_norm": check})
     monkeypatch.setattr(backend, "_verdicts", {})
@@ -340,7 +341,13 @@ def test_a_kernel_that_fails_its_self_check_is_not_used(
     assert backend._select("layer_norm", "auto", "cuda", torch.float32, False) == "cuda"
     monkeypatch.setattr(backend, "_verdicts", {})
     assert backend._select("layer_norm", "auto", "cuda", torch.float32, False) == "cuda"
-    assert calls == ["cuda", "triton", "cuda"], "what passed before is not run again"
+    assert backend.explain("layer_norm", "cuda", torch.float32) == ("cuda", "prior")
+    assert calls == ["cuda", "triton", "cuda"], "what passed before is not run again, what is not used not at all"
+    monkeypatch.setattr(torch.cuda, "synchronize", check)  # raises, as after a fault
+    monkeypatch.setattr(backend, "_self_checks", {"layer_norm": check})
+    monkeypatch.setattr(backend, "_verdicts", {"": None})
+    with pytest.raises(UserError, match="layer_norm: the self-check of the triton .* FASTGPT_KERNELS=layer_norm=torch"):
+        backend.refusal("layer_norm", "triton", "cuda", torch.float32)
     assert torch.equal(torch.get_rng_state(), state)
 
 
