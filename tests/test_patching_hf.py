@@ -19,10 +19,13 @@ import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fastgpt
 from fastgpt.core import backend
+from fastgpt.ops._attention import attention_mask
 from fastgpt.patching import PARTS
+from fastgpt.patching import _attention as hf
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MATRIX = Path(__file__).parent.parent / "docs" / "families.md"
@@ -58,6 +61,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # as the table names them: 
     "Gemma 3": ("Gemma3TextConfig", GEMMA | LLAMA),
 }
 each_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def sdpa_mask(**options: Any) -> Tensor:
+    """transformers' bool mask, always whole."""
+    made = masking_utils.sdpa_mask(**{**options, "allow_is_causal_skip": False})
+    assert made is not None
+    return made
 
 
 class InFp64(TorchFunctionMode):
@@ -98,7 +108,7 @@ def labels_of(ids: Tensor) -> Tensor:
 
 
 def outcome(model: Any, ids: Tensor, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-    """Logits of tokens that count, losses of several sets of labels, and every gradient of the first's."""
+    """Logits, losses of several sets of labels, and every gradient of the first's."""
     model.train()
     loss = model(input_ids=ids, labels=labels, **inputs).loss
     names, params = zip(*model.named_parameters())
@@ -107,9 +117,7 @@ def outcome(model: Any, ids: Tensor, labels: Tensor, **inputs: Tensor) -> dict[s
         sets = [torch.where(labels == -100, -100, (labels + shift) % VOCAB) for shift in range(0, VOCAB, 25)]
         out["losses"] = torch.stack([model(input_ids=ids, labels=s, **inputs).loss.double() for s in sets])
         model.eval()
-        logits = model(input_ids=ids, **inputs).logits
-    valid = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    return {**out, "logits": logits[valid]}
+        return {**out, "logits": model(input_ids=ids, **inputs).logits}
 
 
 def exact(model: Any, ids: Tensor, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
@@ -152,17 +160,14 @@ def inputs_of(kind: str) -> dict[str, Tensor]:
 
 
 def labels_for(kind: str, eager: bool) -> Tensor:
-    """Labels of tokens(): padding does not count, nor what is predicted at padding behind the first real token.
+    """Labels of tokens(): padding counts too. But no gradient is taken where an eager family's token sees no key.
 
-    Nor, where the family's own attention is transformers' eager one, what is predicted at padding before it: eager
-    gives such a token, which sees nothing, the mean of all values, where sdpa and ours give 0.
+    The output is the mean of the values there, in which no score has a part. Autograd through the eager code gives
+    scores a gradient all the same, as if adding the least number had not swallowed them; ours is 0.
     """
     labels = labels_of(tokens())
-    seen = inputs_of(kind).get("attention_mask")
-    if seen is not None:
-        labels = labels.masked_fill(seen == 0, -100)
-        behind = (seen == 0) & ((seen.cumsum(1) > 0) | eager)
-        labels[:, 1:] = labels[:, 1:].masked_fill(behind[:, :-1], -100)
+    if eager and kind == "left padding":
+        labels[:, 1:] = labels[:, 1:].masked_fill(inputs_of(kind)["attention_mask"][:, :-1] == 0, -100)
     return labels
 
 
@@ -199,18 +204,17 @@ def test_padding_and_packed_documents(family: str, kind: str) -> None:
 @each_family
 def test_unpatched_is_bitwise_what_it_was(family: str) -> None:
     model, ids = model_of(family), tokens()
-    implementation, keys = model.config._attn_implementation, list(model.state_dict())
+    config, keys = copy.deepcopy(vars(model.config)), list(model.state_dict())
     places = {n: (type(m), set(m.__dict__)) for n, m in model.named_modules()}
     before = outcome(model, ids, labels_of(ids))
     assert fastgpt.patch(model) is model
     assert list(model.state_dict()) == keys
-    assert model.config._attn_implementation == "fastgpt"
     during = outcome(model, ids, labels_of(ids))
     assert any(not torch.equal(during[n], t) for n, t in before.items()), "nothing was computed by other kernels"
     assert fastgpt.unpatch(model) is model
     after = outcome(model, ids, labels_of(ids))
     assert all(torch.equal(after[n], t) for n, t in before.items())
-    assert model.config._attn_implementation == implementation
+    assert vars(model.config) == config
     assert {n: (type(m), set(m.__dict__)) for n, m in model.named_modules()} == places
 
 
@@ -306,7 +310,7 @@ def test_positional_arguments_tuples_and_own_losses_are_honoured() -> None:
         model, patched = model_of(family), fastgpt.patch(model_of(family))
         seen = inputs_of("left padding")["attention_mask"]
         order = (None, seen) if family != "Llama" else (seen,)  # GPT-2's second parameter is the cache
-        labels = labels_for("left padding", eager=True)
+        labels = labels_of(ids)
         torch.testing.assert_close(patched(ids, *order, labels=labels).loss, model(ids, *order, labels=labels).loss)
         assert isinstance(patched(ids, labels=ids, return_dict=False), tuple)
         model.loss_function = patched.loss_function = lambda logits, labels, **kw: logits.square().mean()
@@ -333,37 +337,45 @@ def test_dropout_of_gpt2_is_the_same_in_distribution(names: tuple[str, ...]) -> 
     assert (means[0] - means[1]).square().sum() < 2 * expected, "the means are further apart than chance puts them"
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_compact_masks_say_what_transformers_masks_say(window: int | None) -> None:
-    """For every padding of six keys and one to six queries: the keys that each token sees, padding tokens apart."""
-    from fastgpt.ops._attention import attention_mask
-    from fastgpt.patching._huggingface import mask
+def seen_by(mask: Tensor, t: int, s: int) -> Tensor:
+    """What a mask of ours or transformers' bool one says: (B, T, S)."""
+    if not hf.is_ours(mask):
+        return mask[:, 0]
+    which: dict[str, Any] = dict.fromkeys(("cu_seqlens_q", "doc_ids", "kv_lens", "kv_start"))
+    if mask.shape[1] >= 2:
+        which |= dict(kv_start=mask[:, 0, 0], kv_lens=mask[:, 1, 0])
+        which["doc_ids"] = mask[:, 2:, 0] if mask.shape[1] > 2 else None
+    q, k = torch.zeros(len(mask), t, 1, 1), torch.zeros(len(mask), s, 1, 1)
+    seen = attention_mask(q, k, dict(causal=True, window=mask.shape[2] - 1 or None, **which))
+    assert seen is not None
+    return seen.expand(len(mask), 1, t, s)[:, 0]
 
-    s, compact = 6, 0
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_our_masks_say_what_transformers_masks_say(
+    window: int | None, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For every padding of six keys and one to six queries: the keys that each token sees, padding tokens too; where no
+    value can be read, apart from padding tokens between real ones."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    s, ours = 6, 0
     padding = torch.tensor([[bool(n >> i & 1) for i in range(s)] for n in range(1, 2**s)])
+    holes = ~padding & (padding.cumsum(1) > 0) & (padding.flip(1).cumsum(1).flip(1) > 0)
     overlay = (
         masking_utils.sliding_window_causal_mask_function(window) if window else masking_utils.causal_mask_function
     )
     options: dict[str, Any] = dict(mask_function=overlay, local_size=window)
     for t in range(1, s + 1):
-        for seen in (*padding[:, None], padding):
-            got = mask(len(seen), t, s, s - t, 0, attention_mask=seen, **options)
-            wanted = masking_utils.sdpa_mask(
-                len(seen), t, s, s - t, 0, attention_mask=seen, allow_is_causal_skip=False, **options
-            )
-            if got is None or got.dim() == 2:
-                compact += 1
-                which: dict[str, Any] = dict.fromkeys(("cu_seqlens_q", "doc_ids", "kv_lens", "kv_start"))
-                if got is not None and got.dtype == torch.int64:
-                    which |= dict(kv_start=got[:, 0], doc_ids=got[:, 1:])
-                elif got is not None:
-                    which |= dict(kv_start=got[0], kv_lens=got[1])
-                q, k = torch.zeros(len(seen), t, 1, 1), torch.zeros(len(seen), s, 1, 1)
-                expanded = attention_mask(q, k, dict(causal=True, window=window, **which))
-                got = expanded.expand(len(seen), 1, t, s)
-            behind = ~seen[:, s - t :] & (seen.cumsum(1)[:, s - t :] > 0)  # what comes out there nothing reads
-            assert torch.equal(got[:, 0][~behind], wanted[:, 0][~behind]), (t, seen)
-    assert compact == 64 + 5 * s, "one query a key: all of them; fewer: where the keys are one range up to the last"
+        for seen, hole in [*zip(padding[:, None], holes[:, None]), (padding, holes)]:
+            given = dict(batch_size=len(seen), q_length=t, kv_length=s, q_offset=s - t, attention_mask=seen, **options)
+            exact = functools.partial(sdpa_mask, **given)
+            got, wanted = hf.mask(exact, **given), exact()
+            assert got is not None
+            ours += hf.is_ours(got)
+            alike = ~hole[:, s - t :] if compiling else torch.ones_like(hole[:, s - t :])
+            assert torch.equal(seen_by(got, t, s)[alike], wanted[:, 0][alike]), (t, seen)
+    assert ours == (64 if compiling else 21 * s), "compiled: as many queries as keys; else: where no hole is"
 
 
 def test_other_masks_fall_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
@@ -382,14 +394,129 @@ def test_other_masks_fall_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
     assert sum("a mask other than" in r.message for r in caplog.records) == 1
 
 
-def test_static_cache_and_continued_generation() -> None:
-    model, ids = model_of("Llama").eval(), tokens()
-    runs: list[dict[str, Any]] = [{"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}]
+@pytest.mark.parametrize("family", ["GPT-Neo", "Llama", "Mistral", "Gemma 2"])
+def test_caches_and_ways_of_decoding(family: str) -> None:
+    """Static caches with left padding, several tokens at once behind a cache, an assistant, beams."""
+    model, ids = model_of(family).eval(), tokens()
+    seen = torch.ones_like(ids)
+    seen[0, :4] = 0
+    runs: list[dict[str, Any]] = [
+        {"inputs": ids, "attention_mask": seen, "cache_implementation": "static"},
+        {"inputs": ids[:1], "prompt_lookup_num_tokens": 3},
+        {"inputs": ids, "attention_mask": seen, "num_beams": 2},
+    ]
+    patched = fastgpt.patch(copy.deepcopy(model))
     for r in runs:
-        wanted = model.generate(ids[:1], max_new_tokens=8, do_sample=False, **r)
-        got = fastgpt.patch(model).generate(ids[:1], max_new_tokens=8, do_sample=False, **r)
-        fastgpt.unpatch(model)
+        wanted, got = (m.generate(max_new_tokens=6, do_sample=False, **r) for m in (model, patched))
         assert torch.equal(got, wanted), r
+    if family == "GPT-Neo":
+        wanted = model.generate(ids[:1], max_new_tokens=6, do_sample=False, assistant_model=model)
+        for assistant in (patched, model):
+            got = patched.generate(ids[:1], max_new_tokens=6, do_sample=False, assistant_model=assistant)
+            assert torch.equal(got, wanted)
+
+
+@each_family
+def test_a_mask_of_four_dimensions_means_what_it_meant(family: str) -> None:
+    """Float masks and bool ones, whatever they hold: the family's own attention."""
+    model, patched = (m.eval() for m in (model_of(family), fastgpt.patch(model_of(family))))
+    seen = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    seen |= torch.eye(T, dtype=torch.bool, device=DEVICE)
+    for mask in (seen, torch.zeros(seen.shape, device=DEVICE).masked_fill(~seen, torch.finfo(torch.float32).min)):
+        given = mask
+        if family.startswith("Gemma "):
+            given = dict.fromkeys(("full_attention", "sliding_attention"), mask)  # type: ignore[assignment]
+        elif "layer_types" in vars(model.config):
+            given = dict.fromkeys(model.config.layer_types, mask)  # type: ignore[assignment]
+        wanted, got = (m(tokens(), attention_mask=given).logits for m in (model, patched))
+        torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("family", ["GPT-Neo", "GPT-J", "Llama"])
+def test_a_config_is_nobodys_but_its_owners(family: str, tmp_path: Path) -> None:
+    """Patching a model leaves models of the same config alone, and new ones from it, and pickled ones."""
+    model = model_of(family).eval()
+    patched = fastgpt.patch(copy.deepcopy(model))
+    patched.config = patched.base_model.config = model.config
+    sibling = type(model)(model.config).eval()
+    sibling.load_state_dict(model.state_dict())
+    padded = inputs_of("left padding")
+    wanted = model(tokens(), **padded).logits
+    torch.testing.assert_close(patched(tokens(), **padded).logits, wanted)
+    assert torch.equal(sibling(tokens(), **padded).logits, wanted)
+    torch.save(patched, tmp_path / "whole.pt")
+    loaded = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert torch.equal(loaded(tokens(), **padded).logits, wanted)
+    copied = copy.deepcopy(patched)
+    assert torch.equal(copied(tokens(), **padded).logits, patched(tokens(), **padded).logits)
+    fastgpt.unpatch(patched)
+    assert torch.equal(patched(tokens(), **padded).logits, wanted)
+    torch.testing.assert_close(copied(tokens(), **padded).logits, wanted)
+
+
+def test_an_implementation_that_is_set_later_counts() -> None:
+    """'sdpa' and 'eager' are served, with what padding gives in each; any other goes through, masks and all."""
+    model, patched, padded = (
+        model_of("Llama").eval(),
+        fastgpt.patch(model_of("Llama")).eval(),
+        inputs_of("left padding"),
+    )
+    for name in ("eager", "sdpa", "eager"):
+        for m in (model, patched):
+            m.set_attn_implementation(name)
+        wanted, got = model(tokens(), **padded), patched(tokens(), **padded)
+        torch.testing.assert_close(got.logits, wanted.logits)
+        assert not torch.equal(got.logits, wanted.logits)
+        wanted, got = (m(tokens(), output_attentions=True, **padded).attentions for m in (model, patched))
+        assert len(got) == len(wanted) == (2 if name == "eager" else 0)
+        torch.testing.assert_close(got, wanted)
+    calls: list[Any] = []
+
+    def own(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **options: Any) -> Any:
+        calls.append(mask)
+        return sdpa_attention_forward(module, q, k, v, mask, **options)
+
+    transformers.AttentionInterface.register("own", own)
+    transformers.AttentionMaskInterface.register("own", masking_utils.sdpa_mask)
+    for m in (model, patched):
+        m.set_attn_implementation("own")
+    # the rest of the model is on the ops, so that this is near and not equal
+    torch.testing.assert_close(patched(tokens(), **padded).logits, model(tokens(), **padded).logits)
+    assert len(calls) == 4 and all(m.dtype == torch.bool and m.dim() == 4 for m in calls)
+
+
+def test_a_window_that_is_set_later_counts() -> None:
+    models = [model_of("Mistral").eval(), fastgpt.patch(model_of("Mistral")).eval()]
+    before = models[0](tokens()).logits
+    for m in models:
+        m.config.sliding_window = 3
+    wanted, got = (m(tokens()).logits for m in models)
+    torch.testing.assert_close(got, wanted)
+    assert not torch.allclose(wanted, before)
+
+
+def test_continuous_batching() -> None:
+    """Of GPT-J, whose positions come in int32 then; a paged cache is the library's attention's business."""
+    settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=VOCAB, pad_token_id=0)
+    batches = []
+    for m in (model_of("GPT-J").eval(), fastgpt.patch(model_of("GPT-J")).eval()):
+        made = m.generate_batch(inputs=[[5, 6, 7, 8], [9, 10]], generation_config=settings, progress_bar=False)
+        batches.append([made[k].generated_tokens for k in sorted(made)])
+    assert batches[0] == batches[1] and [len(x) for x in batches[0]] == [3, 3]
+    given: dict[str, Any] = {"cache": object(), "scaling": 0.5}
+    x = torch.zeros(1, 1, 2, 4)
+    got = hf.attention(lambda *a, **options: (a, options), False, torch.nn.Module(), x, x, x, None, **given)
+    assert got[0][1] is x and got[0][4] is None and got[1] == given
+
+
+def test_attention_in_fp32_of_gpt2() -> None:
+    """reorder_and_upcast_attn, a method of its own in eager attention."""
+    models = [model_of("GPT-2", reorder_and_upcast_attn=True, attn_implementation="eager") for _ in range(2)]
+    fastgpt.patch(models[1])
+    for kind in ("plain", "left padding"):
+        wanted, got = (m(tokens(), **inputs_of(kind)).logits for m in models)
+        torch.testing.assert_close(got, wanted)
+        assert not torch.equal(got, wanted)
 
 
 def test_families_left_alone() -> None:
@@ -404,13 +531,18 @@ def test_families_left_alone() -> None:
 
 
 def test_attention_of_another_class_keeps_its_masks() -> None:
-    """GPT-Neo and GPT-J have no registry: a class of its own beside theirs would not know the masks."""
+    """An attention of its own beside the family's would not know our masks: nobody is given them."""
     model = model_of("GPT-J")
     model.transformer.h[1].attn._attn = lambda *args: None
     with pytest.raises(ValueError, match="attention transformer.h.1.attn: _attn of this instance is not its class's"):
         fastgpt.patch(model, only="attention", strict=True)
     fastgpt.patch(model)
-    assert model.config._attn_implementation == "eager"
+    left = {e.name: e.why for e in fastgpt.patch_report(model).left if e.part == "attention"}
+    assert left["transformer"] == "h.1.attn (GPTJAttention) has an attention of its own"
+    masks: list[Any] = []
+    model.transformer.h[1].attn._attn = lambda q, k, v, mask=None: (masks.append(mask), (v, None))[1]
+    model(tokens())
+    assert masks[0].dim() == 4
 
 
 def test_cross_attention_and_classifiers() -> None:

@@ -4,7 +4,7 @@ A patched module keeps its class, parameters, buffers, hooks and place: all that
 instance (`forward`, mostly), which hides the class's. Modules are not exchanged and classes are not swapped, so
 state_dict keys, isinstance, type(), hooks, optimizers, PEFT, DDP, FSDP2 (which itself swaps classes), checkpointing and
 copy.deepcopy see what they saw before, and to undo is to delete the attribute. Nothing of torch or transformers changes
-for anyone else; transformers learns one more attention implementation, 'fastgpt', through its registry.
+for anyone else, and no config is written to.
 (pickle keeps methods by name, so that a model that was pickled whole comes back with its own forwards: patch it again.)
 """
 
@@ -175,14 +175,12 @@ def _apply(found: list[tuple[nn.Module, Found]]) -> None:
     methods: dict[tuple[int, str], tuple[nn.Module, list[Any]]] = {}
     for module, f in found:
         if f.function is not None:
-            methods.setdefault((id(module), f.attribute), (module, []))[1].append(f.function)
-        elif f.call is None:
-            huggingface = _transformers(module)
-            _remember(module)[f.attribute] = huggingface.set_implementation(module, huggingface.IMPLEMENTATION)
+            places = [(f.function, f.call)] if f.call is not None else _rebind.standard([f.function])
+            methods.setdefault((id(module), f.attribute), (module, []))[1].extend(places)
         else:
             _set(module, f)
-    for (_, attribute), (module, functions) in methods.items():
-        _bind(module, attribute, _rebind.rebind(dict(_rebind.methods(module))[attribute], functions))
+    for (_, attribute), (module, changes) in methods.items():
+        _bind(module, attribute, _rebind.rebind(dict(_rebind.methods(module))[attribute], changes))
 
 
 def _remember(module: nn.Module) -> dict[str, Any]:
@@ -222,17 +220,14 @@ def unpatch(model: nn.Module) -> Any:
         raise ValueError(f"unpatch: {type(model).__name__} is not patched")
     for name, module in patched:
         for attribute, ours in module.__dict__["_fastgpt"].items():
-            if not isinstance(ours, str) and module.__dict__.get(attribute) != ours:
+            if module.__dict__.get(attribute) != ours:
                 where = f"{name}.{attribute}" if name else attribute
                 raise ValueError(
                     f"unpatch: {where} was wrapped after patching; unwrap it first (accelerate: unwrap_model)"
                 )
     for _, module in patched:
-        for attribute, ours in module.__dict__.pop("_fastgpt").items():
-            if isinstance(ours, str):
-                _transformers(module).set_implementation(module, ours)
-            else:
-                del module.__dict__[attribute]
+        for attribute in module.__dict__.pop("_fastgpt"):
+            del module.__dict__[attribute]
     for m in model.modules():
         m.__dict__.pop("_fastgpt_report", None)
     return model

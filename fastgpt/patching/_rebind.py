@@ -95,21 +95,56 @@ def _rotates(function: Any) -> bool:
     return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours))
 
 
-def rebind(f: types.FunctionType, targets: list[Any]) -> types.FunctionType:
-    """f with what leads to each target leading to what takes its place."""
-    places = {t: FUNCTIONS[t][2] if t in FUNCTIONS else replace.rotary for t in targets}
-    spaces = _namespaces(tuple(t for t in places if t in FUNCTIONS))
+def innermost(f: Any) -> types.FunctionType:
+    """The function that decorators were put around."""
+    inner: types.FunctionType = inspect.unwrap(f)
+    return inner
+
+
+def refers(f: types.FunctionType, target: Any) -> bool:
+    """Whether f reaches target by the name of one of its globals."""
+    return any(f.__globals__.get(n) is target for n in f.__code__.co_names)
+
+
+def standard(targets: list[Any]) -> list[tuple[Any, Any]]:
+    """(target, what takes its place) of functions in FUNCTIONS and of rotations."""
+    return [(t, FUNCTIONS[t][2] if t in FUNCTIONS else replace.rotary) for t in targets]
+
+
+def rebind(f: types.FunctionType, places: list[tuple[Any, Any]]) -> types.FunctionType:
+    """f with what leads to a target leading to what takes its place; inside f's decorators, where it has some.
+
+    Raises:
+        ValueError: a decorator does not hold the function that it decorates.
+    """
+    wrapped = f.__dict__.get("__wrapped__")
+    if wrapped is not None:
+        return _redecorate(f, wrapped, rebind(wrapped, places))
+    spaces = _namespaces(tuple(t for t, _ in places if any(t is known for known in FUNCTIONS)))
     scope = {name: _swap(value, places, spaces) for name, value in f.__globals__.items()}
     del scope["__name__"]  # torch.compile would look for the names in the module of this name
-    new = types.FunctionType(f.__code__, scope, f.__name__, f.__defaults__, f.__closure__)
+    return _copy(f, scope, f.__closure__)
+
+
+def _copy(f: types.FunctionType, scope: dict[str, Any], closure: Any) -> types.FunctionType:
+    new = types.FunctionType(f.__code__, scope, f.__name__, f.__defaults__, closure)
     new.__kwdefaults__, new.__dict__ = f.__kwdefaults__, dict(f.__dict__)
     return new
 
 
-def _swap(value: Any, places: dict[Any, Any], spaces: dict[int, Any]) -> Any:
+def _redecorate(f: types.FunctionType, old: Any, new: Any) -> types.FunctionType:
+    cells = f.__closure__ or ()
+    if not any(c.cell_contents is old for c in cells):
+        raise ValueError(f"patch: {f.__qualname__} is decorated in a way that cannot be made again")
+    again = _copy(f, f.__globals__, tuple(types.CellType(new) if c.cell_contents is old else c for c in cells))
+    again.__dict__["__wrapped__"] = new
+    return again
+
+
+def _swap(value: Any, places: list[tuple[Any, Any]], spaces: dict[int, Any]) -> Any:
     if id(value) in spaces:
         return spaces[id(value)]
-    return next((ours for theirs, ours in places.items() if theirs is value), value)
+    return next((ours for theirs, ours in places if theirs is value), value)
 
 
 @functools.cache

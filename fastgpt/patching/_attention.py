@@ -1,0 +1,293 @@
+"""transformers' attention on the op, and its masks without a T x S matrix where the op needs none.
+
+Neither a config nor a registry of transformers is written to. Two kinds of methods are made again with other globals
+(`_rebind`): the attention modules' get their attention function from `Functions`, the base model's its mask functions
+from `Masks`. Both ask the library first, and take the place of 'sdpa' and 'eager' alone: whatever implementation the
+config names at that moment, and whoever shares the config, gets what it would get.
+
+A mask of ours is int64 (B, n, 1 + window), its last dimension of stride 0 (window 0: none). n = 0: causal order is all.
+n = 2: where each sequence's keys start and end. n = 2 + T: then each token's document, of which it sees keys only.
+Any other mask, and any call that the op does not cover, goes to the library's own attention function, said once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import masking_utils
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, create_causal_mask
+from transformers.masking_utils import create_sliding_window_causal_mask as create_sliding_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastgpt import ops
+from fastgpt.core.backend import leave_to_torch
+from fastgpt.patching import _rebind
+from fastgpt.patching import _replace as replace
+
+OTHER_MASK = "a mask other than causal order, window, padding or packed documents"
+
+
+def _stands_for(implementation: Any) -> bool:
+    """Whether this name means attention that the op takes the place of (someone may have put his own under 'sdpa')."""
+    if implementation == "sdpa":
+        return ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    return implementation == "eager"
+
+
+class Functions:
+    """In the place of ALL_ATTENTION_FUNCTIONS in an attention module's forward."""
+
+    def get_interface(self, implementation: Any, default: Callable[..., Any]) -> Callable[..., Any]:
+        own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, default)
+        if not _stands_for(implementation):
+            return own
+        return functools.partial(attention, own, implementation == "eager")
+
+
+class Masks:
+    """In the place of ALL_MASK_ATTENTION_FUNCTIONS in transformers' functions that make causal masks."""
+
+    def __init__(self, only_eager: bool) -> None:
+        self.only_eager = only_eager
+
+    def __getitem__(self, implementation: str) -> Callable[..., Any]:
+        own: Callable[..., Any] = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+        if not _stands_for(implementation) or (self.only_eager and implementation != "eager"):
+            return own
+        return functools.partial(mask, own)
+
+
+FUNCTIONS = Functions()
+MASKS = {only_eager: Masks(only_eager) for only_eager in (False, True)}
+
+
+@functools.cache
+def _mask_makers(only_eager: bool) -> list[tuple[Any, Any]]:
+    """(transformers' function that makes a mask, the same with our masks)."""
+    change = [(ALL_MASK_ATTENTION_FUNCTIONS, MASKS[only_eager])]
+    makers: list[Any] = [create_causal_mask, create_sliding_mask]
+    return [(f, _rebind.rebind(f, change)) for f in makers]
+
+
+def model_forward(forward: Any, only_eager: bool) -> Any:
+    """A base model's forward with our masks; None where it does not make its masks as transformers' do."""
+    inner = _rebind.innermost(forward)
+    makers = _mask_makers(only_eager)
+    if not any(_rebind.refers(inner, theirs) for theirs, _ in makers):
+        return None
+    return _rebind.rebind(forward, makers)
+
+
+def base_model(module: Any, rebound: Any, *args: Any, **kwargs: Any) -> Any:
+    """A base model's forward; where eager attention is asked for its weights, all of it is transformers' own."""
+    wanted = kwargs.get("output_attentions")
+    wanted = getattr(module.config, "output_attentions", False) if wanted is None else wanted
+    if wanted and module.config._attn_implementation == "eager":
+        leave_to_torch("attention", "output_attentions")
+        return replace.own(module, *args, **kwargs)
+    return rebound(module, *args, **kwargs)
+
+
+def mask(
+    own: Callable[..., Any],
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: Any = 0,
+    mask_function: Any = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    use_vmap: bool = False,
+    device: Any = "cpu",
+    **rest: Any,
+) -> Tensor | None:
+    """transformers' mask function; what it gives is said at this file's head. own: the one whose place it takes."""
+    known = None
+    offsets = not (isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor))  # a static cache's are tensors
+    if offsets and not use_vmap and q_offset + q_length == kv_offset + kv_length:
+        padding = _padding(attention_mask, kv_length, kv_offset)
+        if allow_is_causal_skip:
+            known = _ranges(padding, batch_size, q_length, device)
+        elif padding is None and q_length == kv_length:
+            known = _documents(mask_function, batch_size, q_length, device)
+    if known is not None:
+        window = 0 if local_size is None or local_size >= kv_length else local_size
+        return known[..., None].expand(-1, -1, 1 + window)
+    given: Tensor | None = own(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip, use_vmap=use_vmap, device=device, **rest,
+    )  # fmt: skip
+    return given
+
+
+def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
+    """(B, S) bool of the keys that a cache has, from the mask over all tokens; None without one."""
+    padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    return None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
+
+
+def _documents(mask_function: Any, batch: int, length: int, device: Any) -> Tensor:
+    """(B, 2 + T) of packed documents: a token that does not see the one before it begins one."""
+    tokens = torch.arange(length, device=device)[None]
+    rows = torch.arange(batch, device=device)[:, None]
+    ids = (~mask_function(rows, torch.zeros_like(rows), tokens, (tokens - 1).clamp(min=0))).long().cumsum(1)
+    ends = torch.tensor([0, length], device=device).expand(batch, 2)
+    return torch.cat((ends, ids), 1)
+
+
+def _ranges(padding: Tensor | None, batch: int, queries: int, device: Any) -> Tensor | None:
+    """(B, 0), (B, 2) or (B, 2 + T) of padded sequences; None where this cannot say what each token sees.
+
+    Values are read once a forward, as transformers' own mask function does. A compiler and a graph cannot: there a
+    padding token between real ones is a document of its own, so that it alone sees other keys than in transformers.
+    """
+    if padding is None:
+        return torch.empty((batch, 0), dtype=torch.long, device=device)
+    columns = torch.arange(padding.shape[1], device=padding.device)
+    ends = torch.where(padding, columns + 1, 0).amax(1, keepdim=True)
+    starts = torch.where(padding, columns, padding.shape[1]).amin(1, keepdim=True).minimum(ends)
+    holes = ~padding & (columns >= starts) & (columns < ends)
+    if torch.compiler.is_compiling() or (padding.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return torch.cat((starts, ends, holes.long()), 1) if queries == padding.shape[1] else None
+    if bool(padding.all()):
+        return starts[:, :0]
+    return None if bool(holes.any()) else torch.cat((starts, ends), 1)
+
+
+def is_ours(attention_mask: Any) -> bool:
+    """Whether `mask` made it."""
+    return isinstance(attention_mask, Tensor) and attention_mask.dim() == 3 and attention_mask.dtype == torch.int64
+
+
+def attention(
+    own: Callable[..., Any],
+    eager: bool,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Any,
+) -> Any:
+    """transformers' attention function: q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, T, H, D), None.
+
+    own: the function whose place it takes; eager: whether that is the model's eager one, or else PyTorch's.
+    """
+    why, causal = "", True
+    if any(options.get(name) is not None for name in ("cache", "position_bias", "s_aux")):
+        why = "a paged cache, a bias or sinks"
+    elif attention_mask is None:  # to eager this says that all is seen, to PyTorch's causal order from the first key on
+        ordered = options.get("is_causal")
+        ordered = getattr(module, "is_causal", True) if ordered is None else ordered
+        causal = not eager and query.shape[2] > 1 and bool(ordered)
+        if causal and key.shape[2] > query.shape[2]:
+            key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    elif not is_ours(attention_mask):
+        why = OTHER_MASK
+    if why:
+        leave_to_torch("attention", why)
+        return own(module, query, key, value, attention_mask, **options)
+    numbers = dict(scaling=options.get("scaling"), dropout=options.get("dropout", 0.0), softcap=options.get("softcap"))
+    if attention_mask is None:
+        return _attend(query, key, value, causal=causal, **numbers), None
+    return masked(query, key, value, attention_mask, "all" if eager else "", **numbers), None
+
+
+def masked(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, blind: str = "", window: int = 0, **numbers: Any
+) -> Tensor:
+    """Attention under a mask of ours: (B, T, H, D).
+
+    blind: what a token sees for which the mask leaves no key (padding before the first real token): nothing, which
+    gives 0 as in PyTorch's attention; 'all' keys alike, as in most eager attention; or 'neo', see `_mean_of_neo`.
+    window: GPT-Neo's, which its mask does not know.
+    """
+    window = seen.shape[2] - 1 or window
+    which: dict[str, Any] = dict(causal=True, window=window or None)
+    if seen.shape[1] == 0:
+        return _attend(query, key, value, **which, **numbers)
+    start, end, ids = seen[:, 0, 0], seen[:, 1, 0], seen[:, 2:, 0]
+    which |= dict(kv_start=start, kv_lens=end, doc_ids=ids if seen.shape[1] > 2 else None)
+    y = _attend(query, key, value, **which, **numbers)
+    if not blind:
+        return y
+    last = torch.arange(query.shape[2], device=query.device) + key.shape[2] - query.shape[2]
+    first = torch.maximum(start[:, None], last - window + 1) if window else start[:, None]
+    if blind == "all":
+        alike = value.mean(2, keepdim=True)
+    else:
+        alike = _mean_of_neo(value, start[:, None], end[:, None], last, window or key.shape[2])
+    alike = alike.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
+    return torch.where((first > torch.minimum(last, end[:, None] - 1))[..., None, None], alike.to(y.dtype), y)
+
+
+def _mean_of_neo(value: Tensor, start: Tensor, end: Tensor, last: Tensor, window: int) -> Tensor:
+    """Mean (B, H, T, D) of the values that GPT-Neo weighs alike where a token sees no key: the real ones before it, and
+    all of its window, for it adds the same number once where the window masks a key and where the mask does."""
+    wide = torch.promote_types(value.dtype, torch.float32)
+    sums = F.pad(value.to(wide).cumsum(2), (0, 0, 1, 0))  # (B, H, S + 1, D)
+
+    def until(key: Tensor) -> Tensor:
+        heads, width = value.shape[1], value.shape[3]
+        return sums.gather(2, key.expand(value.shape[0], -1)[:, None, :, None].expand(-1, heads, -1, width))
+
+    back = (last + 1 - window).clamp(min=0)
+    far = torch.minimum(end, back).maximum(start)
+    count = far - start + last + 1 - back
+    total = until(far) - until(start.expand_as(far)) + until((last + 1)[None]) - until(back[None])
+    return (total / count[:, None, :, None]).to(value.dtype)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **which: Any,
+) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    y: Tensor = ops.attention(q, k, v, scale=scaling, dropout_p=dropout, softcap=softcap or 0.0, **which)
+    return y
+
+
+def _dropout(module: Any) -> float:
+    return module.attn_dropout.p if module.training else 0.0
+
+
+def gpt_neo(module: Any, window: int, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+    """GPTNeoSelfAttention._attn: unscaled; a window in local layers. (B, H, T, D) -> the same, without weights."""
+    if not is_ours(attention_mask):
+        leave_to_torch("attention", OTHER_MASK)
+        return type(module)._attn(module, query, key, value, attention_mask)
+    y = masked(query, key, value, attention_mask, "neo", window, scaling=1.0, dropout=_dropout(module))
+    return y.transpose(1, 2), None
+
+
+def gptj(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+    """GPTJAttention._attn. (B, H, T, D) -> the same, without weights."""
+    if not is_ours(attention_mask):
+        leave_to_torch("attention", OTHER_MASK)
+        return type(module)._attn(module, query, key, value, attention_mask)
+    y = masked(query, key, value, attention_mask, "all", scaling=1 / module.scale_attn, dropout=_dropout(module))
+    return y.transpose(1, 2), None
+
+
+def gpt2_upcast(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
+    """GPT2Attention._upcast_and_reordered_attn, eager attention in fp32, as the op's always is: (B, T, H, D)."""
+    own = type(module)._upcast_and_reordered_attn
+    if attention_mask is not None and not is_ours(attention_mask):
+        leave_to_torch("attention", OTHER_MASK)
+        return own(module, query, key, value, attention_mask)
+    options = dict(scaling=module.scaling, dropout=_dropout(module))
+    return attention(own, True, module, query, key, value, attention_mask, **options)
