@@ -4,9 +4,9 @@ One row per kernel, configuration and architecture: registers of a thread, stack
 launched shared memory in bytes, tensor-core instructions in the machine code (hmma: of a warp, wgmma: of a warp
 group), and the bound on occupancy: the blocks of one multiprocessor that registers, shared memory and threads allow,
 what limits them, and the share of its warps that they fill. CUDA: every kernel by nvcc for sm_80 and sm_90a
-(fastgpt.checks.cuda); where shared memory is sized at the launch (dynamic_shared), the bound is without it, so an upper
-one. Triton: three configurations of each kernel for sm_80 and sm_90, in bf16; --all takes every one. Exit code 1: a
-compilation failed.
+(fastgpt.checks.cuda); shared memory that is sized at the launch counts where that is one number (DYNAMIC), else
+(dynamic_shared) the bound is without it, so an upper one. Triton: three configurations of each kernel for sm_80 and
+sm_90, in bf16; --all takes every one. Exit code 1: a compilation failed.
 """
 
 from __future__ import annotations
@@ -35,6 +35,24 @@ REGISTERS, REGISTER_UNIT, PARTITIONS = 65536, 256, 4  # of a multiprocessor; giv
 SHARED_UNIT, SHARED_RESERVED = 128, 1024  # bytes; the second are the system's in every block
 # by compute capability: warps, blocks, KB of shared memory of a multiprocessor (CUDA programming guide, appendix)
 CHIPS = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228)}
+# Bytes that these kernels are launched with, whatever the shape
+DYNAMIC = {
+    "attention_fwd_kernel<*, 64, false>": 32768,
+    "attention_fwd_kernel<*, 96, false>": 49152,
+    "attention_fwd_kernel<*, 128, false>": 57344,
+    "attention_fwd_kernel<*, 256, *>": 65536,
+    "attention_fwd_kernel<*, 64, true>": 24576,
+    "attention_fwd_kernel<*, 128, true>": 49152,
+    "attention_dkdv_kernel<*, 64, *>": 49152,
+    "attention_dkdv_kernel<*, 96, false>": 73728,
+    "attention_dkdv_kernel<*, 128, *>": 65536,
+    "attention_dkdv_kernel<*, 256, *>": 98304,
+    "attention_dq_kernel<*, 64, *>": 57344,
+    "attention_dq_kernel<*, 96, false>": 73728,
+    "attention_dq_kernel<*, 128, false>": 81920,
+    "attention_dq_kernel<*, 128, true>": 65536,
+    "attention_dq_kernel<*, 256, *>": 98304,
+}
 PER_KERNEL = 3  # Triton configurations without --all
 MACHINE = torch.device("cpu")  # the compilers run there, whatever device is
 
@@ -67,6 +85,11 @@ def dynamic_kernels(source: Path) -> set[str]:
     return found
 
 
+def launched_shared(kernel: str) -> int | None:
+    """Bytes of shared memory that a launch of this kernel asks for; None where that is not one number."""
+    return next((n for pattern, n in DYNAMIC.items() if fnmatch.fnmatchcase(kernel, pattern)), None)
+
+
 def cuda_rows(source: Path, only: str) -> list[dict[str, Any]]:
     """A row per CUDA kernel and architecture; raises ToolMissing."""
     kernels, failures = cuda_check.check(source, sorted(cuda_check.ARCHS), only)
@@ -78,10 +101,11 @@ def cuda_rows(source: Path, only: str) -> list[dict[str, Any]]:
     for k in kernels:
         row = {**about, "kernel": k.name, "arch": k.arch, "registers": k.registers, "stack_bytes": k.stack}
         row |= {"spill_bytes": k.spills, "shared_bytes": k.shared, "threads": k.threads}
-        row |= {"dynamic_shared": k.name.split("<")[0] in dynamic}
+        known = launched_shared(k.name)
+        row |= {"dynamic_shared": known is None and k.name.split("<")[0] in dynamic}
         row |= {"hmma": k.tensor_products, "wgmma": k.warpgroup_products}
         chip = int(re.sub(r"\D", "", k.arch))
-        rows.append(row | occupancy(chip, k.threads, k.registers, k.shared))
+        rows.append(row | occupancy(chip, k.threads, k.registers, k.shared + (known or 0)))
     return rows + [{**about, "kernel": failure.split(" for ")[0], "red": failure} for failure in failures]
 
 

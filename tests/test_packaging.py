@@ -22,6 +22,8 @@ import torch
 import torch.utils.cpp_extension
 from setuptools import Distribution
 
+from fastgpt.core import native
+
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "fastgpt", "kernels", "bench", "csrc"]
 UNSET = ("FASTGPT_CUDA", "FASTGPT_NO_EXT", "CUDA_HOME", "CUDA_PATH", "CXX", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH")
@@ -275,3 +277,33 @@ def test_cpu_wheel_builds_and_loads(sources: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run([sys.executable, "-c", code], cwd=target, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "capability, driver, said",
+    [
+        ((9, 0), 13, ""),
+        ((8, 9), 13, ""),
+        ((10, 0), 13, "nothing was compiled for sm_100"),
+        ((9, 0), 12, "the driver is of CUDA 12, nvcc was of 13"),
+        ((9, 0), 0, ""),
+    ],
+)
+def test_doctor_says_what_this_gpu_cannot_run(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: int, said: str
+) -> None:
+    """Kernels that the driver has to compile first, and a driver that is too old for nvcc's runtime."""
+    facts = {
+        "TORCH": "2.11.0",
+        "NVCC": "13.0.88",
+        "ARCHS": ["sm_80", "compute_80", "sm_90a"],
+        "DATE": "",
+        "SOURCES": "",
+    }
+    monkeypatch.setattr(native, "_INFO", facts)
+    monkeypatch.setattr(native, "BUILT", {"cpu": True, "cuda": True})
+    monkeypatch.setattr(native, "_driver_cuda", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    lines = native._on_this_gpu()
+    assert len(lines) == bool(said) and all(said in line for line in lines)

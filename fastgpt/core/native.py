@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib
 from pathlib import Path
@@ -70,6 +71,35 @@ def _stale() -> str:
     return "" if same else f"csrc/ changed since fastgpt._C was built: {REBUILD}"
 
 
+def _driver_cuda() -> int:
+    """The CUDA release, as in 13, that this machine's driver is of; 0 where it does not say."""
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value // 1000
+
+
+def _on_this_gpu() -> list[str]:
+    """What the GPU at hand, or its driver, cannot run as it was built."""
+    if not BUILT["cuda"] or not torch.cuda.is_available():
+        return []
+    notes, (major, minor) = [], torch.cuda.get_device_capability()
+    if major not in {int(a[3:].rstrip("af")) // 10 for a in _INFO["ARCHS"] if a.startswith("sm_")}:
+        notes.append(
+            f"cuda         nothing was compiled for sm_{major}{minor}: the driver compiles PTX at each kernel's first "
+            f"use, which takes minutes once; TORCH_CUDA_ARCH_LIST={major}.{minor} {REBUILD}"
+        )
+    driver, nvcc = _driver_cuda(), int(_INFO["NVCC"].split(".")[0])
+    if 0 < driver < nvcc:
+        notes.append(
+            f"cuda         the driver is of CUDA {driver}, nvcc was of {nvcc}: no CUDA kernel will run; update the "
+            f"driver, or take nvcc {driver} and {REBUILD}"
+        )
+    return notes
+
+
 def describe() -> list[str]:
     """Lines for `fastgpt doctor`: built for what, what is missing, why, and the remedy."""
     lines = []
@@ -78,7 +108,7 @@ def describe() -> list[str]:
     if BUILT["cuda"]:
         lines.append(f"cuda         nvcc {_INFO['NVCC']}, {', '.join(_INFO['ARCHS'])}")
     lines += [f"{backend:<12} not here: {_MISSING[backend]}" for backend in NATIVE if not BUILT[backend]]
-    return [*lines, *filter(None, [_stale()])]
+    return [*lines, *_on_this_gpu(), *filter(None, [_stale()])]
 
 
 _INFO = _facts()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
+import re
 import shutil
 from typing import Any
 
@@ -15,6 +17,7 @@ if importlib.util.find_spec("pybind11") is None or shutil.which("g++") is None:
 import emulator
 
 import fastgpt  # noqa: F401  (its schemas must exist before the library registers kernels for them)
+from fastgpt.bench import codegen
 
 ALIGNED, WIDTHS = 4096, [1, 7, 33, 64, 96, 128, 300, 768, 1024, 1280, 1600, 2048, 3072, 4096, 5120, 8192, 16384, 65536]
 Launch = list[int]  # grid x, y, z, block x, y, z, bytes of dynamic shared memory
@@ -90,6 +93,25 @@ def test_attention_has_a_block_for_every_tile(kernels: Any) -> None:
                 for launch in backward:
                     check(launch)
     assert kernels.attention_bwd_workspace(64, 1024, 12) >= 64 * 12 * 1024 * 2
+
+
+def test_shared_memory_of_attention_is_what_codegen_counts_with(kernels: Any) -> None:
+    """And what a block of dq for D = 128 has leaves an A100 two of them, to the last byte."""
+    names, found = emulator.kernel_names(emulator.build()), dict[str, int]()
+    for dtype, dim, options in itertools.product((1, 2), (64, 96, 128, 256), ({"causal": True}, {"window": 5})):
+        sizes = dict(n_batch=1, n_queries=64, n_keys=64, n_heads=1, n_kv_heads=1, head_dim=dim, scale=0.1, dtype=dtype)
+        for launcher in (kernels.attention_fwd, kernels.attention_bwd):
+            kernels.launched()
+            bytes_ = sorted(launch[6] for launch in launcher(**sizes, **options) if launch[6])
+            tiled = sorted(n for k in kernels.launched() if re.search("_(fwd|dkdv|dq)_kernel", n := names[k]))
+            wanted = {name: codegen.launched_shared(name) for name in tiled}
+            assert sorted(n or 0 for n in wanted.values()) == bytes_, (wanted, bytes_)
+            found.update((name, n or 0) for name, n in wanted.items())
+    assert len(found) == 2 * 3 * (4 + 3), "each instance once: D = 96 has none of its own with options"
+    static = 128 * 8  # RowScale of a query
+    for more, blocks in ((0, 2), (4, 1)):
+        shared = found["attention_dq_kernel<bf16, 128, false>"] + static + more
+        assert codegen.occupancy(80, 128, 255, shared)["blocks_per_sm"] == blocks
 
 
 def test_embedding_and_rope(kernels: Any) -> None:
