@@ -44,7 +44,7 @@ from fastgpt.bench._harness import (
 )
 from fastgpt.core import backend
 from fastgpt.core.device import DTYPES, dtype_of, keep_freed_memory
-from fastgpt.training.config import ModelConfig
+from fastgpt.models.config import ModelConfig
 
 COPY, GEMM = "copy", "gemm"
 Shape = tuple[int, ...]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from fastgpt.bench import _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, installed
+from fastgpt.models.config import ModelConfig
 from fastgpt.optim import AdamW
-from fastgpt.training.config import ModelConfig
 
 POSITIONS, MAX_NORM = 1024, 1.0
 SETTINGS: dict[str, Any] = dict(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)

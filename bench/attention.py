@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgpt import ops
 from fastgpt.bench import _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
-from fastgpt.training.config import ModelConfig
+from fastgpt.models.config import ModelConfig
 
 SDPA = {
     "math": SDPBackend.MATH,

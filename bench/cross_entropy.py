@@ -22,7 +22,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.bench import _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed
-from fastgpt.training.config import ModelConfig
+from fastgpt.models.config import ModelConfig
 
 
 def plain(logits: Tensor, target: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.bench import _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
-from fastgpt.training.config import ModelConfig
+from fastgpt.models.config import ModelConfig
 
 
 def plain(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ from fastgpt.bench import variants
 from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
 from fastgpt.core.device import total_memory
 from fastgpt.core.errors import UserError
+from fastgpt.models.config import ModelConfig
 from fastgpt.models.recompute import Level
-from fastgpt.training.config import ModelConfig, TrainConfig
+from fastgpt.training.config import TrainConfig
 from fastgpt.training.memory import LEVELS, Shape, Target, plan, shape_of
 from fastgpt.training.plan import explain_out_of_memory
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgpt.training.config import ModelConfig, TrainConfig
+from fastgpt.models.config import ModelConfig
+from fastgpt.training.config import TrainConfig
 
 
 def norm(c: ModelConfig) -> nn.Module:

@@ -16,8 +16,8 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.bench import _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
+from fastgpt.models.config import ModelConfig
 from fastgpt.ops.rms_norm import rms_norm_torch
-from fastgpt.training.config import ModelConfig
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:

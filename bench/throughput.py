@@ -44,7 +44,8 @@ from fastgpt.bench._op import Provider, every, gate
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, reason, settings, shapes_on
 from fastgpt.core import backend
 from fastgpt.core.device import energy_joules, peak_flops
-from fastgpt.training.config import ModelConfig, TrainConfig
+from fastgpt.models.config import ModelConfig
+from fastgpt.training.config import TrainConfig
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 # Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the

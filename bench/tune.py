@@ -33,7 +33,8 @@ from fastgpt.bench.variants import GPU_SHAPES, SHAPES, default_shape, settings, 
 from fastgpt.core import backend
 from fastgpt.core.device import cpu_name, default_device, dtype_of, keep_freed_memory
 from fastgpt.core.errors import UserError
-from fastgpt.training.config import ModelConfig, TrainConfig, load_config
+from fastgpt.models.config import ModelConfig
+from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.plan import settle
 
 LEAST_GAIN = 1.03  # how much faster than the prior's choice a backend must be to take its place

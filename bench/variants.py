@@ -27,7 +27,8 @@ from fastgpt.bench import plain
 from fastgpt.bench._harness import resident_mb
 from fastgpt.core import backend
 from fastgpt.core.device import keep_freed_memory
-from fastgpt.training.config import ModelConfig, TrainConfig
+from fastgpt.models.config import ModelConfig
+from fastgpt.training.config import TrainConfig
 from fastgpt.training.graphs import Graphs
 
 WARM_STEPS = 3  # before timing; compared, too

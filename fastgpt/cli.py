@@ -1,60 +1,11 @@
-"""The `fastgpt` command, see COMMANDS. Errors of the user's are one sentence and exit code 2."""
+"""The `fastgpt` command; COMMANDS lists its subcommands."""
 
 from __future__ import annotations
 
-import argparse
-import math
-import os
-import re
 import sys
-from collections.abc import Callable
-from typing import Any
 
+from fastgpt.core.command import Parser, number, run_command
 from fastgpt.core.errors import UserError
-
-
-def run_command(command: Callable[[], int]) -> int:
-    """Run a command; a UserError becomes one line on stderr and exit code 2, without a traceback."""
-    try:
-        return command()
-    except UserError as e:
-        print(f"fastgpt: error: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("fastgpt: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush is quiet
-        return 1
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors read like fastgpt's own."""
-
-    def error(self, message: str) -> None:  # type: ignore[override]
-        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
-        raise UserError(f"{self.prog.split()[-1]}: {message} (see {self.prog} --help)")
-
-
-def number(kind: type, least: float, most: float = math.inf, open_least: bool = False) -> Callable[[str], Any]:
-    """A `type` for argparse: a whole (int) or finite (float) number from least to most; open_least: more than least."""
-    what = "a whole number" if kind is int else "a number"
-    bounds = f"more than {least:g}" if open_least else f"{least:g} or more"
-    bounds = f"{bounds}, at most {most:g}" if most < math.inf else bounds
-
-    limit = 2**63 if kind is int else math.inf
-
-    def read(text: str) -> Any:
-        try:
-            value = kind(text)
-            right = (least < value if open_least else least <= value) and value <= most and value < limit
-        except (ValueError, OverflowError):
-            right = False
-        if not right:
-            raise argparse.ArgumentTypeError(f"is {text!r}, expected {what}, {bounds}")
-        return value
-
-    return read
 
 
 def sample(argv: list[str]) -> int:
@@ -76,9 +27,9 @@ def sample(argv: list[str]) -> int:
     from fastgpt.core.device import default_device
     from fastgpt.data import Tokenizer
     from fastgpt.inference.generate import generate
+    from fastgpt.models.config import model_from_dict
     from fastgpt.models.gpt import GPT
     from fastgpt.training import checkpoint
-    from fastgpt.training.config import model_from_dict
 
     device = default_device(args.device)
     path = checkpoint.find(args.run)

@@ -597,6 +597,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from fastgpt.cli import run_command
+    from fastgpt.core.command import run_command
 
     sys.exit(run_command(main))

@@ -9,6 +9,7 @@ import torch
 from fastgpt import cli, train
 from fastgpt.core import native, options
 from fastgpt.core.backend import ops as registry
+from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
 from fastgpt.training.config import TrainConfig, load_config
 
@@ -146,4 +147,4 @@ def test_unknown_commands_and_user_errors_exit_2(
     def interrupted() -> int:
         raise KeyboardInterrupt
 
-    assert cli.run_command(fails) == 2 and cli.run_command(interrupted) == 130
+    assert run_command(fails) == 2 and run_command(interrupted) == 130

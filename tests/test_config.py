@@ -13,8 +13,9 @@ import torch
 
 from fastgpt.core import options
 from fastgpt.core.errors import UserError
+from fastgpt.models.config import ModelConfig, model_from_dict
 from fastgpt.models.gpt import GPT
-from fastgpt.training.config import ModelConfig, TrainConfig, from_dict, load_config, model_from_dict, to_dict
+from fastgpt.training.config import TrainConfig, from_dict, load_config, to_dict
 
 SIZES = {  # layers, width, heads, parameters: padded vocabulary rows included
     "tiny": (4, 192, 6, 2_590_848),  # with a vocabulary of 4096

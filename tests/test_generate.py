@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fastgpt.inference.generate import context_start, generate, sample
+from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT, KVCache
-from fastgpt.training.config import ModelConfig
 
 ROPE: dict[str, Any] = dict(norm="rms", activation="swiglu", mlp_width=48, positions="rope", tied=False)
 CASES: dict[str, dict[str, Any]] = {

@@ -19,8 +19,9 @@ from fastgpt import train
 from fastgpt.core.errors import UserError
 from fastgpt.data import TokenLoader
 from fastgpt.kernels import _tables
+from fastgpt.models.config import ModelConfig
 from fastgpt.training import graphs
-from fastgpt.training.config import ModelConfig, TrainConfig
+from fastgpt.training.config import TrainConfig
 
 WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
 

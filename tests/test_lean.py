@@ -22,7 +22,8 @@ PathFinder.find_spec = classmethod(find_spec)
 RUN = """
 import sys
 from fastgpt import train
-from fastgpt.training.config import ModelConfig, TrainConfig
+from fastgpt.training.config import TrainConfig
+from fastgpt.models.config import ModelConfig
 
 model = ModelConfig(n_layers=1, n_heads=2, width=32, block_size=16)
 for steps in (3, 5):

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from fastgpt import parity
 from fastgpt.core import backend
+from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.nn import keep_gradients
 from fastgpt.optim import AdamW
-from fastgpt.training.config import ModelConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMMON: dict[str, Any] = dict(n_layers=2, n_heads=4, width=32, vocab_size=61, vocab_multiple=8, block_size=24)

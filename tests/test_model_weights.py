@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fastgpt import ops
+from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
-from fastgpt.training.config import ModelConfig
 
 SMALL = ModelConfig(n_layers=2, n_heads=4, width=32, vocab_size=50, vocab_multiple=32, block_size=24)
 LLAMA: dict[str, Any] = dict(

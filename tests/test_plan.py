@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from fastgpt import ops, train
-from fastgpt.cli import run_command
 from fastgpt.core import backend
 from fastgpt.core.backend import use
+from fastgpt.core.command import run_command
 from fastgpt.core.device import CARDS, PEAK_BF16, datasheet_peak, total_memory
 from fastgpt.core.errors import UserError
+from fastgpt.models.config import ModelConfig
 from fastgpt.training import memory, plan
-from fastgpt.training.config import ModelConfig, TrainConfig, load_config
+from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.memory import LEVELS, Plan, Target, shape_of
 
 CPU = Target("cpu", "cpu", 16 << 30)

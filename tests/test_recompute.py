@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.nn import keep_gradients
-from fastgpt.training.config import ModelConfig
 
 GPT2 = dict(n_layers=3, n_heads=2, width=32, vocab_size=70, vocab_multiple=2, block_size=32)
 LLAMA = {**GPT2, "n_heads": 4, "n_kv_heads": 2, "norm": "rms", "activation": "swiglu", "positions": "rope"}

@@ -19,8 +19,8 @@ import pytest
 import torch
 
 from fastgpt import train
-from fastgpt.cli import run_command
 from fastgpt.core.backend import use
+from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
 from fastgpt.data import IGNORE
 from fastgpt.data.shards import ShardWriter

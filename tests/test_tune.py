@@ -18,7 +18,8 @@ from fastgpt.bench import _harness, tune
 from fastgpt.bench._harness import Samples
 from fastgpt.core import backend
 from fastgpt.core.backend import use
-from fastgpt.training.config import ModelConfig, load_config
+from fastgpt.models.config import ModelConfig
+from fastgpt.training.config import load_config
 
 CPU = torch.device("cpu")
 FP32 = torch.float32

@@ -26,9 +26,9 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
+from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.recompute import Level, MadeAgain
 from fastgpt.nn import LayerNorm, Linear, RMSNorm, RotaryEmbedding
-from fastgpt.training.config import GATED, ModelConfig
 
 
 class KVCache:

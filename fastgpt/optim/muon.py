@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops.adamw import follow_param
-from fastgpt.optim import AdamW
+from fastgpt.optim.adamw import AdamW
 from fastgpt.optim.state import check_saved, load_uncast
 
 BUFFER = "momentum_buffer"

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.cli import Parser, number
 from fastgpt.core import backend
+from fastgpt.core.command import Parser, number
 from fastgpt.parity import activations, adamw, attention, cross_entropy, linear_cross_entropy, norms, positions
 from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import REPEATED, SHIFTS, Case, Outputs, Row, Subject, allowed_error

@@ -1,4 +1,4 @@
-"""Settings: two dataclasses, read from YAML and overridden on the command line (jsonargparse).
+"""Settings of a training run: a dataclass, read from YAML and overridden on the command line (jsonargparse).
 
 `load_config(argv)` gives a checked TrainConfig or raises UserError: one sentence with the key, what came and what was
 expected. Option names take hyphens or underscores; model fields are nested: `--model.n-layers 6`.
@@ -10,200 +10,17 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastgpt.core import options
-from fastgpt.core.errors import UserError
+from fastgpt.models.config import ModelConfig, require, require_sizes
 from fastgpt.training.trackers import TRACKERS
 
 log = logging.getLogger("fastgpt")
 
 ENDLESS = 10**9  # steps of a run that minutes alone limit
-
-# model.activation -> ops.swiglu's activation
-GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu2": "relu2"}
-
-
-def _need(ok: bool, key: str, came: object, expected: str) -> None:
-    if not ok:
-        raise UserError(f"{key} is {came!r}, expected {expected}")
-
-
-def _need_sizes(config: Any, prefix: str = "") -> None:
-    """No infinite number, and no whole one that torch cannot hold."""
-    for f in fields(config):
-        value = getattr(config, f.name)
-        if isinstance(value, int | float):
-            _need(abs(value) < 2**63, prefix + f.name, value, "a number below 2^63")
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of the model; the defaults are GPT-2 124M.
-
-    Attributes:
-        n_layers: number of blocks.
-        n_heads: query heads.
-        n_kv_heads: key and value heads (grouped-query attention); null is n_heads.
-        width: size C of a token's vector in the residual stream.
-        head_dim: size D of a head; null is width / n_heads.
-        mlp_width: hidden size of the MLP; null is 4 width, for gated activations 8/3 width rounded up to 256.
-        vocab_size: tokens that exist; null is taken from the tokenizer or the data.
-        vocab_multiple: embedding and head have rows for vocab_size rounded up to a multiple of this.
-        block_size: most positions (rows of the position table); null is the trainer's block_size.
-        norm: kind of norm.
-        norm_placement: pre is GPT-2's, post is GPT-1's (no norm at the end).
-        norm_eps: added to the variance.
-        norm_bias: whether LayerNorm has a bias.
-        parallel: attention and MLP side by side, from one norm (shared, GPT-J) or two (separate, GPT-NeoX).
-        activation: of the MLP; swiglu, geglu, geglu_tanh and reglu2 are gated (silu, gelu, tanh's gelu or squared ReLU
-            of the gate, times up).
-        positions: learned table, rotary, or none.
-        rotary_dim: leading columns of each head that turn; null is all.
-        rope_theta: base of the rotary frequencies.
-        rope_interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2).
-        rope_scaling: "{rope_type: linear, factor: F} or {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
-            original_max_position_embeddings}"
-        qk_norm: norm over each head of queries and keys.
-        qkv_bias: bias on the query, key and value projection.
-        proj_bias: bias on attention's output projection.
-        mlp_bias: biases in the MLP.
-        head_bias: bias on the logits.
-        tied: the head's weight is the token embedding's.
-        window: keys seen back from a query, its own included; null is all; a list is repeated over the layers.
-        attn_scale: factor on q k^T; null is 1 / sqrt(head_dim), GPT-Neo's is 1.0.
-        attn_softcap: attention scores become cap tanh(score / cap); 0 is off.
-        logit_softcap: the same for the logits; 0 is off.
-        embed_dropout: dropout on the embeddings.
-        attn_dropout: dropout on the attention weights.
-        resid_dropout: dropout on what a block adds to the residual stream.
-        init_std: standard deviation of initial weights; 1 / sqrt(2 n_layers) of it where a block writes its output.
-    """
-
-    n_layers: int = 12
-    n_heads: int = 12
-    n_kv_heads: int | None = None
-    width: int = 768
-    head_dim: int | None = None
-    mlp_width: int | None = None
-    vocab_size: int | None = None
-    vocab_multiple: int = 128
-    block_size: int | None = None
-    norm: Literal["layer", "rms"] = "layer"
-    norm_placement: Literal["pre", "post"] = "pre"
-    norm_eps: float = 1e-5
-    norm_bias: bool = True
-    parallel: Literal["none", "shared", "separate"] = "none"
-    activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu", "geglu", "geglu_tanh", "reglu2"] = "gelu_tanh"
-    positions: Literal["learned", "rope", "none"] = "learned"
-    rotary_dim: int | None = None
-    rope_theta: float = 10000.0
-    rope_interleaved: bool = False
-    rope_scaling: dict[str, Any] | None = None
-    qk_norm: bool = False
-    qkv_bias: bool = True
-    proj_bias: bool = True
-    mlp_bias: bool = True
-    head_bias: bool = False
-    tied: bool = True
-    window: int | list[int | None] | None = None
-    attn_scale: float | None = None
-    attn_softcap: float = 0.0
-    logit_softcap: float = 0.0
-    embed_dropout: float = 0.0
-    attn_dropout: float = 0.0
-    resid_dropout: float = 0.0
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name in ("n_layers", "n_heads", "n_kv_heads", "width", "head_dim", "mlp_width", "vocab_size"):
-            self._positive(name)
-        for name in ("vocab_multiple", "block_size", "rope_theta", "norm_eps", "init_std"):
-            self._positive(name)
-        heads, kv = self.n_heads, self.kv_heads
-        _need(
-            self.head_dim is not None or self.width % heads == 0,
-            "model.n_heads",
-            heads,
-            f"a divisor of model.width {self.width} (or model.head_dim set)",
-        )
-        _need(heads % kv == 0, "model.n_kv_heads", kv, f"a divisor of model.n_heads {heads}")
-        for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
-            rate = getattr(self, name)
-            _need(0.0 <= rate < 1.0, f"model.{name}", rate, "0 to less than 1")
-        for name in ("attn_softcap", "logit_softcap"):
-            cap = getattr(self, name)
-            _need(0.0 <= cap < math.inf, f"model.{name}", cap, "0 (off) or more")
-        self._positive("attn_scale")
-        parallel_post = self.parallel != "none" and self.norm_placement == "post"
-        _need(not parallel_post, "model.parallel", self.parallel, "none with model.norm_placement post")
-        self._check_rope()
-        self._check_window()
-        _need_sizes(self, "model.")
-
-    def _positive(self, name: str) -> None:
-        value = getattr(self, name)
-        _need(value is None or 0 < value < math.inf, f"model.{name}", value, "more than 0")
-
-    def _check_rope(self) -> None:
-        r, d = self.rotary, self.d_head
-        if self.positions == "rope":
-            key = "model.rotary_dim" if self.rotary_dim is not None else "model.head_dim"
-            _need(0 < r <= d and r % 2 == 0, key, r, f"an even number from 2 to the head dimension {d}")
-        if self.rope_scaling is None:
-            return
-        kind, need = self.rope_scaling.get("rope_type"), {"factor"}
-        _need(kind in ("linear", "llama3"), "model.rope_scaling.rope_type", kind, "linear or llama3")
-        if kind == "llama3":
-            need |= {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        keys = set(self.rope_scaling) - {"rope_type"}
-        _need(keys == need, "model.rope_scaling", sorted(keys), f"the keys {', '.join(sorted(need))} beside rope_type")
-        for name in sorted(need):
-            value = self.rope_scaling[name]
-            ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
-            _need(ok, f"model.rope_scaling.{name}", value, "a number more than 0")
-
-    def _check_window(self) -> None:
-        if not isinstance(self.window, list):
-            self._positive("window")
-            return
-        ok = 1 <= len(self.window) <= self.n_layers and all(w is None or w >= 1 for w in self.window)
-        _need(ok, "model.window", self.window, f"1 to {self.n_layers} (model.n_layers) entries, each null or above 0")
-
-    @property
-    def kv_heads(self) -> int:
-        """Key and value heads."""
-        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
-
-    @property
-    def d_head(self) -> int:
-        """Size D of a head."""
-        return self.width // self.n_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def rotary(self) -> int:
-        """Columns of a head that turn."""
-        return self.d_head if self.rotary_dim is None else self.rotary_dim
-
-    @property
-    def d_mlp(self) -> int:
-        """Hidden size F of the MLP."""
-        if self.mlp_width is not None:
-            return self.mlp_width
-        return -(-8 * self.width // 3 // 256) * 256 if self.activation in GATED else 4 * self.width
-
-    @property
-    def padded_vocab_size(self) -> int:
-        """Rows of embedding and head: vocab_size rounded up to a multiple of vocab_multiple."""
-        if self.vocab_size is None:
-            raise ValueError("ModelConfig: vocab_size is None, expected a number (dataclasses.replace sets it)")
-        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
-
-    def window_of(self, layer: int) -> int | None:
-        """Attention window of a layer; None sees everything."""
-        return self.window[layer % len(self.window)] if isinstance(self.window, list) else self.window
 
 
 @dataclass(frozen=True)
@@ -321,45 +138,45 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("block_size", "micro_batch", "max_steps", "lr", "eps", "max_minutes", "log_every", "eval_batches"):
             value = getattr(self, name)
-            _need(value in (None, "auto") or 0 < value < math.inf, name, value, "more than 0")
+            require(value in (None, "auto") or 0 < value < math.inf, name, value, "more than 0")
         for name in ("warmup_steps", "weight_decay", "clip", "eval_every", "save_every", "keep", "keep_every", "seed"):
             value = getattr(self, name)
-            _need(0 <= value < math.inf, name, value, "0 or more")
+            require(0 <= value < math.inf, name, value, "0 or more")
         for name in ("beta1", "beta2", "momentum", "val_fraction"):
             value = getattr(self, name)
-            _need(0.0 <= value < 1.0, name, value, "0 to less than 1")
+            require(0.0 <= value < 1.0, name, value, "0 to less than 1")
         for name in ("min_lr_ratio", "decay_fraction"):
             value = getattr(self, name)
-            _need(0.0 <= value <= 1.0, name, value, "0 to 1")
-        _need(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end mark)")
+            require(0.0 <= value <= 1.0, name, value, "0 to 1")
+        require(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end mark)")
         for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
-            _need(0 <= value < math.inf, name, value, "0 or more")
+            require(0 <= value < math.inf, name, value, "0 or more")
         for name in ("data", "val_data", "tokenizer"):
-            _need(getattr(self, name) != "", name, "", "a path or null")
-        _need(self.resume != "", "resume", "", "auto, never or a path")
+            require(getattr(self, name) != "", name, "", "a path or null")
+        require(self.resume != "", "resume", "", "auto, never or a path")
         endless = self.max_steps is None and self.max_minutes is None
-        _need(not endless, "max_steps", None, "a number, or one for max_minutes")
+        require(not endless, "max_steps", None, "a number, or one for max_minutes")
         halves = self.dtype == "fp16" and (self.optimizer == "muon" or self.master in ("remainder", "stochastic"))
-        _need(not halves, "dtype", self.dtype, "bf16 or fp32 with muon, remainder or stochastic masters")
+        require(not halves, "dtype", self.dtype, "bf16 or fp32 with muon, remainder or stochastic masters")
         for pattern, ratio in self.lr_ratios.items():
-            _need(0 <= ratio < math.inf, f"lr_ratios.{pattern}", ratio, "0 or more")
-            _need(_compiles(pattern), "lr_ratios", pattern, "a regular expression")
+            require(0 <= ratio < math.inf, f"lr_ratios.{pattern}", ratio, "0 or more")
+            require(_compiles(pattern), "lr_ratios", pattern, "a regular expression")
         unknown = set(self.trackers) - set(TRACKERS)
-        _need(not unknown, "track", self.track, f"some of {', '.join(TRACKERS)}")
+        require(not unknown, "track", self.track, f"some of {', '.join(TRACKERS)}")
         steps = re.fullmatch(r"(\d+):(\d+)", self.profile)
         right = not self.profile or (steps is not None and 1 <= int(steps[1]) <= int(steps[2]))
-        _need(right, "profile", self.profile, "FIRST:LAST, two steps from 1 on")
+        require(right, "profile", self.profile, "FIRST:LAST, two steps from 1 on")
         traced = self.compile and self.recompute == "norms"
-        _need(not traced, "recompute", self.recompute, "none or block with compile, which does not trace it")
+        require(not traced, "recompute", self.recompute, "none or block with compile, which does not trace it")
         rows = (1 if self.micro_batch == "auto" else self.micro_batch) * self.block_size
         fits = self.batch_tokens > 0 and self.batch_tokens % rows == 0
-        _need(fits, "batch_tokens", self.batch_tokens, f"a multiple of micro_batch * block_size = {rows}")
+        require(fits, "batch_tokens", self.batch_tokens, f"a multiple of micro_batch * block_size = {rows}")
         if self.model.block_size is None:
             object.__setattr__(self, "model", replace(self.model, block_size=self.block_size))
         most = self.model.block_size or self.block_size
-        _need(self.block_size <= most, "block_size", self.block_size, f"at most model.block_size {most}")
-        _need_sizes(self)
+        require(self.block_size <= most, "block_size", self.block_size, f"at most model.block_size {most}")
+        require_sizes(self)
 
     @property
     def trackers(self) -> list[str]:
@@ -369,7 +186,7 @@ class TrainConfig:
     @property
     def sequences(self) -> int:
         """micro_batch as a number (fastgpt.training.plan.settle gives one for auto)."""
-        _need(self.micro_batch != "auto", "micro_batch", self.micro_batch, "a number here")
+        require(self.micro_batch != "auto", "micro_batch", self.micro_batch, "a number here")
         return int(self.micro_batch)
 
     @property
@@ -446,11 +263,6 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
     return _build(options.from_mapping(TrainConfig, settings))
 
 
-def model_from_dict(settings: dict[str, Any]) -> ModelConfig:
-    """The model's part of `to_dict`, or dataclasses.asdict(model.config); errors as in `from_dict`."""
-    return ModelConfig(**options.from_mapping(ModelConfig, settings))
-
-
 def _build(settings: dict[str, Any]) -> TrainConfig:
-    _need(isinstance(settings["model"], dict), "model", settings["model"], "a mapping of its fields")
+    require(isinstance(settings["model"], dict), "model", settings["model"], "a mapping of its fields")
     return TrainConfig(**{**settings, "model": ModelConfig(**settings["model"])})

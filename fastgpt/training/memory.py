@@ -16,11 +16,12 @@ import torch
 
 from fastgpt.core import backend
 from fastgpt.core.device import dtype_of
+from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.models.recompute import Level
 from fastgpt.nn import KEPT_NUMEL
 from fastgpt.ops.linear_cross_entropy import rows_at_once
-from fastgpt.training.config import GATED, ModelConfig, TrainConfig
+from fastgpt.training.config import TrainConfig
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 SPARE = {"cuda": 0.08, "cpu": 0.2}  # share left to CUDA's context, libraries' workspaces and gaps; to the system

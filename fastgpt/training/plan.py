@@ -271,7 +271,7 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         UserError: a value that makes no sense.
     """
-    from fastgpt.cli import Parser, number
+    from fastgpt.core.command import Parser, number
 
     about = "Print what a run needs, before anything is allocated. Settings: as for fastgpt train."
     parser = Parser(prog="fastgpt train --plan", description=about, allow_abbrev=False, usage="%(prog)s [options]")
