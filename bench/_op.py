@@ -42,6 +42,7 @@ from fastgpt.bench._harness import (
     time_gpu,
     where,
 )
+from fastgpt.cli import number
 from fastgpt.core import backend
 from fastgpt.core.device import DTYPES, dtype_of, keep_freed_memory
 from fastgpt.models.config import ModelConfig
@@ -318,9 +319,11 @@ def options(bench: Bench) -> argparse.ArgumentParser:
     parser.add_argument("--phase", action="append", choices=bench.phases, help="may be repeated; default: all")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the baseline, too")
     parser.add_argument("--max-autotune", action="store_true", help="the same in its mode max-autotune, too")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of samples per phase")
+    parser.add_argument("--seconds", type=number(float, 0), default=2.0, help="of samples per phase")
     parser.add_argument("--backend", help="only this one of ours: cpu, cuda, triton")
-    parser.add_argument("--calls", type=int, help="time nothing: call our backends so often, for a profiler to watch")
+    parser.add_argument(
+        "--calls", type=number(int, 1), help="time nothing: call our backends so often, for a profiler to watch"
+    )
     parser.add_argument("--ncu", action="store_true", help="print the command that profiles one kernel; run nothing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     return parser

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fastgpt.bench import compare
 from fastgpt.bench.results import read_rows
+from fastgpt.cli import number
 from fastgpt.core.errors import UserError
 
 SIDES = ("A", "B")
@@ -28,15 +29,15 @@ def measure(commands: list[list[str]], bench: list[str], runs: int, out: Path) -
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.unlink(missing_ok=True)
-    for number in range(runs):
+    for turn in range(runs):
         order = list(zip(commands, files))
-        for command, file in order if number % 2 == 0 else order[::-1]:
+        for command, file in order if turn % 2 == 0 else order[::-1]:
             whole = [*command, "-m", f"fastgpt.bench.{bench[0]}", *bench[1:], "--json", str(file)]
             done = subprocess.run(whole, capture_output=True, text=True)
             if done.returncode:
                 last = (done.stdout + done.stderr).strip().splitlines()[-1:]
                 raise UserError(f"ab: {shlex.join(whole)} ended with exit code {done.returncode}: {' '.join(last)}")
-        print(f"run {number + 1} of {runs}", file=sys.stderr, flush=True)
+        print(f"run {turn + 1} of {runs}", file=sys.stderr, flush=True)
     return files
 
 
@@ -44,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     """1 for a regression."""
     parser = argparse.ArgumentParser(prog="fastgpt bench ab", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--base", required=True, metavar="PYTHON", help="interpreter of the other install")
-    parser.add_argument("--runs", type=int, default=5, help="processes of each side")
-    parser.add_argument("--floor", type=float, default=compare.FLOOR, help="least change that counts")
+    parser.add_argument("--runs", type=number(int, 1), default=5, help="processes of each side")
+    parser.add_argument("--floor", type=number(float, 0), default=compare.FLOOR, help="least change that counts")
     parser.add_argument("--out", type=Path, default=Path("bench-ab"), help="folder of the rows (default: bench-ab)")
     parser.add_argument("bench", nargs=argparse.REMAINDER, help="a benchmark and its arguments")
     args = parser.parse_args(argv)

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastgpt.bench.results import Row, hardware, identity, judged_share, on_cpu, read_rows, version
+from fastgpt.cli import number
 from fastgpt.core.errors import UserError
 
 FLOOR = 0.05
@@ -219,7 +220,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fastgpt bench compare", description=about)
     for side in ("A", "B"):
         parser.add_argument(side, help="a file of rows or a quoted glob; FILE@COMMIT for the rows of one commit")
-    parser.add_argument("--floor", type=float, default=FLOOR, help=f"least change that counts (default: {FLOOR})")
+    parser.add_argument(
+        "--floor", type=number(float, 0), default=FLOOR, help=f"least change that counts (default: {FLOOR})"
+    )
     parser.add_argument("--all", action="store_true", help="show what did not change, too")
     args = parser.parse_args(argv)
     pairs, alone = compare(read_rows([args.A]), read_rows([args.B]), args.floor)

@@ -37,6 +37,7 @@ from fastgpt.bench import OPS, variants
 from fastgpt.bench._harness import Job, Samples, Setting, append_rows, device_of, provenance, time_cpu, where
 from fastgpt.bench._op import Bench, Provider, bench_of, chosen, gate, providers
 from fastgpt.bench.roofline import device_events
+from fastgpt.cli import number
 from fastgpt.core.device import DTYPES, dtype_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--figure", action="append", choices=FIGURES, help="may be repeated; default: all")
     parser.add_argument("--op", action="append", choices=OPS, help="of calls; may be repeated; default: all")
     parser.add_argument("--dtype", choices=DTYPES, help="of calls; default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of samples per op and phase")
+    parser.add_argument("--seconds", type=number(float, 0), default=0.2, help="of samples per op and phase")
     parser.add_argument("--build", action="store_true", help="build the wheel of the checkout and install it, too")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="size and installation of this wheel, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")

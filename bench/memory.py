@@ -22,6 +22,7 @@ import torch
 
 from fastgpt.bench import variants
 from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
+from fastgpt.cli import number
 from fastgpt.core.device import total_memory
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
@@ -150,7 +151,12 @@ def main(argv: list[str] | None = None) -> int:
     """0; a card that not even one sequence fits has batch 0."""
     parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.memory", description=__doc__)
     parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; default: all")
-    parser.add_argument("--gb", action="append", type=float, help=f"of a card; may be repeated; default: {CARDS_GB}")
+    parser.add_argument(
+        "--gb",
+        action="append",
+        type=number(float, 0, open_least=True),
+        help=f"of a card; may be repeated; default: {CARDS_GB}",
+    )
     parser.add_argument("--recompute", action="append", choices=LEVELS, help="may be repeated; default: all levels")
     parser.add_argument("--measure", action="store_true", help="by real steps on this GPU, too (default: gpt2-124m)")
     parser.add_argument("--device", default="auto", help="of --measure: cuda, cuda:1")

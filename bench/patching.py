@@ -30,6 +30,7 @@ import fastgpt
 from fastgpt.bench._harness import Samples, append_rows, device_of, gpu_state, provenance, resident_mb, where
 from fastgpt.bench.throughput import AGREE_STEPS, TOLERANCE, disagreement, kernels, time_steps
 from fastgpt.bench.variants import WARM_STEPS, Apart, answer
+from fastgpt.cli import number
 from fastgpt.patching import PARTS
 
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -197,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.patching", description=__doc__)
     parser.add_argument("--device", default="auto", help="cpu, cuda (default: a GPU where there is one)")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated; default: gpt2 and llama")
-    parser.add_argument("--steps", type=int, default=10, help="rounds that are timed")
+    parser.add_argument("--steps", type=number(int, 1), default=10, help="rounds that are timed")
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--ablation", action="store_true", help="each part patched alone, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")

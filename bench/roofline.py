@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastgpt.bench import throughput, variants
 from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, build, default_shape, settings, shapes_on
+from fastgpt.cli import number
 from fastgpt.core.device import peak_flops
 from fastgpt.models.gpt import GPT
 from fastgpt.training.config import TrainConfig
@@ -186,8 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     names = sorted(SHAPES | GPU_SHAPES)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--shape", choices=names, help="default: small on a CPU, gpt2-124m on a GPU")
-    parser.add_argument("--batch", type=int, help="sequences")
-    parser.add_argument("--steps", type=int, default=5, help="that are profiled")
+    parser.add_argument("--batch", type=number(int, 1), help="sequences")
+    parser.add_argument("--steps", type=number(int, 1), default=5, help="that are profiled")
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)

@@ -42,6 +42,7 @@ from fastgpt.bench import rivals
 from fastgpt.bench._harness import Samples, Setting, append_rows, device_of, gpu_state, provenance, turns, where
 from fastgpt.bench._op import Provider, every, gate
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, reason, settings, shapes_on
+from fastgpt.cli import number
 from fastgpt.core import backend
 from fastgpt.core.device import energy_joules, peak_flops
 from fastgpt.models.config import ModelConfig
@@ -89,8 +90,8 @@ def time_steps(
     """Seconds per step, one sample a round: `block` steps of each variant in turn; and why one was left out."""
     by_name, failed = {v.name: v for v in variants}, {}
     samples = {name: Samples() for name in by_name}
-    for number in range(rounds):
-        for name in turns(list(by_name), number):
+    for turn in range(rounds):
+        for name in turns(list(by_name), turn):
             try:
                 samples[name].seconds.append(by_name[name].train(cfg, block) / block)
             except Exception as e:  # as in prepare
@@ -250,9 +251,9 @@ def main(argv: list[str] | None = None) -> int:
     names = sorted(SHAPES | GPU_SHAPES)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--shape", action="append", choices=names, help="default: small on a CPU, gpt2-124m on a GPU")
-    parser.add_argument("--batch", action="append", type=int, help="sequences; may be repeated")
+    parser.add_argument("--batch", action="append", type=number(int, 1), help="sequences; may be repeated")
     parser.add_argument("--sweep", action="store_true", help="batches 1, 2, 4, ... until memory ends (GPU)")
-    parser.add_argument("--steps", type=int, help="rounds that are timed")
+    parser.add_argument("--steps", type=number(int, 1), help="rounds that are timed")
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--ablation", action="store_true", help="fastgpt with one op at a time on PyTorch, too")
     parser.add_argument("--variant", action="append", metavar="NAME", help="torch and these alone; may be repeated")

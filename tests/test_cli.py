@@ -81,6 +81,17 @@ def test_a_wrong_number_is_one_sentence(
             assert f"{option} is {value!r}, expected a" in err, err
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["layer_norm --seconds nan", "throughput --batch 0", "roofline --steps -1", "host --seconds inf", "memory --gb 0"]
+    + ["compare a b --floor nan", "ab --base x --runs 0 -- y", "patching --steps 1e3", "layer_norm --calls 0"],
+)
+def test_a_wrong_number_of_a_benchmark_ends_it(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.bench(words.split())
+    assert ended.value.code == 2 and "expected a" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_wrong_number_among_the_settings_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     """Every number of the settings with a wrong value, every wrong value with a setting of each kind."""
     hints = options.key_types(TrainConfig)
