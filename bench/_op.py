@@ -42,8 +42,8 @@ from fastgpt.bench._harness import (
     time_gpu,
     where,
 )
-from fastgpt.cli import number
 from fastgpt.core import backend
+from fastgpt.core.command import number
 from fastgpt.core.device import DTYPES, dtype_of, keep_freed_memory
 from fastgpt.models.config import ModelConfig
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastgpt.bench import compare
 from fastgpt.bench.results import read_rows
-from fastgpt.cli import number
+from fastgpt.core.command import number
 from fastgpt.core.errors import UserError
 
 SIDES = ("A", "B")

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastgpt.bench.results import Row, hardware, identity, judged_share, on_cpu, read_rows, version
-from fastgpt.cli import number
+from fastgpt.core.command import number
 from fastgpt.core.errors import UserError
 
 FLOOR = 0.05

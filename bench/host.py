@@ -37,7 +37,7 @@ from fastgpt.bench import OPS, variants
 from fastgpt.bench._harness import Job, Samples, Setting, append_rows, device_of, provenance, time_cpu, where
 from fastgpt.bench._op import Bench, Provider, bench_of, chosen, gate, providers
 from fastgpt.bench.roofline import device_events
-from fastgpt.cli import number
+from fastgpt.core.command import number
 from fastgpt.core.device import DTYPES, dtype_of
 
 ROOT = Path(__file__).resolve().parent.parent

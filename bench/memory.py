@@ -22,7 +22,7 @@ import torch
 
 from fastgpt.bench import variants
 from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
-from fastgpt.cli import number
+from fastgpt.core.command import number
 from fastgpt.core.device import total_memory
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig

@@ -30,7 +30,7 @@ import fastgpt
 from fastgpt.bench._harness import Samples, append_rows, device_of, gpu_state, provenance, resident_mb, where
 from fastgpt.bench.throughput import AGREE_STEPS, TOLERANCE, disagreement, kernels, time_steps
 from fastgpt.bench.variants import WARM_STEPS, Apart, answer
-from fastgpt.cli import number
+from fastgpt.core.command import number
 from fastgpt.patching import PARTS
 
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)

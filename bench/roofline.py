@@ -28,7 +28,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastgpt.bench import throughput, variants
 from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, build, default_shape, settings, shapes_on
-from fastgpt.cli import number
+from fastgpt.core.command import number
 from fastgpt.core.device import peak_flops
 from fastgpt.models.gpt import GPT
 from fastgpt.training.config import TrainConfig

@@ -42,8 +42,8 @@ from fastgpt.bench import rivals
 from fastgpt.bench._harness import Samples, Setting, append_rows, device_of, gpu_state, provenance, turns, where
 from fastgpt.bench._op import Provider, every, gate
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, reason, settings, shapes_on
-from fastgpt.cli import number
 from fastgpt.core import backend
+from fastgpt.core.command import number
 from fastgpt.core.device import energy_joules, peak_flops
 from fastgpt.models.config import ModelConfig
 from fastgpt.training.config import TrainConfig
