@@ -18,7 +18,8 @@ test: $(VENV)/tested
 test-slow: $(VENV)/tested
 	$(PYTEST) -m slow $(ARGS)
 
-# Everything that a machine without a GPU can show: an hour and a half on two cores.
+# Everything that a machine without a GPU can show: an hour and a half on two cores, then up to 12 runs of the numeric
+# tests, some minutes each.
 test-all: test test-slow
 	$(BIN)/python -m fastgpt.checks.triton --all
 	$(BIN)/python tests/numeric_cover.py
