@@ -7,7 +7,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/fastgpt/*)
 # Two processes with one thread each use two cores; more of either only gets in the way.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-slow test-all lint types cuda-check triton-check parity bench gpu gpu-check clean
+.PHONY: train test test-slow test-newest versions test-all lint types cuda-check triton-check parity bench gpu gpu-check clean
 
 train: $(VENV)/installed
 	$(BIN)/fastgpt train $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data '$(DATA)',--check-baseline true) $(ARGS)
@@ -69,6 +69,14 @@ $(VENV)/installed: $(VENV)/packages setup.py pyproject.toml $(NATIVE)
 $(VENV)/tested: $(VENV)/installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
+
+# A choice of tests, in three minutes, on the newest torch and Triton; installing these takes some minutes more
+test-newest:
+	$(PYTHON) tests/versions.py newest --sample $(if $(ENV),--env '$(ENV)')
+
+# The whole suite on the pair oldest, pinned or newest, into docs/versions.md; ENV=folder: an environment that has it
+versions:
+	$(PYTHON) tests/versions.py $(PAIR) $(if $(ENV),--env '$(ENV)')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fastgpt/*.so fastgpt/_build_info.py

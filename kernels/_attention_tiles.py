@@ -37,8 +37,10 @@ PLAIN: dict[int, Tiles] = {  # shared memory in KB -> 16 bits, no mask but causa
         "dq": {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 8, 2)},
     },
 }
-if TRITON >= (3, 9):  # would spill 40 bytes at 128 registers; 4 warps of 253 also are two programs a multiprocessor
+if TRITON >= (3, 9):  # which allots more registers: the tiles above would spill 32 to 56 bytes
     PLAIN[227]["fwd"][64] = (128, 64, 4, 3)
+    for kb in (163, 99):
+        PLAIN[kb]["fwd"][128] = (128, 32, 8, 3)
 OPTIONS: dict[int, Tiles] = {  # with a window, ranges, documents, softcap or dropout
     227: {
         "fwd": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
