@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgpt.bench import _op
+from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, installed
 from fastgpt.models.config import ModelConfig
 from fastgpt.optim import AdamW
@@ -105,4 +105,4 @@ BENCH = Bench(
 pytest_generate_tests, test_adamw = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(_op.main(BENCH))
+    sys.exit(_command.main(BENCH))

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgpt import ops
-from fastgpt.bench import _op
+from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
 from fastgpt.models.config import ModelConfig
 
@@ -114,4 +114,4 @@ BENCH = Bench(
 pytest_generate_tests, test_attention = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(_op.main(BENCH))
+    sys.exit(_command.main(BENCH))

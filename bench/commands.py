@@ -49,9 +49,9 @@ def command(name: str) -> Callable[[list[str]], int]:
         UserError: there is none of this name.
     """
     if name in OPS:
-        from fastgpt.bench import _op
+        from fastgpt.bench import _command, _op
 
-        return functools.partial(_op.main, _op.bench_of(name))
+        return functools.partial(_command.main, _op.bench_of(name))
     if name not in COMMANDS:
         raise UserError(f"bench: there is no {name!r}, expected an op ({', '.join(OPS)}) or {', '.join(COMMANDS)}")
     main: Callable[[list[str]], int] = importlib.import_module(f"fastgpt.bench.{COMMANDS[name][0]}").main

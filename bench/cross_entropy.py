@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.bench import _op
+from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed
 from fastgpt.models.config import ModelConfig
 
@@ -100,4 +100,4 @@ BENCH = Bench(
 pytest_generate_tests, test_cross_entropy = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(_op.main(BENCH))
+    sys.exit(_command.main(BENCH))

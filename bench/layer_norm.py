@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.bench import _op
+from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
 from fastgpt.models.config import ModelConfig
 from fastgpt.ops.layer_norm import layer_norm_torch
@@ -79,4 +79,4 @@ BENCH = Bench(
 pytest_generate_tests, test_layer_norm = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(_op.main(BENCH))
+    sys.exit(_command.main(BENCH))

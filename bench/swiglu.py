@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.bench import _op
+from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
 from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.ops.swiglu import swiglu_torch
@@ -69,4 +69,4 @@ BENCH = Bench(
 pytest_generate_tests, test_swiglu = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(_op.main(BENCH))
+    sys.exit(_command.main(BENCH))

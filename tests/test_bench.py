@@ -14,6 +14,7 @@ import torch
 from fastgpt import parity
 from fastgpt.bench import (
     OPS,
+    _command,
     _harness,
     _op,
     adamw,
@@ -276,7 +277,7 @@ def test_a_baseline_that_cannot_run_is_no_failure(
 
     quick(monkeypatch)
     bench = dataclasses.replace(layer_norm.BENCH, others=lambda setting: [_op.Provider("sdpa cudnn", absent)])
-    assert _op.main(bench, "--device cpu --shape 4x33 --seconds 0 --phase forward".split()) == 0
+    assert _command.main(bench, "--device cpu --shape 4x33 --seconds 0 --phase forward".split()) == 0
     assert "not measured: RuntimeError: No available kernel" in capsys.readouterr().out
 
 
@@ -311,7 +312,7 @@ def test_a_wrong_op_prints_no_speed(
     right = _op.Provider("torch", layer_norm_torch)
     monkeypatch.setattr(_op, "providers", lambda bench, setting, modes: [wrong, right])
     command = ["--device", "cpu", "--shape", "4x33", "--seconds", "0", "--phase", "forward"]
-    assert _op.main(layer_norm.BENCH, [*command, "--json", str(tmp_path / "rows.jsonl")]) == 1
+    assert _command.main(layer_norm.BENCH, [*command, "--json", str(tmp_path / "rows.jsonl")]) == 1
     line = next(s for s in capsys.readouterr().out.splitlines() if " wrong " in s)
     assert "RED, no speed is shown" in line and "allowed" in line
     rows = [json.loads(s) for s in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -331,11 +332,11 @@ def test_rows_carry_provenance_or_are_refused(tmp_path: Path) -> None:
 
 
 def test_shape_on_the_command_line() -> None:
-    assert _op.parse_shape("NxC", "8192x768") == (8192, 768)
-    assert _op.parse_shape(attention.BENCH.dims, "1x2x3x4x5") == (1, 2, 3, 4, 5)
+    assert _command.parse_shape("NxC", "8192x768") == (8192, 768)
+    assert _command.parse_shape(attention.BENCH.dims, "1x2x3x4x5") == (1, 2, 3, 4, 5)
     for text in ("768", "8x0", "8x-1", "1x2x3"):
         with pytest.raises(Exception, match=f"'{text}' is not a shape, expected 2 numbers NxC"):
-            _op.parse_shape("NxC", text)
+            _command.parse_shape("NxC", text)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.bench import OPS, _harness, _ncu, _op
+from fastgpt.bench import OPS, _command, _harness, _ncu, _op
 from fastgpt.bench._harness import Setting
 from fastgpt.core.device import datasheet_bandwidth
 
@@ -271,7 +271,7 @@ def test_a_library_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
     bench = dataclasses.replace(
         _op.bench_of("swiglu"), others=lambda setting: [_op.Provider("flash_attn", broken, package="flash_attn")]
     )
-    assert _op.main(bench, "--device cpu --shape 4x8 --seconds 0 --phase forward".split()) == 0
+    assert _command.main(bench, "--device cpu --shape 4x8 --seconds 0 --phase forward".split()) == 0
     out = capsys.readouterr().out
     (line,) = (s for s in out.splitlines() if "flash_attn" in s)
     assert line.endswith(
@@ -302,7 +302,7 @@ def test_the_command_that_is_printed_runs(capsys: pytest.CaptureFixture[str], mo
     bench = _op.bench_of("cross_entropy")
     monkeypatch.setattr(_op, "measure", lambda *args: pytest.fail("it must not be timed"))
     arguments = "--device cpu --dtype fp32 --shape 4x33 --phase both --backend cpu".split()
-    assert _op.main(bench, [*arguments, "--ncu"]) == 0
+    assert _command.main(bench, [*arguments, "--ncu"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     command = shlex.split(line)
     assert command[0] == "ncu" and "--launch-skip" in command and sys.executable in command
@@ -312,7 +312,7 @@ def test_the_command_that_is_printed_runs(capsys: pytest.CaptureFixture[str], mo
         "--calls",
         "3",
     ]
-    assert _op.main(bench, command[module + 2 :]) == 0
+    assert _command.main(bench, command[module + 2 :]) == 0
     assert capsys.readouterr().out == "cross_entropy both cpu: 3 calls\ncross_entropy both cpu in place: 3 calls\n"
 
 

@@ -7,6 +7,7 @@ To add an op: a module here with `SUBJECTS = {"<op>": Subject(...)}` (rule.py sa
 the shortest pattern), and the module's name in table.py, in the import of the families and in FAMILIES. Nothing else.
 """
 
+from fastgpt.parity.command import main, missing_cells, run_all
 from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import (
     BACKWARD,
@@ -32,9 +33,6 @@ from fastgpt.parity.table import (
     compare,
     expected,
     layouts,
-    main,
-    missing_cells,
-    run_all,
     takes,
 )
 

@@ -2,6 +2,6 @@
 
 import sys
 
-from fastgpt.parity.table import main
+from fastgpt.parity.command import main
 
 sys.exit(main())

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
-import subprocess
-import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt.core import backend
-from fastgpt.core.command import Parser, number
 from fastgpt.parity import activations, adamw, attention, cross_entropy, linear_cross_entropy, norms, positions
 from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import REPEATED, SHIFTS, Case, Outputs, Row, Subject, allowed_error
@@ -127,61 +121,3 @@ def backends_here(op: str) -> list[str]:
 def takes(name: str, case: Case) -> bool:
     """Whether the case's dtype is one that this backend has a kernel for."""
     return backend.ops()[case.op][name].takes(case.dtype, 0)
-
-
-def run_all(only: list[str], jobs: int = 1) -> Iterator[Row]:
-    """All cases of the ops and backends in `only` (empty: all) that run here, in so many processes."""
-    from fastgpt.parity.jobs import pieces, run  # it imports this module
-
-    wanted = [op for op in SUBJECTS if op in only] or list(SUBJECTS)
-    names = [b for b in backend.BACKENDS if b in only] or list(backend.BACKENDS)
-    return run(pieces([(op, name) for op in wanted for name in backends_here(op) if name in names]), jobs)
-
-
-def keep(rows: Iterable[Row], path: Path | None) -> Iterator[Row]:
-    """The rows, each written to `path` as it comes; numbers have four digits there, so that a GPU's take about 7 MB."""
-    with open(os.devnull if path is None else path, "w", encoding="utf-8") as f:
-        for row in rows:
-            short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
-            f.write(json.dumps(short, separators=(",", ":")) + "\n")
-            f.flush()
-            yield row
-
-
-def missing_cells(rows: list[Row]) -> list[str]:
-    """Cells of the registry (op x backend x dtype x both layouts) that run here and that no row covers."""
-    seen = {(r.op, r.backend, r.dtype, r.layouts) for r in rows}
-    wanted = {
-        (op, name, str(dtype).split(".")[1], f"{layout}/{grad_layout}")
-        for op in backend.ops()
-        if len(backend.ops()[op]) > 1
-        for name in backends_here(op)
-        for dtype in backend.ops()[op][name].dtypes
-        for layout, grad_layout in (layouts(op) if op in SUBJECTS else [("any", "any")])
-    }
-    return sorted(" ".join(cell) for cell in wanted - seen)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """`fastgpt parity`: run the cases, print the table; 1 if a ratio is over 1 or a cell is missing."""
-    parser = Parser(prog="fastgpt parity", description="errors against fp64, as a share of what is allowed")
-    parser.add_argument("only", nargs="*", help="ops or backends; default: all that run here")
-    parser.add_argument("--json", type=Path, help="write every row to this file as it comes, one a line")
-    parser.add_argument("--jobs", type=number(int, 1), default=1, help="processes that share the cases (default: 1)")
-    parser.add_argument("--top", type=number(int, 0), default=20, help="rows to print")
-    args = parser.parse_args(argv)
-    if unknown := [o for o in args.only if o not in SUBJECTS and o not in backend.BACKENDS]:
-        parser.error(f"{unknown[0]} is neither an op with kernels ({', '.join(SUBJECTS)}) nor a backend")
-    if args.jobs < 1:
-        parser.error(f"--jobs is {args.jobs}, expected at least 1")
-    if not torch.cuda.is_available() and not backend.interpreting():
-        again = [sys.executable, "-m", "fastgpt.parity", *(sys.argv[1:] if argv is None else argv)]
-        return subprocess.call(again, env={**os.environ, "TRITON_INTERPRET": "1"})  # must be set before Triton's import
-    rows = sorted(keep(run_all(args.only, args.jobs), args.json), key=lambda r: -r.ratio)
-    for r in rows[: args.top]:
-        print(f"{r.ratio:6.3f}  {r.backend:<7} {r.output:<12} error {r.error:.2e}  allowed {r.allowed:.2e}  {r.case}")
-    over, missing = [r for r in rows if not r.ratio <= 1], [] if args.only else missing_cells(rows)
-    for cell in missing:
-        print(f"missing: {cell}")
-    print(f"{len(rows)} figures, {len(over)} over the bound, {len(missing)} cells missing")
-    return 1 if over or missing or not rows else 0

@@ -15,7 +15,7 @@ import torch
 
 from fastgpt import parity
 from fastgpt.core import backend
-from fastgpt.parity import jobs, table
+from fastgpt.parity import command, jobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = [
@@ -90,8 +90,8 @@ def test_command_writes_the_table_and_names_missing_cells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(backend, "interpreting", lambda: True)
-    monkeypatch.setattr(table, "run_all", lambda only, jobs: parity.check(next(parity.cases("adamw")), "torch"))
-    monkeypatch.setattr(table, "backends_here", lambda op: ["triton"])
+    monkeypatch.setattr(command, "run_all", lambda only, jobs: parity.check(next(parity.cases("adamw")), "torch"))
+    monkeypatch.setattr(command, "backends_here", lambda op: ["triton"])
     assert parity.main(["--json", str(tmp_path / "table.json")]) == 1
     assert "missing: adamw triton float32 contiguous/transposed" in capsys.readouterr().out
     assert {"ratio", "error", "allowed", "case"} <= json.loads(
@@ -102,7 +102,7 @@ def test_command_writes_the_table_and_names_missing_cells(
 def test_rows_are_on_disk_when_they_come(tmp_path: Path) -> None:
     """Whatever ends the command later: a row's file has it before the next case begins. All of a GPU's fit 16 MB."""
     path, row = tmp_path / "rows.jsonl", parity.Row("op", "cpu", "float32", "a/b", "case", "y", 1 / 3, 0.0, 1.0)
-    for number, _ in enumerate(table.keep(iter([row] * 3), path), 1):
+    for number, _ in enumerate(command.keep(iter([row] * 3), path), 1):
         assert len(path.read_text().splitlines()) == number
     assert json.loads(path.read_text().splitlines()[0])["error"] == 0.3333
     assert 30_000 * len(path.read_text()) / 3 < 16e6

@@ -1,0 +1,84 @@
+"""The command line of one op's benchmark: `fastgpt bench OP`, `python -m fastgpt.bench.OP`."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.bench import _ncu
+from fastgpt.bench._harness import Setting, append_rows, device_of, where
+from fastgpt.bench._op import Bench, Shape, measure, providers, show
+from fastgpt.core import backend
+from fastgpt.core.command import number
+from fastgpt.core.device import DTYPES, dtype_of, keep_freed_memory
+
+
+def options(bench: Bench) -> argparse.ArgumentParser:
+    """The command line of one op's benchmark."""
+    parser = argparse.ArgumentParser(prog=f"fastgpt bench {bench.op}", description=__doc__)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
+    shape_type = functools.partial(parse_shape, bench.dims)
+    parser.add_argument("--shape", action="append", metavar=bench.dims, type=shape_type, help="may be repeated")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--phase", action="append", choices=bench.phases, help="may be repeated; default: all")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the baseline, too")
+    parser.add_argument("--max-autotune", action="store_true", help="the same in its mode max-autotune, too")
+    parser.add_argument("--seconds", type=number(float, 0), default=2.0, help="of samples per phase")
+    parser.add_argument("--backend", help="only this one of ours: cpu, cuda, triton")
+    parser.add_argument(
+        "--calls", type=number(int, 1), help="time nothing: call our backends so often, for a profiler to watch"
+    )
+    parser.add_argument("--ncu", action="store_true", help="print the command that profiles one kernel; run nothing")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
+    return parser
+
+
+def main(bench: Bench, argv: list[str] | None = None) -> int:
+    """`fastgpt bench OP`, `python -m fastgpt.bench.OP`; 1 if a provider of ours was red."""
+    parser = options(bench)
+    args = parser.parse_args(argv)
+
+    elsewhere = args.ncu and args.device.startswith("cuda")  # a command to run where there is a GPU
+    device = torch.device(args.device) if elsewhere else device_of(parser, args.device)
+    if device.type == "cpu":
+        keep_freed_memory()  # else a large output's pages are fetched anew in every call, by everyone who is compared
+    dtype = dtype_of(args.dtype or "auto", device.type)
+    modes = ("default",) * args.compile + ("max-autotune-no-cudagraphs",) * args.max_autotune  # the graph is ours
+    status = 0
+    for shape in args.shape or bench.shapes[device.type]:
+        setting = Setting(shape, dtype, device)
+        phases = args.phase or list(bench.phases)
+        if args.ncu:
+            print(_ncu.command(bench, setting, phases[0], args.backend))
+            continue
+        found = [p for p in providers(bench, setting, modes) if args.backend in (None, p.backend) or not p.backend]
+        if args.calls:
+            _ncu.call(bench, setting, phases, found, args.calls)
+            continue
+        rows = measure(bench, setting, phases, found, args.seconds)
+        tell(bench, setting, rows)
+        if args.json:
+            append_rows(args.json, rows)
+        status |= any("red" in r and r["backend"] is not None for r in rows)
+    return status
+
+
+def tell(bench: Bench, setting: Setting, rows: list[dict[str, Any]]) -> None:
+    """Print the rows, and which backends of ours are missing."""
+    print(f"{bench.op} {'x'.join(map(str, setting.shape))} {setting.dtype} on {where(rows[0]['machine'])}")
+    print(show(rows))
+    for b in backend.ops()[bench.op]:
+        if backend.DEVICE_OF.get(b) == setting.device.type and (why := backend.missing(b)):
+            print(f"not measured: {b}: {why}")
+
+
+def parse_shape(dims: str, text: str) -> Shape:
+    """'8192x768' for dims NxC -> (8192, 768)."""
+    parts, wanted = text.split("x"), dims.split("x")
+    if len(parts) != len(wanted) or not all(p.isdigit() and int(p) for p in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a shape, expected {len(wanted)} numbers {dims}")
+    return tuple(map(int, parts))
