@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastgpt import nn as fnn
 from fastgpt import ops
-from fastgpt.core import backend
+from fastgpt.core import fallback
 from fastgpt.nn import losses
 from fastgpt.ops import use
 
@@ -27,7 +27,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_reported", set())
+    monkeypatch.setattr(fallback, "_reported", set())
 
 
 def floats(*shape: int, seed: int = 0) -> Tensor:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastgpt
 import fastgpt.nn
-from fastgpt.core import backend
+from fastgpt.core import backend, fallback
 from fastgpt.patching import _replace
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -512,7 +512,7 @@ def test_an_activation_of_the_users_own_is_not_its_parent() -> None:
 
 
 def test_hooks_on_every_module_see_activations(caplog: pytest.LogCaptureFixture) -> None:
-    backend._reported.clear()
+    fallback._reported.clear()
     model, seen = fastgpt.patch(nn.Sequential(MLP())).to(DEVICE), []
     handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(m))
     try:
@@ -613,7 +613,7 @@ def test_every_call_of_sdpa_is_replaced_and_what_the_op_does_not_cover_is_pytorc
     model = Cross().to(DEVICE)
     q, k = torch.randn(2, T, C, device=DEVICE), torch.randn(2, 7, C, device=DEVICE)
     assert_parity(model, q, q)
-    backend._reported.clear()
+    fallback._reported.clear()
     caplog.clear()
     for _ in range(2):
         assert_parity(model, q, k)  # is_causal with other lengths: aligned at the top left there
@@ -640,7 +640,7 @@ def test_sdpa_groups_no_heads_unasked_and_strict_mode_forbids_falling_back() -> 
 def test_losses_that_the_op_does_not_cover(caplog: pytest.LogCaptureFixture) -> None:
     """Class probabilities and (N, C, d) logits are PyTorch's, said once; class numbers ours, with every option."""
     torch.manual_seed(0)
-    backend._reported.clear()
+    fallback._reported.clear()
     logits, wide = torch.randn(6, 9, device=DEVICE, requires_grad=True), torch.randn(2, 9, 5, device=DEVICE)
     target = torch.tensor([0, 8, 3, 4, 4, 1], device=DEVICE)
     for options in ({"weight": torch.rand(9, device=DEVICE), "label_smoothing": 0.1}, {"ignore_index": 3}):
@@ -740,7 +740,7 @@ def test_methods_that_write_globals_are_left() -> None:
 
 
 def test_other_dtypes_go_to_the_modules_own_forward(caplog: pytest.LogCaptureFixture) -> None:
-    backend._reported.clear()
+    fallback._reported.clear()
     norm = nn.LayerNorm(C, device=DEVICE, dtype=torch.bfloat16)
     model, x = nn.Sequential(OwnRMSNorm().to(DEVICE, torch.bfloat16), norm), torch.randn(3, C, device=DEVICE)
     patched = fastgpt.patch(copy.deepcopy(model))

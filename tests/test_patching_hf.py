@@ -22,7 +22,7 @@ from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fastgpt
-from fastgpt.core import backend
+from fastgpt.core import fallback
 from fastgpt.ops._attention import attention_mask
 from fastgpt.patching import PARTS
 from fastgpt.patching import _attention as hf
@@ -383,7 +383,7 @@ def test_other_masks_fall_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     mask[:, 2] = False
     mask[2, 2] = True
-    backend._reported.clear()
+    fallback._reported.clear()
     for family in ("Gemma 2", "Llama"):
         model, patched = (m.eval() for m in (model_of(family), fastgpt.patch(model_of(family))))
         added = torch.zeros(T, T).masked_fill(~mask, torch.finfo(torch.float32).min).expand(B, 1, T, T)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fastgpt
 from fastgpt.bench import patching as bench
-from fastgpt.core import backend
+from fastgpt.core import fallback
 from fastgpt.optim import AdamW
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -153,7 +153,7 @@ def test_lora(family: str) -> None:
 
 
 def test_a_head_with_an_adapter_has_its_own_loss(caplog: pytest.LogCaptureFixture) -> None:
-    backend._reported.clear()
+    fallback._reported.clear()
     model = lora(fastgpt.patch(model_of("llama")), modules_to_save=["lm_head"])
     base = step(lora(model_of("llama"), modules_to_save=["lm_head"]))
     for name, t in step(model).items():

@@ -172,7 +172,7 @@ def test_peak_of_a_step(name: str, level: Any, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_peak_of_a_step_in_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that do not fit their share: dW in fp32 over all chunks, twice in backward."""
-    monkeypatch.setattr(backend, "share_for_logits", lambda gpu: 1 << 20)
+    monkeypatch.setattr(memory, "share_for_logits", lambda gpu: 1 << 20)
     monkeypatch.setattr(backend, "_budgets", {})
     cfg = settings(GPT2 | WIDE, dtype)
     expected, whole = over_fixed(planned(cfg)), planned(replace(cfg, micro_batch=1)).loss
@@ -185,7 +185,7 @@ def test_peak_of_a_step_in_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen"])
 def test_validation_is_beside_the_graphs_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a forward pass without gradients allocates stays under the plan's figure, which counts where graphs do."""
-    monkeypatch.setattr(backend, "share_for_logits", lambda gpu: 1 << 29)
+    monkeypatch.setattr(memory, "share_for_logits", lambda gpu: 1 << 29)
     cfg = settings(MODELS[name] | WIDE, batch_tokens=4 * 64)
     shape = shape_of(cfg)
     target = Target("card", "cuda", 16 << 30)

@@ -16,8 +16,9 @@ import torch
 from fastgpt import cli, ops, parity
 from fastgpt.bench import _harness, tune
 from fastgpt.bench._harness import Samples
-from fastgpt.core import backend
+from fastgpt.core import backend, fallback
 from fastgpt.core.backend import use
+from fastgpt.core.cache import machine_facts
 from fastgpt.models.config import ModelConfig
 from fastgpt.training.config import load_config
 
@@ -38,7 +39,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("FASTGPT_TUNED", raising=False)
-    monkeypatch.setattr(backend, "_reported", set())
+    monkeypatch.setattr(fallback, "_reported", set())
     forget()
     with use(all="auto", strict=False):
         yield tmp_path / "fastgpt"
@@ -94,15 +95,15 @@ def test_environment_over_table(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_cpu
 def test_another_machine_has_another_table(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     backend.write_tuned("cpu", {"layer_norm.float32": entry("torch")})
-    facts = backend.machine_facts("cpu")
+    facts = machine_facts("cpu")
     assert facts["threads"] == str(torch.get_num_threads()) and facts["device"]
     for name in facts:
-        monkeypatch.setattr(backend, "machine_facts", lambda device, name=name: {**facts, name: "other"})
+        monkeypatch.setattr("fastgpt.core.cache.machine_facts", lambda device, name=name: {**facts, name: "other"})
         again()
         assert backend.explain("layer_norm", "cpu", FP32) == ("cpu", "prior"), name
     backend.write_tuned("cpu", {"layer_norm.float32": entry("cpu")})
     assert len(list(cache.iterdir())) == 2
-    monkeypatch.setattr(backend, "machine_facts", lambda device: facts)
+    monkeypatch.setattr("fastgpt.core.cache.machine_facts", lambda device: facts)
     again()
     assert backend.explain("layer_norm", "cpu", FP32) == ("torch", "measured"), "each machine has its own"
 
@@ -123,7 +124,7 @@ def test_a_broken_or_foreign_table_is_ignored_in_one_line(
     content: str, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = backend.write_tuned("cpu", {"layer_norm.float32": entry("torch")})
-    path.write_text(content.replace("FACTS", json.dumps(backend.machine_facts("cpu"))), encoding="utf-8")
+    path.write_text(content.replace("FACTS", json.dumps(machine_facts("cpu"))), encoding="utf-8")
     again()
     with caplog.at_level(logging.WARNING, "fastgpt"):
         for op in ("layer_norm", "rms_norm", "layer_norm"):
@@ -163,7 +164,7 @@ def test_the_library_s_attention_is_the_prior_from_sm_90_on(
     """For what it can do exactly and, asked to, deterministically; until something else was measured as faster."""
     module = sys.modules["fastgpt.ops.attention"]
     monkeypatch.setattr(backend, "refusal", lambda *args: None)
-    monkeypatch.setattr(backend, "machine_facts", lambda device: {"device": device})
+    monkeypatch.setattr("fastgpt.core.cache.machine_facts", lambda device: {"device": device})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     bf16, name = torch.bfloat16, "sm_" + "".join(map(str, capability))
     picked, why = backend.explain("attention", "cuda", bf16)
@@ -324,7 +325,7 @@ def test_the_command_from_end_to_end(
     tasks, _ = tune.plan(ModelConfig(vocab_size=4096, block_size=8), 1, 8, "cpu", FP32)
     (path,) = cache.iterdir()
     written = json.loads(path.read_text())
-    assert written["facts"] == backend.machine_facts("cpu")
+    assert written["facts"] == machine_facts("cpu")
     assert set(written["entries"]) == {f"{t.op}.float32" for t in tasks} and f"written to {path}" in out
     for name, e in written["entries"].items():
         op = name.split(".")[0]

@@ -2,17 +2,13 @@
 
 A backend is one implementation of an op: `cuda` (csrc/cuda), `triton` (kernels/), `cpu` (csrc/cpu) or `torch` (the
 reference). Every op file registers the cells it has (op x backend x dtype); `select` picks one per call, `use` lets a
-person choose, `explain` says what was picked and why. Nothing else in fastgpt asks which device it runs on.
+person choose, `explain` says what was picked and why. No op chooses a kernel by device anywhere else.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
-import logging
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.core import native
-from fastgpt.core.device import cpu_name, package_version
+from fastgpt.core import cache, native
 from fastgpt.core.errors import UserError
-
-log = logging.getLogger("fastgpt")
+from fastgpt.core.fallback import report_once, strict_mode
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
@@ -65,8 +59,6 @@ _self_checks: dict[str, SelfCheck] = {}
 _verdicts: dict[str, str | None] = {}  # "<op>.<backend>" -> why it failed, None if it passed
 _tuned: dict[str, dict[str, dict[str, Any]]] = {}  # device type -> "<op>.<dtype>" -> what was measured, once read
 _choice: dict[str, str] = {}
-_strict: list[bool] = [False]  # a list, so that compiled code guards on its content
-_reported: set[tuple[str, str]] = set()
 
 
 def interpreting() -> bool:
@@ -87,30 +79,6 @@ def checks_values(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return t.device.type == "cpu" or os.environ.get("FASTGPT_CHECK") == "1"
-
-
-def multiplies_into_fp32(t: Tensor) -> bool:
-    """Whether torch.mm and addmm give 16-bit products in fp32 (out_dtype) for tensors like `t`."""
-    return t.device.type == "cuda"
-
-
-_budgets: dict[torch.device, int] = {}
-
-
-def share_for_logits(gpu_memory: int | None) -> int:
-    """Bytes of logits that linear_cross_entropy has in memory at a time: 1/16 of a GPU's memory, 512 MiB elsewhere."""
-    return (8 << 30 if gpu_memory is None else gpu_memory) // 16
-
-
-def logits_budget(device: torch.device) -> int:
-    """share_for_logits of this device."""
-    if device not in _budgets:
-        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        _budgets[device] = share_for_logits(memory)
-    return _budgets[device]
-
-
-logits_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as for _select below
 
 
 def register(op: str, check: SelfCheck | None = None, **cells: Cell) -> None:
@@ -175,7 +143,7 @@ def _verdict(op: str, backend: str) -> str | None:
     """
     name = f"{op}.{backend}"
     if not _verdicts:
-        _verdicts.update(_read_verdicts())
+        _verdicts.update(dict.fromkeys(cache.read_passed()))
     if name in _verdicts or op not in _self_checks:
         return _verdicts.get(name)
     if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
@@ -197,49 +165,8 @@ def _verdict(op: str, backend: str) -> str | None:
                 f"FASTGPT_KERNELS={op}=torch"
             ) from e
     _verdicts[name] = why
-    _write_verdicts()
+    cache.write_passed([name for name, failed in _verdicts.items() if failed is None])
     return why
-
-
-def machine_facts(device: str) -> dict[str, str]:
-    """What a result kept on disk holds for: the device, its driver, and versions of everything that makes kernels."""
-    facts = {"torch": torch.__version__, "triton": package_version("triton"), "native": native.identity()}
-    if device != "cuda":
-        return {"device": cpu_name(), "threads": str(torch.get_num_threads()), **facts}
-    driver = Path("/proc/driver/nvidia/version")
-    facts["driver"] = driver.read_text(encoding="utf-8") if driver.exists() else ""
-    return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), **facts}
-
-
-def _cache_file(kind: str, device: str) -> Path:
-    """The user's file of this kind for this machine as it is."""
-    key = hashlib.sha256(json.dumps(machine_facts(device), sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fastgpt" / f"{kind}-{key}.json"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    """Write aside and rename: a reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
-        json.dump(content, f, indent=1)
-    os.replace(f.name, path)
-
-
-def _read_verdicts() -> dict[str, str | None]:
-    """Kernels that passed here before; one that failed is tried again by every process."""
-    try:
-        passed = json.loads(_cache_file("selfcheck", "cuda").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return dict.fromkeys(passed) if isinstance(passed, list) else {}
-
-
-def _write_verdicts() -> None:
-    try:
-        _write_json(_cache_file("selfcheck", "cuda"), sorted(n for n, why in _verdicts.items() if why is None))
-    except OSError:  # a read-only home: the check is repeated next time
-        pass
 
 
 def tuned(op: str, device: str, dtype: torch.dtype) -> dict[str, Any] | None:
@@ -250,62 +177,21 @@ def tuned(op: str, device: str, dtype: torch.dtype) -> dict[str, Any] | None:
     table = _tuned.get(device)
     if table is None:
         wanted = device in DEVICE_OF.values() and os.environ.get("FASTGPT_TUNED") != "0"
-        table = _tuned[device] = _read_tuned(device) if wanted else {}
+        table = _tuned[device] = cache.read_tuned(device, BACKENDS) if wanted else {}
     return table.get(f"{op}.{str(dtype).split('.')[1]}")
 
 
-def _read_tuned(device: str) -> dict[str, dict[str, Any]]:
-    """The table on disk; empty where there is none, and, said so, where the file is not what `write_tuned` wrote."""
-    try:
-        path = _cache_file("tuned", device)
-        text = path.read_text(encoding="utf-8")
-    except (OSError, RuntimeError, AssertionError):  # the last two: a device that is not here
-        return {}
-    try:
-        content = json.loads(text)
-        if content["facts"] != machine_facts(device):
-            raise ValueError("it is of another machine or version")
-        for name, entry in content["entries"].items():
-            if entry["backend"] not in BACKENDS or not isinstance(entry["date"], str) or not entry["note"]:
-                raise ValueError(f"its entry {name} has no backend, date or note")
-        return dict(content["entries"])
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        log.warning("tune: %s is ignored (%s: %s); fastgpt tune writes a new one", path, type(e).__name__, e)
-        return {}
-
-
 def write_tuned(device: str, entries: dict[str, dict[str, Any]]) -> Path:
-    """Add measured entries ("<op>.<dtype>" -> {"backend", "date", "note", ...}) to this machine's table; what is
-    selected from here on goes by it (compiled code keeps what it was compiled with).
+    """Add measured entries ("<op>.<dtype>" -> {"backend", "date", "note", ...}) to this machine's table, and select by
+    it from here on (compiled code keeps what it was compiled with).
 
     Raises:
         OSError: the user's cache folder cannot be written to.
     """
-    path = _cache_file("tuned", device)
-    _write_json(path, {"facts": machine_facts(device), "entries": {**_read_tuned(device), **entries}})
+    path = cache.write_tuned(device, {**cache.read_tuned(device, BACKENDS), **entries})
     _tuned.clear()
     _cache.clear()
     return path
-
-
-def _report_once(name: str, why: str) -> None:
-    if (name, why) not in _reported:
-        _reported.add((name, why))
-        log.warning("%s: %s", name, why)
-
-
-def leave_to_torch(name: str, why: str) -> None:
-    """Say, once, that a call of the drop-in `name` goes to torch's own; raise in strict mode."""
-    _leave_to_torch(name, why, _strict[0])
-
-
-def _leave_to_torch(name: str, why: str, strict: bool) -> None:
-    if strict:
-        raise RuntimeError(f"{name}: {why}: only torch's own does that, and strict mode forbids it")
-    _report_once(name, f"{why}: this goes to torch's own")
-
-
-_leave_to_torch._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as for _select: said while compiling
 
 
 def _select(
@@ -317,7 +203,7 @@ def _select(
             return want
         if strict:
             raise RuntimeError(f"{op}: {want} was asked for, but {why}")
-        _report_once(op, f"{want} was asked for, but {why}; choosing by itself")
+        report_once(op, f"{want} was asked for, but {why}; choosing by itself")
     entry = tuned(op, device, dtype) if measured else None
     first = () if entry is None else (entry["backend"],)
     order = prior(op, device, dtype) if measured else PRIOR_OF.get(op, PRIOR)
@@ -330,7 +216,7 @@ def _select(
         if _table[op][backend].takes(dtype, dim):  # the cell exists, the machine lacks it: a fallback, so say so
             if strict:
                 raise RuntimeError(f"{op}: the {backend} kernel cannot be used: {why}")
-            _report_once(op, f"the {backend} kernel cannot be used: {why}")
+            report_once(op, f"the {backend} kernel cannot be used: {why}")
     return "torch"
 
 
@@ -345,7 +231,7 @@ def select(op: str, x: Tensor, measured: bool = True, dim: int = 0) -> str:
     """Name of the backend that serves `op` for tensors like `x`, with heads of dimension dim where the op has them;
     measured=False: for a call unlike what was measured, or what the library is preferred for: the prior of the
     kernels holds."""
-    want, strict = _choice.get(op, "auto"), _strict[0]
+    want, strict = _choice.get(op, "auto"), strict_mode[0]
     if torch.compiler.is_compiling():
         return _select(op, want, x.device.type, x.dtype, strict, measured, dim)
     key = (op, want, x.device.type, x.dtype, strict, measured, dim)
@@ -400,10 +286,10 @@ class use:
                 raise UserError(f"kernels: there is no op {op!r}; expected one of {', '.join(sorted(_table))}, all")
             if backend not in (*BACKENDS, "auto"):
                 raise UserError(f"kernels: {op}={backend!r}: expected one of {', '.join(BACKENDS)}, auto")
-        self._before = (dict(_choice), _strict[0])
+        self._before = (dict(_choice), strict_mode[0])
         _choice.update(wanted)
         if strict is not None:
-            _strict[0] = strict
+            strict_mode[0] = strict
 
     def __enter__(self) -> use:
         return self
@@ -411,7 +297,7 @@ class use:
     def __exit__(self, kind: type[BaseException] | None, err: BaseException | None, tb: TracebackType | None) -> None:
         _choice.clear()
         _choice.update(self._before[0])
-        _strict[0] = self._before[1]
+        strict_mode[0] = self._before[1]
 
 
 def parse_choices(text: str) -> dict[str, Any]:

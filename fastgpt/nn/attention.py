@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.core.backend import leave_to_torch
+from fastgpt.core.fallback import leave_to_torch
 from fastgpt.ops.rope import rope_frequencies
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.core.backend import leave_to_torch
+from fastgpt.core.fallback import leave_to_torch
 
 
 class Embedding(nn.Embedding):

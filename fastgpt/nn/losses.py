@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
 from fastgpt import ops
-from fastgpt.core.backend import leave_to_torch
+from fastgpt.core.fallback import leave_to_torch
 from fastgpt.nn._hooks import plain
 
 _Stock: Any = getattr(nn, "LinearCrossEntropyLoss", _WeightedLoss)  # PyTorch has it from 2.13 on

@@ -14,13 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.core.backend import multiplies_into_fp32
 from fastgpt.ops._common import define_driver, flop_formula
 from fastgpt.ops.cross_entropy import FWD as CE_FWD
 from fastgpt.ops.cross_entropy import FWD_BWD as CE_FWD_BWD
 from fastgpt.ops.cross_entropy import OPTIONS
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # after the loss
+
+
+_budgets: dict[torch.device, int] = {}
+
+
+def share_for_logits(gpu_memory: int | None) -> int:
+    """Bytes of logits in memory at a time: 1/16 of a GPU's memory, 512 MiB on a CPU (None)."""
+    return (8 << 30 if gpu_memory is None else gpu_memory) // 16
+
+
+def logits_budget(device: torch.device) -> int:
+    """share_for_logits of this device."""
+    if device not in _budgets:
+        memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        _budgets[device] = share_for_logits(memory)
+    return _budgets[device]
+
+
+# torch.compiler.assume_constant_result without its import of all of Dynamo (0.8 s)
+logits_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def multiplies_into_fp32(t: Tensor) -> bool:
+    """Whether torch.mm and addmm can give 16-bit products in fp32 (out_dtype) for tensors like `t`."""
+    return t.device.type == "cuda"
 
 
 def logits_of(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:

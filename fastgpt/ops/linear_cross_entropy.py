@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.core.backend import Cell, logits_budget, register, select
+from fastgpt.core.backend import Cell, register, select
 from fastgpt.ops._common import autocast, check_float, check_like, gradient_place, needs_grad, relative_error
-from fastgpt.ops._linear_cross_entropy import FWD, FWD_BWD, logits_of, product_in_fp32
+from fastgpt.ops._linear_cross_entropy import FWD, FWD_BWD, logits_budget, logits_of, product_in_fp32
 from fastgpt.ops.cross_entropy import FWD as CE_FWD
 from fastgpt.ops.cross_entropy import FWD_BWD as CE_FWD_BWD
 from fastgpt.ops.cross_entropy import (

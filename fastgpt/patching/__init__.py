@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from fastgpt.core.backend import leave_to_torch
+from fastgpt.core.fallback import leave_to_torch
 from fastgpt.patching import _rebind
 from fastgpt.patching._recognise import RECOGNISERS, Found
 from fastgpt.patching._settings import changed

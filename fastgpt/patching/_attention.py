@@ -26,7 +26,7 @@ from transformers.masking_utils import create_sliding_window_causal_mask as crea
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgpt import ops
-from fastgpt.core.backend import leave_to_torch
+from fastgpt.core.fallback import leave_to_torch
 from fastgpt.patching import _rebind
 from fastgpt.patching import _replace as replace
 

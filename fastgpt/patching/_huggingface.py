@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions, Cau
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgpt import ops
-from fastgpt.core.backend import leave_to_torch
+from fastgpt.core.fallback import leave_to_torch
 from fastgpt.nn import _hooks
 from fastgpt.patching import _attention, _rebind
 from fastgpt.patching import _replace as replace

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.core.backend import leave_to_torch
+from fastgpt.core.fallback import leave_to_torch
 from fastgpt.nn import GELU, _hooks
 from fastgpt.nn.attention import attend, uncovered
 from fastgpt.nn.embedding import uncovered as uncovered_embedding

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops, parity
-from fastgpt.core import backend
+from fastgpt.core import backend, fallback
 from fastgpt.core.backend import use
 from fastgpt.core.errors import UserError
 from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE
@@ -283,7 +283,7 @@ def test_errors_name_the_argument(call: Callable[[], Any], kind: type[Exception]
 def test_use_restores_and_strict_raises(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(backend, "missing", lambda b: "it was taken away" if b != "torch" else None)
     monkeypatch.setattr(backend, "_cache", {})
-    monkeypatch.setattr(backend, "_reported", set())
+    monkeypatch.setattr(fallback, "_reported", set())
     x = rand(2, 8)
     for _ in range(2):
         ops.layer_norm(x)
@@ -305,7 +305,7 @@ def test_environment_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     with use(all="auto", strict=False):
         backend.apply_environment()
         assert backend._choice["layer_norm"] == "torch" and backend._choice["adamw"] == "auto"
-        assert backend._strict == [True]
+        assert fallback.strict_mode == [True]
 
 
 def test_a_kernel_that_fails_its_self_check_is_not_used(
@@ -331,7 +331,7 @@ def test_a_kernel_that_fails_its_self_check_is_not_used(
     monkeypatch.setattr(backend, "missing", lambda b: None)
     monkeypatch.setattr(backend, "_self_checks", {"layer_norm": check})
     monkeypatch.setattr(backend, "_verdicts", {})
-    monkeypatch.setattr(backend, "_reported", set())
+    monkeypatch.setattr(fallback, "_reported", set())
     assert backend._select("layer_norm", "auto", "cuda", torch.float32, False) == "torch"
     assert calls == ["cuda", "triton"], "each once"
     assert "it is wrong on this device (relative error 5.0e-01)" in caplog.text
