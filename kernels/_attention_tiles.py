@@ -54,12 +54,13 @@ OPTIONS[99] = {
     "dkdv": {**OPTIONS[163]["dkdv"], 64: (32, 32, 8, 2)},
     "dq": {**OPTIONS[163]["dq"], 256: (32, 32, 8, 2)},
 }
-if TRITON >= (3, 9):  # which allots more registers: the tiles above would spill 16 to 240 bytes
+if TRITON >= (3, 9):  # which allots more registers: the tiles above would spill 8 to 240 bytes
     PLAIN[227]["fwd"][64] = (128, 64, 4, 3)
     for kb in (163, 99):
         PLAIN[kb]["fwd"][128] = (128, 32, 8, 3)
-    for kernel in ("fwd", "dq"):
-        OPTIONS[227][kernel][256] = (32, 32, 4, 2)
+    OPTIONS[227]["fwd"][256] = (32, 32, 4, 2)
+    for kb in OPTIONS:
+        OPTIONS[kb]["dq"][256] = (32, 32, 4, 2)
 FLOAT32: Tiles = {  # any options, any chip; exact products run outside the tensor cores
     "fwd": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
