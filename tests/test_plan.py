@@ -18,6 +18,7 @@ from fastgpt.core.command import run_command
 from fastgpt.core.device import CARDS, PEAK_BF16, datasheet_peak, total_memory
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
+from fastgpt.ops import _linear_cross_entropy
 from fastgpt.training import memory, plan
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.memory import LEVELS, Plan, Target, shape_of
@@ -172,8 +173,8 @@ def test_peak_of_a_step(name: str, level: Any, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_peak_of_a_step_in_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Logits that do not fit their share: dW in fp32 over all chunks, twice in backward."""
-    monkeypatch.setattr(memory, "share_for_logits", lambda gpu: 1 << 20)
-    monkeypatch.setattr(backend, "_budgets", {})
+    monkeypatch.setattr(_linear_cross_entropy, "share_for_logits", lambda gpu: 1 << 20)
+    monkeypatch.setattr(_linear_cross_entropy, "_budgets", {})
     cfg = settings(GPT2 | WIDE, dtype)
     expected, whole = over_fixed(planned(cfg)), planned(replace(cfg, micro_batch=1)).loss
     got, _ = step_bytes(cfg)
@@ -185,7 +186,7 @@ def test_peak_of_a_step_in_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen"])
 def test_validation_is_beside_the_graphs_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a forward pass without gradients allocates stays under the plan's figure, which counts where graphs do."""
-    monkeypatch.setattr(memory, "share_for_logits", lambda gpu: 1 << 29)
+    monkeypatch.setattr(_linear_cross_entropy, "share_for_logits", lambda gpu: 1 << 29)
     cfg = settings(MODELS[name] | WIDE, batch_tokens=4 * 64)
     shape = shape_of(cfg)
     target = Target("card", "cuda", 16 << 30)

@@ -19,7 +19,7 @@ from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.models.recompute import Level
 from fastgpt.nn import KEPT_NUMEL
-from fastgpt.ops._linear_cross_entropy import share_for_logits
+from fastgpt.ops import _linear_cross_entropy
 from fastgpt.ops.linear_cross_entropy import rows_at_once
 from fastgpt.training.config import TrainConfig
 
@@ -131,7 +131,9 @@ def _loss_bytes(cfg: TrainConfig, n: int, w: int, target: Target) -> int:
     """The head and the loss over n tokens: see fastgpt/ops/linear_cross_entropy.py."""
     c, v = cfg.model.width, cfg.model.padded_vocab_size
     norm = n * (w * c + (8 if cfg.model.norm == "layer" else 4)) if cfg.model.norm_placement == "pre" else 0
-    rows = rows_at_once(n, v, w, share_for_logits(target.memory if target.kind == "cuda" else None))
+    rows = rows_at_once(
+        n, v, w, _linear_cross_entropy.share_for_logits(target.memory if target.kind == "cuda" else None)
+    )
     widens = w < 4 and target.kind == "cpu"  # there torch has no products, sums and adds of 16 bits into fp32
     if rows >= n:  # dlogits; the head's input, its gradient and a scaled copy
         return norm + n * (w * v + 3 * w * c + 8) + (4 * n * v if widens and cfg.model.head_bias else 0)
@@ -171,7 +173,9 @@ def validation_bytes(cfg: TrainConfig, n: int, w: int, target: Target) -> int:
     logits or a block's wide tensors."""
     m = cfg.model
     v, packed = m.padded_vocab_size, (m.n_heads + 2 * m.kv_heads) * m.d_head
-    rows = rows_at_once(n, v, w, share_for_logits(target.memory if target.kind == "cuda" else None))
+    rows = rows_at_once(
+        n, v, w, _linear_cross_entropy.share_for_logits(target.memory if target.kind == "cuda" else None)
+    )
     block = max(packed * (2 if m.qk_norm else 1) + m.n_heads * m.d_head, _mlp_columns(m) + m.d_mlp)
     return w * (6 * n * m.width + max(n * block, min(rows, n) * v)) + 12 * n
 

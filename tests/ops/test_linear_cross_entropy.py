@@ -18,7 +18,6 @@ from fastgpt import ops, parity
 from fastgpt.core import backend
 from fastgpt.core.backend import use
 from fastgpt.ops import _linear_cross_entropy as raw
-from fastgpt.ops._linear_cross_entropy import logits_budget
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy_ref, rows_at_once
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +96,7 @@ def test_fullgraph_compile_with_dynamic_rows(
 ) -> None:
     """In one piece, in chunks, and by a budget that some sizes are over: as eager bit for bit, compiled once a way."""
     torch._dynamo.reset()
-    monkeypatch.setattr(backend, "_budgets", {torch.empty(0, device=DEVICE).device: 390 * 21 * 4})
+    monkeypatch.setattr(raw, "_budgets", {torch.empty(0, device=DEVICE).device: 390 * 21 * 4})
 
     def head(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> Tensor:
         options: dict[str, Any] = dict(label_smoothing=0.1, vocab_size=20, reduction=reduction, chunk=chunk)
@@ -509,7 +508,7 @@ def test_rows_at_once() -> None:
             if rows < n:
                 assert rows == 128 or rows * v * 4 <= budget
                 assert n - (n - 1) // rows * rows > rows - 128 * -(-n // rows), "no short last piece"
-    assert logits_budget(torch.device("cpu")) == 512 << 20
+    assert raw.logits_budget(torch.device("cpu")) == 512 << 20
 
 
 @ON
@@ -517,7 +516,7 @@ def test_auto_takes_chunks_over_the_budget(name: str, monkeypatch: pytest.Monkey
     x, w, b, target = case(300)
     with use(strict=True, linear_cross_entropy=name):
         whole = gradients(x, w, b, target)
-        monkeypatch.setattr(backend, "_budgets", {x.device: 299 * 21 * 4})
+        monkeypatch.setattr(raw, "_budgets", {x.device: 299 * 21 * 4})
         with Sizes() as sizes:
             chunked = gradients(x, w, b, target)
     assert any("linear_cross_entropy_fwd_bwd" in op for op in sizes.ops)
