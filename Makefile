@@ -1,13 +1,14 @@
-# Two commands do everything: `make train` and `make test`. The environment is .venv in this folder, made once and
-# again only when what it depends on has changed.
+# Two commands do everything: `make train` and `make test`. They create the environment .venv in this folder once, and
+# update it only when a file that it depends on has changed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/fastgpt/*)
-# Two processes with one thread each use two cores; more of either only gets in the way.
+# Two processes with one thread each use two cores; more of either slows the suite down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-slow test-newest versions test-all lint types cuda-check triton-check parity bench gpu gpu-check clean
+.PHONY: train test test-slow test-newest versions test-all lint types cuda-check triton-check \
+	parity docs bench gpu gpu-check clean
 
 train: $(VENV)/installed
 	$(BIN)/fastgpt train $(if $(CONFIG),--config $(CONFIG)) $(if $(DATA),--data '$(DATA)',--check-baseline true) $(ARGS)
@@ -36,11 +37,15 @@ cuda-check: $(VENV)/tested
 triton-check: $(VENV)/tested
 	$(BIN)/python -m fastgpt.checks.triton
 
-# CPU kernels, Triton in its interpreter, CUDA in the emulation
+# Errors against fp64: CPU kernels, Triton in its interpreter, CUDA in the emulation
 parity: $(VENV)/tested
 	FASTGPT_EMULATED_CUDA=$$($(BIN)/python tests/cuda_on_cpu/emulator.py) $(BIN)/fastgpt parity $(ARGS)
 
-# The whole report of a machine without a GPU, in under 15 minutes on two cores; it lands in bench-results/
+# The documentation as a site, build/docs/html/index.html; a broken link is an error
+docs: $(VENV)/documented
+	$(BIN)/python docs/build.py
+
+# Every benchmark that needs no GPU and a report, in under 15 minutes on two cores, in bench-results/
 bench: $(VENV)/tested
 	$(BIN)/fastgpt bench all $(ARGS)
 
@@ -48,7 +53,7 @@ bench: $(VENV)/tested
 gpu:
 	$(PYTHON) -m bench.gpu
 
-# There too: compute-sanitizer's memcheck and racecheck over the CUDA kernels
+# On the same machine: compute-sanitizer's memcheck and racecheck over the CUDA kernels
 gpu-check:
 	$(PYTHON) -m bench.gpu --check
 
@@ -63,11 +68,15 @@ $(VENV)/packages: $(VENV)/created requirements.txt
 
 $(VENV)/installed: $(VENV)/packages setup.py pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps -e .
-	@$(BIN)/python -c "from fastgpt.core import native; print(*native.describe(), sep='\n')"  # a lesser build is never silent
+	@$(BIN)/python -c "from fastgpt.core import native; print(*native.describe(), sep='\n')"  # report anything that was not built
 	touch $@
 
 $(VENV)/tested: $(VENV)/installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+$(VENV)/documented: $(VENV)/installed requirements-docs.txt
+	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
 # A choice of tests, in three minutes, on the newest torch and Triton; installing these takes some minutes more

@@ -1,4 +1,4 @@
-"""fastgpt: train a GPT at the most tokens per second, with kernels that work in any PyTorch model."""
+"""fastgpt: train GPT models with a readable loop and custom kernels that work in any PyTorch model."""
 
 from __future__ import annotations
 

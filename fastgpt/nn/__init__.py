@@ -1,5 +1,8 @@
-"""Modules over fastgpt.ops that take the place of torch.nn's: constructors, initial values and state_dict keys are the
-same, extra settings are keywords; a call that an op does not cover goes to torch's own, logged once."""
+"""Modules over fastgpt.ops that replace their namesakes in torch.nn.
+
+Constructors, initial values and state_dict keys are the same; extra settings are keyword arguments. A call that an op
+does not cover runs on PyTorch's module, which is logged once.
+"""
 
 from fastgpt.nn.attention import Attention, MultiheadAttention, RotaryEmbedding
 from fastgpt.nn.embedding import Embedding

@@ -14,17 +14,19 @@ from fastgpt.ops.rope import rope_frequencies
 
 
 class RotaryEmbedding(nn.Module):
-    """Turns queries and keys by position, from tables that stay fp32 whatever the model is cast to.
+    """Rotate queries and keys by position, from tables that stay fp32 whatever the model is cast to.
 
     Args:
-        rotary_dim: columns of each head that turn, the first ones. max_positions: rows of the tables.
-        theta: base of the frequencies. scaling: as in fastgpt.ops.rope.rope_frequencies, None for none.
+        rotary_dim: leading columns of each head that rotate.
+        max_positions: rows of the tables.
+        theta: base of the frequencies.
+        scaling: as in fastgpt.ops.rope.rope_frequencies.
         interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2) as in Llama and NeoX.
 
     Attributes:
         cos, sin: (max_positions, rotary_dim / 2) fp32; not in the state_dict.
 
-    Shape: q (B, T, H, D), k (B, T, Hkv, D), positions (T,) or (B, T) int64, default 0, 1, 2, ... -> q and k turned.
+    Shape: q (B, T, H, D), k (B, T, Hkv, D), positions (T,) or (B, T) int64, default 0, 1, 2, ... -> q and k rotated.
     """
 
     cos: Tensor
@@ -69,8 +71,8 @@ class RotaryEmbedding(nn.Module):
 class MultiheadAttention(nn.MultiheadAttention):
     """torch.nn.MultiheadAttention without the matrix of weights; also as fastgpt.nn.Attention.
 
-    Args: as torch.nn.MultiheadAttention. Keys: in_proj_weight (or q_proj_weight, k_proj_weight, v_proj_weight),
-        in_proj_bias, out_proj.weight, out_proj.bias.
+    The arguments of the constructor are those of torch.nn.MultiheadAttention. Keys: in_proj_weight (or q_proj_weight,
+    k_proj_weight, v_proj_weight), in_proj_bias, out_proj.weight, out_proj.bias.
 
     The kernels serve need_weights=False without a mask, with is_causal=True (attn_mask is then not read, as in PyTorch,
     and may be left out), and with a boolean key_padding_mask: there the keys that count are moved to the front, so

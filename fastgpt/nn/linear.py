@@ -11,11 +11,11 @@ KEPT_NUMEL = 2**18  # smaller matrices gain less from a buffer than an autograd 
 
 
 def keep_gradients(module: nn.Module, min_numel: int = KEPT_NUMEL) -> None:
-    """Give every matrix of min_numel elements and more a `grad_buffer`: memory its gradient stays in between steps.
+    """Give every matrix of at least min_numel elements a `grad_buffer`, where its gradient stays between steps.
 
-    Backward of fastgpt's linear layers, embeddings and LM head then writes (after zero_grad(set_to_none=True)) or adds
-    the gradient there instead of making a new tensor. For one process, eager: hooks of DDP and FSDP see no gradient,
-    and torch.compile traces the usual way. Call it again after moving or casting the module.
+    The backward of fastgpt's linear layers, embeddings and LM head then writes (after zero_grad(set_to_none=True)) or
+    adds the gradient there instead of allocating a tensor. Use it in one process and in eager mode: hooks of DDP and
+    FSDP see no gradient, and torch.compile ignores the buffers. Call it again after moving or casting the module.
     """
     for p in module.parameters():
         if p.dim() == 2 and p.numel() >= min_numel and p.requires_grad:
@@ -23,9 +23,11 @@ def keep_gradients(module: nn.Module, min_numel: int = KEPT_NUMEL) -> None:
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear whose weight gradient goes where `keep_gradients` said.
+    """torch.nn.Linear whose weight gradient goes to the buffer that `keep_gradients` made.
 
-    Args: as torch.nn.Linear. input: (..., in_features) -> (..., out_features).
+    The arguments of the constructor are those of torch.nn.Linear.
+
+    Shape: input (..., in_features) -> (..., out_features).
     """
 
     def forward(self, input: Tensor) -> Tensor:

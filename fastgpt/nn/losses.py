@@ -27,10 +27,14 @@ def _uncovered(input: Tensor, target: Tensor) -> str | None:
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """torch.nn.CrossEntropyLoss; the loss is fp32 for 16-bit logits too.
 
-    Args: as torch.nn.CrossEntropyLoss. z_loss: times lse^2, added; softcap: logits become c tanh(logits / c); 0 is off.
+    The other arguments of the constructor are those of torch.nn.CrossEntropyLoss.
+
+    Args:
+        z_loss: factor of the squared log-sum-exp, which is added to the loss; 0 is off.
+        softcap: logits become softcap * tanh(logits / softcap); 0 is off.
 
     Shape: input (N, C), target (N,) int64 -> () or, for reduction "none", (N,). Class probabilities and inputs of
-    other dimensions go to torch's own, or raise ValueError where z_loss or softcap is set.
+    other dimensions run on PyTorch's loss, or raise ValueError if z_loss or softcap is set.
     """
 
     z_loss: float = 0.0
@@ -62,16 +66,20 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
 
 class LinearCrossEntropyLoss(_Stock):  # type: ignore[misc]
-    """torch.nn.LinearCrossEntropyLoss (PyTorch 2.13): cross-entropy of a linear layer's output, whose logits are not
-    whole in memory where they would take much of it; the loss is fp32 for 16-bit input too.
+    """torch.nn.LinearCrossEntropyLoss (PyTorch 2.13): cross-entropy of the output of a linear layer.
 
-    Args: as torch.nn.LinearCrossEntropyLoss; `options`, which chooses its chunks, only counts where a call goes to it.
-        z_loss, softcap: as in `CrossEntropyLoss`. chunk: as in fastgpt.ops.linear_cross_entropy.
+    Only part of the logits is in memory where they would be large. The loss is fp32 for 16-bit input too. The other
+    arguments of the constructor are those of torch.nn.LinearCrossEntropyLoss; `options`, which chooses its chunks,
+    applies only to calls that run on PyTorch's loss.
+
+    Args:
+        z_loss, softcap: as in `CrossEntropyLoss`.
+        chunk: as in fastgpt.ops.linear_cross_entropy.
 
     Shape: input (N, in_features), target (N,) int64 -> () or, for reduction "none", (N,). Keys: linear.weight
     (num_classes, in_features) and linear.bias; `loss.linear.weight = embedding.weight` ties them. A linear layer that
-    was replaced or hooked is called, so its logits are whole. out_features, class probabilities and other dimensions
-    go to torch's own, or raise ValueError where that cannot do them.
+    was replaced or has hooks is called as a module, which computes all logits at once. out_features, class
+    probabilities and other dimensions run on PyTorch's loss, or raise ValueError if that does not support them.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from fastgpt.nn.linear import Linear
 
 
 class GELU(nn.GELU):
-    """torch.nn.GELU. Args: approximate, "none" (erf) or "tanh"."""
+    """torch.nn.GELU; approximate is "none" (erf) or "tanh"."""
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.bias_gelu(input, approximate=self.approximate)
@@ -23,7 +23,8 @@ class BiasGELU(nn.Module):
     """gelu(x + bias) in one pass, behind a linear layer without a bias.
 
     Args:
-        num_features: F. approximate: "none" (erf) or "tanh" (GPT-2).
+        num_features: F.
+        approximate: "none" (erf) or "tanh" (GPT-2).
 
     Shape: x (..., F) -> (..., F) in x's dtype. Keys: bias (F,), 0 at first.
     """
@@ -45,10 +46,12 @@ class BiasGELU(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """torch.nn.Sequential(Linear, GELU, Linear) with the first layer's bias added in GELU's pass.
+    """torch.nn.Sequential(Linear, GELU, Linear) with the first bias added in the same pass as GELU.
 
     Args:
-        in_features, hidden_features: C and F. out_features: C where None. bias: of both linear layers.
+        in_features, hidden_features: C and F.
+        out_features: None means in_features.
+        bias: whether both linear layers have one.
         approximate: "none" (erf) or "tanh" (GPT-2).
 
     Shape: x (..., C) -> (..., out_features). Keys: 0.weight, 0.bias, 2.weight, 2.bias.
@@ -89,7 +92,9 @@ class SwiGLU(nn.Module):
     """down_proj(act(gate_proj(x)) * up_proj(x)), the product and the function in one pass: Llama's MLP and its names.
 
     Args:
-        in_features, hidden_features: C and F. out_features: C where None. bias: of all three layers.
+        in_features, hidden_features: C and F.
+        out_features: None means in_features.
+        bias: whether all three layers have one.
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU), "relu2".
 
     Shape: x (..., C) -> (..., out_features). Keys: gate_proj.weight, up_proj.weight, down_proj.weight (and .bias).

@@ -41,7 +41,9 @@ def epsilon(eps: float | None, x: Tensor) -> float:
 class LayerNorm(nn.LayerNorm):
     """torch.nn.LayerNorm, with an optional residual added first.
 
-    Args: as torch.nn.LayerNorm. input: (..., *normalized_shape), parameters of its dtype or fp32.
+    The arguments of the constructor are those of torch.nn.LayerNorm.
+
+    Shape: input `(..., *normalized_shape)`; the parameters have its dtype or fp32.
 
     Returns:
         y of input's shape and dtype; with `residual` (as input) the pair (y, input + residual).
@@ -61,9 +63,14 @@ class LayerNorm(nn.LayerNorm):
 class RMSNorm(nn.RMSNorm):
     """torch.nn.RMSNorm, with an optional residual added first.
 
-    Args: as torch.nn.RMSNorm; eps=None is what PyTorch takes, fp32's machine epsilon (fp64's for fp64 x).
-        weight_offset: added to the weight, 1.0 for weights stored as a difference from one (Gemma), which then start
-            at 0. x: (..., *normalized_shape), the weight of its dtype or fp32.
+    The other arguments of the constructor are those of torch.nn.RMSNorm.
+
+    Args:
+        eps: None means PyTorch's default, the machine epsilon of fp32 (of fp64 for fp64 x).
+        weight_offset: added to the weight; 1.0 for weights stored as a difference from one (Gemma), which then start
+            at 0.
+
+    Shape: x `(..., *normalized_shape)`; the weight has its dtype or fp32.
 
     Returns:
         y of x's shape and dtype; with `residual` (as x) the pair (y, x + residual).

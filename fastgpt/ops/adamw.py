@@ -4,11 +4,17 @@
     p = p (1 - lr wd);  m += (1 - b1)(g - m);  v = b2 v + (1 - b2) g^2
     p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-Two launches over all tensors: `adamw_prepare` (step counters, sums of squares), `adamw_update`; the host never waits.
-If the norm is not finite, or found_inf is set, nothing changes and the step counters go back. 16-bit parameters keep
-their low bits in `masters`: whole fp32 copies, or int16 remainders (fp32 bits = bf16 bits << 16, plus the remainder).
-A parameter that is not the rounding of its fp32 copy was set from outside: the copy takes its value before the update.
-`fastgpt.optim.AdamW` is the way to use this.
+Two launches cover all tensors: `adamw_prepare` (step counters, sums of squares) and `adamw_update`. The host never
+waits. If the norm is not finite or found_inf is set, nothing changes and the step counters are restored. 16-bit
+parameters keep their low bits in `masters`: fp32 copies, or int16 remainders (fp32 bits = bf16 bits << 16, plus the
+remainder). A parameter that is not the rounding of its fp32 copy was set from outside; the copy then takes its value
+before the update. Use it through `fastgpt.optim.AdamW`.
+
+Saved for backward: nothing; an optimizer step has no backward.
+
+Determinism: bitwise. The norm adds partial sums in a fixed order; stochastic rounding draws from its seed.
+
+Limits: dense, floating-point tensors on one device. No amsgrad, maximize or differentiable.
 """
 
 from __future__ import annotations

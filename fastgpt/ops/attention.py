@@ -1,12 +1,20 @@
 """Scaled dot-product attention (Vaswani et al. 2017, arXiv:1706.03762) with grouped heads, masks and softcap.
 
-z = scale * q k^T, softcapped: softcap * tanh(z / softcap); masked entries -inf
-out = softmax(z) v, lse = log sum exp(z); a row without any key gives out = 0, lse = -inf
-dz = p (keep / (1 - dropout_p) * dout v^T - rowsum(dout out) + dlse)
-dq = scale dz k,  dk = scale dz^T q,  dv = (keep / (1 - dropout_p) * p)^T dout
+    z = scale * q k^T, softcapped: softcap * tanh(z / softcap); masked entries -inf
+    out = softmax(z) v, lse = log sum exp(z); a row without any key gives out = 0, lse = -inf
+    dz = p (keep / (1 - dropout_p) * dout v^T - rowsum(dout out) + dlse)
+    dq = scale dz k,  dk = scale dz^T q,  dv = (keep / (1 - dropout_p) * p)^T dout
 
-Kernels never hold the T x S matrix (FlashAttention-2, arXiv:2307.08691): backward computes p again from lse. Saved:
-q, k, v, out, lse. `attention_qkv` takes one packed tensor and gives back one packed gradient: no concatenation.
+Kernels never hold the T x S matrix (FlashAttention-2, arXiv:2307.08691). `attention_qkv` takes one packed tensor and
+returns one packed gradient, without a concatenation.
+
+Saved for backward: q, k, v, out, lse. Backward recomputes p from lse.
+
+Determinism: bitwise on fastgpt's kernels, dropout included. PyTorch's fused backward, which serves 16-bit calls first
+on sm_90 and newer, is not; `deterministic=True` and torch.use_deterministic_algorithms exclude it.
+
+Limits: heads wider than 256 columns run on PyTorch's op or the formula on a GPU; the CUDA kernels take 16 bits only.
+There is no additive mask or bias. First derivatives only.
 """
 
 from __future__ import annotations
@@ -223,25 +231,40 @@ def attention(
     """softmax(scale q k^T + mask) v.
 
     Args:
-        q: (B, T, H, D); k, v: (B, S, Hkv, D), Hkv dividing H; any strides; one dtype.
+        q: (B, T, H, D), any strides.
+        k, v: (B, S, Hkv, D) in q's dtype, Hkv dividing H; any strides.
         causal: query i sees keys up to i + S - T (aligned at the bottom right).
-        scale: default 1 / sqrt(D). window: keys seen back from the query, its own included. softcap: 0 is off.
+        scale: default 1 / sqrt(D).
+        window: keys that a query sees, counted back from its own and including it; None is all.
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        dropout_p: probability that a score is dropped, 0 to less than 1.
         cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 starts of packed sequences; then B = 1 and T, S are totals, and
             causal and window align each sequence at its own bottom right.
-        doc_ids: (B, T) int: a query sees keys of its own document only.
-        kv_lens, kv_start: (B,) end and start of the valid keys of each sequence. They take keys away (padding on the
-            right, on the left) and move nothing: causal and window still count from i + S - T. In a KV cache whose
-            sequences have different lengths L, one query each needs kv_lens alone. For several queries or a window,
-            view the cache as one row (1, B S, Hkv, D) and pass cu_seqlens, with a sequence of no query over each gap:
+        doc_ids: (B, T) int; a query sees keys of its own document only.
+        kv_lens: (B,) end of the valid keys of each sequence (padding on the right). It excludes keys and shifts nothing:
+            causal and window still count from i + S - T. In a KV cache whose sequences have different lengths L, one
+            query each needs kv_lens alone. For several queries or a window, view the cache as one row (1, B S, Hkv, D)
+            and pass cu_seqlens, with a sequence without queries over each gap:
             cu_seqlens_q = (0, T, T, 2 T, 2 T, ...), cu_seqlens_k = (0, L0, S, S + L1, 2 S, ...).
-        deterministic: forbids dispatch to a library whose backward is not; fastgpt's own always is.
+        kv_start: (B,) start of the valid keys of each sequence (padding on the left); it shifts nothing either.
+        deterministic: exclude a library whose backward is not deterministic; fastgpt's kernels always are.
         return_lse: also return log-sum-exp (B, H, T), fp32, differentiable.
 
     Returns:
-        (B, T, H, D) in q's dtype; a query without any key gives 0 (and lse -inf).
+        (B, T, H, D) in q's dtype; with `return_lse` the pair (out, lse). A query without any key gives 0, and lse
+        -inf.
 
     Raises:
-        ValueError, TypeError: naming the argument. Source: arXiv:1706.03762, FlashAttention-2 arXiv:2307.08691.
+        ValueError, TypeError: with the argument, the value received and the value expected.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> q, k, v = torch.randn(1, 16, 4, 32), torch.randn(1, 16, 2, 32), torch.randn(1, 16, 2, 32)
+        >>> ops.attention(q, k, v, causal=True, window=8).shape
+        torch.Size([1, 16, 4, 32])
+
+    Source: Vaswani et al. 2017 (arXiv:1706.03762), FlashAttention-2 (arXiv:2307.08691).
     """
     options: dict[str, Any] = dict(
         causal=causal,
@@ -281,17 +304,27 @@ def _select(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> str
 
 
 def attention_qkv(qkv: Tensor, *, n_heads: int, n_kv_heads: int, **options: Any) -> Tensor:
-    """`attention` over one packed tensor; its gradient comes packed too, without split and concatenation.
+    """`attention` over one packed tensor; its gradient is packed too, without split and concatenation.
 
     Args:
         qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads; any strides.
-        options: as in `attention`; return_lse is not offered.
+        n_heads: query heads.
+        n_kv_heads: key heads, and as many value heads; divides n_heads.
+        options: as in `attention`, except return_lse.
 
     Returns:
         (B, T, n_heads, D) in qkv's dtype.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: with the argument, the value received and the value expected.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> qkv = torch.randn(1, 16, 4 + 2 * 2, 32, requires_grad=True)
+        >>> ops.attention_qkv(qkv, n_heads=4, n_kv_heads=2, causal=True).sum().backward()
+        >>> qkv.grad.shape
+        torch.Size([1, 16, 8, 32])
     """
     check_float("attention", "qkv", qkv)
     heads = n_heads + 2 * n_kv_heads

@@ -5,8 +5,14 @@
     y = u / 2 (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3)))   (approximate="tanh", GPT-2)
     dx = dy y'(u),  dbias = sum_N(dx)
 
-Forward reads x and writes y once; backward reads dy and x and writes dx once, dbias in the same pass and a small
-reduce, in fp32. Saved for backward: x and bias; u and y' are computed again.
+Forward reads x and writes y once. Backward reads dy and x and writes dx once; dbias is summed in fp32 in the same pass
+and a small reduction.
+
+Saved for backward: x and bias. u and y' are recomputed.
+
+Determinism: bitwise. dbias is summed in a fixed order, without atomics.
+
+Limits: the bias's dtype is x's or fp32. First derivatives only.
 """
 
 from __future__ import annotations
@@ -93,14 +99,24 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
     """gelu(x + bias).
 
     Args:
-        x: (..., F), any strides; fp32, bf16, fp16 (fp64 on the reference); bias: (F,) in x's dtype or fp32, or None.
-        approximate: "none" (erf) or "tanh" (GPT-2's).
+        x: (..., F), any strides; fp32, bf16, fp16 (fp64 on the reference).
+        bias: (F,) in x's dtype or fp32, or None.
+        approximate: "none" (erf) or "tanh" (GPT-2).
 
     Returns:
-        (..., F) in x's dtype; the sum and the function in fp32.
+        (..., F) in x's dtype; the sum and the function are computed in fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument. Source: arXiv:1606.08415.
+        ValueError, TypeError: with the argument, the value received and the value expected.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> y = ops.bias_gelu(torch.randn(8, 256), torch.zeros(256), approximate="tanh")
+        >>> y.shape
+        torch.Size([8, 256])
+
+    Source: Hendrycks, Gimpel 2016 (arXiv:1606.08415).
     """
     check_float("bias_gelu", "x", x)
     if x.dim() == 0:

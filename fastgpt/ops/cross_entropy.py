@@ -1,4 +1,4 @@
-"""Cross-entropy over logits, gradient in the logits' own memory on request.
+"""Cross-entropy over logits; on request the gradient overwrites the logits.
 
 Row i with target y, classes K = vocab_size, class weights w (1 if absent), label smoothing e:
 
@@ -7,12 +7,18 @@ Row i with target y, classes K = vocab_size, class weights w (1 if absent), labe
     loss = (1 - e) w_y (lse - z_y) + e/K sum_c w_c (lse - z_c) + z_loss lse^2
     dloss/dz_c = p_c [(1 - e) w_y + e/K sum(w) + 2 z_loss lse] - (1 - e) w_y [c = y] - e/K w_c
 
-A row whose target is ignore_index has loss and gradient 0; "mean" divides by the sum of w_y over the other rows (their
-number without weights), as torch.nn.functional.cross_entropy does. Not in place: logits are read in forward and again
-in backward, where the gradient is written; each row's max z and sum exp(z - max) are saved, so that it sweeps once. In
-place: loss and gradient come from one read and one write of the logits, and backward only rescales rows whose upstream
-gradient is not 1. Sources: Szegedy et al. 2015 (arXiv:1512.00567, smoothing), Chowdhery et al. 2022 (arXiv:2204.02311,
-z-loss), Gemma 2 (arXiv:2408.00118, softcap).
+A row whose target is ignore_index has loss and gradient 0. "mean" divides by the sum of w_y over the other rows (their
+number without weights), as torch.nn.functional.cross_entropy does. Without inplace, forward reads the logits, and
+backward reads them again and writes the gradient. With inplace, loss and gradient take one read and one write of the
+logits, and backward only rescales rows whose upstream gradient is not 1. Sources: Szegedy et al. 2015
+(arXiv:1512.00567, smoothing), Chowdhery et al. 2022 (arXiv:2204.02311, z-loss), Gemma 2 (arXiv:2408.00118, softcap).
+
+Saved for backward: the logits, and max z and sum exp(z - max) of each row in fp32; with inplace the gradient alone.
+
+Determinism: bitwise. The losses of the rows are summed in fp64 in a fixed order.
+
+Limits: integer targets and (N, V) logits only. With inplace, backward runs once and the logits are lost. First
+derivatives only.
 """
 
 from __future__ import annotations
@@ -290,21 +296,37 @@ def cross_entropy(
     reduction: str = "mean",
     inplace: bool = False,
 ) -> Tensor:
-    """Softmax cross-entropy with integer targets; formula and sources at this file's head.
+    """Softmax cross-entropy with integer targets; formula and sources at the head of this file.
 
     Args:
         logits: (N, V) fp32, bf16, fp16 (fp64 on the reference).
         target: (N,) int64 in [0, vocab_size) or ignore_index.
         weight: (vocab_size,) class weights, fp32 or 16 bits, read as fp32 (fp64 for fp64 logits).
-        vocab_size: columns that exist; the ones behind it are padding (excluded, gradient 0). Default: V.
-        z_loss, softcap, label_smoothing: 0 means off.
-        reduction: "none" (N,), "sum" or "mean" (0-dim); fp32 on kernels and for 16-bit logits.
-        inplace: with gradients on, forward overwrites the logits' memory with their gradient (one read, one write):
-            nothing else may use the logits afterwards, and backward runs once.
+        ignore_index: target of rows that do not count.
+        label_smoothing: share of the target spread over all classes; 0 means off.
+        z_loss: factor of the squared log-sum-exp, which is added to the loss; 0 means off.
+        softcap: logits become softcap * tanh(logits / softcap); 0 means off.
+        vocab_size: columns that exist; later columns are padding (excluded, gradient 0). Default: V.
+        reduction: "none", "sum" or "mean".
+        inplace: with gradients on, forward overwrites the logits with their gradient (one read, one write). Nothing
+            else may use the logits afterwards, and backward runs once.
+
+    Returns:
+        The loss, (N,) for reduction "none", else 0-dim; fp32 on kernels and for 16-bit logits.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected. Targets are checked on CPU; on a
-            GPU an out-of-range target gives a NaN loss and zero gradient (FASTGPT_CHECK=1 syncs and raises).
+        ValueError, TypeError: with the argument, the value received and the value expected. On a CPU that includes
+            targets out of range. On a GPU such a target gives a NaN loss and a zero gradient; with FASTGPT_CHECK=1 the
+            call waits for the device and raises.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> logits = torch.randn(8, 128, requires_grad=True)  # 100 classes, padded to 128
+        >>> loss = ops.cross_entropy(logits, torch.randint(100, (8,)), vocab_size=100, z_loss=1e-4)
+        >>> loss.backward()
+        >>> bool((logits.grad[:, 100:] == 0).all())
+        True
     """
     check_float("cross_entropy", "logits", logits)
     if logits.dim() != 2 or logits.shape[1] == 0:

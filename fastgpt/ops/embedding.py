@@ -3,10 +3,15 @@
     y[n] = weight[ids[n]] + position_weight[positions[n]]
     dweight[v] = sum of dy[n] over ids[n] = v,  dposition_weight[p] = sum of dy[n] over positions[n] = p
 
-Forward reads both rows and writes their sum once. Backward sorts the tokens by table row and sums each row's gradients
-in fp32 in the tokens' order: no atomics, bitwise deterministic. Where a weight keeps a place for its gradient
-(gradient_place), the rows are added to what is there, so a head that shares the weight costs no second table.
+Forward reads both rows and writes their sum once. Backward sorts the tokens by table row and sums the gradients of each
+row in fp32, in the order of the tokens. If a weight has a gradient buffer (gradient_place), the rows are added to it,
+so a head that shares the weight needs no second table.
+
 Saved for backward: ids and positions only.
+
+Determinism: bitwise. The order of each sum is fixed, without atomics.
+
+Limits: dense gradients only; no max_norm, scale_grad_by_freq or sparse. First derivatives only.
 """
 
 from __future__ import annotations
@@ -209,17 +214,26 @@ def embedding(
     """weight[ids], plus position_weight[positions] if given.
 
     Args:
-        ids: (..., T) int64 or int32, mostly (B, T).
-        weight: (V, C) fp32, bf16, fp16 (fp64 on the reference); position_weight: (T_max, C), weight's dtype.
-        positions: (T,) or ids' shape, int64 or int32; default 0, 1, 2, ... along T; not read without position_weight.
+        ids: (..., T) int64 or int32, usually (B, T).
+        weight: (V, C) fp32, bf16, fp16 (fp64 on the reference).
+        position_weight: (T_max, C) in weight's dtype, or None.
+        positions: (T,) or ids' shape, int64 or int32; default 0, 1, 2, ... along T; ignored without position_weight.
         padding_idx: a row of weight that gets no gradient, -V to V - 1.
 
     Returns:
         (..., T, C) in weight's dtype, summed in fp32. Gradients are dense, in weight's dtype, summed in fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument. Ids and positions out of range are found on CPU; on a GPU such a
-            token's row is NaN, and it adds nothing to a gradient (FASTGPT_CHECK=1 syncs and raises).
+        ValueError, TypeError: with the argument, the value received and the value expected. On a CPU that includes ids
+            and positions out of range. On a GPU the row of such a token is NaN and adds nothing to a gradient; with
+            FASTGPT_CHECK=1 the call waits for the device and raises.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> ids = torch.randint(100, (2, 16))
+        >>> ops.embedding(ids, torch.randn(100, 32), torch.randn(16, 32)).shape
+        torch.Size([2, 16, 32])
     """
     _check(ids, weight, position_weight, positions)
     if padding_idx is not None:

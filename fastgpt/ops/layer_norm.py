@@ -3,8 +3,14 @@
     s = x + residual          (rounded to x's dtype; s = x without residual)
     y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias
 
-Forward reads x (and residual) and writes y (and s) once; backward reads dy and s once. Saved for backward: s, mean and
-1/sqrt(var + eps) in fp32. The gradients of x and of residual are the same tensor's values.
+Forward reads x (and residual) once and writes y (and s) once. Backward reads dy and s once; x and residual receive the
+same gradient.
+
+Saved for backward: s in x's dtype, mean and 1 / sqrt(var + eps) in fp32.
+
+Determinism: bitwise. dweight and dbias are summed in a fixed order, without atomics.
+
+Limits: weight and bias share one dtype, x's or fp32. First derivatives only.
 """
 
 from __future__ import annotations
@@ -160,7 +166,15 @@ def layer_norm(
         y (..., C) in x's dtype; with `residual` the pair (y, x + residual). Statistics are fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+        ValueError, TypeError: with the argument, the value received and the value expected.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> x, residual = torch.randn(2, 8, 64)
+        >>> y, s = ops.layer_norm(x, torch.ones(64), residual=residual)
+        >>> torch.equal(s, x + residual)
+        True
 
     Source: Ba, Kiros, Hinton 2016 (arXiv:1607.06450).
     """

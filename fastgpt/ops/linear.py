@@ -1,10 +1,17 @@
-"""A linear layer whose products are PyTorch's and whose weight gradient is computed where it is kept.
+"""A linear layer whose matrix products are PyTorch's and whose weight gradient is computed where it is kept.
 
-    y = x W^T + b;  dx = dy W,  dW = dy^T x,  db = sum of dy's rows
+    y = x W^T + b;  dx = dy W,  dW = dy^T x,  db = sum over the rows of dy
 
-A weight with a `grad_buffer` gets dW there, from the matrix product itself: written by the first backward of a step,
-added by later ones (Megatron-LM's gradient accumulation fusion). That saves, per weight and step, a fresh tensor (on a
-CPU its page faults cost as much as the product at small batches) and, with accumulation, one read and two writes.
+If the weight has a `grad_buffer`, the matrix product itself puts dW there: the first backward of a step writes, later
+ones add (Megatron-LM's gradient accumulation fusion). For each weight and step that saves a new tensor (on a CPU its
+page faults cost as much as the product at small batches) and, with accumulation, one read and two writes.
+
+Saved for backward: x and W, as in torch.nn.functional.linear.
+
+Determinism: that of torch.mm.
+
+Limits: under torch.compile or autocast, or without a `grad_buffer`, the call is torch.nn.functional.linear. With a
+buffer, first derivatives only.
 """
 
 from __future__ import annotations
@@ -55,10 +62,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """torch.nn.functional.linear; a weight with a `grad_buffer` (fastgpt.nn.keep_gradients) gets its gradient there.
 
     Args:
-        x: (..., C); weight: (F, C); bias: (F,).
+        x: (..., C).
+        weight: (F, C).
+        bias: (F,), or None.
 
     Returns:
         (..., F).
+
+    Raises:
+        RuntimeError: as torch.nn.functional.linear, for shapes or dtypes that do not fit.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import nn, ops
+        >>> layer = nn.Linear(64, 32)
+        >>> nn.keep_gradients(layer, min_numel=1)
+        >>> ops.linear(torch.randn(8, 64), layer.weight, layer.bias).sum().backward()
+        >>> layer.weight.grad is layer.weight.grad_buffer
+        True
     """
     kept = getattr(weight, "grad_buffer", None) is not None and not torch.compiler.is_compiling()
     if not kept or not needs_grad(weight) or torch.is_autocast_enabled(x.device.type):

@@ -1,20 +1,28 @@
-"""LM head and loss in one op; the logits are never whole in memory where they would take much of it.
+"""LM head and loss in one op, which holds only part of the logits in memory where they would be large.
 
     z = x W^T + b      (N, V), then the loss of fastgpt/ops/cross_entropy.py over z, with all its options
-    dx = dz W,   dW = dz^T x,   db = sum of dz's rows
+    dx = dz W,   dW = dz^T x,   db = sum over the rows of dz
 
-In one piece (N V logits fit the budget): z is made once and replaced by dz in one pass, backward is two products. dz
-stays as it is there: the upstream gradient goes over the rows of dx and of a copy of x (N C elements each, not N V), so
-that backward may run again, and a weight's gradient may be written or added where it is kept (`gradient_place`).
-In chunks: one buffer of (chunk, V) logits, used again. For "mean" and "sum" forward makes the gradients too, dW in fp32
-over all chunks whatever the dtype, and backward multiplies them by the upstream gradient. "none" makes the loss only;
-backward makes z again chunk by chunk, its upstream gradients scaling the rows. Nothing is filtered or approximated.
+In one piece (the N V logits fit the budget): z is computed once and replaced by dz in one pass; backward is two
+products. dz is kept unscaled: the upstream gradient scales the rows of dx and of a copy of x (N C elements each, not
+N V), so backward may run again, and the gradient of a weight may be written or added to its buffer (`gradient_place`).
 
-fp16 has five bits of exponent: there dz leaves out 1/count, and the largest upstream gradient too; both go over fp32
+In chunks: one buffer of (chunk, V) logits is reused. For "mean" and "sum", forward also computes the gradients, dW in
+fp32 over all chunks for every dtype, and backward multiplies them by the upstream gradient. For "none", forward
+computes the loss only; backward recomputes z chunk by chunk and scales the rows by the upstream gradients. Nothing is
+filtered or approximated.
+
+fp16 has five bits of exponent, so dz leaves out 1/count and the largest upstream gradient; both are applied to fp32
 products.
 
-Saved: in one piece dz, x, W; in chunks dx and dW (fp32), for "none" x and W. Products by torch.mm, 2 N V C FLOP each,
-three of them; four for "none" in chunks. Method: chunks and gradients in forward, Hsu et al. 2024 (arXiv:2410.10989).
+The products are torch.mm, 2 N V C FLOP each: three of them, four for "none" in chunks. Method: chunks and gradients in
+forward, Hsu et al. 2024 (arXiv:2410.10989).
+
+Saved for backward: in one piece dz, x, W; in chunks dx and dW (fp32), for "none" x and W.
+
+Determinism: bitwise wherever torch.mm is. The losses of the rows are summed in fp64 in a fixed order.
+
+Limits: integer targets and (N, C) rows only. First derivatives only.
 """
 
 from __future__ import annotations
@@ -279,24 +287,35 @@ def linear_cross_entropy(
     reduction: str = "mean",
     chunk: int | str = "auto",
 ) -> Tensor:
-    """Cross-entropy of a linear layer's logits; formula and sources at this file's head and `cross_entropy`'s.
+    """Cross-entropy of a linear layer's logits; formula and sources at the heads of this file and of `cross_entropy`.
 
     Args:
-        x: (N, C) fp32, bf16, fp16 (fp64 on the reference); linear_weight: (V, C) and linear_bias (V,) in x's dtype.
-            Under autocast the three are cast to its dtype.
+        x: (N, C) fp32, bf16, fp16 (fp64 on the reference). Under autocast, x, linear_weight and linear_bias are cast to
+            its dtype.
+        linear_weight: (V, C) in x's dtype. Rows from vocab_size on are padding (gradient 0).
         target: (N,) int64 in [0, vocab_size) or ignore_index.
-        weight, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction: as in `cross_entropy`. Rows of
-            linear_weight from vocab_size on are padding (gradient 0).
+        linear_bias: (V,) in x's dtype, or None.
+        weight, ignore_index, label_smoothing, z_loss, softcap, vocab_size, reduction: as in `cross_entropy`.
         chunk: rows of logits in memory at a time. "auto": all of them while they take at most 1/16 of the GPU's memory
             (elsewhere 512 MiB), else the fewest equal pieces of a multiple of 128 rows within that. The reference
-            makes them all at once.
+            computes all rows at once.
 
     Returns:
         The loss in fp32 (fp64 for fp64 input): (N,) for reduction "none", else 0-dim.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected. Targets are checked on CPU; on a
-            GPU an out-of-range target gives a NaN loss and zero gradient (FASTGPT_CHECK=1 syncs and raises).
+        ValueError, TypeError: with the argument, the value received and the value expected. On a CPU that includes
+            targets out of range. On a GPU such a target gives a NaN loss and a zero gradient; with FASTGPT_CHECK=1 the
+            call waits for the device and raises.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> x, head = torch.randn(64, 32, requires_grad=True), torch.randn(1000, 32, requires_grad=True)
+        >>> loss = ops.linear_cross_entropy(x, head, torch.randint(1000, (64,)), chunk=16)
+        >>> loss.backward()
+        >>> head.grad.shape
+        torch.Size([1000, 32])
     """
     op = "linear_cross_entropy"
     check_float(op, "x", x)

@@ -3,12 +3,18 @@
     s = x + residual          (rounded to x's dtype; s = x without residual)
     y = s / sqrt(mean(s^2) + eps) * (weight_offset + weight)
 
-Forward reads x (and residual) and writes y (and s) once; backward reads dy and s once. Saved for backward: s, and
-1/sqrt(mean(s^2) + eps) in fp32. The gradients of x and of residual are the same tensor's values:
+    rstd = 1 / sqrt(mean(s^2) + eps),  n = s * rstd,  g = dy * (weight_offset + weight)
+    dx = rstd * (g - n * mean(g * n))
 
-    g = dy * (weight_offset + weight),  n = s * rstd,  dx = rstd * (g - n * mean(g * n))
+Forward reads x (and residual) once and writes y (and s) once. Backward reads dy and s once; x and residual receive the
+same gradient. With one column the difference in dx is g * eps * rstd^2, which fp32 would lose to cancellation, so the
+kernels compute that product.
 
-With one column that difference is g * eps * rstd^2, which fp32 would lose to cancellation: kernels compute the product.
+Saved for backward: s in x's dtype, rstd in fp32.
+
+Determinism: bitwise. dweight is summed in a fixed order, without atomics.
+
+Limits: the weight's dtype is x's or fp32. First derivatives only.
 """
 
 from __future__ import annotations
@@ -161,13 +167,21 @@ def rms_norm(
         weight: (C,), x's dtype or fp32, or None.
         eps: added to the mean of squares.
         residual: x's shape and dtype; added first, rounded to x's dtype.
-        weight_offset: 1.0 for weights stored as a difference from one (Gemma); nothing without a weight.
+        weight_offset: 1.0 for weights stored as a difference from one (Gemma); ignored without a weight.
 
     Returns:
         y (..., C) in x's dtype; with `residual` the pair (y, x + residual). Statistics are fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument, what came and what was expected.
+        ValueError, TypeError: with the argument, the value received and the value expected.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> x, weight = torch.randn(8, 64), torch.zeros(64)
+        >>> y = ops.rms_norm(x, weight, weight_offset=1.0)
+        >>> y.shape
+        torch.Size([8, 64])
 
     Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
     """

@@ -1,13 +1,18 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-    (a, b) -> (a cos - b sin, b cos + a sin)      turned back by -sin
+    (a, b) -> (a cos - b sin, b cos + a sin)      undone by -sin
 
-for each pair of a head's first rotary_dim columns: (i, i + rotary_dim/2) by default ("half", GPT-NeoX, Llama) or
-(2i, 2i + 1) ("interleaved", GPT-J); cos and sin by the token's position, the other columns as they are.
+for each pair of the first rotary_dim columns of a head: (i, i + rotary_dim/2) by default ("half", GPT-NeoX, Llama) or
+(2i, 2i + 1) ("interleaved", GPT-J). cos and sin belong to the token's position; the other columns are unchanged.
 
-Fused: q and k in one launch, or all heads of a packed tensor in place. Each element is read and written once, forward
-and backward; backward turns the gradient back into a tensor of its own, since others may hold the one that came.
+One launch serves q and k, or all heads of a packed tensor in place. Each element is read and written once, forward and
+backward. Backward writes a new tensor, because other code may hold the incoming gradient.
+
 Saved for backward: cos, sin and positions only.
+
+Determinism: bitwise. Each pair is computed on its own.
+
+Limits: cos and sin are constants and get no gradient. First derivatives only.
 """
 
 from __future__ import annotations
@@ -239,11 +244,17 @@ register("rope", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def rope_frequencies(rotary_dim: int, theta: float = 10000.0, scaling: dict[str, Any] | None = None) -> Tensor:
-    """(rotary_dim / 2,) fp64 radians per position, on the CPU: theta^(-2i / rotary_dim), scaled.
+    """Radians per position of each pair: theta^(-2i / rotary_dim), scaled.
 
-    scaling: {"rope_type": "linear", "factor"} (arXiv:2306.15595), or {"rope_type": "llama3", "factor",
-    "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}: long wavelengths divided by factor,
-    short ones kept, a ramp between.
+    Args:
+        rotary_dim: columns of a head that rotate; even.
+        theta: base of the frequencies.
+        scaling: None, {"rope_type": "linear", "factor"} (arXiv:2306.15595), or {"rope_type": "llama3", "factor",
+            "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, which divides long wavelengths
+            by factor, keeps short ones, and interpolates between.
+
+    Returns:
+        (rotary_dim / 2,) fp64, on the CPU.
     """
     f = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
     if scaling is None:
@@ -265,16 +276,30 @@ def rope(
     """Rotate queries and keys.
 
     Args:
-        q: (B, T, H, D); k: (B, T, Hkv, D) in q's dtype; any strides; fp32, bf16, fp16 (fp64 on the reference).
+        q: (B, T, H, D), any strides; fp32, bf16, fp16 (fp64 on the reference).
+        k: (B, T, Hkv, D) in q's dtype, any strides.
         cos, sin: (T_max, rotary_dim / 2), fp32, of position times frequency in radians; constants.
+        interleaved: pairs (2i, 2i + 1) instead of (i, i + rotary_dim / 2).
         positions: (T,) or (B, T) int64 row of cos and sin for each token; default 0, 1, 2, ...
 
     Returns:
-        q and k turned, in their dtypes, contiguous; computed in fp32.
+        q and k rotated, in their dtypes, contiguous; computed in fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument. Positions out of range are found on CPU; on a GPU the turned
-            columns of such a token are NaN (FASTGPT_CHECK=1 syncs and raises). Source: arXiv:2104.09864.
+        ValueError, TypeError: with the argument, the value received and the value expected. On a CPU that includes
+            positions out of range. On a GPU the rotated columns of such a token are NaN; with FASTGPT_CHECK=1 the call
+            waits for the device and raises.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> from fastgpt.ops.rope import rope_frequencies
+        >>> angles = torch.outer(torch.arange(16.0), rope_frequencies(8).float())
+        >>> q, k = ops.rope(torch.randn(2, 16, 4, 8), torch.randn(2, 16, 2, 8), angles.cos(), angles.sin())
+        >>> q.shape, k.shape
+        (torch.Size([2, 16, 4, 8]), torch.Size([2, 16, 2, 8]))
+
+    Source: Su et al. 2021 (arXiv:2104.09864).
     """
     check_float("rope", "q", q)
     check_float("rope", "k", k)
@@ -304,17 +329,29 @@ def rope_qkv(
     """Rotate the query and key heads of one packed tensor: in place on kernels, into a new tensor on the reference.
 
     Args:
-        qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads; any strides. Its memory is
-            overwritten where its columns are contiguous, no element is there twice and, with gradients on, it is all
-            of a tensor rather than a part; else it stays as it is. Use what is returned.
+        qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads; any strides. It is overwritten if
+            its columns are contiguous, no element appears twice and, with gradients on, it is a whole tensor and not a
+            part of one; else it is left unchanged. Use the returned tensor.
         cos, sin, interleaved, positions: as in `rope`.
+        n_heads: query heads.
+        n_kv_heads: key heads, and as many value heads.
 
     Returns:
-        qkv with its first n_heads + n_kv_heads heads turned.
+        qkv with its first n_heads + n_kv_heads heads rotated.
 
     Raises:
-        ValueError, TypeError: naming the argument; as in `rope`, and on kernels for a leaf that requires grad.
-            Source: arXiv:2104.09864.
+        ValueError, TypeError: as in `rope`, and on kernels for a leaf that requires grad.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> from fastgpt.ops.rope import rope_frequencies
+        >>> angles = torch.outer(torch.arange(16.0), rope_frequencies(8).float())
+        >>> qkv = ops.rope_qkv(torch.randn(2, 16, 8, 8), angles.cos(), angles.sin(), n_heads=4, n_kv_heads=2)
+        >>> qkv.shape
+        torch.Size([2, 16, 8, 8])
+
+    Source: Su et al. 2021 (arXiv:2104.09864).
     """
     check_float("rope", "qkv", qkv)
     heads, n_turned = n_heads + 2 * n_kv_heads, n_heads + n_kv_heads

@@ -4,8 +4,14 @@
                            gelu_tanh(g) = g sigmoid(2 sqrt(2 / pi) (g + 0.044715 g^3))
     dgate = dy up act'(gate),  dup = dy act(gate)
 
-Forward reads gate and up and writes y once; backward reads dy, gate and up and writes both gradients once, a packed
-input's as one packed tensor. Saved for backward: gate and up; act and act' are computed again.
+Forward reads gate and up once and writes y once. Backward reads dy, gate and up once and writes both gradients once, as
+one packed tensor for a packed input.
+
+Saved for backward: gate and up. act and act' are recomputed.
+
+Determinism: bitwise. Each element is computed on its own.
+
+Limits: gate and up share one dtype and shape. First derivatives only.
 """
 
 from __future__ import annotations
@@ -108,15 +114,27 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") 
     """act(gate) * up.
 
     Args:
-        gate: (..., F), or packed (..., 2F) with the gate first when up is None; up: (..., F) as gate. Any strides;
-            fp32, bf16, fp16 (fp64 on the reference).
-        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU; the second as Gemma has it), "relu2" (squared ReLU).
+        gate: (..., F), or packed (..., 2F) with the gate first when up is None. Any strides; fp32, bf16, fp16 (fp64 on
+            the reference).
+        up: (..., F) in gate's dtype, or None.
+        activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU; Gemma uses the second), "relu2" (squared ReLU).
 
     Returns:
-        (..., F) in gate's dtype; the function and the product in fp32.
+        (..., F) in gate's dtype; the function and the product are computed in fp32.
 
     Raises:
-        ValueError, TypeError: naming the argument. Source: arXiv:2002.05202.
+        ValueError, TypeError: with the argument, the value received and the value expected.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> gate_up = torch.randn(8, 2 * 64, requires_grad=True)
+        >>> y = ops.swiglu(gate_up)
+        >>> y.sum().backward()
+        >>> y.shape, gate_up.grad.shape
+        (torch.Size([8, 64]), torch.Size([8, 128]))
+
+    Source: Shazeer 2020 (arXiv:2002.05202).
     """
     check_float("swiglu", "gate", gate)
     if gate.dim() == 0:

@@ -39,7 +39,7 @@ class AdamW(torch.optim.Optimizer):
         betas, eps, weight_decay: as in torch.optim.AdamW (decoupled decay).
         master: how 16-bit parameters keep what 16 bits cannot: "fp32" copies, "remainder" (bf16 only: 16 low bits,
             the exact fp32 value for 2 bytes less), "stochastic" rounding (bf16 only, unbiased, from `seed`), or None.
-        max_norm: clip the global gradient norm to this (torch.nn.utils.clip_grad_norm_'s formula), None: no clipping.
+        max_norm: clip the global gradient norm to this, by the formula of `torch.nn.utils.clip_grad_norm_`; None: no clipping.
             A norm that is not finite skips the step on the device: parameters, moments and step counters stay.
         moment_dtype: torch.float32 or torch.bfloat16.
 
@@ -56,6 +56,16 @@ class AdamW(torch.optim.Optimizer):
     `differentiable` are not supported. Groups may be added at any time. Pickle and deepcopy keep everything.
     Works with torch.amp.GradScaler (grad_scale and found_inf are used on the device). Raises ValueError for settings
     it does not support and for parameters with gaps or overlaps in memory, TypeError for sparse or complex ones.
+    Example:
+        >>> import torch
+        >>> from fastgpt.optim import AdamW
+        >>> model = torch.nn.Linear(8, 4, dtype=torch.bfloat16)
+        >>> optimizer = AdamW(model.parameters(), lr=1e-3, master="remainder", max_norm=1.0)
+        >>> model(torch.randn(2, 8, dtype=torch.bfloat16)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.grad_norm.shape
+        torch.Size([1])
+
     Source: arXiv:1711.05101.
     """
 

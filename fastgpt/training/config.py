@@ -79,7 +79,7 @@ class TrainConfig:
         profiler: what writes the profile; nsys marks the steps and their ops (NVTX) for Nsight Systems instead.
         sample_every: steps between samples; 0 is only at the end.
         sample_tokens: length of a sample.
-        prompt: text that samples begin with; several are separated by |.
+        prompt: text that samples begin with; several are separated by `|`.
         check_baseline: exit 1 unless the validation loss ends at least 1 nat under a unigram model's.
     """
 
