@@ -133,7 +133,7 @@ def ops_index() -> str:
     rows = [f"| [{op}]({op}.md) | {split_head(head(ROOT / 'fastgpt' / 'ops' / f'{op}.py'))[0]} |" for op in op_names()]
     names = "\n".join(op_names())
     intro = (
-        "Each op is a function over PyTorch tensors: differentiable, safe under `torch.compile`, on several backends."
+        "Each op is a differentiable function of PyTorch tensors that works under `torch.compile`, on several backends."
     )
     choose = "```{eval-rst}\n.. autoclass:: fastgpt.ops.use\n```"
     table = "\n".join(["| op | what it computes |", "|---|---|", *rows])

@@ -68,7 +68,7 @@ def test_the_example_of_a_docstring_runs(name: str) -> None:
 
 
 def variables(path: Path) -> Iterator[str]:
-    """Environment variables that a module reads: os.environ.get, [...], setdefault and in, getenv, setup.py's wanted."""
+    """Environment variables that a module reads: os.environ, getenv and the `wanted` of setup.py."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         name: ast.expr | None = None

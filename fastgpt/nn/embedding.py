@@ -11,8 +11,8 @@ from fastgpt.core.fallback import leave_to_torch
 class Embedding(nn.Embedding):
     """torch.nn.Embedding whose gradient is summed in fp32, in the order of the tokens.
 
-    The arguments of the constructor are those of torch.nn.Embedding; with max_norm, scale_grad_by_freq or sparse it runs
-    PyTorch's embedding.
+    The arguments of the constructor are those of torch.nn.Embedding; with max_norm, scale_grad_by_freq or sparse it
+    runs PyTorch's embedding.
 
     Shape: input (...) int64 or int32 -> (..., embedding_dim).
     """

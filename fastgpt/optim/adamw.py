@@ -39,8 +39,9 @@ class AdamW(torch.optim.Optimizer):
         betas, eps, weight_decay: as in torch.optim.AdamW (decoupled decay).
         master: how 16-bit parameters keep what 16 bits cannot: "fp32" copies, "remainder" (bf16 only: 16 low bits,
             the exact fp32 value for 2 bytes less), "stochastic" rounding (bf16 only, unbiased, from `seed`), or None.
-        max_norm: clip the global gradient norm to this, by the formula of `torch.nn.utils.clip_grad_norm_`; None: no clipping.
-            A norm that is not finite skips the step on the device: parameters, moments and step counters stay.
+        max_norm: clip the global gradient norm to this, by the formula of `torch.nn.utils.clip_grad_norm_`; None: no
+            clipping. A norm that is not finite skips the step on the device: parameters, moments and step counters do
+            not change.
         moment_dtype: torch.float32 or torch.bfloat16.
 
     Attributes:
