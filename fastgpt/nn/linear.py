@@ -15,7 +15,8 @@ def keep_gradients(module: nn.Module, min_numel: int = KEPT_NUMEL) -> None:
 
     The backward of fastgpt's linear layers, embeddings and LM head then writes (after zero_grad(set_to_none=True)) or
     adds the gradient there instead of allocating a tensor. Use it in one process and in eager mode: hooks of DDP and
-    FSDP see no gradient, and torch.compile ignores the buffers. Call it again after moving or casting the module.
+    FSDP see no gradient, and torch.compile ignores the buffers. Call it again after moving or casting the module: until
+    then its buffers are ignored.
     """
     for p in module.parameters():
         if p.dim() == 2 and p.numel() >= min_numel and p.requires_grad:

@@ -95,3 +95,19 @@ def test_compiled_and_under_autocast_it_is_the_plain_layer() -> None:
     with torch.autocast(DEVICE, torch.bfloat16):
         assert module(x).dtype == torch.bfloat16
     torch.testing.assert_close(ops.linear(x, rand(4, 8)), F.linear(x, rand(4, 8)))
+
+
+def test_a_buffer_from_before_a_cast_is_ignored() -> None:
+    """In a linear layer, an embedding and a fused head: the gradient goes the plain way until keep_gradients again."""
+    ids, target = torch.tensor([[3, 1, 2]], device=DEVICE), torch.tensor([0, 4, 1], device=DEVICE)
+    table, linear = nn.Embedding(7, 8).to(DEVICE), layer(bias=False)
+    nn.keep_gradients(table, min_numel=1)
+    for module in (table, linear):
+        module.double()
+    head = torch.nn.Parameter(rand(5, 8))
+    head.grad_buffer = torch.empty(4, 8, device=DEVICE)  # type: ignore[attr-defined]  # as after a vocabulary grew
+    x = table(ids)
+    (linear(x).sum() + ops.linear_cross_entropy(x[0].float(), head, target)).backward()
+    torch.testing.assert_close(linear.weight.grad, x.detach().sum((0, 1)).expand(5, 8))
+    for weight in (table.weight, linear.weight, head):
+        assert weight.grad is not None and weight.grad is not weight.grad_buffer
