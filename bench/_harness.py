@@ -29,7 +29,8 @@ from torch import Tensor
 
 from fastgpt.bench.results import PROVENANCE as PROVENANCE
 from fastgpt.bench.results import append_rows as append_rows
-from fastgpt.core.device import cpu_name, datasheet_bandwidth, datasheet_peak, default_device, describe_machine, nvml
+from fastgpt.core.cards import datasheet_bandwidth, datasheet_peak
+from fastgpt.core.device import cpu_name, default_device, describe_machine, nvml
 from fastgpt.core.errors import UserError
 
 try:

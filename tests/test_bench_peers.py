@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastgpt.bench import OPS, _command, _harness, _ncu, _op
 from fastgpt.bench._harness import Setting
-from fastgpt.core.device import datasheet_bandwidth
+from fastgpt.core.cards import datasheet_bandwidth
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).resolve().parents[1]
@@ -325,7 +325,7 @@ def test_the_command_that_is_printed_runs(capsys: pytest.CaptureFixture[str], mo
         ("NVIDIA A100-SXM4-40GB", 1555e9),
         ("NVIDIA A100-SXM4-80GB", 2039e9),
         ("NVIDIA GeForce RTX 4090", 1008e9),
-        ("NVIDIA B200", None),
+        ("NVIDIA A10G", None),
     ],
 )
 def test_bandwidth_by_name(name: str, wanted: float | None) -> None:

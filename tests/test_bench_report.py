@@ -16,7 +16,7 @@ import torch
 from fastgpt import cli
 from fastgpt.bench import OPS, commands, cpu, render, report, results
 from fastgpt.bench._harness import provenance
-from fastgpt.core.device import datasheet_bandwidth
+from fastgpt.core.cards import datasheet_bandwidth
 from fastgpt.core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,8 +14,9 @@ import torch
 from fastgpt import ops, train
 from fastgpt.core import backend
 from fastgpt.core.backend import use
+from fastgpt.core.cards import CARDS, datasheet_peak
 from fastgpt.core.command import run_command
-from fastgpt.core.device import CARDS, PEAK_BF16, datasheet_peak, total_memory
+from fastgpt.core.device import total_memory
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
 from fastgpt.ops import _linear_cross_entropy
@@ -391,14 +392,16 @@ def test_other_errors_pass() -> None:
 
 
 def test_cards() -> None:
-    assert all(any(peak in name for peak in PEAK_BF16) for name in CARDS)
+    assert all(datasheet_peak(f"NVIDIA {name}") == card.peak for name, card in CARDS.items())
     assert datasheet_peak("NVIDIA L40S") == 362e12 and datasheet_peak("NVIDIA L4") == 121e12
     assert datasheet_peak("NVIDIA H100 PCIe") == 756e12 and datasheet_peak("Quadro") is None
+    assert datasheet_peak("NVIDIA A100") == 312e12, "40 or 80 GB: one peak"
+    assert datasheet_peak("NVIDIA L40") is datasheet_peak("NVIDIA RTX A4000") is None, "neither is an L4 or A40"
     names = {"a100": "A100 40GB", "a100-80gb": "A100 80GB", "A10": "A10 24GB", "h100": "H100 80GB", "l4": "L4 24GB"}
     names |= {"rtx4090": "RTX 4090 24GB", "4090": "RTX 4090 24GB", "H200": "H200 141GB", "h100-pcie": "H100 PCIe 80GB"}
     for name, key in names.items():
         found = plan.card(name)
-        assert found is not None and found.name == key and found.memory == CARDS[key][0]
+        assert found is not None and found.name == key and found.memory == CARDS[key].memory
     assert plan.card("cpu") is plan.card("cuda:1") is plan.card("-") is None
     assert total_memory(torch.device("cpu")) > 1 << 28
 
@@ -445,8 +448,8 @@ def test_plan_without_a_gpu_names_the_smallest_card(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, out = run_plan("--config gpt2-1.5b --micro-batch 8", capsys)
     assert code == 0 and "1 x A100 80GB, the smallest card that holds it (no GPU here, no --device)" in out
-    code, out = run_plan("--config gpt2-1.5b --micro-batch 128", capsys)
-    assert code == 1 and "H200 141GB, the largest card known" in out and "none that is known" in out
+    code, out = run_plan("--config gpt2-1.5b --micro-batch 256", capsys)
+    assert code == 1 and "B200 180GB, the largest card known" in out and "none that is known" in out
 
 
 def test_plan_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,40 +16,8 @@ from typing import Any
 import torch
 
 from fastgpt._version import __version__
+from fastgpt.core.cards import datasheet_peak
 from fastgpt.core.errors import UserError
-
-# Dense bf16 peak, FLOP/s, from the makers' datasheets; the longest name that the device's name contains counts.
-PEAK_BF16 = {
-    "A100": 312e12,
-    "A10": 125e12,
-    "A30": 165e12,
-    "A40": 149.7e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165.2e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "H100 PCIe": 756e12,
-    "H100": 989.5e12,
-    "H200": 989.5e12,
-    "B200": 2250e12,
-}
-
-# Memory in bytes and its bandwidth in bytes/s, from the makers' datasheets (SXM where a card comes in two forms). Cards
-# that multiply bf16: older ones (T4, V100) do not. The peak is PEAK_BF16's for the same name.
-CARDS = {
-    "L4 24GB": (24e9, 300e9),
-    "A10 24GB": (24e9, 600e9),
-    "RTX 3090 24GB": (24e9, 936e9),
-    "A30 24GB": (24e9, 933e9),
-    "RTX 4090 24GB": (24e9, 1008e9),
-    "A100 40GB": (40e9, 1555e9),
-    "A40 48GB": (48e9, 696e9),
-    "L40S 48GB": (48e9, 864e9),
-    "A100 80GB": (80e9, 2039e9),
-    "H100 80GB": (80e9, 3350e9),
-    "H100 PCIe 80GB": (80e9, 2000e9),
-    "H200 141GB": (141e9, 4800e9),
-}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
@@ -88,21 +56,6 @@ def keep_freed_memory() -> None:
     mallopt = ctypes.CDLL(None).mallopt
     for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)):
         mallopt(parameter, value)
-
-
-def datasheet_peak(name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a GPU of this name; None for one that PEAK_BF16 does not know."""
-    known = [key for key in PEAK_BF16 if key in name]
-    return PEAK_BF16[max(known, key=len)] if known else None
-
-
-def datasheet_bandwidth(name: str) -> float | None:
-    """Memory bandwidth in bytes/s of a GPU of this name; None for one that CARDS does not know or that may be two."""
-    words = set(re.findall(r"[A-Za-z0-9]+", name))
-    known = {key: key.split() for key in CARDS if set(key.split()[:-1]) <= words}  # the last word is its memory
-    fit = {key: len(words & set(parts)) for key, parts in known.items()}
-    best = {CARDS[key][1] for key in fit if fit[key] == max(fit.values())}
-    return best.pop() if len(best) == 1 else None
 
 
 @functools.cache

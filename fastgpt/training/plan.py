@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from fastgpt.core import backend
-from fastgpt.core.device import CARDS, DTYPES, datasheet_peak, default_device, dtype_of, total_memory
+from fastgpt.core.cards import CARDS, datasheet_peak
+from fastgpt.core.device import DTYPES, default_device, dtype_of, total_memory
 from fastgpt.core.errors import UserError
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
@@ -144,12 +145,12 @@ def card(name: str) -> Target | None:
     keys = {key: key.lower().split() for key in CARDS}
     found = [k for k, parts in keys.items() if words and set(words) <= set(parts)]
     found = found or [k for k, parts in keys.items() if words and "".join(parts).startswith("".join(words))]
-    return _card(min(found, key=lambda k: CARDS[k][0])) if found else None
+    return _card(min(found, key=lambda k: CARDS[k].memory)) if found else None
 
 
 def _card(key: str) -> Target:
-    memory, bandwidth = CARDS[key]
-    return Target(key, "cuda", int(memory), bandwidth, datasheet_peak(key))
+    known = CARDS[key]
+    return Target(key, "cuda", int(known.memory), known.bandwidth, known.peak)
 
 
 def holding(cfg: TrainConfig, shape: Shape, gpus: int) -> list[Target]:
@@ -169,7 +170,7 @@ def find_target(name: str, cards: list[Target]) -> tuple[Target, str]:
     if name == "auto" and not torch.cuda.is_available():
         if cards:
             return cards[0], f"{cards[0].name}, the smallest card that holds it (no GPU here, no --device)"
-        largest = _card(max(CARDS, key=lambda k: CARDS[k][0]))
+        largest = _card(max(CARDS, key=lambda k: CARDS[k].memory))
         return largest, f"{largest.name}, the largest card known (no GPU here, no --device)"
     if known := card(name):
         return known, known.name
