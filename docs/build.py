@@ -27,7 +27,12 @@ OTHER_OPS = ("linear",)  # without kernels, so not in the registry
 BACKENDS = {"cuda": "CUDA (C++)", "triton": "Triton", "cpu": "CPU (C++)", "torch": "PyTorch (reference)"}
 EXTRA = {"rope": ["fastgpt.ops.rope.rope_frequencies"]}  # functions that an op's users need too
 CLASSES = {"adamw": "fastgpt.optim.AdamW"}  # ops whose public face is a class
-PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
+PAGES = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
+}
 
 
 def op_names() -> list[str]:
@@ -177,7 +182,9 @@ def assemble(folder: Path) -> None:
     start, figures = readme_parts()
     navigation = (docs / "navigation.md").read_text(encoding="utf-8")
     pages = {"index.md": adapted(start, "") + "\n" + navigation, "figures.md": adapted(figures, "")}
-    pages |= {page: adapted((ROOT / name).read_text(encoding="utf-8"), "") for name, page in PAGES.items()}
+    pages |= {
+        page: adapted((ROOT / name).read_text(encoding="utf-8"), os.path.dirname(name)) for name, page in PAGES.items()
+    }
     for path in [*docs.glob("*.md"), *docs.glob("reference/*.md")]:
         name = path.relative_to(docs).as_posix()
         if name != "navigation.md":
