@@ -18,6 +18,7 @@ LAYERS = (
     {"models", "patching", "parity"},
     {"data", "inference", "checks"},
     {"training"},
+    {"config", "errors"},
     {"train"},
     {"bench"},
     {"cli"},
@@ -117,3 +118,11 @@ def test_an_import_upwards_is_found(tmp_path: Path) -> None:
     module = tmp_path / "norms.py"
     module.write_text("def f():\n    from fastgpt.training import plan\n    from ..bench import _op\n")
     assert len(climbs("nn.norms", module)) == 2
+
+
+def test_public_names_have_their_paths() -> None:
+    from fastgpt import config, errors
+    from fastgpt.core.errors import UserError
+    from fastgpt.training.config import load_config
+
+    assert config.load_config is load_config and errors.UserError is UserError
