@@ -1,6 +1,6 @@
 """The trainer's step against the same model in plain PyTorch: `python -m fastgpt.bench.throughput --device cpu`.
 
-fastgpt: fastgpt.train's build_model, build_optimizer and train_step, nothing of its own here. torch: a nanoGPT-class
+fastgpt: the trainer's own build_model, build_optimizer, forward_backward and optimizer_step. torch: a nanoGPT-class
 model in fastgpt/bench/plain.py (nn.LayerNorm, F.gelu, SDPA, F.cross_entropy over padded logits, clip_grad_norm_,
 AdamW(fused=True); on a GPU fp32 weights under bf16 autocast), eager and, with --compile, under torch.compile. Same
 weights, tokens, seed and schedule; steps are interleaved, one after another; speeds are shown only if every op's parity

@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, default_shape, settings, shapes_on
 from fastgpt.data.shards import ShardWriter
 from fastgpt.training.config import TrainConfig
+from fastgpt.training.run import Run
 
 STEPS, STOP_AT = 60, 30
 FELL = 0.1  # nats at least between the first and the last ten steps
@@ -58,8 +60,10 @@ def config(shape: Shape, device: torch.device, folder: Path) -> TrainConfig:
     )
 
 
-def stop(run: train.Run) -> dict[str, float]:
-    """An evaluation that asks the first run to end, as a machine that is taken away does."""
+def stop(run: Run, recorded: list[bool]) -> dict[str, float]:
+    """An evaluation that asks the first run to end, as a machine that is taken away does, and notes whether CUDA graphs
+    could be recorded."""
+    recorded.append(not run.graphs.failure)
     if run.progress.step == STOP_AT:
         os.kill(os.getpid(), signal.SIGTERM)
     return {}
@@ -82,26 +86,15 @@ def judge(rows: list[dict[str, Any]], codes: list[int], graphs: bool) -> str:
 
 def measure(shape: Shape, device: torch.device) -> dict[str, Any]:
     """The figures of the run, or why it is red."""
-    train.EVALUATIONS["stop"] = stop
-    graphs: list[bool] = []
-    usual = train.loop
-
-    def loop(run: train.Run, *rest: Any) -> None:
-        before = run.graphs is not None
-        usual(run, *rest)
-        graphs.append((run.graphs is not None) == before)
-
+    recorded: list[bool] = []
+    train.EVALUATIONS["stop"] = partial(stop, recorded=recorded)
     with tempfile.TemporaryDirectory(prefix="fastgpt-training-") as work:
         write_tokens(Path(work), shape)
         cfg, start = config(shape, device, Path(work)), time.perf_counter()
-        train.loop = loop  # type: ignore[assignment]
-        try:
-            codes = [train.train(cfg) for _ in range(2)]
-        finally:
-            train.loop = usual
+        codes = [train.train(cfg) for _ in range(2)]
         log = (Path(work) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in log]
-    if why := judge(rows, codes, all(graphs)):
+    if why := judge(rows, codes, all(recorded)):
         return {"red": why}
     steps = [r for r in rows if "loss" in r]
     speed = statistics.median(r["tokens_per_second"] for r in steps[-20:])

@@ -13,8 +13,9 @@ import itertools
 import math
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,14 +23,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt import train
 from fastgpt.bench import plain
 from fastgpt.bench._harness import resident_mb
 from fastgpt.core import backend
 from fastgpt.core.device import keep_freed_memory
+from fastgpt.data import IGNORE
 from fastgpt.models.config import ModelConfig
+from fastgpt.optim import AdamW
+from fastgpt.optim.muon import MuonAdamW
+from fastgpt.train import forward_backward, optimizer_step
+from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.graphs import Graphs
+from fastgpt.training.schedule import learning_rate
+from fastgpt.training.stability import LossScale, SpikeGuard
 
 WARM_STEPS = 3  # before timing; compared, too
 GPU_WARM_STEPS = 6  # graphs are recorded in the fourth
@@ -127,7 +134,7 @@ class Variant:
         start = time.perf_counter()
         with backend.use(**self.kernels), torch.cuda.stream(self.stream):
             for _ in range(steps):
-                self.losses.append(self.step(train.learning_rate(cfg, len(self.losses), cfg.most_steps)))
+                self.losses.append(self.step(learning_rate(cfg, len(self.losses), cfg.most_steps)))
         wait()
         return time.perf_counter() - start
 
@@ -188,32 +195,54 @@ def answer(pipe: Connection, v: Any, cfg: TrainConfig | None, before: float) -> 
                 Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
 
 
+def train_step(
+    model: Any,
+    optimizer: AdamW | MuonAdamW,
+    loader: Iterator[tuple[Tensor, Tensor]],
+    accumulation: int,
+    guard: SpikeGuard | None = None,
+    scaling: LossScale | None = None,
+    graphs: Graphs | None = None,
+) -> Tensor:
+    """One step as the loop in fastgpt/train.py takes it, by the same functions: (loss, gradient norm, spike), on the
+    device."""
+    graphs = Graphs(model, enabled=False) if graphs is None else graphs
+    micro_step, update = partial(forward_backward, model, scaling), partial(optimizer_step, optimizer, guard, scaling)
+    graphs.begin(optimizer)
+    batches = [next(loader) for _ in range(accumulation)]
+    loss, none = torch.zeros(1, device=optimizer.device), torch.zeros((), dtype=torch.int64, device=optimizer.device)
+    counted = sum(((targets != IGNORE).sum() for _, targets in batches), none)
+    for i, (ids, targets) in enumerate(batches):
+        loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, ids, targets, counted)
+    return graphs("optimizer_step", update, loss)
+
+
 def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
     """'fastgpt', 'torch', either with ' compile'; 'fastgpt graphs': as it trains on a GPU; 'fastgpt -OP': OP on
     PyTorch."""
     device = torch.device(cfg.device)
     assert cfg.model.vocab_size is not None
     compiled, loader = name.endswith(" compile"), itertools.cycle(data)
-    model = train.build_model(dataclasses.replace(cfg, compile=compiled), cfg.model.vocab_size, device)
+    model = build_model(dataclasses.replace(cfg, compile=compiled), cfg.model.vocab_size, device)
     if name.startswith("torch"):
         return Variant(name, plain.make_step(model, cfg, loader, compiled))
     if device.type == "cpu":
         keep_freed_memory()
-    optimizer = train.build_optimizer(cfg, model)
+    optimizer = build_optimizer(cfg, model)
     run = torch.compile(model) if compiled else model
-    graphs = Graphs(model) if name.endswith(" graphs") else None
+    graphs = Graphs(model, enabled=name.endswith(" graphs"))
 
     def step(rate: float) -> Tensor:
         for group in optimizer.param_groups:
             group["lr"] = rate
-        loss = train.train_step(run, optimizer, loader, cfg.accumulation, graphs=graphs)[0]
-        if graphs is not None and graphs.failure:
+        loss = train_step(run, optimizer, loader, cfg.accumulation, graphs=graphs)[0]
+        if graphs.failure:
             raise RuntimeError(f"{name}: not recorded: {graphs.failure}")
-        return loss if graphs is None else loss.clone()  # the next step writes over it
+        return loss.clone() if graphs.enabled else loss  # the next step writes over it
 
     _, _, without = name.partition(" -")
     kernels = {without: "torch"} if without else {}
-    stream = torch.cuda.Stream(device) if graphs is not None and device.type == "cuda" else None
+    stream = torch.cuda.Stream(device) if graphs.enabled and device.type == "cuda" else None
     return Variant(name, step, kernels, model.flops_per_token(cfg.block_size), stream=stream)
 
 

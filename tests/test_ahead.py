@@ -4,6 +4,7 @@ and on which device's stream a step's end is looked for."""
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from fastgpt import train
-from fastgpt.training import runlog
+from fastgpt.training import evaluation, runlog, steplog
 from fastgpt.training.config import load_config
+from fastgpt.training.stop import Stop
 
 HOST, DEVICE = 0.004, 0.26  # seconds of a step
 TEXT = "".join(f"line {i * i % 97} of many\n" for i in range(3000))
@@ -70,7 +72,7 @@ def test_the_length_in_minutes_is_the_devices(tmp_path: Path, monkeypatch: pytes
     small += "--device cpu --vocab-size 300 --out run --data text.txt --log-every 500 --save-every 30 "
     small += "--eval-every 60 --max-minutes 1"
     cfg = load_config(small.split())
-    run = train.Run(cfg)
+    run = train.prepare(cfg)
     run.folder.mkdir()
     machine, behind = Machine(monkeypatch), []
 
@@ -84,21 +86,18 @@ def test_the_length_in_minutes_is_the_devices(tmp_path: Path, monkeypatch: pytes
         machine.now = max(machine.now, machine.streams[0].done) + 2.0
         return 3.0
 
-    monkeypatch.setattr(train, "train_step", step)
-    monkeypatch.setattr(train, "evaluate", validation)
-    monkeypatch.setattr(train, "peak_flops", lambda *args: (1e12, "fake"))
-    monkeypatch.setattr(train, "Lagged", lambda device: runlog.Lagged(torch.device("cuda:0")))
+    monkeypatch.setattr(train, "forward_backward", lambda model, scaling, total, *batch: total)
+    monkeypatch.setattr(train, "optimizer_step", step)
+    monkeypatch.setattr(evaluation, "evaluate", validation)
+    monkeypatch.setattr(steplog, "peak_flops", lambda *args: (1e12, "fake"))
+    monkeypatch.setattr(steplog, "Lagged", lambda device: runlog.Lagged(torch.device("cuda:0")))
     monkeypatch.setattr(run, "save", lambda: None)
-    log, stop = train.Log(run.folder, cfg, 0, run.progress.last_step), train.Stop()
-    try:
-        train.loop(run, run.model, log, stop)
-    finally:
-        log.close()
-        stop.restore()
+    with Stop() as stop, closing(runlog.Log(run.folder, cfg, 0, run.progress.last_step)) as log:
+        train.loop(run, log, stop)
     p, rows = run.progress, [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert p.step == p.last_step == len(steps) and abs(p.step * DEVICE - 60) < 3, "no limit cut it off"
     assert abs(p.seconds - 60) < 3 and steps[-1]["lr"] == pytest.approx(cfg.lr * cfg.min_lr_ratio, rel=0.01)
     assert 2 * DEVICE < max(behind) + DEVICE < 3.1 * DEVICE, "two steps ahead of the one that runs, no more"
-    speeds = [row["tokens_per_second"] * DEVICE / cfg.batch_tokens for row in steps[train.WARM_STEPS :]]
+    speeds = [row["tokens_per_second"] * DEVICE / cfg.batch_tokens for row in steps[steplog.WARM_STEPS :]]
     assert 0.95 < min(speeds) and max(speeds) < 1.05, "a step's time is the device's, after a validation too"

@@ -181,10 +181,10 @@ def test_steps_from_graphs_have_the_same_losses(monkeypatch: pytest.MonkeyPatch)
     replays: list[str] = []
 
     def record(function: Any, inputs: list[torch.Tensor], pool: object) -> tuple[Any, torch.Tensor, None]:
-        out = torch.zeros({"micro_step": 1, "update": 3}[function.__name__])
+        out = torch.zeros({"forward_backward": 1, "optimizer_step": 3}[function.func.__name__])
 
         def replay() -> None:
-            replays.append(function.__name__)
+            replays.append(function.func.__name__)
             out.copy_(function(*inputs).detach())
 
         return replay, out, None
@@ -195,8 +195,8 @@ def test_steps_from_graphs_have_the_same_losses(monkeypatch: pytest.MonkeyPatch)
     found, wanted = (variants.build(name, cfg, data) for name in ("fastgpt graphs", "fastgpt"))
     for v in (found, wanted):
         v.train(cfg, graphs.WARM_STEPS + 3)
-    assert replays == 3 * ["micro_step", "update"] and variants.GPU_WARM_STEPS > graphs.WARM_STEPS + 1
+    assert replays == 3 * ["forward_backward", "optimizer_step"] and variants.GPU_WARM_STEPS > graphs.WARM_STEPS + 1
     assert torch.stack(found.losses).equal(torch.stack(wanted.losses))
     monkeypatch.setattr(graphs, "record", lambda *args: 1 / 0)
-    with pytest.raises(RuntimeError, match="fastgpt graphs: not recorded: micro_step: division by zero"):
+    with pytest.raises(RuntimeError, match="fastgpt graphs: not recorded: forward_backward: division by zero"):
         variants.build("fastgpt graphs", cfg, data).train(cfg, graphs.WARM_STEPS + 1)

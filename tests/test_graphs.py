@@ -16,12 +16,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgpt import train
+from fastgpt.bench.variants import train_step
 from fastgpt.core.errors import UserError
 from fastgpt.data import TokenLoader
 from fastgpt.kernels import _tables
 from fastgpt.models.config import ModelConfig
+from fastgpt.nn import keep_gradients
 from fastgpt.training import graphs
+from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig
+from fastgpt.training.schedule import learning_rate
+from fastgpt.training.stability import LossScale, SpikeGuard
 
 WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
 
@@ -93,11 +98,11 @@ class Training:
     def __init__(self, cfg: TrainConfig, device: str = "cpu") -> None:
         torch.manual_seed(0)
         self.cfg, self.device = cfg, torch.device(device)
-        self.model = train.build_model(cfg, 96, self.device)
-        train.keep_gradients(self.model, min_numel=2**18)  # the MLP's matrices; the others' gradients are autograd's
-        self.optimizer = train.build_optimizer(cfg, self.model)
-        self.guard = train.SpikeGuard(3.0, self.device)
-        self.scaling = train.LossScale(self.device) if cfg.dtype == "fp16" else None
+        self.model = build_model(cfg, 96, self.device)
+        keep_gradients(self.model, min_numel=2**18)  # the MLP's matrices; the others' gradients are autograd's
+        self.optimizer = build_optimizer(cfg, self.model)
+        self.guard = SpikeGuard(3.0, self.device)
+        self.scaling = LossScale(self.device) if cfg.dtype == "fp16" else None
         tokens = torch.randint(96, (4000,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint16")
         self.loader = TokenLoader(tokens, 2, 16, device=self.device)
 
@@ -112,9 +117,9 @@ class Training:
         rows = []
         for step in range(n):
             for group in self.optimizer.param_groups:
-                group["lr"] = train.learning_rate(self.cfg, step, n)
+                group["lr"] = learning_rate(self.cfg, step, n)
             parts = (self.cfg.accumulation, self.guard, self.scaling, how)
-            rows.append(train.train_step(self.model, self.optimizer, self.loader, *parts).tolist())
+            rows.append(train_step(self.model, self.optimizer, self.loader, *parts).tolist())
         return rows
 
 
@@ -142,7 +147,7 @@ def test_a_replayed_step_is_the_called_step(case: str, monkeypatch: pytest.Monke
     assert recorded.steps(how) == expected
     assert not how.failure
     assert sorted(how.recorded) == sorted(
-        {"micro_step", "update"} | ({"accumulate"} if cfg.accumulation > 1 else set())
+        {"forward_backward", "optimizer_step"} | ({"accumulate"} if cfg.accumulation > 1 else set())
     )
     for a, b in zip(called.model.parameters(), recorded.model.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -150,13 +155,13 @@ def test_a_replayed_step_is_the_called_step(case: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("unlooked")
-@pytest.mark.parametrize("part", ["micro_step", "accumulate", "update"])
+@pytest.mark.parametrize("part", ["forward_backward", "accumulate", "optimizer_step"])
 def test_a_part_that_waits_is_called_instead(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = settings(batch_tokens=96)
     expected = Training(cfg).steps(None)
     training = Training(cfg)
     record = recording(training.state)
-    order = ["micro_step", "accumulate", "update"]
+    order = ["forward_backward", "accumulate", "optimizer_step"]
 
     def fails(function: graphs.Function, inputs: list[Tensor], pool: object) -> Any:
         def late(*x: Tensor) -> Tensor:
@@ -183,7 +188,9 @@ def test_a_part_that_waits_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None
         return record(lambda *x: x[0] * float(function(*x)), inputs, pool)
 
     monkeypatch.setattr(graphs, "record", waits)
-    with pytest.raises(UserError, match="micro_step cannot be recorded .operation not permitted.* with --no-graphs"):
+    with pytest.raises(
+        UserError, match="forward_backward cannot be recorded .operation not permitted.* with --no-graphs"
+    ):
         training.steps(graphs.Graphs(training.model))
 
 
@@ -248,13 +255,7 @@ def test_a_run_says_that_it_goes_on_without_graphs(
 ) -> None:
     (tmp_path / "text.txt").write_text(Path(train.__file__).read_text())
     monkeypatch.chdir(tmp_path)
-    usual = train.Run.__init__
-
-    def with_graphs(self: train.Run, cfg: TrainConfig) -> None:
-        usual(self, cfg)
-        self.graphs = graphs.Graphs(self.model)
-
-    monkeypatch.setattr(train.Run, "__init__", with_graphs)
+    monkeypatch.setattr(graphs.Graphs, "of_run", lambda cfg, model, device: graphs.Graphs(model))
 
     def fails(*args: object) -> None:
         raise RuntimeError("no recording here")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastgpt import ops, train
+from fastgpt.bench.variants import train_step
 from fastgpt.core import backend
 from fastgpt.core.backend import use
 from fastgpt.core.cards import CARDS, datasheet_peak
@@ -20,8 +21,11 @@ from fastgpt.core.device import total_memory
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
 from fastgpt.ops import _linear_cross_entropy
+from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import memory, plan
+from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig, load_config
+from fastgpt.training.evaluation import evaluate
 from fastgpt.training.memory import LEVELS, Plan, Target, shape_of
 
 CPU = Target("cpu", "cpu", 16 << 30)
@@ -58,7 +62,7 @@ def planned(cfg: TrainConfig, target: Target = CPU, gpus: int = 1) -> Plan:
 
 def saved_bytes(cfg: TrainConfig) -> int:
     """Bytes of the distinct storages that a forward pass saves for backward; parameters, tables and ids left out."""
-    model = train.build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
+    model = build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
     ids = torch.randint(1000, (cfg.sequences, cfg.block_size))
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), ids)}
     kept: dict[int, torch.Tensor] = {}  # the tensors too, so that no address comes twice
@@ -118,8 +122,8 @@ def peak_of(work: Any) -> tuple[int, int]:
 
 def step_bytes(cfg: TrainConfig) -> tuple[int, int]:
     """(peak of a training step over parameters and optimizer state, bytes of AdamW's state)."""
-    model = train.build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
-    optimizer = train.build_optimizer(cfg, model)
+    model = build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
+    optimizer = build_optimizer(cfg, model)
     ids = torch.randint(1000, (cfg.sequences, cfg.block_size))
 
     def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -127,7 +131,7 @@ def step_bytes(cfg: TrainConfig) -> tuple[int, int]:
             yield ids, ids
 
     def step() -> None:
-        train.train_step(model, optimizer, batches(), cfg.accumulation)  # type: ignore[arg-type]
+        train_step(model, optimizer, batches(), cfg.accumulation)  # type: ignore[arg-type]
 
     step()
     gc.collect()
@@ -197,9 +201,9 @@ def test_validation_is_beside_the_graphs_memory(name: str, monkeypatch: pytest.M
     card = Target("between", "cuda", int((on.needed + off.needed) / 2 / (1 - memory.SPARE["cuda"])))
     sizes = [plan.largest_micro_batch(replace(cfg, graphs=graphs), shape, card) for graphs in (True, False)]
     assert sizes[0] < cfg.sequences == sizes[1]
-    model = train.build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
+    model = build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
     ids = torch.randint(1000, (cfg.sequences, cfg.block_size))
-    top, _ = peak_of(lambda: train.evaluate(model, iter([(ids, ids)])))
+    top, _ = peak_of(lambda: evaluate(model, iter([(ids, ids)])))
     assert 0.5 * on.validation < top <= memory.validation_bytes(cfg, ids.numel(), 4, CPU)
 
 
@@ -207,8 +211,8 @@ def test_validation_is_beside_the_graphs_memory(name: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parameters_and_state_are_exact(master: Any, dtype: str) -> None:
     cfg = settings(LLAMA, dtype, master=master)
-    model = train.build_model(cfg, 1000, torch.device("cpu"))
-    optimizer = train.build_optimizer(cfg, model)
+    model = build_model(cfg, 1000, torch.device("cpu"))
+    optimizer = build_optimizer(cfg, model)
     model(*[torch.randint(1000, (2, 8))] * 2).backward()
     optimizer.step()
     state = {t.untyped_storage().data_ptr(): t for s in optimizer.state.values() for t in s.values()}
@@ -222,9 +226,9 @@ def test_parameters_and_state_are_exact(master: Any, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_muons_state_is_exact(dtype: str) -> None:
     cfg = settings(LLAMA, dtype, optimizer="muon")
-    model = train.build_model(cfg, 1000, torch.device("cpu"))
-    optimizer = train.build_optimizer(cfg, model)
-    assert isinstance(optimizer, train.MuonAdamW)
+    model = build_model(cfg, 1000, torch.device("cpu"))
+    optimizer = build_optimizer(cfg, model)
+    assert isinstance(optimizer, MuonAdamW)
     model(*[torch.randint(1000, (2, 8))] * 2).backward()
     optimizer.step()
     tensors = [t for s in optimizer.state.values() for t in s.values()]
@@ -248,11 +252,11 @@ def test_peak_of_a_step_of_one_micro_batch(name: str, tokens: int) -> None:
 @pytest.mark.parametrize(("more", "kept"), [({"batch_tokens": 256}, "tied"), ({}, "all"), ({"compile": True}, "none")])
 def test_which_gradients_have_a_place(more: dict[str, Any], kept: str) -> None:
     """Those that several matrix products of a step add to: others would only lie there."""
-    model = train.build_model(settings(GPT2 | WIDE, **more), 3000, torch.device("cpu"))
+    model = build_model(settings(GPT2 | WIDE, **more), 3000, torch.device("cpu"))
     names = {name for name, p in model.named_parameters() if hasattr(p, "grad_buffer")}
     assert names == {"tied": {"wte.weight"}, "none": set()}.get(kept, names)
     assert (len(names) > 10) == (kept == "all")
-    untied = train.build_model(settings(LLAMA | WIDE, batch_tokens=256), 3000, torch.device("cpu"))
+    untied = build_model(settings(LLAMA | WIDE, batch_tokens=256), 3000, torch.device("cpu"))
     assert not any(hasattr(p, "grad_buffer") for p in untied.parameters())
 
 
@@ -307,7 +311,7 @@ def test_auto_is_settled_before_the_model(tmp_path: Path, monkeypatch: pytest.Mo
     full = plan.with_vocabulary(cfg, 300)
     target = target_for(full, 8)
     monkeypatch.setattr(plan, "total_memory", lambda device: target.memory)
-    run = train.Run(cfg)
+    run = train.prepare(cfg)
     assert (run.cfg.micro_batch, run.cfg.accumulation, run.loader.batch) == (8, 3, 8)
     assert train.train(cfg) == 0 and '"micro_batch": 8' in Path("r/run.json").read_text()
     monkeypatch.setattr(plan, "total_memory", lambda device: 1000)
@@ -376,7 +380,7 @@ def test_out_of_memory_names_part_and_knob(
     words += "--data ids_uint32.bin"
     cfg = load_config(words.split())
     monkeypatch.setattr(plan, "total_memory", lambda device: target_for(plan.with_vocabulary(cfg), 4).memory)
-    monkeypatch.setattr(train, "train_step", lambda *args: fail())
+    monkeypatch.setattr(train, "forward_backward", lambda *args: fail())
     assert run_command(lambda: train.main(words.split())) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
     assert line.startswith("fastgpt: error: out of memory on cpu: the largest part by plan is activations, "), line

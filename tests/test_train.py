@@ -19,14 +19,20 @@ import pytest
 import torch
 
 from fastgpt import train
+from fastgpt.bench.variants import train_step
 from fastgpt.core.backend import use
 from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
 from fastgpt.data import IGNORE
 from fastgpt.data.shards import ShardWriter
 from fastgpt.data.source import open_source, open_validation
-from fastgpt.training import checkpoint
-from fastgpt.training.config import load_config
+from fastgpt.optim.muon import MuonAdamW
+from fastgpt.training import checkpoint, evaluation, profiling, stability, steplog
+from fastgpt.training.build import build_model, build_optimizer
+from fastgpt.training.config import TrainConfig, load_config
+from fastgpt.training.run import Run
+from fastgpt.training.schedule import learning_rate
+from fastgpt.training.stability import LossScale, SpikeGuard
 
 SMALL = (
     "--model.n-layers 2 --model.n-heads 2 --model.width 32 --block-size 32 --micro-batch 4 --batch-tokens 256 "
@@ -81,34 +87,31 @@ def test_a_run_leaves_everything_a_person_expects(text: Path, capsys: pytest.Cap
     assert {"grad_norm", "lr", "tokens_per_second", "mfu_causal", "mfu_full", "memory_gb"} <= rows()[0].keys()
 
 
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM arrives during this step of the next run."""
+    real, seen = train.learning_rate, []
+
+    def signalled(cfg: TrainConfig, number: int, last_step: int) -> float:
+        if number == step - 1 and not seen:
+            seen.append(number)
+            signal.raise_signal(signal.SIGTERM)
+        return real(cfg, number, last_step)
+
+    monkeypatch.setattr(train, "learning_rate", signalled)
+
+
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
-def test_resume_is_bitwise(text: Path, kernels: str) -> None:
+def test_resume_is_bitwise(text: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped anywhere and continued, with accumulation and dropout: the losses of the uninterrupted run."""
     extra = ["--model.resid-dropout", "0.1", "--model.attn-dropout", "0.1", "--kernels", f"all={kernels}"]
     assert go(text, *extra) == 0
     whole, weights = losses(), torch.cat([p.flatten() for p in _weights("run").values()])
     shutil.rmtree("run")
     for stop in (5, 9):
-        cfg = load_config([*SMALL, "--data", str(text), "--out", "run", *extra])
-        run = train.Run(cfg)
-        run.resume()
-        run.folder.mkdir(exist_ok=True)
-        log = train.Log(run.folder, cfg, run.progress.step, run.progress.last_step)
-        stopper = train.Stop()
-        step = run.step
-
-        def step_and_ask(model: object, step=step, run=run, stop=stop, stopper=stopper) -> torch.Tensor:  # type: ignore[no-untyped-def]
-            values = step(model)
-            stopper.asked = run.progress.step == stop
-            return values
-
-        run.step = step_and_ask  # type: ignore[method-assign]
-        train.loop(run, run.model, log, stopper)
-        assert run.progress.step == stop
-        if stop == 5:
-            run.save()  # the second time the run is lost from step 8 on, as after SIGKILL
-        log.close()
-        stopper.restore()
+        stop_at(stop, monkeypatch)
+        assert go(text, *extra) == 0
+        assert losses()[-1][0] == stop
+    shutil.rmtree("run/step_00000009")  # the second time the run is lost from step 8 on, as after SIGKILL
     assert go(text, *extra) == 0
     assert losses() == whole
     assert torch.equal(weights, torch.cat([p.flatten() for p in _weights("run").values()]))
@@ -128,6 +131,19 @@ def test_accumulation_does_not_change_the_gradient(text: Path) -> None:
         assert a == pytest.approx(b, rel=2e-5)
 
 
+def test_the_benchmarked_step_is_the_loops(text: Path) -> None:
+    more = ["--max-steps", "3", "--model.resid-dropout", "0.1", "--data", str(text), "--out", "run"]
+    cfg = load_config([*SMALL, *more])
+    assert train.train(cfg) == 0
+    run, taken = train.prepare(dataclasses.replace(cfg, out="other")), []
+    for step in range(3):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step, 3)
+        values = train_step(run.model, run.optimizer, run.loader, cfg.accumulation, run.guard).tolist()
+        taken.append((step + 1, *values[:2]))
+    assert taken == [(int(r["step"]), r["loss"], r["grad_norm"]) for r in rows() if "loss" in r]
+
+
 def test_every_counted_token_weighs_the_same() -> None:
     """Micro-batches of which some tokens do not count, and one of none: the gradient of the whole batch at once."""
     torch.manual_seed(0)
@@ -136,18 +152,18 @@ def test_every_counted_token_weighs_the_same() -> None:
     targets[0, 3:], targets[2:4], targets[5, ::3] = IGNORE, IGNORE, IGNORE
     found = []
     for parts in (1, 4):
-        model = train.build_model(cfg, 60, torch.device("cpu"))
-        optimizer = train.build_optimizer(cfg, model)
+        model = build_model(cfg, 60, torch.device("cpu"))
+        optimizer = build_optimizer(cfg, model)
         batches = iter(zip(ids.chunk(parts), targets.chunk(parts), strict=True))
-        loss, norm, _ = train.train_step(model, optimizer, batches, parts).tolist()  # type: ignore[arg-type]
-        model = train.build_model(cfg, 60, torch.device("cpu"))
+        loss, norm, _ = train_step(model, optimizer, batches, parts).tolist()  # type: ignore[arg-type]
+        model = build_model(cfg, 60, torch.device("cpu"))
         assert loss == pytest.approx(float(model(ids, targets)), rel=1e-6)
         found.append(norm)
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_spikes_are_flagged_and_move_nothing() -> None:
-    guard = train.SpikeGuard(6.0, torch.device("cpu"))
+    guard = SpikeGuard(6.0, torch.device("cpu"))
     losses = 3 + 0.1 * torch.randn(300, 1, generator=torch.Generator().manual_seed(0))
     assert not any(guard(loss) for loss in losses)
     mean, variance, _ = guard.state.tolist()
@@ -155,25 +171,23 @@ def test_spikes_are_flagged_and_move_nothing() -> None:
     before = guard.state.clone()
     assert guard(torch.tensor([4.0])) and not guard(torch.tensor([torch.nan])) and torch.equal(guard.state, before)
     assert not guard(torch.tensor([2.0])), "a loss may fall as far as it likes"
-    young = train.SpikeGuard(6.0, torch.device("cpu"))
+    young = SpikeGuard(6.0, torch.device("cpu"))
     assert not any(young(loss) for loss in (*losses[:99], torch.tensor([50.0])))
 
 
 def test_a_spike_changes_no_weight_and_is_said(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train, "SPIKE_HORIZON", 4)
+    monkeypatch.setattr(stability, "SPIKE_HORIZON", 4)
     seen: list[torch.Tensor] = []
-    real = train.train_step
+    real = train.forward_backward
 
-    def spiky(model: torch.nn.Module, optimizer: train.AdamW, loader: train.TokenLoader, *rest: Any) -> torch.Tensor:
+    def spiky(model: torch.nn.Module, *rest: Any) -> torch.Tensor:
         seen.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-        if len(seen) != 8:
-            return real(model, optimizer, loader, *rest)
-        return real(lambda *a, **k: 30 * model(*a, **k), optimizer, loader, *rest)
+        return real(model if len(seen) != 8 else lambda *a, **k: 30 * model(*a, **k), *rest)
 
-    monkeypatch.setattr(train, "train_step", spiky)
-    assert go(text) == 0
+    monkeypatch.setattr(train, "forward_backward", spiky)
+    assert go(text, "--micro-batch", "8") == 0
     assert "step 8: loss" in (said := capsys.readouterr().out) and "(spike_sigmas)" in said
     assert torch.equal(seen[7], seen[8]) and not torch.equal(seen[8], seen[9])
 
@@ -182,7 +196,7 @@ def test_patience_ends_a_run_and_keeps_its_best(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = iter([5.0, 4.0, 4.5, 4.1, 9.0, 9.0])
-    monkeypatch.setattr(train, "evaluate", lambda model, windows: next(values))
+    monkeypatch.setattr(evaluation, "evaluate", lambda model, windows: next(values))
     more = ["--patience", "2", "--eval-every", "2", "--save-every", "0", "--max-steps", "40", "--keep", "1"]
     assert go(text, *more) == 0
     assert "stopping: 2 validations without a better loss than 4.0000 at step 4" in capsys.readouterr().out
@@ -200,7 +214,7 @@ def test_profile_names_the_ops(text: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_energy_of_a_run(text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     counter = iter([1000.0, 4600.0])
-    monkeypatch.setattr(train, "energy_joules", lambda device: next(counter))
+    monkeypatch.setattr(profiling, "energy_joules", lambda device: next(counter))
     assert go(text) == 0
     said = capsys.readouterr().out
     assert re.search(r"energy: 0.001 kWh in 12 steps, \d+ W on average, 1172 mJ a token", said), said  # 3072 tokens
@@ -245,19 +259,27 @@ def test_validation_sources_of_shards(text: Path, tmp_path: Path) -> None:
         open_validation({"more": "more.bin"}, source)
 
 
-def test_learning_rates_by_name(text: Path) -> None:
-    cfg = load_config([*SMALL, "--lr-ratios", '{"wte|wpe": 0.5, "norm": 0.0}', "--data", str(text), "--out", "run"])
-    run = train.Run(cfg)
-    before = {name: p.clone() for name, p in run.model.named_parameters()}
-    for _ in range(3):
-        run.step(run.model)
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
+    """Runs that came to their end."""
+    found: list[Run] = []
+    monkeypatch.setitem(train.EVALUATIONS, "ended", lambda run: found.append(run) or {})
+    return found
+
+
+def test_learning_rates_by_name(text: Path, ended: list[Run]) -> None:
+    more = ["--lr-ratios", '{"wte|wpe": 0.5, "norm": 0.0}', "--max-steps", "3"]
+    cfg = load_config([*SMALL, "--data", str(text), "--out", "run", *more])
+    before = {name: p.clone() for name, p in train.prepare(cfg).model.named_parameters()}
+    assert go(text, *more) == 0
+    run = ended[-1]
     moved = {name: not torch.equal(before[name], p) for name, p in run.model.named_parameters()}
     assert not any(moved[name] for name in moved if "norm" in name)
     assert all(moved[name] for name in moved if "norm" not in name)
-    rates = {g["lr"] / train.learning_rate(cfg, 2, cfg.max_steps) for g in run.optimizer.param_groups}
+    rates = {g["lr"] / learning_rate(cfg, 2, 3) for g in run.optimizer.param_groups}
     assert rates == {0.0, 0.5, 1.0}
     with pytest.raises(UserError, match="lr_ratios: no parameter is for 'head.*'"):
-        train.Run(dataclasses.replace(cfg, lr_ratios={"head": 0.1}))
+        train.prepare(dataclasses.replace(cfg, lr_ratios={"head": 0.1}))
 
 
 def test_evaluations_of_ones_own(
@@ -269,19 +291,17 @@ def test_evaluations_of_ones_own(
     assert found == [(6, 6.0, 2.0), (12, 12.0, 2.0)] and "own.two 2.0000" in capsys.readouterr().out
 
 
-def test_a_resume_with_other_groups_keeps_each_parameters_moments(text: Path) -> None:
-    def resumed(*more: str) -> train.Run:
-        run = train.Run(load_config([*SMALL, "--data", str(text), "--out", "run", *more]))
+def test_a_resume_with_other_groups_keeps_each_parameters_moments(text: Path, ended: list[Run]) -> None:
+    def resumed(*more: str) -> Run:
+        run = train.prepare(load_config([*SMALL, "--data", str(text), "--out", "run", *more]))
         run.resume()
         return run
 
-    def state_of(run: train.Run) -> dict[str, torch.Tensor]:
+    def state_of(run: Run) -> dict[str, torch.Tensor]:
         return checkpoint.flatten_optimizer(run.optimizer, run.model.named_parameters())
 
-    run = resumed()
-    run.step(run.model)
-    run.save()
-    run.writer.finished(wait=True)
+    assert go(text, "--max-steps", "1") == 0
+    run = ended[-1]
     other = resumed("--lr-ratios", '{"wte": 1.0}')
     assert len(other.optimizer.param_groups) > len(run.optimizer.param_groups)
     before, after = state_of(run), state_of(other)
@@ -295,8 +315,8 @@ def test_a_resume_with_other_groups_keeps_each_parameters_moments(text: Path) ->
 
 
 def test_fp16_scales_its_loss_and_resumes_bitwise(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "GROW_AFTER", 3)
-    more = ["--dtype", "fp16", "--keep", "0", "--save-every", "5"]
+    monkeypatch.setattr(stability, "GROW_AFTER", 3)
+    more = ["--dtype", "fp16", "--keep", "0", "--save-every", "5", "--eval-batches", "1"]
     assert go(text, *more) == 0
     whole = losses()
     assert whole[-1][1] < whole[0][1]
@@ -313,14 +333,14 @@ def test_fp16_scales_its_loss_and_resumes_bitwise(text: Path, monkeypatch: pytes
 
 def test_an_overflow_halves_the_scale_and_changes_nothing() -> None:
     cfg = load_config([*SMALL, "--dtype", "fp16"])
-    model = train.build_model(cfg, 60, torch.device("cpu"))
-    optimizer, scaling = train.build_optimizer(cfg, model), train.LossScale(torch.device("cpu"))
+    model = build_model(cfg, 60, torch.device("cpu"))
+    optimizer, scaling = build_optimizer(cfg, model), LossScale(torch.device("cpu"))
     ids = torch.randint(60, (4, 32), generator=torch.Generator().manual_seed(0))
-    plain = train.train_step(model, optimizer, iter([(ids, ids)]), 1, None, scaling)  # type: ignore[arg-type]
+    plain = train_step(model, optimizer, iter([(ids, ids)]), 1, None, scaling)  # type: ignore[arg-type]
     assert bool(plain.isfinite().all()) and scaling.state.tolist() == [65536.0, 1.0]
     before = [p.clone() for p in model.parameters()]
     scaling.state[0] = 2.0**40
-    over = train.train_step(model, optimizer, iter([(ids, ids)]), 1, None, scaling)  # type: ignore[arg-type]
+    over = train_step(model, optimizer, iter([(ids, ids)]), 1, None, scaling)  # type: ignore[arg-type]
     assert not over[1].isfinite() and scaling.state.tolist() == [2.0**39, 0.0]
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -335,18 +355,19 @@ def test_muon_trains_and_resumes_bitwise(text: Path) -> None:
     assert go(text, *more) == 0 and losses() == whole
 
 
-def test_muon_takes_the_matrices_of_the_blocks(text: Path) -> None:
-    cfg = load_config([*SMALL, "--optimizer", "muon", "--clip", "0.5", "--data", str(text), "--out", "run"])
-    run = train.Run(cfg)
-    assert isinstance(run.optimizer, train.MuonAdamW)
+def test_muon_takes_the_matrices_of_the_blocks(text: Path, ended: list[Run]) -> None:
+    more = ["--optimizer", "muon", "--clip", "0.5", "--max-steps", "1"]
+    cfg = load_config([*SMALL, "--data", str(text), "--out", "run", *more])
+    before = {name: p.clone() for name, p in train.prepare(cfg).model.named_parameters()}
+    assert train.train(cfg) == 0
+    run, norm = ended[-1], rows()[0]["grad_norm"]
+    assert isinstance(run.optimizer, MuonAdamW)
     named = {p: name for name, p in run.model.named_parameters()}
     expected = {name for name, p in run.model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
     assert {named[p] for p in run.optimizer.matrices} == expected
-    before = {name: p.clone() for name, p in run.model.named_parameters()}
-    _, norm, _ = run.step(run.model).tolist()
     assert all(not torch.equal(before[name], p) for name, p in run.model.named_parameters())
     w = run.model.blocks[0].mlp.up.weight.detach()  # a Muon step: singular values alike, of AdamW's size
-    rate = train.learning_rate(cfg, 0, cfg.max_steps)
+    rate = learning_rate(cfg, 0, cfg.max_steps)
     moved = before["blocks.0.mlp.up.weight"].detach() * (1 - rate * cfg.weight_decay) - w
     values = torch.linalg.svdvals(moved) / (0.2 * max(w.shape) ** 0.5 * rate)
     assert norm > 0 and 0.6 < float(values.quantile(0.1)) and float(values.max()) < 1.3
@@ -398,11 +419,11 @@ def test_minutes_fix_the_number_of_steps_once(text: Path) -> None:
     assert go(text, "--max-minutes", "0.03", "--max-steps", "100000", "--eval-every", "0", "--save-every", "0") == 0
     progress = checkpoint.read_state(checkpoint.find("run"))["progress"]
     assert progress["length_known"] and progress["last_step"] < 100000
-    assert train.MEASURED_STEPS < progress["step"] <= progress["last_step"]
+    assert steplog.MEASURED_STEPS < progress["step"] <= progress["last_step"]
     assert rows()[-2]["lr"] < 0.5 * 3e-3 or progress["step"] < progress["last_step"], "the schedule reached its end"
     known = {}
     for limits in ("--max-minutes 0.03 --max-steps 100000", "--max-minutes 0.09 --max-steps 100000", "--max-steps 99"):
-        run = train.Run(load_config([*SMALL, "--data", str(text), "--out", "run", *limits.split()]))
+        run = train.prepare(load_config([*SMALL, "--data", str(text), "--out", "run", *limits.split()]))
         run.resume()
         known[limits] = run.progress.length_known, run.progress.last_step
     assert [*known.values()] == [(True, progress["last_step"]), (False, 100000), (True, 99)], "a new limit counts"
@@ -414,15 +435,15 @@ def test_baseline_check_fails_a_model_that_learnt_nothing(text: Path, capsys: py
 
 
 def test_gradients_that_stay_nan_stop_the_run(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "STOP_AFTER_SKIPS", 3)
-    real = train.train_step
+    monkeypatch.setattr(steplog, "STOP_AFTER_SKIPS", 3)
+    real = train.forward_backward
 
     def broken(model: torch.nn.Module, *rest: object) -> torch.Tensor:
         with torch.no_grad():
             model.norm_f.weight[0] = torch.nan  # type: ignore[union-attr, index]
         return real(model, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(train, "train_step", broken)
+    monkeypatch.setattr(train, "forward_backward", broken)
     with pytest.raises(UserError, match="3 steps in a row were skipped, .*; there is no checkpoint yet"):
         go(text)
 
@@ -441,15 +462,15 @@ def test_characters_as_ids(here: Path) -> None:
     """nanoGPT's character-level train.bin: the model's vocabulary may be as small as the ids are."""
     torch.arange(4000).remainder(65).short().numpy().tofile("train.bin")
     settings = [*SMALL, "--data", "train.bin", "--val-sources", '{"more": "train.bin"}']
-    assert train.Run(load_config(settings)).model.vocab_size == 50257
-    run = train.Run(load_config([*settings, "--model.vocab-size", "65"]))
+    assert train.prepare(load_config(settings)).model.vocab_size == 50257
+    run = train.prepare(load_config([*settings, "--model.vocab-size", "65"]))
     assert (run.model.vocab_size, run.data.n_vocab) == (65, 65)
     with pytest.raises(UserError, match="model.vocab_size is 64, but train.bin has 65 token ids"):
-        train.Run(load_config([*settings, "--model.vocab-size", "64"]))
+        train.prepare(load_config([*settings, "--model.vocab-size", "64"]))
     torch.full((500,), 70).short().numpy().tofile("train.bin.more.bin")
     more = ["--val-sources", '{"more": "train.bin.more.bin"}', "--model.vocab-size", "65"]
     with pytest.raises(UserError, match="more.bin has token id 70 at position 0; the vocabulary has 65 ids"):
-        train.Run(load_config([*SMALL, "--data", "train.bin", *more]))
+        train.prepare(load_config([*SMALL, "--data", "train.bin", *more]))
 
 
 def test_train_py_copied_out_of_the_checkout_runs(text: Path, here: Path) -> None:
@@ -556,5 +577,5 @@ def test_learning_rate_schedules() -> None:
     }
     for schedule, values in expected.items():
         cfg = dataclasses.replace(base, schedule=schedule)
-        got = [train.learning_rate(cfg, step, 110) for step in (0, 10, 60, 110)]
+        got = [learning_rate(cfg, step, 110) for step in (0, 10, 60, 110)]
         assert got == pytest.approx(values), schedule

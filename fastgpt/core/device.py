@@ -65,7 +65,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         peak = datasheet_peak(torch.cuda.get_device_name(device))
         if peak is not None:
             return peak, "datasheet"
-    n = 8192 if device.type == "cuda" else 1024
+    n, most = (8192, 8192) if device.type == "cuda" else (256, 1024)
+    while (seconds := _product_seconds(n, device, dtype)) < 0.02 and n < most:  # a CPU may be slow in fp16
+        n *= 2
+    return 2 * n**3 / seconds, "measured"
+
+
+def _product_seconds(n: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the fastest of five products of (n, n) matrices."""
     own = torch.Generator(device).manual_seed(0)  # the global one is the run's, and part of its checkpoints
     a = torch.randn(n, n, device=device, dtype=dtype, generator=own)
     best = float("inf")
@@ -75,7 +82,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         a @ a
         _wait(device)
         best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, "measured"
+    return best
 
 
 def _wait(device: torch.device) -> None:

@@ -16,15 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.core.errors import UserError
+from fastgpt.optim import AdamW
+from fastgpt.training.config import TrainConfig
 
 WARM_STEPS = 3  # PyTorch asks for three before a capture
 
 Function = Callable[..., Tensor]
-
-
-def call(name: str, function: Function, *inputs: Tensor) -> Tensor:
-    """Without graphs."""
-    return function(*inputs)
 
 
 class CaptureLost(RuntimeError):
@@ -63,27 +60,48 @@ def _sentence(e: BaseException) -> str:
 
 
 class Graphs:
-    """Calls the parts of a step by name, and replays them once they are recorded.
+    """Calls the parts of a step by name; once they are recorded, replays them. Not enabled: only calls them.
 
     All graphs share one memory pool: their parts are called in one order, step after step. Where a part cannot be
-    recorded, the reason is in `failure`, gradients are as before it, and every part is called as without graphs from
-    then on; where CUDA itself ended the capture, that is a UserError.
+    recorded, `failure` says why, gradients are as before it, and every part is called as without graphs from then on;
+    where CUDA itself ended the capture, that is a UserError.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, enabled: bool = True) -> None:
         self.parameters = list(model.parameters())
+        self.enabled = enabled
         self.steps = 0  # begun
         self.recorded: dict[str, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
         self.pool: Any = None
         self.failure = ""
 
-    def begin(self) -> None:
+    @classmethod
+    def of_run(cls, cfg: TrainConfig, model: nn.Module, device: torch.device) -> Graphs:
+        """As the settings say; makes a new stream current, since the default one cannot be captured."""
+        enabled = cfg.graphs and device.type == "cuda" and cfg.optimizer == "adamw"  # Muon waits for the device
+        if enabled:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            torch.cuda.set_stream(stream)
+        return cls(model, enabled)
+
+    def begin(self, optimizer: Any) -> None:
         """Call it before each step. All parts are recorded in the same one, so that they share its gradients."""
         self.steps += 1
+        if self.enabled:
+            assert isinstance(optimizer, AdamW)
+            optimizer.refresh_lr()  # copies the rates to the device, where a replayed step reads them
+
+    def note(self) -> str:
+        """Why a step could not be recorded, the first time that this is asked after it; else empty."""
+        if not self.enabled or not self.failure:
+            return ""
+        self.enabled = False
+        return f"graphs: a step could not be recorded, so its kernels are launched one by one ({self.failure})"
 
     def __call__(self, name: str, function: Function, *inputs: Tensor) -> Tensor:
         """function(*inputs); the result is good until the next step begins."""
-        if self.failure or self.steps <= WARM_STEPS:
+        if not self.enabled or self.failure or self.steps <= WARM_STEPS:
             return function(*inputs)
         if name not in self.recorded:
             grads = [p.grad for p in self.parameters]

@@ -1,14 +1,17 @@
-"""`--profile 10:15`: some steps of a run as a Chrome trace and a table of kernels, or marked for NVIDIA's profilers."""
+"""What a run costs: `--profile 10:15` traces some steps or marks them for NVIDIA tools; Energy reads its counter."""
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd.profiler import emit_nvtx
 from torch.profiler import ProfilerActivity, profile
 
+from fastgpt.core.device import energy_joules
 from fastgpt.core.errors import UserError
 
 
@@ -60,3 +63,22 @@ class Profile:
         table.write_text(self.watch.key_averages().table(sort_by=sort, row_limit=40), encoding="utf-8")
         self.watch = None
         return f"profile: {trace} (chrome://tracing or ui.perfetto.dev), {table}"
+
+
+class Energy:
+    """The GPU's energy counter since this object was made, evaluations and checkpoints between steps included."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.joules, self.clock = energy_joules(device), time.perf_counter()
+
+    def figures(self, steps: int, batch_tokens: int) -> tuple[dict[str, Any], str]:
+        """Joules and watts over `steps` steps, and a sentence; empty where there is no counter or was no step."""
+        seconds, now = time.perf_counter() - self.clock, energy_joules(self.device)
+        if self.joules is None or now is None or steps == 0:
+            return {}, ""
+        joules = now - self.joules
+        return {"joules": joules, "watts": joules / seconds}, (
+            f"energy: {joules / 3.6e6:.4g} kWh in {steps} steps, {joules / seconds:.0f} W on average, "
+            f"{1e3 * joules / (steps * batch_tokens):.4g} mJ a token"
+        )

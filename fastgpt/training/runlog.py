@@ -97,7 +97,14 @@ class Log:
         self.trackers.put(row)
 
     def say(self, text: str) -> None:
-        progress.write(text) if self.terminal else print(text, flush=True)
+        """Print a text above the progress bar; an empty one is not printed."""
+        if text:
+            progress.write(text) if self.terminal else print(text, flush=True)
+
+    def checkpoints(self, written: list[Path]) -> None:
+        """Name the checkpoints that have been written."""
+        for path in written:
+            self.say(f"checkpoint {path}")
 
     def step(self, row: dict[str, Any], last_step: int) -> None:
         self.row(row)

@@ -1,0 +1,77 @@
+"""Data, model and optimizer from the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from fastgpt.core.device import dtype_of
+from fastgpt.core.errors import UserError
+from fastgpt.data.shards import Tokens
+from fastgpt.data.source import Source, open_source, open_validation
+from fastgpt.models.gpt import GPT
+from fastgpt.nn import keep_gradients
+from fastgpt.optim import AdamW
+from fastgpt.optim.muon import MuonAdamW
+from fastgpt.training.config import TrainConfig
+
+
+def open_data(cfg: TrainConfig) -> tuple[Source, dict[str, Tokens]]:
+    """Training and validation tokens, and those of val_sources by name.
+
+    Raises:
+        UserError: unreadable data, fewer than two validation tokens, or more token ids than model.vocab_size.
+    """
+    data = open_source(
+        cfg.data,
+        data_dtype=cfg.data_dtype,
+        val_data=cfg.val_data,
+        tokenizer=cfg.tokenizer,
+        vocab_size=cfg.vocab_size,
+        val_fraction=cfg.val_fraction,
+    )
+    vocab_size = cfg.model.vocab_size or data.n_vocab
+    if vocab_size < data.n_ids:
+        raise UserError(f"model.vocab_size is {vocab_size}, but {data.name} has {data.n_ids} token ids")
+    if cfg.model.vocab_size is not None:
+        data = dataclasses.replace(data, n_vocab=min(vocab_size, data.n_vocab), said="")
+    if len(data.val) < 2:
+        raise UserError(f"{data.name} has {len(data.val)} validation tokens, expected at least 2")
+    return data, open_validation(cfg.val_sources, data, cfg.data_dtype)
+
+
+def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
+    """A freshly initialised model: the same seed gives the same weights with any kernels and on any device."""
+    settings = dataclasses.replace(cfg.model, vocab_size=vocab_size)
+    model = GPT(settings, generator=torch.Generator().manual_seed(cfg.seed))
+    model.recompute = cfg.recompute
+    model.to(device=device, dtype=dtype_of(cfg.dtype, device.type))
+    if not cfg.compile and (cfg.accumulation > 1 or cfg.model.tied):  # where more than one gradient meets in a step
+        keep_gradients(model if cfg.accumulation > 1 else model.wte)
+    return model
+
+
+def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
+    """AdamW, or Muon for the blocks' matrices and AdamW for the rest.
+
+    Raises:
+        UserError: lr_ratios names no parameter.
+    """
+    try:
+        groups = model.param_groups(cfg.weight_decay, cfg.lr_ratios, muon=cfg.optimizer == "muon")
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    settings: dict[str, Any] = dict(
+        lr=cfg.lr,
+        betas=(cfg.beta1, cfg.beta2),
+        eps=cfg.eps,
+        master=None if cfg.master == "none" else cfg.master,
+        max_norm=cfg.clip if cfg.clip > 0 else math.inf,
+        seed=cfg.seed,
+    )
+    return (
+        MuonAdamW(groups, momentum=cfg.momentum, **settings) if cfg.optimizer == "muon" else AdamW(groups, **settings)
+    )

@@ -1,0 +1,82 @@
+"""Validation losses, evaluations of your own, samples, and the summary at the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from fastgpt.data import IGNORE, sequential, unigram_nats
+from fastgpt.data.shards import Tokens
+from fastgpt.inference.generate import generate
+from fastgpt.models.gpt import GPT
+from fastgpt.training.run import Run
+from fastgpt.training.runlog import Log
+
+# name -> evaluation(run), which returns figures by name; they are taken at every validation and logged as
+# "name.figure". A script adds its functions here before it calls train.main(). The model is in training mode when they
+# are called, and must be in training mode afterwards.
+EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
+
+
+def evaluate(model: GPT, windows: Iterator[tuple[Tensor, Tensor]]) -> float:
+    """Mean loss in nats per token over (ids, targets) batches."""
+    model.eval()
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for ids, targets in windows:
+            total += float(model(ids, targets, reduction="sum"))
+            tokens += int((targets != IGNORE).sum())
+    model.train()
+    return total / tokens
+
+
+def validate(run: Run, log: Log, batches: int | None) -> float:
+    """Log the validation loss over the first `batches` batches (None: all) and every evaluation; returns the loss."""
+    cfg = run.cfg
+
+    def loss_on(tokens: Tokens) -> float:
+        windows = sequential(tokens, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device)
+        return evaluate(run.model, windows)
+
+    loss = loss_on(run.data.val)
+    row = {"step": run.progress.step, "val_loss": loss}
+    row.update({f"val_loss.{name}": loss_on(tokens) for name, tokens in run.val_sources.items()})
+    for name, evaluation in EVALUATIONS.items():
+        row.update({f"{name}.{what}": float(value) for what, value in evaluation(run).items()})
+    log.row(row)
+    more = "".join(f", {name} {value:.4f}" for name, value in list(row.items())[2:])
+    log.say(f"step {run.progress.step}: validation loss {loss:.4f} nats per token{more}")
+    return loss
+
+
+def sample(run: Run, prompt: str) -> str:
+    """Text with which the model continues `prompt`; seeded by the run's seed, so a repeated run gives the same text."""
+    cfg, tokenizer = run.cfg, run.data.tokenizer
+    if tokenizer is None:
+        return "no samples: these tokens came without a tokenizer (--tokenizer tokenizer.json)"
+    run.model.eval()
+    generator = torch.Generator(run.device).manual_seed(cfg.seed)
+    ids = torch.tensor(tokenizer.encode(prompt).tolist(), dtype=torch.int64, device=run.device)[None]
+    out = generate(run.model, ids, cfg.sample_tokens, temperature=0.8, top_k=50, eot=tokenizer.eot, generator=generator)
+    run.model.train()
+    return tokenizer.decode(out[0].tolist())
+
+
+def finish(run: Run, log: Log) -> int:
+    """Final validation against a unigram model, samples and loss curve; the exit code of the run."""
+    cfg = run.cfg
+    loss = validate(run, log, None if run.device.type == "cuda" else 40 * cfg.eval_batches)
+    unigram = unigram_nats(run.data.train, run.data.val, run.data.n_vocab)
+    prompts = cfg.prompt.split("|") if run.data.tokenizer is not None else [cfg.prompt]
+    texts = [sample(run, prompt) for prompt in prompts]
+    (run.folder / "samples.txt").write_text("\n\n=====\n\n".join(texts), encoding="utf-8")
+    for text in texts:
+        log.say(f"--- sample ---\n{text}")
+    log.say(f"loss curve: {log.plot()}; samples: {run.folder / 'samples.txt'}; metrics: {log.path}")
+    log.say(f"validation loss {loss:.4f} nats per token, unigram model of the same tokens {unigram:.4f}")
+    if cfg.check_baseline and loss > unigram - 1.0:
+        log.say(f"the model is {unigram - loss:.2f} nats per token under the unigram model, expected at least 1")
+        return 1
+    return 0

@@ -1,0 +1,176 @@
+"""The state of a training run, saved in checkpoints and resumed from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.core.errors import UserError
+from fastgpt.data import TokenLoader
+from fastgpt.data.shards import Tokens
+from fastgpt.data.source import Source
+from fastgpt.models.gpt import GPT
+from fastgpt.optim import AdamW
+from fastgpt.optim.muon import MuonAdamW
+from fastgpt.training import checkpoint
+from fastgpt.training.config import TrainConfig, to_dict
+from fastgpt.training.graphs import Graphs
+from fastgpt.training.stability import LossScale, SpikeGuard
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come; part of every checkpoint."""
+
+    step: int = 0  # optimizer steps done
+    tokens: int = 0
+    seconds: float = 0.0  # of training, without evaluations and checkpoints
+    last_step: int = 0  # the run's length; with max_minutes an upper bound until enough steps were timed
+    length_known: bool = True
+    skipped: int = 0  # steps in a row that changed nothing: a spike, or gradients that were not finite
+    best_loss: float | None = None  # of the validations so far
+    best_step: int = -1
+    waited: int = 0  # validations since then
+    ended: bool = False  # by patience
+
+    def due(self, every: int) -> bool:
+        """Whether something that is done every `every` steps (0: never) is due; the end of a run does it anyway."""
+        return every > 0 and self.step % every == 0 and self.step < self.last_step
+
+    def record_validation(self, loss: float, patience: int) -> bool:
+        """Whether this validation loss is the best so far; after `patience` (0: any number) others the run ends."""
+        if self.best_loss is None or loss < self.best_loss:
+            self.best_loss, self.best_step, self.waited = loss, self.step, 0
+            return True
+        self.waited += 1
+        if 0 < patience <= self.waited:
+            self.last_step, self.ended = self.step, True
+        return False
+
+
+class Run:
+    """One training run: everything that a checkpoint holds, and the folder it goes to."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        device: torch.device,
+        data: Source,
+        val_sources: dict[str, Tokens],
+        model: GPT,
+        optimizer: AdamW | MuonAdamW,
+        loader: TokenLoader,
+    ) -> None:
+        self.cfg, self.folder, self.device = cfg, Path(cfg.out or "runs/train"), device
+        self.data, self.val_sources, self.loader = data, val_sources, loader
+        self.model, self.optimizer = model, optimizer
+        self.guard = SpikeGuard(cfg.spike_sigmas, device) if cfg.spike_sigmas > 0 else None
+        self.scaling = LossScale(device) if cfg.dtype == "fp16" else None
+        self.graphs = Graphs.of_run(cfg, model, device)
+        self.progress = Progress(last_step=cfg.most_steps, length_known=cfg.max_minutes is None)
+        self.writer = checkpoint.Writer()
+
+    def device_parts(self) -> list[tuple[str, SpikeGuard | LossScale]]:
+        """The guards whose state lives on the device and belongs in a checkpoint."""
+        parts: list[tuple[str, SpikeGuard | LossScale | None]] = [("guard", self.guard), ("scaling", self.scaling)]
+        return [(name, part) for name, part in parts if part is not None]
+
+    def save(self) -> None:
+        """Start writing a checkpoint in the background; `writer.finished()` returns its path once it is complete."""
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "config": to_dict(self.cfg),
+            "model": dataclasses.asdict(self.model.config),
+            "loader": self.loader.state_dict(),
+            "tokenizer": self.data.fingerprint,
+        }
+        moments = checkpoint.flatten_optimizer(self.optimizer, self.model.named_parameters())
+        extra = {**moments, **checkpoint.random_states(self.device)}
+        extra.update({name: part.state for name, part in self.device_parts()})
+        cfg, step = self.cfg, self.progress.step
+        stays = {self.progress.best_step} if cfg.patience else set()
+        stays |= set(range(0, step, cfg.keep_every)) if cfg.keep_every else set()
+        self.writer.save(self.folder, step, self.model.state_dict(), extra, state, cfg.keep, stays)
+
+    def resume(self) -> list[str]:
+        """Continue from the newest checkpoint of the run folder, or from cfg.resume; does nothing in a new folder.
+
+        Returns:
+            The settings that differ from the checkpoint's, each with both values; they count from here on.
+
+        Raises:
+            UserError: the folder already holds a run (resume never), or the checkpoint is damaged or does not fit.
+        """
+        path = self._checkpoint()
+        if path is None:
+            return []
+        cfg, state = self.cfg, checkpoint.read_state(path)
+        self._check(path, state)
+        self.model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
+        extra = checkpoint.read_tensors(path, checkpoint.OPTIMIZER, state)
+        rng = {name: extra.pop(name) for name in list(extra) if name.startswith("rng.")}
+        seen: dict[str, Tensor] = {name: extra.pop(name) for name in ("guard", "scaling") if name in extra}
+        for name, part in self.device_parts():
+            part.state.copy_(seen.get(name, part.state))
+        checkpoint.unflatten_optimizer(self.optimizer, extra, self.model.named_parameters())
+        checkpoint.restore_random_states(rng, self.device)
+        self.loader.load_state_dict(state["loader"])
+        self.progress = p = Progress(**state["progress"])
+        before, now = state["config"], to_dict(cfg)
+        if not (p.ended and cfg.patience):  # a longer max_steps continues the run
+            if cfg.max_minutes is None:
+                p.last_step, p.length_known = cfg.most_steps, True
+            elif any(before.get(k) != now[k] for k in ("max_minutes", "max_steps")):
+                p.last_step, p.length_known = cfg.most_steps, False
+        others = [k for k in now if before.get(k, now[k]) != now[k] and k not in ("model", "resume", "out")]
+        return [f"{key} {before[key]!r} -> {now[key]!r}" for key in others]
+
+    def _checkpoint(self) -> Path | None:
+        """The checkpoint that cfg.resume means; None for a new run."""
+        cfg, old = self.cfg, checkpoint.checkpoints(self.folder)
+        if cfg.resume == "never" and old:
+            raise UserError(f"out: {self.folder} already holds a run; choose another --out, or delete that folder")
+        if cfg.resume == "never" or (cfg.resume == "auto" and not old):
+            return None
+        return checkpoint.find(self.folder if cfg.resume == "auto" else cfg.resume)
+
+    def _check(self, path: Path, state: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another tokenizer, model or optimizer."""
+        if state["tokenizer"] != self.data.fingerprint:
+            raise UserError(f"checkpoint {path} was trained with another tokenizer than that of {self.data.name}")
+        for name, value in dataclasses.asdict(self.model.config).items():
+            if state["model"].get(name) != value:
+                raise UserError(f"checkpoint {path} has model.{name} {state['model'].get(name)!r}, expected {value!r}")
+        fixed = ("optimizer", "lr_ratios") if state["format"] == 1 else ("optimizer",)  # 1: groups give the order
+        for name in fixed:
+            if state["config"].get(name) != (value := to_dict(self.cfg)[name]):
+                raise UserError(f"checkpoint {path} has {name} {state['config'].get(name)!r}, expected {value!r}")
+
+    def ends(self) -> str:
+        """A sentence on what will end the run."""
+        p, minutes = self.progress, self.cfg.max_minutes
+        if p.length_known or minutes is None:
+            return f"the run ends with step {p.last_step}"
+        steps = "" if self.cfg.max_steps is None else f" or with step {p.last_step} (max_steps), whichever is first"
+        return f"the run ends after {minutes:g} minutes (max_minutes){steps}"
+
+    def fix_length(self, step: int, seconds: float) -> str:
+        """Set a time-limited run's last step, once `step` steps showed that each takes `seconds`; returns a sentence.
+
+        It is fixed only once, so that a resumed run has the same length.
+        """
+        p, minutes = self.progress, self.cfg.max_minutes
+        assert minutes is not None
+        fits = step + int((60 * minutes - p.seconds) / seconds)
+        limit = "max_steps" if p.last_step <= fits else f"max_minutes {minutes:g} at {seconds:.3g} s a step"
+        p.last_step, p.length_known = max(p.step + 1, min(p.last_step, fits)), True
+        return f"the run ends with step {p.last_step} ({limit})"
+
+    def too_slow(self) -> bool:
+        """Whether a run limited by minutes has used them and 10 % more, because its steps have become slower."""
+        minutes = self.cfg.max_minutes
+        return minutes is not None and self.progress.seconds >= minutes * 60 * 1.1

@@ -1,0 +1,51 @@
+"""What keeps training stable without asking the host: a guard against spikes of the loss, and fp16's loss scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SPIKE_HORIZON = 100  # steps that a loss is compared with
+GROW_AFTER = 2000  # steps without overflow before fp16's loss scale is doubled
+
+
+class SpikeGuard:
+    """Flags, on the device, a loss more than `sigmas` standard deviations above the mean of the last steps.
+
+    Mean and variance are exponential averages over SPIKE_HORIZON steps, and the first SPIKE_HORIZON losses are never
+    flagged. A spike changes neither average.
+    """
+
+    def __init__(self, sigmas: float, device: torch.device) -> None:
+        self.sigmas = sigmas
+        self.state = torch.zeros(3, device=device)  # mean, variance, steps
+
+    def __call__(self, loss: Tensor) -> Tensor:
+        """1 if this step's loss, (1,) fp32, is a spike, else 0; (1,) fp32."""
+        mean, variance, steps = self.state.split(1)
+        spike = (steps >= SPIKE_HORIZON) & (loss > mean + self.sigmas * variance.sqrt())
+        rate = 1 / (steps + 1).clamp(max=SPIKE_HORIZON)
+        away = loss - mean
+        after = torch.cat((mean + rate * away, (1 - rate) * (variance + rate * away * away), steps + 1))
+        self.state.copy_(torch.where(spike | ~loss.isfinite(), self.state, after))
+        return spike.float()
+
+
+class LossScale:
+    """fp16's loss scale, on the device: halved when gradients overflow, doubled after GROW_AFTER steps without."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.state = torch.tensor([65536.0, 0.0], device=device)  # scale, steps since it changed
+
+    @property
+    def scale(self) -> Tensor:
+        """(1,) fp32."""
+        return self.state[:1]
+
+    def update(self, norm: Tensor) -> None:
+        """Adapt the scale to the norm, (1,), of a step's gradients."""
+        scale, steps = self.state.split(1)
+        grow = steps + 1 >= GROW_AFTER
+        good = torch.cat((torch.where(grow, 2 * scale, scale), torch.where(grow, 0.0, steps + 1)))
+        bad = torch.cat(((scale / 2).clamp(min=1.0), torch.zeros_like(steps)))
+        self.state.copy_(torch.where(norm.isfinite(), good, bad))

@@ -1,0 +1,40 @@
+"""What a run writes and says when it starts."""
+
+from __future__ import annotations
+
+import json
+
+from fastgpt.core import backend
+from fastgpt.core.device import describe_machine
+from fastgpt.training.config import to_dict
+from fastgpt.training.run import Run
+from fastgpt.training.runlog import Log
+
+
+def start_log(run: Run, changed: list[str]) -> Log:
+    """Write run.json and the tokenizer to the run's folder, open its log and say what will run.
+
+    Args:
+        changed: the settings that a resumed run has changed, as from Run.resume.
+    """
+    run.folder.mkdir(parents=True, exist_ok=True)
+    dtype = next(run.model.parameters()).dtype
+    kernels = {op: backend.explain(op, run.device.type, dtype) for op in backend.ops()}
+    header = {"config": to_dict(run.cfg), "machine": describe_machine(run.device), "data": run.data.describe()}
+    header["kernels"] = kernels
+    (run.folder / "run.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
+    if run.data.tokenizer is not None:  # with the checkpoints: `fastgpt sample` needs nothing but the run folder
+        run.data.tokenizer.save(run.folder / "tokenizer.json")
+    p = run.progress
+    log = Log(run.folder, run.cfg, p.step, p.last_step)
+    log.say(
+        f"{run.folder}: {run.model.num_params():,} parameters, {run.data.describe()}, device {run.device}, "
+        f"kernels {', '.join(f'{op} {picked}' for op, (picked, _) in kernels.items())}"
+    )
+    if p.step:
+        length = f" of {p.last_step}" if p.length_known else ""
+        log.say(
+            f"resumed at step {p.step}{length}" + (f"; changed since then: {', '.join(changed)}" if changed else "")
+        )
+    log.say(run.ends())
+    return log

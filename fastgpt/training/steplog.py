@@ -1,0 +1,82 @@
+"""Losses of a run's steps, logged as they arrive from the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from fastgpt.core.device import memory_gb, peak_flops
+from fastgpt.core.errors import UserError
+from fastgpt.training import checkpoint
+from fastgpt.training.run import Run
+from fastgpt.training.runlog import AHEAD, Lagged, Log, Pace
+
+WARM_STEPS = 6  # not counted when speed is measured; graphs are recorded in the fourth
+MEASURED_STEPS = 15  # after these a run limited by minutes knows how many steps it will take
+STOP_AFTER_SKIPS = 10  # skipped steps in a row
+
+
+class StepLog:
+    """Lets the host run at most AHEAD steps ahead of the device, and logs each step when its values have arrived.
+
+    Step times are taken then, so they are the device's. From them a run limited by minutes gets its length. A run is
+    aborted after STOP_AFTER_SKIPS skipped steps in a row.
+    """
+
+    def __init__(self, run: Run, log: Log) -> None:
+        self.run, self.log = run, log
+        self.lagged, self.pace = Lagged(run.device), Pace(WARM_STEPS)
+
+    def put(self, rate: float, values: Tensor) -> None:
+        """Queue the step just launched: its learning rate, and (loss, gradient norm, spike) on the device."""
+        p = self.run.progress
+        row = {"step": p.step, "tokens": p.tokens, "lr": rate, "memory_gb": memory_gb(self.run.device)}
+        self.lagged.put(row, values)
+        self._log(AHEAD)
+
+    def wait(self) -> None:
+        """Wait for all queued steps and log them."""
+        self._log(0)
+
+    def restart(self) -> None:
+        """Do not count the time since the last step, spent on evaluation or a checkpoint, as a step's."""
+        self.pace.restart()
+
+    def _log(self, ahead: int) -> None:
+        run, p, pace = self.run, self.run.progress, self.pace
+        arrived = list(self.lagged.ready(ahead))
+        seconds = pace.step(len(arrived)) if arrived else 0.0
+        for row, (loss, norm, spike) in arrived:
+            p.seconds += seconds if p.length_known or pace.steps > WARM_STEPS else 0.0
+            row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **self._speed(seconds))
+            self.log.step(row, p.last_step)
+            if not p.length_known and pace.steps >= MEASURED_STEPS:
+                self.log.say(run.fix_length(int(row["step"]), pace.seconds / (pace.steps - WARM_STEPS)))
+            if math.isfinite(norm) and math.isfinite(loss) and not spike:
+                p.skipped = 0
+            else:
+                self._skipped(row, spike)
+
+    def _speed(self, seconds: float) -> dict[str, float]:
+        """Tokens per second and model FLOP utilisation of a step that took `seconds`."""
+        run = self.run
+        speed = run.cfg.batch_tokens / seconds
+        peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)
+        flops = run.model.flops_per_token(run.cfg.block_size)
+        return {"tokens_per_second": speed, **{f"mfu_{name}": f * speed / peak for name, f in flops.items()}}
+
+    def _skipped(self, row: dict[str, Any], spike: float) -> None:
+        cfg, p, loss, norm = self.run.cfg, self.run.progress, row["loss"], row["grad_norm"]
+        p.skipped += 1
+        why = f"more than {cfg.spike_sigmas:g} standard deviations (spike_sigmas) over the last steps'" if spike else ""
+        said = f"step {row['step']}: loss {loss:.4f}, gradient norm {norm:.3g}: the step was skipped {why}"
+        self.log.say(said.rstrip())
+        if p.skipped >= STOP_AFTER_SKIPS:
+            good = checkpoint.checkpoints(self.run.folder)
+            last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"
+            raise UserError(
+                f"training: {p.skipped} steps in a row were skipped, the last with loss {loss:.4g} and gradient norm "
+                f"{norm:.3g}; {last}; try a lower lr than {cfg.lr}"
+            )
