@@ -62,7 +62,7 @@ SHAPES = {
     "gpt2-124m": Shape(12, 12, 768, 50304, 64, 4, 6),
     "llama-small": Shape(4, 4, 128, 65, 64, 12, 60, llama=True),
 }
-GPU_SHAPES = {  # the models of fastgpt/configs, which a machine without jsonargparse cannot read
+GPU_SHAPES = {  # the models of fastgpt/configs, which a machine without PyYAML cannot read
     "gpt2-124m": Shape(12, 12, 768, 50304, 1024, 64, 20),
     "gpt2-350m": Shape(24, 16, 1024, 50304, 1024, 32, 20),
     "gpt2-774m": Shape(36, 20, 1280, 50304, 1024, 16, 20),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -155,6 +154,20 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     assert (both.model.n_layers, both.model.width, both.out) == (3, 192, "runs/mine")
 
 
+def test_a_files_values_are_read_by_their_settings_type(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    text = (
+        "data: 0123\nout: yes\nprompt: 2026-11-29\nval_data: 'null'\ntokenizer: ~\nlr: 1e-4\nclip: 2\ncompile: True\n"
+    )
+    file.write_text(
+        text + "max_steps:\nmax_minutes: 1\nlr_ratios: {wte: 3}\nmodel: {window: [8, null]}\n", encoding="utf-8"
+    )
+    cfg = load_config(["--config", str(file), "--model.rope-scaling={rope_type: linear, factor: 2}"])
+    assert (cfg.data, cfg.out, cfg.prompt, cfg.val_data, cfg.tokenizer) == ("0123", "yes", "2026-11-29", "null", None)
+    assert (cfg.lr, cfg.clip, cfg.compile, cfg.max_steps, cfg.lr_ratios) == (1e-4, 2.0, True, None, {"wte": 3.0})
+    assert cfg.model.window == [8, None] and cfg.model.rope_scaling == {"rope_type": "linear", "factor": 2}
+
+
 def test_block_size_of_the_model_is_the_trainers_unless_set() -> None:
     assert load_config(["--block-size", "64"]).model.block_size == 64
     cfg = load_config(["--block-size", "64", "--model.block-size", "256"])
@@ -204,6 +217,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
         ["--model.window", "wide"],
         "model.window is 'wide', expected a whole number or a list of (a whole number or null) or null",
     ),
+    (["--model.window", "{a: 1, a: 2}"], "model.window gives a twice, expected each setting once"),
     (["--model.window", "0"], "model.window is 0, expected more than 0"),
     (
         ["--model.window", "[1, 2, 3, 4, 5]"],
@@ -263,14 +277,24 @@ def test_wrong_options_are_one_sentence(argv: list[str], message: str) -> None:
 
 
 WRONG_FILES: list[tuple[bytes, str]] = [
-    (b"lr: [\n", "config {file} is not valid YAML (while parsing a flow node did not find expected node content"),
+    (
+        b"lr: [\n",
+        "config {file} is not valid YAML (while parsing a flow node expected the node content",
+    ),
     (b"- 1\n- 2\n", "config {file} holds '- 1 - 2', expected a mapping of settings"),
     (b"lr: 1\nleraning_rate: 2\n", "config {file}: leraning_rate is not a setting (--help lists them)"),
     (b"modle:\n  n_layers: 2\n", "config {file}: modle is not a setting (did you mean model?)"),
     (b"model:\n  layers: 2\n", "config {file}: model.layers is not a setting (did you mean model.n_layers?)"),
-    (b"model: 3\n", "model is 3, expected a mapping of its fields"),
+    (b"model: 3\n", "model is '3', expected a mapping"),
     (b"lr: fast\n", "lr is 'fast', expected a number"),
-    (b"lr:\n  a: 1\n", "lr is \"{{'a': 1}}\", expected a number"),
+    (b"lr:\n  a: 1\n", "lr is '{{a: 1}}', expected a number"),
+    (b"lr:\n", "lr is 'null', expected a number"),
+    (b"lr: 1\nclip: 1\nlr: 2\n", "config {file} gives lr twice, expected each setting once"),
+    (b"model:\n  width: 64\n  width: 32\n", "config {file} gives width twice, expected each setting once"),
+    (b"max_minutes: 1:30\n", "max_minutes is '1:30', expected a number or null"),
+    (b"seed: 0x10\n", "seed is '0x10', expected a whole number"),
+    (b"compile: on\n", "compile is 'on', expected true or false"),
+    (b"a: &a [*a]\n", "config {file} is not valid YAML"),
     (b"model:\n  n_heads: 7\n", "model.n_heads is 7, expected a divisor of model.width 768"),
     (b"\xff\xfe\x00lr: 1", "config {file}"),
 ]
@@ -323,8 +347,8 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     for key in options.key_types(TrainConfig):
         assert f"--{key}" in text, key
     for cls in (TrainConfig, ModelConfig):
-        lines = (inspect.getdoc(cls) or "").splitlines()  # cleaned: Python 3.13 takes the indentation off itself
-        documented = [line.split(":")[0].strip() for line in lines if line.startswith("    ")]
+        documented = options._descriptions(cls)
         for f in dataclasses.fields(cls):
             assert f.name in documented, f"{cls.__name__}.{f.name} has no help"
-    assert "oldest" not in text and "steps of linear warm-up" in text and "Shape of the model" in text
+    assert "default 0.0006" in text and "default remainder" not in text and "one of fp32, remainder" in text
+    assert "steps of linear warm-up" in text and "Shape of the model" in text

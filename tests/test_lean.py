@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 # packages that pip brings along with fastgpt, and that nothing but the command line, the console or text data needs
-ABSENT = ("jsonargparse", "safetensors", "tqdm", "matplotlib", "tokenizers", "tiktoken", "yaml", "rich", "pynvml")
+ABSENT = ("safetensors", "tqdm", "matplotlib", "tokenizers", "tiktoken", "yaml", "rich", "pynvml")
 BLOCK = f"""
 from importlib.machinery import PathFinder
 

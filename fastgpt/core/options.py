@@ -1,15 +1,20 @@
-"""Command line and YAML into the fields of a (nested) dataclass: jsonargparse, with its errors as one sentence each."""
+"""Command line and YAML into the fields of a (nested) dataclass; each error is one sentence.
+
+A setting's type decides how its text is read, on the command line and in a file alike: `1:30` is never a number, and
+`data: 123` is the text 123. Only null, lists and mappings are YAML's.
+"""
 
 from __future__ import annotations
 
 import difflib
-import functools
+import inspect
+import json
 import logging
 import re
+import textwrap
 import types
-from argparse import ArgumentError
-from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,6 +24,10 @@ from fastgpt.core.errors import UserError
 log = logging.getLogger("fastgpt")
 
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+BOOLS = {"true": True, "false": False}
+FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
+NULLS = ("null", "~", "")
+WRONG = object()  # what `_convert` gives for a value that is not of the type
 
 
 def names() -> list[str]:
@@ -40,29 +49,35 @@ def path_of(name: str) -> str:
 
 
 def from_command_line(cls: type, argv: Sequence[str], default: str) -> tuple[dict[str, Any], str, set[str]]:
-    """The settings of dataclass `cls` as plain values, the last configuration that argv names (else `default`), and the
-    keys that argv gives a value.
+    """The settings of dataclass `cls` that are given, as nested plain values; the last configuration that argv names
+    (else `default`); and the keys that argv gives a value. `--help` prints every setting and exits.
 
     Configurations are read first, in their order, wherever they stand; then options count, the last one of each key.
 
     Raises:
         UserError: naming the key, what came and what was expected.
     """
+    if {"-h", "--help"} & set(argv):
+        print(help_text(cls, default))
+        raise SystemExit(0)
     types_of = key_types(cls)
-    args, configs = _normalise(argv, types_of)
+    configs, typed = _options(argv, types_of)
     configs = configs or [default]
-    words = [*(f"--config={path_of(name)}" for name in configs), *args]
-    typed = _typed(args, types_of)
-    return _parse(cls, lambda parser: parser.parse_args(words), f"config {configs[-1]}"), configs[-1], set(typed)
+    flat: dict[str, Any] = {}
+    for name in configs:
+        flat |= _flat(_read_file(path_of(name), f"config {name}"), types_of, f"config {name}")
+    for key, text in typed.items():
+        flat |= _flat({key: _parse(key, text, types_of[key])}, types_of, "the command line")
+    return _nested(flat), configs[-1], set(typed)
 
 
-def from_mapping(cls: type, settings: dict[str, Any]) -> dict[str, Any]:
-    """Stored settings, checked against dataclass `cls`; absent keys take their defaults.
+def from_mapping(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Stored settings, checked against dataclass `cls`.
 
     Raises:
         UserError: unknown keys and wrong types.
     """
-    return _parse(cls, lambda parser: parser.parse_object(settings), "the stored settings")
+    return _nested(_flat(settings, key_types(cls), "the stored settings"))
 
 
 def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -77,92 +92,146 @@ def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _normalise(argv: Sequence[str], types_of: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """argv without its configurations, with underscores in option names, and bare flags as `=true` (`=false` with no_
-    before them); and the configurations."""
-    args: list[str] = []
+def _options(argv: Sequence[str], types_of: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """The configurations in argv, and key -> text of its other options. A bare flag is true, and false after `no-`. An
+    option that comes twice with other values is logged."""
     configs: list[str] = []
-    words = iter(range(len(argv)))
-    for i in words:
-        option, equals, value = argv[i].partition("=")
-        if option == "--config" and not equals:
-            if i + 1 == len(argv):
-                raise UserError("config came without a value, expected text")
-            configs.append(argv[next(words)])
-        elif option == "--config":
-            configs.append(value)
-        elif option.startswith("--"):
-            option = option[:2] + option[2:].replace("-", "_")
-            alone = not equals and (i + 1 == len(argv) or argv[i + 1].startswith("--"))
-            if alone and option.startswith("--no_") and types_of.get(option[5:]) is bool:
-                option, alone, equals, value = "--" + option[5:], False, "=", "false"
-            args.append(option + ("=true" if alone and types_of.get(option[2:]) is bool else equals + value))
-        else:
-            args.append(argv[i])
-    return args, configs
-
-
-def _typed(args: Sequence[str], types_of: dict[str, Any]) -> dict[str, str]:
-    """Key -> value of the options in `args` (_normalise's). An option that comes twice with other values is said.
-
-    Raises:
-        UserError: a number with colons, which YAML takes for one to the base of 60, or with more digits than any float.
-    """
     found: dict[str, str] = {}
-    for i, word in enumerate(args):
-        if not word.startswith("--"):
+    words = list(argv)
+    while words:
+        option, equals, value = words.pop(0).partition("=")
+        key = option[2:].replace("-", "_")
+        if not option.startswith("--"):
+            raise UserError(unknown(option, types_of))
+        if not equals and words and not words[0].startswith("--"):
+            value = words.pop(0)
+        elif not equals and types_of.get(key) is bool:
+            value = "true"
+        elif not equals and key.startswith("no_") and types_of.get(key[3:]) is bool:
+            key, value = key[3:], "false"
+        elif not equals and key in (*types_of, "config"):
+            raise UserError(f"{key} came without a value, expected {describe(types_of.get(key, str))}")
+        if key == "config":
+            configs.append(value)
             continue
-        key, equals, value = word[2:].partition("=")
-        value = value if equals or i + 1 == len(args) else args[i + 1]
-        hint = types_of.get(key)
-        if {int, float} & {hint, *get_args(hint)} and re.fullmatch(r"[-+]?(\d+(:\d+)+(\.\d*)?|\d{20,})", value):
-            raise UserError(f"{key} is {value!r}, expected {describe(hint)}")
+        if key not in types_of:
+            raise UserError(unknown(key, types_of))
         if found.get(key, value) != value:
             log.warning("--%s is given twice: the last value counts, %s, not %s", key, value, found[key])
         found[key] = value
-    return found
+    return configs, found
 
 
-@functools.cache  # building one takes longer than parsing with it
-def _parser(cls: type) -> Any:
-    from jsonargparse import ActionConfigFile, ArgumentParser  # slow to import, and only who reads settings needs it
-
-    parser = ArgumentParser(prog="fastgpt train", exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=ActionConfigFile, help=f"YAML file, or one of {', '.join(names())}")
-    parser.add_class_arguments(cls, None)
-    return parser
-
-
-def _parse(cls: type, run: Callable[[Any], Any], source: str) -> dict[str, Any]:
-    parser = _parser(cls)
+def _read_file(path: str, source: str) -> Mapping[str, Any]:
+    """The mapping in a YAML file, its scalars as text."""
     try:
-        settings: dict[str, Any] = run(parser).as_dict()
-    except (ArgumentError, TypeError, KeyError, ValueError, OverflowError, OSError) as e:
-        raise UserError(sentence(str(e), source, key_types(cls))) from e
-    settings.pop("config", None)
+        text = Path(path).read_text(encoding="utf-8")
+    except ValueError as e:
+        raise UserError(f"{source} is not UTF-8 text ({e})") from e
+    settings = _yaml(text, source)
+    if not isinstance(settings, dict):
+        held = textwrap.shorten(text, 80, placeholder=" ...")
+        raise UserError(f"{source} holds {held!r}, expected a mapping of settings")
     return settings
 
 
-def sentence(message: str, source: str, types_of: dict[str, Any]) -> str:
-    """One sentence from jsonargparse's message."""
-    text = " ".join(message.split())
-    if found := re.search(r'Parser key "([\w.]+)".* (?:(?:Got|Given) value: ?|Unable to load config )(.*)', text):
-        came = found[2].strip("\"'")
-        came = "null" if came == "None" else came
-        return f"{found[1]} is {came!r}, expected {describe(types_of.get(found[1], str))}"
-    if found := re.search(r"unrecognized arguments: (?:--)?([^ =]+)", text):
-        return unknown(found[1], types_of)
-    if found := re.search(r"Option '(.*)' is not accepted", text):
-        return f"{source}: {unknown(found[1], types_of)}"
-    if found := re.search(r"Group '(.*)' does not accept option '(.*)'", text):
-        return f"{source}: {unknown(found[1] + '.' + found[2], types_of)}"
-    if found := re.search(r"argument --([\w.]+): expected one argument", text):
-        return f"{found[1]} came without a value, expected {describe(types_of.get(found[1], str))}"
-    if "Problems parsing config" in text:
-        return f"{source} is not valid YAML ({text.partition(': ')[2]})"
-    if "Unexpected config" in text:
-        return f"{source} holds {text.partition(': ')[2]!r}, expected a mapping of settings"
-    return f"{source}: {text}"
+def _yaml(text: str, source: str) -> Any:
+    """YAML with text, or None for null, as its only scalars; a key that stands twice in a mapping is refused."""
+    try:
+        import yaml  # a machine without network may lack it; only files, lists and mappings need it
+    except ImportError as e:
+        raise UserError("reading settings in YAML needs PyYAML: pip install PyYAML") from e
+
+    def value(node: Any) -> Any:
+        if isinstance(node, yaml.SequenceNode):
+            return [value(item) for item in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            return None if node.style is None and node.value.lower() in NULLS else node.value
+        found: dict[str, Any] = {}
+        for key_node, item in node.value:
+            key = str(key_node.value)
+            if key in found:
+                raise UserError(f"{source} gives {key} twice, expected each setting once")
+            found[key] = value(item)
+        return found
+
+    try:
+        node = yaml.compose(text, yaml.BaseLoader)
+        return None if node is None else value(node)
+    except (yaml.YAMLError, RecursionError) as e:
+        raise UserError(f"{source} is not valid YAML ({' '.join(str(e).split())})") from e
+
+
+def _parse(key: str, text: str, hint: Any) -> Any:
+    """Text of an option: null, a list or mapping where the type has one, else the text itself."""
+    kinds = (hint, *get_args(hint))
+    if type(None) in kinds and text == "null":
+        return None
+    if text[:1] in ("[", "{") and any(is_dataclass(k) or get_origin(k) in (list, dict) for k in kinds):
+        return _yaml(text, key)
+    return text
+
+
+def _flat(settings: Mapping[str, Any], types_of: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> converted value."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if key not in types_of:
+            raise UserError(f"{source}: {unknown(key, types_of)}")
+        if is_dataclass(types_of[key]) and isinstance(value, Mapping):
+            flat |= _flat(value, types_of, source, key + ".")
+            continue
+        flat[key] = _convert(value, types_of[key])
+        if flat[key] is WRONG:
+            came = value if isinstance(value, str) else json.dumps(value).replace('"', "")
+            raise UserError(f"{key} is {came!r}, expected {describe(types_of[key])}")
+    return flat
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *groups, name = key.split(".")
+        place = nested
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    return nested
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value`, text or a plain value, as the type `hint`; WRONG if it is none."""
+    inner = get_args(hint)
+    if get_origin(hint) in (Union, types.UnionType):  # text last: everything typed is text
+        found = (_convert(value, kind) for kind in sorted(inner, key=lambda kind: kind is str))
+        return next((v for v in found if v is not WRONG), WRONG)
+    if get_origin(hint) is list and isinstance(value, list):
+        items = [_convert(v, inner[0]) for v in value]
+        return WRONG if any(v is WRONG for v in items) else items
+    if get_origin(hint) is dict and isinstance(value, Mapping):
+        entries = {k: _convert(v, inner[1]) for k, v in value.items()}
+        return WRONG if any(v is WRONG for v in entries.values()) else entries
+    if get_origin(hint) is Literal:
+        return value if isinstance(value, str) and value in inner else WRONG
+    return _scalar(value, hint)
+
+
+def _scalar(value: Any, hint: Any) -> Any:
+    """`value` as a number, truth, text or null; as what it looks like where any of these may stand."""
+    if hint is Any:
+        if not isinstance(value, str):
+            return value
+        return next(v for kind in (int, float, bool, str) if (v := _scalar(value, kind)) is not WRONG)
+    if hint is bool and isinstance(value, str):
+        value = BOOLS.get(value.lower(), WRONG)
+    if hint is int and isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,19}", value):
+        value = int(value)
+    if hint is float and isinstance(value, str) and FLOAT.fullmatch(value):
+        value = float(value.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if hint is float and type(value) is int:
+        value = float(value)
+    return value if type(value) is hint or (hint is type(None) and value is None) else WRONG
 
 
 def unknown(key: str, types_of: dict[str, Any]) -> str:
@@ -184,3 +253,34 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is list:
         return f"a list of ({describe(get_args(hint)[0])})"
     return "a mapping"
+
+
+def help_text(cls: type, default: str) -> str:
+    """Every setting with its type, default and description."""
+    usage = "usage: fastgpt train [--config NAME_OR_FILE] [--SETTING VALUE] ..."
+    more = "Names take hyphens or underscores. --compile alone means true, --no-compile means false."
+    known = f"a YAML file, or one of {', '.join(names())}; default {default}"
+    return "\n".join([usage, "", more, "", _entry("config", known, "settings to start from."), *_help_of(cls)])
+
+
+def _help_of(cls: type, prefix: str = "") -> Iterator[str]:
+    hints, docs = get_type_hints(cls), _descriptions(cls)
+    for f in fields(cls):
+        key, hint = prefix + f.name, hints[f.name]
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        shown = default if isinstance(default, str) and default else json.dumps(default, default=lambda _: {})
+        is_group = is_dataclass(hint)
+        yield _entry(key, describe(hint) + ("" if is_group else f"; default {shown}"), docs[f.name])
+        if is_group:
+            yield from _help_of(hint, key + ".")  # type: ignore[arg-type]
+
+
+def _entry(key: str, kind: str, text: str) -> str:
+    return f"  --{key}  ({kind})\n{textwrap.fill(text, 100, initial_indent=' ' * 8, subsequent_indent=' ' * 8)}"
+
+
+def _descriptions(cls: type) -> dict[str, str]:
+    """Field -> its text under 'Attributes:' in the docstring."""
+    doc = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", doc, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}

@@ -51,8 +51,8 @@ class ModelConfig:
         rotary_dim: leading columns of each head that turn; null is all.
         rope_theta: base of the rotary frequencies.
         rope_interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2).
-        rope_scaling: "{rope_type: linear, factor: F} or {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
-            original_max_position_embeddings}"
+        rope_scaling: {rope_type: linear, factor: F} or {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
+            original_max_position_embeddings}.
         qk_norm: norm over each head of queries and keys.
         qkv_bias: bias on the query, key and value projection.
         proj_bias: bias on attention's output projection.

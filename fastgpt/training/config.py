@@ -1,4 +1,4 @@
-"""Settings of a training run: a dataclass, read from YAML and overridden on the command line (jsonargparse).
+"""Settings of a training run: a dataclass, read from YAML and overridden on the command line.
 
 `load_config(argv)` gives a checked TrainConfig or raises UserError: one sentence with the key, what came and what was
 expected. Option names take hyphens or underscores; model fields are nested: `--model.n-layers 6`.
@@ -32,7 +32,7 @@ class TrainConfig:
         data: text file, folder of text, or .bin shards ('shards_*.bin'); null is the Python standard library's source.
         data_dtype: of the ids in .bin files without a header; auto is uint16, or uint32 where a name has u32 or uint32
         val_data: the same for validation; null splits val_fraction off the training data.
-        val_sources: "name -> text file or .bin shards whose validation loss is reported, too, as in {web: web_val.bin}"
+        val_sources: name -> text file or .bin shards whose validation loss is reported, too, as in {web: web_val.bin}
         tokenizer: tokenizer.json that .bin data was made with (for samples).
         vocab_size: size of the tokenizer that is trained when data is text.
         val_fraction: share of text files held out for validation.
@@ -55,7 +55,7 @@ class TrainConfig:
         optimizer: adamw, or muon for the blocks' matrices and adamw for the rest (one learning rate serves both).
         momentum: Muon's.
         lr: highest learning rate.
-        lr_ratios: "regular expression in a parameter's name -> factor on its learning rate, as in {wte: 0.3}"
+        lr_ratios: regular expression in a parameter's name -> factor on its learning rate, as in {wte: 0.3}
         min_lr_ratio: the last learning rate as a fraction of lr.
         warmup_steps: steps of linear warm-up.
         schedule: course of the learning rate after warm-up; wsd holds it, then decays linearly.
@@ -219,7 +219,7 @@ def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
         UserError: naming the key, what came and what was expected.
     """
     settings, name, typed = options.from_command_line(TrainConfig, argv, default)
-    if not settings["out"]:
+    if not settings.get("out"):
         settings["out"] = "runs/" + Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     if "max_steps" in typed and "max_minutes" not in typed and name in options.names():
         settings["max_minutes"] = None  # else a demo's four minutes would end a run whose length was asked for
@@ -264,5 +264,4 @@ def from_dict(settings: dict[str, Any]) -> TrainConfig:
 
 
 def _build(settings: dict[str, Any]) -> TrainConfig:
-    require(isinstance(settings["model"], dict), "model", settings["model"], "a mapping of its fields")
-    return TrainConfig(**{**settings, "model": ModelConfig(**settings["model"])})
+    return TrainConfig(**{**settings, "model": ModelConfig(**settings.get("model", {}))})
