@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.cu csrc/include/fastgpt/*)
+NATIVE := $(wildcard $(addprefix csrc/,*.cpp */*.cpp */*.cu */*.h */*.cuh */*/*.h */*/*.cuh))
 # Two processes with one thread each use two cores; more of either slows the suite down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 

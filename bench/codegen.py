@@ -29,7 +29,7 @@ from fastgpt.bench._harness import append_rows, provenance, where
 from fastgpt.checks import cuda as cuda_check
 from fastgpt.checks.cuda import ToolMissing
 
-SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda"
+SOURCE = Path(__file__).resolve().parent.parent / "csrc"
 LANGUAGES = ("cuda", "triton")
 REGISTERS, REGISTER_UNIT, PARTITIONS = 65536, 256, 4  # of a multiprocessor; given to a warp in units; its quarters
 SHARED_UNIT, SHARED_RESERVED = 128, 1024  # bytes; the second are the system's in every block
@@ -77,7 +77,7 @@ def occupancy(chip: int, threads: int, registers: int, shared: int) -> dict[str,
 def dynamic_kernels(source: Path) -> set[str]:
     """Names of the kernels that declare shared memory whose size comes with the launch."""
     found = set()
-    for file in source.glob("*.cu"):
+    for file in source.glob("*/*.cu"):
         for body in re.split(r"\b__global__\b", file.read_text(encoding="utf-8"))[1:]:
             name = re.search(r"(\w+_kernel)\s*\(", body)
             if name is not None and "FASTGPT_DYNAMIC_SHARED(" in body:
@@ -187,9 +187,9 @@ def main(argv: list[str] | None = None) -> int:
     """1 if a compilation failed; a compiler that is not here is one line, not a failure."""
     parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.codegen", description=__doc__)
     parser.add_argument("--language", choices=LANGUAGES, help="default: both")
-    parser.add_argument("--only", default="*", metavar="FILE", help="of csrc/cuda and kernels, as in 'attention*'")
+    parser.add_argument("--only", default="*", metavar="OP", help="ops, as in 'attention*'")
     parser.add_argument("--all", action="store_true", help="every configuration of the Triton kernels")
-    parser.add_argument("--source", type=Path, default=SOURCE, help="folder of .cu files (default: csrc/cuda)")
+    parser.add_argument("--source", type=Path, default=SOURCE, help="folder of the ops' folders (default: csrc)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     halves: dict[str, Callable[[], list[dict[str, Any]]]] = {

@@ -78,9 +78,7 @@ def code(text: str) -> str:
 
 def kernel_files(op: str) -> dict[str, list[Path]]:
     """Backend -> its source files of this op."""
-    native = sorted([*(ROOT / "csrc" / op).glob("*.c*"), *(ROOT / "csrc").glob(f"c*/{op}*.c*")])
-    native = [p for p in native if p.suffix in (".cpp", ".cu") and p.name != "glue.cpp"]
-    native = [p for p in native if p.parent.name == op or re.fullmatch(rf"{op}(_bwd|_fwd|_dkdv)?", p.stem)]
+    native = sorted((ROOT / "csrc" / op).glob("c*.c*"))
     return {
         "cuda": [p for p in native if p.suffix == ".cu"],
         "triton": sorted(p for p in (ROOT / "kernels").glob(f"{op}*.py") if p.stem in (op, f"{op}_bwd")),

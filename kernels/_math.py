@@ -1,4 +1,4 @@
-"""Functions of one value that several kernel files share, in fp32: the formulas of csrc/include/fastgpt/math.h.
+"""Functions of one value that several kernel files share, in fp32: the formulas of csrc/core/math.h.
 
 Without libdevice, so that they run in the interpreter and compile anywhere. NaN comes through.
 """

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "fastgpt/launch.h"
-#include "fastgpt/parallel.h"
+#include "attention/op.h"
+#include "core/cpu/parallel.h"
 
 using namespace fastgpt;
 
@@ -108,8 +108,8 @@ static void run_once() {
   a.dq = dq.data, a.dk = dk.data, a.dv = dv.data, a.lse = lse.data(), a.dlse = below(2) ? dlse.data() : nullptr;
   a.q_at = q.at, a.k_at = k.at, a.v_at = v.at, a.out_at = out.at, a.dout_at = dout.at;
   a.dq_at = dq.at, a.dk_at = dk.at, a.dv_at = dv.at;
-  cpu::attention_fwd(a);
-  cpu::attention_bwd(a);
+  cpu::attention_fwd(a, {});
+  cpu::attention_bwd(a, {});
   printf("%.6f %.6f %.6f %.6f\n", out.sum(), dq.sum(), dk.sum(), dv.sum());
 }
 

@@ -175,11 +175,11 @@ def test_no_byte_out_of_bounds_on_any_instruction_set(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     (tmp_path / "level.h").write_text("extern int highest_level;\n#define FASTGPT_HIGHEST_LEVEL highest_level\n")
-    cpu = ROOT / "csrc" / "cpu"
-    sources = [str(p) for p in (ROOT / "tests" / "attention_cpu.cpp", cpu / "attention.cpp", cpu / "attention_bwd.cpp")]
+    kernels = sorted((ROOT / "csrc" / "attention").glob("cpu*.cpp"))
+    sources = [str(p) for p in (ROOT / "tests" / "attention_cpu.cpp", *kernels)]
     flags = ["-std=c++17", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd"]
     flags += ["-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
-    flags += [f"-I{ROOT / 'csrc' / 'include'}", "-include", str(tmp_path / "level.h"), "-o", str(tmp_path / "bounds")]
+    flags += [f"-I{ROOT / 'csrc'}", "-include", str(tmp_path / "level.h"), "-o", str(tmp_path / "bounds")]
     built = subprocess.run([compiler, *flags, *sources], capture_output=True, text=True)
     if "cannot find -lasan" in built.stderr or "libasan" in built.stderr:
         pytest.skip("needs AddressSanitizer's library")

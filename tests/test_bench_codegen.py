@@ -51,7 +51,7 @@ def test_occupancy_bound(chip: int, threads: int, registers: int, shared: int, b
 
 
 def test_kernels_with_shared_memory_of_the_launch_are_known() -> None:
-    found = codegen.dynamic_kernels(ROOT / "csrc" / "cuda")
+    found = codegen.dynamic_kernels(ROOT / "csrc")
     assert {"attention_fwd_kernel", "attention_dq_kernel", "attention_dkdv_kernel", "bias_gelu_bwd_kernel"} <= found
     assert not {"bias_gelu_fwd_kernel", "adamw_update_kernel", "layer_norm_fwd_kernel"} & found
 
@@ -59,8 +59,9 @@ def test_kernels_with_shared_memory_of_the_launch_are_known() -> None:
 @pytest.mark.nvcc
 @pytest.mark.skipif(cuda_check.find_nvcc() is None, reason="no nvcc here")
 def test_rows_of_cuda_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "a.cu").write_text(KERNELS)
-    (tmp_path / "other.cu").write_text("syntax error")
+    for op, text in (("a", KERNELS), ("other", "syntax error")):
+        (tmp_path / op).mkdir()
+        (tmp_path / op / "cuda.cu").write_text(text)
     command = ["--language", "cuda", "--source", str(tmp_path), "--json", str(tmp_path / "rows.jsonl")]
     assert codegen.main([*command, "--only", "a"]) == 0
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
@@ -76,7 +77,7 @@ def test_rows_of_cuda_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert r["compiler"].startswith("nvcc 1") and r["machine"]["sources"]
     out = capsys.readouterr().out
     assert "<= 8" in out and "cuda kernels: 4" in out
-    assert codegen.main(command) == 1 and "not compiled: other.cu" in capsys.readouterr().out
+    assert codegen.main(command) == 1 and "not compiled: other/cuda.cu" in capsys.readouterr().out
 
 
 def test_without_a_compiler_the_other_half_still_comes(

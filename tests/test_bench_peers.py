@@ -283,9 +283,10 @@ def test_a_library_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, capsy
 def names_of_kernels(language: str) -> set[str]:
     folder, pattern = {
         "triton": (ROOT / "kernels", r"def (\w+_kernel)\("),
-        "cuda": (ROOT / "csrc" / "cuda", r"(\w+_kernel)\("),
+        "cuda": (ROOT / "csrc", r"(\w+_kernel)\("),
     }[language]
-    return {n for f in folder.iterdir() if f.is_file() for n in re.findall(pattern, f.read_text(encoding="utf-8"))}
+    files = [f for f in folder.rglob("*.*") if f.suffix in (".py", ".cu", ".cuh")]
+    return {n for f in files for n in re.findall(pattern, f.read_text(encoding="utf-8"))}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+SOURCES = sorted((ROOT / "csrc").glob("*/cpu*.cpp"))
 FLAGS = "-std=c++20 -O2 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-contract=off -fPIC".split()
 WARNINGS = "-Wall -Wextra -Werror -Wno-psabi".split()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["g++", "clang++", "aarch64-linux-gnu-g++"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda s: s.name)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda s: f"{s.parent.name}/{s.name}")
 def test_kernels_compile_without_warnings(compiler: str, source: Path) -> None:
     if shutil.which(compiler) is None:
         pytest.skip(f"{compiler} is not installed")
-    command = [compiler, *FLAGS, *WARNINGS, f"-I{ROOT / 'csrc' / 'include'}", "-c", str(source), "-o", "/dev/null"]
+    command = [compiler, *FLAGS, *WARNINGS, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", "/dev/null"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

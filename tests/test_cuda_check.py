@@ -43,6 +43,11 @@ __global__ void copy(const uint4* x, uint4* y, int i) {
 """
 
 
+def write_source(folder: Path, text: str) -> None:
+    (folder / "a").mkdir()
+    (folder / "a" / "cuda.cu").write_text(text)
+
+
 def test_parse_ptxas() -> None:
     found = cuda_check.parse_ptxas(PTXAS)
     assert found["_Z1av"] == {"registers": 8, "stack": 0, "spills": 0, "shared": 0}
@@ -92,7 +97,7 @@ def test_problem() -> None:
 
 
 def test_spills_file_names_a_reason() -> None:
-    listed = json.loads((Path(__file__).parents[1] / "csrc" / "cuda" / "spills.json").read_text())
+    listed = json.loads((Path(__file__).parents[1] / "csrc" / "spills.json").read_text())
     assert all(isinstance(entry["bytes"], int) and len(entry["reason"]) > 10 for entry in listed.values())
 
 
@@ -132,7 +137,7 @@ def test_find_nvcc_in_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     ],
 )
 def test_main(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, code: int, says: str) -> None:
-    (tmp_path / "a.cu").write_text(text)
+    write_source(tmp_path, text)
     arguments = ["--source", str(tmp_path), "--arch", "sm_80", "--json", str(tmp_path / "table.json")]
     assert cuda_check.main(arguments) == code
     assert says in capsys.readouterr().out
@@ -144,6 +149,6 @@ def test_main(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, cod
 @needs_nvcc
 @pytest.mark.nvcc
 def test_allowed_spill(tmp_path: Path) -> None:
-    (tmp_path / "a.cu").write_text(LOCAL)
+    write_source(tmp_path, LOCAL)
     (tmp_path / "spills.json").write_text(json.dumps({"copy": {"bytes": 256, "reason": "dynamic index, for the test"}}))
     assert cuda_check.main(["--source", str(tmp_path), "--arch", "sm_80"]) == 0

@@ -1,4 +1,4 @@
-"""csrc/include/fastgpt/math.h against fp64 and against PyTorch's conversions: the errors that it states hold."""
+"""csrc/core/math.h against fp64 and against PyTorch's conversions: the errors that it states hold."""
 
 import ctypes
 import shutil
@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 U = 2.0**-23
 SOURCE = """
-#include "fastgpt/math.h"
+#include "core/math.h"
 using namespace fastgpt;
 #define UNARY(name, out, in, expression) \\
   extern "C" void name(const in* x, out* y, int64_t n) { for (int64_t i = 0; i < n; ++i) y[i] = expression; }
@@ -37,7 +37,7 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
     folder = tmp_path_factory.mktemp("math")
     (folder / "math.cpp").write_text(SOURCE)
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-shared", "-fPIC"]
-    command = [compiler, *flags, f"-I{ROOT / 'csrc' / 'include'}", str(folder / "math.cpp"), "-o", str(folder / "m.so")]
+    command = [compiler, *flags, f"-I{ROOT / 'csrc'}", str(folder / "math.cpp"), "-o", str(folder / "m.so")]
     subprocess.run(command, check=True)
     library = ctypes.CDLL(str(folder / "m.so"))
 

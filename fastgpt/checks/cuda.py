@@ -1,8 +1,8 @@
 """Compile check of the CUDA kernels, no GPU used: `python -m fastgpt.checks.cuda [--source DIR] [--arch A] [--json F]`.
 
-Every csrc/cuda/*.cu is compiled by itself for sm_80 and sm_90a. ptxas tells registers, stack, spills and shared memory
+Every csrc/*/*.cu is compiled by itself for sm_80 and sm_90a. ptxas tells registers, stack, spills and shared memory
 of each kernel; nvdisasm (it comes with Triton) tells whether the loads are 128 bits wide. Exit code 1: a compilation
-failed, a kernel uses local memory that spills.json (beside the sources: {"kernel": {"bytes": n, "reason": why}}, names
+failed, a kernel uses local memory that spills.json (in that folder: {"kernel": {"bytes": n, "reason": why}}, names
 as printed, with * and ?) does not allow, a memory-bound kernel has no 128-bit load, or one of matrix products does not
 run on tensor cores with 128-bit asynchronous copies. Exit code 2: a tool is missing.
 """
@@ -168,13 +168,13 @@ def problem(kernel: Kernel, allowed: dict[str, dict[str, object]]) -> str:
 
 def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Path) -> list[Kernel]:
     """All kernels of a file for one architecture; raises RuntimeError with the compiler's words."""
-    cubin = folder / f"{source.stem}.{arch}.cubin"
-    include = ["-I", str(source.parent.parent / "include")]
+    cubin = folder / f"{source.parent.name}-{source.stem}.{arch}.cubin"
+    include = ["-I", str(source.parent.parent)]
     target = f"arch={ARCHS[arch]},code={arch}"
     command = [str(nvcc), *FLAGS, *include, "-gencode", target, str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or re.search(r"\bwarning\b", done.stderr):
-        raise RuntimeError(f"{source.name} for {arch}:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"{source.parent.name}/{source.name} for {arch}:\n{done.stdout}{done.stderr}")
     resources = parse_ptxas(done.stdout + done.stderr)
     listing = subprocess.run([str(nvdisasm), str(cubin)], capture_output=True, text=True)
     counts = instructions(listing.stdout)
@@ -187,14 +187,14 @@ def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Pat
 
 
 def check(source: Path, archs: list[str], names: str = "*") -> tuple[list[Kernel], list[str]]:
-    """Every kernel of the files `names` in `source` with its problem, and the compilations that failed."""
+    """Every kernel of the ops `names`, folders of `source`, with its problem, and the compilations that failed."""
     nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
     if nvcc is None:
         raise ToolMissing(REMEDY)
-    files = sorted(source.glob(f"{names}.cu"))
+    files = sorted(source.glob(f"{names}/*.cu"))
     if not files:
         raise ToolMissing(
-            f"cuda_check: no {names}.cu in {source}; run it in a checkout, or give the folder by --source"
+            f"cuda_check: no {names}/*.cu in {source}; run it in a checkout, or give the folder by --source"
         )
     listed = source / "spills.json"
     allowed = json.loads(listed.read_text()) if listed.exists() else {}
@@ -227,8 +227,8 @@ def _print(kernels: list[Kernel], failures: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m fastgpt.checks.cuda", description="compile every CUDA kernel")
-    default = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
-    parser.add_argument("--source", type=Path, default=default, help="folder of .cu files (default: csrc/cuda)")
+    default = Path(__file__).resolve().parents[2] / "csrc"
+    parser.add_argument("--source", type=Path, default=default, help="folder of the ops' folders (default: csrc)")
     parser.add_argument("--arch", action="append", choices=sorted(ARCHS), help="default: all")
     parser.add_argument("--json", type=Path, help="write the table to this file")
     options = parser.parse_args(arguments)

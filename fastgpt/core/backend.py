@@ -1,6 +1,6 @@
 """The only dispatch: which backend serves each op, and why.
 
-A backend is one implementation of an op: `cuda` (csrc/cuda), `triton` (kernels/), `cpu` (csrc/cpu) or `torch` (the
+A backend is one implementation of an op: `cuda` (csrc), `triton` (kernels), `cpu` (csrc) or `torch` (the
 reference). Every op file registers the cells it has (op x backend x dtype); `select` picks one per call, `use` lets a
 person choose, `explain` says what was picked and why. No op chooses a kernel by device anywhere else.
 """

@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import importlib
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastgpt.core.sources import sources_hash
 
 NATIVE = ("cpu", "cuda")
 MIN_TORCH = (2, 11)  # the stable ABI that _C is built on
@@ -60,14 +61,8 @@ def identity() -> str:
 
 def _stale() -> str:
     """A note if this checkout's csrc/ is newer than _C; empty outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    if not any(BUILT.values()) or not (root / "csrc" / "registration.cpp").is_file():
-        return ""
-    digest = hashlib.sha256()
-    for path in sorted((root / "csrc").rglob("*")):
-        if path.suffix in (".cpp", ".cu", ".h", ".cuh"):
-            digest.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
-    same = digest.hexdigest()[:16] == _INFO["SOURCES"]
+    found = sources_hash(Path(__file__).resolve().parents[2])
+    same = not found or not any(BUILT.values()) or found == _INFO["SOURCES"]
     return "" if same else f"csrc/ changed since fastgpt._C was built: {REBUILD}"
 
 

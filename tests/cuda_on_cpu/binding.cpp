@@ -1,13 +1,22 @@
-// Launch arithmetic, for tests: the launchers of csrc/cuda/*.cu as Python functions that launch nothing and return what
+// Launch arithmetic, for tests: the launchers of csrc/*/*.cu as Python functions that launch nothing and return what
 // they would have launched. Arguments go by the structs' field names; pointers are integers, dtypes the numbers of
-// DType. What is not given is zero or null. The same library holds the ops themselves (csrc/registration.cpp).
+// DType. What is not given is zero or null. The same library holds the ops themselves (csrc/*/glue.cpp).
 #include <cuda_runtime.h>
-#include <fastgpt/launch.h>
-#include <fastgpt/wave.cuh>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <thread>
+
+#include "adamw/op.h"
+#include "attention/op.h"
+#include "bias_gelu/op.h"
+#include "core/cuda/wave.cuh"
+#include "cross_entropy/op.h"
+#include "embedding/op.h"
+#include "layer_norm/op.h"
+#include "rms_norm/op.h"
+#include "rope/op.h"
+#include "swiglu/op.h"
 
 namespace py = pybind11;
 using namespace fastgpt;
@@ -78,17 +87,15 @@ auto planned(void (*launcher)(const Args&, cuda::Stream)) {
     Args a{};
     fill(a, values);
     const Planning planning;
-    launcher(a, nullptr);
+    launcher(a, {});
     return emulator::machine().launches;
   };
 }
 
-template <typename... Sizes>
-auto planned(int64_t (*size)(Sizes...)) {
-  return [size](Sizes... sizes) {
-    const Planning planning;
-    return size(sizes...);
-  };
+template <auto kSizeOf, typename... Sizes>
+int64_t size(Sizes... sizes) {
+  const Planning planning;
+  return kSizeOf(sizes..., {});
 }
 
 // Launches a and, from another thread between what a's launch sets and the launch itself, b.
@@ -99,8 +106,8 @@ auto at_once(void (*launcher)(const Args&, cuda::Stream)) {
     fill(a, a_values);
     fill(b, b_values);
     const Planning planning;
-    emulator::machine().before_launch = [&] { std::thread([&] { launcher(b, nullptr); }).join(); };
-    launcher(a, nullptr);
+    emulator::machine().before_launch = [&] { std::thread([&] { launcher(b, {}); }).join(); };
+    launcher(a, {});
     return emulator::machine().launches;
   };
 }
@@ -125,22 +132,22 @@ extern "C" __attribute__((visibility("default"))) void fastgpt_set_schedule(int 
 PYBIND11_MODULE(kernels, m) {
   m.def("layer_norm_fwd", planned(cuda::layer_norm_fwd));
   m.def("layer_norm_bwd", planned(cuda::layer_norm_bwd));
-  m.def("layer_norm_bwd_blocks", planned(cuda::layer_norm_bwd_blocks));
+  m.def("layer_norm_bwd_blocks", size<cuda::layer_norm_bwd_blocks, int64_t, int64_t>);
   m.def("layer_norm_bwd_at_once", at_once(cuda::layer_norm_bwd));
   m.def("launched", launched);
   m.def("rms_norm_fwd", planned(cuda::rms_norm_fwd));
   m.def("rms_norm_bwd", planned(cuda::rms_norm_bwd));
-  m.def("rms_norm_bwd_blocks", planned(cuda::rms_norm_bwd_blocks));
+  m.def("rms_norm_bwd_blocks", size<cuda::rms_norm_bwd_blocks, int64_t, int64_t>);
   m.def("bias_gelu_fwd", planned(cuda::bias_gelu_fwd));
   m.def("bias_gelu_bwd", planned(cuda::bias_gelu_bwd));
-  m.def("bias_gelu_bwd_blocks", planned(cuda::bias_gelu_bwd_blocks));
+  m.def("bias_gelu_bwd_blocks", size<cuda::bias_gelu_bwd_blocks, int64_t, int64_t>);
   m.def("swiglu_fwd", planned(cuda::swiglu_fwd));
   m.def("cross_entropy_fwd", planned(cuda::cross_entropy_fwd));
   m.def("rope", planned(cuda::rope));
   m.def("embedding_fwd", planned(cuda::embedding_fwd));
-  m.def("embedding_partials", planned(cuda::embedding_partials));
+  m.def("embedding_partials", size<cuda::embedding_partials, int64_t>);
   m.def("attention_fwd", planned(cuda::attention_fwd));
   m.def("attention_bwd", planned(cuda::attention_bwd));
-  m.def("attention_bwd_workspace", planned(cuda::attention_bwd_workspace));
-  m.def("adamw_partials", [](const std::vector<int64_t>& n) { return cuda::adamw_partials(n.data(), n.size()); });
+  m.def("attention_bwd_workspace", size<cuda::attention_bwd_workspace, int64_t, int64_t, int64_t>);
+  m.def("adamw_partials", [](const std::vector<int64_t>& n) { return cuda::adamw_partials(n.data(), n.size(), {}); });
 }

@@ -1,4 +1,4 @@
-"""Builds csrc/cuda/*.cu for the host, as a PyTorch library whose `cuda` ops take CPU tensors; and tries a build.
+"""Builds csrc/*/*.cu for the host, as a PyTorch library whose `cuda` ops take CPU tensors; and tries a build.
 
 include/cuda_runtime.h says how kernels run. With FASTGPT_EMULATED_CUDA naming the library, fastgpt loads it and takes
 its ops for the backend `cuda`: all of fastgpt/parity then runs on them. As a command:
@@ -63,7 +63,7 @@ def _mutated(mutation: Mutation) -> Path:
     """A copy of csrc with this replacement."""
     root = CACHE / hashlib.sha256(repr(mutation).encode()).hexdigest()[:16] / "csrc"
     shutil.rmtree(root, ignore_errors=True)
-    shutil.copytree(CSRC, root, ignore=shutil.ignore_patterns("cpu"))
+    shutil.copytree(CSRC, root, ignore=shutil.ignore_patterns("*.cpp"))
     path = root / mutation[0]
     text = path.read_text()
     if text.count(mutation[1]) != 1:
@@ -85,9 +85,9 @@ def _texts(source: Path, folders: list[Path], seen: set[Path]) -> Iterator[str]:
 
 def _object(source: Path, flags: list[str]) -> Path:
     """The object of a file in a csrc (or of binding.cpp), with the headers of that csrc."""
-    folders = [HERE / "include", (source.parents[1] if source.suffix == ".cu" else CSRC) / "include"]
+    folders = [HERE / "include", source.parents[1] if source.suffix == ".cu" else CSRC]
     key = hashlib.sha256("\0".join([*_texts(source, folders, set()), *FLAGS, *flags]).encode()).hexdigest()[:24]
-    target = CACHE / f"{source.stem}-{key}.o"
+    target = CACHE / f"{source.parent.name}-{source.stem}-{key}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.o")
         include = [f"-I{folder}" for folder in folders]
@@ -119,12 +119,12 @@ def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None, op: str =
         for old in CACHE.glob("*-*"):
             if old.stat().st_mtime < time.time() - 86400:
                 old.unlink()
-        kernels = sorted((CSRC / "cuda").glob("*.cu"))
+        kernels = sorted(CSRC.glob("*/*.cu"))
         if mutate is not None:
-            broken = sorted((_mutated(mutate) / "cuda").glob(f"{op}*.cu"))
-            kernels = broken + [p for p in kernels if p.name not in {b.name for b in broken}]
+            broken = sorted(_mutated(mutate).glob(f"{op}/*.cu"))
+            kernels = broken + [p for p in kernels if p.parent.name not in {b.parent.name for b in broken}]
         sources = [(p, ["-O1", *ROUNDING, *flags]) for p in kernels]
-        ours = [CSRC / "ops_cuda.cpp", CSRC / "registration.cpp", HERE / "binding.cpp"]
+        ours = [*sorted(CSRC.glob("*/glue.cpp")), HERE / "binding.cpp"]
         # pybind11's thread-local variables are not shared memory: they must not lie there (cuda_runtime.h)
         options = ["-O0", "-Wno-maybe-uninitialized", "-Dthread_local=", *ROUNDING, *flags, *host]
         sources += [(p, options) for p in ours]

@@ -57,132 +57,132 @@ def test_orders_of_threads_agree_bitwise(op: str, right: Any) -> None:
 MUTATIONS: dict[str, tuple[str, str, str, str]] = {
     "barrier of a reduction": (
         "layer_norm",
-        "include/fastgpt/reduce.cuh",
+        "core/cuda/reduce.cuh",
         "mine[n_warps + threadIdx.x / 32] = b;\n  }\n  __syncthreads();",
         "mine[n_warps + threadIdx.x / 32] = b;\n  }",
     ),
     "barrier of the partials' reduce": (
         "layer_norm",
-        "include/fastgpt/partials.cuh",
+        "core/cuda/partials.cuh",
         "sums[threadIdx.x][threadIdx.y] = sum;\n  __syncthreads();",
         "sums[threadIdx.x][threadIdx.y] = sum;",
     ),
     "barrier behind a broadcast": (
         "adamw",
-        "cuda/adamw.cu",
+        "adamw/cuda.cu",
         "begin == 0, sum);\n  __syncthreads();",
         "begin == 0, sum);",
     ),
     "shifted tail": (
         "cross_entropy",
-        "include/fastgpt/vec.cuh",
+        "core/cuda/vec.cuh",
         "i < head ? i : i + n_packs * L;",
         "i < head ? i : i + n_packs * L + 1;",
     ),
     "alignment": (
         "layer_norm",
-        "include/fastgpt/vec.cuh",
+        "core/cuda/vec.cuh",
         "if (!is_aligned(p)) return false;",
         "static_cast<void>(p);",
     ),
     "heads side by side": (
         "rope",
-        "cuda/rope.cu",
+        "rope/cuda.cu",
         "for (int first = threadIdx.y; first < n_heads;",
         "for (int first = 0; first < n_heads;",
     ),
-    "sign of a turn": ("rope", "cuda/rope.cu", "a * cos[l] - b * s;", "a * cos[l] + b * s;"),
-    "barrier behind a tile's plan": ("embedding", "cuda/embedding.cu", "  __syncthreads();\n", ""),
+    "sign of a turn": ("rope", "rope/cuda.cu", "a * cos[l] - b * s;", "a * cos[l] + b * s;"),
+    "barrier behind a tile's plan": ("embedding", "embedding/cuda.cu", "  __syncthreads();\n", ""),
     "run cut in its middle": (
         "embedding",
-        "cuda/embedding.cu",
+        "embedding/cuda.cu",
         "key == first && !(all_one && i + 1 > kTile / 2)",
         "key == first",
     ),
     "one level of partials": (
         "embedding",
-        "cuda/embedding.cu",
+        "embedding/cuda.cu",
         "while (tiles_of(level.n_rows) > 1)",
         "if (tiles_of(level.n_rows) > 1)",
     ),
     "lane that stays away": (
         "layer_norm",
-        "cuda/layer_norm.cu",
+        "layer_norm/cuda.cu",
         "row_sum2(sum, dot, scratch[set]);",
         "if (threadIdx.x != 5) row_sum2(sum, dot, scratch[set]);",
     ),
     "row that is written over while it is read": (
         "layer_norm",
-        "cuda/layer_norm.cu",
+        "layer_norm/cuda.cu",
         "ring.request_row(a, row + step, set ^ 1);",
         "ring.request_row(a, row + step, set);",
     ),
-    "copy that is not waited for": ("rms_norm", "cuda/rms_norm.cu", "cp_async_wait<1>", "cp_async_wait<2>"),
+    "copy that is not waited for": ("rms_norm", "rms_norm/cuda.cu", "cp_async_wait<1>", "cp_async_wait<2>"),
     "barrier between rows' sums": (
         "rms_norm",
-        "include/fastgpt/partials.cuh",
+        "core/cuda/partials.cuh",
         "    if (!last) __syncthreads();\n",
         "",
     ),
     "row mask of a sum": (
         "bias_gelu",
-        "cuda/bias_gelu.cu",
+        "bias_gelu/cuda.cu",
         "      if (row >= n_rows) continue;\n      float u",
         "      float u",
     ),
-    "stride of a packed gradient": ("swiglu", "cuda/swiglu.cu", "a.dup) + row * a.grad_row", "a.dup) + row * a.n_cols"),
+    "stride of a packed gradient": ("swiglu", "swiglu/cuda.cu", "a.dup) + row * a.grad_row", "a.dup) + row * a.n_cols"),
     "barrier before the scores": (
         "attention",
-        "cuda/attention_fwd.cu",
+        "attention/cuda_fwd.cu",
         "    __syncthreads();  // these keys have come, and the values before them are done with\n",
         "",
     ),
     "barrier before the values": (
         "attention",
-        "cuda/attention_fwd.cu",
+        "attention/cuda_fwd.cu",
         "    __syncthreads();  // these values have come, and the keys are done with\n",
         "",
     ),
     "copies that nobody waits for": (
         "attention",
-        "cuda/attention_fwd.cu",
+        "attention/cuda_fwd.cu",
         "    ptx::cp_async_wait<0>();\n    __syncthreads();  // these values",
         "    __syncthreads();  // these values",
     ),
     "barrier of the queries' stages": (
         "attention",
-        "cuda/attention_dkdv.cu",
+        "attention/cuda_dkdv.cu",
         "    __syncthreads();  // these queries have come, and those of the other stage are done with\n",
         "",
     ),
     "barrier of the keys' stages": (
         "attention",
-        "cuda/attention_bwd.cu",
+        "attention/cuda_bwd.cu",
         "    __syncthreads();  // these keys have come, and those of the other stage are done with\n",
         "",
     ),
     "causal mask": (
         "attention",
-        "cuda/attention_fwd.cu",
+        "attention/cuda_fwd.cu",
         "const bool whole = key0 >= sight.from && key0 + kKeys <= sight.to;",
         "const bool whole = true;",
     ),
     "mask of the keys' gradients": (
         "attention",
-        "cuda/attention_dkdv.cu",
+        "attention/cuda_dkdv.cu",
         "const bool whole = first >= sight.from && first + 16 * kM <= sight.to;",
         "const bool whole = true;",
     ),
     "window": (
         "attention",
-        "include/fastgpt/attention_mask.h",
+        "attention/mask.h",
         "begin = position + 1 - a.window;",
         "begin = position - a.window;",
     ),
-    "last key": ("attention", "include/fastgpt/attention.cuh", "min(query + l.ahead,", "min(query + l.ahead + 1,"),
+    "last key": ("attention", "attention/cuda.cuh", "min(query + l.ahead,", "min(query + l.ahead + 1,"),
     "permutation of a tile on one side": (
         "attention",
-        "include/fastgpt/tile.cuh",
+        "core/cuda/tile.cuh",
         "(at ^ (32 * k & kTurned))",
         "(at + (32 * k & kTurned))",
     ),
@@ -202,8 +202,8 @@ def test_a_broken_kernel_is_caught(name: str, right: Any) -> None:
 
 KERNELS = """
 #include <cuda_runtime.h>
-#include <fastgpt/cuda_launch.cuh>
-#include <fastgpt/ptx.cuh>
+#include "core/cuda/launch.cuh"
+#include "core/cuda/ptx.cuh"
 using namespace fastgpt;
 __global__ void write_kernel(float* out, bool all) {
   __shared__ float shared[32];
@@ -220,16 +220,16 @@ __global__ void copy_kernel(const float* in, float* out, bool wait) {
   for (int i = 0; i < 8; ++i) out[8 * threadIdx.x + i] = tile[8 * threadIdx.x + i];
   ptx::cp_async_wait<0>();
 }
-extern "C" void write_all(float* out, bool all) { cuda::launch("write", write_kernel, {1}, 32, 0, nullptr, out, all); }
+extern "C" void write_all(float* out, bool all) { cuda::launch("write", write_kernel, {1}, 32, 0, {}, out, all); }
 __global__ void contract_kernel(const float* in, float* out) {
   const float product = in[0] * in[1];
   out[0] = product, out[1] = in[0] * in[1] - product, out[2] = __fmul_rn(in[0], in[1]) - product;
 }
 extern "C" void contract(const float* in, float* out) {
-  cuda::launch("contract", contract_kernel, {1}, 1, 0, nullptr, in, out);
+  cuda::launch("contract", contract_kernel, {1}, 1, 0, {}, in, out);
 }
 extern "C" void copy_async(const float* in, float* out, bool wait) {
-  cuda::launch("copy", copy_kernel, {1}, 2, 64, nullptr, in, out, wait);
+  cuda::launch("copy", copy_kernel, {1}, 2, 64, {}, in, out, wait);
 }
 """
 
@@ -239,7 +239,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """KERNELS' functions, called with tensors."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "kernels.cu").write_text(KERNELS)
-    include = [f"-I{p}" for p in (emulator.HERE / "include", emulator.CSRC / "include")]
+    include = [f"-I{p}" for p in (emulator.HERE / "include", emulator.CSRC)]
     flags = [*emulator.FLAGS, *emulator.ROUNDING, "-fvisibility=default", "-O1", "-shared", *include, "-x", "c++"]
     subprocess.run(["g++", *flags, str(folder / "kernels.cu"), "-o", str(folder / "kernels.so")], check=True)
     library = ctypes.CDLL(str(folder / "kernels.so"))
@@ -291,37 +291,37 @@ def test_address_sanitizer(op: str) -> None:
 
 # As above, for what goes outside of a tensor
 ASTRAY: dict[str, tuple[str, str, str, str]] = {
-    "row bound": ("layer_norm", "cuda/layer_norm.cu", "  if (row >= a.n_rows) return;\n", ""),
-    "head bound": ("rope", "cuda/rope.cu", "return h < n_heads && (h", "return h <= n_heads && (h"),
-    "token bound": ("embedding", "cuda/embedding.cu", "  if (i >= a.n_tokens) return;\n", ""),
-    "table bound": ("embedding", "cuda/embedding.cu", "(i >= n || key == nothing)", "(i >= n)"),
+    "row bound": ("layer_norm", "layer_norm/cuda.cu", "  if (row >= a.n_rows) return;\n", ""),
+    "head bound": ("rope", "rope/cuda.cu", "return h < n_heads && (h", "return h <= n_heads && (h"),
+    "token bound": ("embedding", "embedding/cuda.cu", "  if (i >= a.n_tokens) return;\n", ""),
+    "table bound": ("embedding", "embedding/cuda.cu", "(i >= n || key == nothing)", "(i >= n)"),
     "column mask of a store": (
         "layer_norm",
-        "cuda/layer_norm.cu",
+        "layer_norm/cuda.cu",
         "    if (c >= a.n_cols) continue;\n    float y[L], w[L], b[L];",
         "    float y[L], w[L], b[L];",
     ),
     "column mask of a load": (
         "layer_norm",
-        "include/fastgpt/norm.cuh",
+        "norm/cuda.cuh",
         "if (c < n) load_raw(row + c, x[i]);",
         "load_raw(row + c, x[i]);",
     ),
     "row bound of a copy": (
         "rms_norm",
-        "include/fastgpt/norm.cuh",
+        "norm/cuda.cuh",
         "const int n = row < a.n_rows ? static_cast<int>(a.n_cols) : 0;",
         "const int n = static_cast<int>(a.n_cols);",
     ),
     "column bound of a tile": (
         "bias_gelu",
-        "cuda/bias_gelu.cu",
+        "bias_gelu/cuda.cu",
         "  if (c >= a.n_cols) return;\n  Raw<T, L> x[kRows];",
         "  Raw<T, L> x[kRows];",
     ),
     "row mask of a tile": (
         "swiglu",
-        "cuda/swiglu.cu",
+        "swiglu/cuda.cu",
         "    if (row >= a.n_rows) continue;\n    float g[L], dgate[L], dup[L];",
         "    float g[L], dgate[L], dup[L];",
     ),

@@ -19,7 +19,7 @@ HOST = Path(__file__).parent / "include"
 U = 2.0**-23
 SOURCE = """
 #include <cuda_runtime.h>
-#include <fastgpt/activations.cuh>
+#include "core/cuda/activations.cuh"
 using namespace fastgpt;
 extern "C" void set_errors(float ex2, float rcp) { ptx::ex2_error = ex2, ptx::rcp_error = rcp; }
 #define UNARY(name, expression) \\
@@ -83,14 +83,14 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("short")
-    text = (HOST / "fastgpt" / "ptx.cuh").read_text()
+    text = (HOST / "core" / "cuda" / "ptx.cuh").read_text()
     for exact, wrong in EXACT.items():
         assert text.count(exact) == 1
         text = text.replace(exact, wrong)
-    (folder / "fastgpt").mkdir()
-    (folder / "fastgpt" / "ptx.cuh").write_text(text)
+    (folder / "core" / "cuda").mkdir(parents=True)
+    (folder / "core" / "cuda" / "ptx.cuh").write_text(text)
     (folder / "short.cpp").write_text(SOURCE)
-    include = [f"-I{p}" for p in (folder, HOST, ROOT / "csrc" / "include")]
+    include = [f"-I{p}" for p in (folder, HOST, ROOT / "csrc")]
     flags = ["-std=c++17", "-O1", *emulator.ROUNDING, "-shared", "-fPIC", "-Wno-unknown-pragmas"]
     subprocess.run(["g++", *flags, *include, str(folder / "short.cpp"), "-o", str(folder / "short.so")], check=True)
     return ctypes.CDLL(str(folder / "short.so"))

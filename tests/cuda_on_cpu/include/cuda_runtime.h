@@ -1,5 +1,5 @@
 // CUDA kernels on the host, for tests: this file stands in for the toolkit's cuda_runtime.h, so that g++ compiles
-// csrc/cuda/*.cu unchanged. Blocks run one after the other; the threads of a block are fibers that run until they wait,
+// csrc/*/*.cu unchanged. Blocks run one after the other; the threads of a block are fibers that run until they wait,
 // in an order that set_schedule picks. Barriers and warp collectives are rendezvous; a thread that never comes is
 // reported as a deadlock. Of a thread's asynchronous copies every other one is made at once, the rest at its wait. Each
 // 16-byte access is checked for alignment, each launch for CUDA's limits; AddressSanitizer sees shared memory as well,

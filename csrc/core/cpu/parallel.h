@@ -1,0 +1,21 @@
+// parallel_for for the CPU kernels: PyTorch's own thread pool behind one function, so that kernel files need no torch
+// header. Which range a thread gets depends on their number: a result must not.
+#pragma once
+#include <cstdint>
+
+namespace fastgpt {
+
+using RangeFn = void (*)(const void* context, int64_t begin, int64_t end);
+
+// Implemented in glue/parallel.cpp.
+void parallel_ranges(int64_t n, int64_t grain, RangeFn fn, const void* context);
+
+// Calls fn(begin, end) for ranges that cover [0, n), each at least `grain` long where possible.
+template <class F>
+inline void parallel_for(int64_t n, int64_t grain, const F& fn) {
+  parallel_ranges(
+      n, grain, [](const void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      &fn);
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,159 @@
+// How the CPU kernels get vector code without -march=native and without -ffast-math.
+//
+// FASTGPT_CLONES: a function compiled for AVX-512, AVX2 and the baseline, picked when the library loads; `flatten`
+// brings the templates and formulas it calls into each copy. FASTGPT_SUM, FASTGPT_MAX: this loop may reduce in several
+// accumulators, no other reordering is allowed. Lane counts differ between CPUs, never between thread counts.
+#pragma once
+#include <cstdint>
+
+#include "core/dtype.h"
+#include "core/math.h"
+
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FASTGPT_CLONES __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__GNUC__)
+#define FASTGPT_CLONES __attribute__((flatten))
+#else
+#define FASTGPT_CLONES
+#endif
+
+// For code whose blocks depend on the registers there are: the same kernel once per level, picked by level(). `flatten`
+// as above; what an explicit vector type computes must carry the level's attribute itself, since vectors are split into
+// what a function's own target has before anything is inlined.
+#if defined(__GNUC__)
+#define FASTGPT_FLAT __attribute__((flatten))
+#define FASTGPT_INLINE __attribute__((always_inline)) inline
+#define FASTGPT_NOINLINE __attribute__((noinline))
+#define FASTGPT_UNROLL FASTGPT_PRAGMA(GCC unroll 32)
+#else
+#define FASTGPT_FLAT
+#define FASTGPT_INLINE inline
+#define FASTGPT_NOINLINE
+#define FASTGPT_UNROLL
+#endif
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+#define FASTGPT_LEVELS
+#define FASTGPT_V4 __attribute__((target("arch=x86-64-v4")))
+#define FASTGPT_V3 __attribute__((target("arch=x86-64-v3")))
+#endif
+
+#define FASTGPT_PRAGMA(x) _Pragma(#x)
+#define FASTGPT_SIMD FASTGPT_PRAGMA(omp simd)
+#define FASTGPT_SUM(...) FASTGPT_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
+#define FASTGPT_MAX(name) FASTGPT_PRAGMA(omp simd reduction(max : name))
+
+namespace fastgpt::cpu {
+
+constexpr int64_t kChunk = 1024;  // floats that a pass keeps in L1; sums of chunks are added up in double
+constexpr int64_t kLanes = 16;    // of the widest vectors
+
+#if defined(FASTGPT_LEVELS)
+#if !defined(FASTGPT_HIGHEST_LEVEL)
+#define FASTGPT_HIGHEST_LEVEL 4  // tests try the others
+#endif
+inline int level() {
+  static const int found = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 0;
+  return found < FASTGPT_HIGHEST_LEVEL ? found : FASTGPT_HIGHEST_LEVEL;
+}
+#endif
+
+inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows that one task should take at least, so that handing it out does not cost more than doing it.
+inline int64_t row_grain(int64_t n_cols) { return max_of(1, 32768 / max_of(1, n_cols)); }
+
+// Calls fn with a value of the element type that `dtype` stands for.
+template <class F>
+inline void with_type(DType dtype, const F& fn) {
+  switch (dtype) {
+    case DType::f32: return fn(float{});
+    case DType::bf16: return fn(bf16{});
+    case DType::f16: return fn(f16{});
+    case DType::i16: return;  // remainders; never elements
+  }
+}
+
+// Columns [0, n), n >= kLanes, as whole vectors in a buffer: fn(slot, column) for each, slots kLanes apart. The last
+// vector holds the last kLanes columns, some of them a second time: no column is left over for slow scalar code, and
+// every later load of a vector finds exactly one earlier store (two would stall it).
+template <class F>
+inline void for_vectors(int64_t n, const F& fn) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) fn(c, c);
+  if (c < n) fn(c, n - kLanes);
+}
+
+// Where column c of n is in such a buffer.
+inline int64_t slot_of(int64_t c, int64_t n) {
+  const int64_t whole = n / kLanes * kLanes;
+  return c < whole ? c : c + whole + kLanes - n;
+}
+
+// Sum and maximum of n columns in such a buffer. By hand, since a compiler's own reduction adds up the lanes one after
+// another, which is half the time of a short row.
+#if defined(__GNUC__)
+typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
+typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
+
+template <class Combine>
+inline float combine_lanes(Lanes all, const Combine& combine) {
+  typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
+  typedef float Quarter __attribute__((vector_size(kLanes / 4 * sizeof(float))));
+  Half halves[2];
+  Quarter quarters[2];
+  memcpy(halves, &all, sizeof all);
+  const Half half = combine(halves[0], halves[1]);
+  memcpy(quarters, &half, sizeof half);
+  const Quarter q = combine(quarters[0], quarters[1]);
+  return combine(combine(q[0], q[1]), combine(q[2], q[3]));
+}
+
+inline float sum_of(const float* x, int64_t n) {
+  const Mask lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  Lanes all = {};
+  const Lanes none = {};
+  for_vectors(n, [&](int64_t slot, int64_t column) {
+    const Lanes v = *reinterpret_cast<const Lanes*>(x + slot);
+    all += lane >= static_cast<int32_t>(slot - column) ? v : none;  // each column once
+  });
+  return combine_lanes(all, [](auto a, auto b) { return a + b; });
+}
+
+// NaN is passed over, unless it comes first.
+inline float max_of(const float* x, int64_t n) {
+  Lanes all = *reinterpret_cast<const Lanes*>(x);
+  for_vectors(n, [&](int64_t slot, int64_t) {
+    const Lanes v = *reinterpret_cast<const Lanes*>(x + slot);
+    all = v > all ? v : all;
+  });
+  return combine_lanes(all, [](auto a, auto b) { return b > a ? b : a; });
+}
+#else
+inline float sum_of(const float* x, int64_t n) {
+  float total = 0.0f;
+  for (int64_t c = 0; c < n; ++c) total += x[slot_of(c, n)];
+  return total;
+}
+
+inline float max_of(const float* x, int64_t n) {
+  float top = x[0];
+  for (int64_t c = 1; c < n; ++c) top = x[slot_of(c, n)] > top ? x[slot_of(c, n)] : top;
+  return top;
+}
+#endif
+
+template <class T>
+inline void to_floats(const T* in, float* out, int64_t n) {
+  FASTGPT_SIMD
+  for (int64_t i = 0; i < n; ++i) out[i] = to_float(in[i]);
+}
+
+template <class T>
+inline void from_floats(const float* in, T* out, int64_t n) {
+  FASTGPT_SIMD
+  for (int64_t i = 0; i < n; ++i) out[i] = from_float<T>(in[i]);
+}
+
+}  // namespace fastgpt::cpu

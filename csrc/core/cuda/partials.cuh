@@ -1,0 +1,71 @@
+// Gradients of parameters that all rows share. Each block adds up its own rows in registers and writes one fp32
+// partial; a second kernel adds the partials in their order. No atomics: the same bits in every run.
+#pragma once
+#include "core/cuda/launch.cuh"
+#include "core/cuda/reduce.cuh"
+#include "core/cuda/vec.cuh"
+
+namespace fastgpt::cuda {
+
+// First column of piece i of this thread's share of a row: a warp has 32 kPacks neighbouring pieces, so that a thread's
+// own are a fixed distance apart.
+template <int L, int kPacks>
+__device__ __forceinline__ int column(int i) {
+  return ((threadIdx.x / 32 * kPacks + i) * 32 + threadIdx.x % 32) * L;
+}
+
+// Every thread's sums over its rows -> partial (n), the row groups added in the order of threadIdx.y. `shared`: n
+// floats that nothing else touches; not used where there is one row group. The whole block calls.
+template <int L, int kPacks>
+__device__ __forceinline__ void write_partial(const float (&sums)[kPacks][L], int n, float* shared, float* partial) {
+  for (unsigned y = 0; y < blockDim.y; ++y) {
+    const bool last = y + 1 == blockDim.y;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int c = column<L, kPacks>(i);
+      if (c >= n || threadIdx.y != y) continue;
+      float total[L];
+#pragma unroll
+      for (int l = 0; l < L; ++l) total[l] = (y > 0 ? shared[c + l] : 0.0f) + sums[i][l];
+      if (last) store_whole(partial + c, total);
+#pragma unroll
+      for (int l = 0; l < L && !last; ++l) shared[c + l] = total[l];
+    }
+    if (!last) __syncthreads();
+  }
+}
+
+// partials (n_blocks, gridDim.y, n) -> outs[blockIdx.y] (n), where it is not null: 32 columns a block, threadIdx.y
+// strides over the partials.
+struct Sums {
+  const float* partials;
+  void* outs[2];
+  int64_t n_blocks, n;
+};
+
+template <typename W>
+__global__ void __launch_bounds__(1024) add_partials_kernel(const Sums s) {
+  __shared__ float sums[32][33];
+  void* out = blockIdx.y == 0 ? s.outs[0] : s.outs[1];
+  if (out == nullptr) return;
+  const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
+  float sum = 0.0f;
+  if (c < s.n) {
+#pragma unroll 8
+    for (int64_t b = threadIdx.y; b < s.n_blocks; b += 32) {
+      sum += __ldg(s.partials + (b * gridDim.y + blockIdx.y) * s.n + c);
+    }
+  }
+  sums[threadIdx.x][threadIdx.y] = sum;
+  __syncthreads();
+  const float total = warp_sum(sums[threadIdx.y][threadIdx.x]);  // warp y adds column y
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.y;
+  if (threadIdx.x == 0 && column < s.n) static_cast<W*>(out)[column] = narrow<W>(total);
+}
+
+template <typename W>
+void add_partials(const Sums& s, int n_outs, Stream stream) {
+  launch("add_partials_kernel", add_partials_kernel<W>, Grid{(s.n + 31) / 32, n_outs}, dim3(32, 32), 0, stream, s);
+}
+
+}  // namespace fastgpt::cuda

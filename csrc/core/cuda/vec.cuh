@@ -1,0 +1,246 @@
+// Loads and stores of L values at a time as fp32, in pieces of up to 16 bytes; sweeps over rows of any alignment.
+#pragma once
+#include <cuda_runtime.h>
+#include "core/cuda/ptx.cuh"
+#include "core/math.h"
+
+#include <initializer_list>
+#include <type_traits>
+
+namespace fastgpt::cuda {
+
+// Values in one 16-byte piece.
+template <typename T>
+constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
+
+__host__ __device__ __forceinline__ bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+inline bool all_aligned(std::initializer_list<const void*> pointers) {
+  for (const void* p : pointers) {
+    if (!is_aligned(p)) return false;
+  }
+  return true;
+}
+
+template <typename T>
+__device__ __forceinline__ float widen(T x) {
+  if constexpr (std::is_same_v<T, f16>) return ptx::f16_to_float(x.bits);
+  else return to_float(x);
+}
+
+template <typename T>
+__device__ __forceinline__ T narrow(float x) {
+  if constexpr (std::is_same_v<T, bf16>) return bf16{static_cast<uint16_t>(ptx::pack_bf16x2(x, 0.0f))};
+  else if constexpr (std::is_same_v<T, f16>) return f16{static_cast<uint16_t>(ptx::pack_f16x2(x, 0.0f))};
+  else return x;
+}
+
+// What x becomes in memory as a T.
+template <typename T>
+__device__ __forceinline__ float rounded(float x) {
+  return widen(narrow<T>(x));
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(const uint4& raw, float* x) {
+  const uint32_t word[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = bits_float(word[i]);
+    } else {
+      x[2 * i] = widen(T{static_cast<uint16_t>(word[i])});
+      x[2 * i + 1] = widen(T{static_cast<uint16_t>(word[i] >> 16)});
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float* x) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    return uint4{ptx::pack_bf16x2(x[0], x[1]), ptx::pack_bf16x2(x[2], x[3]), ptx::pack_bf16x2(x[4], x[5]),
+                 ptx::pack_bf16x2(x[6], x[7])};
+  } else if constexpr (std::is_same_v<T, f16>) {
+    return uint4{ptx::pack_f16x2(x[0], x[1]), ptx::pack_f16x2(x[2], x[3]), ptx::pack_f16x2(x[4], x[5]),
+                 ptx::pack_f16x2(x[6], x[7])};
+  } else {
+    return uint4{float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3])};
+  }
+}
+
+// L == 1: any address. Otherwise L is a multiple of kLanes<T> and p is 16-byte aligned.
+template <typename T, int L>
+__device__ __forceinline__ void load(const T* p, float (&x)[L]) {
+  if constexpr (L == 1) {
+    x[0] = widen(p[0]);
+  } else {
+    static_assert(L % kLanes<T> == 0);
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(p + i);
+      unpack<T>(raw, x + i);
+    }
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void store(T* p, const float (&x)[L]) {
+  if constexpr (L == 1) {
+    p[0] = narrow<T>(x[0]);
+  } else {
+    static_assert(L % kLanes<T> == 0);
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) *reinterpret_cast<uint4*>(p + i) = pack<T>(x + i);
+  }
+}
+
+// L values as they are in memory, L and p as for load: many can be under way before the first is widened.
+template <typename T, int L>
+struct Raw {
+  uint4 pieces[L / kLanes<T>];
+};
+
+template <typename T>
+struct Raw<T, 1> {
+  T value;
+};
+
+template <typename T, int L>
+__device__ __forceinline__ void load_raw(const T* p, Raw<T, L>& raw) {
+  if constexpr (L == 1) {
+    raw.value = *p;
+  } else {
+    static_assert(L % kLanes<T> == 0);
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) raw.pieces[i / kLanes<T>] = *reinterpret_cast<const uint4*>(p + i);
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void store_raw(T* p, const Raw<T, L>& raw) {
+  if constexpr (L == 1) {
+    *p = raw.value;
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) *reinterpret_cast<uint4*>(p + i) = raw.pieces[i / kLanes<T>];
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void widen(const Raw<T, L>& raw, float (&x)[L]) {
+  if constexpr (L == 1) {
+    x[0] = widen(raw.value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) unpack<T>(raw.pieces[i / kLanes<T>], x + i);
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void narrow(const float (&x)[L], Raw<T, L>& raw) {
+  if constexpr (L == 1) {
+    raw.value = narrow<T>(x[0]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) raw.pieces[i / kLanes<T>] = pack<T>(x + i);
+  }
+}
+
+// As store and store_raw, to global memory, and in 16-byte pieces in any surroundings (nvcc splits the assignment in
+// some).
+template <typename T, int L>
+__device__ __forceinline__ void store_whole(T* p, const Raw<T, L>& raw) {
+  if constexpr (L == 1) {
+    *p = raw.value;
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) ptx::store16(p + i, raw.pieces[i / kLanes<T>]);
+  }
+}
+
+template <typename T, int L>
+__device__ __forceinline__ void store_whole(T* p, const float (&x)[L]) {
+  Raw<T, L> raw;
+  narrow(x, raw);
+  store_whole(p, raw);
+}
+
+// As load, for what no kernel writes while this one runs: such loads may overtake stores.
+template <typename T, int L>
+__device__ __forceinline__ void load_const(const T* p, float (&x)[L]) {
+  if constexpr (L == 1) {
+    x[0] = widen(p[0]);
+  } else {
+    static_assert(L % kLanes<T> == 0);
+#pragma unroll
+    for (int i = 0; i < L; i += kLanes<T>) unpack<T>(__ldg(reinterpret_cast<const uint4*>(p + i)), x + i);
+  }
+}
+
+// L 16-bit words as they are, between memory and a 16-byte aligned array; L = 1, or a multiple of 8 and p aligned.
+template <int L>
+__device__ __forceinline__ void load_words(const int16_t* p, int16_t (&x)[L]) {
+  if constexpr (L == 1) {
+    x[0] = p[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += 8) *reinterpret_cast<uint4*>(x + i) = *reinterpret_cast<const uint4*>(p + i);
+  }
+}
+
+template <int L>
+__device__ __forceinline__ void store_words(int16_t* p, const int16_t (&x)[L]) {
+  if constexpr (L == 1) {
+    p[0] = x[0];
+  } else {
+#pragma unroll
+    for (int i = 0; i < L; i += 8) *reinterpret_cast<uint4*>(p + i) = *reinterpret_cast<const uint4*>(x + i);
+  }
+}
+
+// Calls f(c, x) for all columns of a row, x[0] being column c: x has kLanes<T> values, or one before the first
+// 16-byte boundary and behind the last. kUnroll loads are in flight at once. f may overwrite the columns it was
+// given.
+template <int kUnroll, typename T, typename F>
+__device__ __forceinline__ void sweep(const T* row, int n, F f) {
+  constexpr int L = kLanes<T>;
+  const int to_boundary = static_cast<int>((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
+  const int head = to_boundary < n ? to_boundary : n;
+  const int n_packs = (n - head) / L;
+  for (int i = threadIdx.x; i < n - n_packs * L; i += blockDim.x) {
+    const int c = i < head ? i : i + n_packs * L;
+    float x[1];
+    load(row + c, x);
+    f(c, x);
+  }
+  const uint4* packs = reinterpret_cast<const uint4*>(row + head);
+  const int step = blockDim.x;
+  for (int first = threadIdx.x; first < n_packs; first += kUnroll * step) {
+    uint4 raw[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u * step < n_packs) raw[u] = packs[first + u * step];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u * step < n_packs) {
+        float x[L];
+        unpack<T>(raw[u], x);
+        f(head + (first + u * step) * L, x);
+      }
+    }
+  }
+}
+
+// Stores x at p in one piece if `aligned`, one by one otherwise.
+template <typename T, int L>
+__device__ __forceinline__ void store_any(T* p, const float (&x)[L], bool aligned) {
+  if (L > 1 && aligned) {
+    store(p, x);
+  } else {
+#pragma unroll
+    for (int l = 0; l < L; ++l) p[l] = narrow<T>(x[l]);
+  }
+}
+
+}  // namespace fastgpt::cuda

@@ -1,0 +1,31 @@
+// New tensors for outputs and workspaces.
+#pragma once
+#include <vector>
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "glue/check.h"
+
+namespace fastgpt {
+
+// Uninitialised, contiguous, on like's device.
+inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0; step *= sizes[d] > 0 ? sizes[d] : 1) strides[d] = step;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const int32_t device = like.is_cuda() ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), code, device, like.get_device_index(),
+                                                         &handle));
+  return Tensor(handle);
+}
+
+inline Tensor allocate_like(const Tensor& like) {
+  const auto sizes = like.sizes();
+  return allocate(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type());
+}
+
+}  // namespace fastgpt

@@ -1,0 +1,19 @@
+// Registers a raw op from its glue.cpp: FASTGPT_REGISTER(name) makes the function template fastgpt::name the overloads
+// name.cpu and, where this build has CUDA kernels, name.cuda. Schemas are in fastgpt/ops/<op>.py.
+#pragma once
+#include <torch/csrc/stable/library.h>
+
+#include "glue/device.h"
+
+#define FASTGPT_REGISTER_FOR(name, key, Device, overload) \
+  STABLE_TORCH_LIBRARY_IMPL(fastgpt, key, m) { m.impl(#name overload, TORCH_BOX(&fastgpt::name<fastgpt::Device>)); }
+
+#if defined(FASTGPT_EMULATED)  // tests/cuda_on_cpu: the CUDA kernels, built for the host, take CPU tensors
+#define FASTGPT_REGISTER(name) FASTGPT_REGISTER_FOR(name, CPU, Cuda, ".cuda")
+#elif defined(FASTGPT_WITH_CUDA)
+#define FASTGPT_REGISTER(name)                   \
+  FASTGPT_REGISTER_FOR(name, CPU, Cpu, ".cpu") \
+  FASTGPT_REGISTER_FOR(name, CUDA, Cuda, ".cuda")
+#else
+#define FASTGPT_REGISTER(name) FASTGPT_REGISTER_FOR(name, CPU, Cpu, ".cpu")
+#endif

@@ -1,0 +1,7 @@
+// The Python module fastgpt._C. Importing it loads the library, and with it what every glue.cpp registers; it is empty.
+#include <Python.h>
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,247 @@
+// What LayerNorm and RMSNorm share on CUDA: which threads a row has, how its pieces come in, how dx goes out.
+//
+// Forward: a row is held in registers as it lies in memory, four pieces of 16 bytes a thread, all requested before the
+// first is used. Backward: dy, h (and dsum) of the next row are copied to shared memory while this one is worked on, so
+// that they are on their way all the time; registers hold the sums of dweight (and dbias) and little else. One fp32
+// partial a block, added by partials.cuh. Rows of one warp (C <= 1024 of 16 bits) meet no barrier, others one a row,
+// LayerNorm's forward two. Rows of more than 16384 columns in forward, 8192 in backward (half of that in fp32, 4096 and
+// 2048 off alignment) do not fit: they are read again, from L2.
+//
+// Full bandwidth takes about 40 KB on their way to each multiprocessor of an A100, 64 of an H100. Forward: 64
+// registers, so 1024 threads with 64 bytes of each tensor, 96 KB with a residual at C = 768 (three of four pieces), 128
+// from 1024 on; half without. Backward at 16 bits, blocks of 128 threads (256 above C = 4096), one wave on 108
+// multiprocessors:
+//   C                  blocks each of an A100    KB on their way, A100    H100 (the same blocks on 132)
+//   768                4 (RMSNorm 5)             48 (60)                  39 (49)
+//   768 with dsum      4                         72                       59
+//   1024, 2048, 4096   4                         64                       52
+//   ... with dsum      3                         72                       59
+//   8192               2; 1 with dsum            64; 48                   52; 39
+#pragma once
+#include "core/cuda/launch.cuh"
+#include "core/cuda/partials.cuh"
+#include "core/cuda/reduce.cuh"
+#include "core/cuda/vec.cuh"
+#include "core/cuda/wave.cuh"
+#include "core/dtype.h"
+
+#include <type_traits>
+
+namespace fastgpt::cuda {
+
+constexpr int kFwdThreads = 512;   // at most, for one row in registers
+constexpr int kWideThreads = 512;  // of a block that sweeps over the columns of a wide row
+constexpr int kWideRows = 8;       // rows that a backward block of wide rows handles together
+constexpr int kBwdThreads = 256;   // at most, for one row in registers
+constexpr int kBwdBlock = 128;     // threads of several narrow rows
+constexpr int kSmShared = 164 * 1024;
+constexpr int kMaxBwdBlocks = 6;  // on a multiprocessor
+
+template <int L>
+constexpr int kFwdPacks = L == 1 ? 8 : 4;  // pieces of a thread in forward
+
+template <typename T>
+__device__ __forceinline__ const T* at_row(const void* base, int64_t row, int64_t stride) {
+  return static_cast<const T*>(base) + row * stride;
+}
+
+// Pieces of columns first + column(i) < n of a row.
+template <typename T, int L, int kPacks>
+__device__ __forceinline__ void load_row(const T* row, int first, int n, Raw<T, L> (&x)[kPacks]) {
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int c = first + column<L, kPacks>(i);
+    if (c < n) load_raw(row + c, x[i]);
+  }
+}
+
+// h of the columns from `first` on; the sum is stored for backward where there is a residual.
+template <typename T, int L, int kPacks, typename Args>
+__device__ __forceinline__ void load_h(const Args& a, int64_t row, int first, Raw<T, L> (&h)[kPacks]) {
+  const int n = static_cast<int>(a.n_cols);
+  load_row(at_row<T>(a.x, row, a.x_row), first, n, h);
+  if (a.residual == nullptr) return;
+  Raw<T, L> residual[kPacks];
+  load_row(at_row<T>(a.residual, row, a.residual_row), first, n, residual);
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int c = first + column<L, kPacks>(i);
+    if (c >= n) continue;
+    float x[L], r[L];
+    widen(h[i], x);
+    widen(residual[i], r);
+#pragma unroll
+    for (int l = 0; l < L; ++l) x[l] += r[l];
+    narrow(x, h[i]);
+    store_whole(static_cast<T*>(a.sum) + row * a.n_cols + c, h[i]);
+  }
+}
+
+// The sum of term(value) over the columns from `first` on.
+template <typename T, int L, int kPacks, typename F>
+__device__ __forceinline__ float sum_of(const Raw<T, L> (&h)[kPacks], int first, int n, F term) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    if (first + column<L, kPacks>(i) >= n) continue;
+    float x[L];
+    widen(h[i], x);
+#pragma unroll
+    for (int l = 0; l < L; ++l) sum += term(x[l]);
+  }
+  return sum;
+}
+
+// Weight or bias from L1, `missing` where there is none.
+template <typename W, int L>
+__device__ __forceinline__ void load_affine(const void* values, int c, float missing, float (&w)[L]) {
+#pragma unroll
+  for (int l = 0; l < L; ++l) w[l] = missing;
+  if (values != nullptr) load_const(static_cast<const W*>(values) + c, w);
+}
+
+// ---- backward ----
+
+// Two rows in shared memory, one in use and one on its way: for each warp (3, 2, kPacks, 32) pieces of dy, h and (where
+// there is one) dsum. Each thread writes and reads its own, so no barrier is needed.
+template <typename T, int L, int kPacks>
+struct Ring {
+  Raw<T, L>* mine;
+  bool dsum;
+
+  __device__ __forceinline__ Ring(void* shared, bool has_dsum) : dsum(has_dsum) {
+    const int thread = threadIdx.y * blockDim.x + threadIdx.x;
+    mine = static_cast<Raw<T, L>*>(shared) + thread / 32 * ((dsum ? 3 : 2) * 2 * kPacks * 32) + thread % 32;
+  }
+
+  __device__ __forceinline__ Raw<T, L>& at(int stage, int tensor, int i) const {
+    return mine[((tensor * 2 + stage) * kPacks + i) * 32];
+  }
+
+  __device__ __forceinline__ void get(int stage, int tensor, int i, float (&x)[L]) const {
+    widen(at(stage, tensor, i), x);
+  }
+
+  __device__ __forceinline__ void request(int stage, int tensor, const T* row, int n) const {
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int c = column<L, kPacks>(i);
+      if (c >= n) continue;
+      if constexpr (L == 1) load_raw(row + c, at(stage, tensor, i));
+      else ptx::cp_async_16(ptx::shared_address(&at(stage, tensor, i)), row + c, 16);
+    }
+  }
+
+  template <typename Args>
+  __device__ __forceinline__ void request_row(const Args& a, int64_t row, int stage) const {
+    const int n = row < a.n_rows ? static_cast<int>(a.n_cols) : 0;
+    request(stage, 0, at_row<T>(a.dy, row, a.dy_row), n);
+    request(stage, 1, at_row<T>(a.h, row, a.h_row), n);
+    if (dsum) request(stage, 2, at_row<T>(a.dsum, row, a.dsum_row), n);
+    ptx::cp_async_commit();
+  }
+};
+
+template <typename T, int L, typename Args>
+__device__ __forceinline__ void store_dx(const Args& a, int64_t row, int c, float (&d)[L], const float (&dsum)[L]) {
+#pragma unroll
+  for (int l = 0; l < L; ++l) d[l] += dsum[l];
+  store_whole(static_cast<T*>(a.dx) + row * a.n_cols + c, d);
+}
+
+// ---- launchers ----
+
+// Threads of one row, a multiple of 32: each takes `packs` pieces of `lanes` columns.
+inline int row_threads(int64_t n_cols, int packs, int lanes) {
+  const int64_t columns = int64_t{32} * packs * lanes;
+  return static_cast<int>((n_cols + columns - 1) / columns * 32);
+}
+
+// How a backward kernel covers rows: `packs` pieces a thread, 0 where a row is too wide for registers; `rows` side by
+// side; one wave of blocks on an A100.
+struct BwdShape {
+  int packs, threads, rows;
+  size_t smem;
+  int64_t n_blocks;
+};
+
+// 3 or 4 pieces a thread (8 single values where L is 1), whichever leaves fewer without work. `resident(packs)`:
+// threads on a multiprocessor that registers allow. `n_sums`: floats that the rows of a block add up.
+template <typename T, int L, typename F>
+BwdShape bwd_shape(int64_t n_rows, int64_t n_cols, bool dsum, int64_t n_sums, F resident) {
+  BwdShape s{L == 1 ? 8 : 4, 0, 1, 0, 0};
+  s.threads = row_threads(n_cols, s.packs, L);
+  const int of_three = row_threads(n_cols, 3, L);
+  if (L > 1 && of_three <= kBwdBlock && of_three * 3 < s.threads * 4) s.packs = 3, s.threads = of_three;
+  int64_t wave = 4 * kSms;
+  if (s.threads > kBwdThreads) {
+    s.packs = 0, s.threads = kWideThreads, s.rows = kWideRows;
+  } else {
+    s.rows = s.threads < kBwdBlock ? kBwdBlock / s.threads : 1;
+    const int block = s.threads * s.rows;
+    const size_t ring = sizeof(Raw<T, L>) * (dsum ? 6 : 4) * s.packs * block, sums = sizeof(float) * n_sums;
+    s.smem = s.rows > 1 && sums > ring ? sums : ring;
+    const int by_registers = resident(s.packs) / block, by_shared = static_cast<int>(kSmShared / (s.smem + 2048));
+    const int blocks = by_registers < by_shared ? by_registers : by_shared;
+    wave = int64_t{kSms} * (blocks > 1 ? blocks : 1);
+  }
+  const int64_t groups = (n_rows + s.rows - 1) / s.rows;
+  s.n_blocks = groups < wave ? groups : wave;
+  return s;
+}
+
+// Rows of up to kFwdThreads threads by `kernel`, four to a block where a row is one warp; wider ones by `wide`.
+template <int L, typename Args>
+void launch_fwd(const char* name, void (*kernel)(Args), const char* wide_name, void (*wide)(Args), const Args& a,
+                Stream stream) {
+  const int threads = row_threads(a.n_cols, kFwdPacks<L>, L), rows = threads == 32 ? 4 : 1;
+  if (threads > kFwdThreads) launch(wide_name, wide, Grid{a.n_rows}, dim3(kWideThreads), 0, stream, a);
+  else launch(name, kernel, Grid{(a.n_rows + rows - 1) / rows}, dim3(threads, rows), 0, stream, a);
+}
+
+// kernel_of(packs): the kernel for so many pieces a thread, an integral constant.
+template <int L, typename F, typename Args>
+void launch_bwd(const char* name, F kernel_of, const char* wide_name, void (*wide)(Args), const Args& a,
+                const BwdShape& s, Stream stream) {
+  const auto rows = [&](auto packs) {
+    launch(name, kernel_of(packs), Grid{s.n_blocks}, dim3(s.threads, s.rows), s.smem, stream, a);
+  };
+  if (a.n_rows == 0) return;
+  if (s.packs == 0) {
+    launch(wide_name, wide, Grid{s.n_blocks}, dim3(s.threads), 0, stream, a);
+  } else if constexpr (L == 1) {
+    rows(std::integral_constant<int, 8>{});
+  } else {
+    s.packs == 3 ? rows(std::integral_constant<int, 3>{}) : rows(std::integral_constant<int, 4>{});
+  }
+}
+
+// Whether rows are whole 16-byte pieces, given that all pointers are at such boundaries.
+template <int L, typename Args>
+bool fwd_in_pieces(const Args& a) {
+  return (a.n_cols | a.x_row | (a.residual ? a.residual_row : 0)) % L == 0;
+}
+
+template <int L, typename Args>
+bool bwd_in_pieces(const Args& a) {
+  return all_aligned({a.dy, a.dsum, a.h, a.weight, a.dx, a.partials}) &&
+         (a.n_cols | a.dy_row | a.h_row | (a.dsum ? a.dsum_row : 0)) % L == 0;
+}
+
+inline int64_t max_bwd_blocks(int64_t n_rows) {
+  const int64_t most = int64_t{kMaxBwdBlocks} * kSms;
+  return n_rows < most ? n_rows : most;
+}
+
+// Calls f(T{}, W{}) for the dtype of x and of the weights.
+template <typename F>
+void with_types(DType dtype, DType weight_dtype, F f) {
+  const bool wide = weight_dtype == DType::f32;
+  if (dtype == DType::f32) f(float{}, float{});
+  else if (dtype == DType::bf16 && wide) f(bf16{}, float{});
+  else if (dtype == DType::bf16) f(bf16{}, bf16{});
+  else if (wide) f(f16{}, float{});
+  else f(f16{}, f16{});
+}
+
+}  // namespace fastgpt::cuda

@@ -1,0 +1,234 @@
+// RMSNorm forward and backward, residual addition fused (Zhang, Sennrich 2019, arXiv:1910.07467).
+//
+//   h = x + residual, rounded to x's dtype; rstd = 1 / sqrt(mean(h^2) + eps); y = h rstd (w + weight_offset)
+//   dx = rstd (w dy - xhat mean(w dy xhat)) + dsum with xhat = h rstd;  dw = sum_rows dy xhat
+//
+// Saved for backward: h and rstd in fp32. Bytes for each element of 16 bits: forward 4 (read x, write y), 8 with a
+// residual; backward 6 (read dy and h, write dx), 8 with dsum. Floor for N = 65536, C = 768, forward with residual
+// (403 MB): A100 197 us, H100 120, H200 84; backward without dsum (302 MB): 148, 90, 63.
+//
+// How: norm/cuda.cuh, with the bytes that are on their way; one reduction a row in each direction. Instructions for each
+// element of 16 bits, sm_90: forward 16 without a residual (an H100 has time for 34, activations.cuh), 21 with (68);
+// backward 30 without dsum (51), 35 with (68). Partials add C 8 bytes a block: 1.1 % at the shape above.
+#include "norm/cuda.cuh"
+#include "rms_norm/op.h"
+
+namespace fastgpt::cuda {
+namespace {
+
+// weight + offset, ones without weight.
+template <typename W, typename Args, int L>
+__device__ __forceinline__ void load_weight(const Args& a, int c, float (&w)[L]) {
+  load_affine<W>(a.weight, c, 1.0f, w);
+#pragma unroll
+  for (int l = 0; l < L; ++l) w[l] += a.weight != nullptr ? a.weight_offset : 0.0f;
+}
+
+template <typename W, typename T, int L, int kPacks>
+__device__ __forceinline__ void store_y(const RmsNormFwdArgs& a, int64_t row, int first, const Raw<T, L> (&h)[kPacks],
+                                        float rstd) {
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int c = first + column<L, kPacks>(i);
+    if (c >= a.n_cols) continue;
+    float y[L], w[L];
+    widen(h[i], y);
+    load_weight<W>(a, c, w);
+#pragma unroll
+    for (int l = 0; l < L; ++l) y[l] = rms_norm_y(y[l], rstd, w[l]);
+    store_whole(static_cast<T*>(a.y) + row * a.n_cols + c, y);
+  }
+}
+
+// One row for each threadIdx.y, held in registers; more than one row in a block only where a row is one warp (no
+// barrier).
+template <typename T, typename W, int L>
+__global__ void __launch_bounds__(kFwdThreads) rms_norm_fwd_kernel(const RmsNormFwdArgs a) {
+  __shared__ float scratch[kMaxWarps];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int n = static_cast<int>(a.n_cols);
+  if (row >= a.n_rows) return;
+  Raw<T, L> h[kFwdPacks<L>];
+  load_h(a, row, 0, h);
+  const float squares = row_sum(sum_of(h, 0, n, [](float x) { return x * x; }), scratch);
+  const float rstd = 1.0f / sqrtf(squares / n + a.eps);
+  if (threadIdx.x == 0) a.rstd[row] = rstd;
+  store_y<W>(a, row, 0, h, rstd);
+}
+
+// One block a row, two sweeps over its columns.
+template <typename T, typename W, int L>
+__global__ void __launch_bounds__(kWideThreads) rms_norm_fwd_wide_kernel(const RmsNormFwdArgs a) {
+  constexpr int kPacks = kFwdPacks<L>;
+  __shared__ float scratch[kMaxWarps];
+  const int64_t row = blockIdx.x;
+  const int n = static_cast<int>(a.n_cols), step = kPacks * blockDim.x * L;
+  const T* again = a.residual != nullptr ? at_row<T>(a.sum, row, a.n_cols) : at_row<T>(a.x, row, a.x_row);
+  float squares = 0.0f;
+  Raw<T, L> h[kPacks];
+  for (int first = 0; first < n; first += step) {
+    load_h(a, row, first, h);
+    squares += sum_of(h, first, n, [](float x) { return x * x; });
+  }
+  const float rstd = 1.0f / sqrtf(row_sum(squares, scratch) / n + a.eps);
+  if (threadIdx.x == 0) a.rstd[row] = rstd;
+  for (int first = 0; first < n; first += step) {  // each thread reads what it stored itself
+    load_row(again, first, n, h);
+    store_y<W>(a, row, first, h, rstd);
+  }
+}
+
+// One row for each threadIdx.y at a time; the columns of a thread are the same in all its rows.
+template <typename T, typename W, int kPacks, int L>
+__global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks == 3 ? 5 : 2)
+    rms_norm_bwd_kernel(const RmsNormBwdArgs a) {
+  __shared__ float scratch[2][kMaxWarps];  // two sets, used in turn: one barrier a row
+  FASTGPT_DYNAMIC_SHARED(float, shared);
+  const Ring<T, L, kPacks> ring(shared, a.dsum != nullptr);
+  const int n = static_cast<int>(a.n_cols);
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+  int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  float dw[kPacks][L] = {};
+  ring.request_row(a, row, 0);
+  float next_rstd = row < a.n_rows ? a.rstd[row] : 0.0f;
+  int set = 0;  // of scratch, and stage of the ring
+  for (int64_t first = row - threadIdx.y; first < a.n_rows; first += step, row += step, set ^= 1) {
+    ring.request_row(a, row + step, set ^ 1);
+    ptx::cp_async_wait<1>();  // this row is there, the next may be on its way
+    const int end = row < a.n_rows ? n : 0;
+    const float rstd = next_rstd;
+    float dot = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int c = column<L, kPacks>(i);
+      if (c >= end) continue;
+      float dy[L], h[L], w[L];
+      ring.get(set, 0, i, dy);
+      ring.get(set, 1, i, h);
+      load_weight<W>(a, c, w);
+#pragma unroll
+      for (int l = 0; l < L; ++l) {
+        const float dy_xhat = dy[l] * (h[l] * rstd);
+        dw[i][l] += dy_xhat;
+        dot += w[l] * dy_xhat;
+      }
+    }
+    if (row + step < a.n_rows) next_rstd = a.rstd[row + step];
+    const RmsNormDx dx(row_sum(dot, scratch[set]) / n, rstd, n, a.eps);
+#pragma unroll
+    for (int i = 0; i < kPacks; ++i) {
+      const int c = column<L, kPacks>(i);
+      if (c >= end) continue;
+      float d[L], h[L], w[L], dsum[L] = {};
+      ring.get(set, 0, i, d);
+      ring.get(set, 1, i, h);
+      if (ring.dsum) ring.get(set, 2, i, dsum);
+      load_weight<W>(a, c, w);
+#pragma unroll
+      for (int l = 0; l < L; ++l) d[l] = dx(w[l] * d[l], h[l] * rstd);
+      store_dx<T>(a, row, c, d, dsum);
+    }
+  }
+  if (a.partials == nullptr) return;
+  __syncthreads();  // the ring is free
+  write_partial(dw, n, shared, a.partials + static_cast<int64_t>(blockIdx.x) * n);
+}
+
+// Wide rows, kWideRows at a time: first the mean of each row, then, column by column, dx and the sum over the rows,
+// which is kept in the block's partial between two groups of rows (each thread its own columns). dy and h are read
+// twice.
+template <typename T, typename W, int L>
+__global__ void __launch_bounds__(kWideThreads) rms_norm_bwd_wide_kernel(const RmsNormBwdArgs a) {
+  __shared__ float scratch[2][kMaxWarps];
+  __shared__ float means[2][kWideRows];
+  const int n = static_cast<int>(a.n_cols), step = blockDim.x * L;
+  float* partial = a.partials == nullptr ? nullptr : a.partials + static_cast<int64_t>(blockIdx.x) * n;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kWideRows;
+  int set = 0;
+  for (int64_t first = begin; first < a.n_rows; first += static_cast<int64_t>(gridDim.x) * kWideRows, set ^= 1) {
+    const int n_rows = static_cast<int>(a.n_rows - first < kWideRows ? a.n_rows - first : kWideRows);
+    for (int r = 0; r < n_rows; ++r) {
+      const float rstd = a.rstd[first + r];
+      float dot = 0.0f;
+      for (int c = threadIdx.x * L; c < n; c += step) {
+        float dy[L], h[L], w[L];
+        load(at_row<T>(a.dy, first + r, a.dy_row) + c, dy);
+        load(at_row<T>(a.h, first + r, a.h_row) + c, h);
+        load_weight<W>(a, c, w);
+#pragma unroll
+        for (int l = 0; l < L; ++l) dot += w[l] * dy[l] * (h[l] * rstd);
+      }
+      dot = row_sum(dot, scratch[r % 2]);
+      if (threadIdx.x == 0) means[set][r] = dot / n;
+    }
+    __syncthreads();
+    for (int c = threadIdx.x * L; c < n; c += step) {
+      float w[L], dw[L] = {};
+      load_weight<W>(a, c, w);
+#pragma unroll 1
+      for (int r = 0; r < n_rows; ++r) {
+        const float rstd = a.rstd[first + r];
+        const RmsNormDx dx(means[set][r], rstd, n, a.eps);
+        float d[L], xhat[L], dsum[L] = {};
+        load(at_row<T>(a.dy, first + r, a.dy_row) + c, d);
+        load(at_row<T>(a.h, first + r, a.h_row) + c, xhat);
+        if (a.dsum != nullptr) load(at_row<T>(a.dsum, first + r, a.dsum_row) + c, dsum);
+#pragma unroll
+        for (int l = 0; l < L; ++l) {
+          xhat[l] *= rstd;
+          dw[l] += d[l] * xhat[l];
+          d[l] = dx(w[l] * d[l], xhat[l]);
+        }
+        store_dx<T>(a, first + r, c, d, dsum);
+      }
+      if (partial == nullptr) continue;
+#pragma unroll
+      for (int l = 0; l < L; ++l) partial[c + l] = first == begin ? dw[l] : partial[c + l] + dw[l];
+    }
+  }
+}
+
+// ---- launchers ----
+
+template <typename T, typename W, int L>
+void fwd(const RmsNormFwdArgs& a, Stream stream) {
+  launch_fwd<L>("rms_norm_fwd_kernel", rms_norm_fwd_kernel<T, W, L>, "rms_norm_fwd_wide_kernel",
+                rms_norm_fwd_wide_kernel<T, W, L>, a, stream);
+}
+
+template <typename T, typename W, int L>
+void bwd(const RmsNormBwdArgs& a, Stream stream) {
+  const BwdShape s = bwd_shape<T, L>(a.n_rows, a.n_cols, a.dsum != nullptr, a.n_cols,
+                                     [](int packs) { return packs == 3 ? 640 : 512; });
+  launch_bwd<L>("rms_norm_bwd_kernel", [](auto packs) { return rms_norm_bwd_kernel<T, W, packs(), L>; },
+                "rms_norm_bwd_wide_kernel", rms_norm_bwd_wide_kernel<T, W, L>, a, s, stream);
+  if (a.dweight == nullptr) return;
+  add_partials<W>(Sums{a.partials, {a.dweight, nullptr}, s.n_blocks, a.n_cols}, 1, stream);
+}
+
+}  // namespace
+
+int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t, Stream) { return max_bwd_blocks(n_rows); }
+
+void rms_norm_fwd(const RmsNormFwdArgs& a, Stream stream) {
+  if (a.n_rows == 0 || a.n_cols == 0) return;
+  with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
+    using T = decltype(t);
+    using W = decltype(w);
+    constexpr int L = kLanes<T>;
+    const bool vectors = all_aligned({a.x, a.residual, a.weight, a.y, a.sum}) && fwd_in_pieces<L>(a);
+    vectors ? fwd<T, W, L>(a, stream) : fwd<T, W, 1>(a, stream);
+  });
+}
+
+void rms_norm_bwd(const RmsNormBwdArgs& a, Stream stream) {
+  if (a.n_cols == 0) return;
+  with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
+    using T = decltype(t);
+    using W = decltype(w);
+    constexpr int L = kLanes<T>;
+    bwd_in_pieces<L>(a) ? bwd<T, W, L>(a, stream) : bwd<T, W, 1>(a, stream);
+  });
+}
+
+}  // namespace fastgpt::cuda

@@ -1,0 +1,28 @@
+// swiglu's arguments and launchers; formulas in fastgpt/ops/swiglu.py.
+#pragma once
+#include "core/dtype.h"
+#include "core/stream.h"
+
+namespace fastgpt {
+
+enum class Activation : int { silu = 0, gelu = 1, relu2 = 2, gelu_tanh = 3 };
+
+// act(gate) * up; packed tensors are two halves of one, their rows twice as far apart.
+struct SwigluArgs {
+  const void* dy;    // (N, C) dtype; bwd only
+  const void* gate;  // (N, C) dtype
+  const void* up;    // (N, C) dtype
+  void* y;           // (N, C) dtype, contiguous; fwd only
+  void* dgate;       // (N, C) dtype; bwd only
+  void* dup;         // (N, C) dtype; bwd only
+  int64_t dy_row, gate_row, up_row, grad_row;
+  int64_t n_rows, n_cols;
+  Activation activation;
+  DType dtype;
+};
+
+FASTGPT_ON_EACH_DEVICE(
+  void swiglu_fwd(const SwigluArgs& a, Stream stream);
+  void swiglu_bwd(const SwigluArgs& a, Stream stream);)
+
+}  // namespace fastgpt
