@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import fastgpt
 from fastgpt import ops, optim
 from fastgpt.core import backend
 
@@ -110,6 +111,11 @@ def test_every_page_is_reachable_and_every_link_leads_somewhere() -> None:
         for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", path.read_text(encoding="utf-8")):
             if not target.startswith("../ops/"):  # made by the build
                 assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_citation_has_the_version() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {fastgpt.__version__}\n" in citation
 
 
 def test_links_of_the_site() -> None:
