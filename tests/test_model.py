@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fastgpt import ops
 from fastgpt.models.config import ModelConfig
@@ -351,6 +353,38 @@ def test_compiles_whole(name: str) -> None:
     torch.testing.assert_close(loss, eager["loss"])
     for key, p in model.named_parameters():
         torch.testing.assert_close(p.grad, eager[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "post-norm", "gpt-j"])
+def test_hooks_on_submodules_fire_once_and_what_they_return_counts(name: str, training: bool) -> None:
+    c = config(**OPTIONS[name])
+    model, (ids, targets) = model_of(c).train(training), batch(c)
+    modules = {n: m for n, m in model.named_modules() if n and not isinstance(m, torch.nn.ModuleList)}
+
+    def forward() -> Tensor:
+        """Logits, or gradients of the embedding."""
+        out = model(ids, targets if training else None)
+        return torch.autograd.grad(out, model.wte.weight)[0] if training else out.detach()
+
+    def distort(module: Any, inputs: Any, out: Any) -> Any:
+        """No norm and no product of two heads takes it back."""
+        return tree_map(lambda t: None if t is None else t * (1 + torch.arange(t.shape[-1]) / 8), out)
+
+    expected, calls = forward(), Counter[str]()
+    handles = [
+        m.register_forward_hook(lambda m, inputs, out, n=n: calls.update([n]))  # type: ignore[misc]
+        for n, m in modules.items()
+    ]
+    torch.testing.assert_close(forward(), expected)
+    assert calls == {n: c.n_layers if n == "rotary" else 1 for n in modules}, "each block calls the rotary embedding"
+    for handle in handles:
+        handle.remove()
+    for n, m in modules.items():
+        handle = m.register_forward_hook(distort)
+        assert not torch.allclose(forward(), expected), n
+        handle.remove()
+    assert torch.equal(forward(), expected)
 
 
 def test_rope_frequencies_of_llama3_keep_short_waves_and_stretch_long_ones() -> None:

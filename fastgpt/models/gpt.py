@@ -28,7 +28,9 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import ops
 from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.recompute import Level, MadeAgain
-from fastgpt.nn import LayerNorm, Linear, RMSNorm, RotaryEmbedding
+from fastgpt.nn import Embedding, LayerNorm, Linear, RMSNorm, RotaryEmbedding
+from fastgpt.nn._hooks import fusable
+from fastgpt.nn.mlp import product_and_bias
 
 
 class KVCache:
@@ -50,8 +52,7 @@ class KVCache:
 class Pass(NamedTuple):
     """What every block of one forward pass shares."""
 
-    cos: Tensor | None  # (block_size, rotary / 2), fp32
-    sin: Tensor | None
+    rotary: RotaryEmbedding | None
     positions: Tensor | None  # (T,) or (B, T)
     doc_ids: Tensor | None  # (B, T)
     cache: KVCache | None
@@ -71,36 +72,40 @@ def _norm(c: ModelConfig, size: int) -> LayerNorm | RMSNorm:
     return LayerNorm(size, c.norm_eps, bias=c.norm_bias) if c.norm == "layer" else RMSNorm(size, c.norm_eps)
 
 
-class Attention(nn.Module):
+class SelfAttention(nn.Module):
     """Causal self-attention over one packed projection (query heads, key heads, value heads)."""
 
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.window, self.scale, self.softcap = layer, c.window_of(layer), c.attn_scale, c.attn_softcap
         self.n_heads, self.kv_heads, self.d_head = c.n_heads, c.kv_heads, c.d_head
-        self.interleaved, self.attn_dropout, self.resid_dropout = c.rope_interleaved, c.attn_dropout, c.resid_dropout
+        self.attn_dropout, self.resid_dropout = c.attn_dropout, c.resid_dropout
         self.qkv = _make(Linear, c.width, (c.n_heads + 2 * c.kv_heads) * c.d_head, bias=c.qkv_bias)
         self.proj = _make(Linear, c.n_heads * c.d_head, c.width, bias=c.proj_bias)
         self.q_norm = _norm(c, c.d_head) if c.qk_norm else None
         self.k_norm = _norm(c, c.d_head) if c.qk_norm else None
 
-    def _turn(self, qkv: Tensor, run: Pass) -> Tensor:
-        """Query and key heads of qkv (B, T, H + 2G, D) turned by position."""
-        if run.cos is None or run.sin is None:
+    def _rotate(self, qkv: Tensor, run: Pass) -> Tensor:
+        """qkv (B, T, H + 2G, D) with query and key heads rotated by position."""
+        rotary = run.rotary
+        if rotary is None:
             return qkv
-        heads = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads)
-        return ops.rope_qkv(qkv, run.cos, run.sin, interleaved=self.interleaved, positions=run.positions, **heads)
+        if fusable(rotary, RotaryEmbedding):
+            options: dict[str, Any] = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads, positions=run.positions)
+            return ops.rope_qkv(qkv, rotary.cos, rotary.sin, interleaved=rotary.interleaved, **options)
+        q, k, v = qkv.split([self.n_heads, self.kv_heads, self.kv_heads], dim=2)
+        return torch.cat((*rotary(q, k, run.positions), v), dim=2)
 
     def _heads(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H + 2G, D) -> q (B, T, H, D), k and v (B, S, G, D): normalised, turned, with the cache's keys."""
+        """(B, T, H + 2G, D) -> q (B, T, H, D), k and v (B, S, G, D): normalised, rotated, with the cached keys."""
         sizes = [self.n_heads, self.kv_heads, self.kv_heads]
         if self.q_norm is None or self.k_norm is None:
-            q, k, v = self._turn(qkv, run).split(sizes, dim=2)
+            q, k, v = self._rotate(qkv, run).split(sizes, dim=2)
         else:
             q, k, v = qkv.split(sizes, dim=2)
             q, k = self.q_norm(q), self.k_norm(k)
-            if run.cos is not None and run.sin is not None:
-                q, k = ops.rope(q, k, run.cos, run.sin, interleaved=self.interleaved, positions=run.positions)
+            if run.rotary is not None:
+                q, k = run.rotary(q, k, run.positions)
         if run.cache is not None:
             k, v = run.cache.append(self.layer, k, v)
         return q, k, v
@@ -118,7 +123,7 @@ class Attention(nn.Module):
         )
         if self.q_norm is None and run.cache is None:
             options["window"] = None if self.window is None or self.window >= t else self.window
-            y = ops.attention_qkv(self._turn(qkv, run), n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
+            y = ops.attention_qkv(self._rotate(qkv, run), n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
         else:
             q, k, v = self._heads(qkv, run)
             if self.window is not None and t == 1:  # one query: the window is the last keys, and no mask is needed
@@ -128,7 +133,7 @@ class Attention(nn.Module):
         return _dropout(self.proj(y.reshape(b, t, -1)), self.resid_dropout, self.training)
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     """down(activation(up(x))); for gated activations `up` is packed, gate first."""
 
     def __init__(self, c: ModelConfig) -> None:
@@ -143,12 +148,12 @@ class MLP(nn.Module):
             gate = partial(ops.swiglu, activation=GATED[self.activation])
             h = run.note(gate(u), gate, u)
         elif self.activation == "relu2":
-            h = F.relu(self.up(x)).square()
+            h = F.relu(self.up(x)).square()  # no op has this without a gate
         else:
             approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            u = ops.linear(x, self.up.weight)
+            u, bias = product_and_bias(self.up, x)
             gelu = partial(ops.bias_gelu, approximate=approximate)
-            h = run.note(gelu(u, self.up.bias), gelu, u, self.up.bias)
+            h = run.note(gelu(u, bias), gelu, u, bias)
         return _dropout(self.down(h), self.dropout, self.training)
 
 
@@ -163,9 +168,9 @@ class Block(nn.Module):
         super().__init__()
         self.post, self.parallel = c.norm_placement == "post", c.parallel != "none"
         self.norm1 = _norm(c, c.width)
-        self.attn = Attention(c, layer)
+        self.attn = SelfAttention(c, layer)
         self.norm2 = _norm(c, c.width) if c.parallel != "shared" else None
-        self.mlp = MLP(c)
+        self.mlp = FeedForward(c)
 
     def forward(self, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
         if self.post and self.norm2 is not None:
@@ -188,8 +193,26 @@ def add_norm(norm: Any, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[
     return run.note(y, norm, total), total
 
 
+class Head(Linear):
+    """Logits of the tokens that exist, without the padding rows; a tied head gets the token embedding's weight."""
+
+    def __init__(
+        self, vocab_size: int, in_features: int, out_features: int, bias: bool, device: Any = None, dtype: Any = None
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.vocab_size = vocab_size
+
+    def forward(self, input: Tensor, tied: Tensor | None = None) -> Tensor:
+        weight = self.weight if tied is None else tied
+        bias = None if self.bias is None else self.bias[: self.vocab_size]
+        return F.linear(input, weight[: self.vocab_size], bias)
+
+
 class GPT(nn.Module):
     """The model of `config`; initial weights are drawn on the CPU from `generator`, so alike on every device.
+
+    Submodules are called, so their hooks count; ops fused across several submodules are used while these carry no hook
+    and are not replaced. The rotary embedding is called once by each block.
 
     Raises:
         ValueError: config.vocab_size or config.block_size is None.
@@ -202,16 +225,13 @@ class GPT(nn.Module):
         self.config, c = config, config
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
         self.recompute: Level = "none"  # what backward makes again: fastgpt/models/recompute.py
-        self.wte = _make(nn.Embedding, c.padded_vocab_size, c.width)
-        self.wpe = _make(nn.Embedding, self.block_size, c.width) if c.positions == "learned" else None
-        self.rotary = (
-            RotaryEmbedding(c.rotary, self.block_size, theta=c.rope_theta, scaling=c.rope_scaling)
-            if c.positions == "rope"
-            else None
-        )
+        self.wte = _make(Embedding, c.padded_vocab_size, c.width)
+        self.wpe = _make(Embedding, self.block_size, c.width) if c.positions == "learned" else None
+        rope: dict[str, Any] = dict(theta=c.rope_theta, scaling=c.rope_scaling, interleaved=c.rope_interleaved)
+        self.rotary = RotaryEmbedding(c.rotary, self.block_size, **rope) if c.positions == "rope" else None
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
         self.norm_f = _norm(c, c.width) if c.norm_placement == "pre" else None
-        self.head = _make(nn.Linear, c.width, c.padded_vocab_size, bias=c.head_bias)
+        self.head = _make(Head, self.vocab_size, c.width, c.padded_vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.register_parameter("weight", None)
         self.init_weights(generator)
@@ -251,14 +271,12 @@ class GPT(nn.Module):
             raise ValueError("GPT: doc_ids came with kv_cache, expected one of them")
         if past and positions is None:
             positions = torch.arange(past, past + t, device=ids.device)
-        cos, sin = (None, None) if self.rotary is None else (self.rotary.cos, self.rotary.sin)
         kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
         again = MadeAgain() if kept == "norms" else None
         # dropout's generator is only put back where it draws: that is host work, and not for a CUDA graph
         random = max(self.config.attn_dropout, self.config.resid_dropout) > 0
-        run = Pass(cos, sin, positions, doc_ids, kv_cache, again)
-        x = ops.embedding(ids, self.wte.weight, None if self.wpe is None else self.wpe.weight, positions=positions)
-        x, residual = _dropout(x, self.config.embed_dropout, self.training), None
+        run = Pass(self.rotary, positions, doc_ids, kv_cache, again)
+        x, residual = _dropout(self._embed(ids, positions), self.config.embed_dropout, self.training), None
         with again or nullcontext():
             for block in self.blocks:
                 if kept == "block":
@@ -271,12 +289,26 @@ class GPT(nn.Module):
             kv_cache.length += t
         return x
 
+    def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
+        """Token and position embeddings, (B, T, C), summed in one op."""
+        if self.wpe is None:
+            x: Tensor = self.wte(ids)
+            return x
+        if fusable(self.wte, Embedding) and fusable(self.wpe, Embedding):
+            return ops.embedding(ids, self.wte.weight, self.wpe.weight, positions=positions)
+        positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
+        x = self.wte(ids) + self.wpe(positions)
+        return x
+
+    def _head(self, h: Tensor) -> Tensor:
+        """(..., C) from `hidden` -> logits (..., vocab_size) before the softcap."""
+        z: Tensor = self.head(h, self.wte.weight) if self.config.tied else self.head(h)
+        return z[..., : self.vocab_size]  # a head that was replaced may give the padding, too
+
     def logits(self, h: Tensor) -> Tensor:
         """(..., C) from `hidden` -> (..., vocab_size), without the padding."""
-        bias = self.head.bias
-        z = F.linear(h, self.head_weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size])
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(z / cap) if cap > 0 else z
+        z, cap = self._head(h), self.config.logit_softcap
+        return cap * torch.tanh(z / cap) if cap > 0 else z  # the losses' ops do this themselves
 
     def forward(
         self,
@@ -303,15 +335,13 @@ class GPT(nn.Module):
         h = self.hidden(ids, positions=positions, doc_ids=doc_ids, kv_cache=kv_cache)
         if targets is None:
             return self.logits(h)
-        loss = ops.linear_cross_entropy(
-            h.view(-1, h.shape[-1]),
-            self.head_weight,
-            targets.reshape(-1),
-            linear_bias=self.head.bias,
-            vocab_size=self.vocab_size,
-            softcap=self.config.logit_softcap,
-            reduction=reduction,
-        )
+        rows, labels = h.view(-1, h.shape[-1]), targets.reshape(-1)
+        options: dict[str, Any] = dict(softcap=self.config.logit_softcap, reduction=reduction)
+        if fusable(self.head, Head):
+            options |= dict(linear_bias=self.head.bias, vocab_size=self.vocab_size)
+            loss = ops.linear_cross_entropy(rows, self.head_weight, labels, **options)
+        else:
+            loss = ops.cross_entropy(self._head(rows), labels, **options)
         return loss.view(targets.shape) if reduction == "none" else loss
 
     def num_params(self) -> int:

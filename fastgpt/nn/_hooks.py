@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 from torch.nn.modules import module as _modules
+
+M = TypeVar("M", bound=nn.Module)
 
 # hooks on every module; these dicts are filled and emptied in place
 _GLOBAL = (
@@ -34,6 +36,11 @@ def plain(m: nn.Module) -> bool:
     if any(_hooks(m)) or "forward" in m.__dict__:
         return False
     return not any(_GLOBAL) or not any(True for _ in _users(_GLOBAL))
+
+
+def fusable(m: Any, kind: type[M]) -> TypeGuard[M]:
+    """Whether m is a plain module of exactly this class, so that an op fused across modules may use its parameters."""
+    return type(m) is kind and plain(m)
 
 
 def watched(m: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt import ops
-from fastgpt.nn._hooks import plain
+from fastgpt.nn._hooks import fusable
 from fastgpt.nn.linear import Linear
 
 
@@ -45,6 +45,16 @@ class BiasGELU(nn.Module):
         return f"{self.num_features}, approximate={self.approximate!r}"
 
 
+def product_and_bias(up: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """up(x) as x's product with the weight, and the bias that is left for the next op to add.
+
+    A layer that was replaced or hooked (adapters, pruning) is called as a module and leaves no bias.
+    """
+    if fusable(up, Linear):
+        return ops.linear(x, up.weight), up.bias
+    return up(x), None
+
+
 class MLP(nn.Sequential):
     """torch.nn.Sequential(Linear, GELU, Linear) with the first bias added in the same pass as GELU.
 
@@ -78,12 +88,11 @@ class MLP(nn.Sequential):
         )
 
     def forward(self, input: Tensor) -> Tensor:
-        up: Any = self[0]
-        gelu: Any = self[1]
-        if not (len(self) == 3 and type(up) is Linear and type(gelu) is GELU and plain(up) and plain(gelu)):
+        gelu = self[1]
+        if not (len(self) == 3 and fusable(gelu, GELU)):
             out: Tensor = super().forward(input)
             return out
-        h = ops.bias_gelu(ops.linear(input, up.weight), up.bias, approximate=gelu.approximate)
+        h = ops.bias_gelu(*product_and_bias(self[0], input), approximate=gelu.approximate)
         down: Tensor = self[2](h)
         return down
 
