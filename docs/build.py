@@ -10,6 +10,7 @@ The sources of the site are assembled in build/docs/source and never committed:
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import re
 import shutil
@@ -19,6 +20,7 @@ import textwrap
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "docs"
@@ -108,11 +110,10 @@ def op_page(op: str) -> str:
     source = ROOT / "fastgpt" / "ops" / f"{op}.py"
     summary, paragraphs, labelled = split_head(head(source))
     out = [f"# {op}", summary]
-    if op in CLASSES:
-        out.append(f"Use it through {{py:class}}`{CLASSES[op]}`.")
     out += [f"```{{eval-rst}}\n.. autofunction:: {name}\n```" for name in functions(op)]
     out.append("## Formula")
-    out += [code(p) if p.startswith("    ") else p for p in paragraphs]
+    linked = re.compile("|".join(f"`{re.escape(name)}`" for name in CLASSES.values()))
+    out += [code(p) if p.startswith("    ") else linked.sub(r"{py:class}\g<0>", p) for p in paragraphs]
     out += ["## Backends", "\n".join(backends_table(op)), "`fastgpt doctor` says which one serves here, and why."]
     for label in LABELS[:1]:
         out += [f"## {label}", labelled[label]]
@@ -120,7 +121,7 @@ def op_page(op: str) -> str:
     if benchmark.exists():
         out += ["## Bytes moved", "What the benchmark of this op counts:", code(head(benchmark))]
     for label in LABELS[1:]:
-        out += [f"## {label}", labelled[label]]
+        out += [f"## {label}", labelled[label][0].upper() + labelled[label][1:]]
     out.append("## Source")
     places = [source, *(p for paths in files.values() for p in paths), *([benchmark] if benchmark.exists() else [])]
     out.append("\n".join(f"- `{p.relative_to(ROOT)}`" for p in places))
@@ -142,6 +143,30 @@ def ops_index() -> str:
     table = "\n".join(["| op | what it computes |", "|---|---|", *rows])
     toc = f"```{{toctree}}\n:hidden:\n\n{names}\n```"
     return "\n\n".join(["# Ops", intro, table, "## Choosing a backend", choose, toc]) + "\n"
+
+
+def settings_page() -> str:
+    """Every setting of a training run and of its model: option, values, default, meaning."""
+    from fastgpt.core import options
+    from fastgpt.models.config import ModelConfig
+    from fastgpt.training.config import TrainConfig
+
+    out = ["# Settings", "[Training](../training.md) says how they work together. In a YAML file `-` becomes `_`."]
+    for title, cls, prefix in (("The run", TrainConfig, ""), ("The model", ModelConfig, "model.")):
+        hints, texts = get_type_hints(cls), options.descriptions(cls)
+        rows = ["| option | values | default | meaning |", "|---|---|---|---|"]
+        for f in dataclasses.fields(cls):
+            if f.name != "model":
+                default = f.default if f.default is not dataclasses.MISSING else "{}"
+                shown = "null" if default is None else str(default)
+                cells = [
+                    f"`--{prefix}{f.name.replace('_', '-')}`",
+                    options.describe(hints[f.name]),
+                    f"`{shown}`" * bool(shown),
+                ]
+                rows.append(f"| {' | '.join([*cells, texts[f.name]]).replace('`|`', '&#124;')} |")
+        out += [f"## {title}", "\n".join(rows)]
+    return "\n\n".join(out) + "\n"
 
 
 def adapted(text: str, folder: str) -> str:
@@ -188,7 +213,7 @@ def assemble(folder: Path) -> None:
         if name != "navigation.md":
             pages[name] = adapted(path.read_text(encoding="utf-8"), "docs") if "/" not in name else path.read_text()
     pages |= {f"ops/{op}.md": op_page(op) for op in op_names()}
-    pages["ops/index.md"] = ops_index()
+    pages |= {"ops/index.md": ops_index(), "reference/settings.md": settings_page()}
     for name, text in pages.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, encoding="utf-8")

@@ -13,6 +13,7 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 show_warning_types = True
+smartquotes = False  # "--option" stays as it is
 default_role = "code"  # single backticks in docstrings
 
 myst_heading_anchors = 3

@@ -347,8 +347,8 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     for key in options.key_types(TrainConfig):
         assert f"--{key}" in text, key
     for cls in (TrainConfig, ModelConfig):
-        documented = options._descriptions(cls)
+        documented = options.descriptions(cls)
         for f in dataclasses.fields(cls):
             assert f.name in documented, f"{cls.__name__}.{f.name} has no help"
     assert "default 0.0006" in text and "default remainder" not in text and "one of fp32, remainder" in text
-    assert "steps of linear warm-up" in text and "Shape of the model" in text
+    assert "steps of linear warm-up" in text and "shape of the model" in text

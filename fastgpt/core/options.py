@@ -264,7 +264,7 @@ def help_text(cls: type, default: str) -> str:
 
 
 def _help_of(cls: type, prefix: str = "") -> Iterator[str]:
-    hints, docs = get_type_hints(cls), _descriptions(cls)
+    hints, docs = get_type_hints(cls), descriptions(cls)
     for f in fields(cls):
         key, hint = prefix + f.name, hints[f.name]
         default = f.default if f.default_factory is MISSING else f.default_factory()
@@ -279,7 +279,7 @@ def _entry(key: str, kind: str, text: str) -> str:
     return f"  --{key}  ({kind})\n{textwrap.fill(text, 100, initial_indent=' ' * 8, subsequent_indent=' ' * 8)}"
 
 
-def _descriptions(cls: type) -> dict[str, str]:
+def descriptions(cls: type) -> dict[str, str]:
     """Field -> its text under 'Attributes:' in the docstring."""
     doc = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", doc, re.MULTILINE)

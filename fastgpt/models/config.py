@@ -34,39 +34,39 @@ class ModelConfig:
         n_layers: number of blocks.
         n_heads: query heads.
         n_kv_heads: key and value heads (grouped-query attention); null is n_heads.
-        width: size C of a token's vector in the residual stream.
+        width: size C of the residual stream.
         head_dim: size D of a head; null is width / n_heads.
         mlp_width: hidden size of the MLP; null is 4 width, for gated activations 8/3 width rounded up to 256.
-        vocab_size: tokens that exist; null is taken from the tokenizer or the data.
-        vocab_multiple: embedding and head have rows for vocab_size rounded up to a multiple of this.
-        block_size: most positions (rows of the position table); null is the trainer's block_size.
+        vocab_size: number of tokens; null takes it from the tokenizer or the data.
+        vocab_multiple: embedding and head have vocab_size rows, rounded up to a multiple of this.
+        block_size: number of positions (rows of the position table); null is the trainer's block_size.
         norm: kind of norm.
-        norm_placement: pre is GPT-2's, post is GPT-1's (no norm at the end).
+        norm_placement: pre as in GPT-2, post as in GPT-1 (without a final norm).
         norm_eps: added to the variance.
         norm_bias: whether LayerNorm has a bias.
-        parallel: attention and MLP side by side, from one norm (shared, GPT-J) or two (separate, GPT-NeoX).
-        activation: of the MLP; swiglu, geglu, geglu_tanh and reglu2 are gated (silu, gelu, tanh's gelu or squared ReLU
-            of the gate, times up).
+        parallel: attention and MLP in parallel, after one norm (shared, GPT-J) or two (separate, GPT-NeoX).
+        activation: activation of the MLP; swiglu, geglu, geglu_tanh and reglu2 are gated (silu, gelu, tanh's gelu or
+            squared ReLU of the gate, times up).
         positions: learned table, rotary, or none.
-        rotary_dim: leading columns of each head that turn; null is all.
+        rotary_dim: leading columns of each head that rotate; null is all.
         rope_theta: base of the rotary frequencies.
         rope_interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2).
         rope_scaling: {rope_type: linear, factor: F} or {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
             original_max_position_embeddings}.
         qk_norm: norm over each head of queries and keys.
-        qkv_bias: bias on the query, key and value projection.
-        proj_bias: bias on attention's output projection.
+        qkv_bias: bias of the query, key and value projection.
+        proj_bias: bias of attention's output projection.
         mlp_bias: biases in the MLP.
-        head_bias: bias on the logits.
-        tied: the head's weight is the token embedding's.
-        window: keys seen back from a query, its own included; null is all; a list is repeated over the layers.
-        attn_scale: factor on q k^T; null is 1 / sqrt(head_dim), GPT-Neo's is 1.0.
+        head_bias: bias of the logits.
+        tied: whether the head shares the weight of the token embedding.
+        window: keys that a query sees, counted back from its own; null is all; a list is repeated over the layers.
+        attn_scale: factor of q k^T; null is 1 / sqrt(head_dim), GPT-Neo uses 1.0.
         attn_softcap: attention scores become cap tanh(score / cap); 0 is off.
         logit_softcap: the same for the logits; 0 is off.
-        embed_dropout: dropout on the embeddings.
-        attn_dropout: dropout on the attention weights.
-        resid_dropout: dropout on what a block adds to the residual stream.
-        init_std: standard deviation of initial weights; 1 / sqrt(2 n_layers) of it where a block writes its output.
+        embed_dropout: dropout of the embeddings.
+        attn_dropout: dropout of the attention weights.
+        resid_dropout: dropout of a block's output to the residual stream.
+        init_std: standard deviation of initial weights; divided by sqrt(2 n_layers) where a block writes its output.
     """
 
     n_layers: int = 12

@@ -25,62 +25,63 @@ ENDLESS = 10**9  # steps of a run that minutes alone limit
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a training run is told.
+    """All settings of a training run.
 
     Attributes:
-        model: Shape of the model.
-        data: text file, folder of text, or .bin shards ('shards_*.bin'); null is the Python standard library's source.
-        data_dtype: of the ids in .bin files without a header; auto is uint16, or uint32 where a name has u32 or uint32
-        val_data: the same for validation; null splits val_fraction off the training data.
-        val_sources: name -> text file or .bin shards whose validation loss is reported, too, as in {web: web_val.bin}
-        tokenizer: tokenizer.json that .bin data was made with (for samples).
-        vocab_size: size of the tokenizer that is trained when data is text.
+        model: shape of the model.
+        data: text file, folder of text, or .bin shards ('shards_*.bin'); null is Python's standard library.
+        data_dtype: type of ids in .bin files without a header; auto is uint16, or uint32 if the name has u32 or uint32.
+        val_data: validation data, like data; null splits val_fraction off the training data.
+        val_sources: name -> text file or .bin shards whose validation loss is also reported, as in {web: web_val.bin}.
+        tokenizer: tokenizer.json of .bin data (for samples).
+        vocab_size: size of the tokenizer that is trained if data is text.
         val_fraction: share of text files held out for validation.
-        out: folder of the run; empty is runs/ and the configuration's name.
-        resume: auto continues in the run folder if it has a checkpoint, never starts anew, a path continues from there.
-        seed: of initial weights, data order and dropout.
+        out: folder of the run; empty is runs/ and the name of the configuration.
+        resume: auto resumes from the newest checkpoint in the run folder, never starts a new run, a path resumes
+            from that checkpoint.
+        seed: seed of initial weights, data order and dropout.
         device: auto, cpu, cuda, cuda:1, ...
-        dtype: of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU; fp16 scales the loss.
-        kernels: backend per op, as in 'attention=torch,adamw=triton'; empty is the best there is.
-        compile: torch.compile around the model.
-        graphs: replay a step from CUDA graphs (on a GPU, with optimizer adamw); --no-graphs launches every kernel anew.
-        recompute: what backward makes again instead of keeping it; norms also means the MLP's activation, and block is
-            all but a block's input.
+        dtype: type of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU; fp16 scales the loss.
+        kernels: backend of each op, as in 'attention=torch,adamw=triton'; empty chooses the best available.
+        compile: compile the model with torch.compile.
+        graphs: replay steps from CUDA graphs (on a GPU, with optimizer adamw); --no-graphs launches every kernel.
+        recompute: activations to recompute in backward instead of keeping them; norms includes the MLP's activation,
+            block is everything but the input of a block.
         block_size: tokens T of a training sequence.
-        micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan tells).
+        micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan).
         batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
-        max_steps: optimizer steps to train for; null is no limit (max_minutes then is one).
-        max_minutes: end training after this time if max_steps was not reached; null is no limit. --max-steps without
-            --max-minutes takes away the minutes of a configuration that comes with the package.
-        optimizer: adamw, or muon for the blocks' matrices and adamw for the rest (one learning rate serves both).
-        momentum: Muon's.
+        max_steps: optimizer steps to train for; null is no limit (then max_minutes is needed).
+        max_minutes: end training after this time, if max_steps is not reached before; null is no limit. --max-steps
+            without --max-minutes removes the minutes of a built-in configuration.
+        optimizer: adamw, or muon for the matrices of the blocks and adamw for the rest (one learning rate serves both).
+        momentum: momentum of Muon.
         lr: highest learning rate.
-        lr_ratios: regular expression in a parameter's name -> factor on its learning rate, as in {wte: 0.3}
-        min_lr_ratio: the last learning rate as a fraction of lr.
+        lr_ratios: regular expression in the name of a parameter -> factor of its learning rate, as in {wte: 0.3}.
+        min_lr_ratio: final learning rate as a fraction of lr.
         warmup_steps: steps of linear warm-up.
-        schedule: course of the learning rate after warm-up; wsd holds it, then decays linearly.
+        schedule: shape of the learning rate after warm-up; wsd holds it, then decays linearly.
         decay_fraction: share of the run in which wsd decays.
         weight_decay: decoupled weight decay of matrices and embeddings (norms and biases have none).
-        beta1: AdamW's first decay rate.
-        beta2: AdamW's second decay rate.
-        eps: AdamW's epsilon.
-        clip: largest gradient norm; 0 is no clipping.
-        master: what 16-bit parameters keep beside them.
+        beta1: first decay rate of AdamW.
+        beta2: second decay rate of AdamW.
+        eps: epsilon of AdamW.
+        clip: largest gradient norm; 0 turns clipping off.
+        master: how the optimizer keeps what 16-bit parameters lose; fp32 copies, remainders or stochastic rounding.
         eval_every: steps between validations; 0 is only at the end.
         eval_batches: micro-batches of a validation.
         save_every: steps between checkpoints; 0 is only at the end.
-        keep: checkpoints kept, the last ones; 0 keeps all.
-        keep_every: checkpoints at multiples of this many steps are kept, too; 0 is none.
-        patience: validations without a better loss that end the run; the best one's checkpoint is kept. 0 is off.
-        spike_sigmas: a loss this many standard deviations over the last 100 steps' is skipped; 0 is off.
+        keep: number of latest checkpoints to keep; 0 keeps all.
+        keep_every: also keep checkpoints at multiples of this many steps; 0 is none.
+        patience: end the run after this many validations without a better loss, and keep the best checkpoint; 0 is off.
+        spike_sigmas: skip a step whose loss is this many standard deviations above the mean of the last 100; 0 is off.
         log_every: steps between lines on the console.
-        track: tensorboard, trackio or wandb; several are separated by commas.
-        profile: steps FIRST:LAST of which a Chrome trace and a table of kernels are written.
-        profiler: what writes the profile; nsys marks the steps and their ops (NVTX) for Nsight Systems instead.
+        track: tensorboard, trackio or wandb; separate several by commas.
+        profile: steps FIRST:LAST to profile, with a Chrome trace and a table of kernels.
+        profiler: torch writes the profile; nsys marks the steps and their ops (NVTX) for Nsight Systems instead.
         sample_every: steps between samples; 0 is only at the end.
         sample_tokens: length of a sample.
-        prompt: text that samples begin with; several are separated by `|`.
-        check_baseline: exit 1 unless the validation loss ends at least 1 nat under a unigram model's.
+        prompt: text that samples begin with; separate several by `|`.
+        check_baseline: exit with 1 unless the final validation loss is at least 1 nat below that of a unigram model.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
