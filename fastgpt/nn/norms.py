@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from fastgpt.core.fallback import leave_to_torch
 
 def _over_last(
     name: str, norm: Callable[..., Any], shape: tuple[int, ...], x: Tensor, residual: Tensor | None, *params: Any
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """norm over x's trailing dimensions `shape` as one: norm(x, *params, residual=), its tensors flattened there.
 
     Raises:
@@ -49,7 +49,13 @@ class LayerNorm(nn.LayerNorm):
         y of input's shape and dtype; with `residual` (as input) the pair (y, input + residual).
     """
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Any:
+    @overload
+    def forward(self, input: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         weight = self.weight
         if residual is None and _mixed(input, weight):
             leave_to_torch("LayerNorm", f"a weight of {weight.dtype} with input of {input.dtype}")
@@ -95,7 +101,13 @@ class RMSNorm(nn.RMSNorm):
         if self.elementwise_affine:
             nn.init.constant_(self.weight, 1.0 - self.weight_offset)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+    @overload
+    def forward(self, x: Tensor, residual: None = None) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         weight, offset = self.weight, self.weight_offset
         if residual is None and not offset and _mixed(x, weight):
             leave_to_torch("RMSNorm", f"a weight of {weight.dtype} with x of {x.dtype}")

@@ -19,7 +19,7 @@ There is no additive mask or bias. First derivatives only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -210,6 +210,48 @@ _DEFAULTS: dict[str, Any] = dict.fromkeys(
 ) | {"causal": False, "softcap": 0.0, "dropout_p": 0.0}
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    doc_ids: Tensor | None = None,
+    kv_lens: Tensor | None = None,
+    kv_start: Tensor | None = None,
+    deterministic: bool = False,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -227,7 +269,7 @@ def attention(
     kv_start: Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v.
 
     Args:

@@ -15,7 +15,7 @@ Limits: weight and bias share one dtype, x's or fp32. First derivatives only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,18 @@ def _self_check(backend: str, device: torch.device) -> float:
 register("layer_norm", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: None = None
+) -> Tensor: ...
+
+
+@overload
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *, residual: Tensor
+) -> tuple[Tensor, Tensor]: ...
+
+
 def layer_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -153,7 +165,7 @@ def layer_norm(
     eps: float = 1e-5,
     *,
     residual: Tensor | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """LayerNorm over the last dimension, optionally of `x + residual`.
 
     Args:

@@ -19,7 +19,7 @@ Limits: the weight's dtype is x's or fp32. First derivatives only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
@@ -152,6 +152,23 @@ def _self_check(backend: str, device: torch.device) -> float:
 register("rms_norm", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
+@overload
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    residual: None = None,
+    weight_offset: float = 0.0,
+) -> Tensor: ...
+
+
+@overload
+def rms_norm(
+    x: Tensor, weight: Tensor | None = None, eps: float = 1e-6, *, residual: Tensor, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]: ...
+
+
 def rms_norm(
     x: Tensor,
     weight: Tensor | None = None,
@@ -159,7 +176,7 @@ def rms_norm(
     *,
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     """RMSNorm over the last dimension, optionally of `x + residual`.
 
     Args:

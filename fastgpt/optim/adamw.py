@@ -14,6 +14,7 @@ from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE, Bucket, adamw_ref, grad
 from fastgpt.optim.state import (
     MOMENTS,
     Fitted,
+    T,
     check_group,
     check_parameter,
     check_saved,
@@ -21,6 +22,7 @@ from fastgpt.optim.state import (
     fit,
     is_sharded,
     load_uncast,
+    loss_of,
     set_step,
     shard,
     still_fits,
@@ -154,12 +156,9 @@ class AdamW(torch.optim.Optimizer):
             self._number()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
         """One update of every parameter that has a gradient; returns closure's loss, if one was given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         buckets = self._buckets()
         if not buckets:
             return loss

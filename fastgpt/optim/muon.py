@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastgpt.ops.adamw import follow_param
 from fastgpt.optim.adamw import AdamW
-from fastgpt.optim.state import check_saved, load_uncast
+from fastgpt.optim.state import T, check_saved, load_uncast, loss_of
 
 BUFFER = "momentum_buffer"
 
@@ -76,12 +76,9 @@ class MuonAdamW(torch.optim.Optimizer):
         return {**super().__getstate__(), **{n: getattr(self, n) for n in names}}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
         """One update of every parameter; returns closure's loss, if one was given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         given = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         self.grad_norm.copy_(torch.nn.utils.get_total_norm([p.grad for p in given]))
         skip = ~self.grad_norm.isfinite()

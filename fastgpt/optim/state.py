@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Integral
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,15 @@ from fastgpt.ops.adamw import join_remainder
 
 MASTERS = ("fp32", "remainder", "stochastic", None)
 MOMENTS = ("exp_avg", "exp_avg_sq")
+T = TypeVar("T")
+
+
+def loss_of(closure: Callable[[], T] | None) -> T | None:
+    """What the closure of `step` returns, called with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 class Fitted(NamedTuple):

@@ -16,7 +16,7 @@ import sys
 import types
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -25,6 +25,7 @@ from fastgpt.patching import _rebind
 from fastgpt.patching._recognise import RECOGNISERS, Found
 from fastgpt.patching._settings import changed
 
+M = TypeVar("M", bound=nn.Module)
 PARTS = ("norm", "mlp", "attention", "rope", "loss", "embedding")
 __all__ = ["PARTS", "Entry", "Report", "patch", "patch_report", "unpatch"]
 
@@ -128,14 +129,14 @@ def _check(model: nn.Module, report: Report, chosen: frozenset[str], strict: boo
 
 
 def patch(
-    model: nn.Module,
+    model: M,
     *,
     only: str | Iterable[str] | None = None,
     skip: str | Iterable[str] | None = None,
     dry_run: bool = False,
     strict: bool = False,
     keep_logits: bool = False,
-) -> Any:
+) -> M:
     """Put fastgpt's kernels into a model, in place; `unpatch` takes them out, `patch_report` says what was done.
 
     Args:
@@ -209,7 +210,7 @@ def _bind(module: nn.Module, attribute: str, function: Any) -> None:
     module.__dict__[attribute] = _remember(module)[attribute] = types.MethodType(function, module)
 
 
-def unpatch(model: nn.Module) -> Any:
+def unpatch(model: M) -> M:
     """Take out what `patch` put into this model or into models in it; returns the model, as it was.
 
     Raises:
