@@ -3,8 +3,8 @@
 `fastgpt parity` prints the table, worst ratio first, and exits 1 on a ratio over 1 or a cell without a case (table.py).
 The tests run the same cases one by one.
 
-To add an op: a module here with `SUBJECTS = {"<op>": Subject(...)}` (rule.py says what a Subject is; activations.py is
-the shortest pattern), and the module's name in table.py, in the import of the families and in FAMILIES. Nothing else.
+To add an op: a module here of its name with `SUBJECT = Subject(...)` (rule.py says what a Subject is; swiglu.py is the
+shortest pattern). It is found by the registry.
 """
 
 from fastgpt.parity.command import main, missing_cells, run_all
@@ -25,7 +25,6 @@ from fastgpt.parity.rule import (
     allowed_error,
 )
 from fastgpt.parity.table import (
-    FAMILIES,
     SUBJECTS,
     backends_here,
     cases,
@@ -38,7 +37,6 @@ from fastgpt.parity.table import (
 
 __all__ = [
     "BACKWARD",
-    "FAMILIES",
     "FORWARD",
     "GRAD_LAYOUTS",
     "LAYOUTS",

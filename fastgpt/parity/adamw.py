@@ -71,4 +71,4 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
 
 
 _LAYOUTS = ("contiguous", "transposed", "permuted", "misaligned")  # a parameter is dense, its state has its layout
-SUBJECTS = {"adamw": Subject(run_adamw, AdamW, TorchAdamW, AdamW, _bases, _variants, _LAYOUTS)}
+SUBJECT = Subject(run_adamw, AdamW, TorchAdamW, AdamW, _bases, _variants, _LAYOUTS)

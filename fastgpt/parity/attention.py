@@ -165,4 +165,4 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
         yield (1, 9, 11, 2, 1, 16), {"causal": True, "spread": spread}
 
 
-SUBJECTS = {"attention": Subject(run_attention, _ours, _either(_torch), _either(_reference), _bases, _variants)}
+SUBJECT = Subject(run_attention, _ours, _either(_torch), _either(_reference), _bases, _variants)

@@ -78,15 +78,13 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
             yield (7, 61), {**o, "inplace": inplace}
 
 
-SUBJECTS = {
-    "cross_entropy": Subject(
-        run_cross_entropy,
-        ops.cross_entropy,
-        _torch_cross_entropy,
-        cross_entropy_ref,
-        _bases,
-        _variants,
-        MATRIX_LAYOUTS,
-        VECTOR_LAYOUTS,
-    )
-}
+SUBJECT = Subject(
+    run_cross_entropy,
+    ops.cross_entropy,
+    _torch_cross_entropy,
+    cross_entropy_ref,
+    _bases,
+    _variants,
+    MATRIX_LAYOUTS,
+    VECTOR_LAYOUTS,
+)

@@ -85,15 +85,13 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
                 yield (13, 16, 61), {**extreme, "reduction": reduction, "chunk": chunk}
 
 
-SUBJECTS = {
-    "linear_cross_entropy": Subject(
-        run_linear_cross_entropy,
-        ops.linear_cross_entropy,
-        _torch,
-        _reference,
-        _bases,
-        _variants,
-        MATRIX_LAYOUTS,
-        VECTOR_LAYOUTS,
-    )
-}
+SUBJECT = Subject(
+    run_linear_cross_entropy,
+    ops.linear_cross_entropy,
+    _torch,
+    _reference,
+    _bases,
+    _variants,
+    MATRIX_LAYOUTS,
+    VECTOR_LAYOUTS,
+)

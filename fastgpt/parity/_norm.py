@@ -1,4 +1,4 @@
-"""Parity of layer_norm and rms_norm."""
+"""What the parity of layer_norm and of rms_norm share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from typing import Any
 
 import torch
 
-from fastgpt import ops
-from fastgpt.ops.layer_norm import layer_norm_ref, layer_norm_torch
-from fastgpt.ops.rms_norm import rms_norm_ref, rms_norm_torch
 from fastgpt.parity.inputs import Inputs
-from fastgpt.parity.rule import Case, Outputs, Subject, Variant
+from fastgpt.parity.rule import Case, Outputs, Variant
 
 
 def run_norm(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
@@ -34,13 +31,15 @@ def run_norm(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
     return {**outputs, **{n: t.grad for n, t in leaves.items() if t is not None and t.grad is not None}}
 
 
-def _bases(dtype: torch.dtype) -> Iterator[Variant]:
+def bases(dtype: torch.dtype) -> Iterator[Variant]:
+    """Shapes and options for every layout."""
     yield (2, 3, 33), {"residual": True}
     yield (2, 3, 33), {}
     yield (2, 3, 64), {"residual": True}  # in 16-byte pieces where the layout allows
 
 
-def _variants(dtype: torch.dtype, own: list[dict[str, Any]]) -> Iterator[Variant]:
+def variants(dtype: torch.dtype, own: list[dict[str, Any]]) -> Iterator[Variant]:
+    """Other shapes and options; own: options that only one of the norms has."""
     shapes = ((1, 1), (1, 7), (2, 3, 770), (67, 128), (3, 1024), (2, 5000), (2, 9001))
     for shape in (*shapes, (9, 2080), (2, 8448), (34, 4104)):  # the last: more rows than one wave of blocks has
         yield shape, {"residual": True}
@@ -57,17 +56,3 @@ def _variants(dtype: torch.dtype, own: list[dict[str, Any]]) -> Iterator[Variant
     yield (5, 96), {"mean": 300.0, "scale": 0.5}
     yield (5, 96), {"scale": 1e-4, "residual": False}
     yield (0, 16), {"residual": True}
-
-
-def _layer_norm_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    return _variants(dtype, [{"weight": False, "bias": False}, {"bias": False}])
-
-
-def _rms_norm_variants(dtype: torch.dtype) -> Iterator[Variant]:
-    return _variants(dtype, [{"weight_offset": 1.0}, {"weight_offset": 1.0, "fp32_weight": True, "residual": True}])
-
-
-SUBJECTS = {
-    "layer_norm": Subject(run_norm, ops.layer_norm, layer_norm_torch, layer_norm_ref, _bases, _layer_norm_variants),
-    "rms_norm": Subject(run_norm, ops.rms_norm, rms_norm_torch, rms_norm_ref, _bases, _rms_norm_variants),
-}
