@@ -9,6 +9,7 @@ import pytest
 
 from fastgpt.checks import cuda as cuda_check
 
+ROOT = Path(__file__).parents[1]
 needs_nvcc = pytest.mark.skipif(cuda_check.find_nvcc() is None, reason="no nvcc here")
 
 PTXAS = """ptxas info    : 0 bytes gmem
@@ -82,23 +83,25 @@ def test_problem() -> None:
     def kernel(name: str, stack: int, spills: int, loads: int) -> cuda_check.Kernel:
         return cuda_check.Kernel(name, "sm_80", 64, stack, spills, 0, loads)
 
-    assert cuda_check.problem(kernel("a<float, 4>", 0, 0, 1), {}) == ""
-    assert "spills" in cuda_check.problem(kernel("a<float, 4>", 8, 16, 1), {})
-    allowed: dict[str, dict[str, object]] = {"a<*, 4>": {"bytes": 16, "reason": "why"}}
+    ours = cuda_check.excuses(ROOT / "csrc")
+    allowed = ours | {"spills": {"a<*, 4>": {"bytes": 16, "reason": "why"}}}
+    assert cuda_check.problem(kernel("a<float, 4>", 0, 0, 1), ours) == ""
+    assert "spills" in cuda_check.problem(kernel("a<float, 4>", 8, 16, 1), ours)
     assert cuda_check.problem(kernel("a<float, 4>", 8, 16, 1), allowed) == ""
     assert "allows 16" in cuda_check.problem(kernel("a<float, 4>", 8, 17, 1), allowed)
-    assert "128-bit" in cuda_check.problem(kernel("a<float, 4>", 0, 0, 0), {})
-    assert cuda_check.problem(kernel("layer_norm_fwd_kernel<float, float, 1>", 0, 0, 0), {}) == ""
+    assert "128-bit" in cuda_check.problem(kernel("a<float, 4>", 0, 0, 0), ours)
+    assert cuda_check.problem(kernel("layer_norm_fwd_kernel<float, float, 1>", 0, 0, 0), ours) == ""
     products = {"name": "attention_fwd_kernel<bf16, 64, false>", "arch": "sm_80", "registers": 64, "stack": 0}
     for copies, hmma, says in ((1, 0, "HMMA"), (0, 1, "LDGSTS"), (1, 1, "")):
         made = cuda_check.Kernel(**products, spills=0, shared=0, wide_loads=9, wide_copies=copies, tensor_products=hmma)
-        found = cuda_check.problem(made, {})
+        found = cuda_check.problem(made, ours)
         assert says in found and bool(says) == bool(found)
 
 
-def test_spills_file_names_a_reason() -> None:
-    listed = json.loads((Path(__file__).parents[1] / "csrc" / "spills.json").read_text())
-    assert all(isinstance(entry["bytes"], int) and len(entry["reason"]) > 10 for entry in listed.values())
+def test_excuses_name_a_reason() -> None:
+    ours = cuda_check.excuses(ROOT / "csrc")
+    assert all(isinstance(entry["bytes"], int) and len(entry["reason"]) > 10 for entry in ours["spills"].values())
+    assert ours["scalar"] and all(len(why) > 10 for why in ours["scalar"].values()) and len(ours["tensor_cores"]) == 3
 
 
 def test_without_nvcc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,6 +141,7 @@ def test_find_nvcc_in_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 )
 def test_main(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, code: int, says: str) -> None:
     write_source(tmp_path, text)
+    (tmp_path / "a" / "cuda_check.json").write_text(json.dumps({"tensor_cores": ["attention_fwd_kernel<*"]}))
     arguments = ["--source", str(tmp_path), "--arch", "sm_80", "--json", str(tmp_path / "table.json")]
     assert cuda_check.main(arguments) == code
     assert says in capsys.readouterr().out
@@ -150,5 +154,6 @@ def test_main(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, cod
 @pytest.mark.nvcc
 def test_allowed_spill(tmp_path: Path) -> None:
     write_source(tmp_path, LOCAL)
-    (tmp_path / "spills.json").write_text(json.dumps({"copy": {"bytes": 256, "reason": "dynamic index, for the test"}}))
+    excuse = {"spills": {"copy": {"bytes": 256, "reason": "dynamic index, for the test"}}}
+    (tmp_path / "a" / "cuda_check.json").write_text(json.dumps(excuse))
     assert cuda_check.main(["--source", str(tmp_path), "--arch", "sm_80"]) == 0

@@ -2,9 +2,15 @@
 
 Every csrc/*/*.cu is compiled by itself for sm_80 and sm_90a. ptxas tells registers, stack, spills and shared memory
 of each kernel; nvdisasm (it comes with Triton) tells whether the loads are 128 bits wide. Exit code 1: a compilation
-failed, a kernel uses local memory that spills.json (in that folder: {"kernel": {"bytes": n, "reason": why}}, names
-as printed, with * and ?) does not allow, a memory-bound kernel has no 128-bit load, or one of matrix products does not
-run on tensor cores with 128-bit asynchronous copies. Exit code 2: a tool is missing.
+failed, a kernel uses local memory, a memory-bound kernel has no 128-bit load, or one of matrix products does not run on
+tensor cores with 128-bit asynchronous copies. What a kernel is excused from stands in cuda_check.json beside it, by its
+name as printed, with * and ?:
+
+    {"spills": {"kernel": {"bytes": n, "reason": why}},  bytes of local memory that are allowed
+     "scalar": {"kernel": why},                           it needs no 128-bit load
+     "tensor_cores": ["kernel"]}                          it is one of matrix products
+
+Exit code 2: a tool is missing.
 """
 
 from __future__ import annotations
@@ -22,23 +28,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
 FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-cubin")
-# kernels that need no 128-bit load: pattern -> why
-SCALAR = {
-    "layer_norm_*, 1>": "instance for pointers and rows off 16-byte alignment",
-    "rope_kernel<*, 1>": "instance for what does not lie in 16-byte pieces",
-    "embedding_*, 1>": "instance for pointers and rows off 16-byte alignment",
-    "embedding_keys_kernel*": "one index a token",
-    "rms_norm_*, 1>": "as layer_norm's",
-    "bias_gelu_*, 1>": "as layer_norm's",
-    "swiglu_*, 1>": "as layer_norm's",
-    "add_partials_kernel<*": "adds fp32 partials, 128 bytes a warp and row",
-    "attention_spans_kernel": "a few index values for each query",
-}
-# kernels of matrix products: HMMA, and LDGSTS.128 for their operands
-TENSOR = ("attention_fwd_kernel<*", "attention_dkdv_kernel<*", "attention_dq_kernel<*")
 REMEDY = (
     "cuda_check: no nvcc found; set CUDA_HOME to a CUDA toolkit, or pip install -r requirements-dev.txt, "
     "which names the packages nvidia-cuda-nvcc, nvidia-nvvm, nvidia-cuda-crt and nvidia-cuda-runtime"
@@ -151,19 +144,29 @@ def most_threads(disassembly: str) -> dict[str, int]:
     return found
 
 
-def problem(kernel: Kernel, allowed: dict[str, dict[str, object]]) -> str:
-    """Why this kernel must not ship; empty if it may."""
-    limits = [int(str(a["bytes"])) for pattern, a in allowed.items() if fnmatch.fnmatchcase(kernel.name, pattern)]
-    local, limit = max(kernel.stack, kernel.spills), max(limits, default=0)
+def excuses(source: Path) -> dict[str, dict[str, Any]]:
+    """What the cuda_check.json files below `source` say, together: "spills", "scalar", "tensor_cores"."""
+    found: dict[str, dict[str, Any]] = {"spills": {}, "scalar": {}, "tensor_cores": {}}
+    for path in sorted(source.glob("*/cuda_check.json")):
+        for kind, kernels in json.loads(path.read_text(encoding="utf-8")).items():
+            found[kind] |= kernels if isinstance(kernels, dict) else dict.fromkeys(kernels)
+    return found
+
+
+def problem(kernel: Kernel, excused: dict[str, dict[str, Any]]) -> str:
+    """Why this kernel must not ship; empty if it may. excused: as `excuses` gives it."""
+
+    def named(kind: str) -> list[Any]:
+        return [said for pattern, said in excused[kind].items() if fnmatch.fnmatchcase(kernel.name, pattern)]
+
+    local, limit = max(kernel.stack, kernel.spills), max((int(a["bytes"]) for a in named("spills")), default=0)
     if local > limit:
-        return f"{kernel.stack} bytes of stack, {kernel.spills} of spills; spills.json allows {limit}"
-    if any(fnmatch.fnmatchcase(kernel.name, pattern) for pattern in TENSOR):
+        return f"{kernel.stack} bytes of stack, {kernel.spills} of spills; cuda_check.json allows {limit}"
+    if named("tensor_cores"):
         if kernel.tensor_products == 0:
             return "no product on tensor cores (HMMA.16816)"
         return "" if kernel.wide_copies else "no 128-bit copy to shared memory (LDGSTS.E.128)"
-    if kernel.wide_loads == 0 and not any(fnmatch.fnmatchcase(kernel.name, pattern) for pattern in SCALAR):
-        return "no 128-bit load (LDG.E.128)"
-    return ""
+    return "" if kernel.wide_loads or named("scalar") else "no 128-bit load (LDG.E.128)"
 
 
 def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Path) -> list[Kernel]:
@@ -196,15 +199,14 @@ def check(source: Path, archs: list[str], names: str = "*") -> tuple[list[Kernel
         raise ToolMissing(
             f"cuda_check: no {names}/*.cu in {source}; run it in a checkout, or give the folder by --source"
         )
-    listed = source / "spills.json"
-    allowed = json.loads(listed.read_text()) if listed.exists() else {}
+    excused = excuses(source)
     kernels: list[Kernel] = []
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [pool.submit(compile_one, nvcc, nvdisasm, f, arch, Path(folder)) for f in files for arch in archs]
         for job in jobs:
             try:
-                kernels += [Kernel(**asdict(k) | {"problem": problem(k, allowed)}) for k in job.result()]
+                kernels += [Kernel(**asdict(k) | {"problem": problem(k, excused)}) for k in job.result()]
             except RuntimeError as error:
                 failures.append(str(error))
     return kernels, failures

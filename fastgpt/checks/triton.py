@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -27,9 +28,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastgpt import ops  # noqa: F401 (fills the registry)
+from fastgpt.core import backend
 from fastgpt.kernels._runtime import COMPILE_OPTIONS, TRITON
 
-MODULES = ("layer_norm", "cross_entropy", "adamw", "rms_norm", "bias_gelu", "swiglu", "rope", "embedding", "attention")
+# kernel files, one for each op with a cell for Triton that calls no other op's
+MODULES = [
+    op for op, cells in backend.ops().items() if "triton" in cells and importlib.util.find_spec(f"fastgpt.kernels.{op}")
+]
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
 REGISTERS = 65536  # of one multiprocessor, on every chip above
 _OCCUPANCY = "two to four registers, to reach ptxas's own occupancy target"
