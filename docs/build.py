@@ -29,6 +29,7 @@ OTHER_OPS = ("linear",)  # without kernels, so not in the registry
 BACKENDS = {"cuda": "CUDA (C++)", "triton": "Triton", "cpu": "CPU (C++)", "torch": "PyTorch (reference)"}
 EXTRA = {"rope": ["fastgpt.ops.rope.rope_frequencies"]}  # functions that an op's users need too
 CLASSES = {"adamw": "fastgpt.optim.AdamW"}  # ops whose public face is a class
+NO_PAGES = ("navigation.md", "numeric-cover.md")  # the second: the log that tests/numeric_cover.py writes
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
@@ -210,7 +211,7 @@ def assemble(folder: Path) -> None:
     }
     for path in [*docs.glob("*.md"), *docs.glob("reference/*.md")]:
         name = path.relative_to(docs).as_posix()
-        if name != "navigation.md":
+        if name not in NO_PAGES:
             pages[name] = adapted(path.read_text(encoding="utf-8"), "docs") if "/" not in name else path.read_text()
     pages |= {f"ops/{op}.md": op_page(op) for op in op_names()}
     pages |= {"ops/index.md": ops_index(), "reference/settings.md": settings_page()}
