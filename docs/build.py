@@ -165,7 +165,8 @@ def settings_page() -> str:
                     options.describe(hints[f.name]),
                     f"`{shown}`" * bool(shown),
                 ]
-                rows.append(f"| {' | '.join([*cells, texts[f.name]]).replace('`|`', '&#124;')} |")
+                text = re.sub(r"--[a-z-]+", r"`\g<0>`", texts[f.name]).replace("`|`", "&#124;")
+                rows.append(f"| {' | '.join([*cells, text])} |")
         out += [f"## {title}", "\n".join(rows)]
     return "\n\n".join(out) + "\n"
 

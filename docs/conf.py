@@ -13,7 +13,6 @@ html_static_path = ["site.css"]
 html_css_files = ["site.css"]
 html_copy_source = False
 show_warning_types = True
-smartquotes = False  # "--option" stays as it is
 default_role = "code"  # single backticks in docstrings
 
 myst_heading_anchors = 3
@@ -30,5 +29,5 @@ napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 
-# Names of other packages have no page here: there is no network at build time to look them up.
-nitpick_ignore_regex = [("py:.*", r"(?!fastgpt\.).*")]
+# Names of other packages, which the build does not look up on the network, and type variables have no page here.
+nitpick_ignore_regex = [("py:.*", r"(?!fastgpt\.).*"), ("py:.*", r"fastgpt\..*\.[A-Z]")]

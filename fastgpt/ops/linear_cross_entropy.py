@@ -300,7 +300,7 @@ def linear_cross_entropy(
             computes all rows at once.
 
     Returns:
-        The loss in fp32 (fp64 for fp64 input): (N,) for reduction "none", else 0-dim.
+        The loss in fp32 (fp64 for fp64 input), (N,) for reduction "none", else 0-dim.
 
     Raises:
         ValueError, TypeError: with the argument, the value received and the value expected. On a CPU that includes

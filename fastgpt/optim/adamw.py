@@ -31,34 +31,41 @@ from fastgpt.optim.state import (
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch.optim.AdamW's interface (names, order, defaults, state_dict) over fastgpt's fused update.
+    """torch.optim.AdamW with a fused update; arguments, defaults and state_dict are the same.
 
     Args:
-        params: parameters or groups; fp32, bf16, fp16 or fp64, on one device. With fp64 among them all are updated by
-            the `torch` backend. `lr` and `weight_decay` may differ by group.
-        lr: a number, or a tensor of one element; on the parameters' device it is read there, so that it can change
-            inside a CUDA graph.
+        params: parameters or groups; fp32, bf16, fp16 or fp64, on one device. If one is fp64, the `torch` backend
+            updates all of them. `lr` and `weight_decay` may differ by group.
+        lr: a number, or a tensor of one element. A tensor on the device of the parameters is read there, so it can
+            change inside a CUDA graph.
         betas, eps, weight_decay: as in torch.optim.AdamW (decoupled decay).
-        master: how 16-bit parameters keep what 16 bits cannot: "fp32" copies, "remainder" (bf16 only: 16 low bits,
-            the exact fp32 value for 2 bytes less), "stochastic" rounding (bf16 only, unbiased, from `seed`), or None.
+        master: how 16-bit parameters keep what 16 bits cannot hold: "fp32" copies, "remainder" (bf16 only: 16 low bits,
+            the exact fp32 value in 2 bytes less), "stochastic" rounding (bf16 only, unbiased, from `seed`), or None.
         max_norm: clip the global gradient norm to this, by the formula of `torch.nn.utils.clip_grad_norm_`; None: no
             clipping. A norm that is not finite skips the step on the device: parameters, moments and step counters do
             not change.
         moment_dtype: torch.float32 or torch.bfloat16.
+        seed: seed of stochastic rounding.
 
     Attributes:
         grad_norm: (1,) fp32 on the device: global norm of the last step before clipping (with max_norm only; NaN before
             the first step). Reading it waits for the device.
 
-    Weights that are set between steps (a checkpoint, the best model, a merge) stay set: fp32 masters follow a parameter
-    that is no longer their rounding. A remainder cannot tell: it stays, at most half a unit in the last place of bf16.
-    State that is cleared starts anew, its step count too; state that is replaced is taken as it is. Parameters may be
-    cast, moved or exchanged (`model.half()`, `p.data = ...`): their state is converted at the next step.
-    DTensors (FSDP2): every process updates its own shards; the norm is summed over processes on the device.
-    `foreach`, `fused` and `capturable` change nothing (it is fused and can be captured), `amsgrad`, `maximize` and
-    `differentiable` are not supported. Groups may be added at any time. Pickle and deepcopy keep everything.
-    Works with torch.amp.GradScaler (grad_scale and found_inf are used on the device). Raises ValueError for settings
-    it does not support and for parameters with gaps or overlaps in memory, TypeError for sparse or complex ones.
+    Weights that you set between steps (a checkpoint, the best model, a merge) keep their value: fp32 masters follow a
+    parameter that is no longer their rounding. A remainder cannot detect that; it adds at most half a unit in the last
+    place of bf16. Cleared state is initialised again, step count included; replaced state is used as it is. Parameters
+    may be cast, moved or replaced (`model.half()`, `p.data = ...`): their state is converted at the next step.
+
+    With DTensors (FSDP2) every process updates its own shards, and the norm is summed over processes on the device.
+    `foreach`, `fused` and `capturable` change nothing: the update is fused and can be captured. Groups may be added at
+    any time. Pickle and deepcopy keep everything. torch.amp.GradScaler works: grad_scale and found_inf are read on the
+    device.
+
+    Raises:
+        ValueError: a setting that is not supported (`amsgrad`, `maximize`, `differentiable`), or a parameter with gaps
+            or overlaps in memory.
+        TypeError: a sparse or complex parameter.
+
     Example:
         >>> import torch
         >>> from fastgpt.optim import AdamW

@@ -17,22 +17,26 @@ BUFFER = "momentum_buffer"
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for matrices in the middle of a model, AdamW for all other parameters, as one optimizer.
+    """torch.optim.Muon for the matrices in the middle of a model and AdamW for all other parameters, in one optimizer.
 
     Args:
         groups: parameter groups; those with "muon": True hold matrices only, and come first in `param_groups`.
         lr, weight_decay, momentum: as in torch.optim.Muon, whose update is scaled to the size of AdamW's
             ("match_rms_adamw"), so that one learning rate serves both.
         max_norm: clip the global gradient norm, of all parameters together, to this.
-        settings: of fastgpt.optim.AdamW.
+        settings: further settings of fastgpt.optim.AdamW.
 
     Attributes:
-        grad_norm: as AdamW's.
+        grad_norm: as in AdamW.
 
-    Matrices of 16 bits have fp32 copies, whatever `master` says of the others. A step whose norm is not finite, or with
-    found_inf, changes nothing; telling that waits for the device. What AdamW says of weights that are set, and of state
-    that is cleared or replaced, holds here too. Raises ValueError for groups added after it was made, and for matrices
-    that were fp32 then and no longer are. Source: arXiv:2502.16982.
+    16-bit matrices always have fp32 copies; `master` applies to the other parameters. A step whose norm is not finite,
+    or with found_inf, changes nothing; detecting that waits for the device. Weights that you set, and state that you
+    clear or replace, are handled as in AdamW.
+
+    Raises:
+        ValueError: groups that are added after construction, and matrices that were fp32 then and no longer are.
+
+    Source: arXiv:2502.16982.
     """
 
     def __init__(
