@@ -22,6 +22,7 @@ from fastgpt.core import backend
 if importlib.util.find_spec("pybind11") is None or shutil.which("g++") is None:
     pytest.skip("needs pybind11 and g++", allow_module_level=True)
 
+import contract
 import emulator
 
 OPS = sorted(op for op, cells in backend.ops().items() if "cuda" in cells)
@@ -54,138 +55,8 @@ def test_orders_of_threads_agree_bitwise(op: str, right: Any) -> None:
 
 
 # What is broken -> the op that shows it, the file, its text, what stands there instead
-MUTATIONS: dict[str, tuple[str, str, str, str]] = {
-    "barrier of a reduction": (
-        "layer_norm",
-        "core/cuda/reduce.cuh",
-        "mine[n_warps + threadIdx.x / 32] = b;\n  }\n  __syncthreads();",
-        "mine[n_warps + threadIdx.x / 32] = b;\n  }",
-    ),
-    "barrier of the partials' reduce": (
-        "layer_norm",
-        "core/cuda/partials.cuh",
-        "sums[threadIdx.x][threadIdx.y] = sum;\n  __syncthreads();",
-        "sums[threadIdx.x][threadIdx.y] = sum;",
-    ),
-    "barrier behind a broadcast": (
-        "adamw",
-        "adamw/cuda.cu",
-        "begin == 0, sum);\n  __syncthreads();",
-        "begin == 0, sum);",
-    ),
-    "shifted tail": (
-        "cross_entropy",
-        "core/cuda/vec.cuh",
-        "i < head ? i : i + n_packs * L;",
-        "i < head ? i : i + n_packs * L + 1;",
-    ),
-    "alignment": (
-        "layer_norm",
-        "core/cuda/vec.cuh",
-        "if (!is_aligned(p)) return false;",
-        "static_cast<void>(p);",
-    ),
-    "heads side by side": (
-        "rope",
-        "rope/cuda.cu",
-        "for (int first = threadIdx.y; first < n_heads;",
-        "for (int first = 0; first < n_heads;",
-    ),
-    "sign of a turn": ("rope", "rope/cuda.cu", "a * cos[l] - b * s;", "a * cos[l] + b * s;"),
-    "barrier behind a tile's plan": ("embedding", "embedding/cuda.cu", "  __syncthreads();\n", ""),
-    "run cut in its middle": (
-        "embedding",
-        "embedding/cuda.cu",
-        "key == first && !(all_one && i + 1 > kTile / 2)",
-        "key == first",
-    ),
-    "one level of partials": (
-        "embedding",
-        "embedding/cuda.cu",
-        "while (tiles_of(level.n_rows) > 1)",
-        "if (tiles_of(level.n_rows) > 1)",
-    ),
-    "lane that stays away": (
-        "layer_norm",
-        "layer_norm/cuda.cu",
-        "row_sum2(sum, dot, scratch[set]);",
-        "if (threadIdx.x != 5) row_sum2(sum, dot, scratch[set]);",
-    ),
-    "row that is written over while it is read": (
-        "layer_norm",
-        "layer_norm/cuda.cu",
-        "ring.request_row(a, row + step, set ^ 1);",
-        "ring.request_row(a, row + step, set);",
-    ),
-    "copy that is not waited for": ("rms_norm", "rms_norm/cuda.cu", "cp_async_wait<1>", "cp_async_wait<2>"),
-    "barrier between rows' sums": (
-        "rms_norm",
-        "core/cuda/partials.cuh",
-        "    if (!last) __syncthreads();\n",
-        "",
-    ),
-    "row mask of a sum": (
-        "bias_gelu",
-        "bias_gelu/cuda.cu",
-        "      if (row >= n_rows) continue;\n      float u",
-        "      float u",
-    ),
-    "stride of a packed gradient": ("swiglu", "swiglu/cuda.cu", "a.dup) + row * a.grad_row", "a.dup) + row * a.n_cols"),
-    "barrier before the scores": (
-        "attention",
-        "attention/cuda_fwd.cu",
-        "    __syncthreads();  // these keys have come, and the values before them are done with\n",
-        "",
-    ),
-    "barrier before the values": (
-        "attention",
-        "attention/cuda_fwd.cu",
-        "    __syncthreads();  // these values have come, and the keys are done with\n",
-        "",
-    ),
-    "copies that nobody waits for": (
-        "attention",
-        "attention/cuda_fwd.cu",
-        "    ptx::cp_async_wait<0>();\n    __syncthreads();  // these values",
-        "    __syncthreads();  // these values",
-    ),
-    "barrier of the queries' stages": (
-        "attention",
-        "attention/cuda_dkdv.cu",
-        "    __syncthreads();  // these queries have come, and those of the other stage are done with\n",
-        "",
-    ),
-    "barrier of the keys' stages": (
-        "attention",
-        "attention/cuda_bwd.cu",
-        "    __syncthreads();  // these keys have come, and those of the other stage are done with\n",
-        "",
-    ),
-    "causal mask": (
-        "attention",
-        "attention/cuda_fwd.cu",
-        "const bool whole = key0 >= sight.from && key0 + kKeys <= sight.to;",
-        "const bool whole = true;",
-    ),
-    "mask of the keys' gradients": (
-        "attention",
-        "attention/cuda_dkdv.cu",
-        "const bool whole = first >= sight.from && first + 16 * kM <= sight.to;",
-        "const bool whole = true;",
-    ),
-    "window": (
-        "attention",
-        "attention/mask.h",
-        "begin = position + 1 - a.window;",
-        "begin = position - a.window;",
-    ),
-    "last key": ("attention", "attention/cuda.cuh", "min(query + l.ahead,", "min(query + l.ahead + 1,"),
-    "permutation of a tile on one side": (
-        "attention",
-        "core/cuda/tile.cuh",
-        "(at ^ (32 * k & kTurned))",
-        "(at + (32 * k & kTurned))",
-    ),
+MUTATIONS = {
+    f"{op}: {what}": (op, *m) for op, found in contract.gather("MUTATIONS", {}).items() for what, m in found.items()
 }
 
 
@@ -290,42 +161,7 @@ def test_address_sanitizer(op: str) -> None:
 
 
 # As above, for what goes outside of a tensor
-ASTRAY: dict[str, tuple[str, str, str, str]] = {
-    "row bound": ("layer_norm", "layer_norm/cuda.cu", "  if (row >= a.n_rows) return;\n", ""),
-    "head bound": ("rope", "rope/cuda.cu", "return h < n_heads && (h", "return h <= n_heads && (h"),
-    "token bound": ("embedding", "embedding/cuda.cu", "  if (i >= a.n_tokens) return;\n", ""),
-    "table bound": ("embedding", "embedding/cuda.cu", "(i >= n || key == nothing)", "(i >= n)"),
-    "column mask of a store": (
-        "layer_norm",
-        "layer_norm/cuda.cu",
-        "    if (c >= a.n_cols) continue;\n    float y[L], w[L], b[L];",
-        "    float y[L], w[L], b[L];",
-    ),
-    "column mask of a load": (
-        "layer_norm",
-        "norm/cuda.cuh",
-        "if (c < n) load_raw(row + c, x[i]);",
-        "load_raw(row + c, x[i]);",
-    ),
-    "row bound of a copy": (
-        "rms_norm",
-        "norm/cuda.cuh",
-        "const int n = row < a.n_rows ? static_cast<int>(a.n_cols) : 0;",
-        "const int n = static_cast<int>(a.n_cols);",
-    ),
-    "column bound of a tile": (
-        "bias_gelu",
-        "bias_gelu/cuda.cu",
-        "  if (c >= a.n_cols) return;\n  Raw<T, L> x[kRows];",
-        "  Raw<T, L> x[kRows];",
-    ),
-    "row mask of a tile": (
-        "swiglu",
-        "swiglu/cuda.cu",
-        "    if (row >= a.n_rows) continue;\n    float g[L], dgate[L], dup[L];",
-        "    float g[L], dgate[L], dup[L];",
-    ),
-}
+ASTRAY = {f"{op}: {what}": (op, *m) for op, found in contract.gather("ASTRAY", {}).items() for what, m in found.items()}
 
 
 @pytest.mark.parametrize("name", ASTRAY)

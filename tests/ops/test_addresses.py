@@ -3,55 +3,25 @@
 The optimizer has no such case: its tensors are dense, and its kernels take 64-bit addresses from a table.
 """
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import contract
 import pytest
 import torch
+from contract import heads
 from torch import Tensor
 
 from fastgpt import ops, parity
 from fastgpt.core.backend import use
 from fastgpt.ops.cross_entropy import FWD_BWD, SCALE_ROWS
 
+TABLES = torch.rand(3, 4), torch.rand(3, 4)  # cos, sin
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FAR = 2**30 + 64  # elements between rows: the third row's offset does not fit 32 bits
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="the sparse file is host memory")
 
 
-def cross_entropy(x: Tensor) -> Tensor:
-    return ops.cross_entropy(x, torch.tensor([3, 0, 31]), reduction="none")
-
-
-def heads(x: Tensor, n: int) -> Tensor:
-    """Rows (3, 32) as (B, T, H, D) = (1, 3, n, 32 / n)."""
-    return x.unflatten(1, (n, -1))[None]
-
-
-COS, SIN = torch.rand(3, 4), torch.rand(3, 4)
-IDS = torch.tensor([[2, 0, 2, 1]])
-WEIGHT, TARGET = torch.rand(7, 32), torch.tensor([3, 0, 6])
-CALLS: dict[str, tuple[str, Callable[[Tensor], Any]]] = {
-    "layer_norm": ("layer_norm", lambda x: ops.layer_norm(x, residual=x)),
-    "rms_norm": ("rms_norm", lambda x: ops.rms_norm(x, residual=x)),
-    "cross_entropy": ("cross_entropy", cross_entropy),
-    "bias_gelu": ("bias_gelu", lambda x: ops.bias_gelu(x, x[0])),
-    "swiglu": ("swiglu", lambda x: ops.swiglu(x, x)),
-    "swiglu packed": ("swiglu", lambda x: ops.swiglu(x)),
-    "rope": ("rope", lambda x: ops.rope(heads(x, 4), heads(x, 4), COS, SIN)),
-    "embedding": ("embedding", lambda x: ops.embedding(IDS, x, x[:, :], positions=IDS)),
-    "attention": ("attention", lambda x: ops.attention(*[heads(x, 2)] * 3, causal=True)),
-    "attention packed": ("attention", lambda x: ops.attention_qkv(heads(x, 4), n_heads=2, n_kv_heads=1, causal=True)),
-    "linear_cross_entropy": (
-        "linear_cross_entropy",
-        lambda x: ops.linear_cross_entropy(x, WEIGHT.to(x.dtype), TARGET, reduction="none"),
-    ),
-    "linear_cross_entropy weight": (
-        "linear_cross_entropy",
-        lambda x: ops.linear_cross_entropy(WEIGHT.to(x.dtype)[:3], x, torch.tensor([2, 0, 1]), chunk=2),
-    ),
-}
+CALLS = {call: (op, fn) for op, found in contract.gather("FAR", {}).items() for call, fn in found.items()}
 KERNELS = [(call, name) for call, (op, _) in CALLS.items() for name in parity.backends_here(op)]
 
 
@@ -94,5 +64,5 @@ def test_heads_far_apart_turn_in_place(name: str, tmp_path: Path) -> None:
     far = far_rows(tmp_path, near)
     with use(strict=True, rope=name), torch.no_grad():
         for x in (near, far):
-            ops.rope_qkv(heads(x, 4), COS, SIN, n_heads=2, n_kv_heads=1)
+            ops.rope_qkv(heads(x, 4), *TABLES, n_heads=2, n_kv_heads=1)
     assert torch.equal(far, near)

@@ -1,4 +1,4 @@
-"""What DESIGN's contract promises of every op beside its numbers: registration, compile, selection, errors, purity."""
+"""What every op promises beside its numbers: registration, compile, selection, errors, purity."""
 
 import contextlib
 import sys
@@ -6,100 +6,39 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contract
 import pytest
 import torch
+from contract import DEVICE, rand
 from torch import Tensor
 
 from fastgpt import ops, parity
 from fastgpt.core import backend, fallback
 from fastgpt.core.backend import use
 from fastgpt.core.errors import UserError
-from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE
-from fastgpt.ops.bias_gelu import BWD as BG_BWD
-from fastgpt.ops.bias_gelu import FWD as BG_FWD
 from fastgpt.ops.bias_gelu import bias_gelu_ref
-from fastgpt.ops.cross_entropy import BWD as CE_BWD
-from fastgpt.ops.cross_entropy import FWD as CE_FWD
-from fastgpt.ops.cross_entropy import FWD_BWD, SCALE_ROWS, cross_entropy_ref
-from fastgpt.ops.layer_norm import BWD as LN_BWD
-from fastgpt.ops.layer_norm import FWD as LN_FWD
+from fastgpt.ops.cross_entropy import cross_entropy_ref
 from fastgpt.ops.layer_norm import layer_norm_ref
-from fastgpt.ops.rms_norm import BWD as RMS_BWD
-from fastgpt.ops.rms_norm import FWD as RMS_FWD
 from fastgpt.ops.rms_norm import rms_norm_ref
-from fastgpt.ops.swiglu import BWD as SG_BWD
-from fastgpt.ops.swiglu import FWD as SG_FWD
 from fastgpt.ops.swiglu import swiglu_ref
-from fastgpt.optim import AdamW
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNELS = [(op, name) for op in parity.SUBJECTS for name in parity.backends_here(op)]
 ON = pytest.mark.parametrize("name", parity.backends_here("layer_norm"))
-ACTIVATIONS_ON = pytest.mark.parametrize("name", parity.backends_here("bias_gelu"))
 
 
-def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+OPCHECKS = [
+    (op, name, call)
+    for op, calls in contract.gather("calls", None).items()
+    if calls is not None
+    for name in parity.backends_here(op)
+    for call in calls(name)
+]
 
 
-def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Every raw op with arguments that it takes."""
-    x, w, t = rand(6, 33), rand(33), torch.arange(6, device=DEVICE)
-    stats = torch.stack((x.mean(-1), torch.rsqrt(x.var(-1, unbiased=False) + 1e-5)))
-    options = (-100, 0.1, 1e-3, 0.0, 30)
-    row_stats = torch.stack((x.amax(-1), (x - x.amax(-1, keepdim=True)).exp().sum(-1)))
-    p, m, v = [rand(5, 3), rand(4)], [rand(5, 3), rand(4)], [rand(5, 3).abs(), rand(4).abs()]
-    steps, partials = torch.ones(2, device=DEVICE), torch.ones(PARTIALS, device=DEVICE)
-    group = ([0, 0], torch.full((1,), 1e-3, device=DEVICE), [0.9], [0.999], [1e-8], [0.01])
-    tail = (partials, 1.0, None, None, torch.zeros(1, device=DEVICE), False, 0)
-    calls = {
-        "layer_norm_fwd": (LN_FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5)),
-        "layer_norm_fwd plain": (LN_FWD[name], (x, None, None, None, 1e-5)),
-        "layer_norm_bwd": (LN_BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats)),
-        "layer_norm_bwd plain": (LN_BWD[name], (x, None, x, None, None, stats)),
-        "cross_entropy_fwd": (CE_FWD[name], (x, t, None, *options)),
-        "cross_entropy_bwd": (CE_BWD[name], (rand(6), x, t, row_stats, None, *options)),
-        "cross_entropy_bwd of a mean": (CE_BWD[name], (rand(1), x, t, row_stats, None, *options)),
-        "cross_entropy_fwd_bwd": (FWD_BWD[name], (x.clone(), rand(6), t, None, rand(1), *options)),
-        "scale_rows": (SCALE_ROWS[name], (x.clone(), rand(6))),
-        "adamw_prepare": (PREPARE[name], (p, steps, [0, 1], partials, 0, True)),
-        "adamw_update": (UPDATE[name], (p, [rand(5, 3), rand(4)], m, v, [], steps, [0, 1], *group, *tail)),
-    }
-    rms_norm = {
-        "rms_norm_fwd": (RMS_FWD[name], (x, rand(6, 33, seed=1), w, 1e-6, 1.0)),
-        "rms_norm_fwd plain": (RMS_FWD[name], (x, None, None, 1e-6, 0.0)),
-        "rms_norm_bwd": (RMS_BWD[name], (x, rand(6, 33, seed=1), x, w, stats[1], 1e-6, 1.0)),
-        "rms_norm_bwd plain": (RMS_BWD[name], (x, None, x, None, stats[1], 1e-6, 0.0)),
-    }
-    return calls | (rms_norm if name in backend.ops()["rms_norm"] else {})
-
-
-def activation_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """As raw_calls, for the ops without a cuda kernel."""
-    x, dy, bias, packed = rand(6, 33), rand(6, 33, seed=1), rand(33, seed=2), rand(6, 66, seed=3)
-    return {
-        "bias_gelu_fwd": (BG_FWD[name], (x, bias, False)),
-        "bias_gelu_fwd plain": (BG_FWD[name], (x.t(), None, True)),
-        "bias_gelu_bwd": (BG_BWD[name], (dy, x, bias, True)),
-        "bias_gelu_bwd plain": (BG_BWD[name], (dy, x, None, False)),
-        "swiglu_fwd": (SG_FWD[name], (x, dy, 0)),
-        "swiglu_fwd packed": (SG_FWD[name], (packed, None, 1)),
-        "swiglu_bwd": (SG_BWD[name], (dy, x, bias.expand(6, 33), 2)),
-        "swiglu_bwd packed": (SG_BWD[name], (dy, packed, None, 0)),
-    }
-
-
-@ACTIVATIONS_ON
-@pytest.mark.parametrize("call", list(activation_calls("cpu")))
-def test_opcheck_of_activations(name: str, call: str) -> None:
-    op, args = activation_calls(name)[call]
-    torch.library.opcheck(op, args)
-
-
-@pytest.mark.parametrize("name,call", [(n, c) for n in parity.backends_here("layer_norm") for c in raw_calls(n)])
-def test_opcheck(name: str, call: str) -> None:
-    op, args = raw_calls(name)[call]
-    torch.library.opcheck(op, args)
+@pytest.mark.parametrize("op,name,call", OPCHECKS)
+def test_opcheck(op: str, name: str, call: str) -> None:
+    raw, args = contract.gather("calls", None)[op](name)[call]
+    torch.library.opcheck(raw, args)
 
 
 def norm_and_loss(x: Tensor, r: Tensor, w: Tensor, b: Tensor, t: Tensor, inplace: bool = False) -> Tensor:
@@ -190,9 +129,7 @@ def test_unused_output_and_second_backward(name: str) -> None:
 @pytest.mark.parametrize("op,name", KERNELS)
 def test_runs_are_bitwise_equal(op: str, name: str) -> None:
     """Run to run, and for any number of threads."""
-    own = {"rope": (2, 33, 4, 1, 64, 32), "embedding": (500, 70, 128, 3, 67), "linear_cross_entropy": (13, 16, 61)}
-    own["attention"] = (2, 70, 70, 4, 2, 16)
-    wanted = {"cross_entropy": (7, 61), "adamw": (70001,), **own}.get(op, (67, 128))
+    wanted = contract.gather("RUN_SHAPE", (67, 128))[op]
     case = next(c for c in parity.cases(op) if c.shape == wanted and parity.takes(name, c))
     results = []
     threads = torch.get_num_threads()
@@ -236,40 +173,10 @@ def test_gradcheck_of_the_references() -> None:
     assert torch.autograd.gradcheck(lambda z: cross_entropy_ref(z, target, **options), (logits,))
 
 
-ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: ops.layer_norm(rand(2, 8), rand(7)), ValueError, r"layer_norm: weight has shape \(7,\), expected \(8,\)"),
-    (lambda: ops.layer_norm(rand(2, 8), rand(8).half()), TypeError, "layer_norm: weight is torch.float16, expected"),
-    (lambda: ops.layer_norm(rand(2, 8), residual=rand(3, 8)), ValueError, r"residual has shape \(3, 8\)"),
-    (lambda: ops.layer_norm(rand(2, 8).long()), TypeError, "layer_norm: x is torch.int64, expected a floating-point"),
-    (lambda: ops.layer_norm(rand(2, 0)), ValueError, r"layer_norm: x has shape \(2, 0\)"),
-    (lambda: ops.cross_entropy(rand(2, 3, 4), rand(2)), ValueError, r"logits has shape \(2, 3, 4\), expected \(N, V\)"),
-    (lambda: ops.cross_entropy(rand(2, 5), rand(2)), TypeError, "target is torch.float32, expected torch.int64"),
-    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([1, 2, 3])), ValueError, r"target has shape \(3,\)"),
-    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([1, 5])), ValueError, r"target\[1\] is 5, expected 0 to 4"),
-    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), vocab_size=6), ValueError, "vocab_size is 6"),
-    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), reduction="max"), ValueError, "reduction is 'max'"),
-    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), label_smoothing=2.0), ValueError, "label_smoothing"),
-    (lambda: ops.embedding(torch.tensor([9]), rand(4, 2)), ValueError, "ids reach from 9 to 9, expected 0 to 3"),
-    (lambda: ops.rope(rand(1, 3, 2, 4), rand(1, 3, 2, 6), rand(9, 2), rand(9, 2)), ValueError, r"rope: q .* and k"),
-    (lambda: ops.attention(rand(1, 3, 3, 4), rand(1, 3, 2, 4), rand(1, 3, 2, 4)), ValueError, "multiple of k's 2"),
-    (lambda: ops.linear_cross_entropy(rand(2, 4), rand(9, 5), torch.tensor([0, 1])), ValueError, r"expected \(N, C\)"),
-    (lambda: ops.swiglu(rand(2, 7)), ValueError, "packed gate has 7 columns"),
-    (lambda: ops.swiglu(rand(2, 8), rand(2, 4)), ValueError, r"swiglu: up has shape \(2, 4\), expected \(2, 8\)"),
-    (lambda: ops.swiglu(rand(2, 8), rand(2, 8).half()), TypeError, "swiglu: up is torch.float16, expected"),
-    (lambda: ops.swiglu(rand(2, 8), activation="tanh"), ValueError, "activation is 'tanh', expected one of silu"),
-    (lambda: ops.swiglu(rand()), ValueError, r"swiglu: gate has shape \(\)"),
-    (lambda: ops.bias_gelu(rand(2, 7), rand(8)), ValueError, r"bias has shape \(8,\), expected \(7,\)"),
-    (lambda: ops.bias_gelu(rand(2, 7), rand(7).half()), TypeError, "bias_gelu: bias is torch.float16, expected"),
-    (lambda: ops.bias_gelu(rand()), ValueError, r"bias_gelu: x has shape \(\)"),
-    (lambda: ops.bias_gelu(rand(2, 7), approximate="sigmoid"), ValueError, "approximate is 'sigmoid'"),
-    (lambda: ops.rms_norm(rand(2, 7), rand(8)), ValueError, r"rms_norm: weight has shape \(8,\)"),
-    (lambda: ops.rms_norm(rand(2, 8), residual=rand(3, 8)), ValueError, r"rms_norm: residual has shape \(3, 8\)"),
-    (lambda: ops.rms_norm(rand(2, 0)), ValueError, r"rms_norm: x has shape \(2, 0\)"),
+ERRORS: contract.Errors = [
+    *(error for found in contract.gather("ERRORS", []).values() for error in found),
     (lambda: use(layer_norn="torch"), UserError, "there is no op 'layer_norn'"),
     (lambda: use(layer_norm="tritno"), UserError, "layer_norm='tritno': expected one of cuda"),
-    (lambda: AdamW([torch.nn.Parameter(rand(2))], amsgrad=True), ValueError, "amsgrad=True is not supported"),
-    (lambda: AdamW([torch.nn.Parameter(rand(2))], master="bf16"), ValueError, "master is 'bf16'"),
-    (lambda: AdamW([torch.nn.Parameter(rand(2))], max_norm=0.0), ValueError, "max_norm is 0.0"),
 ]
 
 

@@ -1,0 +1,39 @@
+"""What the tests of every op take from each: contract/<op>.py, found by the registry. All of it is optional:
+
+calls(backend)     raw ops with arguments that they take, by name: torch.library.opcheck
+ERRORS             wrong calls, the error and its text
+FAR                calls of (3, 32): rows more than 2^31 elements apart give what near ones give
+RUN_SHAPE          the parity case that is run three times for the same bits (default: 67 x 128)
+MUTATIONS, ASTRAY  a file below csrc, its text, what breaks it: the emulation of CUDA, AddressSanitizer must catch it
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops  # noqa: F401 (fills the registry)
+from fastgpt.core import backend
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+Calls = dict[str, tuple[Any, tuple[Any, ...]]]
+Errors = list[tuple[Callable[[], Any], type[Exception], str]]
+Far = dict[str, Callable[[Tensor], Any]]
+Mutations = dict[str, tuple[str, str, str]]
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """The same values in every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def heads(x: Tensor, n: int) -> Tensor:
+    """Rows (3, 32) as (B, T, H, D) = (1, 3, n, 32 / n)."""
+    return x.unflatten(1, (n, -1))[None]
+
+
+def gather(what: str, empty: Any) -> dict[str, Any]:
+    """Op -> its `what`, `empty` where it has none."""
+    return {op: getattr(importlib.import_module(f"contract.{op}"), what, empty) for op in backend.ops()}

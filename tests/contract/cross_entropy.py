@@ -1,0 +1,36 @@
+"""cross_entropy in the tests of every op."""
+
+import torch
+
+from contract import DEVICE, Calls, Errors, Far, Mutations, rand
+from fastgpt import ops
+from fastgpt.ops.cross_entropy import BWD, FWD, FWD_BWD, SCALE_ROWS
+
+RUN_SHAPE = (7, 61)
+FAR: Far = {
+    "cross_entropy": lambda x: ops.cross_entropy(x, torch.tensor([3, 0, 31]), reduction="none"),
+}
+ERRORS: Errors = [
+    (lambda: ops.cross_entropy(rand(2, 3, 4), rand(2)), ValueError, r"logits has shape \(2, 3, 4\), expected \(N, V\)"),
+    (lambda: ops.cross_entropy(rand(2, 5), rand(2)), TypeError, "target is torch.float32, expected torch.int64"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([1, 2, 3])), ValueError, r"target has shape \(3,\)"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([1, 5])), ValueError, r"target\[1\] is 5, expected 0 to 4"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), vocab_size=6), ValueError, "vocab_size is 6"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), reduction="max"), ValueError, "reduction is 'max'"),
+    (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), label_smoothing=2.0), ValueError, "label_smoothing"),
+]
+MUTATIONS: Mutations = {
+    "shifted tail": ("core/cuda/vec.cuh", "i < head ? i : i + n_packs * L;", "i < head ? i : i + n_packs * L + 1;"),
+}
+
+
+def calls(name: str) -> Calls:
+    x, t, options = rand(6, 33), torch.arange(6, device=DEVICE), (-100, 0.1, 1e-3, 0.0, 30)
+    stats = torch.stack((x.amax(-1), (x - x.amax(-1, keepdim=True)).exp().sum(-1)))
+    return {
+        "cross_entropy_fwd": (FWD[name], (x, t, None, *options)),
+        "cross_entropy_bwd": (BWD[name], (rand(6), x, t, stats, None, *options)),
+        "cross_entropy_bwd of a mean": (BWD[name], (rand(1), x, t, stats, None, *options)),
+        "cross_entropy_fwd_bwd": (FWD_BWD[name], (x.clone(), rand(6), t, None, rand(1), *options)),
+        "scale_rows": (SCALE_ROWS[name], (x.clone(), rand(6))),
+    }

@@ -1,0 +1,38 @@
+"""rms_norm in the tests of every op."""
+
+import torch
+
+from contract import Calls, Errors, Far, Mutations, rand
+from fastgpt import ops
+from fastgpt.ops.rms_norm import BWD, FWD
+
+FAR: Far = {
+    "rms_norm": lambda x: ops.rms_norm(x, residual=x),
+}
+ERRORS: Errors = [
+    (lambda: ops.rms_norm(rand(2, 7), rand(8)), ValueError, r"rms_norm: weight has shape \(8,\)"),
+    (lambda: ops.rms_norm(rand(2, 8), residual=rand(3, 8)), ValueError, r"rms_norm: residual has shape \(3, 8\)"),
+    (lambda: ops.rms_norm(rand(2, 0)), ValueError, r"rms_norm: x has shape \(2, 0\)"),
+]
+MUTATIONS: Mutations = {
+    "copy that is not waited for": ("rms_norm/cuda.cu", "cp_async_wait<1>", "cp_async_wait<2>"),
+    "barrier between rows' sums": ("core/cuda/partials.cuh", "    if (!last) __syncthreads();\n", ""),
+}
+ASTRAY: Mutations = {
+    "row bound of a copy": (
+        "norm/cuda.cuh",
+        "const int n = row < a.n_rows ? static_cast<int>(a.n_cols) : 0;",
+        "const int n = static_cast<int>(a.n_cols);",
+    ),
+}
+
+
+def calls(name: str) -> Calls:
+    x, w = rand(6, 33), rand(33)
+    rstd = torch.rsqrt(x.var(-1, unbiased=False) + 1e-5)
+    return {
+        "rms_norm_fwd": (FWD[name], (x, rand(6, 33, seed=1), w, 1e-6, 1.0)),
+        "rms_norm_fwd plain": (FWD[name], (x, None, None, 1e-6, 0.0)),
+        "rms_norm_bwd": (BWD[name], (x, rand(6, 33, seed=1), x, w, rstd, 1e-6, 1.0)),
+        "rms_norm_bwd plain": (BWD[name], (x, None, x, None, rstd, 1e-6, 0.0)),
+    }
