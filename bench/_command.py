@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt.bench import _ncu
-from fastgpt.bench._harness import Setting, append_rows, device_of, where
+from fastgpt.bench._harness import Setting, append_rows, command_line, device_of, where
 from fastgpt.bench._op import Bench, Shape, measure, providers, show
 from fastgpt.core import backend
-from fastgpt.core.command import number
+from fastgpt.core.command import Parser, number
 from fastgpt.core.device import DTYPES, dtype_of, keep_freed_memory
 
 
-def options(bench: Bench) -> argparse.ArgumentParser:
+def options(bench: Bench) -> Parser:
     """The command line of one op's benchmark."""
-    parser = argparse.ArgumentParser(prog=f"fastgpt bench {bench.op}", description=__doc__)
+    parser = command_line(bench.op, __doc__)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     shape_type = functools.partial(parse_shape, bench.dims)
     parser.add_argument("--shape", action="append", metavar=bench.dims, type=shape_type, help="may be repeated")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--phase", action="append", choices=bench.phases, help="may be repeated; default: all")
     parser.add_argument("--compile", action="store_true", help="torch.compile of the baseline, too")
     parser.add_argument("--max-autotune", action="store_true", help="the same in its mode max-autotune, too")
@@ -33,7 +31,6 @@ def options(bench: Bench) -> argparse.ArgumentParser:
         "--calls", type=number(int, 1), help="time nothing: call our backends so often, for a profiler to watch"
     )
     parser.add_argument("--ncu", action="store_true", help="print the command that profiles one kernel; run nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     return parser
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastgpt.bench import compare
 from fastgpt.bench.results import read_rows
-from fastgpt.core.command import number
+from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError
 
 SIDES = ("A", "B")
@@ -43,7 +43,7 @@ def measure(commands: list[list[str]], bench: list[str], runs: int, out: Path) -
 
 def main(argv: list[str] | None = None) -> int:
     """1 for a regression."""
-    parser = argparse.ArgumentParser(prog="fastgpt bench ab", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="fastgpt bench ab", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--base", required=True, metavar="PYTHON", help="interpreter of the other install")
     parser.add_argument("--runs", type=number(int, 1), default=5, help="processes of each side")
     parser.add_argument("--floor", type=number(float, 0), default=compare.FLOOR, help="least change that counts")

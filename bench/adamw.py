@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, installed
+from fastgpt.core.command import run_command
 from fastgpt.models.config import ModelConfig
 from fastgpt.optim import AdamW
 
@@ -105,4 +106,4 @@ BENCH = Bench(
 pytest_generate_tests, test_adamw = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(_command.main(BENCH))
+    sys.exit(run_command(lambda: _command.main(BENCH)))

@@ -11,7 +11,6 @@ sm_90, in bf16; --all takes every one. Exit code 1: a compilation failed.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import fnmatch
 import math
@@ -28,6 +27,7 @@ import torch
 from fastgpt.bench._harness import append_rows, provenance, where
 from fastgpt.checks import cuda as cuda_check
 from fastgpt.checks.cuda import ToolMissing
+from fastgpt.core.command import Parser, run_command
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc"
 LANGUAGES = ("cuda", "triton")
@@ -185,7 +185,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """1 if a compilation failed; a compiler that is not here is one line, not a failure."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.codegen", description=__doc__)
+    parser = Parser(prog="python -m fastgpt.bench.codegen", description=__doc__)
     parser.add_argument("--language", choices=LANGUAGES, help="default: both")
     parser.add_argument("--only", default="*", metavar="OP", help="ops, as in 'attention*'")
     parser.add_argument("--all", action="store_true", help="every configuration of the Triton kernels")
@@ -212,4 +212,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -22,14 +22,13 @@ Exit code: 0, 1 for a regression, 2 if there is nothing to compare or a row lack
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fastgpt.bench.results import Row, hardware, identity, judged_share, on_cpu, read_rows, version
-from fastgpt.core.command import number
+from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError
 
 FLOOR = 0.05
@@ -217,7 +216,7 @@ def exit_code(pairs: list[Pair]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """`fastgpt bench compare A B`."""
     about = "Is B slower than A? Several rows of one figure on a side are runs of it; docs/benchmarks.md says how."
-    parser = argparse.ArgumentParser(prog="fastgpt bench compare", description=about)
+    parser = Parser(prog="fastgpt bench compare", description=about)
     for side in ("A", "B"):
         parser.add_argument(side, help="a file of rows or a quoted glob; FILE@COMMIT for the rows of one commit")
     parser.add_argument(

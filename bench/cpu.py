@@ -7,12 +7,12 @@ prints the plan with guessed times. Exit code: 0, 1 if a stage failed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from fastgpt.bench import OPS
 from fastgpt.bench.stages import FRESH, Record, Stage, checkout_commit, run_stages, show_plan
+from fastgpt.core.command import Parser
 from fastgpt.core.errors import UserError
 
 BUDGET = 880.0  # seconds for all stages
@@ -47,7 +47,7 @@ def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the plan or print it."""
-    parser = argparse.ArgumentParser(prog="fastgpt bench all", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="fastgpt bench all", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--dry-run", action="store_true", help="print the plan with guessed times, run nothing")
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder of rows and report")
     parser.add_argument("--only", action="append", metavar="STAGE", help="may be repeated")

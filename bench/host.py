@@ -15,7 +15,6 @@ build     only on request (--build): setup.py bdist_wheel of the checkout, the w
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -34,10 +33,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgpt.bench import OPS, variants
-from fastgpt.bench._harness import Job, Samples, Setting, append_rows, device_of, provenance, time_cpu, where
+from fastgpt.bench._harness import (
+    Job,
+    Samples,
+    Setting,
+    append_rows,
+    command_line,
+    device_of,
+    provenance,
+    time_cpu,
+    where,
+)
 from fastgpt.bench._op import Bench, Provider, bench_of, chosen, gate, providers
 from fastgpt.bench.roofline import device_events
-from fastgpt.core.command import number
+from fastgpt.core.command import number, run_command
 from fastgpt.core.device import DTYPES, dtype_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -305,15 +314,13 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """1 if an op of ours was red."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.host", description=__doc__)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser = command_line("host", __doc__)
     parser.add_argument("--figure", action="append", choices=FIGURES, help="may be repeated; default: all")
     parser.add_argument("--op", action="append", choices=OPS, help="of calls; may be repeated; default: all")
     parser.add_argument("--dtype", choices=DTYPES, help="of calls; default: bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--seconds", type=number(float, 0), default=0.2, help="of samples per op and phase")
     parser.add_argument("--build", action="store_true", help="build the wheel of the checkout and install it, too")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help="size and installation of this wheel, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     dtype = dtype_of(args.dtype or "auto", device.type)
@@ -337,4 +344,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -9,20 +9,18 @@ card that is no larger (--gb names others).
 
 from __future__ import annotations
 
-import argparse
 import functools
 import gc
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt.bench import variants
-from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
-from fastgpt.core.command import number
+from fastgpt.bench._harness import append_rows, command_line, device_of, gpu_state, provenance, where
+from fastgpt.core.command import number, run_command
 from fastgpt.core.device import total_memory
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
@@ -149,7 +147,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """0; a card that not even one sequence fits has batch 0."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.memory", description=__doc__)
+    parser = command_line("memory", __doc__)
     parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; default: all")
     parser.add_argument(
         "--gb",
@@ -159,8 +157,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--recompute", action="append", choices=LEVELS, help="may be repeated; default: all levels")
     parser.add_argument("--measure", action="store_true", help="by real steps on this GPU, too (default: gpt2-124m)")
-    parser.add_argument("--device", default="auto", help="of --measure: cuda, cuda:1")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     if args.measure and (device := device_of(parser, args.device)).type != "cuda":
         parser.error("--measure needs a GPU; without it the figures are planned")
@@ -185,4 +181,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

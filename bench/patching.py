@@ -13,24 +13,31 @@ gpt2: 124M, vocabulary 50257; B 1 of T 256 on a CPU, B 16 of T 1024 on a GPU. ll
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastgpt
-from fastgpt.bench._harness import Samples, append_rows, device_of, gpu_state, provenance, resident_mb, where
+from fastgpt.bench._harness import (
+    Samples,
+    append_rows,
+    command_line,
+    device_of,
+    gpu_state,
+    provenance,
+    resident_mb,
+    where,
+)
 from fastgpt.bench.throughput import AGREE_STEPS, TOLERANCE, disagreement, kernels, time_steps
 from fastgpt.bench.variants import WARM_STEPS, Apart, answer
-from fastgpt.core.command import number
+from fastgpt.core.command import number, run_command
 from fastgpt.patching import PARTS
 
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
@@ -195,13 +202,11 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """1 if losses differed, so that no speed was shown."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.patching", description=__doc__)
-    parser.add_argument("--device", default="auto", help="cpu, cuda (default: a GPU where there is one)")
+    parser = command_line("patching", __doc__)
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated; default: gpt2 and llama")
     parser.add_argument("--steps", type=number(int, 1), default=10, help="rounds that are timed")
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
     parser.add_argument("--ablation", action="store_true", help="each part patched alone, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     shapes = SHAPES | GPU_SHAPES if device.type == "cuda" else SHAPES
@@ -221,4 +226,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -9,7 +9,6 @@ the tables between FILE's markers anew, from the files that each marker names:
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from fastgpt.bench import OPS, plots
 from fastgpt.bench.compare import ours
 from fastgpt.bench.render import NOT_MEASURED, Section, Table, markdown, markdown_table, number, page, spread
 from fastgpt.bench.results import Row, hardware, identity, on_cpu, read_rows, relative
+from fastgpt.core.command import Parser
 from fastgpt.core.errors import UserError
 
 WANTED_GPUS = ("A100", "H100", "H200")
@@ -303,7 +303,7 @@ def update_readme(text: str, folder: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """`fastgpt bench report`."""
-    parser = argparse.ArgumentParser(prog="fastgpt bench report", description=__doc__.partition("\n\n")[0])
+    parser = Parser(prog="fastgpt bench report", description=__doc__.partition("\n\n")[0])
     parser.add_argument("rows", nargs="*", help="files of rows or globs (default: *.jsonl in the folder of results)")
     parser.add_argument("--out", type=Path, help=f"folder (default: {HERE}, or {CHECKOUT} where only that is there)")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="write the tables between its markers anew, too")

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastgpt import ops
 from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
+from fastgpt.core.command import run_command
 from fastgpt.models.config import ModelConfig
 from fastgpt.ops.rms_norm import rms_norm_torch
 
@@ -85,4 +86,4 @@ BENCH = Bench(
 pytest_generate_tests, test_rms_norm = _op.pytest_generate_tests, _op.run_benchmark
 
 if __name__ == "__main__":
-    sys.exit(_command.main(BENCH))
+    sys.exit(run_command(lambda: _command.main(BENCH)))

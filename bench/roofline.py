@@ -18,7 +18,6 @@ import gc
 import re
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +25,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fastgpt.bench import throughput, variants
-from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
+from fastgpt.bench._harness import append_rows, command_line, device_of, gpu_state, provenance, where
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, build, default_shape, settings, shapes_on
-from fastgpt.core.command import number
+from fastgpt.core.command import number, run_command
 from fastgpt.core.device import peak_flops
 from fastgpt.models.gpt import GPT
 from fastgpt.training.config import TrainConfig
@@ -179,18 +178,16 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """1 if an op of ours was red."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgpt.bench.roofline",
-        description=__doc__,
+    parser = command_line(
+        "roofline",
+        __doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = sorted(SHAPES | GPU_SHAPES)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--shape", choices=names, help="default: small on a CPU, gpt2-124m on a GPU")
     parser.add_argument("--batch", type=number(int, 1), help="sequences")
     parser.add_argument("--steps", type=number(int, 1), default=5, help="that are profiled")
     parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     name = args.shape or default_shape(device)
@@ -209,4 +206,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

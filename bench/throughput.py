@@ -39,11 +39,21 @@ from typing import Any
 import torch
 
 from fastgpt.bench import rivals
-from fastgpt.bench._harness import Samples, Setting, append_rows, device_of, gpu_state, provenance, turns, where
+from fastgpt.bench._harness import (
+    Samples,
+    Setting,
+    append_rows,
+    command_line,
+    device_of,
+    gpu_state,
+    provenance,
+    turns,
+    where,
+)
 from fastgpt.bench._op import Provider, every, gate
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, reason, settings, shapes_on
 from fastgpt.core import backend
-from fastgpt.core.command import number
+from fastgpt.core.command import number, run_command
 from fastgpt.core.device import energy_joules, peak_flops
 from fastgpt.models.config import ModelConfig
 from fastgpt.training.config import TrainConfig
@@ -247,9 +257,8 @@ def sweep(shape: Shape, batches: list[int] | None, grow: bool) -> Iterator[Shape
 
 def main(argv: list[str] | None = None) -> int:
     """1 if losses or an op were wrong, so that no speed was shown."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.throughput", description=__doc__)
+    parser = command_line("throughput", __doc__)
     names = sorted(SHAPES | GPU_SHAPES)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--shape", action="append", choices=names, help="default: small on a CPU, gpt2-124m on a GPU")
     parser.add_argument("--batch", action="append", type=number(int, 1), help="sequences; may be repeated")
     parser.add_argument("--sweep", action="store_true", help="batches 1, 2, 4, ... until memory ends (GPU)")
@@ -259,7 +268,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variant", action="append", metavar="NAME", help="torch and these alone; may be repeated")
     parser.add_argument("--llmc", type=Path, metavar="DIR", help="a built checkout of llm.c, too (train_gpt2cu)")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, too (train.py)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     shapes, status = shapes_on(device), 0
@@ -298,4 +306,4 @@ def out_of_memory(row: dict[str, Any]) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -7,11 +7,9 @@ NEAR from the first one's, in the norm, is red.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from fastgpt.bench._harness import (
     Job,
     Setting,
     append_rows,
+    command_line,
     device_of,
     gpu_state,
     provenance,
@@ -29,6 +28,7 @@ from fastgpt.bench._harness import (
 )
 from fastgpt.bench._op import Provider, chosen
 from fastgpt.bench.attention import BENCH
+from fastgpt.core.command import run_command
 from fastgpt.kernels import attention as kernels
 
 NEAR = 5e-3
@@ -103,11 +103,9 @@ def measure(kernel: str, setting: Setting, seconds: float) -> list[dict[str, Any
 
 def main(argv: list[str] | None = None) -> int:
     """0: a shape that does not run is a result."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.tiles", description=__doc__)
-    parser.add_argument("--device", default="auto", help="cpu (in the interpreter), cuda, cuda:1")
+    parser = command_line("tiles", __doc__)
     parser.add_argument("--shape", default="64x1024x12x12x64", metavar=BENCH.dims)
     parser.add_argument("--seconds", type=float, default=0.5, help="of samples per kernel")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     setting = Setting(tuple(map(int, args.shape.split("x"))), torch.bfloat16, device)
@@ -123,4 +121,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -8,7 +8,6 @@ once, no step was skipped, the loss fell and graphs were not given up.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -25,8 +24,9 @@ from typing import Any
 import torch
 
 from fastgpt import train
-from fastgpt.bench._harness import append_rows, device_of, gpu_state, provenance, where
+from fastgpt.bench._harness import append_rows, command_line, device_of, gpu_state, provenance, where
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, default_shape, settings, shapes_on
+from fastgpt.core.command import run_command
 from fastgpt.data.shards import ShardWriter
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.run import Run
@@ -107,11 +107,9 @@ def measure(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """1 if the run was red."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.training", description=__doc__)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser = command_line("training", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES | GPU_SHAPES), help="default: small, on a GPU gpt2-124m")
     parser.add_argument("--batch", type=int, help="sequences")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the row to this file")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     name = args.shape or default_shape(device)
@@ -130,4 +128,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

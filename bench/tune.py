@@ -27,10 +27,21 @@ from typing import Any
 
 import torch
 
-from fastgpt.bench._harness import Samples, Setting, append_rows, count_sets, device_of, provenance, time_cpu, time_gpu
+from fastgpt.bench._harness import (
+    Samples,
+    Setting,
+    append_rows,
+    command_line,
+    count_sets,
+    device_of,
+    provenance,
+    time_cpu,
+    time_gpu,
+)
 from fastgpt.bench._op import Bench, Provider, Shape, bench_of, chosen, every, gate, jobs
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, default_shape, settings, shapes_on
 from fastgpt.core import backend
+from fastgpt.core.command import run_command
 from fastgpt.core.device import cpu_name, default_device, dtype_of, keep_freed_memory
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
@@ -235,11 +246,10 @@ def remember(
 
 def main(argv: list[str] | None = None) -> int:
     """At a shape of throughput's, without a configuration file; 1 if a result was wrong."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.bench.tune", description=main.__doc__)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser = command_line("tune", main.__doc__)
+    parser.prog = "python -m fastgpt.bench.tune"  # `fastgpt tune` is another command
     parser.add_argument("--shape", choices=sorted(SHAPES | GPU_SHAPES), help="default: small, on a GPU gpt2-124m")
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples per op")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append a row per op to this file")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     name = args.shape or default_shape(device)
@@ -260,4 +270,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastgpt.bench import plain, rivals, throughput, variants
+from fastgpt.core.errors import UserError
 from fastgpt.models.gpt import GPT
 from fastgpt.training import graphs
 from fastgpt.training.config import load_config
@@ -128,15 +129,16 @@ def test_a_sweep_doubles_until_memory_ends(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(throughput, "compare", compare)
     monkeypatch.setattr(throughput, "variant_names", lambda *args: ["torch", "fastgpt"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     command = ["--device", "cuda", "--shape", "gpt2-774m", "--shape", "gpt2-124m", "--sweep"]
     assert throughput.main(command) == 1  # "not timed here" is a failure, memory's end is none
     assert [b for name, b, _ in seen if name == "gpt2-774m"] == [1, 2, 4, 8, 16]
     assert {(name, layers) for name, _, layers in seen} == {("gpt2-774m", 36), ("gpt2-124m", 12)}
     for arguments, says in ((["--sweep"], "--sweep needs a GPU"), (["--shape", "gpt2-1.5b"], "gpt2-1.5b needs a GPU")):
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match=says):
             throughput.main(["--device", "cpu", *arguments])
-        assert says in capsys.readouterr().err
 
 
 def test_joules_per_token_are_the_counters_difference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastgpt import cli, train
-from fastgpt.core import native, options
+from fastgpt.core import backend, native, options
 from fastgpt.core.backend import ops as registry
 from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
@@ -86,10 +86,24 @@ def test_a_wrong_number_is_one_sentence(
     ["layer_norm --seconds nan", "throughput --batch 0", "roofline --steps -1", "host --seconds inf", "memory --gb 0"]
     + ["compare a b --floor nan", "ab --base x --runs 0 -- y", "patching --steps 1e3", "layer_norm --calls 0"],
 )
-def test_a_wrong_number_of_a_benchmark_ends_it(words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+def test_a_wrong_number_of_a_benchmark_is_one_sentence(words: str) -> None:
+    with pytest.raises(UserError, match=rf"^{words.split()[0]}: --\w+ is '.*', expected a[^\n]*$"):
         cli.bench(words.split())
-    assert ended.value.code == 2 and "expected a" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_wrong_choice_in_the_environment_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No traceback at import: a command ends with exit code 2, and a program's first call of an op raises."""
+    monkeypatch.setattr(backend, "_wrong", [])
+    monkeypatch.setattr(backend, "_cache", {})
+    monkeypatch.setenv("FASTGPT_KERNELS", "layer_norm=tritn")
+    backend.apply_environment()
+    assert run_command(lambda: 0) == 2
+    said = "FASTGPT_KERNELS: layer_norm='tritn': expected one of cuda, triton, cpu, torch, auto"
+    assert capsys.readouterr().err == f"fastgpt: error: {said}\n"
+    with pytest.raises(UserError, match=said):
+        backend.select("rms_norm", torch.ones(2))
 
 
 def test_a_wrong_number_among_the_settings_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,8 +154,8 @@ def test_doctor_names_every_op_and_what_is_missing(
     assert run(monkeypatch, "doctor") == 0
     out = capsys.readouterr().out
     assert all(op in out for op in registry()) and "torch" in out
-    for backend, built in native.BUILT.items():
-        assert built or native.reason(backend) in out
+    for name, built in native.BUILT.items():
+        assert built or native.reason(name) in out
 
 
 def test_unknown_commands_and_user_errors_exit_2(

@@ -446,6 +446,13 @@ def test_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[st
     assert code == 0 and "micro_batch 16 (auto)" in out
 
 
+def test_a_setting_that_no_plan_reads_is_said(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_plan("--config gpt2-124m --device l4 --lr 1e-3 --warmup-steps=9 --optimizer muon --recompute block", capsys)
+    assert caplog.messages == ["no effect on a plan: --lr, --warmup_steps"]
+
+
 def test_plan_without_a_gpu_names_the_smallest_card(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

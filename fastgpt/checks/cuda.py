@@ -15,7 +15,6 @@ Exit code 2: a tool is missing.
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import importlib.util
 import json
@@ -29,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from fastgpt.core.command import Parser, run_command
 
 ARCHS = {"sm_80": "compute_80", "sm_90a": "compute_90a"}
 FLAGS = ("-std=c++17", "-O3", "-Xptxas", "-v", "-cubin")
@@ -228,7 +229,7 @@ def _print(kernels: list[Kernel], failures: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.checks.cuda", description="compile every CUDA kernel")
+    parser = Parser(prog="python -m fastgpt.checks.cuda", description="compile every CUDA kernel")
     default = Path(__file__).resolve().parents[2] / "csrc"
     parser.add_argument("--source", type=Path, default=default, help="folder of the ops' folders (default: csrc)")
     parser.add_argument("--arch", action="append", choices=sorted(ARCHS), help="default: all")
@@ -246,4 +247,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

@@ -8,7 +8,6 @@ compilation. Not to be run under TRITON_INTERPRET=1, where nothing is compiled.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -30,6 +29,7 @@ from triton.compiler import ASTSource
 
 from fastgpt import ops  # noqa: F401 (fills the registry)
 from fastgpt.core import backend
+from fastgpt.core.command import Parser, run_command
 from fastgpt.kernels._runtime import COMPILE_OPTIONS, TRITON
 
 # kernel files, one for each op with a cell for Triton that calls no other op's
@@ -222,7 +222,7 @@ def _print(reports: list[Report]) -> int:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m fastgpt.checks.triton", description="compile every Triton kernel")
+    parser = Parser(prog="python -m fastgpt.checks.triton", description="compile every Triton kernel")
     parser.add_argument(
         "--arch",
         type=int,
@@ -246,4 +246,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

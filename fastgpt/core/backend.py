@@ -59,6 +59,7 @@ _self_checks: dict[str, SelfCheck] = {}
 _verdicts: dict[str, str | None] = {}  # "<op>.<backend>" -> why it failed, None if it passed
 _tuned: dict[str, dict[str, dict[str, Any]]] = {}  # device type -> "<op>.<dtype>" -> what was measured, once read
 _choice: dict[str, str] = {}
+_wrong: list[UserError] = []  # what is wrong with FASTGPT_KERNELS
 
 
 def interpreting() -> bool:
@@ -197,6 +198,7 @@ def write_tuned(device: str, entries: dict[str, dict[str, Any]]) -> Path:
 def _select(
     op: str, want: str, device: str, dtype: torch.dtype, strict: bool, measured: bool = True, dim: int = 0
 ) -> str:
+    check_environment()
     if want != "auto":
         why = refusal(op, want, device, dtype, dim)
         if why is None:
@@ -310,5 +312,17 @@ def parse_choices(text: str) -> dict[str, Any]:
 
 
 def apply_environment() -> None:
-    """Take FASTGPT_KERNELS (as in `--kernels`) and FASTGPT_STRICT=1 into account; called once, when the ops exist."""
-    use(strict=os.environ.get("FASTGPT_STRICT") == "1", **parse_choices(os.environ.get("FASTGPT_KERNELS", "")))
+    """Take FASTGPT_KERNELS (as in `--kernels`) and FASTGPT_STRICT=1 into account; called once, when the ops exist.
+
+    A wrong FASTGPT_KERNELS does not fail the import, where no command could catch it: `check_environment` raises.
+    """
+    try:
+        use(strict=os.environ.get("FASTGPT_STRICT") == "1", **parse_choices(os.environ.get("FASTGPT_KERNELS", "")))
+    except UserError as e:
+        _wrong.append(UserError(f"FASTGPT_KERNELS: {str(e).removeprefix('kernels: ')}"))
+
+
+def check_environment() -> None:
+    """Raise the UserError that FASTGPT_KERNELS deserves; called by every command and by an op's first call."""
+    if _wrong:
+        raise _wrong[0]

@@ -8,14 +8,16 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
+from fastgpt.core.backend import check_environment
 from fastgpt.core.errors import UserError
 
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command; a UserError becomes one line on stderr and exit code 2, without a traceback."""
     try:
+        check_environment()
         return command()
     except UserError as e:
         print(f"fastgpt: error: {e}", file=sys.stderr)
@@ -31,7 +33,7 @@ def run_command(command: Callable[[], int]) -> int:
 class Parser(argparse.ArgumentParser):
     """argparse whose errors read like fastgpt's own."""
 
-    def error(self, message: str) -> None:  # type: ignore[override]
+    def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
         raise UserError(f"{self.prog.split()[-1]}: {message} (see {self.prog} --help)")
 

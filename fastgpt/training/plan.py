@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ from fastgpt.core.errors import UserError
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
 
+log = logging.getLogger("fastgpt")
+
 MFU = 0.4
+# Settings that a plan depends on, beside the model's
+PLANNED = {"model", "out", "device", "dtype", "kernels", "compile", "graphs", "recompute", "optimizer", "master"}
+PLANNED |= {"vocab_size", "block_size", "micro_batch", "batch_tokens"}
 DEVICES = "auto, cpu, cuda, cuda:N or a card"
 
 
@@ -294,6 +300,9 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str], default: str) -> int:
     """`fastgpt train --plan`; 1 where it does not fit. `default`: the configuration where argv names none."""
     args, rest = arguments(argv)
+    typed = {word[2:].partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
+    if idle := sorted(typed & ({f.name for f in fields(TrainConfig)} - PLANNED)):
+        log.warning("no effect on a plan: --%s", ", --".join(idle))
     lines, fits = report(load_config(rest, default), args)
     print("\n".join(lines))
     return 0 if fits else 1
