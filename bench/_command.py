@@ -9,8 +9,13 @@ from typing import Any
 import torch
 
 from fastgpt.bench import _ncu
-from fastgpt.bench._harness import Setting, append_rows, command_line, device_of, where
+from fastgpt.bench._harness import (
+    Setting,
+    append_rows,
+    where,
+)
 from fastgpt.bench._op import Bench, Shape, measure, providers, show
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.core import backend
 from fastgpt.core.command import Parser, number
 from fastgpt.core.device import DTYPES, dtype_of, keep_freed_memory

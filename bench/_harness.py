@@ -29,9 +29,7 @@ from torch import Tensor
 from fastgpt.bench.results import PROVENANCE as PROVENANCE
 from fastgpt.bench.results import append_rows as append_rows
 from fastgpt.core.cards import datasheet_bandwidth, datasheet_peak
-from fastgpt.core.command import Parser
-from fastgpt.core.device import cpu_name, default_device, describe_machine, nvml
-from fastgpt.core.errors import UserError
+from fastgpt.core.device import cpu_name, describe_machine, nvml
 
 try:
     import resource
@@ -335,25 +333,6 @@ def datasheet(setting: Setting, multiplies: bool) -> float | None:
     if multiplies:
         return datasheet_peak(name) if setting.dtype.itemsize == 2 else None
     return datasheet_bandwidth(name)
-
-
-def command_line(name: str, about: str | None, **options: Any) -> Parser:
-    """The parser of `fastgpt bench NAME` with what every benchmark takes: --device and --json."""
-    parser = Parser(prog=f"fastgpt bench {name}", description=about, **options)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
-    return parser
-
-
-def device_of(parser: Parser, name: str) -> torch.device:
-    """--device, made the current one where it is a GPU; or the parser's error."""
-    try:
-        device = default_device(name)
-    except UserError as e:
-        parser.error(f"--{e}")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:

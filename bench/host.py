@@ -38,13 +38,12 @@ from fastgpt.bench._harness import (
     Samples,
     Setting,
     append_rows,
-    command_line,
-    device_of,
     provenance,
     time_cpu,
     where,
 )
 from fastgpt.bench._op import Bench, Provider, bench_of, chosen, gate, providers
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.bench.roofline import device_events
 from fastgpt.core.command import number, run_command
 from fastgpt.core.device import DTYPES, dtype_of

@@ -19,7 +19,13 @@ from typing import Any
 import torch
 
 from fastgpt.bench import variants
-from fastgpt.bench._harness import append_rows, command_line, device_of, gpu_state, provenance, where
+from fastgpt.bench._harness import (
+    append_rows,
+    gpu_state,
+    provenance,
+    where,
+)
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.core.command import number, run_command
 from fastgpt.core.device import total_memory
 from fastgpt.core.errors import UserError

@@ -28,13 +28,12 @@ import fastgpt
 from fastgpt.bench._harness import (
     Samples,
     append_rows,
-    command_line,
-    device_of,
     gpu_state,
     provenance,
     resident_mb,
     where,
 )
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.bench.throughput import AGREE_STEPS, TOLERANCE, disagreement, kernels, time_steps
 from fastgpt.bench.variants import WARM_STEPS, Apart, answer
 from fastgpt.core.command import number, run_command

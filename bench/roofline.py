@@ -25,7 +25,13 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from fastgpt.bench import throughput, variants
-from fastgpt.bench._harness import append_rows, command_line, device_of, gpu_state, provenance, where
+from fastgpt.bench._harness import (
+    append_rows,
+    gpu_state,
+    provenance,
+    where,
+)
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, build, default_shape, settings, shapes_on
 from fastgpt.core.command import number, run_command
 from fastgpt.core.device import peak_flops

@@ -43,14 +43,13 @@ from fastgpt.bench._harness import (
     Samples,
     Setting,
     append_rows,
-    command_line,
-    device_of,
     gpu_state,
     provenance,
     turns,
     where,
 )
 from fastgpt.bench._op import Provider, every, gate
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, reason, settings, shapes_on
 from fastgpt.core import backend
 from fastgpt.core.command import number, run_command

@@ -18,8 +18,6 @@ from fastgpt.bench._harness import (
     Job,
     Setting,
     append_rows,
-    command_line,
-    device_of,
     gpu_state,
     provenance,
     time_cpu,
@@ -27,6 +25,7 @@ from fastgpt.bench._harness import (
     where,
 )
 from fastgpt.bench._op import Provider, chosen
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.bench.attention import BENCH
 from fastgpt.core.command import run_command
 from fastgpt.kernels import attention as kernels

@@ -24,7 +24,13 @@ from typing import Any
 import torch
 
 from fastgpt import train
-from fastgpt.bench._harness import append_rows, command_line, device_of, gpu_state, provenance, where
+from fastgpt.bench._harness import (
+    append_rows,
+    gpu_state,
+    provenance,
+    where,
+)
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, batches, default_shape, settings, shapes_on
 from fastgpt.core.command import run_command
 from fastgpt.data.shards import ShardWriter

@@ -31,14 +31,13 @@ from fastgpt.bench._harness import (
     Samples,
     Setting,
     append_rows,
-    command_line,
     count_sets,
-    device_of,
     provenance,
     time_cpu,
     time_gpu,
 )
 from fastgpt.bench._op import Bench, Provider, Shape, bench_of, chosen, every, gate, jobs
+from fastgpt.bench._options import command_line, device_of
 from fastgpt.bench.variants import GPU_SHAPES, SHAPES, default_shape, settings, shapes_on
 from fastgpt.core import backend
 from fastgpt.core.command import run_command

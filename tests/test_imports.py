@@ -126,3 +126,19 @@ def test_public_names_have_their_paths() -> None:
     from fastgpt.training.config import load_config
 
     assert config.load_config is load_config and errors.UserError is UserError
+
+
+def chosen_by_hand(tree: ast.AST) -> Iterator[int]:
+    """Lines that take a kernel by the name of its backend, as in FWD["cuda"]: `select` alone gives that name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Subscript) and not (isinstance(node.value, ast.Name) and node.value.id == "KEYS"):
+            names = [part.value for part in ast.walk(node.slice) if isinstance(part, ast.Constant)]
+            if set(names) & {"cuda", "triton", "cpu"}:
+                yield node.lineno
+
+
+def test_no_op_chooses_a_kernel_by_device() -> None:
+    assert list(chosen_by_hand(ast.parse('y = FWD["cpu" if x else "cuda"](x)\nz = FWD["cuda"](x)'))) == [1, 2]
+    files = [p for folder in ("ops", "nn", "optim", "patching", "models") for p in (PACKAGE / folder).glob("*.py")]
+    wrong = [f"{p.name}:{line}" for p in files for line in chosen_by_hand(ast.parse(p.read_text(encoding="utf-8")))]
+    assert not wrong, wrong
