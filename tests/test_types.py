@@ -67,7 +67,7 @@ def test_public_functions_return_a_type(name: str) -> None:
 def test_the_type_checker_sees_wrong_arguments_across_the_seams(tmp_path: Path) -> None:
     """In a copy: errors in the planted lines, and nowhere else."""
     pytest.importorskip("mypy")
-    for name in ("fastgpt", "bench", "kernels", "setup.py", "pyproject.toml", ".mypy_cache"):
+    for name in ("fastgpt", "bench", "kernels", "docs", "examples", "setup.py", "pyproject.toml", ".mypy_cache"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=shutil.ignore_patterns("*.so"))
         elif (ROOT / name).exists():
