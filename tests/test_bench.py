@@ -310,7 +310,7 @@ def test_a_wrong_op_prints_no_speed(
     monkeypatch.setitem(parity.SUBJECTS, "layer_norm", dataclasses.replace(truth, ours=wrong_layer_norm))
     wrong = _op.Provider("wrong", wrong_layer_norm, backend="torch")
     right = _op.Provider("torch", layer_norm_torch)
-    monkeypatch.setattr(_op, "providers", lambda bench, setting, modes: [wrong, right])
+    monkeypatch.setattr(_command, "providers", lambda bench, setting, modes: [wrong, right])
     command = ["--device", "cpu", "--shape", "4x33", "--seconds", "0", "--phase", "forward"]
     assert _command.main(layer_norm.BENCH, [*command, "--json", str(tmp_path / "rows.jsonl")]) == 1
     line = next(s for s in capsys.readouterr().out.splitlines() if " wrong " in s)
