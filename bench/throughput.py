@@ -200,7 +200,7 @@ def figures(
 def show(rows: list[dict[str, Any]]) -> str:
     """The rows as a table, or the reason why there is none."""
     good = [r for r in rows if "tokens_per_s" in r]
-    energy = {r["variant"]: f"{1e3 * r['joules_per_token']:.3f}" for r in rows if "joules_per_token" in r}
+    energy = {r["variant"]: f"{1e3 * r['joules_per_token']:.3f}" for r in rows if r.get("joules_per_token") is not None}
     lines = []
     if good:
         first = good[0]

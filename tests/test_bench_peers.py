@@ -301,7 +301,7 @@ def test_the_command_for_nsight_compute_names_kernels_that_exist(op: str) -> Non
 
 def test_the_command_that_is_printed_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     bench = _op.bench_of("cross_entropy")
-    monkeypatch.setattr(_op, "measure", lambda *args: pytest.fail("it must not be timed"))
+    monkeypatch.setattr(_command, "measure", lambda *args: pytest.fail("it must not be timed"))
     arguments = "--device cpu --dtype fp32 --shape 4x33 --phase both --backend cpu".split()
     assert _command.main(bench, [*arguments, "--ncu"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
