@@ -97,12 +97,14 @@ def gradient_place(weight: Tensor) -> tuple[Tensor | None, bool]:
 
     Opt-in, eager only: a leaf with an attribute `grad_buffer` (of its shape) gets its gradient written or added there,
     without a new tensor, a zero fill or an add behind it. The backward sets `weight.grad = buffer` and returns None.
-    A buffer of another dtype, device or shape is ignored: the weight was cast, moved or resized since.
+    A buffer of another device or shape, or of a dtype that the weight's gradient cannot have (`grad_dtype`), is
+    ignored: the weight was moved, resized or cast since.
     """
     buffer: Tensor | None = None if torch.compiler.is_compiling() else getattr(weight, "grad_buffer", None)
     if buffer is None or (weight.grad is not None and weight.grad is not buffer):
         return None, False
-    if (buffer.dtype, buffer.device, buffer.shape) != (weight.dtype, weight.device, weight.shape):
+    dtype = weight.grad_dtype or buffer.dtype  # None allows any
+    if (buffer.dtype, buffer.device, buffer.shape) != (dtype, weight.device, weight.shape):
         return None, False
     return buffer, weight.grad is not None
 

@@ -119,8 +119,9 @@ def _deliver(weight: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor | Non
 
 
 def _weight_gradient(w: Tensor, dz: Tensor, x: Tensor, scale: Tensor | None) -> Tensor | None:
-    """dz^T x, times scale (1,) if there is one; without one the product itself writes to its place."""
-    if scale is None:
+    """dz^T x, times scale (1,) if there is one. Without one, the product itself writes to a place of its dtype."""
+    place, _ = gradient_place(w)
+    if scale is None and (place is None or place.dtype == w.dtype):
         return weight_gradient(w, dz, x)
     return _deliver(w, product_in_fp32(dz, x), scale)
 
