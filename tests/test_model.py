@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -371,18 +370,22 @@ def test_hooks_on_submodules_fire_once_and_what_they_return_counts(name: str, tr
         """No norm and no product of two heads takes it back."""
         return tree_map(lambda t: None if t is None else t * (1 + torch.arange(t.shape[-1]) / 8), out)
 
-    expected, calls = forward(), Counter[str]()
-    handles = [
-        m.register_forward_hook(lambda m, inputs, out, n=n: calls.update([n]))  # type: ignore[misc]
-        for n, m in modules.items()
-    ]
-    torch.testing.assert_close(forward(), expected)
-    assert calls == {n: c.n_layers if n == "rotary" else 1 for n in modules}, "each block calls the rotary embedding"
-    for handle in handles:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(module: Any, inputs: Any, out: Any) -> None:
+        first = (out[0] if isinstance(out, tuple) else out).detach()
+        seen.append((first, first.clone()))
+
+    expected = forward()
+    for name, m in modules.items():
+        seen.clear()
+        handle = m.register_forward_hook(watch)
+        torch.testing.assert_close(forward(), expected)
+        assert len(seen) == (c.n_layers if name == "rotary" else 1), name  # each block calls the rotary embedding
+        assert all(torch.equal(now, then) for now, then in seen), f"{name}: what its hook saw is overwritten"
         handle.remove()
-    for n, m in modules.items():
         handle = m.register_forward_hook(distort)
-        assert not torch.allclose(forward(), expected), n
+        assert not torch.allclose(forward(), expected), name
         handle.remove()
     assert torch.equal(forward(), expected)
 

@@ -90,7 +90,7 @@ class SelfAttention(nn.Module):
         rotary = run.rotary
         if rotary is None:
             return qkv
-        if fusable(rotary, RotaryEmbedding):
+        if fusable(rotary, RotaryEmbedding) and fusable(self.qkv, Linear):  # the op overwrites what qkv returned
             options: dict[str, Any] = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads, positions=run.positions)
             return ops.rope_qkv(qkv, rotary.cos, rotary.sin, interleaved=rotary.interleaved, **options)
         q, k, v = qkv.split([self.n_heads, self.kv_heads, self.kv_heads], dim=2)

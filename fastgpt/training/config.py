@@ -34,7 +34,7 @@ class TrainConfig:
         val_data: validation data, like data; null splits val_fraction off the training data.
         val_sources: name -> text file or .bin shards whose validation loss is also reported, as in {web: web_val.bin}.
         tokenizer: tokenizer.json of .bin data (for samples).
-        vocab_size: size of the tokenizer that is trained if data is text.
+        vocab_size: size of the tokenizer that is trained if data is text (model.vocab_size is the model's).
         val_fraction: share of text files held out for validation.
         out: folder of the run; empty is runs/ and the name of the configuration.
         resume: auto resumes from the newest checkpoint in the run folder, never starts a new run, a path resumes
@@ -47,7 +47,7 @@ class TrainConfig:
         graphs: replay steps from CUDA graphs (on a GPU, with optimizer adamw); --no-graphs launches every kernel.
         recompute: activations to recompute in backward instead of keeping them; norms includes the MLP's activation,
             block is everything but the input of a block.
-        block_size: tokens T of a training sequence.
+        block_size: tokens T of a training sequence, at most model.block_size.
         micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan).
         batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
         max_steps: optimizer steps to train for; null is no limit (then max_minutes is needed).
