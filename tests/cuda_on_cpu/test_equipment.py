@@ -1,7 +1,7 @@
 """Proof that the emulation of the CUDA kernels can fail: broken sources must be caught. And what all kernels share.
 
 That the kernels are right is shown elsewhere: the emulation is the backend `cuda` of all tests on a machine without a
-GPU (tests/conftest.py).
+GPU (tests/conftest.py). What compiles broken or instrumented sources is slow: `make test-slow` runs it.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def right() -> Any:
     return of
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_orders_of_threads_agree_bitwise(op: str, right: Any) -> None:
     found = right(op)
@@ -60,6 +61,7 @@ MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_caught(name: str, right: Any) -> None:
     """In every order of threads: other bits, an error, or a process that died."""
@@ -154,6 +156,7 @@ def run_under_asan(op: str, mutation: tuple[str, str, str] | None = None) -> sub
     return emulator.run(emulator.build(emulator.ASAN, mutation, op), op, {}, preload=" ".join(libraries))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_address_sanitizer(op: str) -> None:
     done = run_under_asan(op)
@@ -164,6 +167,7 @@ def test_address_sanitizer(op: str) -> None:
 ASTRAY = {f"{op}: {what}": (op, *m) for op, found in contract.gather("ASTRAY", {}).items() for what, m in found.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASTRAY)
 def test_address_sanitizer_catches(name: str) -> None:
     op, *mutation = ASTRAY[name]
