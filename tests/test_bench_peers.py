@@ -245,7 +245,7 @@ def peers(op: str) -> list[_op.Provider]:
 def test_installed_libraries_do_what_fastgpt_does(op: str, installed: None) -> None:
     bench, found = _op.bench_of(op), peers(op)
     setting = Setting(bench.tiny, torch.float32, CPU)
-    assert {p.package for p in found} == PEERS[op]
+    assert {p.package for p in found} == PEERS.get(op, set())
     for p in found:
         if op == "adamw":
             bench.job(p, setting, "step", 1).run()
@@ -260,7 +260,7 @@ def test_installed_libraries_do_what_fastgpt_does(op: str, installed: None) -> N
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_is_imported_before_it_is_called(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_op.importlib.util, "find_spec", lambda name: object())
-    assert {p.package for p in peers(op)} == PEERS[op] and not set(MODULES) & set(sys.modules)
+    assert {p.package for p in peers(op)} == PEERS.get(op, set()) and not set(MODULES) & set(sys.modules)
 
 
 def test_a_library_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
