@@ -1,1 +1,1 @@
-"""What the rest of fastgpt is built on: backend selection, facts about the machine, settings, errors."""
+"""Foundations of the rest of fastgpt: backend selection, facts about the machine, settings, errors."""

@@ -1,8 +1,8 @@
-"""The only dispatch: which backend serves each op, and why.
+"""Backend dispatch: which backend serves each op, and why.
 
 A backend is one implementation of an op: `cuda` (csrc), `triton` (kernels), `cpu` (csrc) or `torch` (the
-reference). Every op file registers the cells it has (op x backend x dtype); `select` picks one per call, `use` lets a
-person choose, `explain` says what was picked and why. No op chooses a kernel by device anywhere else.
+reference). Every op file registers the cells it has (op x backend x dtype); `select` picks one per call, `use` lets the
+user choose, `explain` says what was picked and why. No op chooses a kernel by device anywhere else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where nothing was measured on this device ("prior"): the order in which backends are tried. `fastgpt tune` measures;
 # the backend that its table names is then tried first.
 PRIOR = ("cuda", "cpu", "triton", "torch")
-PRIOR_OF = {"attention": ("triton", "cuda", "cpu", "torch")}  # op -> its own order; the CUDA kernel was never timed
+PRIOR_OF = {
+    "attention": ("triton", "cuda", "cpu", "torch")
+}  # exceptions, by op; the CUDA attention kernel was never timed
 # From this compute capability on, PyTorch's fused attention (cuDNN or flash) runs on warp-group products, which the
 # kernels here do without: it is tried first for 16 bits.
 LIBRARY_FIRST = (9, 0)
@@ -36,13 +38,13 @@ LIBRARY_FIRST = (9, 0)
 
 @dataclass(frozen=True)
 class Cell:
-    """One op on one backend: the dtypes it takes and, where heads count, the largest head dimension (0: any)."""
+    """One op on one backend: the dtypes it supports and, where heads count, the largest head dimension (0: any)."""
 
     dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
     max_dim: int = 0
 
     def takes(self, dtype: torch.dtype, dim: int) -> bool:
-        """Whether it is made for this dtype and head dimension."""
+        """Return whether the kernel supports this dtype and head dimension."""
         return dtype in self.dtypes and not 0 < self.max_dim < dim
 
 
@@ -63,39 +65,41 @@ _wrong: list[UserError] = []  # what is wrong with FASTGPT_KERNELS
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1): on CPU tensors, for tests only."""
+    """Return whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), on CPU tensors for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def simulated(backend: str) -> bool:
-    """Whether kernels of this backend run on CPU tensors here, for tests only: Triton's in its interpreter, CUDA's in
-    the emulation whose library FASTGPT_EMULATED_CUDA names (tests/cuda_on_cpu)."""
+    """Return whether kernels of this backend run on CPU tensors in this process, for tests only: Triton kernels in the
+    interpreter, CUDA kernels in the emulation whose library FASTGPT_EMULATED_CUDA names (tests/cuda_on_cpu)."""
     return (backend == "triton" and interpreting()) or (backend == "cuda" and bool(_EMULATED_CUDA))
 
 
 def checks_values(t: Tensor) -> bool:
-    """Whether the values of index tensors (targets, ids, positions) are checked: always on CPU, on a GPU only under
-    FASTGPT_CHECK=1, since reading them there would stop the host; never while compiling or in torch.func, which have no
-    values."""
+    """Return whether the values of index tensors (targets, ids, positions) are checked.
+
+    They are always checked on a CPU. On a GPU they are checked only under FASTGPT_CHECK=1, because reading them stalls
+    the host. They are never checked while compiling or in torch.func, where tensors have no values.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     return t.device.type == "cpu" or os.environ.get("FASTGPT_CHECK") == "1"
 
 
 def register(op: str, check: SelfCheck | None = None, **cells: Cell) -> None:
-    """Enter an op and the backends it has into the table; `torch`, the reference, is always there."""
+    """Add an op and its backends to the table; `torch`, the reference, is always included."""
     _table[op] = {**cells, "torch": Cell((*KERNEL_DTYPES, torch.float64))}
     if check is not None:
         _self_checks[op] = check
 
 
 def ops() -> dict[str, dict[str, Cell]]:
-    """The table: op -> backend -> cell."""
+    """Return the table: op -> backend -> cell."""
     return _table
 
 
 def missing(backend: str) -> str | None:
-    """Why a backend cannot run on this machine, with the remedy; None if it can."""
+    """Return why a backend cannot run on this machine and how to fix it; None if it can run."""
     if backend == "torch" or simulated(backend):
         return None
     if backend == "triton":
@@ -106,20 +110,20 @@ def missing(backend: str) -> str | None:
 
 
 def prefers_library(op: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether PyTorch's own op is tried before the kernels where nothing was measured."""
+    """Return whether PyTorch's op is tried before the kernels where nothing was measured."""
     if op != "attention" or device != "cuda" or dtype.itemsize != 2:
         return False
     return torch.cuda.get_device_capability() >= LIBRARY_FIRST
 
 
 def prior(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """The order in which backends are tried where nothing was measured."""
+    """Return the order in which backends are tried where nothing was measured."""
     order = PRIOR_OF.get(op, PRIOR)
     return ("torch", *order[:-1]) if prefers_library(op, device, dtype) else order
 
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0) -> str | None:
-    """Why `backend` cannot serve `op` for this device, dtype and head dimension (0: any); None if it can."""
+    """Return why `backend` cannot serve `op` for this device, dtype and head dimension (0: any); None if it can."""
     cell = _table[op].get(backend)
     if cell is None:
         return f"{op} has no {backend} kernel"
@@ -134,13 +138,13 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0
 
 
 def _verdict(op: str, backend: str) -> str | None:
-    """Why the self-check of a kernel failed on this device; None if it passed.
+    """Return why the self-check of a kernel failed on this device; None if it passed.
 
-    Runs at the first use on a device, driver and version (milliseconds), never while compiling or capturing; the
-    verdict is kept in the user's cache folder.
+    The check runs at the first use on a device, driver and version (milliseconds), never while compiling or
+    capturing. The verdict is stored in the user's cache folder.
 
     Raises:
-        UserError: the kernel faulted so that CUDA answers nothing any more in this process.
+        UserError: the kernel faulted, and CUDA is unusable in this process afterwards.
     """
     name = f"{op}.{backend}"
     if not _verdicts:
@@ -171,9 +175,10 @@ def _verdict(op: str, backend: str) -> str | None:
 
 
 def tuned(op: str, device: str, dtype: torch.dtype) -> dict[str, Any] | None:
-    """What `fastgpt tune` measured for `op` on this machine as it is: {"backend", "date", "note", ...}, or None.
+    """Return what `fastgpt tune` measured for `op` on this machine in its present state: {"backend", "date", "note",
+    ...}, or None.
 
-    The table is read once a process. FASTGPT_TUNED=0 leaves it aside.
+    The table is read once per process. FASTGPT_TUNED=0 ignores it.
     """
     table = _tuned.get(device)
     if table is None:
@@ -230,9 +235,12 @@ _cache: dict[tuple[str, str, str, torch.dtype, bool, bool, int], str] = {}
 
 
 def select(op: str, x: Tensor, measured: bool = True, dim: int = 0) -> str:
-    """Name of the backend that serves `op` for tensors like `x`, with heads of dimension dim where the op has them;
-    measured=False: for a call unlike what was measured, or what the library is preferred for: the prior of the
-    kernels holds."""
+    """Return the name of the backend that serves `op` for tensors like `x`, with heads of dimension dim if the op has
+    heads.
+
+    measured=False is for calls that differ from those measured, or from those for which the library is preferred: the
+    kernels' prior order applies.
+    """
     want, strict = _choice.get(op, "auto"), strict_mode[0]
     if torch.compiler.is_compiling():
         return _select(op, want, x.device.type, x.dtype, strict, measured, dim)
@@ -246,7 +254,8 @@ def select(op: str, x: Tensor, measured: bool = True, dim: int = 0) -> str:
 
 
 def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
-    """What `op` resolves to on this device and dtype, and why ('chosen', 'measured', 'prior', or what is missing)."""
+    """Return what `op` resolves to on this device and dtype, and why ('chosen', 'measured', 'prior', or what is
+    missing)."""
     want = _choice.get(op, "auto")
     picked = _select(op, want, device, dtype, False)
     if want == picked:
@@ -303,7 +312,7 @@ class use:
 
 
 def parse_choices(text: str) -> dict[str, Any]:
-    """'attention=torch,adamw=triton' or 'torch' -> keyword arguments for `use`."""
+    """Parse 'attention=torch,adamw=triton' or 'torch' into keyword arguments for `use`."""
     choices: dict[str, Any] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
         op, _, backend = part.rpartition("=")
@@ -312,7 +321,7 @@ def parse_choices(text: str) -> dict[str, Any]:
 
 
 def apply_environment() -> None:
-    """Take FASTGPT_KERNELS (as in `--kernels`) and FASTGPT_STRICT=1 into account; called once, when the ops exist.
+    """Apply FASTGPT_KERNELS (as in `--kernels`) and FASTGPT_STRICT=1; called once, when the ops are registered.
 
     A wrong FASTGPT_KERNELS does not fail the import, where no command could catch it: `check_environment` raises.
     """
@@ -323,6 +332,6 @@ def apply_environment() -> None:
 
 
 def check_environment() -> None:
-    """Raise the UserError that FASTGPT_KERNELS deserves; called by every command and by an op's first call."""
+    """Raise a UserError if FASTGPT_KERNELS is invalid; called by every command and by an op's first call."""
     if _wrong:
         raise _wrong[0]

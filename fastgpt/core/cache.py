@@ -1,7 +1,7 @@
 """Files in the user's cache folder: which backend was measured as fastest, and which kernels passed their self-check.
 
-Each file holds for one machine as it is: its name has a hash of `machine_facts`. A file that cannot be used is as good
-as none: `fastgpt tune` writes the table again, and the next process repeats the self-checks.
+Each file is valid for one machine in its present state: its name contains a hash of `machine_facts`. An unusable file
+counts as missing: `fastgpt tune` rewrites the table, and the next process repeats the self-checks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ log = logging.getLogger("fastgpt")
 
 
 def machine_facts(device: str) -> dict[str, str]:
-    """What a result kept on disk holds for: the device, its driver, and versions of everything that makes kernels."""
+    """Return the facts a stored result depends on: the device, its driver, and versions of everything that makes
+    kernels."""
     facts = {"torch": torch.__version__, "triton": package_version("triton"), "native": native.identity()}
     if device != "cuda":
         return {"device": cpu_name(), "threads": str(torch.get_num_threads()), **facts}
@@ -34,14 +35,14 @@ def machine_facts(device: str) -> dict[str, str]:
 
 
 def _file(kind: str, device: str) -> Path:
-    """The user's file of this kind for this machine as it is."""
+    """Return the path of the user's file of this kind for this machine in its present state."""
     key = hashlib.sha256(json.dumps(machine_facts(device), sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return folder / "fastgpt" / f"{kind}-{key}.json"
 
 
 def _write_json(path: Path, content: Any) -> None:
-    """Write aside and rename: a reader sees the old file or the new one, never a part."""
+    """Write a temporary file and rename it, so a reader sees the old file or the new one, never a partial one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as f:
         json.dump(content, f, indent=1)
@@ -49,8 +50,10 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def read_passed() -> list[str]:
-    """Kernels ("<op>.<backend>") whose self-check passed here before; one that failed is tried again by every
-    process."""
+    """Return the kernels ("<op>.<backend>") whose self-check passed on this machine before.
+
+    Every process repeats the self-checks that failed.
+    """
     try:
         passed = json.loads(_file("selfcheck", "cuda").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -59,7 +62,7 @@ def read_passed() -> list[str]:
 
 
 def write_passed(names: Collection[str]) -> None:
-    """Keep the names of the kernels whose self-check passed; a read-only home means only that it is repeated."""
+    """Store the names of the kernels whose self-check passed; in a read-only home the checks are merely repeated."""
     try:
         _write_json(_file("selfcheck", "cuda"), sorted(names))
     except OSError:
@@ -67,8 +70,11 @@ def write_passed(names: Collection[str]) -> None:
 
 
 def read_tuned(device: str, backends: Collection[str]) -> dict[str, dict[str, Any]]:
-    """The table of measured backends; empty where there is none. A file that `write_tuned` did not write so, or that
-    names none of `backends`, is ignored with a warning."""
+    """Return the table of measured backends; empty if there is none.
+
+    A file is ignored with a warning if it is not in the form that `write_tuned` writes, or if an entry names a backend
+    that is not in `backends`.
+    """
     try:
         path = _file("tuned", device)
         text = path.read_text(encoding="utf-8")

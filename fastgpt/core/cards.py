@@ -1,4 +1,4 @@
-"""GPUs from their makers' datasheets: peak arithmetic rate, memory and its bandwidth."""
+"""GPU specifications from the vendors' datasheets: peak arithmetic rate, memory and its bandwidth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Card(NamedTuple):
-    """Dense bf16 peak in FLOP/s, memory in bytes and its bandwidth in bytes/s."""
+    """A GPU's dense bf16 peak in FLOP/s, memory in bytes and memory bandwidth in bytes/s."""
 
     peak: float
     memory: float
@@ -34,19 +34,20 @@ CARDS = {
 
 
 def _datasheets(name: str) -> list[Card]:
-    """The cards that a device of this name may be: their names are words of it, and no other card shares more words."""
+    """Return the cards that a device of this name may be: it contains all words of their names, and no other card
+    shares more words."""
     words = set(re.findall(r"[A-Za-z0-9]+", name))
     shared = {key: len(words & set(key.split())) for key in CARDS if set(key.split()[:-1]) <= words}
     return [CARDS[key] for key in shared if shared[key] == max(shared.values())]
 
 
 def datasheet_peak(name: str) -> float | None:
-    """Dense bf16 peak in FLOP/s of a GPU of this name; None where CARDS has none or several that differ."""
+    """Return the dense bf16 peak in FLOP/s of a GPU of this name; None if CARDS has none or several that differ."""
     found = {card.peak for card in _datasheets(name)}
     return found.pop() if len(found) == 1 else None
 
 
 def datasheet_bandwidth(name: str) -> float | None:
-    """Memory bandwidth in bytes/s of a GPU of this name; None where CARDS has none or several that differ."""
+    """Return the memory bandwidth in bytes/s of a GPU of this name; None if CARDS has none or several that differ."""
     found = {card.bandwidth for card in _datasheets(name)}
     return found.pop() if len(found) == 1 else None

@@ -1,4 +1,4 @@
-"""What every command of fastgpt shares: its parser, checked numbers, errors as one sentence and exit code 2."""
+"""Code shared by all fastgpt commands: argument parser, checked numbers, one-sentence errors with exit code 2."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_command(command: Callable[[], int]) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors read like fastgpt's own."""
+    """An argument parser that reports errors in fastgpt's format."""
 
     def error(self, message: str) -> NoReturn:
         message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)
@@ -39,7 +39,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, least: float, most: float = math.inf, open_least: bool = False) -> Callable[[str], Any]:
-    """A `type` for argparse: a whole (int) or finite (float) number from least to most; open_least: more than least."""
+    """Return a `type` for argparse: a whole (int) or finite (float) number from least to most; open_least: more than
+    least."""
     what = "a whole number" if kind is int else "a number"
     bounds = f"more than {least:g}" if open_least else f"{least:g} or more"
     bounds = f"{bounds}, at most {most:g}" if most < math.inf else bounds

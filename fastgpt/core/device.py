@@ -1,4 +1,4 @@
-"""What machine this is: default device, peak arithmetic rate, memory in use, versions for run headers."""
+"""Facts about the machine: default device, peak arithmetic rate, memory in use, versions for run headers."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 
 
 def default_device(name: str = "auto") -> torch.device:
-    """The device to train on: what was asked for, or a GPU where there is one; a GPU always with its number.
+    """Return the device to train on: the requested one, or for auto a GPU if there is one. A GPU always has its number.
 
     Raises:
-        UserError: it is none of auto, cpu, cuda and cuda:N, or not here.
+        UserError: the name is none of auto, cpu, cuda and cuda:N, or the machine has no such device.
     """
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
@@ -41,15 +41,15 @@ def default_device(name: str = "auto") -> torch.device:
 
 
 def dtype_of(name: str, device_type: str) -> torch.dtype:
-    """A setting's dtype; "auto": bf16 on a GPU, fp32 on a CPU (most emulate bf16, which crawls)."""
+    """Return the dtype for a setting; "auto" is bf16 on a GPU and fp32 on a CPU (most CPUs emulate bf16 slowly)."""
     return DTYPES[("bf16" if device_type == "cuda" else "fp32") if name == "auto" else name]
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep memory that freed tensors leave on the CPU, for the next ones (glibc; elsewhere nothing).
+    """Make this process reuse the CPU memory of freed tensors for later ones (glibc only; a no-op elsewhere).
 
-    By default glibc gives large blocks back at once, and every step's tensors come back page by page: a quarter of the
-    time of a CPU step of GPT-2 124M at 256 tokens. The process holds its peak until it ends.
+    By default glibc returns large blocks to the system at once, so every step faults its tensors in page by page: a
+    quarter of the time of a CPU step of GPT-2 124M at 256 tokens. The process holds its peak memory until it ends.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -60,7 +60,7 @@ def keep_freed_memory() -> None:
 
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak FLOP/s for matrix products and where the figure is from: 'datasheet' or 'measured'."""
+    """Return the peak FLOP/s for matrix products and the source of the figure: 'datasheet' or 'measured'."""
     if device.type == "cuda" and dtype == torch.bfloat16:
         peak = datasheet_peak(torch.cuda.get_device_name(device))
         if peak is not None:
@@ -72,7 +72,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def _product_seconds(n: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the fastest of five products of (n, n) matrices."""
+    """Return the seconds of the fastest of five products of (n, n) matrices."""
     own = torch.Generator(device).manual_seed(0)  # the global one is the run's, and part of its checkpoints
     a = torch.randn(n, n, device=device, dtype=dtype, generator=own)
     best = float("inf")
@@ -91,7 +91,7 @@ def _wait(device: torch.device) -> None:
 
 
 def total_memory(device: torch.device) -> int:
-    """Bytes of a GPU's memory, or of this machine's (less where a control group allows less; 0 where it is unknown)."""
+    """Return the bytes of memory of a GPU, or of this machine (less if a control group allows less; 0 if unknown)."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:
@@ -104,7 +104,8 @@ def total_memory(device: torch.device) -> int:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory so far in GB: of the device's allocator on a GPU, of the process (Linux, else 0) on a CPU."""
+    """Return the peak memory so far in GB: of the device's allocator on a GPU, of the process (Linux, else 0) on a
+    CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
@@ -113,9 +114,10 @@ def memory_gb(device: torch.device) -> float:
 
 
 def nvml(device: torch.device) -> tuple[Any, Any]:
-    """NVIDIA's management library and its handle of a GPU, found by UUID: CUDA's numbers may be others than its own.
+    """Return NVIDIA's management library and its handle for a GPU, found by UUID because NVML and CUDA may number GPUs
+    differently.
 
-    Raises what the library raises, and ImportError without nvidia-ml-py.
+    Raises any error of the library, and ImportError without nvidia-ml-py.
     """
     import pynvml
 
@@ -124,7 +126,7 @@ def nvml(device: torch.device) -> tuple[Any, Any]:
 
 
 def energy_joules(device: torch.device) -> float | None:
-    """A GPU's energy counter, in joules since its driver was loaded; None where nothing tells."""
+    """Return a GPU's energy counter, in joules since its driver was loaded; None if it cannot be read."""
     if device.type != "cuda":
         return None
     try:
@@ -136,7 +138,7 @@ def energy_joules(device: torch.device) -> float | None:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor as it names itself."""
+    """Return the name that the processor reports."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -145,7 +147,7 @@ def cpu_name() -> str:
 
 @functools.cache
 def package_version(name: str) -> str:
-    """Version of an installed package, without importing it; empty where there is none."""
+    """Return the version of an installed package without importing it; empty if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -153,7 +155,7 @@ def package_version(name: str) -> str:
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Versions and device for the header of a run or a result."""
+    """Return versions and device for the header of a run or a result."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     try:
         import triton
@@ -175,7 +177,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that fastgpt runs from; None when installed as a wheel."""
+    """Return the commit of the checkout that fastgpt runs from; None when installed as a wheel."""
     here = Path(__file__).resolve().parents[2]
     if not (here / ".git").exists():
         return None

@@ -1,4 +1,4 @@
-"""The one exception that means 'the user can mend this'."""
+"""UserError, raised for mistakes the user can fix."""
 
 
 class UserError(Exception):

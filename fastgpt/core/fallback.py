@@ -1,4 +1,4 @@
-"""Falling back to PyTorch: said once for each cause, an error in strict mode."""
+"""Falling back to PyTorch: logged once for each cause, an error in strict mode."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _reported: set[tuple[str, str]] = set()
 
 
 def report_once(name: str, why: str) -> None:
-    """Log why `name` falls back; the same reason is logged once a process."""
+    """Log why `name` falls back; the same reason is logged once per process."""
     if (name, why) not in _reported:
         _reported.add((name, why))
         log.warning("%s: %s", name, why)
 
 
 def leave_to_torch(name: str, why: str) -> None:
-    """Log, once, that a call of the drop-in `name` goes to PyTorch.
+    """Log, once, that a call of the drop-in `name` falls back to PyTorch.
 
     Raises:
         RuntimeError: in strict mode.

@@ -1,7 +1,7 @@
-"""The compiled kernels, fastgpt._C: which are here, and why any are not. Importing this never fails.
+"""The compiled kernels, fastgpt._C: which are loaded, and why others are missing. Importing this never fails.
 
-`BUILT` says which backends are loaded, `reason(backend)` why one is not and what to do, `describe()` both for
-`fastgpt doctor`. What the build found is in fastgpt/_build_info.py, written by setup.py.
+`BUILT` says which backends are loaded, `reason(backend)` why one is missing and how to fix it, `describe()` both for
+`fastgpt doctor`. setup.py records the result of the build in fastgpt/_build_info.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REBUILD = "pip install --no-build-isolation -e . (in the checkout, with torch in
 
 
 def _facts() -> dict[str, Any]:
-    """What setup.py wrote, empty where there is nothing."""
+    """Return the settings that setup.py wrote; empty if there are none."""
     try:
         info = importlib.import_module("fastgpt._build_info")
     except ImportError:
@@ -30,7 +30,7 @@ def _facts() -> dict[str, Any]:
 
 
 def _load() -> tuple[dict[str, bool], dict[str, str]]:
-    """Import _C, which registers its kernels: backend -> loaded, backend -> why not."""
+    """Import _C, which registers its kernels. Return backend -> loaded, and backend -> why not."""
     built, missing = _INFO.get("BUILT", []), dict(_INFO.get("MISSING", {}))
     if not _INFO:
         missing = dict.fromkeys(NATIVE, f"fastgpt was not installed by its setup.py; {REBUILD}")
@@ -50,24 +50,24 @@ def _load() -> tuple[dict[str, bool], dict[str, str]]:
 
 
 def reason(backend: str) -> str:
-    """Why `backend` is not here and the remedy; empty if it is."""
+    """Return why `backend` is missing and how to fix it; empty if it is loaded."""
     return _MISSING.get(backend, "")
 
 
 def identity() -> str:
-    """Which sources the compiled kernels are of; empty without any."""
+    """Return the digest of the sources that the kernels were compiled from; empty without compiled kernels."""
     return str(_INFO.get("SOURCES", ""))
 
 
 def _stale() -> str:
-    """A note if this checkout's csrc/ is newer than _C; empty outside a checkout."""
+    """Return a note if this checkout's csrc/ differs from the sources of _C; empty outside a checkout."""
     found = sources_hash(Path(__file__).resolve().parents[2])
     same = not found or not any(BUILT.values()) or found == _INFO["SOURCES"]
     return "" if same else f"csrc/ changed since fastgpt._C was built: {REBUILD}"
 
 
 def _driver_cuda() -> int:
-    """The CUDA release, as in 13, that this machine's driver is of; 0 where it does not say."""
+    """Return the major CUDA release (such as 13) of this machine's driver; 0 if unknown."""
     version = ctypes.c_int(0)
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -77,7 +77,7 @@ def _driver_cuda() -> int:
 
 
 def _on_this_gpu() -> list[str]:
-    """What the GPU at hand, or its driver, cannot run as it was built."""
+    """Return notes on what this GPU or its driver cannot run as built."""
     if not BUILT["cuda"] or not torch.cuda.is_available():
         return []
     notes, (major, minor) = [], torch.cuda.get_device_capability()
@@ -96,7 +96,7 @@ def _on_this_gpu() -> list[str]:
 
 
 def describe() -> list[str]:
-    """Lines for `fastgpt doctor`: built for what, what is missing, why, and the remedy."""
+    """Return lines for `fastgpt doctor`: the build's target, what is missing, why, and how to fix it."""
     lines = []
     if any(BUILT.values()):
         lines.append(f"native       built for torch {_INFO['TORCH']} on {_INFO['DATE']}, you have {torch.__version__}")

@@ -1,7 +1,7 @@
-"""Command line and YAML into the fields of a (nested) dataclass; each error is one sentence.
+"""Read the command line and YAML into the fields of a (nested) dataclass; each error is one sentence.
 
 A setting's type decides how its text is read, on the command line and in a file alike: `1:30` is never a number, and
-`data: 123` is the text 123. Only null, lists and mappings are YAML's.
+`data: 123` is the text 123. Only null, lists and mappings follow the rules of YAML.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 BOOLS = {"true": True, "false": False}
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 NULLS = ("null", "~", "")
-WRONG = object()  # what `_convert` gives for a value that is not of the type
+WRONG = object()  # what `_convert` returns for a value that is not of the type
 
 
 def names() -> list[str]:
-    """The configurations that come with the package."""
+    """Return the names of the configurations included in the package."""
     return sorted(p.name[:-5] for p in (files("fastgpt") / "configs").iterdir() if p.name.endswith(".yaml"))
 
 
 def path_of(name: str) -> str:
-    """Path of a configuration given by name or path.
+    """Return the path of a configuration given by name or path.
 
     Raises:
         UserError: there is none.
@@ -49,13 +49,14 @@ def path_of(name: str) -> str:
 
 
 def from_command_line(cls: type, argv: Sequence[str], default: str) -> tuple[dict[str, Any], str, set[str]]:
-    """The settings of dataclass `cls` that are given, as nested plain values; the last configuration that argv names
-    (else `default`); and the keys that argv gives a value. `--help` prints every setting and exits.
+    """Return the given settings of dataclass `cls` as nested plain values, the last configuration that argv names (else
+    `default`), and the keys that argv sets. `--help` prints every setting and exits.
 
-    Configurations are read first, in their order, wherever they stand; then options count, the last one of each key.
+    Configurations are read first, in order, wherever they appear in argv. Options override them, and the last one of
+    each key counts.
 
     Raises:
-        UserError: naming the key, what came and what was expected.
+        UserError: names the key, the value received and the value expected.
     """
     if {"-h", "--help"} & set(argv):
         print(help_text(cls, default))
@@ -72,7 +73,7 @@ def from_command_line(cls: type, argv: Sequence[str], default: str) -> tuple[dic
 
 
 def from_mapping(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Stored settings, checked against dataclass `cls`.
+    """Check stored settings against dataclass `cls` and return them.
 
     Raises:
         UserError: unknown keys and wrong types.
@@ -81,7 +82,7 @@ def from_mapping(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> type, for every field of a dataclass and of those in it."""
+    """Return dotted key -> type for every field of a dataclass and of the dataclasses nested in it."""
     found: dict[str, Any] = {}
     hints = get_type_hints(cls)
     for f in fields(cls):
@@ -93,8 +94,10 @@ def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
 
 
 def _options(argv: Sequence[str], types_of: dict[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """The configurations in argv, and key -> text of its other options. A bare flag is true, and false after `no-`. An
-    option that comes twice with other values is logged."""
+    """Return the configurations in argv, and key -> text of its other options.
+
+    A bare flag is true, and false after `no-`. An option given twice with different values is logged.
+    """
     configs: list[str] = []
     found: dict[str, str] = {}
     words = list(argv)
@@ -123,7 +126,7 @@ def _options(argv: Sequence[str], types_of: dict[str, Any]) -> tuple[list[str], 
 
 
 def _read_file(path: str, source: str) -> Mapping[str, Any]:
-    """The mapping in a YAML file, its scalars as text."""
+    """Return the mapping in a YAML file, with scalars as text."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except ValueError as e:
@@ -136,7 +139,7 @@ def _read_file(path: str, source: str) -> Mapping[str, Any]:
 
 
 def _yaml(text: str, source: str) -> Any:
-    """YAML with text, or None for null, as its only scalars; a key that stands twice in a mapping is refused."""
+    """Parse YAML whose scalars all become text, or None for null. A duplicate key in a mapping is an error."""
     try:
         import yaml  # a machine without network may lack it; only files, lists and mappings need it
     except ImportError as e:
@@ -163,7 +166,7 @@ def _yaml(text: str, source: str) -> Any:
 
 
 def _parse(key: str, text: str, hint: Any) -> Any:
-    """Text of an option: null, a list or mapping where the type has one, else the text itself."""
+    """Parse the text of an option: null, a list or mapping if the type allows one, else the text itself."""
     kinds = (hint, *get_args(hint))
     if type(None) in kinds and text == "null":
         return None
@@ -173,7 +176,7 @@ def _parse(key: str, text: str, hint: Any) -> Any:
 
 
 def _flat(settings: Mapping[str, Any], types_of: dict[str, Any], source: str, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> converted value."""
+    """Return dotted key -> converted value."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         key = f"{prefix}{name}"
@@ -201,7 +204,7 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value`, text or a plain value, as the type `hint`; WRONG if it is none."""
+    """Convert `value`, text or a plain value, to the type `hint`; return WRONG if it does not fit."""
     inner = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):  # text last: everything typed is text
         found = (_convert(value, kind) for kind in sorted(inner, key=lambda kind: kind is str))
@@ -218,7 +221,7 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def _scalar(value: Any, hint: Any) -> Any:
-    """`value` as a number, truth, text or null; as what it looks like where any of these may stand."""
+    """Convert `value` to a number, boolean, text or null; for Any, to the first of these that it looks like."""
     if hint is Any:
         if not isinstance(value, str):
             return value
@@ -235,7 +238,7 @@ def _scalar(value: Any, hint: Any) -> Any:
 
 
 def unknown(key: str, types_of: dict[str, Any]) -> str:
-    """What to say of a key that does not exist."""
+    """Return the error text for a key that does not exist."""
     if key.partition(".")[0] not in types_of:
         key = key.partition(".")[0]
     near = difflib.get_close_matches(key, [*types_of, "config"], n=1)
@@ -243,7 +246,7 @@ def unknown(key: str, types_of: dict[str, Any]) -> str:
 
 
 def describe(hint: Any) -> str:
-    """A type in words."""
+    """Describe a type in words."""
     if hint in WORDS:
         return WORDS[hint]
     if get_origin(hint) is Literal:
@@ -256,7 +259,7 @@ def describe(hint: Any) -> str:
 
 
 def help_text(cls: type, default: str) -> str:
-    """Every setting with its type, default and description."""
+    """Return the help text: every setting with its type, default and description."""
     usage = "usage: fastgpt train [--config NAME_OR_FILE] [--SETTING VALUE] ..."
     more = "Names take hyphens or underscores. --compile alone means true, --no-compile means false."
     known = f"a YAML file, or one of {', '.join(names())}; default {default}"
@@ -280,7 +283,7 @@ def _entry(key: str, kind: str, text: str) -> str:
 
 
 def descriptions(cls: type) -> dict[str, str]:
-    """Field -> its text under 'Attributes:' in the docstring."""
+    """Return field -> its text under 'Attributes:' in the docstring."""
     doc = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")[2]
     entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", doc, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}

@@ -1,4 +1,4 @@
-"""tqdm's progress bars; where tqdm is not installed, a run says so once and goes on without them."""
+"""tqdm progress bars; if tqdm is not installed, a run reports it once and continues without them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class NoBar:
-    """What a run calls of a tqdm bar, without anything to see."""
+    """A stand-in with the tqdm methods that a run calls; it displays nothing."""
 
     def __init__(self, total: int | None = None, initial: int = 0) -> None:
         self.total, self.n = total, initial
@@ -34,7 +34,7 @@ def _tqdm() -> Any:
 
 
 def bar(total: int | None, initial: int = 0, **options: Any) -> Any:
-    """A tqdm bar with these options, or a NoBar."""
+    """Return a tqdm bar with these options, or a NoBar."""
     tqdm = _tqdm()
     return NoBar(total, initial) if tqdm is None else tqdm(total=total, initial=initial, **options)
 

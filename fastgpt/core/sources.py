@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sources_hash(root: Path) -> str:
-    """Digest of the sources of the compiled kernels in the checkout `root`; empty where there are none."""
+    """Return a digest of the compiled kernels' sources in the checkout `root`; empty if there are none."""
     files = sorted(p for p in (root / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h", ".cuh"))
     digest = hashlib.sha256()
     for path in files:

@@ -1,7 +1,7 @@
 """Tensor files in the safetensors format: the header's length in 8 bytes, the header as JSON, the tensors' bytes.
 
-Source: huggingface.co/docs/safetensors. Written here rather than imported, so that a run needs no package beside torch
-and numpy; the safetensors package reads these files, and they are the ones it would write.
+Source: huggingface.co/docs/safetensors. Implemented here rather than imported, so a run needs no package other than
+torch and numpy. The safetensors package reads these files and would write the same bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def save_file(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write named tensors of the CPU.
+    """Write named CPU tensors to a file.
 
     Raises:
         OSError: the file cannot be written.
@@ -42,7 +42,7 @@ def save_file(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_file(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file, on the CPU, each in memory of its own."""
+    """Load the tensors of a file onto the CPU, each in separate memory."""
     found = {}
     with path.open("rb") as f:
         header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
