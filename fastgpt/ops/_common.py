@@ -86,7 +86,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Under torch.autocast, the tensors in its dtype (fp64 stays): what matmul-like ops do with their inputs."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # none for meta tensors
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch 2.11 cannot compile is_autocast_available
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
