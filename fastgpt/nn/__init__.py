@@ -1,7 +1,7 @@
 """Modules over fastgpt.ops that replace their namesakes in torch.nn.
 
-Constructors, initial values and state_dict keys are the same; extra settings are keyword arguments. A call that an op
-does not cover runs on PyTorch's module, which is logged once.
+Constructors, initial values and state_dict keys match PyTorch; extra settings are keyword arguments. A call that an op
+does not cover falls back to PyTorch's module, which is logged once.
 """
 
 from fastgpt.nn.attention import Attention, MultiheadAttention, RotaryEmbedding

@@ -1,4 +1,4 @@
-"""Whether a module may be computed without calling it: what a call of it would run beside its class's forward."""
+"""Checks whether a module may be computed without calling it, or whether a call would run hooks as well."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _hooks(m: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def _users(tables: tuple[Any, ...]) -> Iterator[Any]:
-    """The hooks that are not PyTorch's own (FSDP gathers weights in hooks, the FLOP counter notes names)."""
+    """Yield the hooks that PyTorch did not set (FSDP gathers weights in hooks, the FLOP counter records names)."""
     for table in tables:
         for hook in table.values():
             if not (getattr(hook, "__module__", None) or "").startswith("torch."):
@@ -32,18 +32,18 @@ def _users(tables: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def plain(m: nn.Module) -> bool:
-    """Whether a call of m runs its class's forward and nothing else: no hook, no forward on the instance."""
+    """Return whether a call of m runs only the forward of its class: no hook, no forward set on the instance."""
     if any(_hooks(m)) or "forward" in m.__dict__:
         return False
     return not any(_GLOBAL) or not any(True for _ in _users(_GLOBAL))
 
 
 def fusable(m: Any, kind: type[M]) -> TypeGuard[M]:
-    """Whether m is a plain module of exactly this class, so that an op fused across modules may use its parameters."""
+    """Return whether m is a plain module of exactly this class, whose parameters an op fused across modules may use."""
     return type(m) is kind and plain(m)
 
 
 def watched(m: nn.Module) -> bool:
-    """Whether a hook of the user's sees what m gets or gives: its own, or one on every module."""
+    """Return whether a user's hook, on m or on every module, sees the inputs or outputs of m."""
     tables = (*_hooks(m), *_GLOBAL)
     return any(tables) and any(True for _ in _users(tables))

@@ -14,14 +14,14 @@ from fastgpt.ops.rope import rope_frequencies
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotate queries and keys by position, from tables that stay fp32 whatever the model is cast to.
+    """Rotary position embedding of queries and keys, with tables that stay in fp32 whatever the model is cast to.
 
     Args:
-        rotary_dim: leading columns of each head that rotate.
-        max_positions: rows of the tables.
+        rotary_dim: number of leading columns of each head that are rotated.
+        max_positions: number of rows of the tables.
         theta: base of the frequencies.
         scaling: as in fastgpt.ops.rope.rope_frequencies.
-        interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2) as in Llama and NeoX.
+        interleaved: rotate pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2) as in Llama and NeoX.
 
     Attributes:
         cos, sin: (max_positions, rotary_dim / 2) fp32; not in the state_dict.
@@ -56,7 +56,7 @@ class RotaryEmbedding(nn.Module):
         self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
-        super()._apply(fn, recurse)  # moves; a cast or a way through the meta device would lose the values
+        super()._apply(fn, recurse)  # moves the tables; a cast or a pass through the meta device loses their values
         self._fill()
         return self
 
@@ -69,18 +69,19 @@ class RotaryEmbedding(nn.Module):
 
 
 class MultiheadAttention(nn.MultiheadAttention):
-    """torch.nn.MultiheadAttention without the matrix of weights; also as fastgpt.nn.Attention.
+    """torch.nn.MultiheadAttention without the matrix of attention weights; also exported as fastgpt.nn.Attention.
 
     The arguments of the constructor are those of torch.nn.MultiheadAttention. Keys: in_proj_weight (or q_proj_weight,
     k_proj_weight, v_proj_weight), in_proj_bias, out_proj.weight, out_proj.bias.
 
-    The kernels serve need_weights=False without a mask, with is_causal=True (attn_mask is then not read, as in PyTorch,
-    and may be left out), and with a boolean key_padding_mask: there the keys that count are moved to the front, so
-    that any mask becomes a length. Weights, other masks, bias_k and bias_v, add_zero_attn go to torch's own. A
-    query all of whose keys are masked gives out_proj's bias, where PyTorch may give NaN.
+    The kernels run with need_weights=False and no mask, is_causal=True or a boolean key_padding_mask. With
+    is_causal=True attn_mask is not read, as in PyTorch, and may be omitted. With a key_padding_mask the unmasked keys
+    are moved to the front, which turns any mask into a length. Calls that need weights, other masks, bias_k and bias_v,
+    or add_zero_attn fall back to PyTorch's module. If all keys of a query are masked, its output is the bias of
+    out_proj, where PyTorch may return NaN.
 
     Returns:
-        (output, None) as PyTorch; (output, weights) from torch's own.
+        (output, None) as in PyTorch; (output, weights) where PyTorch's module runs.
     """
 
     def forward(
@@ -105,7 +106,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 def uncovered(
     m: Any, query: Tensor, key: Tensor, padding: Tensor | None, need_weights: bool, mask: Tensor | None, causal: bool
 ) -> str | None:
-    """What the op does not do of a call of nn.MultiheadAttention `m`; None where it does all."""
+    """Return which part of a call of nn.MultiheadAttention `m` the op does not cover, or None if it covers the call."""
     if need_weights:
         return "need_weights=True (pass need_weights=False where the weights are not used)"
     if m.bias_k is not None or m.add_zero_attn:
@@ -126,9 +127,11 @@ def uncovered(
 
 
 def attend(m: Any, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | None, causal: bool) -> Tensor:
-    """What an nn.MultiheadAttention `m` gives its out_proj, laid out as query: packed where all three are one tensor.
+    """Return the input of out_proj of nn.MultiheadAttention `m`, in the layout of query.
 
-    padding: (B, S) bool, True where a key does not count; not with `causal`.
+    The projection is packed if query, key and value are one tensor.
+
+    padding: (B, S) bool, True where a key is ignored; not supported with `causal`.
     """
     lone = query.dim() == 2  # one sequence
     batch_first = m.batch_first or lone
@@ -146,7 +149,7 @@ def attend(m: Any, query: Tensor, key: Tensor, value: Tensor, padding: Tensor | 
 
 
 def _heads(m: Any, x: Tensor, weight: Tensor, bias: Tensor | None, batch_first: bool) -> Tensor:
-    """x projected: (B, T, C) or (T, B, C) or (T, C) -> (B, T, heads, D)."""
+    """Project x and split it into heads: (B, T, C) or (T, B, C) or (T, C) -> (B, T, heads, D)."""
     y = F.linear(x[None] if x.dim() == 2 else x, weight, bias).unflatten(-1, (-1, m.head_dim))
     return y if batch_first else y.transpose(0, 1)
 
@@ -159,8 +162,8 @@ def _project(m: Any, query: Tensor, key: Tensor, value: Tensor, batch_first: boo
 
 
 def _counted_first(k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values (B, S, H, D) with those that `mask` (B, S) leaves out moved behind the others, and the others'
-    numbers (B,): softmax does not mind the order, and no value of the mask is read by the host."""
+    """Return keys and values (B, S, H, D) with those that `mask` (B, S) excludes moved to the end, and counts (B,) of
+    the others. Softmax does not depend on the order of keys, and the host reads no value of the mask."""
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, :, None, None].expand_as(k)
     return k.gather(1, order), v.gather(1, order), (~mask).sum(1)
 

@@ -11,8 +11,8 @@ from fastgpt.core.fallback import leave_to_torch
 class Embedding(nn.Embedding):
     """torch.nn.Embedding whose gradient is summed in fp32, in the order of the tokens.
 
-    The arguments of the constructor are those of torch.nn.Embedding; with max_norm, scale_grad_by_freq or sparse it
-    runs PyTorch's embedding.
+    The arguments of the constructor are those of torch.nn.Embedding. With max_norm, scale_grad_by_freq or sparse it
+    falls back to PyTorch's embedding.
 
     Shape: input (...) int64 or int32 -> (..., embedding_dim).
     """
@@ -26,6 +26,6 @@ class Embedding(nn.Embedding):
 
 
 def uncovered(m: nn.Embedding) -> list[str]:
-    """The options given to an nn.Embedding that ops.embedding lacks."""
+    """Return the options set on an nn.Embedding that ops.embedding does not support."""
     names = ("max_norm", "scale_grad_by_freq", "sparse")
-    return [n for n in names if getattr(m, n) is not None and getattr(m, n) is not False]  # max_norm=0.0 is given
+    return [n for n in names if getattr(m, n) is not None and getattr(m, n) is not False]  # max_norm=0.0 counts as set

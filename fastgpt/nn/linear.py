@@ -1,4 +1,4 @@
-"""Linear layers whose weight gradients stay in memory of their own between steps."""
+"""Linear layers whose weight gradients keep the same buffers between steps."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ KEPT_NUMEL = 2**18  # smaller matrices gain less from a buffer than an autograd 
 
 
 def keep_gradients(module: nn.Module, min_numel: int = KEPT_NUMEL) -> None:
-    """Give every matrix of at least min_numel elements a `grad_buffer`, where its gradient stays between steps.
+    """Allocate a `grad_buffer` for every matrix of at least min_numel elements, to hold its gradient in every step.
 
     The backward of fastgpt's linear layers, embeddings and LM head then writes (after zero_grad(set_to_none=True)) or
     adds the gradient there instead of allocating a tensor. Use it in one process and in eager mode: hooks of DDP and
-    FSDP see no gradient, and torch.compile ignores the buffers. Call it again after moving or casting the module: until
-    then its buffers are ignored.
+    FSDP see no gradient, and torch.compile ignores the buffers. Call it again after moving or casting the module;
+    until then the old buffers are ignored.
     """
     for p in module.parameters():
         if p.dim() == 2 and p.numel() >= min_numel and p.requires_grad:
@@ -24,7 +24,7 @@ def keep_gradients(module: nn.Module, min_numel: int = KEPT_NUMEL) -> None:
 
 
 class Linear(nn.Linear):
-    """torch.nn.Linear whose weight gradient goes to the buffer that `keep_gradients` made.
+    """torch.nn.Linear whose weight gradient is written to the buffer that `keep_gradients` allocated.
 
     The arguments of the constructor are those of torch.nn.Linear.
 

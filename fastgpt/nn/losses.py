@@ -1,4 +1,4 @@
-"""Cross-entropy, of logits and of a linear layer's output."""
+"""Cross-entropy of logits, and of the output of a linear layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fastgpt import ops
 from fastgpt.core.fallback import leave_to_torch
 from fastgpt.nn._hooks import plain
 
-_Stock: Any = getattr(nn, "LinearCrossEntropyLoss", _WeightedLoss)  # PyTorch has it from 2.13 on
+_Stock: Any = getattr(nn, "LinearCrossEntropyLoss", _WeightedLoss)  # available from PyTorch 2.13 on
 
 
 def _uncovered(input: Tensor, target: Tensor) -> str | None:
-    """What the ops do not take of torch's inputs; None: (N, C) and class numbers (N,)."""
+    """Return which input the ops do not support, or None for input (N, C) and class numbers (N,)."""
     if target.is_floating_point():
         return "class probabilities as target"
     if input.dim() != 2 or target.dim() != 1:
@@ -25,16 +25,16 @@ def _uncovered(input: Tensor, target: Tensor) -> str | None:
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """torch.nn.CrossEntropyLoss; the loss is fp32 for 16-bit logits too.
+    """torch.nn.CrossEntropyLoss, with a loss in fp32 even for 16-bit logits.
 
     The other arguments of the constructor are those of torch.nn.CrossEntropyLoss.
 
     Args:
-        z_loss: factor of the squared log-sum-exp, which is added to the loss; 0 is off.
-        softcap: logits become softcap * tanh(logits / softcap); 0 is off.
+        z_loss: factor of the squared log-sum-exp, which is added to the loss; 0 disables it.
+        softcap: logits become softcap * tanh(logits / softcap); 0 disables it.
 
     Shape: input (N, C), target (N,) int64 -> () or, for reduction "none", (N,). Class probabilities and inputs of
-    other dimensions run on PyTorch's loss, or raise ValueError if z_loss or softcap is set.
+    other dimensions fall back to PyTorch's loss, or raise ValueError if z_loss or softcap is set.
     """
 
     z_loss: float = 0.0
@@ -68,18 +68,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 class LinearCrossEntropyLoss(_Stock):  # type: ignore[misc]
     """torch.nn.LinearCrossEntropyLoss (PyTorch 2.13): cross-entropy of the output of a linear layer.
 
-    Only part of the logits is in memory where they would be large. The loss is fp32 for 16-bit input too. The other
-    arguments of the constructor are those of torch.nn.LinearCrossEntropyLoss; `options`, which chooses its chunks,
-    applies only to calls that run on PyTorch's loss.
+    Where the logits would be large, only part of them is in memory. The loss is in fp32 even for 16-bit input. The
+    other arguments of the constructor are those of torch.nn.LinearCrossEntropyLoss; `options`, which chooses PyTorch's
+    chunks, applies only to calls that fall back to PyTorch's loss.
 
     Args:
         z_loss, softcap: as in `CrossEntropyLoss`.
         chunk: as in fastgpt.ops.linear_cross_entropy.
 
     Shape: input (N, in_features), target (N,) int64 -> () or, for reduction "none", (N,). Keys: linear.weight
-    (num_classes, in_features) and linear.bias; `loss.linear.weight = embedding.weight` ties them. A linear layer that
-    was replaced or has hooks is called as a module, which computes all logits at once. out_features, class
-    probabilities and other dimensions run on PyTorch's loss, or raise ValueError if that does not support them.
+    (num_classes, in_features) and linear.bias; `loss.linear.weight = embedding.weight` ties the two weights. A linear
+    layer that was replaced or has hooks is called as a module, which computes all logits at once. out_features, class
+    probabilities and other dimensions fall back to PyTorch's loss, or raise ValueError if it does not support them.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class LinearCrossEntropyLoss(_Stock):  # type: ignore[misc]
                 raise ValueError(f"LinearCrossEntropyLoss: {why}: torch.nn has it from PyTorch 2.13 on")
             out: Tensor = super().forward(input, target)
             return out
-        if type(self.linear).forward is not nn.Linear.forward or not plain(self.linear):  # an adapter, a hook
+        if type(self.linear).forward is not nn.Linear.forward or not plain(self.linear):  # it has an adapter or a hook
             return ops.cross_entropy(self.linear(input), target, **_options(self))
         options = {**_options(self), "linear_bias": self.linear.bias, "chunk": self.chunk}
         return ops.linear_cross_entropy(input, self.linear.weight, target, **options)
@@ -135,7 +135,7 @@ def _leave(name: str, loss: Any, why: str) -> None:
 
 
 def _options(loss: Any) -> dict[str, Any]:
-    """A loss module's settings as the ops take them."""
+    """Return the settings of a loss module as keyword arguments of the ops."""
     names = ("weight", "label_smoothing", "reduction", "z_loss", "softcap")
     ignore = -100 if loss.ignore_index is None else loss.ignore_index
     return {"ignore_index": ignore, **{n: getattr(loss, n) for n in names}}

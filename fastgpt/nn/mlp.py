@@ -13,20 +13,20 @@ from fastgpt.nn.linear import Linear
 
 
 class GELU(nn.GELU):
-    """torch.nn.GELU; approximate is "none" (erf) or "tanh"."""
+    """torch.nn.GELU on the fused op; approximate is "none" (erf) or "tanh"."""
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.bias_gelu(input, approximate=self.approximate)
 
 
 class BiasGELU(nn.Module):
-    """gelu(x + bias) in one pass, behind a linear layer without a bias.
+    """GELU with a bias, gelu(x + bias) in one pass, for use after a linear layer without a bias.
 
     Args:
         num_features: F.
         approximate: "none" (erf) or "tanh" (GPT-2).
 
-    Shape: x (..., F) -> (..., F) in x's dtype. Keys: bias (F,), 0 at first.
+    Shape: x (..., F) -> (..., F) in the dtype of x. Keys: bias (F,), initialised to 0.
     """
 
     def __init__(self, num_features: int, approximate: str = "none", device: Any = None, dtype: Any = None) -> None:
@@ -46,9 +46,9 @@ class BiasGELU(nn.Module):
 
 
 def product_and_bias(up: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """up(x) as x's product with the weight, and the bias that is left for the next op to add.
+    """Return the product of x with the weight of `up`, and the bias for the next op to add.
 
-    A layer that was replaced or hooked (adapters, pruning) is called as a module and leaves no bias.
+    A layer that was replaced or has hooks (adapters, pruning) is called as a module, and the returned bias is None.
     """
     if fusable(up, Linear):
         return ops.linear(x, up.weight), up.bias
@@ -56,18 +56,18 @@ def product_and_bias(up: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class MLP(nn.Sequential):
-    """torch.nn.Sequential(Linear, GELU, Linear) with the first bias added in the same pass as GELU.
+    """torch.nn.Sequential(Linear, GELU, Linear) that adds the first bias in the same pass as GELU.
 
     Args:
         in_features, hidden_features: C and F.
         out_features: None means in_features.
-        bias: whether both linear layers have one.
+        bias: whether both linear layers have a bias.
         approximate: "none" (erf) or "tanh" (GPT-2).
 
     Shape: x (..., C) -> (..., out_features). Keys: 0.weight, 0.bias, 2.weight, 2.bias.
 
-    A first layer or activation that was replaced or hooked (adapters, pruning) is called as a module, so without that
-    fusion. FSDP: shard the MLP, not its first layer alone.
+    A first layer or activation that was replaced or has hooks (adapters, pruning) is called as a module, without that
+    fusion. With FSDP, shard the MLP as a whole, not its first layer alone.
     """
 
     def __init__(
@@ -98,16 +98,17 @@ class MLP(nn.Sequential):
 
 
 class SwiGLU(nn.Module):
-    """down_proj(act(gate_proj(x)) * up_proj(x)), the product and the function in one pass: Llama's MLP and its names.
+    """Gated MLP of Llama, down_proj(act(gate_proj(x)) * up_proj(x)), with activation and product in one pass.
 
     Args:
         in_features, hidden_features: C and F.
         out_features: None means in_features.
-        bias: whether all three layers have one.
+        bias: whether all three layers have a bias.
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU), "relu2".
 
     Shape: x (..., C) -> (..., out_features). Keys: gate_proj.weight, up_proj.weight, down_proj.weight (and .bias).
-    For one packed projection call fastgpt.ops.swiglu(gate_up), gate first. Source: arXiv:2002.05202.
+    The names are those of Llama. For one packed projection call fastgpt.ops.swiglu(gate_up), gate first.
+    Source: arXiv:2002.05202.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from fastgpt.core.fallback import leave_to_torch
 def _over_last(
     name: str, norm: Callable[..., Any], shape: tuple[int, ...], x: Tensor, residual: Tensor | None, *params: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """norm over x's trailing dimensions `shape` as one: norm(x, *params, residual=), its tensors flattened there.
+    """Apply norm(x, *params, residual=) over the trailing dimensions `shape` of x, flattened into one in all tensors.
 
     Raises:
         ValueError: x does not end in `shape`.
@@ -29,12 +29,12 @@ def _over_last(
 
 
 def _mixed(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the weight has a dtype that the ops do not take with x: neither its own nor fp32."""
+    """Return whether the ops do not support this dtype of the weight with x: it is neither that of x nor fp32."""
     return weight is not None and weight.dtype not in (x.dtype, torch.float32)
 
 
 def epsilon(eps: float | None, x: Tensor) -> float:
-    """RMSNorm's eps for rows x; None is what PyTorch takes: fp32's machine epsilon, in 16 bits, too (fp64: its own)."""
+    """Return eps of RMSNorm for x; None means PyTorch's default: the machine epsilon of fp32, or of fp64 for fp64 x."""
     return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
 
 
@@ -43,10 +43,10 @@ class LayerNorm(nn.LayerNorm):
 
     The arguments of the constructor are those of torch.nn.LayerNorm.
 
-    Shape: input `(..., *normalized_shape)`; the parameters have its dtype or fp32.
+    Shape: input `(..., *normalized_shape)`; the parameters are of the same dtype or fp32.
 
     Returns:
-        y of input's shape and dtype; with `residual` (as input) the pair (y, input + residual).
+        y of the shape and dtype of input; with `residual` (of the same shape and dtype) the pair (y, input + residual).
     """
 
     @overload
@@ -60,7 +60,7 @@ class LayerNorm(nn.LayerNorm):
         if residual is None and _mixed(input, weight):
             leave_to_torch("LayerNorm", f"a weight of {weight.dtype} with input of {input.dtype}")
             return super().forward(input)
-        if weight is None or weight.dim() != 1:  # a weight of one dimension: the op compares it with x
+        if weight is None or weight.dim() != 1:  # the op itself checks a weight of one dimension against x
             params = (weight, self.bias, self.eps)
             return _over_last("LayerNorm", ops.layer_norm, self.normalized_shape, input, residual, *params)
         return ops.layer_norm(input, weight, self.bias, self.eps, residual=residual)
@@ -73,13 +73,13 @@ class RMSNorm(nn.RMSNorm):
 
     Args:
         eps: None means PyTorch's default, the machine epsilon of fp32 (of fp64 for fp64 x).
-        weight_offset: added to the weight; 1.0 for weights stored as a difference from one (Gemma), which then start
-            at 0.
+        weight_offset: added to the weight; 1.0 for weights stored as a difference from one (Gemma), which are then
+            initialised to 0.
 
-    Shape: x `(..., *normalized_shape)`; the weight has its dtype or fp32.
+    Shape: x `(..., *normalized_shape)`; the weight is of the same dtype or fp32.
 
     Returns:
-        y of x's shape and dtype; with `residual` (as x) the pair (y, x + residual).
+        y of the shape and dtype of x; with `residual` (of the same shape and dtype) the pair (y, x + residual).
     """
 
     weight_offset: float = 0.0
@@ -94,7 +94,7 @@ class RMSNorm(nn.RMSNorm):
         *,
         weight_offset: float = 0.0,
     ) -> None:
-        self.weight_offset = weight_offset  # before the constructor draws initial values
+        self.weight_offset = weight_offset  # the constructor calls reset_parameters, which reads it
         super().__init__(normalized_shape, eps, elementwise_affine, device, dtype)
 
     def reset_parameters(self) -> None:
