@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._math import tanh
 from ._runtime import (
     Configuration,
     cast,
@@ -41,21 +42,10 @@ from ._runtime import (
 
 
 @triton.jit
-def _tanh(x):
-    """x + x^3 P(x^2) up to 0.625 (error 4.4e-9 before rounding), by exp above; absolute error 1.1e-7, relative 2e-7."""
-    s = tl.minimum(x * x, 0.390625)
-    p = -0.05373971536755562 + s * (0.02063908614218235 - s * 0.005704986397176981)
-    p = -0.3333328068256378 + s * (0.13331441581249237 + s * p)
-    e = exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.625, x + x * (s * p), tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
 def _capped(x, softcap, CAP: tl.constexpr):
     """z of logits x (fp32)."""
     if CAP:
-        return softcap * _tanh(x / softcap)
+        return softcap * tanh(x / softcap)
     else:
         return x
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt.kernels import cross_entropy, layer_norm, rms_norm
+from fastgpt.kernels._math import tanh
 from fastgpt.ops.rms_norm import rms_norm_ref, rms_norm_torch
 from fastgpt.parity import allowed_error
 
@@ -374,3 +375,18 @@ def test_a_scalar_condition_in_a_mask_is_refused() -> None:
 
     with pytest.raises(Exception, match="mask has unsupported dtype"):
         scalar_in_mask[(1,)](torch.zeros(4), 4)
+
+
+@triton.jit
+def tanh_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tanh(tl.load(x_ptr + i)))
+
+
+def test_tanh_is_as_exact_as_that_of_csrc() -> None:
+    """Its polynomial and switch are those of csrc/core/math.h, which tests/test_math.py holds to 1.26."""
+    x = torch.logspace(-18, 2, 2**12, dtype=torch.float64).float().to(DEVICE)
+    y = torch.empty_like(x)
+    tanh_kernel[(1,)](x, y, BLOCK=x.numel())
+    exact = x.double().tanh()
+    assert float(((y.double() - exact) / exact).abs().max()) <= 1.26 * 2.0**-23
