@@ -1,4 +1,4 @@
-"""Optimizers over fastgpt's fused update: AdamW, and Muon for matrices with AdamW for the rest."""
+"""Optimizers with a fused update: AdamW, and Muon for matrices combined with AdamW for the rest."""
 
 from fastgpt.optim.adamw import AdamW
 from fastgpt.optim.muon import MuonAdamW

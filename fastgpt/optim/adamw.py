@@ -41,11 +41,11 @@ class AdamW(torch.optim.Optimizer):
         betas, eps, weight_decay: as in torch.optim.AdamW (decoupled decay).
         master: how 16-bit parameters keep what 16 bits cannot hold: "fp32" copies, "remainder" (bf16 only: 16 low bits,
             the exact fp32 value in 2 bytes less), "stochastic" rounding (bf16 only, unbiased, from `seed`), or None.
-        max_norm: clip the global gradient norm to this, by the formula of `torch.nn.utils.clip_grad_norm_`; None: no
-            clipping. A norm that is not finite skips the step on the device: parameters, moments and step counters do
+        max_norm: clip the global gradient norm to this, by the formula of `torch.nn.utils.clip_grad_norm_`; None: do
+            not clip. A norm that is not finite skips the step on the device: parameters, moments and step counters do
             not change.
         moment_dtype: torch.float32 or torch.bfloat16.
-        seed: seed of stochastic rounding.
+        seed: seed for stochastic rounding.
 
     Attributes:
         grad_norm: (1,) fp32 on the device: global norm of the last step before clipping (with max_norm only; NaN before
@@ -80,9 +80,9 @@ class AdamW(torch.optim.Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    # torch.amp.GradScaler's protocol, by which both are absent but in its steps
-    grad_scale: Tensor | None  # divide gradients by this,
-    found_inf: Tensor | None  # change nothing where this is not 0
+    # by the protocol of torch.amp.GradScaler both exist only during its steps
+    grad_scale: Tensor | None  # divides the gradients
+    found_inf: Tensor | None  # if it is not 0, the step is skipped
 
     def __init__(
         self,
@@ -105,17 +105,17 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         check_settings(master, max_norm, moment_dtype, seed)
         flags = dict(maximize=maximize, foreach=foreach, capturable=capturable, differentiable=differentiable)
-        # decoupled_weight_decay: PyTorch's optimizers tell by it that a saved group is AdamW's
+        # by decoupled_weight_decay the optimizers of PyTorch recognise a saved group of AdamW
         flags |= dict(amsgrad=amsgrad, fused=fused, decoupled_weight_decay=True)
         self.master, self.max_norm, self.moment_dtype, self.seed = master, max_norm, moment_dtype, int(seed)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **flags))
         self._number()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, before the first step or after any; it has the defaults of what it does not name.
+        """Add a group at any time; settings that it does not name have their defaults.
 
         Raises:
-            ValueError, TypeError: a setting or a parameter that the constructor would not take; nothing is added then.
+            ValueError, TypeError: a setting or a parameter that the constructor would reject; nothing is added then.
         """
         super().add_param_group(param_group)
         try:
@@ -129,16 +129,20 @@ class AdamW(torch.optim.Optimizer):
             raise
 
     def _number(self) -> None:
-        """Give every parameter its slot in the step counters, which state["step"] are views of, and every group its
-        learning rate on the device; steps that were taken are kept."""
+        """Assign each parameter a slot in the step counters, of which state["step"] is a view, and each group a
+        learning rate on the device. Existing step counts are kept."""
         order = [p for g in self.param_groups for p in g["params"]]
         devices = {p.device for p in order} or {torch.device("cpu")}
         if len(devices) > 1:
             raise ValueError(f"AdamW: parameters are on {sorted(map(str, devices))}, expected one device")
         self._order, self.device = order, devices.pop()
-        self._device_number = order[0].get_device() if order else -1  # compared for each parameter in each step: quick
+        self._device_number = (
+            order[0].get_device() if order else -1
+        )  # compared for each parameter in each step, so it must be fast
         self._sharded = any(map(is_sharded, order))
-        fp32: dict[str, Any] = dict(dtype=torch.float32, device=self.device)  # whatever the defaults are
+        fp32: dict[str, Any] = dict(
+            dtype=torch.float32, device=self.device
+        )  # independent of the default dtype and device
         self._steps = torch.zeros(len(order), **fp32)
         self._places = [self._steps[slot] for slot in range(len(order))]  # views
         for slot, p in enumerate(order):
@@ -153,18 +157,18 @@ class AdamW(torch.optim.Optimizer):
         self.grad_norm = getattr(self, "grad_norm", torch.full((1,), torch.nan, **fp32)).to(self.device)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy (torch's own keeps only its settings, state and groups)."""
+        """Return the state for pickle and deepcopy (torch.optim.Optimizer keeps only defaults, state and groups)."""
         names = ("master", "max_norm", "moment_dtype", "seed", "grad_norm")
         return {**super().__getstate__(), **{n: getattr(self, n) for n in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "master" in state:  # else load_state_dict, which fills in what there is
+        if "master" in state:  # otherwise load_state_dict calls this, and fills the state itself
             self._number()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns closure's loss, if one was given."""
+        """Update every parameter that has a gradient; return the loss of the closure, if one was passed."""
         loss = loss_of(closure)
         buckets = self._buckets()
         if not buckets:
@@ -183,7 +187,9 @@ class AdamW(torch.optim.Optimizer):
     ) -> None:
         clip = self.max_norm is not None
         with_grad = [tuple(b.index) for b in buckets]
-        if clip and (with_grad != self._with_grad or self._sharded):  # other tensors leave other partial sums unused
+        if clip and (
+            with_grad != self._with_grad or self._sharded
+        ):  # with other tensors, other partial sums stay unused
             self._with_grad = with_grad
             self._partials = torch.zeros(PARTIALS * len(buckets), dtype=torch.float32, device=self.device)
         for i, b in enumerate(buckets):
@@ -242,10 +248,10 @@ class AdamW(torch.optim.Optimizer):
             )
 
     def _buckets(self) -> list[Bucket]:
-        """Parameters with a gradient, by (parameter dtype, gradient dtype, process groups); of DTensors the shards."""
+        """Group parameters with a gradient (shards of DTensors) by parameter dtype, gradient dtype, process groups."""
         if len(self.param_groups) != len(self._lr):
             self._number()
-        if (self.master, self.moment_dtype) != self._fitted_for:  # set by hand
+        if (self.master, self.moment_dtype) != self._fitted_for:  # the user set one of them
             check_settings(self.master, self.max_norm, self.moment_dtype, self.seed)
             self._number()
         buckets: dict[tuple[Any, ...], Bucket] = {}
@@ -256,7 +262,7 @@ class AdamW(torch.optim.Optimizer):
                 g = p.grad
                 if g is None:
                     continue
-                # exchanged in its group, or moved
+                # the parameter was replaced in its group, or moved
                 if slot >= len(self._order) or p is not self._order[slot] or p.get_device() != self._device_number:
                     self._number()
                     return self._buckets()
@@ -287,19 +293,21 @@ class AdamW(torch.optim.Optimizer):
         return list(buckets.values())
 
     def _fit(self, p: Tensor, slot: int) -> dict[str, Any]:
-        """p's state, made to fit what p, its state and the settings are now."""
+        """Return the state of p, converted to fit p and the settings as they are now."""
         state: dict[str, Any] = self.state.setdefault(p, {})
         self._fitted[slot] = fit(p, state, self._places[slot], self.master, self.moment_dtype)
-        self._with_grad = []  # another size leaves other partial sums unused
+        self._with_grad = []  # with another size, other partial sums stay unused
         return state
 
     def refresh_lr(self) -> None:
-        """Bring the groups' learning rates to the device: floats only when they changed, tensors by a device copy.
+        """Copy the learning rates of the groups to the device: floats only when they changed, tensors by a device copy.
 
-        step() does it; call it before each replay of a CUDA graph that holds step().
+        step() calls it; call it yourself before each replay of a CUDA graph that contains step().
         """
         rates = [g["lr"] for g in self.param_groups]
-        there = [isinstance(r, Tensor) and r.device.type != "cpu" for r in rates]  # reading those would wait
+        there = [
+            isinstance(r, Tensor) and r.device.type != "cpu" for r in rates
+        ]  # reading those would wait for the device
         floats = [None if t else float(r.detach() if isinstance(r, Tensor) else r) for r, t in zip(rates, there)]
         if floats != self._lr_floats:
             self._lr_floats = floats
@@ -310,14 +318,15 @@ class AdamW(torch.optim.Optimizer):
                 self._lr[i].copy_(rate.reshape(()), non_blocking=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this optimizer's state, or torch.optim.AdamW's; moments and masters become what this one's settings say.
+        """Load the state of this optimizer or of torch.optim.AdamW, converted to the settings of this optimizer.
 
-        (torch's own would cast fp32 moments of bf16 parameters to bf16.) A master of another kind is converted: fp32
-        and remainder into each other, from none to one at the weight, dropped where this optimizer keeps none.
+        (PyTorch's load_state_dict would cast fp32 moments of bf16 parameters to bf16.) A master of another kind is
+        converted: fp32 and remainder into each other. A missing master is initialised from the weight, and a master is
+        dropped if this optimizer keeps none.
 
         Raises:
-            ValueError: a setting that is not supported, the state of another kind of optimizer, or a tensor of another
-                shape than its parameter's; nothing has changed then.
+            ValueError: a setting that is not supported, the state of another kind of optimizer, or a tensor whose shape
+                differs from that of its parameter; nothing has changed then.
         """
         load_uncast(self, state_dict, check_saved, self._load)
 
@@ -334,7 +343,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _check_gradient(p: Tensor, g: Tensor) -> None:
-    """Raise ValueError for a gradient from before p got another shape or device."""
+    """Raise ValueError for a gradient computed before p changed its shape or device."""
     if g.shape != p.shape or g.device != p.device:
         raise ValueError(
             f"AdamW: a gradient of shape {tuple(g.shape)} is on {g.device}, expected its parameter's "
@@ -343,13 +352,13 @@ def _check_gradient(p: Tensor, g: Tensor) -> None:
 
 
 def _numbers(group: dict[str, Any]) -> tuple[float, float, float, float]:
-    """beta1, beta2, eps, weight_decay of a group."""
+    """Return beta1, beta2, eps and weight_decay of a group."""
     beta1, beta2 = group["betas"]
     return float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
 
 
 def _sum_over(groups: tuple[Any, ...], t: Tensor) -> Tensor:
-    """t, summed in place over the processes of these groups."""
+    """Sum t in place over the processes of these groups, and return it."""
     for group in groups:
         torch.distributed.all_reduce(t, group=group)
     return t

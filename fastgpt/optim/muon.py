@@ -17,24 +17,24 @@ BUFFER = "momentum_buffer"
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon for the matrices in the middle of a model and AdamW for all other parameters, in one optimizer.
+    """Optimizer with torch.optim.Muon for the matrices in the middle of a model and AdamW for all other parameters.
 
     Args:
-        groups: parameter groups; those with "muon": True hold matrices only, and come first in `param_groups`.
-        lr, weight_decay, momentum: as in torch.optim.Muon, whose update is scaled to the size of AdamW's
-            ("match_rms_adamw"), so that one learning rate serves both.
-        max_norm: clip the global gradient norm, of all parameters together, to this.
+        groups: parameter groups; those with "muon": True contain only matrices, and are first in `param_groups`.
+        lr, weight_decay, momentum: as in torch.optim.Muon, whose update is scaled to the size of an AdamW
+            update ("match_rms_adamw"), so one learning rate suits both.
+        max_norm: clip the global gradient norm, over all parameters, to this.
         settings: further settings of fastgpt.optim.AdamW.
 
     Attributes:
         grad_norm: as in AdamW.
 
-    16-bit matrices always have fp32 copies; `master` applies to the other parameters. A step whose norm is not finite,
-    or with found_inf, changes nothing; detecting that waits for the device. Weights that you set, and state that you
-    clear or replace, are handled as in AdamW.
+    16-bit matrices always have fp32 copies; `master` applies to the other parameters. A step is
+    skipped if its norm is not finite or found_inf is set; detecting that waits for the device. Weights that you set,
+    and state that you clear or replace, are handled as in AdamW.
 
     Raises:
-        ValueError: groups that are added after construction, and matrices that were fp32 then and no longer are.
+        ValueError: a group is added after construction, or a matrix that was fp32 at construction no longer is.
 
     Source: arXiv:2502.16982.
     """
@@ -70,18 +70,18 @@ class MuonAdamW(torch.optim.Optimizer):
         self.grad_norm = torch.full((1,), torch.nan, dtype=torch.float32, device=self.device)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        if hasattr(self, "adamw"):  # else the constructor's
+        if hasattr(self, "adamw"):  # otherwise the constructor adds it
             raise ValueError("MuonAdamW: a group was added after it was made, expected all groups in the constructor")
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy (torch's own keeps only its settings, state and groups)."""
+        """Return the state for pickle and deepcopy (torch.optim.Optimizer keeps only defaults, state and groups)."""
         names = ("max_norm", "matrices", "masters", "muon", "adamw", "device", "found_inf", "grad_norm")
         return {**super().__getstate__(), **{n: getattr(self, n) for n in names}}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], T] | None = None) -> T | None:  # type: ignore[override]
-        """One update of every parameter; returns closure's loss, if one was given."""
+        """Update every parameter that has a gradient; return the loss of the closure, if one was passed."""
         loss = loss_of(closure)
         given = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         self.grad_norm.copy_(torch.nn.utils.get_total_norm([p.grad for p in given]))
@@ -103,7 +103,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _share(self) -> None:
-        """Hand settings and state, which may have been changed, loaded or cleared, to the two optimizers."""
+        """Pass settings and state, which may have been changed, loaded or cleared, to the two inner optimizers."""
         mine = self.param_groups[: len(self.muon.param_groups)]
         for group, inner in zip(mine, self.muon.param_groups, strict=True):
             inner.update({name: value for name, value in group.items() if name != "params"})
@@ -121,15 +121,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for master in self.masters:  # the copies'
+        for master in self.masters:  # gradients of the fp32 copies
             master.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load this optimizer's state, on the device and in the dtypes of now.
+        """Load the state of this optimizer, converted to the current device and dtypes.
 
         Raises:
-            ValueError: other groups, the state of another kind of optimizer, or a tensor of another shape than its
-                parameter's; nothing has changed then.
+            ValueError: other groups, the state of another kind of optimizer, or a tensor whose shape differs from
+                that of its parameter; nothing has changed then.
         """
         load_uncast(self, state_dict, self._check, self._load)
 
@@ -158,7 +158,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _follow(p: Tensor, master: Tensor, state: dict[str, Any]) -> None:
-    """Bring a matrix's fp32 copy, in its place, to what state and matrix say: cleared, replaced or set from outside."""
+    """Update the fp32 copy of a matrix in place after the state was cleared or replaced, or the matrix was set."""
     if master.device != p.device:
         master.data = master.to(p.device)
     if state.get("master") is not master:

@@ -1,7 +1,7 @@
-"""What AdamW keeps beside its parameters: what it may be made of, and how it is made to fit a parameter as it is now.
+"""State of AdamW: checks of settings, parameters and saved state, and conversion of state to fit its parameter.
 
-State can be cleared, replaced, loaded from other settings, and parameters can be cast, moved or exchanged between two
-steps. `fit` puts all of it right in one place: what is missing starts anew, what is there is kept and converted.
+State can be cleared, replaced or loaded from other settings, and parameters can be cast, moved or replaced between two
+steps. `fit` handles all of this in one place: missing state is initialised, existing state is kept and converted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def loss_of(closure: Callable[[], T] | None) -> T | None:
-    """What the closure of `step` returns, called with gradients enabled; None without one."""
+    """Call the closure of `step` with gradients enabled and return its result, or None without a closure."""
     if closure is None:
         return None
     with torch.enable_grad():
@@ -29,10 +29,10 @@ def loss_of(closure: Callable[[], T] | None) -> T | None:
 
 
 class Fitted(NamedTuple):
-    """What a parameter was when its state fitted it, and that state."""
+    """Properties of a parameter when its state was last fitted, and that state."""
 
     dtype: torch.dtype
-    numel: int  # with the strides it tells the shape, and is read quicker
+    numel: int  # with the strides it determines the shape, and is faster to read
     stride: tuple[int, ...]
     step: Tensor
     exp_avg: Tensor
@@ -43,7 +43,7 @@ class Fitted(NamedTuple):
 def still_fits(
     fitted: Fitted | None, p: Tensor, dtype: torch.dtype, stride: tuple[int, ...], state: dict[str, Any]
 ) -> bool:
-    """Whether p, of this dtype and stride, and its state are what fitted; asked for each parameter in each step."""
+    """Return whether p, of this dtype and stride, and its state are unchanged; called per parameter and step."""
     if fitted is None:
         return False
     old_dtype, numel, old_stride, step, m, v, master = fitted
@@ -60,10 +60,10 @@ def still_fits(
 
 
 def fit(p: Tensor, state: dict[str, Any], step: Tensor, master: str | None, moment_dtype: torch.dtype) -> Fitted:
-    """Make `state` what the update of p needs; `step` is its place in the step counters.
+    """Convert `state` in place to what the update of p needs; `step` is its slot in the step counters.
 
     Raises:
-        ValueError, TypeError: p has become what AdamW does not take, or a state tensor has another shape than p.
+        ValueError, TypeError: p is no longer supported by AdamW, or a state tensor has another shape than p.
     """
     check_parameter(p, master)
     _check_shapes("state", p, state)
@@ -84,7 +84,7 @@ def fit(p: Tensor, state: dict[str, Any], step: Tensor, master: str | None, mome
 
 
 def set_step(place: Tensor, state: dict[str, Any]) -> None:
-    """Make state["step"] the view `place` of the step counters, at the same count; none: 0."""
+    """Replace state["step"] by the view `place` of the step counters, with the same count (0 if there is none)."""
     step = state.get("step", 0.0)
     if step is not place:
         place.copy_(step.reshape(())) if isinstance(step, Tensor) else place.fill_(float(step))
@@ -92,14 +92,14 @@ def set_step(place: Tensor, state: dict[str, Any]) -> None:
 
 
 def write_master(master: Tensor, p: Tensor, old: Tensor | None) -> None:
-    """Fill p's master, fp32 or int16 remainder, from p and an older master of any kind (None: there was none).
+    """Fill p's master, fp32 or int16 remainder, from p and an older master of any kind (None: no older master).
 
-    Between fp32 and remainders the value is kept. One that lies half-way between two bf16 values moves by one unit in
-    the last place of fp32: the two kinds round it differently, and the parameter must stay its rounding.
+    Between fp32 and remainders the value is kept. A value half-way between two bf16 values moves by one unit in the
+    last place of fp32: the two kinds round it differently, and the parameter must remain its rounded value.
     """
     master, p, old = local(master), local(p.detach()), None if old is None else local(old).to(p.device)
     if old is not None and old.dtype == torch.int16 and p.dtype != torch.bfloat16:
-        old = None  # low bits of a bf16 parameter say nothing about this one
+        old = None  # low bits of a bf16 parameter do not apply to another dtype
     if master.dtype == torch.int16:
         if old is not None:
             master.copy_(old if old.dtype == torch.int16 else _low_bits(old.float()))
@@ -110,7 +110,7 @@ def write_master(master: Tensor, p: Tensor, old: Tensor | None) -> None:
 
 
 def _low_bits(master: Tensor) -> Tensor:
-    """What fp32 `master` is beyond its rounding to bf16, as an int16 remainder."""
+    """Return the difference of fp32 `master` from its rounding to bf16, as an int16 remainder."""
     high = master.bfloat16().view(torch.int16).to(torch.int32) << 16
     return (master.view(torch.int32) - high).clamp(max=0x7FFF).to(torch.int16)
 
@@ -130,14 +130,16 @@ def load_uncast(
     check: Callable[[list[dict[str, Any]], list[tuple[Tensor, dict[str, Any]]]], None],
     fill: Callable[[list[tuple[Tensor, dict[str, Any]]]], None],
 ) -> None:
-    """torch.optim.Optimizer.load_state_dict, which would cast fp32 state of 16-bit parameters to 16 bits, without that.
+    """Load a state_dict without the cast of torch.optim.Optimizer.load_state_dict.
 
-    check: gets the groups and the (parameter, its state) pairs that other hooks left, and raises before anything has
-    changed. fill: writes these pairs' state, before other hooks look at it.
+    That method would cast fp32 state of 16-bit parameters to 16 bits.
+
+    check: receives the groups and the (parameter, state) pairs after other hooks have run, and raises before anything
+    has changed. fill: writes the state of these pairs, before other hooks read it.
     """
     pairs: list[tuple[Tensor, dict[str, Any]]] = []
 
-    def take(_: Any, content: dict[str, Any]) -> dict[str, Any]:  # behind other hooks
+    def take(_: Any, content: dict[str, Any]) -> dict[str, Any]:  # runs after other hooks
         numbers = [n for g in content["param_groups"] for n in g["params"]]
         params = [p for g in optimizer.param_groups for p in g["params"]]
         state = content["state"]
@@ -157,7 +159,7 @@ def load_uncast(
 
 
 def check_saved(groups: list[dict[str, Any]], pairs: list[tuple[Tensor, dict[str, Any]]]) -> None:
-    """Raise ValueError unless these groups and states are AdamW's, ours or torch.optim's, of the parameters' shapes."""
+    """Raise ValueError unless groups and states are from AdamW (this one or torch.optim) and match the shapes."""
     for group in groups:
         check_group(group)
     for p, saved in pairs:
@@ -174,24 +176,24 @@ def _check_shapes(what: str, p: Tensor, state: dict[str, Any]) -> None:
 
 
 def is_sharded(p: Tensor) -> bool:
-    """Whether p is a DTensor (whose import takes half a second)."""
+    """Return whether p is a DTensor, without importing DTensor, which takes half a second."""
     return hasattr(p, "placements")
 
 
 def local(t: Any) -> Tensor:
-    """This process's part of a DTensor, or the tensor."""
+    """Return the local shard of a DTensor, or the tensor itself."""
     return t.to_local() if is_sharded(t) else t
 
 
 def shard(p: Any, g: Any, state: dict[str, Any]) -> tuple[tuple[Any, ...], Tensor, Tensor, dict[str, Any]]:
-    """Process groups that DTensor p is sharded over, and this process's part of it, of its gradient and state."""
+    """Return the process groups that DTensor p is sharded over, and the local shards of p, its gradient and state."""
     groups = tuple(p.device_mesh.get_group(i) for i, place in enumerate(p.placements) if place.is_shard())
     g = g if g.placements == p.placements else g.redistribute(placements=p.placements)
     return groups, p.to_local(), g.to_local(), {n: local(t) for n, t in state.items()}
 
 
 def _is_dense(p: Tensor) -> bool:
-    """Whether p's elements fill their memory, each at a place of its own."""
+    """Return whether the elements of p fill their memory without gaps or overlaps."""
     size = 1
     for stride, n in sorted((s, n) for s, n in zip(p.stride(), p.shape) if n != 1):
         if stride != size and p.numel():
@@ -201,7 +203,7 @@ def _is_dense(p: Tensor) -> bool:
 
 
 def check_parameter(p: Tensor, master: str | None) -> None:
-    """Raise TypeError or ValueError for a parameter that AdamW does not take."""
+    """Raise TypeError or ValueError for a parameter that AdamW does not support."""
     if not p.is_floating_point() or p.layout is not torch.strided:
         raise TypeError(f"AdamW: a parameter is {p.dtype} {p.layout}, expected dense floating point")
     if not _is_dense(local(p)):
@@ -214,7 +216,7 @@ def check_parameter(p: Tensor, master: str | None) -> None:
 
 
 def check_group(group: dict[str, Any]) -> None:
-    """Raise ValueError for settings of a parameter group, made or loaded, that AdamW does not take."""
+    """Raise ValueError for settings of a new or loaded parameter group that AdamW does not support."""
     if missing := [name for name in ("lr", "betas", "eps", "weight_decay") if name not in group]:
         raise ValueError(f"AdamW: a saved group has no {missing[0]}, expected the state of an AdamW")
     for flag in ("amsgrad", "maximize", "differentiable"):
@@ -228,7 +230,7 @@ def check_group(group: dict[str, Any]) -> None:
     if any(isinstance(b, Tensor) for b in betas):
         raise ValueError("AdamW: betas are tensors, expected numbers")
     for name, value in dict(lr=0.0 if isinstance(lr, Tensor) else lr, eps=eps, weight_decay=decay).items():
-        if not _number(name, value) >= 0:  # nor NaN
+        if not _number(name, value) >= 0:  # rejects NaN too
             raise ValueError(f"AdamW: {name} is {value}, expected at least 0")
     if not all(0.0 <= _number("betas", b) < 1.0 for b in betas):
         raise ValueError(f"AdamW: betas are {betas}, expected 0 to less than 1")
@@ -236,13 +238,13 @@ def check_group(group: dict[str, Any]) -> None:
 
 def _number(name: str, value: Any) -> float:
     try:
-        return value if isinstance(value, (int, float)) else float(value + 0)  # no strings
+        return value if isinstance(value, (int, float)) else float(value + 0)  # raises TypeError for strings
     except (TypeError, ValueError):
         raise ValueError(f"AdamW: {name} is {value!r}, expected a number") from None
 
 
 def check_settings(master: str | None, max_norm: float | None, moment_dtype: torch.dtype, seed: Any) -> None:
-    """Raise ValueError for settings of the whole optimizer that it does not take."""
+    """Raise ValueError for settings of the whole optimizer that it does not support."""
     if master not in MASTERS:
         raise ValueError(f"AdamW: master is {master!r}, expected one of {MASTERS}")
     if max_norm is not None and not _number("max_norm", max_norm) > 0:
