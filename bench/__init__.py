@@ -1,6 +1,6 @@
-"""Benchmarks, one file per op and one for throughput; installed as fastgpt.bench."""
+"""Benchmarks, one file per op and one for training throughput; installed as fastgpt.bench."""
 
 from pathlib import Path as _Path
 
-# Every op of the registry, by its file here, of which nothing is imported: bench.gpu asks before anything is built.
+# Every op of the registry, named after its file here. A literal: bench.gpu reads it before anything is built.
 OPS = tuple(sorted(p.stem for p in _Path(__file__).parent.glob("[a-z]*.py") if "\nBENCH = " in p.read_text("utf-8")))

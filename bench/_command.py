@@ -22,7 +22,7 @@ from fastgpt.core.device import DTYPES, dtype_of, keep_freed_memory
 
 
 def options(bench: Bench) -> Parser:
-    """The command line of one op's benchmark."""
+    """Return the parser for one op's benchmark."""
     parser = command_line(bench.op, __doc__)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     shape_type = functools.partial(parse_shape, bench.dims)
@@ -40,16 +40,16 @@ def options(bench: Bench) -> Parser:
 
 
 def main(bench: Bench, argv: list[str] | None = None) -> int:
-    """`fastgpt bench OP`, `python -m fastgpt.bench.OP`; 1 if a provider of ours was red."""
+    """Run `fastgpt bench OP` or `python -m fastgpt.bench.OP`; return 1 if a fastgpt provider was red."""
     parser = options(bench)
     args = parser.parse_args(argv)
 
-    elsewhere = args.ncu and args.device.startswith("cuda")  # a command to run where there is a GPU
+    elsewhere = args.ncu and args.device.startswith("cuda")  # print a command to run on a machine with a GPU
     device = torch.device(args.device) if elsewhere else device_of(parser, args.device)
     if device.type == "cpu":
-        keep_freed_memory()  # else a large output's pages are fetched anew in every call, by everyone who is compared
+        keep_freed_memory()  # else every call, of any provider, would fault in the pages of a large output again
     dtype = dtype_of(args.dtype or "auto", device.type)
-    modes = ("default",) * args.compile + ("max-autotune-no-cudagraphs",) * args.max_autotune  # the graph is ours
+    modes = ("default",) * args.compile + ("max-autotune-no-cudagraphs",) * args.max_autotune  # graphs are ours
     status = 0
     for shape in args.shape or bench.shapes[device.type]:
         setting = Setting(shape, dtype, device)
@@ -70,7 +70,7 @@ def main(bench: Bench, argv: list[str] | None = None) -> int:
 
 
 def tell(bench: Bench, setting: Setting, rows: list[dict[str, Any]]) -> None:
-    """Print the rows, and which backends of ours are missing."""
+    """Print the rows and the fastgpt backends that are missing."""
     print(f"{bench.op} {'x'.join(map(str, setting.shape))} {setting.dtype} on {where(rows[0]['machine'])}")
     print(show(rows))
     for b in backend.ops()[bench.op]:
@@ -79,7 +79,7 @@ def tell(bench: Bench, setting: Setting, rows: list[dict[str, Any]]) -> None:
 
 
 def parse_shape(dims: str, text: str) -> Shape:
-    """'8192x768' for dims NxC -> (8192, 768)."""
+    """Parse '8192x768' for dims NxC as (8192, 768)."""
     parts, wanted = text.split("x"), dims.split("x")
     if len(parts) != len(wanted) or not all(p.isdigit() and int(p) for p in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a shape, expected {len(wanted)} numbers {dims}")

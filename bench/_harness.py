@@ -1,10 +1,10 @@
-"""What every benchmark shares: interleaved timers, rotating inputs, memory, provenance, rows.
+"""Shared parts of all benchmarks: interleaved timers, rotating inputs, memory, provenance, rows.
 
-A figure is the median of interleaved samples with its 20 and 80 % quantiles. Everyone compared (our backends, PyTorch,
-a copy that moves as many bytes) takes a turn in every round, the order turning from round to round, so that a drift of
-the machine meets all of them alike. Inputs are random and rotate among sets that together are larger than the last
-cache. GPU: one CUDA graph over all sets, timed by events, long enough for a launch not to count. CPU: a loop of at
-least a millisecond; samples during which the system gave this process's core to another one are left out and counted.
+A figure is the median of interleaved samples with its 20 and 80 % quantiles. All candidates (fastgpt's backends,
+PyTorch, a copy that moves as many bytes) run once per round, in an order that rotates from round to round, so a drift
+of the machine affects all of them alike. Inputs are random and rotate among sets that together are larger than the
+last cache. GPU: one CUDA graph over all sets, timed by events, long enough for the launch not to count. CPU: a loop of
+at least a millisecond; samples during which the system preempted this process are excluded and counted.
 """
 
 from __future__ import annotations
@@ -33,43 +33,43 @@ from fastgpt.core.device import cpu_name, describe_machine, nvml
 
 try:
     import resource
-except ImportError:  # not on every system
+except ImportError:  # not available on every system
     resource = None  # type: ignore[assignment]
 
-CPU_SAMPLE, GPU_SAMPLE = 1e-3, 3e-4  # seconds that one timed sample lasts at least
+CPU_SAMPLE, GPU_SAMPLE = 1e-3, 3e-4  # minimum seconds of one timed sample
 LEAST_ROUNDS, MOST_ROUNDS, BLOCKS = 7, 1000, 4
-MOST_SETS, MOST_BYTES = 64, 1 << 30  # of rotating inputs, by number and by memory
+MOST_SETS, MOST_BYTES = 64, 1 << 30  # limits on rotating inputs: number of sets, memory
 Context = Callable[[str], AbstractContextManager[Any]]
 Timed = tuple[dict[str, "Samples"], dict[str, str]]  # by name: samples of those that ran, errors of the others
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is measured."""
+    """The shape, dtype, device and options that are measured."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
     def random(self, *shape: int, seed: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
-        """Normal values, never zeros; a leaf that requires grad on request."""
+        """Return normal values without zeros, as a leaf that requires grad if `grad` is set."""
         generator = torch.Generator(self.device).manual_seed(seed)
         t = torch.randn(shape, generator=generator, device=self.device, dtype=torch.float32).to(dtype or self.dtype)
         return t.requires_grad_() if grad else t
 
     def tensors(self, seed: int, *shapes: tuple[int, ...], grad: bool = False) -> list[Tensor]:
-        """One random tensor per shape."""
+        """Return one random tensor per shape."""
         return [self.random(*shape, seed=100 * seed + 2 * i + grad, grad=grad) for i, shape in enumerate(shapes)]
 
     def tokens(self, vocab: int, *shape: int, seed: int) -> Tensor:
-        """int64 token ids, rank r with probability ~ 1/(r+1), as in text."""
+        """Return int64 token ids; rank r has probability ~ 1/(r+1), as in text."""
         u = torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return ((vocab**u).long() - 1).to(self.device)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One call to time. `reset` comes before it, untimed: it restores what an in-place op overwrites."""
+    """One call to time. `reset` runs before it, untimed, and restores what an in-place op overwrites."""
 
     run: Callable[[], Any]
     reset: Callable[[], Any] | None = None
@@ -79,8 +79,8 @@ class Job:
 class Samples:
     """Seconds per call of one provider, one entry per round.
 
-    cut: the rounds in which the system took a core away from this process. Such a sample times the scheduler; figures
-    do without it wherever LEAST_ROUNDS others are left. starts: the rounds at which a block of them began.
+    cut: the rounds in which the system preempted this process. Such a sample times the scheduler; figures exclude them
+    wherever LEAST_ROUNDS others remain. starts: the rounds at which a block of rounds began.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -88,38 +88,38 @@ class Samples:
     starts: list[int] = field(default_factory=list)
 
     def blocks(self) -> list[Samples]:
-        """The samples block by block."""
+        """Return the samples of each block."""
         ends = [*self.starts[1:], len(self.seconds)]
         return [
             Samples(self.seconds[a:b], {i - a for i in self.cut if a <= i < b}) for a, b in zip(self.starts, ends)
         ] or [self]
 
     def kept(self) -> list[float]:
-        """The samples that figures are made of."""
+        """Return the samples that figures are computed from."""
         whole = [s for i, s in enumerate(self.seconds) if i not in self.cut]
         return whole if len(whole) >= LEAST_ROUNDS else self.seconds
 
     def quantile(self, q: float) -> float:
-        """By linear interpolation between the sorted samples."""
+        """Return the q-quantile, interpolated linearly between the sorted samples."""
         return float(torch.tensor(self.kept(), dtype=torch.float64).quantile(q))
 
     def shares(self, other: Samples) -> Samples:
-        """Round by round, this one's time as a share of the other's."""
+        """Return this provider's time as a share of the other's, round by round."""
         return Samples([a / b for a, b in zip(self.seconds, other.seconds)], self.cut | other.cut)
 
     def figures(self, unit: str = "ms") -> dict[str, float]:
-        """A row's median and quantiles in ms or us, the number of samples and of those that the figures do without."""
+        """Return a row's median and quantiles in ms or us, and the numbers of samples and of excluded samples."""
         scale = {"ms": 1e3, "us": 1e6}[unit]
         low, middle, high = (self.quantile(q) * scale for q in (0.2, 0.5, 0.8))
         count = {"samples": len(self.kept()), "cut_samples": len(self.seconds) - len(self.kept())}
         return {unit: middle, f"{unit}_q20": low, f"{unit}_q80": high, **count}
 
     def against(self, reference: Samples, name: str) -> dict[str, Any]:
-        """A row's time as a share of the reference's, which took its turn in the same rounds.
+        """Return a row's time as a share of the reference's time; both were timed in the same rounds.
 
-        relative: median and quantiles over the rounds; relative_low: the ratio of the 20 % quantiles, the median over
-        the blocks. `compare` judges it: others on the machine only ever add time, so that low quantiles are nearest to
-        the code's own.
+        relative: median and quantiles over the rounds; relative_low: the ratio of the 20 % quantiles, as the median
+        over the blocks. `compare` judges relative_low: other processes can only add time, so a low quantile is the
+        best estimate of what the code itself costs.
         """
         shares = self.shares(reference)
         low, middle, high = (shares.quantile(q) for q in (0.2, 0.5, 0.8))
@@ -129,19 +129,19 @@ class Samples:
 
 
 def preemptions() -> int:
-    """How often so far the system took a core from a thread of this process; always 0 where it does not say."""
+    """Return how often so far the system preempted a thread of this process; always 0 where it does not report it."""
     return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def turns(names: list[str], number: int) -> list[str]:
-    """The order of one round: everyone once, beginning one further each time, every other round backwards."""
+    """Return the order of one round: each name once, starting one name later each round, reversed every other round."""
     start = (number // 2) % len(names)
     order = names[start:] + names[:start]
     return order[::-1] if number % 2 else order
 
 
 def resident_mb(key: str) -> float:
-    """VmRSS or VmHWM of this process in MB (Linux; elsewhere NaN)."""
+    """Return VmRSS or VmHWM of this process in MB (Linux; elsewhere NaN)."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="utf-8").splitlines() if status.exists() else []
     return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith(key + ":")), math.nan)
@@ -153,10 +153,10 @@ def time_cpu(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timed:
-    """Interleaved samples of each one's jobs (one per input set) until `seconds` are over.
+    """Take interleaved samples of each provider's jobs (one job per input set) for `seconds`.
 
-    In BLOCKS of rounds, each over inputs made anew unless that takes longer than the samples: where in memory tensors
-    happen to lie can cost a tenth of an op's speed, for as long as they lie there.
+    The samples are taken in BLOCKS of rounds. Each block allocates new inputs unless that takes longer than its
+    samples: where tensors happen to lie in memory can cost a tenth of an op's speed, for as long as they lie there.
     """
     start = clock()
     jobs, repeats, errors = _prepare(make, context, clock)
@@ -164,7 +164,7 @@ def time_cpu(
     blocks = BLOCKS if jobs and clock() - start < seconds else 1
     for block in range(blocks):
         if block:
-            jobs.clear()  # the old inputs' memory is for the new ones
+            jobs.clear()  # free the old inputs before the new ones are allocated
             for name in samples:
                 with context(name):
                     jobs[name] = make[name]()
@@ -178,14 +178,14 @@ def time_cpu(
 def _prepare(
     make: Mapping[str, Callable[[], list[Job]]], context: Context, clock: Callable[[], float]
 ) -> tuple[dict[str, list[Job]], dict[str, int], dict[str, str]]:
-    """By name: jobs that ran three times, how many calls make a sample, why the others failed."""
+    """Return, by name, the jobs (each ran three times), the calls per sample, and the errors of those that failed."""
     jobs, repeats, errors = {}, {}, {}
     for name in make:
         try:
             with context(name):
                 made = make[name]()
                 once = min(_sample(made, 1, i, clock) for i in range(3))
-        except Exception as e:  # one that cannot run must not end the others' comparison
+        except Exception as e:  # a provider that cannot run must not end the comparison of the others
             errors[name] = f"{type(e).__name__}: {e}"
             continue
         jobs[name] = made
@@ -202,7 +202,7 @@ def _time_block(
     least: int,
     clock: Callable[[], float],
 ) -> None:
-    """At least `least` rounds, for `seconds`; up to three times as long while fewer than that were whole."""
+    """Run at least `least` rounds, for `seconds`; up to three times as long while fewer than `least` were kept."""
     start, number, whole = clock(), 0, 0
     while jobs and (
         number < least or (number < MOST_ROUNDS and clock() - start < (seconds if whole >= least else 3 * seconds))
@@ -220,7 +220,7 @@ def _time_block(
 
 
 def _sample(sets: list[Job], repeats: int, first: int, clock: Callable[[], float]) -> float:
-    """Seconds per call over `repeats` calls, on the input sets from number `first` on."""
+    """Return seconds per call over `repeats` calls, on the input sets from number `first` on."""
     turn = [sets[(first + i) % len(sets)] for i in range(repeats)]
     if turn[0].reset:
         turn[0].reset()
@@ -232,7 +232,7 @@ def _sample(sets: list[Job], repeats: int, first: int, clock: Callable[[], float
 
 @dataclass
 class Graph:
-    """A CUDA graph of `calls` jobs, the jobs, whose tensors it points at, and what restores inputs before a replay."""
+    """CUDA graph of `calls` jobs, the jobs (it points at their tensors), and the resets to run before a replay."""
 
     graph: Any
     calls: int
@@ -241,7 +241,7 @@ class Graph:
 
 
 def time_gpu(make: Mapping[str, Callable[[], list[Job]]], context: Context, seconds: float) -> Timed:
-    """Interleaved samples of CUDA graphs, launch by launch; each graph runs over all input sets of its own."""
+    """Take interleaved samples of CUDA graphs, launch by launch; each graph runs over all of its own input sets."""
     stream = torch.cuda.Stream()
     graphs: dict[str, Graph] = {}
     errors = {}
@@ -250,7 +250,7 @@ def time_gpu(make: Mapping[str, Callable[[], list[Job]]], context: Context, seco
             try:
                 with context(name):
                     graphs[name] = _capture(make[name](), stream)
-            except Exception as e:  # as in time_cpu
+            except Exception as e:  # as in _prepare
                 errors[name] = f"{type(e).__name__}: {e}"
         samples = {name: Samples() for name in graphs}
         end, number = time.perf_counter() + seconds, 0
@@ -295,23 +295,23 @@ def _capture(sets: list[Job], stream: Any) -> Graph:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory."""
+    """Return the bytes of the last cache before memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     try:
         return os.sysconf("SC_LEVEL3_CACHE_SIZE") or 32 << 20
-    except (ValueError, OSError):  # not every C library tells
+    except (ValueError, OSError):  # not every C library reports it
         return 32 << 20
 
 
 def count_sets(bytes_of_one: int, device: torch.device) -> int:
-    """How many input sets rotate, so that together they are twice the cache (within MOST_SETS and MOST_BYTES)."""
+    """Return how many input sets rotate: together twice the cache (within MOST_SETS and MOST_BYTES)."""
     wanted = math.ceil(2 * cache_bytes(device) / max(1, bytes_of_one))
     return max(1, min(wanted, MOST_SETS, MOST_BYTES // max(1, bytes_of_one)))
 
 
 def copy_job(moved: int, setting: Setting, seed: int) -> Job:
-    """A copy that reads and writes as many bytes together as an op moves: what it could reach at best."""
+    """Return a copy that reads and writes `moved` bytes in total: the best that an op moving as many could reach."""
     generator = torch.Generator(setting.device).manual_seed(seed)
     n = max(1, moved // 8)
     source = torch.randn(n, generator=generator, device=setting.device)
@@ -319,14 +319,14 @@ def copy_job(moved: int, setting: Setting, seed: int) -> Job:
 
 
 def gemm_job(flops: float, setting: Setting, seed: int) -> tuple[Job, float]:
-    """A square matrix product in the same dtype, and how many of it make `flops`: what an op could reach at best."""
+    """Return a square matrix product in the same dtype, and how many of it make `flops`: the best an op could reach."""
     n = 64 * max(1, min(128, round((flops / 2) ** (1 / 3) / 64)))
     a, b = setting.tensors(seed, (n, n), (n, n))
     return Job(functools.partial(torch.mm, a, b)), flops / (2 * n**3)
 
 
 def datasheet(setting: Setting, multiplies: bool) -> float | None:
-    """The GPU's bandwidth (bytes/s), or its peak (FLOP/s) in 16 bits; None where its datasheet is not known."""
+    """Return the GPU's bandwidth (bytes/s) or its peak (FLOP/s) in 16 bits; None where no datasheet is known."""
     if setting.device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(setting.device)
@@ -336,7 +336,7 @@ def datasheet(setting: Setting, multiplies: bool) -> float | None:
 
 
 def gpu_state(device: torch.device) -> dict[str, Any]:
-    """Driver, clocks (MHz), power (W), temperature (C) from NVML: read, never set; empty where there is none."""
+    """Return driver, clocks (MHz), power (W) and temperature (C) from NVML: read, never set; empty without NVML."""
     if device.type != "cuda":
         return {}
     try:
@@ -348,13 +348,13 @@ def gpu_state(device: torch.device) -> dict[str, Any]:
             "watts": pynvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
             "celsius": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
         }
-    except Exception as e:  # the package, the library or one of its answers may be missing: the figure stands without
+    except Exception as e:  # the package, the library or an answer may be missing; figures are still valid
         return {"nvml": f"{type(e).__name__}: {e}"}
 
 
 @functools.cache
 def provenance(device: torch.device) -> dict[str, Any]:
-    """Where a figure is from: machine, versions, commit (None from a wheel), a digest of the sources, date."""
+    """Return the origin of a figure: machine, versions, commit (None from a wheel), a digest of the sources, date."""
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
     machine = {**describe_machine(device), "cpu": cpu_name(), "cuda": torch.version.cuda}
     if device.type == "cpu":
@@ -363,7 +363,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
 
 
 def where(machine: dict[str, Any]) -> str:
-    """Machine, versions and commit in one line."""
+    """Return machine, versions and commit in one line."""
     commit = machine["commit"] or f"sources {machine['sources']}"
     return (
         f"{machine['device_name']}, {machine['threads']} threads, torch {machine['torch']}, {commit}, {machine['date']}"
@@ -371,11 +371,11 @@ def where(machine: dict[str, Any]) -> str:
 
 
 def sources() -> str:
-    """Digest of fastgpt's Python and of the native sources that the binary was built from."""
+    """Return a digest of fastgpt's Python files and of the native sources that the binary was built from."""
     digest = hashlib.sha256()
     folders = [f for name in ("fastgpt", "fastgpt.kernels", "fastgpt.bench") for f in _folders(name)]
     files = {p.resolve() for f in folders for p in Path(f).rglob("*.py") if p.name != "_build_info.py"}
-    for text in sorted(p.name.encode() + p.read_bytes() for p in files):  # the same from a checkout and from a wheel
+    for text in sorted(p.name.encode() + p.read_bytes() for p in files):  # sorted: equal for a checkout and a wheel
         digest.update(text)
     try:
         digest.update(importlib.import_module("fastgpt._build_info").SOURCES.encode())

@@ -1,4 +1,4 @@
-"""Nsight Compute: the command that profiles one kernel of an op (`--ncu`), the calls that it watches (`--calls`)."""
+"""Nsight Compute: the command that profiles one kernel of an op (`--ncu`), and the calls it captures (`--calls`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgpt.core.device import DTYPES
 
 
 def call(bench: Bench, setting: Setting, phases: list[str], found: list[Provider], calls: int) -> None:
-    """Each provider of ours in each phase, so often; what a profiler watches."""
+    """Call each fastgpt provider `calls` times per phase, for a profiler to capture."""
     for phase in phases:
         for p in found:
             if p.backend and phase in p.phases:
@@ -27,7 +27,7 @@ def call(bench: Bench, setting: Setting, phases: list[str], found: list[Provider
 
 
 def command(bench: Bench, setting: Setting, phase: str, backend: str | None) -> str:
-    """Nsight Compute on one launch of the op's kernel, after two that warm up; of this backend if one is named."""
+    """Return the command that profiles one launch of the op's kernel (of `backend` if given) after two warm-up ones."""
     shape, dtype = "x".join(map(str, setting.shape)), next(n for n, d in DTYPES.items() if d == setting.dtype)
     kernels = {"rope": "rope", "cross_entropy": "cross_entropy", "linear_cross_entropy": "cross_entropy"}.get(bench.op)
     kernels = kernels or bench.op + {"forward": "_fwd", "backward": "_(bwd|dq|dkdv)"}.get(phase, "_")

@@ -1,9 +1,9 @@
-"""One op's benchmark: which providers there are, the gate before them, the figures, the table, the command line.
+"""One op's benchmark: its providers, the parity gate, the figures, the table, the command line.
 
 `fastgpt bench OP --dtype bf16 --shape 8192x768 [--device cuda] [--phase forward] [--compile] [--json FILE]`
-compares every backend of ours that runs here with PyTorch, with other libraries that are installed and with a copy of
-as many bytes (for an op that multiplies: a matrix product of as many FLOP), interleaved; rows go to FILE as JSON Lines.
-A backend that fails its parity check prints no speed and makes the exit code 1. The same jobs are pytest-benchmark
+compares every fastgpt backend that runs here with PyTorch, with other installed libraries and with a copy of as many
+bytes (for an op that multiplies: a matrix product of as many FLOP), interleaved; rows go to FILE as JSON Lines. A
+backend that fails its parity check shows no speed and makes the exit code 1. The same jobs are pytest-benchmark
 functions: `pytest bench --benchmark-only`.
 """
 
@@ -46,8 +46,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to do an op. With a `backend` it is ours, so that it is gated; without one it is a baseline, of another
-    library if it has a `package`."""
+    """One way to run an op. With a `backend` it is fastgpt's and is gated by parity; without one it is a baseline, of
+    another library if it has a `package`."""
 
     name: str
     fn: Callable[..., Any]
@@ -62,12 +62,12 @@ class Bench:
     """One op's benchmark.
 
     dims: names of a shape's numbers, as in NxC. public: fastgpt's function, called by every provider with a backend;
-    in_step: a suffix and the form that a training step calls, where that is another. baseline: PyTorch's;
-    others(setting): further baselines. job(provider, setting, phase, seed) -> Job over an input set of its own.
+    in_step: a suffix and the form that a training step calls, where that is another one. baseline: PyTorch's version;
+    others(setting): further baselines. job(provider, setting, phase, seed) -> Job over its own input set.
     bytes_moved(shape, dtype, phase), flops(shape, phase): the least that the phase moves and multiplies.
-    of_model(model, B, T): shape and options of the public function in a training step, None if the model does without
-    the op. gate_cases(shape): (shape, options) of parity cases like what is measured. shapes: the defaults by device.
-    tiny: a shape whose maths is nothing, for the cost of a call on the host. within: the op that calls this one in a
+    of_model(model, B, T): shape and options of the public function in a training step, None if the model does not use
+    the op. gate_cases(shape): (shape, options) of parity cases like the measured one. shapes: the defaults by device.
+    tiny: a shape with negligible maths, to measure the host's cost of a call. within: the op that calls this one in a
     training step, on the backend that serves itself.
     """
 
@@ -89,18 +89,18 @@ class Bench:
 
 
 def bench_of(op: str) -> Bench:
-    """The benchmark of an op."""
+    """Return the benchmark of an op."""
     bench: Bench = importlib.import_module(f"fastgpt.bench.{op}").BENCH
     return bench
 
 
 def every() -> list[Bench]:
-    """The benchmarks of all ops."""
+    """Return the benchmarks of all ops."""
     return [bench_of(op) for op in OPS]
 
 
 def providers(bench: Bench, setting: Setting, compile_modes: tuple[str, ...] = ()) -> list[Provider]:
-    """Each kernel backend of ours that runs on this device (never Triton in its interpreter), then the baselines."""
+    """Return each fastgpt backend that runs on this device (never Triton in its interpreter), then the baselines."""
     device = setting.device.type
     names = [b for b in backend.ops()[bench.op] if backend.DEVICE_OF.get(b) == device and backend.missing(b) is None]
     found = [Provider(name, bench.public, name) for name in names]
@@ -112,7 +112,7 @@ def providers(bench: Bench, setting: Setting, compile_modes: tuple[str, ...] = (
 
 
 def _compiled(fn: Callable[..., Any], mode: str) -> Provider:
-    """torch.compile of the eager baseline; its backward keeps its buffers, since it is timed again and again."""
+    """Return the eager baseline under torch.compile; backward keeps its buffers because it is timed repeatedly."""
     import torch._functorch.config as functorch
 
     functorch.donated_buffer = False
@@ -121,24 +121,24 @@ def _compiled(fn: Callable[..., Any], mode: str) -> Provider:
 
 
 def installed(setting: Setting, **baselines: Callable[..., Any]) -> list[Provider]:
-    """Baselines by the package that each imports when called: those of installed ones, on a GPU."""
+    """Return the baselines whose package is installed, on a GPU; each imports its package when called."""
     if setting.device.type != "cuda":
         return []
     return [Provider(name, fn, package=name) for name, fn in baselines.items() if importlib.util.find_spec(name)]
 
 
 def chosen(op: str, provider: Provider) -> AbstractContextManager[Any]:
-    """What makes the public function go to this provider's backend, strictly."""
+    """Return a context in which the public function uses this provider's backend, without falling back."""
     return nullcontext() if provider.backend is None else backend.use(strict=True, **{op: provider.backend})
 
 
 def of_phase(phase: str, forward: float, backward: float) -> Any:
-    """What a phase moves or multiplies: forward, backward, or both one after the other."""
+    """Return what a phase moves or multiplies: forward, backward, or both added."""
     return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
 
 
 def autograd_job(call: Callable[[], Any], leaves: list[Tensor], grads: list[Tensor], phase: str) -> Job:
-    """forward: `call` with autograd recording; backward: gradients of its outputs; both: one after the other."""
+    """Return a job. forward: `call` with autograd recording; backward: gradients of its outputs; both: both in turn."""
 
     def backward(out: Any, **keep: bool) -> tuple[Tensor, ...]:
         outputs = out if isinstance(out, tuple) else (out,)
@@ -156,7 +156,7 @@ PLAIN = "contiguous/contiguous"
 
 
 def gate(bench: Bench, provider: Provider, setting: Setting) -> str | None:
-    """Why this provider's figures must not be shown: parity at this dtype and row length; None if it holds."""
+    """Return why this provider's figures must not be shown: parity at this dtype and row length; None if it passes."""
     if bench.op not in parity.SUBJECTS:
         return f"{bench.op} has no parity cases"
     every = [c for c in parity.cases(bench.op) if c.dtype == setting.dtype and c.layouts == PLAIN]
@@ -165,14 +165,14 @@ def gate(bench: Bench, provider: Provider, setting: Setting) -> str | None:
         picked.append(parity.Case(bench.op, setting.dtype, "contiguous", shape, tuple(options.items())))
     try:
         rows = [r for c in picked for r in parity.check(c, provider.backend or "torch", setting.device.type)]
-    except Exception as e:  # whatever stops a kernel from giving its result is a reason not to time it
+    except Exception as e:  # whatever stops a kernel from returning a result is a reason not to time it
         return f"{type(e).__name__}: {e}"
     bad = [r for r in rows if not r.ratio <= 1]
     return f"{bad[0].case} {bad[0].output}: error {bad[0].error:.2e}, allowed {bad[0].allowed:.2e}" if bad else None
 
 
 def host_us(bench: Bench, provider: Provider, setting: Setting, phase: str) -> float:
-    """Microseconds of the host per call, without waiting for a GPU: at the tiny shape, where the maths is nothing."""
+    """Return the host's microseconds per call, without waiting for a GPU, at the tiny shape with negligible maths."""
     job = bench.job(provider, Setting(bench.tiny, setting.dtype, setting.device), phase, 1)
     best = math.inf
     with chosen(bench.op, provider):
@@ -187,7 +187,7 @@ def host_us(bench: Bench, provider: Provider, setting: Setting, phase: str) -> f
 
 
 def peak_mb(bench: Bench, provider: Provider, setting: Setting, phase: str) -> float | None:
-    """Memory of the device that one call takes beside its inputs, outputs included; None on a CPU: not measured."""
+    """Return the device memory (MB) that one call needs in addition to its inputs, outputs included; None on a CPU."""
     if setting.device.type != "cuda":
         return None
     job = bench.job(provider, setting, phase, 1)
@@ -203,7 +203,7 @@ def peak_mb(bench: Bench, provider: Provider, setting: Setting, phase: str) -> f
 def measure(
     bench: Bench, setting: Setting, phases: list[str], providers: list[Provider], seconds: float
 ) -> list[dict[str, Any]]:
-    """One row per phase and provider: time, bytes, memory, host cost, provenance; or why there is none ("red")."""
+    """Return one row per phase and provider: time, bytes, memory, host cost, provenance; or the reason ("red")."""
     red = {p.name: why for p in providers if p.backend and (why := gate(bench, p, setting))}
     return [row for phase in phases for row in _measure_phase(bench, setting, phase, providers, seconds, red)]
 
@@ -247,7 +247,7 @@ def _measure_phase(
         try:
             costs["host_us"] = host_us(bench, p, setting, phase)
             costs["peak_mb"] = peak_mb(bench, p, setting, phase)
-        except Exception as e:  # the times stand without
+        except Exception as e:  # the times remain valid
             costs["costs_failed"] = f"{type(e).__name__}: {e}"[:300]
         if p.name != reference:
             costs |= samples[p.name].against(samples[reference], reference)
@@ -256,7 +256,7 @@ def _measure_phase(
 
 
 def jobs(bench: Bench, provider: Provider, setting: Setting, phase: str, sets: range) -> list[Job]:
-    """One job per input set."""
+    """Return one job per input set."""
     return [bench.job(provider, setting, phase, seed) for seed in sets]
 
 
@@ -280,7 +280,7 @@ def _figures(
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table; a red provider has its reason where its figures would be."""
+    """Return the rows as a table; a red provider shows its reason in place of figures."""
     multiplies = any("tflop_s" in r for r in rows)
     rate, unit, best = ("tflop_s", "TFLOP/s", GEMM) if multiplies else ("gb_s", "GB/s", COPY)
     head = f"{'phase':<9}{'provider':<22}{'ms (20 .. 80 %)':<32}{unit:>8}"
@@ -303,7 +303,7 @@ def _cell(value: float | None) -> str:
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    """For `pytest bench`: providers and phases of the module's BENCH; "host" is the tiny shape, the cost of a call."""
+    """Parametrise `pytest bench` by providers and phases of BENCH; "host" is the tiny shape, for the cost of a call."""
     bench = metafunc.module.BENCH
     full = bench.shapes["cpu"][0]
     found = providers(bench, Setting(full, torch.float32, torch.device("cpu")))
@@ -313,7 +313,7 @@ def pytest_generate_tests(metafunc: Any) -> None:
 
 
 def run_benchmark(request: Any, benchmark: Any, provider: Provider, phase: str, shape: Shape) -> None:
-    """`pytest bench --benchmark-only`: one figure of the module's BENCH, after the gate."""
+    """Measure one figure of the module's BENCH after the gate, for `pytest bench --benchmark-only`."""
     bench = request.module.BENCH
     setting = Setting(shape, torch.float32, torch.device("cpu"))
     why = gate(bench, provider, setting) if provider.backend else None
@@ -328,4 +328,4 @@ def run_benchmark(request: Any, benchmark: Any, provider: Provider, phase: str, 
 
 
 def _quietly(reset: Callable[[], Any]) -> None:
-    reset()  # pytest-benchmark would take what it returns for arguments
+    reset()  # without a return value: pytest-benchmark would use it as arguments

@@ -1,4 +1,4 @@
-"""What the command lines of all benchmarks share."""
+"""Shared parts of all benchmarks' command lines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastgpt.core.errors import UserError
 
 
 def command_line(name: str, about: str | None, **options: Any) -> Parser:
-    """The parser of `fastgpt bench NAME` with what every benchmark takes: --device and --json."""
+    """Return the parser of `fastgpt bench NAME` with the options of every benchmark: --device and --json."""
     parser = Parser(prog=f"fastgpt bench {name}", description=about, **options)
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
@@ -21,7 +21,7 @@ def command_line(name: str, about: str | None, **options: Any) -> Parser:
 
 
 def device_of(parser: Parser, name: str) -> torch.device:
-    """--device, made the current one where it is a GPU; or the parser's error."""
+    """Return --device, and make it the current device if it is a GPU; exit with the parser's error if it is invalid."""
     try:
         device = default_device(name)
     except UserError as e:

@@ -1,8 +1,8 @@
-"""`fastgpt bench ab --base PYTHON OP ...`: is this install slower than another one? Both measure in turns.
+"""`fastgpt bench ab --base PYTHON OP ...`: is this install slower than another one? Both are measured alternately.
 
-The benchmark runs --runs times by each of the two interpreters, alternately and each time in a process of its own, so
-that neither the machine's drift nor where one process happens to lie decides. Rows go to A.jsonl (the base) and B.jsonl
-(this install) in --out; then bench/compare.py judges them.
+Each of the two interpreters runs the benchmark --runs times, alternately and each time in a new process, so neither
+the machine's drift nor one process's memory layout decides. Rows go to A.jsonl (the base) and B.jsonl (this install)
+in --out; then bench/compare.py judges them.
 
     fastgpt bench ab --base ../fastgpt-before/.venv/bin/python layer_norm --shape 1024x768
 """
@@ -24,7 +24,7 @@ SIDES = ("A", "B")
 
 
 def measure(commands: list[list[str]], bench: list[str], runs: int, out: Path) -> list[Path]:
-    """Run `COMMAND -m fastgpt.bench.NAME ARGUMENTS` of each side `runs` times in turns; returns the files of rows."""
+    """Run `COMMAND -m fastgpt.bench.NAME ARGUMENTS` of both sides alternately, `runs` times; return the row files."""
     files = [out / f"{side}.jsonl" for side in SIDES]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def measure(commands: list[list[str]], bench: list[str], runs: int, out: Path) -
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 for a regression."""
+    """Return 1 for a regression."""
     parser = Parser(prog="fastgpt bench ab", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--base", required=True, metavar="PYTHON", help="interpreter of the other install")
     parser.add_argument("--runs", type=number(int, 1), default=5, help="processes of each side")

@@ -4,7 +4,7 @@ Bytes per parameter (norm: reads g; update: reads g, p, m, v; writes p, m, v), w
     fp32        4 + 16 + 12 = 32
     16 bits     2 + (2 + 2 + 12) + (12 + 2) = 32: fp32 master and moments, the 16-bit copy read and written
 PyTorch's side is clip_grad_norm_ and AdamW(fused=True); with --dtype bf16 it keeps fp32 parameters and gradients, as a
-trainer under autocast does: no optimizer of PyTorch's keeps fp32 masters of bf16 parameters.
+trainer under autocast does: no PyTorch optimizer keeps fp32 masters of bf16 parameters.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = dict(lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1)
 
 
 def parameter_shapes(layers: int, width: int, vocab: int) -> list[Shape]:
-    """Shapes of a GPT-2's parameters, token and position tables included (V = 1: one row each, as if without)."""
+    """Return the shapes of a GPT-2's parameters, both tables included (V = 1: one row each, as if without tables)."""
     tables = [(vocab, width), (POSITIONS, width)] if vocab > 1 else [(1, width)]
     one = [(3, 1), (1, 1), (4, 1), (1, 4)]  # matrices of a layer, in widths: qkv, proj, up, down
     matrices = [s for a, b in one for s in ((a * width, b * width), (a * width,))]
@@ -35,12 +35,12 @@ def parameter_shapes(layers: int, width: int, vocab: int) -> list[Shape]:
 
 
 def fastgpt_step(params: list[nn.Parameter]) -> Callable[[], Any]:
-    """Our optimizer, clipping inside."""
+    """Return a step of fastgpt's optimizer, clipping included."""
     return AdamW(params, max_norm=MAX_NORM, **SETTINGS).step
 
 
 def torch_step(params: list[nn.Parameter]) -> Callable[[], Any]:
-    """PyTorch's fused optimizer behind clip_grad_norm_."""
+    """Return a step of PyTorch's fused optimizer after clip_grad_norm_."""
     cuda = params[0].is_cuda
     optimizer = torch.optim.AdamW(params, fused=True, capturable=cuda, **SETTINGS)
 
@@ -52,7 +52,7 @@ def torch_step(params: list[nn.Parameter]) -> Callable[[], Any]:
 
 
 def apex_step(params: list[nn.Parameter]) -> Callable[[], Any]:
-    """apex's multi-tensor optimizer behind clip_grad_norm_."""
+    """Return a step of apex's multi-tensor optimizer after clip_grad_norm_."""
     from apex.optimizers import FusedAdam
 
     optimizer = FusedAdam(params, adam_w_mode=True, capturable=True, **SETTINGS)
@@ -65,7 +65,7 @@ def apex_step(params: list[nn.Parameter]) -> Callable[[], Any]:
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """A step over parameters and gradients of its own."""
+    """Return a step over newly allocated parameters and gradients."""
     dtype = setting.dtype if provider.backend else torch.float32
 
     def tensor(shape: Shape, number: int, scale: float) -> Tensor:
@@ -79,13 +79,13 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
-    """The formula at this file's head."""
+    """Return the bytes that a phase moves, by the formula in the module docstring."""
     count = sum(torch.Size(s).numel() for s in parameter_shapes(*shape))
     return count * 32
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """Four layers stand for all: the step's time is linear in the elements."""
+    """Return four layers in place of all: the step's time is linear in the elements."""
     return (min(4, c.n_layers), c.width, c.padded_vocab_size), {}
 
 

@@ -32,7 +32,7 @@ SDPA = {
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's scaled_dot_product_attention, the backend of its own choice."""
+    """Call PyTorch's scaled_dot_product_attention with the backend that PyTorch chooses."""
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
@@ -40,20 +40,20 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same by one of its backends."""
+    """Call scaled_dot_product_attention with one given backend."""
     with sdpa_kernel(kernel):
         return plain(q, k, v)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """flash-attn's."""
+    """Call flash-attn."""
     from flash_attn import flash_attn_func
 
     return flash_attn_func(q, k, v, causal=True)
 
 
 def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """flash-attn 3's, for Hopper; its first releases return the log-sum-exp, too."""
+    """Call flash-attn 3, for Hopper; its first releases also return the log-sum-exp."""
     from flash_attn_interface import flash_attn_func
 
     out = flash_attn_func(q, k, v, causal=True)
@@ -61,7 +61,7 @@ def flash_attn_3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own q, k, v, or packed qkv, and upstream gradient."""
+    """Return one call over its own q, k, v (or packed qkv) and upstream gradient."""
     b, t, h, g, d = setting.shape
     heads = (h + 2 * g,) if provider.in_step else (h, g, g)
     packed = dict(n_heads=h, n_kv_heads=g) if provider.in_step else {}
@@ -70,21 +70,21 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
-    """The formula at this file's head."""
+    """Return the bytes that a phase moves, by the formula in the module docstring."""
     b, t, h, g, d = shape
     one, lse = 2 * b * t * (h + g) * d * dtype.itemsize, 4 * b * h * t
     return of_phase(phase, one + lse, 2 * one + lse)
 
 
 def flops(shape: Shape, phase: str) -> float:
-    """The formula at this file's head."""
+    """Return the FLOP of a phase, by the formula in the module docstring."""
     b, t, h, _, d = shape
     forward = 4.0 * b * h * t * t * d / 2
     return of_phase(phase, forward, 2.5 * forward)
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """The first layer's, with the model's window, softcap and scale."""
+    """Return the first layer's shape, with the model's window, softcap and scale."""
     window = c.window_of(0)
     options: dict[str, Any] = {"window": window if window is not None and window < block else None}
     options |= {"softcap": c.attn_softcap, "scale": c.attn_scale}
@@ -92,7 +92,7 @@ def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, A
 
 
 def others(setting: Setting) -> list[Provider]:
-    """SDPA's backends, flash-attn."""
+    """Return the SDPA backends and flash-attn."""
     names = SDPA if setting.device.type == "cuda" else ("math", "flash")
     found = [Provider(f"sdpa {name}", functools.partial(sdpa, SDPA[name])) for name in names]
     return [*found, *installed(setting, flash_attn=flash_attn, flash_attn_interface=flash_attn_3)]

@@ -1,4 +1,4 @@
-"""bias + GELU (tanh, GPT-2's) at (N, F).
+"""Bias + GELU (the tanh form, as in GPT-2) at (N, F).
 
 Bytes, e per element, n = N F:
     forward   reads x, bias; writes y                  2 n e +   F e
@@ -23,32 +23,32 @@ from fastgpt.models.config import GATED, ModelConfig
 
 
 def plain(x: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's, in two passes."""
+    """Compute both in PyTorch, in two passes."""
     return F.gelu(x + bias, approximate="tanh")
 
 
 def flash_attn(x: Tensor, bias: Tensor) -> Tensor:
-    """flash-attn's, fused by TorchScript."""
+    """Call flash-attn's version, fused by TorchScript."""
     from flash_attn.ops.activations import bias_gelu_impl
 
     return bias_gelu_impl(x, bias)
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own x, bias and upstream gradient."""
+    """Return one call over its own x, bias and upstream gradient."""
     n, f = setting.shape
     leaves = setting.tensors(seed, (n, f), (f,), grad=True)
     return autograd_job(lambda: provider.fn(*leaves), leaves, setting.tensors(seed, (n, f)), phase)
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
-    """The formula at this file's head."""
+    """Return the bytes that a phase moves, by the formula in the module docstring."""
     n, f = shape
     return of_phase(phase, (2 * n * f + f) * dtype.itemsize, (3 * n * f + 2 * f) * dtype.itemsize)
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """The MLP's activation."""
+    """Return the shape of the MLP's activation."""
     if c.activation in GATED or c.activation == "relu2":
         return None
     return (batch * block, c.d_mlp), {"approximate": "tanh" if c.activation == "gelu_tanh" else "none"}

@@ -1,12 +1,12 @@
-"""What the compilers made of every kernel, no GPU used: `python -m fastgpt.bench.codegen [--only attention] [--all]`.
+"""Compiler output of every kernel, without a GPU: `python -m fastgpt.bench.codegen [--only attention] [--all]`.
 
-One row per kernel, configuration and architecture: registers of a thread, stack (and, for CUDA, spills) and static or
+One row per kernel, configuration and architecture: registers per thread, stack (and, for CUDA, spills) and static or
 launched shared memory in bytes, tensor-core instructions in the machine code (hmma: of a warp, wgmma: of a warp
-group), and the bound on occupancy: the blocks of one multiprocessor that registers, shared memory and threads allow,
-what limits them, and the share of its warps that they fill. CUDA: every kernel by nvcc for sm_80 and sm_90a
-(fastgpt.checks.cuda); shared memory that is sized at the launch counts where that is one number (DYNAMIC), else
-(dynamic_shared) the bound is without it, so an upper one. Triton: three configurations of each kernel for sm_80 and
-sm_90, in bf16; --all takes every one. Exit code 1: a compilation failed.
+group), and the bound on occupancy: the blocks per multiprocessor that registers, shared memory and threads allow,
+what limits them, and the share of the multiprocessor's warps that they fill. CUDA: every kernel by nvcc for sm_80 and
+sm_90a (fastgpt.checks.cuda). Shared memory that is sized at the launch counts where it is a single number (DYNAMIC);
+otherwise (dynamic_shared) the bound ignores it and is an upper one. Triton: three configurations of each kernel for
+sm_80 and sm_90, in bf16; --all compiles every one. Exit code 1: a compilation failed.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from fastgpt.core.command import Parser, run_command
 
 SOURCE = Path(__file__).resolve().parent.parent / "csrc"
 LANGUAGES = ("cuda", "triton")
-REGISTERS, REGISTER_UNIT, PARTITIONS = 65536, 256, 4  # of a multiprocessor; given to a warp in units; its quarters
-SHARED_UNIT, SHARED_RESERVED = 128, 1024  # bytes; the second are the system's in every block
-# by compute capability: warps, blocks, KB of shared memory of a multiprocessor (CUDA programming guide, appendix)
+REGISTERS, REGISTER_UNIT, PARTITIONS = 65536, 256, 4  # per multiprocessor; unit of a warp's share; quarters
+SHARED_UNIT, SHARED_RESERVED = 128, 1024  # bytes; the system reserves the second number in every block
+# by compute capability: warps, blocks and KB of shared memory per multiprocessor (CUDA programming guide, appendix)
 CHIPS = {80: (64, 32, 164), 86: (48, 16, 100), 89: (48, 24, 100), 90: (64, 32, 228)}
 # Bytes that these kernels are launched with, whatever the shape
 DYNAMIC = {
@@ -54,11 +54,11 @@ DYNAMIC = {
     "attention_dq_kernel<*, 256, *>": 98304,
 }
 PER_KERNEL = 3  # Triton configurations without --all
-MACHINE = torch.device("cpu")  # the compilers run there, whatever device is
+MACHINE = torch.device("cpu")  # the compilers run on the CPU, whatever device is present
 
 
 def occupancy(chip: int, threads: int, registers: int, shared: int) -> dict[str, Any]:
-    """blocks_per_sm, what limits them, and the percentage of the multiprocessor's warps that they are."""
+    """Return blocks_per_sm, what limits them, and the percentage of the multiprocessor's warps that they fill."""
     warps, blocks, kilobytes = CHIPS[chip]
     needed = math.ceil(threads / 32)
     of_warp = math.ceil(max(1, registers) * 32 / REGISTER_UNIT) * REGISTER_UNIT
@@ -75,7 +75,7 @@ def occupancy(chip: int, threads: int, registers: int, shared: int) -> dict[str,
 
 
 def dynamic_kernels(source: Path) -> set[str]:
-    """Names of the kernels that declare shared memory whose size comes with the launch."""
+    """Return the names of the kernels that declare shared memory whose size is set at the launch."""
     found = set()
     for file in source.glob("*/*.cu"):
         for body in re.split(r"\b__global__\b", file.read_text(encoding="utf-8"))[1:]:
@@ -86,12 +86,12 @@ def dynamic_kernels(source: Path) -> set[str]:
 
 
 def launched_shared(kernel: str) -> int | None:
-    """Bytes of shared memory that a launch of this kernel asks for; None where that is not one number."""
+    """Return the bytes of shared memory that a launch of this kernel requests; None where that is not one number."""
     return next((n for pattern, n in DYNAMIC.items() if fnmatch.fnmatchcase(kernel, pattern)), None)
 
 
 def cuda_rows(source: Path, only: str) -> list[dict[str, Any]]:
-    """A row per CUDA kernel and architecture; raises ToolMissing."""
+    """Return a row per CUDA kernel and architecture; raise ToolMissing without the tools."""
     kernels, failures = cuda_check.check(source, sorted(cuda_check.ARCHS), only)
     nvcc = cuda_check.find_nvcc()
     assert nvcc is not None, "check ran it"
@@ -110,14 +110,14 @@ def cuda_rows(source: Path, only: str) -> list[dict[str, Any]]:
 
 
 def nvcc_version(nvcc: Path) -> str:
-    """As in 'nvcc 13.0.88'."""
+    """Return the version of nvcc, as in 'nvcc 13.0.88'."""
     text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
     found = re.search(r"\bV([\d.]+)", text)
     return f"nvcc {found[1] if found else 'of an unknown version'}"
 
 
 def triton_rows(only: str, every: bool) -> list[dict[str, Any]]:
-    """A row per configuration of a Triton kernel and architecture; raises ToolMissing."""
+    """Return a row per Triton kernel, configuration and architecture; raise ToolMissing without the tools."""
     try:
         import triton
 
@@ -143,7 +143,7 @@ def triton_rows(only: str, every: bool) -> list[dict[str, Any]]:
 
 
 def some_of_each(jobs: list[Any]) -> list[Any]:
-    """At most PER_KERNEL jobs of each kernel and architecture, from the first to the last evenly."""
+    """Return at most PER_KERNEL jobs of each kernel and architecture, spread evenly from the first to the last."""
     from fastgpt.checks import triton as triton_check
 
     kernels: dict[tuple[str, int], list[Any]] = {}
@@ -156,14 +156,14 @@ def some_of_each(jobs: list[Any]) -> list[Any]:
 
 
 def _counted(job: Any) -> Any:
-    """triton_check's report with hmma and wgmma, from the machine code."""
+    """Return triton_check's report with hmma and wgmma counted in the machine code."""
     from fastgpt.checks import triton as triton_check
 
     report = triton_check.compile_one(job)
     if report.error:
         return report
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
-        f.write(triton_check.compiled(job).asm["cubin"])  # from Triton's cache
+        f.write(triton_check.compiled(job).asm["cubin"])  # read from Triton's cache
         f.flush()
         done = subprocess.run([cuda_check.find_nvdisasm(), "-c", f.name], check=True, capture_output=True, text=True)
     (counts,) = cuda_check.instructions(done.stdout).values()
@@ -171,7 +171,7 @@ def _counted(job: Any) -> Any:
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The rows of one language as a table, failures last."""
+    """Return the rows of one language as a table, failures last."""
     good = sorted((r for r in rows if "red" not in r), key=lambda r: (r["kernel"], r["arch"]))
     width = max((len(r["kernel"]) for r in good), default=6)
     lines = [f"{'kernel':{width}}  arch    registers  stack  shared  threads  HMMA  wgmma  blocks/SM  occupancy, limit"]
@@ -184,7 +184,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 if a compilation failed; a compiler that is not here is one line, not a failure."""
+    """Return 1 if a compilation failed; a missing compiler is reported in one line and is not a failure."""
     parser = Parser(prog="python -m fastgpt.bench.codegen", description=__doc__)
     parser.add_argument("--language", choices=LANGUAGES, help="default: both")
     parser.add_argument("--only", default="*", metavar="OP", help="ops, as in 'attention*'")

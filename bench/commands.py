@@ -1,4 +1,4 @@
-"""`fastgpt bench COMMAND ...`: one op, training steps, the whole report, and what to do with the rows."""
+"""`fastgpt bench COMMAND ...`: one op, training steps, the whole report, and commands that process the rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fastgpt.bench import OPS
 from fastgpt.core.errors import UserError
 
-COMMANDS = {  # name -> (module, what it answers)
+COMMANDS = {  # name -> (module, the question it answers)
     "throughput": ("throughput", "training steps against plain PyTorch: tokens/s, MFU, memory, losses overlaid"),
     "roofline": ("roofline", "which share of a step is products, attention, memory-bound, idle"),
     "host": ("host", "microseconds of an op call, launches of a step, import and compile times"),
@@ -28,7 +28,7 @@ COMMANDS = {  # name -> (module, what it answers)
 
 
 def listing() -> str:
-    """Every command in a line."""
+    """Return every command on one line each."""
     lines = [f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items()]
     ops = "\n".join(f"  {op}" for op in OPS)
     example = "fastgpt bench layer_norm --dtype bf16 --shape 8192x768"
@@ -43,10 +43,10 @@ def listing() -> str:
 
 
 def command(name: str) -> Callable[[list[str]], int]:
-    """The main function of a command; it takes the arguments.
+    """Return the main function of a command; it is called with the arguments.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no command of this name.
     """
     if name in OPS:
         from fastgpt.bench import _command, _op
@@ -59,7 +59,7 @@ def command(name: str) -> Callable[[list[str]], int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Without arguments: what there is."""
+    """Run a command; without arguments list all commands."""
     arguments = sys.argv[1:] if argv is None else argv
     if not arguments or arguments[0] in ("-h", "--help"):
         print(listing())

@@ -72,7 +72,7 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
-    """The formula at this file's head."""
+    """Return the bytes that a phase moves, by the formula in the module docstring."""
     n, v = shape
     return n * v * dtype.itemsize * (1 if phase == "forward" else 2) + 20 * n
 

@@ -43,7 +43,7 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
-    """The formula at this file's head."""
+    """Return the bytes that a phase moves, by the formula in the module docstring."""
     b, t, c, v = shape
     n, positions, table = (rows * c * dtype.itemsize for rows in (b * t, t, v))
     return of_phase(phase, 2 * n + positions + 8 * b * t, n + positions + table + 8 * b * t)

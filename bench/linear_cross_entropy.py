@@ -64,14 +64,14 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
-    """The formula at this file's head."""
+    """Return the bytes that a phase moves, by the formula in the module docstring."""
     n, c, v = shape
     one = (n + v) * c * dtype.itemsize
     return of_phase(phase, one + 8 * n, 2 * one + 8 * n)
 
 
 def flops(shape: Shape, phase: str) -> float:
-    """The formula at this file's head."""
+    """Return the FLOP of a phase, by the formula in the module docstring."""
     n, c, v = shape
     return of_phase(phase, 2.0 * n * c * v, 4.0 * n * c * v)
 

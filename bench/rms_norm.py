@@ -30,7 +30,7 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
-    """The formula at this file's head."""
+    """Return the bytes that a phase moves, by the formula in the module docstring."""
     n, c = shape
     forward = (4 * n * c + c) * dtype.itemsize + 4 * n
     return of_phase(phase, forward, forward + c * dtype.itemsize)

@@ -78,7 +78,7 @@ def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
 
 
 def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
-    """The formula at this file's head."""
+    """Return the bytes that a phase moves, by the formula in the module docstring."""
     b, t, h, g, d = shape
     one = 2 * b * t * (h + g) * d * dtype.itemsize + 4 * t * d
     return of_phase(phase, one, one)
