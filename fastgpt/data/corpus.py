@@ -1,4 +1,4 @@
-"""Text in: which files make up a corpus, how they are read, and which of them are held out for validation.
+"""Text input: which files make up a corpus, how they are read, and which of them are held out for validation.
 
 A corpus is a list of `TextFile`s in a fixed order. Reading is strict UTF-8 (a byte-order mark is dropped), because a
 silently replaced byte is a silently damaged model; what cannot be read is a `UserError` with file, line and byte
@@ -63,15 +63,16 @@ class Part:
     stop: int | None = None
 
     def text(self) -> str:
-        """The part's text. Raises UserError as `read_text` does."""
+        """Return the part's text. Raises UserError as `read_text` does."""
         return read_text(self.file.path)[self.start : self.stop]
 
 
 def default_corpus(tests: bool = False) -> Corpus:
-    """The source of the running Python's standard library, about 10 MB, alike with and without its test suite.
+    """Return the source of the running Python's standard library, about 10 MB, the same with and without its test
+    suite.
 
-    tests: the test suite instead (17 MB where it is installed, no files where it is not): more text to train on.
-    Raises UserError where the interpreter has no sources on disk.
+    tests: the test suite instead (17 MB if it is installed, no files if it is not), as more text to train on.
+    Raises UserError if the interpreter has no sources on disk.
     """
     root = Path(sysconfig.get_path("stdlib"))
     start = root / "test" if tests else root
@@ -88,7 +89,7 @@ def default_corpus(tests: bool = False) -> Corpus:
 
 
 def text_files(path: str | Path) -> Corpus:
-    """The user's corpus: one text file, or every text file below a folder (hidden ones and binary ones left out).
+    """Return the user's corpus: one text file, or every text file below a folder (without hidden and binary files).
 
     Raises UserError for a missing, empty or unreadable path and for a folder without text; the text itself is decoded,
     and can fail, in `read_text`.
@@ -111,13 +112,13 @@ def text_files(path: str | Path) -> Corpus:
 
 
 def read_texts(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yields (name, text) for every file of the user's file or folder, in name order. Raises UserError, see above."""
+    """Yield (name, text) for every file of the user's file or folder, in name order. Raises UserError, see above."""
     for file in text_files(path).files:
         yield file.name, read_text(file.path)
 
 
 def read_text(path: Path) -> str:
-    """The file's text: UTF-8, strictly, byte-order mark dropped, line ends as they are.
+    """Return the file's text: strict UTF-8, without the byte-order mark, with line endings unchanged.
 
     Raises UserError that names file, line (from 1) and byte offset (from 0) of the first byte that is not text.
     """
@@ -141,12 +142,13 @@ def read_text(path: Path) -> str:
 
 
 def documents(text: str) -> list[str]:
-    """A text's documents: what stands between literal `<|endoftext|>` marks, empty ones dropped."""
+    """Return a text's documents: the parts between literal `<|endoftext|>` marks, without empty ones."""
     return [d for d in text.split(EOT) if d.strip()]
 
 
 def split_files(files: list[TextFile], fraction: float = 0.05) -> tuple[list[Part], list[Part]]:
-    """(train, validation): whole files, chosen by a hash of their names until `fraction` of the bytes is held out.
+    """Return (train, validation): whole files, chosen by a hash of their names until `fraction` of the bytes is held
+    out.
 
     The choice depends on names and sizes only. Where no set of whole files comes near the fraction (one file, or one
     that outweighs the rest), the largest file is cut near its end, at a document, paragraph or line boundary.
@@ -183,7 +185,7 @@ def _cut_largest(files: list[TextFile], fraction: float) -> tuple[list[Part], li
 
 
 def _boundary(text: str, at: int) -> int:
-    """The first place to cut in the first half of what follows `at`; the strongest kind of boundary wins."""
+    """Return the first place to cut in the first half of the text after `at`; the strongest kind of boundary wins."""
     stop = at + (len(text) - at) // 2
     for mark in (EOT, "\n\n", "\n", " "):
         i = text.find(mark, at, stop)
@@ -204,7 +206,8 @@ def _walk(root: Path, skip_dirs: set[str]) -> Iterator[Path]:
 
 
 def _collect(source: str, paths: list[Path], root: Path, lenient: bool) -> Corpus:
-    """Empty files are passed over, binary files and exact copies skipped; lenient also skips what is not UTF-8."""
+    """Collect a corpus. Empty files are ignored, binary files and exact copies skipped; lenient also skips
+    non-UTF-8."""
     files: list[TextFile] = []
     skipped: list[str] = []
     seen: set[str] = set()

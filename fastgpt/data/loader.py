@@ -1,9 +1,9 @@
 """Batches of windows from a token stream: shuffled without replacement for training, in a fixed order for validation.
 
 A window is block + 1 tokens: x its first block tokens, y the same shifted by one. An epoch visits every window once, in
-an order that is a function of (seed, epoch) alone: a Feistel network permutes the window numbers, so that no order is
-stored, any position is reached at once, and no library's generator has to stay as it is. Samples are numbered through
-all epochs; the ranks take turns by batches. The whole state is therefore one number, the samples consumed.
+an order that is a function of (seed, epoch) alone: a Feistel network permutes the window numbers, so no order is
+stored, any position can be computed directly, and the order depends on no library's generator. Samples are numbered
+across epochs, and the ranks alternate by batches. The whole state is therefore one number, the samples consumed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ U64 = np.uint64
 
 
 class TokenSource(Protocol):
-    """What the loader needs of `fastgpt.data.shards.Tokens`."""
+    """The part of the interface of `fastgpt.data.shards.Tokens` that the loader uses."""
 
     def __len__(self) -> int: ...
     def read(self, start: int, n: int) -> npt.NDArray[Any]: ...
@@ -39,7 +39,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 def permute(index: npt.NDArray[np.int64], n: int, key: int) -> npt.NDArray[np.int64]:
-    """Image of each index under a pseudo-random permutation of range(n) that `key` selects; any shape, no table.
+    """Return the image of each index under a pseudo-random permutation of range(n) that `key` selects; any shape, no
+    table.
 
     Balanced Feistel network on the smallest even number of bits that holds n (Luby and Rackoff 1988); images outside
     range(n) are permuted again until they fall inside (cycle walking, Black and Rogaway 2002).
@@ -110,7 +111,7 @@ class TokenLoader:
         return x, y
 
     def starts(self, sample: int, n: int) -> list[int]:
-        """First token of the windows of samples sample .. sample + n, counted over all epochs and ranks."""
+        """Return the first token of the windows of samples sample .. sample + n, counted over all epochs and ranks."""
         out: list[int] = []
         while n > 0:
             epoch, position = divmod(sample, self.windows)
@@ -123,12 +124,13 @@ class TokenLoader:
         return out
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values: the cursor (epoch, position) behind the last batch handed out, and what it is a cursor into."""
+        """Return plain values: the cursor (epoch, position) after the last batch returned, and the data it points
+        into."""
         epoch, position = divmod(self._samples, self.windows)
         return {"version": STATE_VERSION, "epoch": epoch, "position": position, **self._identity}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly behind the last batch of `state`; batch, rank and world may differ from the saved run's.
+        """Continue exactly after the last batch of `state`; batch, rank and world may differ from the saved run's.
 
         Raises UserError where seed, block or tokens are not those of the saved run.
         """
@@ -139,13 +141,14 @@ class TokenLoader:
         self._samples = int(state["epoch"]) * self.windows + int(state["position"])
 
     def close(self) -> None:
-        """Ends the prefetch thread, if any; the loader goes on where it was when next() is called again."""
+        """Stop the prefetch thread, if any; the next call of next() continues from the same position."""
         if self._ahead:
             self._ahead.stop()
         self._ahead = None
 
     def _gather(self, sample: int) -> torch.Tensor:
-        """This rank's batch of the step whose first sample (over all ranks) is `sample`: (2, batch, block) int64."""
+        """Return this rank's batch of the step whose first sample (over all ranks) is `sample`: (2, batch, block)
+        int64."""
         starts = self.starts(sample + self.rank * self.batch, self.batch)
         out = _empty(self.batch, self.block, self.device)
         rows = out.numpy()
@@ -156,7 +159,7 @@ class TokenLoader:
 
 
 class _Ahead:
-    """A thread that gathers up to `depth` batches ahead, until stop(), which also runs when the loader goes away."""
+    """A thread that gathers up to `depth` batches ahead, until stop(), which also runs when the loader is deleted."""
 
     def __init__(self, loader: TokenLoader, sample: int, depth: int) -> None:
         self._queue: queue.Queue[torch.Tensor | BaseException] = queue.Queue(depth)
@@ -191,7 +194,7 @@ class _Ahead:
                 return
 
     def _put(self, item: torch.Tensor | BaseException) -> bool:
-        """False when told to stop before there was room."""
+        """Return False if stopped before there was room."""
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -211,7 +214,7 @@ def sequential(
     world: int = 1,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """Validation batches x, y (batch, block) int64, always the same; every token but the first is a target once.
+    """Return validation batches x, y (batch, block) int64, always the same; every token but the first is a target once.
 
     All batches have the full shape; what lies past the end has x 0 and y IGNORE (-100), so weight the loss by
     (y != IGNORE).sum(), which is 0 in a rank's last batch where the windows do not go round. max_batches (per rank):

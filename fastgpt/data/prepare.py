@@ -1,7 +1,7 @@
-"""Text to a data set on disk: train.bin, val.bin, tokenizer.json, meta.json.
+"""Prepare a data set on disk from text: train.bin, val.bin, tokenizer.json, meta.json.
 
 Every document is preceded by `<|endoftext|>`. The tokenizer is trained on the training split alone. A data set appears
-whole or not at all (built aside, renamed into place), and is taken as it is when the same inputs made it.
+whole or not at all (built in a temporary folder, then renamed), and is reused if it was built from the same inputs.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ def prepare(
     stdlib_tests: bool = False,
     progress: Progress | None = None,
 ) -> Dataset:
-    """Makes the data set `out_dir` from the user's text file or folder, or (None) from Python's standard library.
+    """Prepare the data set `out_dir` from the user's text file or folder, or (None) from Python's standard library.
 
     stdlib_tests: with data None, train on the standard library's test suite too, where it is installed; the validation
     files stay the same. progress(stage, done, total) is called with stages "tokenizer", "train", "val", in bytes.
     Raises UserError for bad input (see corpus.py), an `out_dir` that holds something else, a disk that cannot be
-    written; what stood in `out_dir` is then untouched.
+    written; the content of `out_dir` is then unchanged.
     """
     out = Path(out_dir)
     if data is not None and Path(data).resolve() in out.resolve().parents:
@@ -95,7 +95,7 @@ def _make(
 
 
 def load_dataset(path: str | Path) -> Dataset:
-    """Opens a data set that `prepare` made. Raises UserError where a file is missing, damaged or not of this set."""
+    """Open a data set written by `prepare`. Raises UserError if a file is missing, damaged or from another set."""
     path = Path(path)
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
@@ -118,9 +118,9 @@ def load_dataset(path: str | Path) -> Dataset:
 
 
 def unigram_nats(train_tokens: Tokens | npt.NDArray[Any], val_tokens: Tokens | npt.NDArray[Any], n_vocab: int) -> float:
-    """Cross-entropy, in nats per token, of a unigram model on the validation tokens.
+    """Return the cross-entropy, in nats per token, of a unigram model on the validation tokens.
 
-    p(token) = (count in training + 1) / (training tokens + n_vocab): what is reached without any context.
+    p(token) = (count in training + 1) / (training tokens + n_vocab): the loss of a model without any context.
     Raises UserError for ids >= n_vocab or no validation tokens.
     """
     train, val = (_counts(t, n_vocab) for t in (train_tokens, val_tokens))
@@ -154,7 +154,8 @@ def _build(aside: Path, train: list[Part], val: list[Part], vocab_size: int, pro
 
 
 def _trainer_texts(parts: list[Part], progress: Progress) -> Iterator[str]:
-    """The documents the BPE learns from: all, or those of the first files in the order of their names' hashes."""
+    """Yield the documents that the BPE learns from: all, or those of the first files in the order of their names'
+    hashes."""
     order = sorted(parts, key=lambda p: hashlib.sha256(p.file.name.encode("utf-8", "surrogateescape")).digest())
     total, done = min(TRAINER_BYTES, sum(p.file.size for p in parts)), 0
     for part in order:
@@ -167,7 +168,7 @@ def _trainer_texts(parts: list[Part], progress: Progress) -> Iterator[str]:
 
 
 def _encode(path: Path, stage: str, parts: list[Part], tokenizer: Tokenizer, progress: Progress) -> dict[str, Any]:
-    """Writes one split; its counts. bytes are of the documents' UTF-8, without the marks between them."""
+    """Write one split and return its counts. bytes counts the documents' UTF-8, without the marks between them."""
     counts = {"tokens": 0, "bytes": 0, "documents": 0, "files": len(parts)}
     total, read = sum(p.file.size for p in parts), 0
     eot = np.array([tokenizer.eot], np.uint32)
@@ -200,7 +201,7 @@ def _is_ours(out: Path) -> bool:
 
 
 def _load_same(out: Path, inputs: str) -> Dataset | None:
-    """The data set in `out` if these inputs made it and it is whole, else None: it is then made again."""
+    """Return the data set in `out` if it is complete and was built from these inputs, else None: it is then rebuilt."""
     try:
         found = load_dataset(out)
     except UserError:
@@ -209,7 +210,7 @@ def _load_same(out: Path, inputs: str) -> Dataset | None:
 
 
 def _make_aside(out: Path) -> Path:
-    """An empty folder beside `out`; what killed runs left there is removed."""
+    """Create an empty folder next to `out` and remove those left by killed runs."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         for old in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):
@@ -236,7 +237,7 @@ def _alive(pid: int) -> bool:
 
 
 def _put_in_place(aside: Path, out: Path) -> None:
-    """Renames, a previous data set first out of the way: `out` is at no time a mixture of two."""
+    """Rename the folder to `out`, after moving a previous data set away: `out` is never a mixture of two."""
     if out.exists():
         os.replace(out, aside / "previous")
     os.replace(aside, out)

@@ -1,8 +1,8 @@
 """Token shards: llm.c's header files and nanoGPT's raw files, read in place through np.memmap, and their writer.
 
 llm.c: 1024 bytes of header (256 int32: magic, version, number of tokens, zeros), then the ids, little-endian;
-magic 20240520 version 1 is uint16, magic 20240801 version 7 is uint32. nanoGPT: ids only, uint16. Shards in a row are
-one stream of tokens; nothing is copied but the windows that are read.
+magic 20240520 version 1 is uint16, magic 20240801 version 7 is uint32. nanoGPT: ids only, uint16. Several shards form
+one stream of tokens; only the windows that are read are copied.
 """
 
 from __future__ import annotations
@@ -42,27 +42,28 @@ class Tokens:
         return int(self._ends[-1]) if self.parts else 0
 
     def read(self, start: int, n: int) -> Array:
-        """Ids start .. start+n, (n,): a view within one shard, a copy across shards. IndexError past the ends."""
+        """Return ids start .. start+n, (n,): a view within one shard, a copy across shards. IndexError past the
+        ends."""
         if start < 0 or n < 0 or start + n > len(self):
             raise IndexError(f"tokens {start}..{start + n} of {len(self)}")
         out = [p for _, _, p in self._spans(start, start + n)]
         return out[0] if len(out) == 1 else np.concatenate([np.empty(0, np.uint16), *out])
 
     def slice(self, start: int, stop: int) -> Tokens:
-        """Ids start .. stop as Tokens of their own; no copy."""
+        """Return ids start .. stop as a new Tokens object, without copying."""
         spans = [(self.names[i], p) for i, _, p in self._spans(start, stop)]
         return Tokens([p for _, p in spans], [name for name, _ in spans])
 
     def chunks(self, size: int = 1 << 22) -> Iterator[tuple[str, int, Array]]:
-        """(file, offset in the part, ids) over everything, at most `size` ids at a time."""
+        """Yield (file, offset in the part, ids) over all tokens, at most `size` ids at a time."""
         for name, part in zip(self.names, self.parts, strict=True):
             for at in range(0, len(part), size):
                 yield name, at, part[at : at + size]
 
     def check_ids(self, n_vocab: int, limit: int | None = None) -> None:
-        """Raises UserError (id, position, file) when an id is >= n_vocab.
+        """Raise UserError (id, position, file) if an id is >= n_vocab.
 
-        limit: look only at about this many ids, in evenly spaced blocks of 64 k; None looks at all.
+        limit: check only about this many ids, in evenly spaced blocks of 64 k; None checks all.
         """
         size = 1 << 16 if limit else 1 << 22
         total = sum(-(-len(p) // size) for p in self.parts)
@@ -73,7 +74,8 @@ class Tokens:
                 raise UserError(f"{name} has token id {ids[j]} at position {at + j}; the vocabulary has {n_vocab} ids")
 
     def fingerprint(self) -> str:
-        """sha256 over the length and 64 evenly spaced samples of 256 ids: tells data sets apart at no cost."""
+        """Return sha256 over the length and 64 evenly spaced samples of 256 ids: a cheap way to distinguish data
+        sets."""
         digest = hashlib.sha256(str(len(self)).encode())
         n = min(256, len(self))
         for i in range(64):
@@ -81,7 +83,7 @@ class Tokens:
         return digest.hexdigest()
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, Array]]:
-        """(part index, offset in it, ids) of the parts that start .. stop touches."""
+        """Yield (part index, offset in it, ids) of the parts that start .. stop overlaps."""
         i = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             base = int(self._ends[i]) - len(self.parts[i])
@@ -91,7 +93,7 @@ class Tokens:
 
 
 def open_tokens(pattern: str | Path, dtype: str | None = None) -> Tokens:
-    """Opens the shards that a path or glob pattern matches, in natural order (shard_2 before shard_10).
+    """Open the shards that a path or glob pattern matches, in natural order (shard_2 before shard_10).
 
     dtype: "uint16" or "uint32" for raw files; by default uint32 where the file's name has u32 or uint32, else uint16.
     Raises UserError (file, what was found, what was expected) for no match, damaged headers, sizes that do not fit,
@@ -108,7 +110,7 @@ def open_tokens(pattern: str | Path, dtype: str | None = None) -> Tokens:
 def open_split(
     pattern: str | Path, val: str | Path | None = None, val_fraction: float = 0.05, dtype: str | None = None
 ) -> tuple[Tokens, Tokens]:
-    """(train, validation) tokens of shards, without copying.
+    """Return (train, validation) tokens of shards, without copying.
 
     Validation is, in this order: the files of `val`; the matches with "val" in their name; the files named like the
     pattern with "val" for "train" (llm.c's and nanoGPT's habit); the last val_fraction of the stream, at most
@@ -132,9 +134,9 @@ def _pick(tokens: Tokens, keep: list[bool]) -> Tokens:
 
 
 class ShardWriter:
-    """Writes one llm.c shard, uint16 for n_vocab <= 65536, else uint32; a context manager.
+    """A writer of one llm.c shard, uint16 for n_vocab <= 65536, else uint32; a context manager.
 
-    The file appears whole under its name when the block ends, and not at all when it is left by an exception.
+    The complete file appears under its name when the block ends, and not at all if the block raises.
     """
 
     def __init__(self, path: str | Path, n_vocab: int) -> None:
@@ -149,7 +151,7 @@ class ShardWriter:
         return self
 
     def write(self, ids: Array) -> None:
-        """Appends ids (n,) of any integer dtype. Raises ValueError for an id outside [0, n_vocab)."""
+        """Append ids (n,) of any integer dtype. Raises ValueError for an id outside [0, n_vocab)."""
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.n_vocab:
             raise ValueError(f"ShardWriter: ids must be in [0, {self.n_vocab}), got {ids.min()}..{ids.max()}")
         self._file.write(ids.astype(self.dtype, copy=False).tobytes())
@@ -167,7 +169,10 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path` whole and synced when the block ends, or not at all. Raises UserError."""
+    """Open a binary file that appears at `path` complete and synced when the block ends, or not at all.
+
+    Raises UserError if it cannot be written.
+    """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(tmp, "wb") as f:

@@ -1,4 +1,4 @@
-"""What a run trains on, from one setting: text that is prepared first, or token shards as they are."""
+"""The training data, opened from one setting: text that is prepared first, or existing token shards."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ GPT2_VOCABULARY = 50257
 
 @dataclass(frozen=True)
 class Source:
-    """Training and validation tokens with what they mean.
+    """Training and validation tokens with their vocabulary.
 
     Attributes:
         n_vocab: size of the vocabulary unless the model's is set.
-        tokenizer: None for shards that came without one.
+        tokenizer: None for shards without one.
         n_ids: the least that a model's vocabulary may have: the tokenizer's, or the largest id of all and 1.
         said: where n_vocab is from, if not from a tokenizer.
     """
@@ -40,7 +40,7 @@ class Source:
 
     @property
     def fingerprint(self) -> str | None:
-        """The tokenizer's: a checkpoint is only continued or sampled with the same one."""
+        """The tokenizer's fingerprint: a checkpoint can be resumed or sampled only with the same tokenizer."""
         return None if self.tokenizer is None else self.tokenizer.fingerprint
 
     def describe(self) -> str:
@@ -96,7 +96,8 @@ def open_source(
 
 
 def open_validation(sources: dict[str, str], source: Source, data_dtype: str = "auto") -> dict[str, Tokens]:
-    """Further validation tokens by name: .bin shards (raw ones of `data_dtype`), or a text file in the tokenizer of
+    """Return further validation tokens by name: .bin shards (raw ones of `data_dtype`), or a text file in the
+    tokenizer of
     `source`.
 
     Raises:
@@ -124,7 +125,7 @@ def open_validation(sources: dict[str, str], source: Source, data_dtype: str = "
 
 
 def _vocabulary(tokens: Tokens, n_ids: int) -> tuple[int, str]:
-    """Size of the vocabulary of shards without a tokenizer, whose largest id is n_ids - 1, and where it is from."""
+    """Return the vocabulary size of shards without a tokenizer, whose largest id is n_ids - 1, and its source."""
     meta = Path(tokens.names[0]).with_name("meta.pkl")
     if meta.is_file():
         size = read_vocab_size(meta)
@@ -137,10 +138,10 @@ def _vocabulary(tokens: Tokens, n_ids: int) -> tuple[int, str]:
 
 
 def read_vocab_size(meta: Path) -> int:
-    """vocab_size in nanoGPT's meta.pkl.
+    """Return vocab_size from nanoGPT's meta.pkl.
 
-    A pickle may run anything when it is loaded, so its opcodes are read, not executed: a dict has the number right
-    behind the key.
+    A pickle can run any code when it is loaded, so its opcodes are read, not executed: in a dict the number directly
+    follows the key.
 
     Raises:
         UserError: it has no such key, or is no pickle.
@@ -156,7 +157,7 @@ def read_vocab_size(meta: Path) -> int:
 
 
 class _Bars:
-    """A progress bar for each stage of preparing text; none where nothing has to be done."""
+    """A progress bar for each stage of preparing text; no bar if there is nothing to do."""
 
     def __init__(self) -> None:
         self.stage = ""

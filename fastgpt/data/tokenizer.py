@@ -2,7 +2,7 @@
 
 A text is cut into words by GPT-2's pattern, each word into bytes, and neighbours are merged in the order in which
 training learned the merges (Sennrich et al. 2016; bytes as the alphabet: Radford et al. 2019). Any text therefore has
-ids, and decode(encode(text)) == text. Both libraries give the same ids; tiktoken gives them about three times as fast.
+ids, and decode(encode(text)) == text. Both libraries return the same ids; tiktoken is about three times as fast.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Tokenizer:
     """A byte-level BPE with one special token, `<|endoftext|>`.
 
     n_vocab: number of ids, specials included; eot: the id of `<|endoftext|>`; fingerprint: sha256 over what decides
-    ids (not over the file's layout): a checkpoint stores it, and another tokenizer is told apart by it.
+    ids (not over the file's layout): a checkpoint stores it to detect another tokenizer.
     """
 
     def __init__(self, text: str, where: str = "tokenizer.json") -> None:
@@ -58,7 +58,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Reads a tokenizer.json, or the one in a folder. UserError where it is missing, damaged or of another kind."""
+        """Read a tokenizer.json, or the one in a folder. Raises UserError if it is missing, damaged or of another
+        kind."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
         try:
@@ -71,12 +72,12 @@ class Tokenizer:
             raise UserError(f"tokenizer file {path} is damaged: not UTF-8 at byte {e.start}") from None
 
     def save(self, path: str | Path) -> None:
-        """Writes tokenizer.json, whole or not at all; `tokenizers.Tokenizer.from_file` reads it too."""
+        """Write tokenizer.json, completely or not at all; `tokenizers.Tokenizer.from_file` reads it too."""
         with atomic_file(Path(path)) as f:
             f.write(self.text.encode("utf-8"))
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """Ids (n,) uint32; a literal `<|endoftext|>` is ordinary text. UserError for lone surrogates."""
+        """Return ids (n,) uint32; a literal `<|endoftext|>` is ordinary text. Raises UserError for lone surrogates."""
         try:
             ids = [self._encode_piece(piece) for piece in pieces(text)]
         except UnicodeEncodeError as e:
@@ -96,12 +97,12 @@ class Tokenizer:
             return np.array(HFTokenizer.from_str(json.dumps(spec)).encode(piece).ids, np.uint32)
 
     def encode_documents(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
-        """`encode` of each text, on `threads` threads (default: the cores this process may use, at most 8)."""
+        """Encode each text with `encode`, on `threads` threads (default: the cores this process may use, at most 8)."""
         with ThreadPoolExecutor(threads or min(8, available_cores())) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids (any iterable of ints, arrays included); bytes that form no character become U+FFFD.
+        """Return the text of ids (any iterable of ints, arrays included); bytes that form no character become U+FFFD.
 
         Raises ValueError for an id outside [0, n_vocab).
         """
@@ -113,7 +114,7 @@ class Tokenizer:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
-    """Learns a BPE of at most `vocab_size` ids (fewer where the texts have no more pairs to merge).
+    """Train a BPE of at most `vocab_size` ids (fewer where the texts have no more pairs to merge).
 
     Raises UserError for a vocab_size below 257 (256 bytes and `<|endoftext|>`).
     """
@@ -136,7 +137,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
 
 
 def pieces(text: str) -> list[str]:
-    """Cuts a text into pieces of about PIECE characters where that changes no id; without such places, one piece."""
+    """Cut a text into pieces of about PIECE characters where that changes no id; without such places, return one
+    piece."""
     cuts = [0]
     while len(text) - cuts[-1] > PIECE:
         seam = _SEAM.search(text, cuts[-1] + PIECE)
@@ -147,12 +149,12 @@ def pieces(text: str) -> list[str]:
 
 
 def available_cores() -> int:
-    """Cores this process may run on."""
+    """Return the number of cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parse(text: str, where: str) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Token bytes -> id (rank) and special token -> id of a byte-level BPE's tokenizer.json."""
+    """Return token bytes -> id (rank) and special token -> id of a byte-level BPE's tokenizer.json."""
     try:
         spec = json.loads(text)
         specials = {t["content"]: int(t["id"]) for t in spec["added_tokens"]}
@@ -174,7 +176,7 @@ def _parse(text: str, where: str) -> tuple[dict[bytes, int], dict[str, int]]:
 
 
 def _check_kind(spec: dict[str, Any], where: str) -> None:
-    """Only what PATTERN and plain merges reproduce: anything else would give other ids in silence."""
+    """Accept only what PATTERN and plain merges reproduce: anything else would silently produce other ids."""
     pre = spec["pre_tokenizer"] or {}
     for what, ok in {
         "model.type": spec["model"]["type"] == "BPE",
@@ -188,7 +190,7 @@ def _check_kind(spec: dict[str, Any], where: str) -> None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's stand-in for each byte -> the byte: printable Latin-1 stands for itself, the rest from U+0100 on."""
+    """Return GPT-2's stand-in for each byte -> the byte: printable Latin-1 is itself, the rest starts at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(rest)}
