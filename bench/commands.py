@@ -28,7 +28,7 @@ COMMANDS = {  # name -> (module, the question it answers)
 
 
 def listing() -> str:
-    """Return every command on one line each."""
+    """Return a list of the commands, one per line."""
     lines = [f"  {name:<12}{about}" for name, (_, about) in COMMANDS.items()]
     ops = "\n".join(f"  {op}" for op in OPS)
     example = "fastgpt bench layer_norm --dtype bf16 --shape 8192x768"

@@ -1,21 +1,23 @@
-"""`fastgpt bench compare A B`: is B slower than A? And `fastgpt bench ab`: measure both in turns, then compare.
+"""`fastgpt bench compare A B`: is B slower than A? And `fastgpt bench ab`: measure both alternately, then compare.
 
-Rows of A and B are paired by results.IDENTITY and hardware; rows of another device or dtype never meet. Several rows of
-one identity on a side are runs of it, each in a process of its own. A run's figure x is the log of its time as a share
-of what was timed in turns with it (results.judged_share): the machine's drift between A and B meets both alike and
-cancels. Only where a row lacks that, or A's is of another torch than B's, x is the log of the time itself, which on a
-GPU is judged only if both ran at the same clock within CLOCKS.
+Rows of A and B are paired by results.IDENTITY and hardware; rows of different devices or dtypes are never paired.
+Several rows of one identity on a side are runs of it, each in its own process. A run's figure x is the log of its time
+as a share of the time of the reference measured alternately with it (results.judged_share): the machine's drift between
+A and B affects both alike and cancels. Only where a row lacks that share, or A and B were measured with different
+versions of torch, x is the log of the time itself, which on a GPU is judged only if both ran at the same clock within
+CLOCKS.
 
-    ratio = exp(mean x of B - mean x of A), over 1: B is slower; of five runs and more the means leave out a fifth at
-            either end (Yuen 1974): a run next to another program's burst is no measurement
-    s^2   = variance of x among the runs of a side, pooled over both, and with the weight of PRIOR_RUNS runs the prior
-            of PRIOR, which stands for what one process cannot see: where its memory lies, who else is on the machine
+    ratio = exp(mean x of B - mean x of A); above 1, B is slower. With five or more runs the means leave out a fifth
+            at either end (Yuen 1974): a run during another program's burst is not a measurement
+    s^2   = variance of x among the runs of a side, pooled over both, plus the prior PRIOR with the weight of
+            PRIOR_RUNS runs, which stands for what one process cannot see: its memory layout, other users' load
     band  = t(1 - ALARM / pairs; degrees of freedom) s sqrt(1/runs of A + 1/runs of B)
 
-A row is a regression if its ratio is over 1 + max(band, floor), with a floor of 5 %, an improvement if 1 / ratio is.
-One whose band is wider than the floor is marked: a change of the floor would be missed, more runs narrow it. ALARM is
-the chance of any false alarm in the whole comparison. Only fastgpt's own rows are judged. Counts and sizes (registers,
-spilled bytes, MB of a wheel) have no noise: growing by more than their allowance is a regression.
+A row is a regression if its ratio is above 1 + max(band, floor), with a floor of 5 %, and an improvement if 1 / ratio
+is. A row whose band is wider than the floor is marked: it would miss a change as large as the floor, and more runs
+narrow the band. ALARM is the chance of any false alarm in the whole comparison. Only fastgpt's own rows are judged.
+Counts and sizes (registers, spilled bytes, MB of a wheel) have no noise: growing by more than their allowance is a
+regression.
 
 Exit code: 0, 1 for a regression, 2 if there is nothing to compare or a row lacks its provenance.
 """
@@ -38,7 +40,7 @@ PRIOR_RUNS = 4
 TRIM = 0.2
 PRIOR = {("cpu", "relative"): 0.03, ("cpu", "time"): 0.15, ("gpu", "relative"): 0.01, ("gpu", "time"): 0.02}
 TIMES = ("ms", "us", "seconds")
-COUNTS = {  # figure without noise -> by how much it may grow
+COUNTS = {  # noise-free figure -> how much it may grow
     "registers": 0.0,
     "stack_bytes": 0.0,
     "spill_bytes": 0.0,
@@ -53,7 +55,7 @@ Key = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Pair:
-    """One figure of A and B: the ratio B / A, its band, what came of it, and a remark."""
+    """One figure of A and B: the ratio B / A, its band, the verdict and a remark."""
 
     key: Key
     figure: str
@@ -65,7 +67,7 @@ class Pair:
 
 
 def ours(row: Row) -> bool:
-    """Whether a row is of fastgpt's own code, not of a baseline."""
+    """Return whether a row is of fastgpt's own code, not of a baseline."""
     if "backend" in row:
         return row["backend"] is not None
     name = str(row.get("provider", row.get("variant", "fastgpt")))
@@ -73,7 +75,7 @@ def ours(row: Row) -> bool:
 
 
 def groups(rows: Iterable[Row]) -> dict[Key, list[Row]]:
-    """fastgpt's rows by identity and hardware."""
+    """Return fastgpt's rows by identity and hardware."""
     found: dict[Key, list[Row]] = {}
     for row in filter(ours, rows):
         found.setdefault((*identity(row), ("on", hardware(row))), []).append(row)
@@ -81,7 +83,7 @@ def groups(rows: Iterable[Row]) -> dict[Key, list[Row]]:
 
 
 def compare(a: list[Row], b: list[Row], floor: float = FLOOR) -> tuple[list[Pair], list[str]]:
-    """The pairs, regressions first, and a remark on each thing that only one side has.
+    """Return the pairs, regressions first, and a remark on each identity that only one side has.
 
     Raises:
         UserError: a side mixes commits, or nothing pairs.
@@ -106,7 +108,7 @@ def compare(a: list[Row], b: list[Row], floor: float = FLOOR) -> tuple[list[Pair
 
 
 def _pairs(key: Key, a: list[Row], b: list[Row], floor: float, total: int) -> list[Pair]:
-    """What can be said about one identity."""
+    """Return the pairs of one identity."""
     good_a, good_b = ([row for row in side if "red" not in row] for side in (a, b))
     runs = (len(good_a), len(good_b))
     if not good_b:
@@ -121,7 +123,7 @@ def _pairs(key: Key, a: list[Row], b: list[Row], floor: float, total: int) -> li
 
 
 def _counted(key: Key, name: str, a: Row, b: Row, runs: tuple[int, int]) -> Pair:
-    """A figure without noise."""
+    """Judge a noise-free figure."""
     before, after = float(a[name]), float(b[name])
     ratio = after / before if before else (math.inf if after else 1.0)
     allowed = COUNTS[name]
@@ -130,7 +132,7 @@ def _counted(key: Key, name: str, a: Row, b: Row, runs: tuple[int, int]) -> Pair
 
 
 def _timed(key: Key, time: str, a: list[Row], b: list[Row], floor: float, total: int) -> Pair:
-    """A time, by what this file's head says."""
+    """Judge a time by the rule in the module docstring."""
     runs = (len(a), len(b))
     references = {share[1] if (share := judged_share(row)) else None for row in a + b}
     paired = len(references) == 1 and None not in references and len({row["machine"]["torch"] for row in a + b}) == 1
@@ -149,7 +151,7 @@ def _timed(key: Key, time: str, a: list[Row], b: list[Row], floor: float, total:
 
 
 def _judge(x: list[float], y: list[float], prior: float, total: int) -> tuple[float, float]:
-    """Ratio and band from the logarithms of both sides' runs."""
+    """Return ratio and band from the logarithms of both sides' runs."""
     (mean_x, squares_x, kept_x), (mean_y, squares_y, kept_y) = map(trimmed, (x, y))
     freedom = kept_x + kept_y - 2 + PRIOR_RUNS
     variance = (squares_x + squares_y + PRIOR_RUNS * prior**2) / (len(x) + len(y) - 2 + PRIOR_RUNS)
@@ -158,9 +160,10 @@ def _judge(x: list[float], y: list[float], prior: float, total: int) -> tuple[fl
 
 
 def trimmed(values: list[float]) -> tuple[float, float, int]:
-    """Mean without the lowest and highest TRIM of the values, sum of squares about it (Yuen's), how many are left.
+    """Return the mean without the lowest and highest TRIM of the values, Yuen's sum of squares, and the number kept.
 
-    The sum is of the values with those moved to the nearest that is kept, scaled so that it stands for all of them.
+    The squares are about the mean, after replacing each value left out by the nearest one kept, and the sum is scaled
+    to stand for all values.
     """
     number = len(values)
     cut = int(TRIM * number)
@@ -171,7 +174,8 @@ def trimmed(values: list[float]) -> tuple[float, float, int]:
 
 
 def student(p: float, freedom: int) -> float:
-    """Quantile of Student's t, from the normal's by the expansion of Abramowitz and Stegun 26.7.5 (freedom >= 4)."""
+    """Return a quantile of Student's t, from the normal's by the expansion of Abramowitz and Stegun 26.7.5 (freedom >=
+    4)."""
     z = statistics.NormalDist().inv_cdf(p)
     terms = (
         (z**3 + z) / 4,
@@ -182,19 +186,19 @@ def student(p: float, freedom: int) -> float:
 
 
 def clock_gap(a: list[Row], b: list[Row]) -> float:
-    """By how much the SM clock at the time differed, as a share; 0 where it was not read."""
+    """Return by what share the SM clocks during the measurements differed; 0 where they were not read."""
     clocks = [[row["gpu"]["sm_mhz"] for row in side if (row.get("gpu") or {}).get("sm_mhz")] for side in (a, b)]
     means = [statistics.mean(side) for side in clocks if side]
     return max(means) / min(means) - 1 if len(means) == 2 else 0.0
 
 
 def label(key: Key) -> str:
-    """A key in words."""
+    """Return a key as words."""
     return " ".join(value for name, value in key if name != "on")
 
 
 def show(pairs: list[Pair], alone: list[str], everything: bool) -> str:
-    """Regressions, improvements and what could not be judged, or everything; then the sum."""
+    """Return regressions, improvements and what could not be judged, or everything; then the totals."""
     shown = [p for p in pairs if everything or p.verdict != SAME]
     lines = [f"{'':<11}{'B / A':>7}{'band':>9}{'runs':>7}  figure"] if shown else []
     for p in shown:
@@ -209,12 +213,12 @@ def show(pairs: list[Pair], alone: list[str], everything: bool) -> str:
 
 
 def exit_code(pairs: list[Pair]) -> int:
-    """1 for a regression."""
+    """Return 1 for a regression."""
     return int(any(p.verdict == SLOWER for p in pairs))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`fastgpt bench compare A B`."""
+    """Run `fastgpt bench compare A B`."""
     about = "Is B slower than A? Several rows of one figure on a side are runs of it; docs/benchmarks.md says how."
     parser = Parser(prog="fastgpt bench compare", description=about)
     for side in ("A", "B"):

@@ -1,6 +1,6 @@
 """The whole report of a machine without a GPU, in under 15 minutes on two cores: `make bench`, `fastgpt bench all`.
 
-Ops, training steps, host, memory plans and codegen, each a stage of its own (stages.py), then the report. Results go to
+Ops, training steps, host, memory plans and codegen, each a separate stage (stages.py), then the report. Results go to
 --out (default: bench-results): rows.jsonl (appended), cpu.json (stages), log.txt, REPORT.md, REPORT.html. --dry-run
 prints the plan with guessed times. Exit code: 0, 1 if a stage failed.
 """
@@ -16,13 +16,13 @@ from fastgpt.core.command import Parser
 from fastgpt.core.errors import UserError
 
 BUDGET = 880.0  # seconds for all stages
-# beside an op's own default shape: a GPT-2's
+# GPT-2 shapes, in addition to the op's default shape
 MORE_SHAPES = {"layer_norm": ["4096x768"], "rms_norm": ["4096x768"], "cross_entropy": ["256x50304"]}
 DEFAULT_SHAPE = {"layer_norm": "1024x768", "rms_norm": "1024x768", "cross_entropy": "256x4096"}
 
 
 def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
-    """The stages; `fresh` is the file where they put their rows, `out` the folder of the report."""
+    """Return the stages; they append rows to the file `fresh`, and the report goes to the folder `out`."""
     rows = ["--json", str(fresh)]
     module = [python, "-m"]
     steps = [*module, "fastgpt.bench.throughput", "--device", "cpu", *rows]

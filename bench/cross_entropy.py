@@ -5,8 +5,8 @@ Bytes, e per logit, n = N V:
     backward            reads logits; writes their gradient           2 n e
     both                forward, then backward                        3 n e
     both, in place      reads logits, writes the gradient over them   2 n e
-and 20 N for targets (int64), losses and log-sum-exps. GB/s and % of the copy count 2 n e for `both`, for everyone: a
-loss and a gradient need no more than that, so a provider that reads the logits again shows it.
+and 20 N for targets (int64), losses and log-sum-exps. GB/s and % of the copy count 2 n e for `both`, for every
+provider: a loss and a gradient need no more than that, so reading the logits again shows as a lower rate.
 """
 
 from __future__ import annotations
@@ -27,40 +27,40 @@ from fastgpt.models.config import ModelConfig
 
 
 def plain(logits: Tensor, target: Tensor) -> Tensor:
-    """PyTorch's own, on fp32 logits, as under autocast."""
+    """Call PyTorch's loss on fp32 logits, as under autocast."""
     return F.cross_entropy(logits.float(), target)
 
 
 def liger(logits: Tensor, target: Tensor) -> Tensor:
-    """Liger-Kernel's; it writes the gradient over the logits in forward."""
+    """Call Liger-Kernel; it writes the gradient over the logits in forward."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return liger_cross_entropy(logits, target)
 
 
 def quack(logits: Tensor, target: Tensor) -> Tensor:
-    """quack's."""
+    """Call quack."""
     from quack import cross_entropy
 
     return cross_entropy(logits, target, reduction="mean")
 
 
 def flash_attn(logits: Tensor, target: Tensor) -> Tensor:
-    """flash-attn's, a loss per row."""
+    """Call flash-attn, which returns a loss per row."""
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     return cross_entropy_loss(logits, target)[0].mean()
 
 
 def apex(logits: Tensor, target: Tensor) -> Tensor:
-    """apex's, a loss per row in fp32 (no smoothing, -100 ignored)."""
+    """Call apex, which returns a loss per row in fp32 (no smoothing, -100 ignored)."""
     from apex.contrib.xentropy import SoftmaxCrossEntropyLoss
 
     return SoftmaxCrossEntropyLoss.apply(logits, target, 0.0, -100, logits.dtype != torch.float32).mean()
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own logits and targets; in place: the logits are restored before each call, untimed."""
+    """Return one call over its own logits and targets; in place: the logits are restored before each call, untimed."""
     n, v = setting.shape
     logits, target = setting.random(n, v, seed=seed, grad=True), setting.tokens(v, n, seed=seed)
     one = torch.ones((), device=setting.device)
@@ -78,7 +78,7 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """The loss behind a head that makes all logits: linear_cross_entropy's reference."""
+    """Return the shape of a loss after a head that computes all logits: the reference of linear_cross_entropy."""
     options = {"vocab_size": c.vocab_size, "softcap": c.logit_softcap}
     return (batch * block, c.padded_vocab_size), options
 

@@ -23,19 +23,19 @@ from fastgpt.models.config import ModelConfig
 
 
 def plain(ids: Tensor, weight: Tensor, position_weight: Tensor) -> Tensor:
-    """PyTorch's two lookups and their sum."""
+    """Compute PyTorch's two lookups and their sum."""
     return F.embedding(ids, weight) + position_weight
 
 
 def liger(ids: Tensor, weight: Tensor, position_weight: Tensor) -> Tensor:
-    """Liger-Kernel's token lookup, and the sum."""
+    """Call Liger-Kernel's token lookup, and add the positions."""
     from liger_kernel.ops import LigerEmbeddingFunction
 
     return LigerEmbeddingFunction.apply(weight, ids) + position_weight
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own ids, tables and upstream gradient."""
+    """Return one call over its own ids, tables and upstream gradient."""
     b, t, c, v = setting.shape
     leaves = setting.tensors(seed, (v, c), (t, c), grad=True)
     ids, grads = setting.tokens(v, b, t, seed=seed), setting.tensors(seed, (b, t, c))
@@ -50,7 +50,7 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """Timed with position rows, whether the model has them or turns its heads."""
+    """Return the shape with position rows, whether the model has them or uses rotary embedding."""
     return (batch, block, c.width, c.padded_vocab_size), {}
 
 

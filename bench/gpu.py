@@ -1,14 +1,14 @@
-"""Everything that needs a GPU, in one command of under ten minutes: `make gpu`, that is `python3 -m bench.gpu`.
+"""Everything that needs a GPU, in one command of under ten minutes: `make gpu`, which runs `python3 -m bench.gpu`.
 
-Run in the root of a checkout on the system's own Python: torch, triton, numpy, pytest and setuptools are enough; no
-network, no virtual environment, nothing installed. It builds for this GPU alone with `setup.py build` into a folder of
-its own, from where the stages import fastgpt; then the stages of `plan` run in the order of their worth, each in a
-process of its own with a time limit. Limits, not guesses, of the first FIRST stages fit the budget.
+Run it in the root of a checkout with the system's Python: torch, triton, numpy, pytest and setuptools are enough; no
+network, no virtual environment, nothing to install. It builds for this GPU alone with `setup.py build` into a separate
+folder, from which the stages import fastgpt. Then the stages of `plan` run, the most valuable first, each in its own
+process with a time limit. The limits (not only the guesses) of the first FIRST stages fit the budget.
 
 Results go to --out (default: $OUT, else gpu-results): rows.jsonl (figures, appended; fresh.jsonl while a stage runs),
 parity.jsonl, gpu.json (stages), log.txt, and the table, gpu.txt, which is printed last. Whatever ends a stage or this
-command, what was measured before is there. Exit code: 0, 1 if a stage failed, 2 if there is nothing to run on, 130
-after Ctrl-C. --dry-run prints the plan, --table the table of a run that was killed; --check (`make gpu-check`) runs
+command, earlier measurements are kept. Exit code: 0, 1 if a stage failed, 2 if there is nothing to run on, 130 after
+Ctrl-C. --dry-run prints the plan, --table the table of a run that was killed; --check (`make gpu-check`) runs
 compute-sanitizer over the CUDA kernels instead.
 """
 
@@ -23,14 +23,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from . import OPS  # relative: this file runs as bench.gpu, before fastgpt is built, and as fastgpt.bench.gpu
+from . import OPS  # relative: runs as bench.gpu before fastgpt is built, and as fastgpt.bench.gpu
 from .gpu_table import figures
 from .stages import FRESH, Record, Stage, checkout_commit, run_stages, show_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = 540.0  # seconds from this command's start to its last line
 CHECK_BUDGET = 570.0
-FIRST = 6  # stages that are sure to have their time
+FIRST = 6  # number of stages that are certain to get their time
 CHECKED_DTYPES = ("float32", "bfloat16")
 SANITIZER = "compute-sanitizer"
 PROBE = """
@@ -41,9 +41,9 @@ print(*(torch.cuda.get_device_capability() if found else ()))
 
 
 def plan(site: Path, out: Path, arch: str, python: str = sys.executable, device: str = "cuda") -> list[Stage]:
-    """The stages in order of their worth: what comes last is cut when time runs out.
+    """Return the stages, the most valuable first: the last ones are cut when time runs out.
 
-    site: where the build goes; arch: TORCH_CUDA_ARCH_LIST of this GPU.
+    site: the build's folder; arch: TORCH_CUDA_ARCH_LIST of this GPU.
     """
     rows = ["--json", str(out / FRESH)]
     on = ["--device", device]
@@ -78,24 +78,25 @@ def plan(site: Path, out: Path, arch: str, python: str = sys.executable, device:
 
 
 def plan_check(site: Path, out: Path, arch: str, python: str = sys.executable) -> list[Stage]:
-    """The build, and compute-sanitizer's tools over the CUDA kernels: minutes each, so that `plan` is without them."""
+    """Return the build and compute-sanitizer's tools over the CUDA kernels; `plan` leaves them out, as each takes
+    minutes."""
     small = [python, "-m", "fastgpt.bench.gpu", "--small-cases"]
     sanitize = [SANITIZER, "--error-exitcode", "3", "--kernel-regex", "kns=fastgpt", "--tool"]
     checks = [Stage(tool, [*sanitize, tool, *small], 190, 120) for tool in ("memcheck", "racecheck")]
     for stage in checks:
-        stage.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # each tensor an allocation: its ends are seen
+        stage.environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"  # one allocation per tensor: overruns are seen
     return within([build(site, arch, python), *checks], site)
 
 
 def build(site: Path, arch: str, python: str) -> Stage:
-    """Python's half first, so that Triton's kernels are there whatever becomes of the compilers."""
+    """Return the build; Python files are built first, so Triton kernels exist even if the compilers fail."""
     work = str(site.parent / "objects")
     command = [python, "setup.py", "build", "--build-base", work, "--build-lib", str(site), "--build-temp", work]
     return Stage("build", command, 160, 110, environment={"TORCH_CUDA_ARCH_LIST": arch} if arch else {})
 
 
 def within(stages: list[Stage], site: Path) -> list[Stage]:
-    """The stages where they run: in the built copy (elsewhere ./fastgpt would hide it), with a cache of their own."""
+    """Set where the stages run: in the built copy (elsewhere ./fastgpt would hide it), with a separate cache."""
     for stage in stages:
         stage.folder = str(ROOT if stage.name == "build" else site)
         stage.environment |= {"PYTHONPATH": str(site), "XDG_CACHE_HOME": str(site.parent / "cache")}
@@ -103,13 +104,14 @@ def within(stages: list[Stage], site: Path) -> list[Stage]:
 
 
 def judge_build(stage: Stage) -> None:
-    """A build without the CUDA kernels ends well, as an install must; here it is a failure."""
+    """Fail a build without CUDA kernels: an install may succeed without them, this command may not."""
     if stage.name == "build" and stage.outcome == "passed" and "left out cuda" in stage.last:
         stage.outcome = "FAILED: the CUDA kernels were left out"
 
 
 def small_cases() -> int:
-    """Parity's base cases in every layout on the CUDA kernels, for compute-sanitizer; 1 if one is over the bound."""
+    """Check parity's base cases in every layout on the CUDA kernels, for compute-sanitizer; return 1 if one is over the
+    bound."""
     from fastgpt import parity
 
     over = 0
@@ -123,9 +125,10 @@ def small_cases() -> int:
 
 
 def probe() -> tuple[str, str]:
-    """This GPU as TORCH_CUDA_ARCH_LIST names it, and why there is nothing to run on, in one sentence; one is empty.
+    """Return this GPU as TORCH_CUDA_ARCH_LIST names it, and in one sentence why there is nothing to run on; one is
+    empty.
 
-    In a process of its own, so that this one keeps no memory of the GPU.
+    It asks in a separate process, so this one holds no GPU memory.
     """
     if not (ROOT / "setup.py").is_file():
         return "", f"{ROOT} is no checkout of fastgpt: run `python3 -m bench.gpu` in the root of one"
@@ -142,12 +145,12 @@ def probe() -> tuple[str, str]:
 
 
 def arch_of(major: int, minor: int) -> str:
-    """From 9.0 on with the instructions of that chip alone (wgmma)."""
+    """Return the architecture's name; from 9.0 on with the instructions of that chip alone (wgmma)."""
     return f"{major}.{minor}" + ("a" if major >= 9 else "")
 
 
 def table_of(out: Path) -> str:
-    """The table of the last run in `out`, under it the rows of a stage that was killed with this command."""
+    """Return the table of the last run in `out`, followed by the rows of a stage that was killed with this command."""
     text = (out / "gpu.txt").read_text(encoding="utf-8")
     fresh = out / FRESH
     rows = []
@@ -155,7 +158,7 @@ def table_of(out: Path) -> str:
         try:
             rows.append({**json.loads(line), "stage": "killed"})
         except ValueError:
-            continue  # cut by the kill
+            continue  # cut off by the kill
     return "\n".join([text, *figures(rows)])
 
 

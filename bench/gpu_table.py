@@ -1,6 +1,6 @@
-"""The short table of `make gpu`: what rows and stages say, in lines that fit a screen. Rows are dicts from rows.jsonl.
+"""The short table of `make gpu`: rows and stages in lines that fit a screen. Rows are dicts from rows.jsonl.
 
-It imports nothing of fastgpt, as bench/gpu.py, which prints it.
+Like bench/gpu.py, which prints it, it imports nothing from fastgpt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ WHOLE = ("both", "step")
 
 
 def figures(rows: list[Row]) -> list[str]:
-    """The table's lines: training steps, ops, choices, the training run, tiles; whatever there is."""
+    """Return the table's lines: training steps, ops, choices, the training run, tiles; whichever were measured."""
     parts = [part(rows) for part in (steps, ops, tuned, trained, tiles)]
     return [line for part in parts for line in ([*part, ""] if part else [])][:-1]
 
@@ -22,7 +22,7 @@ def _numbers(values: list[tuple[float | None, str]]) -> str:
 
 
 def steps(rows: list[Row]) -> list[str]:
-    """Training steps: one line per variant and batch."""
+    """Return one line per variant and batch of the training steps."""
     found = [r for r in rows if r["bench"] == "throughput"]
     if not found:
         return []
@@ -42,7 +42,7 @@ def steps(rows: list[Row]) -> list[str]:
 
 
 def ops(rows: list[Row]) -> list[str]:
-    """Ops, forward and backward together: ms of each provider, fastest first."""
+    """Return the ops, forward and backward together: ms of each provider, fastest first."""
     found: dict[tuple[str, str, str], dict[str, str]] = {}
     whole = [r for r in rows if r.get("phase") in WHOLE and "provider" in r]
     for r in sorted(whole, key=lambda r: r.get("ms", float("inf"))):
@@ -57,19 +57,19 @@ def ops(rows: list[Row]) -> list[str]:
 
 
 def tuned(rows: list[Row]) -> list[str]:
-    """What `fastgpt tune` chose."""
+    """Return the choices of `fastgpt tune`."""
     found = [r for r in rows if r["bench"] == "tune"]
     lines = [f"{r['op']:<42} {r['chosen']} ({r['note']}){'; ' + r['red'] if 'red' in r else ''}"[:118] for r in found]
     return ["chosen by tune", *lines] if lines else []
 
 
 def trained(rows: list[Row]) -> list[str]:
-    """The training run with its resume."""
+    """Return the training run with its resume."""
     return [f"training run: {r.get('red') or r['note']}" for r in rows if r["bench"] == "training"]
 
 
 def tiles(rows: list[Row]) -> list[str]:
-    """The launch shapes of attention's kernels, fastest first."""
+    """Return the launch shapes of attention's kernels, fastest first."""
     found = [r for r in rows if r["bench"] == "tiles" and "ms" in r]
     kernels = dict.fromkeys(r["kernel"] for r in found)
     lines = []

@@ -1,13 +1,14 @@
-"""What the host pays, with or without a GPU: `python -m fastgpt.bench.host [--figure call] [--op rope] [--json FILE]`.
+"""The host's cost, with or without a GPU: `python -m fastgpt.bench.host [--figure call] [--op rope] [--json FILE]`.
 
-call      microseconds of one op call at a shape whose maths is nothing: ours, PyTorch's, what is installed, and as the
-          floor torch.empty for each output (no_grad) or an autograd.Function that does only that (forward, both:
-          forward and backward). times_floor is the ratio of the medians; ours should stay under 2. A GPU is not waited
-          for. Liger-Kernel's functions launch Triton kernels, so that they have a figure only with a GPU.
-step      what one training step launches, the trainer against plain PyTorch, eager: on a GPU its kernels, copies and
+call      microseconds of one op call at a shape whose maths is negligible: fastgpt, PyTorch, the installed libraries,
+          and as the floor torch.empty for each output (no_grad) or an autograd.Function that does only that (forward,
+          both: forward and backward). times_floor is the ratio of the medians; fastgpt's should stay under 2. The
+          host does not wait for a GPU. Liger-Kernel's functions launch Triton kernels, so they have a figure only
+          with a GPU.
+step      the launches of one eager training step, the trainer against plain PyTorch: on a GPU its kernels, copies and
           fills from torch.profiler; on a CPU the operators that compute (no views, no empty tensors), by dispatch.
-import    a fresh process each time: import torch, fastgpt, fastgpt.ops; and how many modules that loads.
-compile   a fresh process with empty caches: the first training step under torch.compile at one layer of `small`, and
+import    a new process each time: import torch, fastgpt, fastgpt.ops; and the number of modules loaded.
+compile   a new process with empty caches: the first training step under torch.compile at one layer of `small`, and
           each Triton file's first configuration for sm_90.
 build     only on request (--build): setup.py bdist_wheel of the checkout, the wheel's size and its installation;
           --wheel FILE measures an existing one.
@@ -54,8 +55,8 @@ FLOOR = "floor"
 PHASES = ("no_grad", "forward", "both")
 IMPORTS = ("torch", "fastgpt", "fastgpt.ops")
 IMPORT_ROUNDS = 3
-LIMIT = 120  # seconds of one fresh process
-# what allocates or looks, but computes nothing
+LIMIT = 120  # seconds for one new process
+# operators that allocate or inspect but compute nothing
 FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_local_scalar_dense", "aten::item", "aten::set_")
 
 
@@ -74,13 +75,13 @@ class Nothing(torch.autograd.Function):
 
 
 def nothing(like: list[Tensor]) -> Any:
-    """Uninitialised tensors like these; one of them by itself."""
+    """Return uninitialised tensors like these; a single one without a tuple."""
     made = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
     return tuple(made) if len(made) > 1 else made[0]
 
 
 def floor(bench: Bench, setting: Setting, phase: str) -> Provider:
-    """The least that a call with this op's inputs and outputs costs."""
+    """Return a provider of the least that a call with this op's inputs and outputs costs."""
     ours = Provider("torch", bench.public, "torch")
     with chosen(bench.op, ours):
         out = bench.job(ours, setting, "forward", 1).run()
@@ -91,7 +92,7 @@ def floor(bench: Bench, setting: Setting, phase: str) -> Provider:
 
 
 def call_rows(bench: Bench, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """One row per phase and provider, `seconds` of interleaved samples per phase."""
+    """Return one row per phase and provider, from `seconds` of interleaved samples per phase."""
     setting = Setting(bench.tiny, dtype, device)
     found = providers(bench, setting)
     red = {p.name: why for p in found if p.backend and (why := gate(bench, p, setting))}
@@ -101,7 +102,7 @@ def call_rows(bench: Bench, dtype: torch.dtype, device: torch.device, seconds: f
 
 
 def without_a_device(bench: Bench, setting: Setting) -> dict[str, str]:
-    """Installed libraries with a baseline of this op, none of which has a figure on a CPU."""
+    """Return the installed libraries with a baseline of this op; none of them has a figure on a CPU."""
     if setting.device.type == "cuda":
         return {}
     there = bench.others(dataclasses.replace(setting, device=torch.device("cuda")))
@@ -119,7 +120,7 @@ def _call_phase(
     @contextlib.contextmanager
     def context(name: str) -> Iterator[None]:
         if setting.device.type == "cuda":
-            torch.cuda.synchronize()  # or a full queue would be what is timed
+            torch.cuda.synchronize()  # otherwise a full queue would be timed
         with chosen(bench.op, here[name]), torch.set_grad_enabled(phase != "no_grad"):
             yield
 
@@ -160,7 +161,7 @@ class Operators(TorchDispatchMode):
 
 
 def step_rows(device: torch.device) -> list[dict[str, Any]]:
-    """Launches of the second step of each variant (the first one makes the optimizer's state)."""
+    """Return the launches of the second step of each variant (the first one allocates the optimizer's state)."""
     name = "gpt2-124m" if device.type == "cuda" else "small"
     shape = dataclasses.replace(variants.SHAPES[name], batch=1)
     cfg, data = variants.settings(shape, device), variants.batches(shape, device)
@@ -180,7 +181,7 @@ def step_rows(device: torch.device) -> list[dict[str, Any]]:
 
 
 def fresh(code: str, **environment: str) -> Any:
-    """The JSON that `code` prints last, in a process of its own: empty folder, empty caches, Triton not interpreted."""
+    """Return the JSON that `code` prints last, in a new process: empty folder, empty caches, Triton not interpreted."""
     with tempfile.TemporaryDirectory(prefix="fastgpt-host-") as folder:
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
         env |= {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
@@ -200,7 +201,8 @@ print(json.dumps([time.perf_counter() - start, len(sys.modules) - before]))
 
 
 def import_rows(device: torch.device, rounds: int = IMPORT_ROUNDS) -> list[dict[str, Any]]:
-    """Seconds of `import X` in turn, and times_floor: against torch's, which is part of each."""
+    """Return the seconds of `import X`, measured alternately, and times_floor: against torch, which each of them
+    imports."""
     samples, modules = {name: Samples() for name in IMPORTS}, {}
     for _ in range(rounds):
         for name in IMPORTS:
@@ -238,7 +240,7 @@ print(json.dumps(found))
 
 
 def compile_rows(device: torch.device) -> list[dict[str, Any]]:
-    """Seconds with empty caches; one that cannot compile here says why."""
+    """Return seconds with empty caches; whatever cannot compile here has a reason instead."""
     found: dict[str, Any] = {}
     for variant in ("torch", "fastgpt"):
         code = COMPILE.format(device=str(device), variant=f"{variant} compile")
@@ -255,12 +257,12 @@ def compile_rows(device: torch.device) -> list[dict[str, Any]]:
 def _said(measure: Callable[[], Any]) -> Any:
     try:
         return measure()
-    except (RuntimeError, subprocess.TimeoutExpired) as e:  # its reason stands where its figure would
+    except (RuntimeError, subprocess.TimeoutExpired) as e:  # the reason replaces the figure
         return f"{type(e).__name__}: {e}"
 
 
 def build_wheel(folder: Path) -> tuple[float, Path]:
-    """Seconds of building the checkout's wheel into `folder`, from nothing; and the wheel."""
+    """Return the seconds of building the checkout's wheel into `folder`, from scratch; and the wheel."""
     if not (ROOT / "setup.py").is_file():
         raise RuntimeError(f"{ROOT} is no checkout of fastgpt")
     build = ["build", "--build-base", f"{folder}/build", "bdist_wheel", "--dist-dir", f"{folder}/dist"]
@@ -277,7 +279,7 @@ def _run(command: list[str], folder: Path) -> float:
 
 
 def install_rows(wheel: Path | None, device: torch.device) -> list[dict[str, Any]]:
-    """Build (where no wheel is given), size of the wheel, installation without dependencies."""
+    """Build (unless a wheel is given), return the wheel's size and the time to install it without dependencies."""
     about = {"bench": "host", "figure": "build", "machine": provenance(device)}
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fastgpt-host-") as name:
@@ -295,7 +297,7 @@ def install_rows(wheel: Path | None, device: torch.device) -> list[dict[str, Any
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The rows as one table for each figure."""
+    """Return the rows as one table for each figure."""
     lines = []
     for r in rows:
         name = " ".join(str(r[key]) for key in ("op", "phase", "provider") if key in r)
@@ -312,7 +314,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 if an op of ours was red."""
+    """Return 1 if a fastgpt provider was red."""
     parser = command_line("host", __doc__)
     parser.add_argument("--figure", action="append", choices=FIGURES, help="may be repeated; default: all")
     parser.add_argument("--op", action="append", choices=OPS, help="of calls; may be repeated; default: all")

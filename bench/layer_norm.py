@@ -22,7 +22,7 @@ from fastgpt.ops.layer_norm import layer_norm_torch
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own x, residual, weight, bias and upstream gradients."""
+    """Return one call over its own x, residual, weight, bias and upstream gradients."""
     n, c = setting.shape
     leaves = x, residual, weight, bias = setting.tensors(seed, (n, c), (n, c), (c,), (c,), grad=True)
     grads = setting.tensors(seed, (n, c), (n, c))
@@ -37,12 +37,12 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """The norms of the residual stream."""
+    """Return the shape of the residual stream's norms."""
     return ((batch * block, c.width), {}) if c.norm == "layer" else None
 
 
 def liger(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Liger-Kernel's, behind an add."""
+    """Add, then call Liger-Kernel."""
     from liger_kernel.transformers.functional import liger_layer_norm
 
     s = x + residual
@@ -50,14 +50,14 @@ def liger(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tens
 
 
 def flash_attn(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """flash-attn's, the add inside."""
+    """Call flash-attn, which includes the add."""
     from flash_attn.ops.triton.layer_norm import layer_norm_fn
 
     return layer_norm_fn(x, weight, bias, residual=residual, eps=eps, prenorm=True)
 
 
 def apex(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """apex's, behind an add."""
+    """Add, then call apex."""
     from apex.normalization.fused_layer_norm import fused_layer_norm_affine
 
     s = x + residual

@@ -1,6 +1,6 @@
 """LM head and loss, mean of cross_entropy(x weight^T, target), at (N, C, V).
 
-FLOP: forward 2 N C V, backward 4 N C V. An op that makes its gradients in forward has more to do there and less in
+FLOP: forward 2 N C V, backward 4 N C V. An op that computes its gradients in forward does more work there and less in
 backward: `both` is the figure to compare.
 Bytes without logits, e per element:
     forward   reads x, weight, targets                           N C e + V C e + 8 N
@@ -24,38 +24,38 @@ from fastgpt.models.config import ModelConfig
 
 
 def plain(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """PyTorch's, all logits in memory, in fp32 as under autocast."""
+    """Call PyTorch's loss with all logits in memory, in fp32 as under autocast."""
     return F.cross_entropy(F.linear(x, weight).float(), target)
 
 
 def torch_chunked(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """torch 2.13's chunked op; its gradients can be had only once."""
+    """Call the chunked op of torch 2.13; its gradients can be computed only once."""
     return F.linear_cross_entropy(x, weight, target, options=torch.nn.LinearCrossEntropyOptions())
 
 
 def liger(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Liger-Kernel's."""
+    """Call Liger-Kernel."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return liger_fused_linear_cross_entropy(x, weight, target)
 
 
 def cut_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """Apple's cut-cross-entropy, without its gradient filter: an exact gradient."""
+    """Call Apple's cut-cross-entropy without its gradient filter, for an exact gradient."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x, weight, target, filter_eps=None)
 
 
 def quack(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    """quack's, in chunks of rows."""
+    """Call quack, in chunks of rows."""
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     return chunked_linear_cross_entropy(x, weight, target)
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own x, weight (scaled so that logits are around one) and targets."""
+    """Return one call over its own x, weight (scaled so that logits are around one) and targets."""
     n, c, v = setting.shape
     leaves = x, weight = setting.tensors(seed, (n, c), (v, c), grad=True)
     weight.data.mul_(c**-0.5)
@@ -77,13 +77,13 @@ def flops(shape: Shape, phase: str) -> float:
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """Head and loss over the padded vocabulary."""
+    """Return the shape of head and loss over the padded vocabulary."""
     options = {"vocab_size": c.vocab_size, "softcap": c.logit_softcap}
     return (batch * block, c.width, c.padded_vocab_size), options
 
 
 def others(setting: Setting) -> list[Provider]:
-    """torch's own op where this torch has it, Liger-Kernel, cut-cross-entropy."""
+    """Return torch's chunked op where this torch has it, Liger-Kernel, cut-cross-entropy and quack."""
     here = hasattr(torch.nn, "LinearCrossEntropyOptions")
     own = [Provider("torch chunked", torch_chunked, phases=("both",))] if here else []
     return [*own, *installed(setting, liger_kernel=liger, cut_cross_entropy=cut_cross_entropy, quack=quack)]

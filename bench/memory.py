@@ -1,10 +1,10 @@
 """What fits a card: `python -m fastgpt.bench.memory [--model gpt2-774m] [--gb 80] [--measure] [--json FILE]`.
 
 The largest batch at the model's T, and the longest sequence at B 1 (in steps of 256 tokens; the position table, where
-the model has one, grows with it), by level of recomputation, bf16 with fp32 masters. planned: the
-figures of fastgpt/training/memory.py against 92 % of the card, anywhere. measured, with --measure and a GPU: two real
-training steps at each size that a bisection asks for, on this GPU, its allocator held to the same 92 % of the largest
-card that is no larger (--gb names others).
+the model has one, grows with it), by level of recomputation, bf16 with fp32 masters. planned: the figures of
+fastgpt/training/memory.py against 92 % of the card, on any machine. measured, with --measure and a GPU: two real
+training steps at each size that a bisection tries, on this GPU, with the allocator limited to the same 92 % of the
+largest card that is no larger than this one (--gb names others).
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from fastgpt.training.plan import explain_out_of_memory
 
 MODELS = tuple(variants.GPU_SHAPES)
 CARDS_GB = (24, 40, 80, 141)
-UNIT = 256  # tokens: a sequence's length is found to within this
+UNIT = 256  # tokens: the resolution of a sequence's length
 
 
 def card(gb: float) -> Target:
-    """A card of this much memory, in 10^9 bytes."""
+    """Return a card with this much memory, in 10^9 bytes."""
     return Target(f"{gb:g} GB", "cuda", int(gb * 1e9))
 
 
 def config_of(model: str, level: Level) -> TrainConfig:
-    """Settings of one model in bf16; nothing is allocated, and no GPU is needed."""
+    """Return the settings of one model in bf16; allocates nothing and needs no GPU."""
     return replace(variants.settings(variants.GPU_SHAPES[model], torch.device("cuda")), recompute=level)
 
 
 def sized(cfg: TrainConfig, batch: int, block: int) -> TrainConfig:
-    """The settings at B x T in one micro-batch."""
+    """Return the settings at B x T in one micro-batch."""
     model = replace(cfg.model, block_size=block)
     return replace(cfg, model=model, block_size=block, micro_batch=batch, batch_tokens=batch * block)
 
 
 @functools.cache
 def _shapes(model: ModelConfig) -> tuple[Shape, Shape]:
-    """Of a model at 1 and at 2 UNIT tokens."""
+    """Return a model's shapes at 1 and at 2 UNIT tokens."""
     blocks = (UNIT, 2 * UNIT)
     sized = (TrainConfig(replace(model, block_size=t), block_size=t, micro_batch=1, batch_tokens=t) for t in blocks)
     first, second = (shape_of(cfg) for cfg in sized)
@@ -66,19 +66,19 @@ def _shapes(model: ModelConfig) -> tuple[Shape, Shape]:
 
 
 def shape_at(cfg: TrainConfig) -> Shape:
-    """memory.shape_of in no time: position tables are linear in T, and nothing else depends on it."""
+    """Return memory.shape_of quickly: position tables are linear in T, and nothing else depends on it."""
     first, second = _shapes(replace(cfg.model, block_size=UNIT))
     units = cfg.block_size / UNIT - 1
     return Shape._make(type(a)(a + units * (b - a)) for a, b in zip(first, second))
 
 
 def planned_peak(cfg: TrainConfig, target: Target) -> int:
-    """Bytes by plan."""
+    """Return the planned peak in bytes."""
     return plan(cfg, shape_at(cfg), target).peak
 
 
 def largest(fits: Callable[[int], bool], guess: int = 1) -> int:
-    """The largest n from 1 on that fits, 0 if none does; what is larger than one that does not fit does not either."""
+    """Return the largest n >= 1 that fits, 0 if none does; assumes that nothing fits beyond one that does not."""
     low, high = 0, max(1, guess)
     while fits(high):
         low, high = high, 2 * high
@@ -89,7 +89,7 @@ def largest(fits: Callable[[int], bool], guess: int = 1) -> int:
 
 
 def planned(model: str, level: Level, gb: float) -> dict[str, Any]:
-    """Largest batch and longest sequence by plan, and the bytes that they take."""
+    """Return the largest batch and the longest sequence by plan, and the bytes that they take."""
     cfg, target = config_of(model, level), card(gb)
     batch = largest(lambda b: planned_peak(sized(cfg, b, cfg.block_size), target) <= target.usable)
     units = largest(lambda n: planned_peak(sized(cfg, 1, n * UNIT), target) <= target.usable)
@@ -102,7 +102,7 @@ def planned(model: str, level: Level, gb: float) -> dict[str, Any]:
 
 
 def step_fits(cfg: TrainConfig, device: torch.device) -> bool:
-    """Whether two training steps end well: the second one has the optimizer's state from the first."""
+    """Return whether two training steps succeed: the second one has the optimizer's state from the first."""
     cfg = replace(cfg, device=str(device))
     shape = (cfg.sequences, cfg.block_size)
     assert cfg.model.vocab_size is not None
@@ -120,7 +120,7 @@ def step_fits(cfg: TrainConfig, device: torch.device) -> bool:
 
 
 def measured(model: str, level: Level, gb: float, device: torch.device) -> dict[str, Any]:
-    """The same by real steps, from the plan's answer on."""
+    """Return the same from real steps, starting from the plan's answer."""
     cfg, guess = config_of(model, level), planned(model, level, gb)
     torch.cuda.set_per_process_memory_fraction(min(1.0, card(gb).usable / total_memory(device)), device)
     try:
@@ -132,13 +132,13 @@ def measured(model: str, level: Level, gb: float, device: torch.device) -> dict[
 
 
 def row(model: str, level: Level, gb: float, figures: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A row of figures."""
+    """Return a row of figures."""
     about = {"bench": "memory", "model": model, "mode": level, "device": f"{gb:g} GB", "memory_gb": gb, "dtype": "bf16"}
     return {**about, "block": variants.GPU_SHAPES[model].block, **figures, "machine": provenance(device)}
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """Batch x T, and the longest sequence, by card."""
+    """Return the largest batch and the longest sequence by card."""
     cards = sorted({r["memory_gb"] for r in rows})
     lines = [f"{'model':<12}{'recompute':<11}{'':<10}" + "".join(f"{f'{gb:g} GB: B, longest T':>24}" for gb in cards)]
     keys = dict.fromkeys((r["model"], r["mode"], r["figure"]) for r in rows)
@@ -152,7 +152,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; a card that not even one sequence fits has batch 0."""
+    """Return 0; a card on which not even one sequence fits has batch 0."""
     parser = command_line("memory", __doc__)
     parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; default: all")
     parser.add_argument(

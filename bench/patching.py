@@ -1,11 +1,11 @@
 """A Hugging Face model before and after fastgpt.patch: `python -m fastgpt.bench.patching --json FILE`.
 
-A training step (forward with labels, backward, AdamW(fused=True)) of transformers' own GPT-2 and Llama, random weights
-and tokens, the same for both; steps are interleaved, and speeds are shown only if the losses of the first steps agree
-within the tolerance. --ablation patches one part at a time, too; --compile compares both under torch.compile.
-On a CPU (fp32) every variant runs in a process of its own; peak memory is the most resident memory of that process over
-what it had before it built the model, warm-up left out. On a GPU (fp32 weights under bf16 autocast) they share this
-process; peak memory is the allocator's during a step, the other variants' tensors left out.
+A training step (forward with labels, backward, AdamW(fused=True)) of GPT-2 and Llama from transformers, with the same
+random weights and tokens. Steps are interleaved, and speeds are shown only if the losses of the first steps agree
+within the tolerance. --ablation also patches one part at a time; --compile compares both under torch.compile. On a CPU
+(fp32) each variant runs in its own process; peak memory is that process's peak resident memory beyond what it had
+before it built the model, warm-up excluded. On a GPU (fp32 weights under bf16 autocast) they share this process; peak
+memory is the allocator's during a step, other variants' tensors excluded.
 
 gpt2: 124M, vocabulary 50257; B 1 of T 256 on a CPU, B 16 of T 1024 on a GPU. llama: 8 layers, width 512, vocabulary
 32000, B 1 of T 256 on a CPU; 16 layers, width 2048, B 4 of T 2048 on a GPU. tiny: for trying this program.
@@ -79,10 +79,10 @@ GPU_SHAPES = {
 
 
 class Variant:
-    """'transformers' or 'patched', either with ' compile'; 'only PART' is patched in this part alone."""
+    """One model: 'transformers' or 'patched', either with ' compile'; 'only PART' patches this part alone."""
 
     def __init__(self, name: str, shape: Shape) -> None:
-        import transformers  # a bench of transformers' models: nothing else here needs it
+        import transformers  # imported here: only this benchmark needs transformers
 
         self.name, self.shape, self.losses, self.peak_mb = name, shape, list[Tensor](), 0.0
         torch.manual_seed(0)
@@ -99,7 +99,7 @@ class Variant:
         self.ids = torch.randint(config.vocab_size, size, generator=generator).to(shape.device)
 
     def step(self, ids: Tensor) -> Tensor:
-        """One optimizer step; its loss, on the device."""
+        """Run one optimizer step; return its loss, on the device."""
         cuda = self.shape.device == "cuda"
         with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
             loss: Tensor = self.model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -109,7 +109,7 @@ class Variant:
         return loss.detach()
 
     def train(self, cfg: Any, steps: int) -> float:
-        """The next steps; returns seconds, the device's work included."""
+        """Run the next steps; return seconds, the device's work included."""
         wait = torch.cuda.synchronize if self.shape.device == "cuda" else lambda: None
         wait()
         start = time.perf_counter()
@@ -119,12 +119,12 @@ class Variant:
         return time.perf_counter() - start
 
     def close(self) -> None:
-        """Nothing to end; see Apart."""
+        """Do nothing; Apart.close ends a process."""
 
 
 def serve(pipe: Connection, name: str, shape: Shape) -> None:
-    """The process of one variant on a CPU."""
-    import transformers  # noqa: F401 (before memory is looked at)
+    """Run the process of one variant on a CPU."""
+    import transformers  # noqa: F401 (before memory is measured)
 
     before = resident_mb("VmRSS")
     v = Variant(name, shape)
@@ -133,7 +133,7 @@ def serve(pipe: Connection, name: str, shape: Shape) -> None:
 
 
 def prepare(names: list[str], shape: Shape) -> list[Any]:
-    """Variants warmed up, with their peak memory on a GPU."""
+    """Return the variants after warm-up, with their peak memory on a GPU."""
     variants: list[Any] = []
     for name in names:
         if shape.device == "cpu":
@@ -153,7 +153,7 @@ def prepare(names: list[str], shape: Shape) -> list[Any]:
 
 
 def compare(names: list[str], shape_name: str, shape: Shape, rounds: int) -> list[dict[str, Any]]:
-    """One row per variant, or a single row with the reason why no speed is shown."""
+    """Return one row per variant, or a single row with the reason why no speed is shown."""
     device, dtype = torch.device(shape.device), "bf16" if shape.device == "cuda" else "fp32"
     used = kernels(device, torch.bfloat16 if shape.device == "cuda" else torch.float32)
     about = {"bench": "patching", "shape": shape_name, "batch": shape.batch, "block": shape.block, "dtype": dtype}
@@ -172,7 +172,9 @@ def compare(names: list[str], shape_name: str, shape: Shape, rounds: int) -> lis
 
 
 def figures(v: Any, variants: list[Any], samples: dict[str, Samples]) -> dict[str, Any]:
-    """Time and memory of one variant, and both against 'transformers' (or its compiled self): more than 1 is better."""
+    """Return one variant's time and memory, and both against 'transformers' (or its compiled self); above 1 is
+    better.
+    """
     mine = samples[v.name]
     low, middle, high = (1e3 * mine.quantile(q) for q in (0.2, 0.5, 0.8))
     row = {"variant": v.name, "ms": middle, "ms_q20": low, "ms_q80": high, "samples": len(mine.seconds)}
@@ -183,7 +185,7 @@ def figures(v: Any, variants: list[Any], samples: dict[str, Samples]) -> dict[st
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table, or why there is none."""
+    """Return the rows as a table, or why there is none."""
     if "red" in rows[0]:
         return f"no speed is shown: {rows[0]['red']}"
     served = ", ".join(f"{op} {b}" for op, b in rows[0]["kernels"].items() if b != "torch") or "all torch"
@@ -200,7 +202,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 if losses differed, so that no speed was shown."""
+    """Return 1 if losses differed, so no speed was shown."""
     parser = command_line("patching", __doc__)
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated; default: gpt2 and llama")
     parser.add_argument("--steps", type=number(int, 1), default=10, help="rounds that are timed")

@@ -1,6 +1,7 @@
-"""The baseline: a nanoGPT-class GPT-2 or Llama in plain PyTorch, by its parameters the same function as fastgpt's.
+"""The baseline: a nanoGPT-class GPT-2 or Llama in plain PyTorch; with the same parameters, the same function as
+fastgpt's.
 
-Parameters bear the names of fastgpt.models.gpt.GPT's, so that its state_dict loads as it is.
+Its parameters have the names of those of fastgpt.models.gpt.GPT, so the state_dict loads unchanged.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from fastgpt.training.config import TrainConfig
 
 
 def norm(c: ModelConfig) -> nn.Module:
-    """GPT-2's or a Llama's."""
+    """Return the norm of a GPT-2 or of a Llama."""
     return nn.LayerNorm(c.width, c.norm_eps) if c.norm == "layer" else nn.RMSNorm(c.width, c.norm_eps)
 
 
 def rotary_table(c: ModelConfig) -> Tensor:
-    """(2, block_size, D / 2) fp32: cos and sin of each position and pair of columns."""
+    """Return (2, block_size, D / 2) fp32: cos and sin of each position and pair of columns."""
     assert c.block_size is not None
     rate = c.rope_theta ** (-torch.arange(0, c.d_head, 2, dtype=torch.float32) / c.d_head)
     angle = torch.outer(torch.arange(c.block_size, dtype=torch.float32), rate)
@@ -31,7 +32,7 @@ def rotary_table(c: ModelConfig) -> Tensor:
 
 
 def turn(x: Tensor, table: Tensor) -> Tensor:
-    """x (B, H, T, D) turned by position, halves paired."""
+    """Rotate x (B, H, T, D) by position, halves paired."""
     cos, sin = table[:, : x.shape[-2]].to(x.dtype)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -56,7 +57,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """GELU by tanh (GPT-2's), or SwiGLU over one packed projection, gate first (a Llama's)."""
+    """GELU in the tanh form (GPT-2), or SwiGLU over one packed projection, gate first (Llama)."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention, x + MLP."""
+    """Pre-norm block: x + attention, x + MLP."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -112,11 +113,11 @@ class PlainGPT(nn.Module):
 def make_step(
     like: nn.Module, cfg: TrainConfig, batches: Iterator[tuple[Tensor, Tensor]], compiled: bool
 ) -> Callable[[float], Tensor]:
-    """`step(rate)` -> loss: nanoGPT's training step from the weights of `like`, a fastgpt.models.gpt.GPT."""
+    """Return `step(rate)` -> loss: nanoGPT's training step from the weights of `like`, a fastgpt.models.gpt.GPT."""
     device = torch.device(cfg.device)
     with torch.device(device):
         model = PlainGPT(cfg.model)
-    model.load_state_dict(like.state_dict())  # fp32 here, whatever like's dtype
+    model.load_state_dict(like.state_dict())  # fp32 here, whatever the dtype of `like`
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     groups = [
         {"params": decayed, "weight_decay": cfg.weight_decay},

@@ -11,7 +11,7 @@ OURS, WORSE, THEIRS, GRID = "#2f6f4f", "#b4532a", "#8b949e", "#d0d7de"
 
 
 def speeds(title: str, bars: list[tuple[str, tuple[float, ...]]]) -> Plot:
-    """Horizontal bars of PyTorch's time over each one's, whiskers from 20 to 80 %, a line at one."""
+    """Draw horizontal bars of PyTorch's time over each one's, with whiskers from 20 to 80 % and a line at one."""
     labels = [label for label, _ in bars]
     middles = [found[0] for _, found in bars]
     low = [found[0] - found[1] if len(found) == 3 else 0.0 for _, found in bars]
@@ -38,7 +38,7 @@ def speeds(title: str, bars: list[tuple[str, tuple[float, ...]]]) -> Plot:
 
 
 def losses(title: str, curves: dict[str, list[float]]) -> Plot:
-    """Losses of all variants, one over the other."""
+    """Draw the losses of all variants over each other."""
 
     def draw(ax: Any) -> None:
         for i, (name, values) in enumerate(curves.items()):

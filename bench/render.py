@@ -1,4 +1,4 @@
-"""A report's parts and what they become: Markdown with plots beside it, or one HTML page with everything inside."""
+"""A report's parts and their output: Markdown with plots in files, or one HTML page that contains everything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; the first row is the head. `long`: folded in the page."""
+    """Cells of text; the first row is the header. `long`: folded in the page."""
 
     title: str
     rows: list[list[str]]
@@ -27,7 +27,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """A PNG with a file name and the words that stand for it."""
+    """A PNG with a file name and its alternative text."""
 
     name: str
     about: str
@@ -36,7 +36,7 @@ class Plot:
 
 @dataclass
 class Section:
-    """A headline, sentences (`code` between back quotes), tables and plots."""
+    """A heading, sentences (`code` between back quotes), tables and plots."""
 
     title: str
     about: list[str] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Section:
 
 
 def figure(draw: Callable[[Any], None], width: float, height: float) -> bytes:
-    """A PNG that `draw` makes on matplotlib's axes.
+    """Return the PNG that `draw` draws on matplotlib's axes.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -64,7 +64,7 @@ def figure(draw: Callable[[Any], None], width: float, height: float) -> bytes:
 
 
 def number(value: Any) -> str:
-    """Three or four digits that count; thousands with commas."""
+    """Format a number with three or four significant digits; thousands have commas."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -75,20 +75,20 @@ def number(value: Any) -> str:
 
 
 def spread(row: dict[str, Any], key: str) -> str:
-    """A median with its 20 and 80 % quantiles where they were kept."""
+    """Format a median with its 20 and 80 % quantiles where they were kept."""
     low, high = row.get(f"{key}_q20"), row.get(f"{key}_q80")
     return number(row[key]) + (f" ({number(low)} .. {number(high)})" if low is not None and high is not None else "")
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; a bar within a cell is escaped."""
+    """Return a table in Markdown; a bar within a cell is escaped."""
     head, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def markdown(title: str, about: str, sections: list[Section], plots: Path) -> str:
-    """The report in Markdown; plots are written to the folder `plots`, beside which the text will lie."""
+    """Return the report in Markdown; plots are written to the folder `plots`, next to which the text will be saved."""
     parts = [f"# {title}", about]
     for s in sections:
         parts += [f"## {s.title}", *s.about]
@@ -114,7 +114,7 @@ code { background: #f6f8fa; padding: 0 .25rem; } nav a { margin-right: 1rem; } s
 
 
 def page(title: str, about: str, sections: list[Section]) -> str:
-    """The report as one HTML page that loads nothing."""
+    """Return the report as one HTML page that loads nothing else."""
     links = "".join(f'<a href="#{_anchor(s.title)}">{html.escape(s.title)}</a>' for s in sections)
     body = "\n".join(_html_section(s) for s in sections)
     head = (

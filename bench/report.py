@@ -1,7 +1,8 @@
-"""`fastgpt bench report [ROWS ...]`: what was measured, as tables and plots: REPORT.md and REPORT.html, one whole file.
+"""`fastgpt bench report [ROWS ...]`: write all measurements as tables and plots to REPORT.md and self-contained
+REPORT.html.
 
-The newest row of each figure on each device counts. Where nothing was measured the cell says so. --readme FILE writes
-the tables between FILE's markers anew, from the files that each marker names:
+The newest row of each figure on each device counts. Where nothing was measured the cell says so. --readme FILE rewrites
+the tables between FILE's markers from the files that each marker names:
 
     <!-- bench:ops bench/results/a.jsonl -->   (or bench:steps, bench:gpus)
     <!-- /bench -->
@@ -22,7 +23,7 @@ from fastgpt.core.command import Parser
 from fastgpt.core.errors import UserError
 
 WANTED_GPUS = ("A100", "H100", "H200")
-WHOLE = ("both", "step")  # phases that a training step is made of
+WHOLE = ("both", "step")  # phases that a training step consists of
 OTHERS = {
     "roofline": ("Where a step's time goes", "Shares of a training step by class of kernel; `fastgpt bench roofline`."),
     "memory": ("Memory", "The largest batch and the longest context that fit; `fastgpt bench memory`."),
@@ -47,7 +48,7 @@ HERE, CHECKOUT = Path("bench-results"), Path("bench/results")
 
 
 def newest(rows: list[Row]) -> list[Row]:
-    """The last measured row of each identity and hardware, in the rows' order."""
+    """Return the last measured row of each identity and hardware, in the rows' order."""
     found: dict[Any, Row] = {}
     for row in sorted(rows, key=lambda r: str(r["machine"]["date"])):
         found[identity(row), hardware(row)] = row
@@ -56,7 +57,7 @@ def newest(rows: list[Row]) -> list[Row]:
 
 
 def sources_of(rows: list[Row]) -> list[str]:
-    """Where rows are from, a sentence per machine, commit and driver."""
+    """Return where rows are from, a sentence per machine, commit and driver."""
     found: dict[str, list[str]] = {}
     for row in rows:
         m = row["machine"]
@@ -74,16 +75,16 @@ def _dates(dates: list[str]) -> str:
 
 
 def dims(row: Row) -> str:
-    """A shape as text."""
+    """Format a shape."""
     return row["shape"] if isinstance(row["shape"], str) else " × ".join(map(str, row["shape"]))
 
 
 def speed(row: Row, rows: list[Row]) -> tuple[float, ...] | None:
-    """PyTorch's time over this row's: median, and quantiles where both took turns in the same rounds."""
+    """Return PyTorch's time over this row's: median, and quantiles where both were timed in the same rounds."""
     if share := relative(row):
         return (1 / share[0], 1 / share[2], 1 / share[1]) if row.get("reference", "torch").startswith("torch") else None
     keys = ("bench", "shape", "dtype", "phase")
-    for other in rows:  # rows from before there was `relative`
+    for other in rows:  # older rows have no `relative`
         same = all(other.get(k) == row.get(k) for k in keys) and other["machine"]["date"] == row["machine"]["date"]
         if same and str(other.get("provider")).startswith("torch") and "ms" in other and "ms" in row:
             return (other["ms"] / row["ms"],)
@@ -91,14 +92,14 @@ def speed(row: Row, rows: list[Row]) -> tuple[float, ...] | None:
 
 
 def times(found: tuple[float, ...] | None) -> str:
-    """A speed with its quantiles."""
+    """Format a speed with its quantiles."""
     if found is None:
         return "-"
     return f"{found[0]:.2f}" + (f" ({found[1]:.2f} .. {found[2]:.2f})" if len(found) == 3 else "")
 
 
 def devices(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows by hardware: those there are, then the GPUs that are waited for."""
+    """Return the rows by hardware, then the GPUs whose figures are still to be measured."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         found.setdefault(hardware(row), []).append(row)
@@ -106,7 +107,7 @@ def devices(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def summary(rows: list[Row]) -> Table:
-    """One line per op, shape and dtype: the fastest of ours against PyTorch on every device."""
+    """Return one line per op, shape and dtype: the fastest fastgpt backend against PyTorch on every device."""
     whole = [r for r in rows if r["phase"] in WHOLE and ours(r) and "ms" in r]
     keys = sorted({(OPS.index(r["bench"]), dims(r), r["dtype"]) for r in whole})
     columns = devices(rows)
@@ -124,7 +125,7 @@ def summary(rows: list[Row]) -> Table:
 
 
 def details(name: str, rows: list[Row]) -> Table:
-    """Every figure of the ops on one device."""
+    """Return every figure of the ops on one device."""
     head = ["op", "shape", "dtype", "phase", "provider", "ms (20 .. 80 %)", "GB/s", "TFLOP/s", "% datasheet", "% copy"]
     lines = [[*head, "% matmul", "PyTorch / it", "peak MB", "host us"]]
     for r in rows:
@@ -139,7 +140,7 @@ def details(name: str, rows: list[Row]) -> Table:
 
 
 def ops_section(rows: list[Row]) -> Section:
-    """The ops."""
+    """Return the section on ops."""
     rows = [r for r in rows if r["bench"] in OPS]
     section = Section(
         "Ops", ["One op against PyTorch and other libraries in turns; `fastgpt bench OP`.", *sources_of(rows)]
@@ -160,7 +161,7 @@ def ops_section(rows: list[Row]) -> Section:
 
 
 def step_rows(rows: list[Row]) -> list[list[str]]:
-    """Training steps of one device as a table."""
+    """Return the training steps of one device as a table."""
     head = ["shape", "B", "T", "dtype", "variant", "ms (20 .. 80 %)", "tokens/s", "MFU full", "MFU causal", "peak MB"]
     lines = [[*head, "J/token", "speed vs torch", "vs torch compile"]]
     for r in rows:
@@ -178,7 +179,7 @@ def step_rows(rows: list[Row]) -> list[list[str]]:
 
 
 def steps_section(rows: list[Row]) -> Section:
-    """Training steps."""
+    """Return the section on training steps."""
     rows = [r for r in rows if r["bench"] == "throughput"]
     about = (
         "The trainer's step against a nanoGPT-class model in plain PyTorch, same weights, tokens, seed and schedule; "
@@ -201,7 +202,7 @@ def steps_section(rows: list[Row]) -> Section:
 
 
 def other_section(bench: str, rows: list[Row]) -> Section:
-    """Rows of any other benchmark: a table per kind of figure and machine, a column per key."""
+    """Return the rows of any other benchmark: a table per kind of figure and machine, a column per key."""
     title, about = OTHERS.get(bench, (bench.capitalize(), f"`fastgpt bench {bench}`."))
     rows = [r for r in rows if r["bench"] == bench]
     section = Section(title, [about, *(sources_of(rows) or [f"{title}: {NOT_MEASURED}."])])
@@ -226,14 +227,14 @@ def other_section(bench: str, rows: list[Row]) -> Section:
 
 
 def sections_of(rows: list[Row]) -> list[Section]:
-    """The whole report."""
+    """Return the whole report."""
     rows = newest(rows)
     more = sorted({r["bench"] for r in rows} - {*OPS, "throughput", *OTHERS})
     return [ops_section(rows), steps_section(rows), *(other_section(name, rows) for name in (*OTHERS, *more))]
 
 
 def readme_ops(rows: list[Row]) -> list[list[str]]:
-    """README's table of ops: forward and backward, or a step, ours against PyTorch."""
+    """Return README's table of ops: forward and backward, or a step, fastgpt against PyTorch."""
     lines = [["op", "shape", "fastgpt", "PyTorch", "PyTorch / fastgpt"]]
     rows = [r for r in rows if r["bench"] in OPS and r["phase"] in WHOLE and "ms" in r]
     for r in sorted(filter(ours, rows), key=lambda r: OPS.index(r["bench"])):
@@ -245,7 +246,7 @@ def readme_ops(rows: list[Row]) -> list[list[str]]:
 
 
 def readme_steps(rows: list[Row]) -> list[list[str]]:
-    """README's table of training steps: eager, both compiled, memory."""
+    """Return README's table of training steps: eager, both compiled, memory."""
     head = ["training step", "fastgpt", "PyTorch", "ratio", "compiled: fastgpt", "PyTorch", "ratio"]
     lines = [[*head, "peak MB: fastgpt", "PyTorch"]]
     rows = [r for r in rows if r["bench"] == "throughput" and "ms" in r and on_cpu(r)]
@@ -262,7 +263,7 @@ def readme_steps(rows: list[Row]) -> list[list[str]]:
 
 
 def readme_gpus(rows: list[Row]) -> list[list[str]]:
-    """README's table of GPUs: tokens/s of GPT-2 124M, the best of each side at any batch; only GPUs with a row."""
+    """Return README's table of GPUs: tokens/s of GPT-2 124M, each side's best at any batch; only GPUs with a row."""
     lines = [["GPT-2 124M on a GPU, tokens/s", "fastgpt", "torch.compile"]]
     rows = [r for r in rows if r["bench"] == "throughput" and r["shape"] == "gpt2-124m" and "ms" in r and not on_cpu(r)]
     for name, there in devices(rows).items():
@@ -280,8 +281,8 @@ README_TABLES = {"ops": readme_ops, "steps": readme_steps, "gpus": readme_gpus}
 
 
 def update_readme(text: str, folder: Path) -> str:
-    """README with the tables between its markers rewritten from the files that the markers name; without a row there is
-    nothing between the markers."""
+    """Return README with the tables between its markers rewritten from the files that the markers name; without a row
+    nothing remains between the markers."""
 
     def table(found: re.Match[str]) -> str:
         kind, names = found[1], found[2].split()
@@ -302,7 +303,7 @@ def update_readme(text: str, folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`fastgpt bench report`."""
+    """Run `fastgpt bench report`."""
     parser = Parser(prog="fastgpt bench report", description=__doc__.partition("\n\n")[0])
     parser.add_argument("rows", nargs="*", help="files of rows or globs (default: *.jsonl in the folder of results)")
     parser.add_argument("--out", type=Path, help=f"folder (default: {HERE}, or {CHECKOUT} where only that is there)")

@@ -1,13 +1,13 @@
-"""What a row of results is: one JSON object a line, the figures of one thing that was measured, and where.
+"""A row of results: one JSON object a line, with the figures of one thing that was measured, and where.
 
 bench      what was measured: an op's name, throughput, host, codegen, memory
 machine    its provenance: versions, commit (a digest of the sources where there is no checkout), device, date
-IDENTITY   the keys that say which figure it is: two rows with equal ones are the same thing measured again
+IDENTITY   the keys that say which figure it is: two rows with equal values measure the same thing
 figures    numbers with the unit at the key's end (ms, us, gb_s, tflop_s, mb, tokens_per_s) or a count (registers)
-timed      besides: ms_q20, ms_q80 (quantiles over the samples), samples; and where something was timed in turns with
-           it: reference (its name); relative, relative_q20, relative_q80 (over the rounds, of ms over its ms);
+timed      in addition: ms_q20, ms_q80 (quantiles over the samples), samples; and where something was timed alternately
+           with it: reference (its name); relative, relative_q20, relative_q80 (over the rounds, of ms over its ms);
            relative_low (ms_q20 over its ms_q20)
-red        instead of figures: why there are none
+red        in place of figures: why there are none
 
 Rows without provenance are neither written nor read: a figure that cannot be repeated is no figure.
 """
@@ -31,13 +31,13 @@ IDENTITY = (
 
 
 def lacking(row: Row) -> str:
-    """What of its provenance a row does without, in words; empty if nothing."""
+    """Return which part of its provenance a row lacks, in words; empty if none."""
     machine = row.get("machine") or {}
     return ", ".join(key for key in PROVENANCE if machine.get(key) in (None, ""))
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a JSON Lines file.
+    """Append rows to a JSON Lines file.
 
     Raises:
         ValueError: a row without provenance.
@@ -52,7 +52,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(patterns: Iterable[str]) -> list[Row]:
-    """Rows of the files that match, in the files' order.
+    """Return the rows of the files that match, in the files' order.
 
     Args:
         patterns: file names or glob patterns, each with "@COMMIT" at its end for the rows of one commit alone.
@@ -96,24 +96,24 @@ def _rows_of(path: Path) -> list[Row]:
 
 
 def version(row: Row) -> str:
-    """Which code a row is of: its commit, with the digest of the sources where that does not settle it."""
+    """Return which code a row is of: its commit, with the digest of the sources where the commit alone is ambiguous."""
     commit, sources = row["machine"].get("commit"), row["machine"]["sources"]
     return f"{commit or 'sources'} {sources}" if not commit or commit.endswith("-dirty") else str(commit)
 
 
 def hardware(row: Row) -> str:
-    """On what a row was measured, so far as figures of different ones must not meet."""
+    """Return the hardware that a row was measured on, as far as figures must not be compared across it."""
     machine = row["machine"]
     return f"{machine['device_name']}, {machine['threads']} threads" if on_cpu(row) else str(machine["device_name"])
 
 
 def on_cpu(row: Row) -> bool:
-    """Whether a row's figures are of a CPU."""
+    """Return whether a row's figures are of a CPU."""
     return not str(row["machine"].get("device") or "cpu").startswith("cuda")
 
 
 def identity(row: Row) -> tuple[tuple[str, str], ...]:
-    """What a row is of: (key, value) of IDENTITY's keys that it has; a shape reads 8192x768."""
+    """Return what a row is of: (key, value) of the keys in IDENTITY that it has; a shape reads 8192x768."""
     return tuple((key, _text(row[key])) for key in IDENTITY if isinstance(row.get(key), (str, int, list, tuple)))
 
 
@@ -122,15 +122,16 @@ def _text(value: Any) -> str:
 
 
 def relative(row: Row) -> tuple[float, float, float] | None:
-    """Time as a share of the reference's: median, 20 and 80 % quantile over the rounds."""
+    """Return time as a share of the reference's: median, 20 and 80 % quantile over the rounds."""
     if row.get("relative"):
         return row["relative"], row["relative_q20"], row["relative_q80"]
-    speed = row.get("speed_vs_torch")  # rows of throughput before they had the keys above
+    speed = row.get("speed_vs_torch")  # rows of throughput before the keys above existed
     return (1 / speed[0], 1 / speed[2], 1 / speed[1]) if speed else None
 
 
 def judged_share(row: Row) -> tuple[float, str] | None:
-    """What `compare` judges: the share of low quantiles, and the name of the reference; None where there is none."""
+    """Return what `compare` judges: the share of low quantiles, and the reference's name; None if there is no
+    reference."""
     if row.get("relative_low"):
         return row["relative_low"], row["reference"]
     share = relative(row)

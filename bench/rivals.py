@@ -1,8 +1,9 @@
 """Other trainers, run by their own code from a folder that the user names: llm.c's train_gpt2cu, nanoGPT's train.py.
 
-`rows(about, shape, device, llmc=DIR, nanogpt=DIR)` writes tokens as each wants them (uint16; for llm.c behind a header
-of 256 int32), runs a few steps at the same sizes, batch and length, and reads the milliseconds that each prints per
-step. The first WARM steps, which compile and allocate, are left out. A trainer that fails gives a row with the reason.
+`rows(about, shape, device, llmc=DIR, nanogpt=DIR)` writes tokens in the format of each (uint16; for llm.c after a
+header of 256 int32), runs a few steps at the same sizes, batch and length, and reads the milliseconds that each prints
+per step. The first WARM steps, which compile and allocate, are left out. A trainer that fails has a row with the
+reason.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ NANOGPT_LINE = re.compile(r"^iter \d+: loss .*, time ([\d.]+)ms", re.M)
 
 
 def tokens(shape: Shape, count: int) -> np.ndarray:
-    """uint16 token ids, distributed as the other variants'."""
+    """Return uint16 token ids with the distribution of the other variants' tokens."""
     setting = Setting((), torch.float32, torch.device("cpu"))
     ids = setting.tokens(min(shape.vocab, 50257), count, seed=1)
     return ids.numpy().astype(np.uint16)
 
 
 def llmc_command(folder: Path, work: Path, shape: Shape, steps: int) -> list[str]:
-    """train_gpt2cu on tokens of its own format, nothing but steps: no validation, no samples, no checkpoints."""
+    """Return train_gpt2cu's command on tokens in its format, steps alone: no validation, no samples, no checkpoints."""
     ids = tokens(shape, 8 * shape.batch * (shape.block + 1))
     header = np.zeros(LLMC_HEADER, np.int32)
     header[:3] = LLMC_MAGIC, LLMC_VERSION, ids.size
@@ -49,7 +50,7 @@ def llmc_command(folder: Path, work: Path, shape: Shape, steps: int) -> list[str
 
 
 def nanogpt_command(folder: Path, work: Path, shape: Shape, steps: int, device: torch.device) -> list[str]:
-    """train.py on tokens of its own format; one validation batch, which it insists on before the first step."""
+    """Return train.py's command on tokens in its format; it requires one validation batch before the first step."""
     ids = tokens(shape, 8 * shape.batch * (shape.block + 1))
     for split in ("train", "val"):
         ids.tofile(work / f"{split}.bin")
@@ -64,12 +65,12 @@ def nanogpt_command(folder: Path, work: Path, shape: Shape, steps: int, device: 
 
 
 def milliseconds(pattern: re.Pattern[str], text: str) -> list[float]:
-    """Of each step that a trainer printed, without the first WARM."""
+    """Return the milliseconds of each step that a trainer printed, without the first WARM."""
     return [float(found) for found in pattern.findall(text)][WARM:]
 
 
 def cannot(name: str, folder: Path, shape: Shape, device: torch.device) -> str | None:
-    """Why a trainer cannot run this shape; None if it can."""
+    """Return why a trainer cannot run this shape; None if it can."""
     file = "train_gpt2cu" if name == "llm.c" else "train.py"
     if not (folder / file).is_file():
         return f"{folder} has no {file}" + (", which `make train_gpt2cu` builds" if name == "llm.c" else "")
@@ -81,7 +82,7 @@ def cannot(name: str, folder: Path, shape: Shape, device: torch.device) -> str |
 
 
 def measure(name: str, folder: Path, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """Time and speed of one trainer, or why there is none."""
+    """Return time and speed of one trainer, or why there is none."""
     if why := cannot(name, folder, shape, device):
         return {"red": why}
     steps = WARM + shape.steps
@@ -106,7 +107,7 @@ def measure(name: str, folder: Path, shape: Shape, device: torch.device) -> dict
 def rows(
     about: dict[str, Any], shape: Shape, device: torch.device, *, llmc: Path | None = None, nanogpt: Path | None = None
 ) -> list[dict[str, Any]]:
-    """A row of each trainer that has a folder; `about`: a row of fastgpt's at this shape."""
+    """Return a row for each trainer that has a folder; `about`: a row of fastgpt's at this shape."""
     keep = ("bench", "shape", "batch", "block", "dtype", "machine", "gpu", "peak_flops", "peak_flops_from")
     same = {key: about[key] for key in keep if key in about} | {"rival": True}
     found = []

@@ -22,7 +22,7 @@ from fastgpt.ops.rms_norm import rms_norm_torch
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own x, residual, weight and upstream gradients."""
+    """Return one call over its own x, residual, weight and upstream gradients."""
     n, c = setting.shape
     leaves = x, residual, weight = setting.tensors(seed, (n, c), (n, c), (c,), grad=True)
     grads = setting.tensors(seed, (n, c), (n, c))
@@ -37,33 +37,33 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """The norms of the residual stream."""
+    """Return the shape of the residual stream's norms."""
     return ((batch * block, c.width), {}) if c.norm == "rms" else None
 
 
 def liger(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """Liger-Kernel's; not in place, since its gradients are asked for again and again."""
+    """Call Liger-Kernel; not in place, since its gradients are computed repeatedly."""
     from liger_kernel.transformers.functional import liger_fused_add_rms_norm
 
     return liger_fused_add_rms_norm(x, residual, weight, eps, in_place=False)
 
 
 def quack(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """quack's."""
+    """Call quack."""
     from quack import rmsnorm
 
     return rmsnorm(x, weight, residual=residual, eps=eps, prenorm=True)
 
 
 def flash_attn(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """flash-attn's, the add inside."""
+    """Call flash-attn, which includes the add."""
     from flash_attn.ops.triton.layer_norm import rms_norm_fn
 
     return rms_norm_fn(x, weight, None, residual=residual, eps=eps, prenorm=True)
 
 
 def apex(x: Tensor, weight: Tensor, eps: float, *, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """apex's, behind an add."""
+    """Add, then call apex."""
     from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
     s = x + residual

@@ -1,13 +1,13 @@
 """Where a training step's time goes: `python -m fastgpt.bench.roofline [--shape gpt2-350m] [--batch 16] [--compile]`.
 
-Steps of the trainer and of plain PyTorch under torch.profiler, each kernel put into a class by its name:
+Steps of the trainer and of plain PyTorch under torch.profiler; each kernel is assigned to a class by its name:
     gemm        matrix products: their ceiling is the peak FLOP/s
     attention   its products and softmax: the same peak
     memory      everything else, bound by bytes: norms, activations, loss, optimizer, copies
-    idle        the rest of the step: on a GPU no kernel ran; on a CPU Python and the dispatcher had their turn
+    idle        the rest of the step: on a GPU no kernel ran; on a CPU Python and the dispatcher did
 Shares are of the step's time. tflop_s of the first two are the model's FLOP (forward and backward; attention's causal
-half) over their time, so that a chunk that is computed twice counts once. GPU: kernels, copies and fills of the device,
-overlaps counted once for idle. CPU: the operators' own time; the profiler's cost is in it, and in idle.
+half) over their time, so a chunk that is computed twice counts once. GPU: kernels, copies and fills of the device;
+overlaps count once for idle. CPU: the operators' self time, which includes the profiler's cost, as does idle.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from fastgpt.training.config import TrainConfig
 
 CLASSES = ("gemm", "attention", "memory", "idle")
 SLOWEST = 12  # kernels listed in a row
-# names in the order of trial: attention's kernels contain products' names ("fmha_cutlassF"), not the other way round
+# names in order of matching: attention's kernels contain the names of products ("fmha_cutlassF"), not vice versa
 PATTERNS = {
     "attention": r"attention|flash|fmha|sdpa|cudnn_generated_fort",
     "gemm": r"gemm|gemv|cutlass|wgmma|nvjet|xmma|cublas|splitk|16816|1688"
     r"|^aten::(add|b|badd)?mm$|^aten::(addmv|mv)$|mkldnn",
 }
-OPERATOR = r"(?!autograd::|torch::)\w+::"  # not autograd's nodes and the optimizer's scopes around operators
+OPERATOR = r"(?!autograd::|torch::)\w+::"  # not the scopes of autograd nodes and of the optimizer around operators
 
 
 class Event(NamedTuple):
@@ -58,12 +58,12 @@ class Event(NamedTuple):
 
 
 def classify(name: str) -> str:
-    """The class of a kernel or an operator."""
+    """Return the class of a kernel or an operator."""
     return next((kind for kind, pattern in PATTERNS.items() if re.search(pattern, name, re.I)), "memory")
 
 
 def device_events(run: Callable[[], Any], device: torch.device) -> list[Event]:
-    """What the GPU did during `run`, in the order of its start."""
+    """Return what the GPU did during `run`, ordered by start."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as watch:
         run()
         torch.cuda.synchronize(device)
@@ -72,7 +72,7 @@ def device_events(run: Callable[[], Any], device: torch.device) -> list[Event]:
 
 
 def host_operators(run: Callable[[], Any]) -> list[tuple[str, float, int]]:
-    """(name, microseconds of its own, calls) of each operator of the CPU."""
+    """Return (name, microseconds of self time, calls) of each operator of the CPU."""
     with profile(activities=[ProfilerActivity.CPU]) as watch:
         run()
     every = watch.key_averages()
@@ -80,7 +80,7 @@ def host_operators(run: Callable[[], Any]) -> list[tuple[str, float, int]]:
 
 
 def busy(events: Iterable[Event]) -> float:
-    """Microseconds in which at least one event ran."""
+    """Return the microseconds during which at least one event ran."""
     total, until = 0.0, float("-inf")
     for e in sorted(events, key=lambda e: e.start):
         total += max(0.0, e.end - max(e.start, until))
@@ -89,7 +89,7 @@ def busy(events: Iterable[Event]) -> float:
 
 
 def by_name(events: Iterable[Event]) -> list[tuple[str, float, int]]:
-    """(name, microseconds, calls) of events."""
+    """Return (name, microseconds, calls) of events."""
     found: dict[str, tuple[float, int]] = {}
     for e in events:
         time_of, calls = found.get(e.name, (0.0, 0))
@@ -98,7 +98,7 @@ def by_name(events: Iterable[Event]) -> list[tuple[str, float, int]]:
 
 
 def shares(names: list[tuple[str, float, int]], step_us: float, busy_us: float, steps: int) -> dict[str, Any]:
-    """Milliseconds a step and percent of it in each class, and the slowest names."""
+    """Return milliseconds per step and percent of it in each class, and the slowest names."""
     spent = dict.fromkeys(CLASSES, 0.0)
     for name, us, _ in names:
         spent[classify(name)] += us / steps
@@ -112,7 +112,7 @@ def shares(names: list[tuple[str, float, int]], step_us: float, busy_us: float, 
 
 
 def rates(row: dict[str, Any], flops: dict[str, float], tokens: int, peak: float) -> dict[str, Any]:
-    """TFLOP/s of products and attention, and percent of the peak (FLOP/s). flops: per token, by class."""
+    """Return TFLOP/s of products and attention, and percent of the peak (FLOP/s). flops: per token, by class."""
     found: dict[str, Any] = {}
     for kind, per_token in flops.items():
         if row[f"{kind}_ms"] > 0:
@@ -122,7 +122,7 @@ def rates(row: dict[str, Any], flops: dict[str, float], tokens: int, peak: float
 
 
 def measure(name: str, shape: Shape, device: torch.device) -> dict[str, Any]:
-    """The figures of one variant over shape.steps steps, after some that warm up."""
+    """Return the figures of one variant over shape.steps steps, after warm-up."""
     cfg = settings(shape, device)
     v = build(name, cfg, batches(shape, device))
     v.train(cfg, variants.GPU_WARM_STEPS if device.type == "cuda" else 2)
@@ -140,7 +140,7 @@ def measure(name: str, shape: Shape, device: torch.device) -> dict[str, Any]:
 
 
 def model_flops(cfg: TrainConfig) -> dict[str, float]:
-    """FLOP per token, forward and backward, of products and of causal attention; nothing is allocated."""
+    """Return FLOP per token, forward and backward, of products and of causal attention; allocates nothing."""
     with torch.device("meta"):
         full = GPT(cfg.model).flops_per_token(cfg.block_size)["full"]
     pairs = 6.0 * cfg.model.n_layers * cfg.model.n_heads * cfg.model.d_head * cfg.block_size
@@ -148,7 +148,7 @@ def model_flops(cfg: TrainConfig) -> dict[str, float]:
 
 
 def rows_of(names: list[str], shape_name: str, shape: Shape, device: torch.device) -> list[dict[str, Any]]:
-    """One row per variant; a single one with the reason if an op of ours is wrong."""
+    """Return one row per variant; a single one with the reason if a fastgpt op is wrong."""
     cfg = settings(shape, device)
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
     about = {"bench": "roofline", "shape": shape_name, "batch": shape.batch, "block": shape.block, "dtype": cfg.dtype}
@@ -159,7 +159,7 @@ def rows_of(names: list[str], shape_name: str, shape: Shape, device: torch.devic
     for name in names:
         try:
             rows.append({**about, "variant": name, **measure(name, shape, device), "gpu": gpu_state(device)})
-        except Exception as e:  # the compiler's or the device's: the other variants have their figures
+        except Exception as e:  # from the compiler or the device: other variants keep their figures
             rows.append({**about, "variant": name, "red": variants.reason(e)})
         gc.collect()
         if device.type == "cuda":
@@ -168,7 +168,7 @@ def rows_of(names: list[str], shape_name: str, shape: Shape, device: torch.devic
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """Shares of the step, and under them the slowest kernels."""
+    """Return the shares of the step, followed by the slowest kernels."""
     lines = [f"{'variant':<18}{'ms a step':>10}" + "".join(f"{kind + ' %':>13}" for kind in CLASSES) + "  TFLOP/s"]
     for r in rows:
         if "red" in r:
@@ -183,7 +183,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 if an op of ours was red."""
+    """Return 1 if a fastgpt op was red."""
     parser = command_line(
         "roofline",
         __doc__,

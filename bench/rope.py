@@ -1,9 +1,9 @@
 """Rotary embedding of the query and key heads of one packed qkv (B, T, H + 2G, D), at (B, T, H, G, D).
 
-Bytes, e per element, n = B T (H + G) D elements that turn (the value heads are not touched):
+Bytes, e per element, n = B T (H + G) D rotated elements (the value heads are not touched):
     forward   reads and writes q, k; reads cos, sin    2 n e + 4 T D
     backward  the same for dq, dk                      2 n e + 4 T D
-PyTorch's side turns q and k out of place and leaves v alone, as a model in plain PyTorch does; in backward it then
+PyTorch's version rotates q and k out of place and leaves v alone, as a model in plain PyTorch does; in backward it then
 packs the three gradients.
 """
 
@@ -23,7 +23,8 @@ from fastgpt.models.config import ModelConfig
 
 
 class Projected(torch.autograd.Function):
-    """A tensor over a leaf's memory, neither leaf nor view: like a projection's output it may be written in place."""
+    """A tensor over a leaf's memory, neither leaf nor view: like a projection's output it may be overwritten in
+    place."""
 
     @staticmethod
     def forward(ctx: Any, leaf: Tensor) -> Tensor:
@@ -35,20 +36,20 @@ class Projected(torch.autograd.Function):
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x cos + rotate_half(x) sin, as in Hugging Face's models."""
+    """Return x cos + rotate_half(x) sin, as in Hugging Face's models."""
     a, b = x.chunk(2, dim=-1)
     c, s = cos.repeat(1, 2)[:, None].to(x.dtype), sin.repeat(1, 2)[:, None].to(x.dtype)
     return x * c + torch.cat((-b, a), -1) * s
 
 
 def plain(qkv: Tensor, cos: Tensor, sin: Tensor, *, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Eager PyTorch."""
+    """Compute it in eager PyTorch."""
     q, k, v = qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
     return turn(q, cos, sin), turn(k, cos, sin), v
 
 
 def liger(qkv: Tensor, cos: Tensor, sin: Tensor, *, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Liger-Kernel's; it copies views of a packed tensor."""
+    """Call Liger-Kernel; it copies views of a packed tensor."""
     from liger_kernel.transformers.functional import liger_rope
 
     q, k, v = qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
@@ -58,14 +59,14 @@ def liger(qkv: Tensor, cos: Tensor, sin: Tensor, *, n_heads: int, n_kv_heads: in
 
 
 def flash_attn(qkv: Tensor, cos: Tensor, sin: Tensor, *, n_heads: int, n_kv_heads: int) -> Tensor:
-    """flash-attn's, in place on the packed tensor."""
+    """Call flash-attn, in place on the packed tensor."""
     from flash_attn.layers.rotary import apply_rotary_emb_qkv_
 
     return apply_rotary_emb_qkv_(qkv, cos.to(qkv.dtype), sin.to(qkv.dtype), num_heads_q=n_heads)
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own packed tensor, which an op in place turns further with every call."""
+    """Return one call over its own packed tensor; an op in place rotates it further with every call."""
     b, t, h, g, d = setting.shape
     leaves = setting.tensors(seed, (b, t, h + 2 * g, d), grad=True)
     upstream = setting.tensors(seed, (b, t, h + 2 * g, d))
@@ -85,7 +86,7 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """All columns of a head turn here, whatever the model's rotary_dim."""
+    """Return the shape with all columns of a head rotated, whatever the model's rotary_dim."""
     if c.positions != "rope":
         return None
     return (batch, block, c.n_heads, c.kv_heads, c.d_head), {"interleaved": c.rope_interleaved}

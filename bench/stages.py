@@ -1,9 +1,10 @@
-"""Stages of a long measurement: each a process of its own with a time limit, all within one budget.
+"""Stages of a long measurement: each one a process with a time limit, all within one budget.
 
-What bench/gpu.py (`make gpu`) and bench/cpu.py (`make bench`) share. A stage that fails or is too slow costs its own
-figures only, and no end of this process costs what was measured before: rows come as they are made (FRESH), output goes
-straight into log.txt, and around each stage rows.jsonl (appended), NAME.json and NAME.txt, the table, are written. It
-imports nothing of fastgpt: `make gpu` starts before there is one.
+Shared by bench/gpu.py (`make gpu`) and bench/cpu.py (`make bench`). A stage that fails or is too slow loses only its
+own figures, and however this process ends, earlier measurements are kept: rows are appended as soon as they are
+measured (FRESH), output goes straight into log.txt, and before and after each stage rows.jsonl (appended), NAME.json
+and NAME.txt, the table, are written. This module imports nothing from fastgpt, because `make gpu` starts before it is
+built.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 FRESH = "fresh.jsonl"  # in the folder of results: where a stage appends its rows
-SHOWN = 40  # lines of a stage's output that are printed; log.txt has all
-LEAST = 5.0  # seconds: a stage with less is not begun
-STARTED = "did not end"  # the outcome of a stage under way
+SHOWN = 40  # lines of a stage's output that are printed; log.txt has all of them
+LEAST = 5.0  # seconds: a stage with less time left is not started
+STARTED = "did not end"  # the outcome of a running stage
 Row = dict[str, Any]
 
 
 @dataclass
 class Stage:
-    """One process: its command, its limit and a guess of its time in seconds, where it runs, and how it went."""
+    """One process: its command, its limit and expected time in seconds, its folder, and its outcome."""
 
     name: str
     command: list[str]
@@ -45,8 +46,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Record:
-    """What goes with the stages into NAME.json: seconds for all, commit (given to rows that do not know theirs); when
-    the seconds began to run (time.monotonic())."""
+    """What NAME.json holds besides the stages: the budget in seconds for all of them, and the commit (given to rows
+    that do not know theirs). `start` is when the budget began (time.monotonic())."""
 
     name: str
     budget: float
@@ -55,11 +56,11 @@ class Record:
 
 
 def judge_nothing(stage: Stage) -> None:
-    """The exit code says how a stage went."""
+    """Leave the outcome that the exit code gave."""
 
 
 def no_figures(rows: list[Row]) -> list[str]:
-    """Stages alone are in the table."""
+    """Return no lines: the table has only the stages."""
     return []
 
 
@@ -70,14 +71,15 @@ def run_stages(
     judge: Callable[[Stage], None] = judge_nothing,
     figures: Callable[[list[Row]], list[str]] = no_figures,
 ) -> int:
-    """All stages within the budget, results as they come, the table last; 1 if one failed, 130 after Ctrl-C or SIGTERM.
+    """Run all stages within the budget, save results as they are measured, and print the table last.
 
-    judge: a second look at each outcome; figures: lines of the table from the rows of this run.
+    judge: may change each outcome; figures: lines of the table from the rows of this run. Returns 0, 1 if a stage
+        failed, 130 after Ctrl-C or SIGTERM.
     """
     out.mkdir(parents=True, exist_ok=True)
     log, rows = out / "log.txt", list[Row]()
     log.unlink(missing_ok=True)
-    collect(out, record.commit, "")  # what a run left that was killed
+    collect(out, record.commit, "")  # rows left by a run that was killed
     interrupted = False
     for stage in stages:
         if not interrupted:
@@ -94,11 +96,11 @@ def run_stages(
 def keep(
     stages: list[Stage], rows: list[Row], out: Path, record: Record, figures: Callable[[list[Row]], list[str]]
 ) -> None:
-    """Write NAME.json and the table, each whole at any moment."""
+    """Write NAME.json and the table, each replaced atomically."""
     written = {"commit": record.commit, "budget": record.budget, "stages": [asdict(s) for s in stages]}
     try:
         lines = figures(rows)
-    except Exception as e:  # a row that is unlike others must not cost the table
+    except Exception as e:  # an unexpected row must not prevent the table
         lines = [f"no figures: {type(e).__name__}: {e}"]
     table = "\n".join([*lines, *([""] if lines else []), show(stages)])
     for name, text in ((f"{record.name}.json", json.dumps(written, indent=1)), (f"{record.name}.txt", table + "\n")):
@@ -109,7 +111,7 @@ def keep(
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM is as Ctrl-C."""
+    """Treat SIGTERM as Ctrl-C within the context."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -122,7 +124,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def run_stage(stage: Stage, limit: float, log: Path) -> bool:
-    """Run one stage; its output goes to the log and its last line into the table. Whether a signal ended it."""
+    """Run one stage, writing its output to the log and its last line to the table; return whether a signal ended it."""
     if limit < LEAST:
         stage.outcome = "not run: out of time"
         return False
@@ -151,7 +153,7 @@ def run_stage(stage: Stage, limit: float, log: Path) -> bool:
 
 
 def _watch(stage: Stage, environment: dict[str, str], output: Any, limit: float) -> str:
-    """The outcome of a stage's process; none of its processes is left after it."""
+    """Return the outcome of a stage's process; kill every process that it leaves behind."""
     process = subprocess.Popen(
         stage.command,
         cwd=stage.folder,
@@ -168,25 +170,26 @@ def _watch(stage: Stage, environment: dict[str, str], output: Any, limit: float)
         return f"FAILED: over its limit of {limit:.0f} s"
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)  # with what it started
+            os.killpg(process.pid, signal.SIGKILL)  # and the processes that it started
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)  # a driver may hold a process for longer; the next stage does not wait for that
+            process.wait(10)  # a driver may hold a process for longer; the next stage does not wait for it
 
 
 _libc: Any = ctypes.CDLL(None) if os.name == "posix" else None
 
 
 def _follow_parent() -> None:
-    """In a stage's process: a group of its own, to be killed as one; on Linux it dies with this process (prctl 1)."""
+    """Start a process group in a stage's process, to be killed as one; on Linux it dies with this process (prctl 1)."""
     os.setpgid(0, 0)
     if hasattr(_libc, "prctl"):
         _libc.prctl(1, signal.SIGKILL)
 
 
 def collect(out: Path, commit: str | None, stage: str) -> list[Row]:
-    """Move a stage's rows to the results, with its name and the checkout's commit, which the built copy does not know.
+    """Move a stage's rows to the results, adding its name and the checkout's commit, which the built copy does not
+    know.
 
-    A line that the stage could not finish, killed as it was, is left out.
+    A line that a killed stage could not finish is left out.
     """
     fresh, rows = out / FRESH, []
     if not fresh.exists():
@@ -203,7 +206,7 @@ def collect(out: Path, commit: str | None, stage: str) -> list[Row]:
 
 
 def checkout_commit(root: Path) -> str | None:
-    """The commit of a checkout; None without git or its folder."""
+    """Return the commit of a checkout; None without git or its folder."""
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         done = subprocess.run(command, capture_output=True, text=True)
@@ -213,7 +216,7 @@ def checkout_commit(root: Path) -> str | None:
 
 
 def show(stages: list[Stage]) -> str:
-    """The short table."""
+    """Return the short table."""
     lines = [f"{'stage':<21}{'seconds':>8}  outcome"]
     for s in stages:
         lines.append(f"{s.name:<21}{s.seconds:>8.1f}  {s.outcome}" + (f" | {s.last[:90]}" if s.last else ""))
@@ -221,7 +224,7 @@ def show(stages: list[Stage]) -> str:
 
 
 def show_plan(stages: list[Stage], budget: float) -> str:
-    """The plan as a table; times are guesses, no figure was measured."""
+    """Return the plan as a table; its times are guesses, not measurements."""
     lines = [f"{'stage':<21}{'guess':>6}{'limit':>7}  command (seconds; guesses, not measured)"]
     lines += [f"{s.name:<21}{s.guess:>6.0f}{s.limit:>7.0f}  {' '.join(s.command)}" for s in stages]
     total = sum(s.guess for s in stages)

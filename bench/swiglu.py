@@ -22,7 +22,8 @@ from fastgpt.ops.swiglu import swiglu_torch
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
-    """One call over its own packed tensor (others' kernels, which take two: over its halves apart)."""
+    """Return one call over its own packed tensor (for other libraries, which take two tensors, over its separate
+    halves)."""
     n, f = setting.shape
     apart = provider.fn in (liger, flash_attn)
     leaves = setting.tensors(seed, *([(n, f)] * 2 if apart else [(n, 2 * f)]), grad=True)
@@ -36,19 +37,19 @@ def bytes_moved(shape: Shape, dtype: torch.dtype, phase: str) -> int:
 
 
 def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, Any]] | None:
-    """The MLP's activation."""
+    """Return the shape of the MLP's activation."""
     return ((batch * block, c.d_mlp), {"activation": GATED[c.activation]}) if c.activation in GATED else None
 
 
 def liger(gate: Tensor, up: Tensor) -> Tensor:
-    """Liger-Kernel's."""
+    """Call Liger-Kernel."""
     from liger_kernel.transformers.functional import liger_swiglu
 
     return liger_swiglu(gate, up)
 
 
 def flash_attn(gate: Tensor, up: Tensor) -> Tensor:
-    """flash-attn's."""
+    """Call flash-attn."""
     from flash_attn.ops.activations import swiglu
 
     return swiglu(gate, up)

@@ -2,26 +2,30 @@
 
 fastgpt: the trainer's own build_model, build_optimizer, forward_backward and optimizer_step. torch: a nanoGPT-class
 model in fastgpt/bench/plain.py (nn.LayerNorm, F.gelu, SDPA, F.cross_entropy over padded logits, clip_grad_norm_,
-AdamW(fused=True); on a GPU fp32 weights under bf16 autocast), eager and, with --compile, under torch.compile. Same
-weights, tokens, seed and schedule; steps are interleaved, one after another; speeds are shown only if every op's parity
-check holds, and a variant's only if its losses of the first AGREE_STEPS steps agree with torch's within TOLERANCE. One
-that fails has a row that says why; each row is written as soon as it is sure. Tokens are synthetic
-(rank r with probability ~ 1/(r+1), so that losses fall) and lie on the device before a step. --ablation adds fastgpt
-with one op at a time on PyTorch. On a GPU `fastgpt graphs` replays steps from CUDA graphs, as the trainer does there.
+AdamW(fused=True); on a GPU fp32 weights under bf16 autocast), eager and, with --compile, under torch.compile. All
+variants have the same weights, tokens, seed and schedule, and their steps are interleaved. Speeds are shown only if
+every op passes its parity check, and a variant's only if its losses of the first AGREE_STEPS steps agree with torch's
+within TOLERANCE. A variant that fails has a row that says why; each row is written as soon as it is final. Tokens are
+synthetic (rank r with probability ~ 1/(r+1), so losses fall) and are on the device before a step. --ablation adds
+fastgpt with one op at a time on PyTorch. On a GPU `fastgpt graphs` replays steps from CUDA graphs, as the trainer does
+there.
 
 small: 4 layers, width 128, T 64, B 12, 65 characters; medium: 6 layers, width 384, T 256, B 16, 65 characters;
 llama-small: small as a Llama; gpt2-124m: 12 layers, width 768, vocabulary 50304, B 4 of T 64 on a CPU, B 64 of T 1024
-on a GPU; there also gpt2-350m, 774m, 1.5b and llama-125m. --sweep doubles B until memory ends.
+on a GPU; only on a GPU: gpt2-350m, 774m, 1.5b and llama-125m. --sweep doubles B until memory runs out.
 
-On a CPU every variant runs in a process of its own, as its user would run it: the trainer's has the trainer's settings
-of malloc, the others have their defaults; one waits while another runs. On a GPU they share this process.
+On a CPU every variant runs in its own process, as its user would run it: the trainer with its settings of malloc, the
+others with their defaults; one waits while another runs. On a GPU they share this process.
+
 Joules per token: of the GPU, from NVML's energy counter over seconds of one variant alone (those of ENERGY_OF; '-' for
-the others and where there is no counter), in rows of their own after the speeds.
+the others and where there is no counter), in separate rows after the speeds.
+
 --llmc DIR and --nanogpt DIR run those trainers themselves (fastgpt/bench/rivals.py): their own code, data in their
-format, the same sizes and batch; their losses start from weights of their own and are not compared.
-Peak memory: on a GPU of the allocator during a step, the other variants' tensors left out; of `fastgpt graphs` what it
-keeps reserved, since a replay allocates nothing and works in the graphs' own pool; on a CPU the most resident memory of
-the variant's process over what it had before it built the model, warm-up left out.
+format, the same sizes and batch; their initial weights differ, so their losses are not compared.
+
+Peak memory: on a GPU of the allocator during a step, other variants' tensors excluded; for `fastgpt graphs` what it
+keeps reserved, since a replay allocates nothing and works in the graphs' own pool; on a CPU the peak resident memory of
+the variant's process beyond what it had before it built the model, warm-up excluded.
 """
 
 from __future__ import annotations
@@ -59,19 +63,19 @@ from fastgpt.training.config import TrainConfig
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 # Steps that must agree. Later ones are chaotic: at `small`, plain PyTorch with initial weights moved by one unit in the
-# last place is 1e-7 apart from itself up to step 48 and 2e-4 at step 60.
+# last place differs from itself by 1e-7 up to step 48 and by 2e-4 at step 60.
 AGREE_STEPS = 40
-ENERGY_SECONDS = 3.0  # the meter moves some ten times a second
+ENERGY_SECONDS = 3.0  # the meter updates some ten times a second
 ENERGY_OF = ("fastgpt graphs", "torch compile")
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """Which backend serves each op."""
+    """Return which backend serves each op."""
     return {op: backend.explain(op, device.type, dtype)[0] for op in backend.ops()}
 
 
 def red_ops(cfg: TrainConfig, dtype: torch.dtype) -> list[str]:
-    """Why a kernel in use is not right, by its parity check at the model's widths."""
+    """Return why each wrong kernel in use fails its parity check at the model's widths."""
     device, found = torch.device(cfg.device), []
     for bench in every():
         picked = backend.explain(bench.op, device.type, dtype)[0]
@@ -84,7 +88,8 @@ def red_ops(cfg: TrainConfig, dtype: torch.dtype) -> list[str]:
 
 
 def disagreement(v: Any, reference: Any, tolerance: float) -> tuple[float, str]:
-    """The largest relative difference of a step's loss to the reference's, and a sentence if it is too large."""
+    """Return the largest relative difference of a step's loss from the reference's, and a sentence if it is too
+    large."""
     losses, truth = (torch.stack(x.losses[:AGREE_STEPS]).double().cpu() for x in (v, reference))
     gaps = torch.nan_to_num((losses - truth).abs() / truth.abs(), nan=math.inf)
     step = int(gaps.argmax())
@@ -96,7 +101,8 @@ def disagreement(v: Any, reference: Any, tolerance: float) -> tuple[float, str]:
 def time_steps(
     variants: list[Any], cfg: TrainConfig | None, rounds: int, block: int
 ) -> tuple[dict[str, Samples], dict[str, str]]:
-    """Seconds per step, one sample a round: `block` steps of each variant in turn; and why one was left out."""
+    """Return seconds per step, one sample a round (`block` steps of each variant in turn), and why any variant was
+    dropped."""
     by_name, failed = {v.name: v for v in variants}, {}
     samples = {name: Samples() for name in by_name}
     for turn in range(rounds):
@@ -110,9 +116,10 @@ def time_steps(
 
 
 def compare(names: list[str], shape_name: str, shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
-    """One row per variant as soon as it is sure: figures, or why there are none; then, on a GPU, rows of energy.
+    """Yield one row per variant as soon as it is final: figures, or why there are none; then, on a GPU, rows of energy.
 
-    A single row if one of our ops is wrong. The first name's losses are the reference: without them there is no speed.
+    Yields a single row if a fastgpt op is wrong. The first name's losses are the reference: without them no speed is
+    shown.
     """
     cfg = settings(shape, device)
     dtype = torch.bfloat16 if cfg.dtype == "bf16" else torch.float32
@@ -143,7 +150,7 @@ def compare(names: list[str], shape_name: str, shape: Shape, device: torch.devic
 
 
 def judge(variants: list[Any], reference: str, tolerance: float, failed: dict[str, str]) -> dict[str, float]:
-    """End the variants; the gap in loss of those that are right, and into `failed` why the others are not."""
+    """Close the variants; return the loss gap of the correct ones, and add to `failed` why the others are not."""
     gaps, by_name = {}, {v.name: v for v in variants}
     for v in variants:
         try:
@@ -159,7 +166,7 @@ def judge(variants: list[Any], reference: str, tolerance: float, failed: dict[st
 
 
 def joules_per_token(v: Any, cfg: TrainConfig, device: torch.device, tokens: int) -> float | None:
-    """Of the GPU, over ENERGY_SECONDS of steps of this variant alone; None where no meter is or a step fails."""
+    """Return the GPU's joules over ENERGY_SECONDS of this variant alone; None if there is no meter or a step fails."""
     before, end, steps = energy_joules(device), time.perf_counter() + ENERGY_SECONDS, 0
     if before is None:
         return None
@@ -167,7 +174,7 @@ def joules_per_token(v: Any, cfg: TrainConfig, device: torch.device, tokens: int
         while time.perf_counter() < end:
             v.train(cfg, 1)
             steps += 1
-    except Exception as e:  # as in prepare; its speed is known already
+    except Exception as e:  # as in prepare; its speed is already known
         print(f"{v.name}: no energy: {reason(e)}", file=sys.stderr)
         return None
     after = energy_joules(device)
@@ -182,7 +189,7 @@ def figures(
     flops: dict[str, float],
     peak: tuple[float, str],
 ) -> dict[str, Any]:
-    """Time, speed, both MFUs and memory of one variant; ratios are medians over the rounds, more than 1 is faster."""
+    """Return one variant's time, speed, both MFUs and memory; ratios are medians over the rounds, above 1 is faster."""
     mine, tokens = samples[v.name], shape.batch * shape.block
     middle = mine.quantile(0.5)
     row: dict[str, Any] = {"variant": v.name, **mine.figures(), "tokens_per_s": tokens / middle, "peak_mb": v.peak_mb}
@@ -198,7 +205,7 @@ def figures(
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The rows as a table, or the reason why there is none."""
+    """Return the rows as a table, or the reason why there is none."""
     good = [r for r in rows if "tokens_per_s" in r]
     energy = {r["variant"]: f"{1e3 * r['joules_per_token']:.3f}" for r in rows if r.get("joules_per_token") is not None}
     lines = []
@@ -230,7 +237,7 @@ def show(rows: list[dict[str, Any]]) -> str:
 
 
 def variant_names(args: argparse.Namespace, shape: Shape, device: torch.device) -> list[str]:
-    """The first is what the others' losses are compared with."""
+    """Return the variants' names; the losses of the others are compared with the first one's."""
     if args.variant:
         return ["torch", *(name for name in args.variant if name != "torch")]
     names = ["torch", "fastgpt"] + (["fastgpt graphs"] if device.type == "cuda" else [])
@@ -243,19 +250,19 @@ def variant_names(args: argparse.Namespace, shape: Shape, device: torch.device) 
 
 
 def called_ops(model: ModelConfig) -> set[str]:
-    """The ops whose backend a training step chooses: without it their ablation would be the whole step again."""
+    """Return the ops whose backend a training step chooses: without it, their ablation would repeat the whole step."""
     return {b.op for b in every() if not b.within and b.of_model(model, 1, 1) is not None}
 
 
 def sweep(shape: Shape, batches: list[int] | None, grow: bool) -> Iterator[Shape]:
-    """The shape at each batch; `grow`: at its powers of two, for as long as the caller asks for more."""
+    """Yield the shape at each batch; `grow`: at powers of two, for as long as the caller asks for more."""
     yield from (dataclasses.replace(shape, batch=b) for b in batches or ([] if grow else [shape.batch]))
     if grow:
         yield from (dataclasses.replace(shape, batch=2**i) for i in itertools.count())
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 if losses or an op were wrong, so that no speed was shown."""
+    """Return 1 if losses or an op were wrong, so no speed was shown."""
     parser = command_line("throughput", __doc__)
     names = sorted(SHAPES | GPU_SHAPES)
     parser.add_argument("--shape", action="append", choices=names, help="default: small on a CPU, gpt2-124m on a GPU")
@@ -294,13 +301,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def keep(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Append rows to --json's file."""
+    """Append rows to the file of --json."""
     if path is not None:
         append_rows(path, rows)
 
 
 def out_of_memory(row: dict[str, Any]) -> bool:
-    """Whether memory ended: no failure, but the end of a sweep."""
+    """Return whether memory ran out, which is the end of a sweep and not a failure."""
     return str(row.get("red")).startswith("out of memory")
 
 

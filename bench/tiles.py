@@ -1,8 +1,8 @@
 """Launch shapes of attention's Triton kernels by time: `python -m fastgpt.bench.tiles [--json FILE]`.
 
 SHAPES of each of the three kernels at GPT-2's size, interleaved: forward, and backward with one of its two kernels
-changed. The first of each is what kernels/_attention_tiles.py has for this chip. A shape whose results are further than
-NEAR from the first one's, in the norm, is red.
+changed. The first of each is the entry of kernels/_attention_tiles.py for this chip. A shape whose results differ from
+the first one's by more than NEAR, in the norm, is red.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from fastgpt.core.command import run_command
 from fastgpt.kernels import attention as kernels
 
 NEAR = 5e-3
-# BLOCK_M queries, BLOCK_N keys, warps, stages, and where one more program fits a multiprocessor: registers a thread
+# BLOCK_M queries, BLOCK_N keys, warps, stages, and, where it lets one more program fit a multiprocessor, registers a
+# thread
 SHAPES: dict[str, list[tuple[int, ...]]] = {
     "fwd": [(), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 2), (128, 64, 8, 2, 128), (64, 128, 4, 2)],
     "dkdv": [(), (64, 64, 4, 2), (32, 128, 8, 2), (128, 64, 8, 2), (64, 64, 8, 2), (32, 128, 4, 2)],
@@ -41,7 +42,7 @@ SHAPES: dict[str, list[tuple[int, ...]]] = {
 
 @contextlib.contextmanager
 def launched(kernel: str, shape: tuple[int, ...]) -> Iterator[None]:
-    """Inside, a kernel is launched in this shape; () is its own."""
+    """Launch a kernel in this shape within the context; () is the shape in use."""
     usual: Any = kernels.tile
     keys = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg")
 
@@ -60,24 +61,24 @@ PROVIDER = Provider("triton", BENCH.public, "triton")
 
 
 def results(kernel: str, shape: tuple[int, ...], setting: Setting) -> list[torch.Tensor]:
-    """What forward, or backward, gives with this shape."""
+    """Return the results of forward, or of backward, with this shape."""
     with launched(kernel, shape):
         out = BENCH.job(PROVIDER, setting, "forward" if kernel == "fwd" else "backward", 1).run()
     return [t.detach().float() for t in (out if isinstance(out, tuple) else (out,))]
 
 
 def wrong(kernel: str, shape: tuple[int, ...], setting: Setting, right: list[torch.Tensor]) -> str:
-    """Why a shape must not be timed; empty if nothing."""
+    """Return why a shape must not be timed; empty if it may be."""
     try:
         found = results(kernel, shape, setting)
-    except Exception as e:  # too much shared memory, too many registers: the others have their figures
+    except Exception as e:  # too much shared memory or too many registers: other shapes keep their figures
         return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found, right, strict=True))
     return "" if worst <= NEAR else f"results are {worst:.1e} from the usual ones, {NEAR:g} allowed"
 
 
 def measure(kernel: str, setting: Setting, seconds: float) -> list[dict[str, Any]]:
-    """One row per shape: its time, or why it has none."""
+    """Return one row per shape: its time, or why it has none."""
     phase = "forward" if kernel == "fwd" else "backward"
     named = {"x".join(map(str, shape)) or "in use": shape for shape in SHAPES[kernel]}
     right = results(kernel, (), setting)
@@ -101,7 +102,7 @@ def measure(kernel: str, setting: Setting, seconds: float) -> list[dict[str, Any
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: a shape that does not run is a result."""
+    """Return 0: a shape that does not run is a result."""
     parser = command_line("tiles", __doc__)
     parser.add_argument("--shape", default="64x1024x12x12x64", metavar=BENCH.dims)
     parser.add_argument("--seconds", type=float, default=0.5, help="of samples per kernel")

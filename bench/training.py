@@ -1,9 +1,10 @@
-"""A run of the trainer that ends and resumes: `python -m fastgpt.bench.training [--shape gpt2-124m] [--json FILE]`.
+"""A run of the trainer that is stopped and resumed: `python -m fastgpt.bench.training [--shape gpt2-124m] [--json
+FILE]`.
 
-STEPS steps on synthetic tokens in .bin shards, all as in a user's run: CUDA graphs on a GPU, the loader's and the
-checkpoint writer's threads, max_minutes set, one evaluation. At the evaluation the run gets SIGTERM, writes its
-checkpoint and ends; a second one resumes and goes on to the last step. The row is red unless every step is in the log
-once, no step was skipped, the loss fell and graphs were not given up.
+STEPS steps on synthetic tokens in .bin shards, with everything that a user's run has: CUDA graphs on a GPU, the threads
+of the loader and of the checkpoint writer, max_minutes set, one evaluation. At the evaluation the run gets SIGTERM,
+writes its checkpoint and ends; a second one resumes and continues to the last step. The row is red unless every step is
+in the log once, no step was skipped, the loss fell and graphs were not given up.
 """
 
 from __future__ import annotations
@@ -38,21 +39,21 @@ from fastgpt.training.config import TrainConfig
 from fastgpt.training.run import Run
 
 STEPS, STOP_AT = 60, 30
-FELL = 0.1  # nats at least between the first and the last ten steps
+FELL = 0.1  # minimum fall in nats between the first and the last ten steps
 
 
 def write_tokens(folder: Path, shape: Shape) -> None:
-    """train.bin and val.bin: eight batches of eight times the length."""
+    """Write train.bin and val.bin: eight batches of eight times the length."""
     longer = dataclasses.replace(shape, block=8 * shape.block)
     ids = torch.cat([batch for batch, _ in batches(longer, torch.device("cpu"))]).flatten().numpy()
     cut = len(ids) // 20
     for name, part in (("train.bin", ids[cut:]), ("val.bin", ids[:cut])):
-        with ShardWriter(folder / name, 1 << 17) as shard:  # of 32 bits: of 16 they would count as GPT-2's vocabulary
+        with ShardWriter(folder / name, 1 << 17) as shard:  # 32-bit ids: 16-bit ones would imply GPT-2's vocabulary
             shard.write(part)
 
 
 def config(shape: Shape, device: torch.device, folder: Path) -> TrainConfig:
-    """The trainer's settings."""
+    """Return the trainer's settings."""
     return dataclasses.replace(
         settings(shape, device),
         data=str(folder / "train.bin"),
@@ -67,8 +68,8 @@ def config(shape: Shape, device: torch.device, folder: Path) -> TrainConfig:
 
 
 def stop(run: Run, recorded: list[bool]) -> dict[str, float]:
-    """An evaluation that asks the first run to end, as a machine that is taken away does, and notes whether CUDA graphs
-    could be recorded."""
+    """Stop the first run by an evaluation, as a preempted machine would, and note whether CUDA graphs could be
+    recorded."""
     recorded.append(not run.graphs.failure)
     if run.progress.step == STOP_AT:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -76,7 +77,7 @@ def stop(run: Run, recorded: list[bool]) -> dict[str, float]:
 
 
 def judge(rows: list[dict[str, Any]], codes: list[int], graphs: bool) -> str:
-    """What is wrong with a run by its log; empty if nothing."""
+    """Return what is wrong with a run, judged by its log; empty if nothing."""
     steps = [r for r in rows if "loss" in r]
     numbers, losses = [r["step"] for r in steps], [r["loss"] for r in steps]
     if codes != [0, 0]:
@@ -91,7 +92,7 @@ def judge(rows: list[dict[str, Any]], codes: list[int], graphs: bool) -> str:
 
 
 def measure(shape: Shape, device: torch.device) -> dict[str, Any]:
-    """The figures of the run, or why it is red."""
+    """Return the figures of the run, or why it is red."""
     recorded: list[bool] = []
     train.EVALUATIONS["stop"] = partial(stop, recorded=recorded)
     with tempfile.TemporaryDirectory(prefix="fastgpt-training-") as work:
@@ -112,7 +113,7 @@ def measure(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """1 if the run was red."""
+    """Return 1 if the run was red."""
     parser = command_line("training", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES | GPU_SHAPES), help="default: small, on a GPU gpt2-124m")
     parser.add_argument("--batch", type=int, help="sequences")

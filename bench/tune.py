@@ -1,16 +1,16 @@
-"""Which backend serves each op fastest on this machine: `fastgpt tune` measures it and remembers.
+"""Which backend serves each op fastest on this machine: `fastgpt tune` measures it and saves the answer.
 
-For every op that a model's training step calls, every backend that runs here does forward and backward (adamw: its
-step) at the model's shape, interleaved round by round on rotating inputs (bench/_harness.py). A backend that fails its
-parity check first is not timed. The prior's choice keeps its place unless another is at least 3 % faster in the median
-of the paired rounds: less than that is noise. Answers go to a file in the user's cache folder, one per device, driver
-and versions (backend.write_tuned); `auto` then tries the measured backend first, and every refusal still applies.
+For every op that a model's training step calls, every backend that runs here is timed in forward and backward (adamw:
+its step) at the model's shape, interleaved round by round on rotating inputs (bench/_harness.py). A backend that fails
+its parity check first is not timed. The prior's choice is kept unless another is at least 3 % faster in the median of
+the paired rounds: less than that is noise. Answers go to a file in the user's cache folder, one per device, driver and
+versions (backend.write_tuned); `auto` then tries the measured backend first, and every refusal still applies.
 
-One answer per op and dtype, not per shape: what a backend's forward saves only its own backward reads, so that a step
-chooses once for both; a training step has few shapes per op, and they grow with the model together; and a choice by
+One answer per op and dtype, not per shape: only the same backend's backward can read what its forward saves, so a step
+chooses once for both; a training step has few shapes per op, and they grow together with the model; and a choice by
 size would make compiled code with dynamic shapes recompile. Tune again for another model: the last answer counts.
 
-On a CPU the ops see at most CPU_TOKENS tokens unless told otherwise, so that the command takes about a minute. Triton
+On a CPU the ops see at most CPU_TOKENS tokens unless told otherwise, so the command takes about a minute. Triton
 kernels are timed on a GPU only, never in Triton's interpreter.
 """
 
@@ -47,13 +47,14 @@ from fastgpt.models.config import ModelConfig
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.plan import settle
 
-LEAST_GAIN = 1.03  # how much faster than the prior's choice a backend must be to take its place
+LEAST_GAIN = 1.03  # how much faster than the prior's choice a backend must be to replace it
 CPU_TOKENS = 1024
 
 
 @dataclass(frozen=True)
 class Task:
-    """One op to measure: its shape and options in the model, who is timed (in the prior's order), who cannot be."""
+    """One op to measure: its shape and options in the model, the backends to time (in the prior's order), and the
+    refused ones."""
 
     op: str
     shape: Shape
@@ -64,7 +65,7 @@ class Task:
 
 @dataclass
 class Result:
-    """What was measured for a task; `chosen` is None if nobody gave a right result."""
+    """The measurements of a task; `chosen` is None if no backend returned a correct result."""
 
     task: Task
     chosen: str | None = None
@@ -76,7 +77,7 @@ class Result:
 def plan(
     model: ModelConfig, batch: int, block: int, device: str, dtype: torch.dtype, only: Iterable[str] = ()
 ) -> tuple[list[Task], dict[str, str]]:
-    """The tasks, and the ops that are skipped with the reason."""
+    """Return the tasks, and the ops that are skipped with the reason."""
     tasks, skipped = [], {}
     for bench in every():
         if only and bench.op not in only:
@@ -97,7 +98,7 @@ def plan(
 
 
 def measure(task: Task, device: torch.device, dtype: torch.dtype, seconds: float) -> Result:
-    """Gate, then time the task's backends for `seconds` (seven rounds at least), and choose."""
+    """Check parity, then time the task's backends for `seconds` (seven rounds at least), and choose one."""
     bench, setting = bench_of(task.op), Setting(task.shape, dtype, device)
     fn = functools.partial(bench.in_step[1] if bench.in_step else bench.public, **task.options)
     ours = {b: Provider(b, fn, b, in_step=bench.in_step is not None) for b in task.backends}
@@ -120,17 +121,17 @@ def _time(
     timer = time_gpu if setting.device.type == "cuda" else time_cpu
     samples, errors = timer(make, lambda name: chosen(bench.op, by_name[name]), seconds)
     if setting.device.type == "cuda":
-        torch.cuda.empty_cache()  # the next op's inputs need the room
+        torch.cuda.empty_cache()  # the next op's inputs need the memory
     return samples, {name: f"does not run: {why}" for name, why in errors.items()}
 
 
 def speedup(samples: dict[str, Samples], name: str, over: str) -> float:
-    """How much faster `name` is than `over`: the median over the rounds of their ratio."""
+    """Return how much faster `name` is than `over`: the median over the rounds of their ratio."""
     return samples[over].shares(samples[name]).quantile(0.5)
 
 
 def choose(samples: dict[str, Samples]) -> str:
-    """The first one (the prior's choice) unless another is faster by LEAST_GAIN."""
+    """Return the first one (the prior's choice) unless another is faster by LEAST_GAIN."""
     first = next(iter(samples))
     gains = {name: speedup(samples, name, first) for name in samples}
     best = max(gains, key=lambda name: gains[name])
@@ -138,7 +139,7 @@ def choose(samples: dict[str, Samples]) -> str:
 
 
 def compare(samples: dict[str, Samples], name: str) -> str:
-    """The choice against torch, or against the next best where torch itself was chosen: '1.31x torch'."""
+    """Compare the choice with torch, or with the next best if torch itself was chosen: '1.31x torch'."""
     others = {o: speedup(samples, name, o) for o in samples if o != name}
     if not others:
         return "the only one that is right"
@@ -147,7 +148,7 @@ def compare(samples: dict[str, Samples], name: str) -> str:
 
 
 def entries(results: list[Result], dtype: torch.dtype, model: str) -> dict[str, dict[str, Any]]:
-    """The results as backend.write_tuned takes them."""
+    """Return the results as backend.write_tuned accepts them."""
     today = datetime.date.today().isoformat()
     return {
         f"{r.task.op}.{str(dtype).split('.')[1]}": {
@@ -165,7 +166,7 @@ def entries(results: list[Result], dtype: torch.dtype, model: str) -> dict[str, 
 
 
 def line(r: Result) -> str:
-    """One op's line of the table, then one for each backend that was refused."""
+    """Return one op's line of the table, then one for each backend that was refused."""
     times = "  ".join(f"{b} {ms:.4g}" for b, ms in r.ms.items())
     picked = f"{r.chosen} ({r.note})" if r.chosen else "nothing: the prior stays"
     shape = "x".join(map(str, r.task.shape))
@@ -183,7 +184,7 @@ def _setting_of(args: argparse.Namespace) -> tuple[TrainConfig, torch.device, to
 
 
 def _batch_of(cfg: TrainConfig, args: argparse.Namespace, device: torch.device) -> tuple[int, int]:
-    """B and T: what was asked for, else the configuration's, on a CPU at most CPU_TOKENS tokens."""
+    """Return B and T: as requested, else the configuration's, on a CPU at most CPU_TOKENS tokens."""
     cfg = settle(cfg, cfg.model.vocab_size or cfg.vocab_size, device)
     most = CPU_TOKENS if device.type == "cpu" else cfg.sequences * cfg.block_size
     block = args.block or min(cfg.block_size, most)
@@ -191,7 +192,7 @@ def _batch_of(cfg: TrainConfig, args: argparse.Namespace, device: torch.device) 
 
 
 def run(args: argparse.Namespace) -> int:
-    """`fastgpt tune` with its options parsed; 1 if a backend gave a wrong result."""
+    """Run `fastgpt tune` with parsed options; return 1 if a backend returned a wrong result."""
     if unknown := [op for op in args.ops or () if op not in backend.ops()]:
         raise UserError(f"tune: there is no op {unknown[0]!r}; expected some of {', '.join(backend.ops())}")
     cfg, device, dtype = _setting_of(args)
@@ -218,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
 def remember(
     task: Task, device: torch.device, dtype: torch.dtype, seconds: float, model: str, json: Path | None = None
 ) -> bool:
-    """Measure a task, print its line and write the answer down at once; whether a backend gave a wrong result."""
+    """Measure a task, print its line and save the answer at once; return whether a backend returned a wrong result."""
     keep_freed_memory()  # as the trainer does
     result = measure(task, device, dtype, seconds)
     wrong = "; ".join(f"{b} is {why}" for b, why in result.refused.items() if why.startswith("wrong"))
@@ -244,9 +245,9 @@ def remember(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """At a shape of throughput's, without a configuration file; 1 if a result was wrong."""
+    """Tune at a shape of throughput, without a configuration file; return 1 if a result was wrong."""
     parser = command_line("tune", main.__doc__)
-    parser.prog = "python -m fastgpt.bench.tune"  # `fastgpt tune` is another command
+    parser.prog = "python -m fastgpt.bench.tune"  # `fastgpt tune` is a different command
     parser.add_argument("--shape", choices=sorted(SHAPES | GPU_SHAPES), help="default: small, on a GPU gpt2-124m")
     parser.add_argument("--seconds", type=float, default=1.0, help="of samples per op")
     args = parser.parse_args(argv)
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:
             status |= remember(task, device, dtype, args.seconds, name, args.json)
         except UserError:
             raise
-        except Exception as e:  # one op that fails must not cost the others their answers
+        except Exception as e:  # one op that fails must not prevent the answers of the others
             print(f"{task.op:<22}failed: {type(e).__name__}: {e}", flush=True)
             status = 1
     return status

@@ -1,7 +1,7 @@
-"""The ways to train that benchmarks compare: fastgpt's step and plain PyTorch's, at the shapes of GPT-2 and a Llama.
+"""The ways to train that benchmarks compare: the steps of fastgpt and of plain PyTorch, at GPT-2 and Llama shapes.
 
-`build(name, cfg, batches)` gives one in this process, `Apart` one in a process of its own, `prepare` all of them,
-warmed up.
+`build(name, cfg, batches)` builds one in this process, `Apart` runs one in a separate process, `prepare` builds and
+warms up all of them.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from fastgpt.training.graphs import Graphs
 from fastgpt.training.schedule import learning_rate
 from fastgpt.training.stability import LossScale, SpikeGuard
 
-WARM_STEPS = 3  # before timing; compared, too
-GPU_WARM_STEPS = 6  # graphs are recorded in the fourth
+WARM_STEPS = 3  # before timing; their losses are compared, too
+GPU_WARM_STEPS = 6  # graphs are recorded in the fourth step
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Model, batch and length of one comparison, and how many steps are timed; `llama`: a model of that kind."""
+    """Model, batch and length of one comparison, and how many steps are timed; `llama`: a Llama model."""
 
     layers: int
     heads: int
@@ -62,7 +62,7 @@ SHAPES = {
     "gpt2-124m": Shape(12, 12, 768, 50304, 64, 4, 6),
     "llama-small": Shape(4, 4, 128, 65, 64, 12, 60, llama=True),
 }
-GPU_SHAPES = {  # the models of fastgpt/configs, which a machine without PyYAML cannot read
+GPU_SHAPES = {  # the models of fastgpt/configs, which cannot be read without PyYAML
     "gpt2-124m": Shape(12, 12, 768, 50304, 1024, 64, 20),
     "gpt2-350m": Shape(24, 16, 1024, 50304, 1024, 32, 20),
     "gpt2-774m": Shape(36, 20, 1280, 50304, 1024, 16, 20),
@@ -74,23 +74,23 @@ LLAMA |= dict(qkv_bias=False, proj_bias=False, mlp_bias=False)
 
 
 def shapes_on(device: torch.device) -> dict[str, Shape]:
-    """By name; on a GPU GPT-2 has its own length and batch, and there are larger models."""
+    """Return the shapes by name; a GPU has another length and batch for GPT-2, and larger models."""
     return SHAPES | GPU_SHAPES if device.type == "cuda" else SHAPES
 
 
 def default_shape(device: torch.device) -> str:
-    """What is measured where nothing was named."""
+    """Return the shape that is measured if none is named."""
     return "gpt2-124m" if device.type == "cuda" else "small"
 
 
 def settings(shape: Shape, device: torch.device) -> TrainConfig:
-    """The trainer's settings for this shape; GPT-2 keeps its 1024 positions."""
+    """Return the trainer's settings for this shape; GPT-2 keeps its 1024 positions."""
     model = ModelConfig(
         n_layers=shape.layers,
         n_heads=shape.heads,
         width=shape.width,
         vocab_size=shape.vocab,
-        vocab_multiple=1,  # 50304 is nanoGPT's padded vocabulary, 65 it does not pad
+        vocab_multiple=1,  # 50304 is nanoGPT's padded vocabulary; 65 is not padded there
         block_size=1024 if shape.vocab == 50304 else shape.block,
         **(LLAMA if shape.llama else {}),
     )
@@ -108,7 +108,7 @@ def settings(shape: Shape, device: torch.device) -> TrainConfig:
 
 
 def batches(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
-    """Eight batches of (ids, targets), each (B, T), that all variants read in turn."""
+    """Return eight batches of (ids, targets), each (B, T), that all variants read in turn."""
     generator = torch.Generator().manual_seed(1)
     u = torch.rand((8, shape.batch, shape.block + 1), generator=generator, dtype=torch.float64)
     ids = ((shape.vocab**u).long() - 1).to(device)
@@ -117,7 +117,7 @@ def batches(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
 
 @dataclass
 class Variant:
-    """One way to train: `step(rate)` does one optimizer step and returns its loss, on the device."""
+    """One way to train: `step(rate)` runs one optimizer step and returns its loss, on the device."""
 
     name: str
     step: Callable[[float], Tensor]
@@ -128,7 +128,7 @@ class Variant:
     stream: Any = None  # torch.cuda.Stream; None: the current one
 
     def train(self, cfg: TrainConfig, steps: int) -> float:
-        """The next steps of the schedule; returns seconds, the device's work included."""
+        """Run the next steps of the schedule; return seconds, the device's work included."""
         wait = torch.cuda.synchronize if torch.device(cfg.device).type == "cuda" else lambda: None
         wait()
         start = time.perf_counter()
@@ -139,15 +139,15 @@ class Variant:
         return time.perf_counter() - start
 
     def close(self) -> None:
-        """Nothing to end; see Apart."""
+        """Do nothing; Apart.close ends a process."""
 
 
 class Apart:
-    """A Variant on the CPU in a process of its own, which runs `serve`."""
+    """A Variant on the CPU in a separate process, which runs `serve`."""
 
     def __init__(self, name: str, shape: Any, serve: Callable[[Connection, str, Any], None] | None = None) -> None:
         self.name, self.losses, self.peak_mb = name, list[Tensor](), math.nan
-        context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads without their lives
+        context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's state without its threads
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=serve or _serve, args=(theirs, name, shape), daemon=True)
         self.process.start()
@@ -162,7 +162,7 @@ class Apart:
         return answer
 
     def train(self, cfg: TrainConfig | None, steps: int) -> float:
-        """As Variant.train, timed over there."""
+        """Run the next steps like Variant.train, timed in the other process."""
         self.pipe.send(steps)
         seconds, losses, self.peak_mb = self._answer()
         self.losses += torch.tensor(losses).unbind()
@@ -175,7 +175,7 @@ class Apart:
 
 
 def _serve(pipe: Connection, name: str, shape: Shape) -> None:
-    """The process of an Apart: build, then train."""
+    """Run the process of an Apart: build, then train."""
     cfg = settings(shape, torch.device("cpu"))
     before = resident_mb("VmRSS")
     v = build(name, cfg, batches(shape, torch.device("cpu")))
@@ -184,15 +184,15 @@ def _serve(pipe: Connection, name: str, shape: Shape) -> None:
 
 
 def answer(pipe: Connection, v: Any, cfg: TrainConfig | None, before: float) -> None:
-    """Train as many steps as asked for until 0 comes; send seconds, losses and the peak over `before` MB."""
+    """Train as many steps as requested until 0 arrives; send seconds, losses and the peak beyond `before` MB."""
     while steps := pipe.recv():
         seconds = v.train(cfg, steps)
         fresh = torch.stack(v.losses[-steps:]).tolist()
         pipe.send((seconds, fresh, resident_mb("VmHWM") - before))
         if len(v.losses) <= WARM_STEPS:
             gc.collect()
-            with contextlib.suppress(OSError):  # without it the peak includes warm-up
-                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark starts anew
+            with contextlib.suppress(OSError):  # without this file the peak includes warm-up
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # reset the high-water mark
 
 
 def train_step(
@@ -204,7 +204,7 @@ def train_step(
     scaling: LossScale | None = None,
     graphs: Graphs | None = None,
 ) -> Tensor:
-    """One step as the loop in fastgpt/train.py takes it, by the same functions: (loss, gradient norm, spike), on the
+    """Run one step with the functions of the loop in fastgpt/train.py; return (loss, gradient norm, spike), on the
     device."""
     graphs = Graphs(model, enabled=False) if graphs is None else graphs
     micro_step, update = partial(forward_backward, model, scaling), partial(optimizer_step, optimizer, guard, scaling)
@@ -218,8 +218,8 @@ def train_step(
 
 
 def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
-    """'fastgpt', 'torch', either with ' compile'; 'fastgpt graphs': as it trains on a GPU; 'fastgpt -OP': OP on
-    PyTorch."""
+    """Build 'fastgpt', 'torch', either with ' compile'; 'fastgpt graphs': as it trains on a GPU; 'fastgpt -OP': OP
+    on PyTorch."""
     device = torch.device(cfg.device)
     assert cfg.model.vocab_size is not None
     compiled, loader = name.endswith(" compile"), itertools.cycle(data)
@@ -238,7 +238,7 @@ def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Var
         loss = train_step(run, optimizer, loader, cfg.accumulation, graphs=graphs)[0]
         if graphs.failure:
             raise RuntimeError(f"{name}: not recorded: {graphs.failure}")
-        return loss.clone() if graphs.enabled else loss  # the next step writes over it
+        return loss.clone() if graphs.enabled else loss  # the next step overwrites it
 
     _, _, without = name.partition(" -")
     kernels = {without: "torch"} if without else {}
@@ -247,7 +247,7 @@ def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Var
 
 
 def prepare(names: list[str], cfg: TrainConfig, shape: Shape) -> tuple[list[Any], dict[str, str]]:
-    """Variants warmed up, with their peak memory on a GPU; and why the others are not among them."""
+    """Return the variants after warm-up, with their peak memory on a GPU, and why each of the others failed."""
     variants: list[Any] = []
     failed: dict[str, str] = {}
     cuda = cfg.device.startswith("cuda")
@@ -255,7 +255,7 @@ def prepare(names: list[str], cfg: TrainConfig, shape: Shape) -> tuple[list[Any]
     for name in names:
         try:
             variants.append(_warm(name, cfg, data) if cuda else _apart(name, cfg, shape))
-        except Exception as e:  # the compiler's or the device's: it costs this variant alone its figures
+        except Exception as e:  # from the compiler or the device: only this variant loses its figures
             failed[name] = reason(e)
         if cuda:
             gc.collect()
@@ -264,7 +264,7 @@ def prepare(names: list[str], cfg: TrainConfig, shape: Shape) -> tuple[list[Any]
 
 
 def reason(e: Exception) -> str:
-    """An exception in a row's words."""
+    """Describe an exception for a row."""
     if isinstance(e, torch.OutOfMemoryError):
         return "out of memory"
     return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
@@ -277,8 +277,8 @@ def _apart(name: str, cfg: TrainConfig, shape: Shape) -> Any:
 
 
 def _warm(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
-    """A variant on the GPU. Its memory: the most that a step has allocated; what it keeps reserved where steps are
-    replayed, since a replay allocates nothing and works in the graphs' own pool."""
+    """Warm up a variant on the GPU and measure its memory: the most that a step allocated, or what it keeps reserved
+    where steps are replayed, since a replay allocates nothing and works in the graphs' own pool."""
     allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     v = build(name, cfg, data)
     v.train(cfg, GPU_WARM_STEPS - 1)
@@ -287,6 +287,6 @@ def _warm(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Var
     v.peak_mb = (torch.cuda.max_memory_allocated() - allocated) / 1e6
     if name.endswith(" graphs"):
         gc.collect()
-        torch.cuda.empty_cache()  # of all that warm-up left
+        torch.cuda.empty_cache()  # free what warm-up left behind
         v.peak_mb = (torch.cuda.memory_reserved() - reserved) / 1e6
     return v
