@@ -15,7 +15,7 @@ __all__ = ["__version__", "ops", "patch", "patch_report", "unpatch"]
 
 
 def __getattr__(name: str) -> Any:
-    """patch and its like, imported at their first use."""
+    """Import patch, unpatch and patch_report at their first use."""
     if name in ("patch", "patch_report", "unpatch"):
         return getattr(importlib.import_module("fastgpt.patching"), name)
     raise AttributeError(f"module 'fastgpt' has no attribute {name!r}")

@@ -9,7 +9,7 @@ from fastgpt.core.errors import UserError
 
 
 def sample(argv: list[str]) -> int:
-    """`fastgpt sample`: continue a prompt with a trained model."""
+    """Run `fastgpt sample`: continue a prompt with a trained model."""
     parser = Parser(prog="fastgpt sample", description="Continue a prompt with a trained model.")
     parser.add_argument("--run", default="runs/tiny", help="run folder or checkpoint (default: runs/tiny)")
     parser.add_argument("--prompt", default="def ", help="text to continue")
@@ -58,12 +58,12 @@ def sample(argv: list[str]) -> int:
 
 
 def doctor(argv: list[str]) -> int:
-    """`fastgpt doctor`: what is installed and built, which backend serves each op, and why."""
+    """Run `fastgpt doctor`: print what is installed and built, which backend serves each op, and why."""
     Parser(prog="fastgpt doctor", description="What is built, what each op resolves to, and why.").parse_args(argv)
 
     import torch
 
-    from fastgpt import ops  # noqa: F401 (ops fill the table)
+    from fastgpt import ops  # noqa: F401 (the import registers the ops)
     from fastgpt.core import backend, native
     from fastgpt.core.device import default_device, describe_machine
 
@@ -82,7 +82,7 @@ def doctor(argv: list[str]) -> int:
 
 
 def tune(argv: list[str]) -> int:
-    """`fastgpt tune`: see bench/tune.py."""
+    """Run `fastgpt tune`; see bench/tune.py."""
     about = "Time every backend of every op at a model's shapes on this machine; from then on the fastest serves."
     parser = Parser(prog="fastgpt tune", description=about)
     parser.add_argument("--config", help="NAME or file.yaml, as for train (default: what suits the machine)")
@@ -103,21 +103,21 @@ def tune(argv: list[str]) -> int:
 
 
 def train(argv: list[str]) -> int:
-    """`fastgpt train`: see fastgpt/train.py."""
+    """Run `fastgpt train`; see fastgpt/train.py."""
     from fastgpt.train import main as train_main
 
     return train_main(argv)
 
 
 def parity(argv: list[str]) -> int:
-    """`fastgpt parity`: see fastgpt/parity."""
+    """Run `fastgpt parity`; see fastgpt/parity."""
     from fastgpt.parity import main as parity_main
 
     return parity_main(argv)
 
 
 def bench(argv: list[str]) -> int:
-    """`fastgpt bench`: see bench/commands.py."""
+    """Run `fastgpt bench`; see bench/commands.py."""
     from fastgpt.bench.commands import main as bench_main
 
     return bench_main(argv)
@@ -127,7 +127,7 @@ COMMANDS = {"train": train, "sample": sample, "doctor": doctor, "tune": tune, "p
 
 
 def main() -> int:
-    """Entry point of the console command."""
+    """Run the console command."""
     parser = Parser(prog="fastgpt", description=__doc__)
     parser.add_argument("command", choices=COMMANDS, help="what to do; `fastgpt COMMAND --help` tells more")
     argv = sys.argv[1:]

@@ -2,7 +2,7 @@
 
     fastgpt train --config tiny --data my.txt          (or: python -m fastgpt.train ...)
 
-A copy of this file runs as it is against the installed package: `python train.py --data tokens.bin`.
+A copy of this file runs unchanged with the installed package: `python train.py --data tokens.bin`.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ __all__ = ["EVALUATIONS", "Run", "forward_backward", "loop", "main", "optimizer_
 
 
 def prepare(cfg: TrainConfig) -> Run:
-    """Data, model and optimizer of a new run. Writes nothing to the run's folder."""
+    """Prepare data, model and optimizer of a new run, without writing to the run's folder."""
     device = default_device(cfg.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # for whatever takes no device: events, streams, kernels of other libraries
+        torch.cuda.set_device(device)  # for calls without a device: events, streams, kernels of other libraries
     torch.manual_seed(cfg.seed)
 
     data, val_sources = open_data(cfg)
@@ -57,18 +57,19 @@ def prepare(cfg: TrainConfig) -> Run:
     return Run(cfg, device, data, val_sources, model, optimizer, loader)
 
 
-# The two halves of a step. CUDA graphs can record them: they take and return tensors, and never wait for the device.
+# The two halves of a step. CUDA graphs can record them, since they only take and return tensors and never wait for the
+# device.
 
 
 def forward_backward(
     model: Any, scaling: LossScale | None, total: Tensor, ids: Tensor, targets: Tensor, counted: Tensor
 ) -> Tensor:
-    """Add one micro-batch's gradients to the step's; returns `total` plus its share of the step's loss, (1,) fp32.
+    """Add the gradients of one micro-batch; return `total` plus its share of the step's loss, (1,) fp32.
 
     Args:
         ids, targets: (B, T) int64.
-        counted: () int64, the tokens of the whole step that count. The step's loss is the mean over them, so that a
-            token has the same weight in any micro-batch.
+        counted: () int64, the tokens of the whole step that count. The step's loss is the mean over them, so a token
+            has the same weight in any micro-batch.
     """
     loss = model(ids, targets, reduction="sum") / counted
     (loss if scaling is None else loss * scaling.scale).backward()
@@ -78,7 +79,7 @@ def forward_backward(
 def optimizer_step(
     optimizer: AdamW | MuonAdamW, guard: SpikeGuard | None, scaling: LossScale | None, loss: Tensor
 ) -> Tensor:
-    """Clip and update, unless the loss is a spike or a gradient is not finite; returns (loss, gradient norm, spike)."""
+    """Clip and update, unless the loss is a spike or a gradient is not finite; return (loss, gradient norm, spike)."""
     spike = torch.zeros_like(loss) if guard is None else guard(loss)
     optimizer.found_inf = spike  # a flagged step changes nothing
     if scaling is not None:
@@ -92,9 +93,9 @@ def optimizer_step(
 
 
 def loop(run: Run, log: Log, stop: Stop) -> None:
-    """Train until the run's length, its minutes or a signal ends it.
+    """Train until the run reaches its length or time limit, or a signal stops it.
 
-    The host launches steps and does not wait for their results; it stays at most two steps ahead (see StepLog).
+    The host launches steps without waiting for their results; it stays at most two steps ahead (see StepLog).
     """
     cfg, p, optimizer, graphs = run.cfg, run.progress, run.optimizer, run.graphs
     model = torch.compile(run.model) if cfg.compile else run.model
@@ -126,7 +127,7 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
         log.checkpoints(run.writer.finished())
         steps.put(rate, values)
 
-        # Evaluation, checkpoint and samples. What the last step leaves due is done by `train`.
+        # Evaluation, checkpoint and samples. After the last step, `train` runs them.
         evaluates, saves, samples = p.due(cfg.eval_every), p.due(cfg.save_every), p.due(cfg.sample_every)
         if evaluates or saves or samples:
             steps.wait()
@@ -153,10 +154,10 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
     """Train, or resume a run that was stopped.
 
     Args:
-        command: how the user can resume the run; it is printed when a signal stops it.
+        command: the command that resumes the run; it is printed when a signal stops it.
 
     Returns:
-        The exit code: 0, or 1 where check_baseline is set and the model is too close to a unigram model.
+        The exit code: 0, or 1 if check_baseline is set and the model is too close to a unigram model.
     """
     backend.use(**backend.parse_choices(cfg.kernels))
     run = prepare(cfg)
@@ -182,7 +183,8 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`fastgpt train`: settings from `argv` (default: the command line); without --config, what suits the machine."""
+    """Run `fastgpt train` with settings from `argv` (default: the command line); the default --config depends on
+    whether the machine has a GPU."""
     default = "gpt2-124m-demo" if torch.cuda.is_available() else "tiny"
     arguments = sys.argv[1:] if argv is None else argv
     if "--plan" in arguments:

@@ -1,7 +1,7 @@
-"""Sampling from a model, with keys and values cached: temperature, top-k, top-p (Holtzman 2019, arXiv:1904.09751).
+"""Sample from a model with a key-value cache: temperature, top-k, top-p (Holtzman 2019, arXiv:1904.09751).
 
-A text longer than block_size is read from a later start, which moves by half a block at a time: so the cache is filled
-anew only every block_size / 2 tokens, and with or without cache the model sees the same tokens.
+If a text is longer than block_size, its first tokens are dropped, half a block at a time. So the cache is refilled only
+every block_size / 2 tokens, and the model sees the same tokens with and without the cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fastgpt.models.gpt import GPT, KVCache
 
 
 def context_start(length: int, block_size: int) -> int:
-    """First token the model reads when `length` tokens are there."""
+    """Return the first token that the model reads of a text of `length` tokens."""
     half = max(1, block_size // 2)
     return 0 if length <= block_size else -(-(length - block_size) // half) * half
 
@@ -26,7 +26,7 @@ def sample(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One token per row: logits (B, V) -> (B,) int64. temperature 0 takes the likeliest."""
+    """Sample one token per row: logits (B, V) -> (B,) int64. temperature 0 selects the most likely token."""
     if temperature == 0:
         return logits.argmax(-1)
     z = logits.float() / max(temperature, 1e-30)  # a smaller one overflows
@@ -35,7 +35,7 @@ def sample(
     p = z.softmax(-1)
     if top_p is not None and top_p < 1:
         ordered, index = p.sort(stable=True, dim=-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # a token stays while those before it hold less than top_p
+        before = ordered.cumsum(-1) - ordered  # a token stays if the ones before it sum to less than top_p
         p = torch.zeros_like(p).scatter(-1, index, ordered.masked_fill(before >= top_p, 0.0))
     return torch.multinomial(p, 1, generator=generator)[:, 0]
 
@@ -66,16 +66,16 @@ def generate(
     generator: torch.Generator | None = None,
     use_cache: bool = True,
 ) -> Tensor:
-    """ids (B, T) with up to max_new_tokens sampled tokens behind them: (B, T + n).
+    """Append up to max_new_tokens sampled tokens to ids (B, T): (B, T + n).
 
     Args:
-        temperature: 0 takes the likeliest token. top_k: only the k likeliest. top_p: only the likeliest whose
-            probabilities reach p.
-        eot: token that ends a row (kept, and repeated while other rows go on); None never ends.
+        temperature: 0 selects the most likely token. top_k: sample only from the k most likely tokens. top_p: sample
+            only from the most likely tokens whose probabilities sum to p.
+        eot: token that ends a row (kept, and repeated while other rows continue); None never ends a row.
         generator: for reproducible samples, on the model's device.
-        use_cache: False reads the whole context for every token: slow, the same result.
+        use_cache: False reads the whole context for every token: slower, with the same result.
 
-    The model is in eval mode meanwhile. Raises ValueError naming the argument.
+    The model is in eval mode during the call. Raises ValueError, which names the argument.
     """
     _check(model, ids, max_new_tokens, temperature, top_k, top_p)
     was_training = model.training

@@ -1,1 +1,1 @@
-"""The GPT that fastgpt trains."""
+"""The GPT model that fastgpt trains."""

@@ -19,7 +19,7 @@ def require(ok: bool, key: str, came: object, expected: str) -> None:
 
 
 def require_sizes(config: Any, prefix: str = "") -> None:
-    """No infinite number, and no whole one that torch cannot hold."""
+    """Refuse infinite numbers, and whole numbers that torch cannot hold."""
     for f in fields(config):
         value = getattr(config, f.name)
         if isinstance(value, int | float):
@@ -37,7 +37,7 @@ class ModelConfig:
         width: size C of the residual stream.
         head_dim: size D of a head; null is width / n_heads.
         mlp_width: hidden size of the MLP; null is 4 width, for gated activations 8/3 width rounded up to 256.
-        vocab_size: number of tokens; null takes it from the tokenizer or the data.
+        vocab_size: number of tokens; null is that of the tokenizer or the data.
         vocab_multiple: embedding and head have vocab_size rows, rounded up to a multiple of this.
         block_size: number of positions (rows of the position table); null is the trainer's block_size.
         norm: kind of norm.
@@ -173,7 +173,7 @@ class ModelConfig:
 
     @property
     def rotary(self) -> int:
-        """Columns of a head that turn."""
+        """Columns of a head that rotate."""
         return self.d_head if self.rotary_dim is None else self.rotary_dim
 
     @property
@@ -191,14 +191,14 @@ class ModelConfig:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def window_of(self, layer: int) -> int | None:
-        """Attention window of a layer; None sees everything."""
+        """Return the attention window of a layer; None means all keys."""
         return self.window[layer % len(self.window)] if isinstance(self.window, list) else self.window
 
 
 def model_from_dict(settings: dict[str, Any]) -> ModelConfig:
-    """Rebuild a ModelConfig from dataclasses.asdict of one.
+    """Rebuild a ModelConfig from its dataclasses.asdict.
 
     Raises:
-        UserError: unknown keys, wrong types, impossible values.
+        UserError: unknown keys, wrong types or invalid values.
     """
     return ModelConfig(**options.from_mapping(ModelConfig, settings))

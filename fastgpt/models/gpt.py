@@ -1,4 +1,4 @@
-"""One decoder-only transformer over fastgpt.ops: GPT-2, GPT-Neo, GPT-J, NeoX, Llama, Mistral or Qwen by its settings.
+"""A decoder-only transformer on fastgpt.ops: its settings make it GPT-2, GPT-Neo, GPT-J, NeoX, Llama, Mistral or Qwen.
 
     x = wte[ids] + wpe[positions]
     pre-norm    x = x + attn(norm1(x));  x = x + mlp(norm2(x))
@@ -6,7 +6,7 @@
     parallel    x = x + attn(norm1(x)) + mlp(norm1(x) or norm2(x))
     logits = norm_f(x) head^T, loss = cross-entropy in the same op
 
-The residual add is fused into the norm behind it: a block hands on (branch, residual), two tensors whose sum is x.
+The residual add is fused into the norm after it: a block returns (branch, residual), two tensors whose sum is x.
 Dims: B, T, C width, H query heads, G key/value heads, D head, F MLP, S keys, V vocabulary (rows padded to Vp).
 """
 
@@ -42,7 +42,8 @@ class KVCache:
         self.size, self.length = size, 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (B, T, G, D) behind what is there; returns all of it (B, S, G, D). `length` moves after a pass."""
+        """Append k, v (B, T, G, D) to the cache; return all keys and values (B, S, G, D). A pass updates `length` at
+        its end."""
         end = self.length + k.shape[1]
         self.k[layer, :, self.length : end] = k
         self.v[layer, :, self.length : end] = v
@@ -50,21 +51,21 @@ class KVCache:
 
 
 class Pass(NamedTuple):
-    """What every block of one forward pass shares."""
+    """Inputs that all blocks of a forward pass share."""
 
     rotary: RotaryEmbedding | None
     positions: Tensor | None  # (T,) or (B, T)
     doc_ids: Tensor | None  # (B, T)
     cache: KVCache | None
-    again: MadeAgain | None  # what backward makes again is noted here
+    again: MadeAgain | None  # records what backward recomputes
 
     def note(self, t: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """t, which backward may get from make(*inputs) again."""
+        """Return t, which backward may recompute as make(*inputs)."""
         return t if self.again is None else self.again.note(t, make, *inputs)
 
 
 def _make(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
-    """A module whose values are left for init_weights: no second draw, no use of the global generator."""
+    """Create a module without drawing initial values, which init_weights sets; the global generator stays unused."""
     return skip_init(kind, *args, device=torch.get_default_device(), **options)
 
 
@@ -86,7 +87,7 @@ class SelfAttention(nn.Module):
         self.k_norm = _norm(c, c.d_head) if c.qk_norm else None
 
     def _rotate(self, qkv: Tensor, run: Pass) -> Tensor:
-        """qkv (B, T, H + 2G, D) with query and key heads rotated by position."""
+        """Rotate the query and key heads of qkv (B, T, H + 2G, D) by position."""
         rotary = run.rotary
         if rotary is None:
             return qkv
@@ -97,7 +98,7 @@ class SelfAttention(nn.Module):
         return torch.cat((*rotary(q, k, run.positions), v), dim=2)
 
     def _heads(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, T, H + 2G, D) -> q (B, T, H, D), k and v (B, S, G, D): normalised, rotated, with the cached keys."""
+        """Split (B, T, H + 2G, D) into q (B, T, H, D), k and v (B, S, G, D): normalised, rotated, with cached keys."""
         sizes = [self.n_heads, self.kv_heads, self.kv_heads]
         if self.q_norm is None or self.k_norm is None:
             q, k, v = self._rotate(qkv, run).split(sizes, dim=2)
@@ -126,7 +127,7 @@ class SelfAttention(nn.Module):
             y = ops.attention_qkv(self._rotate(qkv, run), n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
         else:
             q, k, v = self._heads(qkv, run)
-            if self.window is not None and t == 1:  # one query: the window is the last keys, and no mask is needed
+            if self.window is not None and t == 1:  # one query sees the last keys, so no mask is needed
                 k, v = k[:, -self.window :], v[:, -self.window :]
             options["window"] = None if self.window is None or self.window >= k.shape[1] else self.window
             y = ops.attention(q, k, v, **options)
@@ -134,7 +135,7 @@ class SelfAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """down(activation(up(x))); for gated activations `up` is packed, gate first."""
+    """MLP: down(activation(up(x))); for gated activations `up` is packed, gate first."""
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -148,7 +149,7 @@ class FeedForward(nn.Module):
             gate = partial(ops.swiglu, activation=GATED[self.activation])
             h = run.note(gate(u), gate, u)
         elif self.activation == "relu2":
-            h = F.relu(self.up(x)).square()  # no op has this without a gate
+            h = F.relu(self.up(x)).square()  # fastgpt.ops has this only with a gate
         else:
             approximate = "tanh" if self.activation == "gelu_tanh" else "none"
             u, bias = product_and_bias(self.up, x)
@@ -162,7 +163,7 @@ def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP with their norms: (branch, residual or None) -> the same, their sum being the stream x."""
+    """Attention and MLP with their norms: (branch, residual or None) -> the same; their sum is the stream x."""
 
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ class Block(nn.Module):
 
 
 def add_norm(norm: Any, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
-    """(norm(x + residual), x + residual) in one op."""
+    """Return (norm(x + residual), x + residual), computed in one op."""
     y, total = (norm(x), x) if residual is None else norm(x, residual)
     return run.note(y, norm, total), total
 
@@ -209,10 +210,10 @@ class Head(Linear):
 
 
 class GPT(nn.Module):
-    """The model of `config`; initial weights are drawn on the CPU from `generator`, so alike on every device.
+    """Model of `config`. Initial weights are drawn on the CPU from `generator`, so they are the same on every device.
 
-    Submodules are called, so their hooks count; ops fused across several submodules are used while these carry no hook
-    and are not replaced. The rotary embedding is called once by each block.
+    Submodules are called, so their hooks run. Ops fused across several submodules are used as long as these have no
+    hooks and are not replaced. Each block calls the rotary embedding once.
 
     Raises:
         ValueError: config.vocab_size or config.block_size is None.
@@ -224,7 +225,7 @@ class GPT(nn.Module):
             raise ValueError("GPT: config.vocab_size or config.block_size is None, expected numbers")
         self.config, c = config, config
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
-        self.recompute: Level = "none"  # what backward makes again: fastgpt/models/recompute.py
+        self.recompute: Level = "none"  # what backward recomputes: fastgpt/models/recompute.py
         self.wte = _make(Embedding, c.padded_vocab_size, c.width)
         self.wpe = _make(Embedding, self.block_size, c.width) if c.positions == "learned" else None
         rope: dict[str, Any] = dict(theta=c.rope_theta, scaling=c.rope_scaling, interleaved=c.rope_interleaved)
@@ -238,7 +239,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """GPT-2's initial values: normal weights, smaller where a block writes its output; biases 0, norms 1."""
+        """Initialise as in GPT-2: normal weights, smaller where a block writes its output; biases 0, norms 1."""
         std, small = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.n_layers)
         for name, p in self.named_parameters():
             if p.dim() == 1:
@@ -249,7 +250,7 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(Vp, C): the head's own weight, or the token embedding's."""
+        """Weight of the head, or of the token embedding if they are tied: (Vp, C)."""
         return self.wte.weight if self.config.tied else self.head.weight
 
     def hidden(
@@ -260,7 +261,7 @@ class GPT(nn.Module):
         doc_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
     ) -> Tensor:
-        """ids (B, T) -> what the head reads, (B, T, C). Arguments as in `forward`."""
+        """Compute the input of the head, (B, T, C), from ids (B, T). Arguments as in `forward`."""
         if ids.dim() != 2:
             raise ValueError(f"GPT: ids has shape {tuple(ids.shape)}, expected (B, T)")
         past, t = (0 if kv_cache is None else kv_cache.length), ids.shape[1]
@@ -273,7 +274,7 @@ class GPT(nn.Module):
             positions = torch.arange(past, past + t, device=ids.device)
         kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
         again = MadeAgain() if kept == "norms" else None
-        # dropout's generator is only put back where it draws: that is host work, and not for a CUDA graph
+        # restore the generator's state only for dropout: it costs host time and cannot be recorded in a CUDA graph
         random = max(self.config.attn_dropout, self.config.resid_dropout) > 0
         run = Pass(self.rotary, positions, doc_ids, kv_cache, again)
         x, residual = _dropout(self._embed(ids, positions), self.config.embed_dropout, self.training), None
@@ -290,7 +291,7 @@ class GPT(nn.Module):
         return x
 
     def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
-        """Token and position embeddings, (B, T, C), summed in one op."""
+        """Add token and position embeddings in one op: (B, T, C)."""
         if self.wpe is None:
             x: Tensor = self.wte(ids)
             return x
@@ -301,12 +302,12 @@ class GPT(nn.Module):
         return x
 
     def _head(self, h: Tensor) -> Tensor:
-        """(..., C) from `hidden` -> logits (..., vocab_size) before the softcap."""
+        """Compute logits (..., vocab_size) before the softcap from (..., C), the output of `hidden`."""
         z: Tensor = self.head(h, self.wte.weight) if self.config.tied else self.head(h)
-        return z[..., : self.vocab_size]  # a head that was replaced may give the padding, too
+        return z[..., : self.vocab_size]  # a replaced head may return the padding, too
 
     def logits(self, h: Tensor) -> Tensor:
-        """(..., C) from `hidden` -> (..., vocab_size), without the padding."""
+        """Compute logits (..., vocab_size) without the padding from (..., C), the output of `hidden`."""
         z, cap = self._head(h), self.config.logit_softcap
         return cap * torch.tanh(z / cap) if cap > 0 else z  # the losses' ops do this themselves
 
@@ -320,17 +321,17 @@ class GPT(nn.Module):
         kv_cache: KVCache | None = None,
         reduction: str = "mean",
     ) -> Tensor:
-        """Loss of predicting `targets`, or logits (B, T, vocab_size) without them.
+        """Return the loss of predicting `targets`, or logits (B, T, vocab_size) without targets.
 
         Args:
             ids: (B, T) int64. targets: (B, T) int64, the token after each of ids; -100 does not count.
-            positions: (T,) or (B, T) int64; default 0, 1, 2, ... behind what kv_cache holds.
-            doc_ids: (B, T) int: tokens attend within their own document only.
-            kv_cache: keys and values of earlier calls; this call's are added.
-            reduction: "mean" and "sum" give a 0-dim loss in fp32, "none" (B, T).
+            positions: (T,) or (B, T) int64; default 0, 1, 2, ... after the positions in kv_cache.
+            doc_ids: (B, T) int: tokens attend only within their own document.
+            kv_cache: keys and values of earlier calls; this call appends its keys and values.
+            reduction: "mean" and "sum" return a 0-dim loss in fp32, "none" (B, T).
 
         Raises:
-            ValueError, TypeError: naming the argument, what came and what was expected.
+            ValueError, TypeError: names the argument, the value received and the value expected.
         """
         h = self.hidden(ids, positions=positions, doc_ids=doc_ids, kv_cache=kv_cache)
         if targets is None:
@@ -345,15 +346,15 @@ class GPT(nn.Module):
         return loss.view(targets.shape) if reduction == "none" else loss
 
     def num_params(self) -> int:
-        """All parameters, padding rows included; a tied head counts once."""
+        """Count all parameters, padding rows included; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self, block_size: int) -> dict[str, float]:
-        """Forward and backward FLOP per token of a sequence of T = block_size, A = n_heads * head_dim:
+        """Return forward and backward FLOP per token of a sequence of T = block_size, with A = n_heads * head_dim:
 
-        full: nanoGPT's (and PaLM's), 6 (N - wpe) + 12 L A T, attention counted whole;
-        causal: llm.c's (and Megatron's), 6 N + 6 L A T, attention counted under the diagonal.
-        N is `num_params()`, less the token embedding where the head is not tied to it: a lookup multiplies nothing.
+        full: formula of nanoGPT and PaLM, 6 (N - wpe) + 12 L A T, which counts all of attention;
+        causal: formula of llm.c and Megatron, 6 N + 6 L A T, which counts attention below the diagonal.
+        N is `num_params()`, minus the token embedding if the head is not tied to it: a lookup multiplies nothing.
         """
         c = self.config
         n = self.num_params() - (0 if c.tied else self.wte.weight.numel())
@@ -364,15 +365,16 @@ class GPT(nn.Module):
     def param_groups(
         self, weight_decay: float, lr_ratios: dict[str, float] | None = None, muon: bool = False
     ) -> list[dict[str, Any]]:
-        """For an optimizer: decay on tensors of two and more dimensions (embeddings too), none on norms and biases.
+        """Group the parameters for an optimizer: weight decay on tensors of two or more dimensions (embeddings too),
+        none on norms and biases.
 
-        muon: the blocks' matrices are in groups of their own, with "muon": True.
+        muon: put the matrices of the blocks in separate groups, with "muon": True.
 
-        lr_ratios: regular expression -> ratio; the first that is found in a parameter's name gives its group's
-        "lr_ratio", 1.0 otherwise.
+        lr_ratios: regular expression -> ratio; the first expression found in a parameter's name sets the "lr_ratio" of
+        its group, which is 1.0 otherwise.
 
         Raises:
-            ValueError: an expression that no parameter's name holds.
+            ValueError: an expression is found in no parameter's name.
         """
         ratios = {**(lr_ratios or {}), "": 1.0}
         groups: dict[tuple[str, bool, bool], list[Tensor]] = {}

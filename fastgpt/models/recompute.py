@@ -1,9 +1,9 @@
-"""Activations made again in backward instead of kept: what is saved per block, in exchange for a little time.
+"""Recompute activations in backward instead of keeping them, which saves memory for a little time.
 
-none    everything that backward needs is kept
-norms   outputs of norms and of the MLP's activation, which only the next product needs, are made again from their
-        inputs, which are kept anyway: the same kernels on the same values, so the same bits
-block   of a block only its input is kept (torch.utils.checkpoint)
+none    keep everything that backward needs
+norms   recompute outputs of norms and of the MLP's activation, which only the next matmul needs, from their inputs,
+        which are kept anyway: the same kernels on the same values, so the same bits
+block   keep only the input of each block (torch.utils.checkpoint)
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ Level = Literal["none", "norms", "block"]
 
 
 class MadeAgain(saved_tensors_hooks):
-    """While open, tensors given to `note` are not kept for backward: `make` gives them again, bit by bit.
+    """Context in which tensors passed to `note` are not kept for backward: `make` recomputes them bit for bit.
 
-    Autograd's saved-tensor hooks, which torch.compile does not trace: for eager models.
+    It uses autograd's saved-tensor hooks, which torch.compile does not trace, so it works for eager models only.
     """
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class MadeAgain(saved_tensors_hooks):
         self._made.clear()  # the hooks are bound methods, so this object is a cycle, and these hold activations
 
     def note(self, t: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """t itself, which backward gets from make(*inputs) from here on."""
+        """Return t; from here on, backward recomputes it as make(*inputs)."""
         kept = partial(make, *(None if x is None else x.detach() for x in inputs))
         self._made[t.untyped_storage().data_ptr()] = (weakref.ref(t), kept)
         return t

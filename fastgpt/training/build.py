@@ -1,4 +1,4 @@
-"""Data, model and optimizer from the settings."""
+"""Build data, model and optimizer from the settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastgpt.training.config import TrainConfig
 
 
 def open_data(cfg: TrainConfig) -> tuple[Source, dict[str, Tokens]]:
-    """Training and validation tokens, and those of val_sources by name.
+    """Open the training and validation tokens, and those of val_sources by name.
 
     Raises:
         UserError: unreadable data, fewer than two validation tokens, or more token ids than model.vocab_size.
@@ -44,21 +44,21 @@ def open_data(cfg: TrainConfig) -> tuple[Source, dict[str, Tokens]]:
 
 
 def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
-    """A freshly initialised model: the same seed gives the same weights with any kernels and on any device."""
+    """Build an initialised model; a seed determines its weights, whatever the kernels and the device."""
     settings = dataclasses.replace(cfg.model, vocab_size=vocab_size)
     model = GPT(settings, generator=torch.Generator().manual_seed(cfg.seed))
     model.recompute = cfg.recompute
     model.to(device=device, dtype=dtype_of(cfg.dtype, device.type))
-    if not cfg.compile and (cfg.accumulation > 1 or cfg.model.tied):  # where more than one gradient meets in a step
+    if not cfg.compile and (cfg.accumulation > 1 or cfg.model.tied):  # a step adds several gradients
         keep_gradients(model if cfg.accumulation > 1 else model.wte)
     return model
 
 
 def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
-    """AdamW, or Muon for the blocks' matrices and AdamW for the rest.
+    """Build AdamW, or Muon for the matrices of the blocks and AdamW for the rest.
 
     Raises:
-        UserError: lr_ratios names no parameter.
+        UserError: an expression in lr_ratios matches no parameter.
     """
     try:
         groups = model.param_groups(cfg.weight_decay, cfg.lr_ratios, muon=cfg.optimizer == "muon")

@@ -1,7 +1,9 @@
-"""Checkpoints that are whole or absent: written aside, renamed into place, verified on load, nothing unpickled.
+"""Write and read checkpoints that are complete or absent: written to a temporary folder, renamed into place, verified
+when loaded, and never unpickled.
 
 A run folder holds `step_00000100/` folders, each with model.safetensors (weights), optimizer.safetensors (moments,
-masters, step counters, random states) and state.json (settings, cursor, and size and sha256 of both files).
+masters, step counters, random states) and state.json (settings, progress, position in the data, and size and sha256 of
+both files).
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 from fastgpt.core.errors import UserError
 from fastgpt.core.tensorfile import load_file, save_file
 
-FORMAT = 2  # 1: the optimizer's state by the parameters' numbers, not by their names
+FORMAT = 2  # format 1 names the optimizer's state by the numbers of the parameters, not by their names
 READS = (1, FORMAT)
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
@@ -43,20 +45,21 @@ def _sync(path: Path) -> None:
         os.close(fd)
 
 
-Named = Iterable[tuple[str, Tensor]]  # what model.named_parameters() gives
+Named = Iterable[tuple[str, Tensor]]  # as model.named_parameters() returns
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer, named: Named) -> dict[str, Tensor]:
-    """Optimizer state as named tensors: '<name of the parameter>.<name in its state>'."""
+    """Return the optimizer's state as named tensors: '<name of the parameter>.<name in its state>'."""
     names = {p: name for name, p in named}
     return {f"{names[p]}.{name}": torch.as_tensor(t) for p, s in optimizer.state.items() for name, t in s.items()}
 
 
 def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], named: Named) -> None:
-    """Load what `flatten_optimizer` gave, however the parameters are grouped now; format 1's numbers are their order.
+    """Load what `flatten_optimizer` returned, however the parameters are grouped now. The numbers in format 1 are the
+    positions of the parameters in the groups.
 
     Raises:
-        UserError: a parameter has no state there, a state no parameter here, or the state is none that it takes.
+        UserError: a parameter has no state in the checkpoint, a state has no parameter here, or a state does not fit.
     """
     names = {p: name for name, p in named}
     order = [names[p] for g in optimizer.param_groups for p in g["params"]]
@@ -78,7 +81,7 @@ def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Ten
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that training draws from."""
+    """Return the states of the generators that training draws from."""
     states = {"rng.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["rng.cuda"] = torch.cuda.get_rng_state(device)
@@ -86,19 +89,19 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
-    """Set what `random_states` gave; a generator that the checkpoint does not know is left as it is."""
+    """Restore what `random_states` returned; a generator that the checkpoint does not contain is left unchanged."""
     torch.set_rng_state(states["rng.cpu"])
     if device.type == "cuda" and "rng.cuda" in states:
         torch.cuda.set_rng_state(states["rng.cuda"], device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies that share no memory with these or one another."""
+    """Return copies in host memory that share no memory with these tensors or one another."""
     return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
 
 
 class Writer:
-    """Writes checkpoints on a thread, one at a time, from copies on the host: the loop goes on meanwhile."""
+    """Writer of checkpoints on a thread, one at a time, from copies on the host; training continues meanwhile."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -115,10 +118,10 @@ class Writer:
         keep: int,
         stays: Container[int] = (),
     ) -> None:
-        """As the function `save`, in the background; waits for the one before.
+        """Call the function `save` in the background, after waiting for the previous checkpoint.
 
         Raises:
-            UserError: that one could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self._join()
         arguments = (run, step, _on_cpu(weights), _on_cpu(optimizer), state, keep, stays)
@@ -140,7 +143,7 @@ class Writer:
             raise error
 
     def finished(self, wait: bool = False) -> list[Path]:
-        """Checkpoints that are whole since the last call.
+        """Return the checkpoints completed since the last call.
 
         Raises:
             UserError: one could not be written.
@@ -160,10 +163,10 @@ def save(
     keep: int,
     stays: Container[int] = (),
 ) -> Path:
-    """Write checkpoint `run/step_<step>`, then drop all but the last `keep` and the steps in `stays`.
+    """Write checkpoint `run/step_<step>`, then delete all but the last `keep` and the steps in `stays`.
 
     Raises:
-        UserError: the folder cannot be written (full disk, no permission); earlier checkpoints stay as they were.
+        UserError: the folder cannot be written (full disk, no permission); earlier checkpoints are not changed.
     """
     final, aside, replaced = (run / f"{name}_{step:08d}" for name in ("step", ".writing", ".replaced"))
     try:
@@ -194,12 +197,12 @@ def save(
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The run's checkpoints, oldest first."""
+    """Return the run's checkpoints, oldest first."""
     return sorted(p for p in run.glob("step_*") if p.is_dir())
 
 
 def find(path: str | Path) -> Path:
-    """A checkpoint folder, or the newest one of a run folder.
+    """Return `path` if it is a checkpoint folder, or the newest checkpoint of the run folder `path`.
 
     Raises:
         UserError: there is none.
@@ -214,10 +217,10 @@ def find(path: str | Path) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint.
+    """Read state.json of a checkpoint.
 
     Raises:
-        UserError: missing, not JSON, or of another format version.
+        UserError: the file is missing, not JSON, or of another format version.
     """
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
@@ -231,10 +234,10 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    """One of a checkpoint's tensor files, verified against state.json.
+    """Read one of a checkpoint's tensor files and verify it against state.json.
 
     Raises:
-        UserError: missing, truncated or altered.
+        UserError: the file is missing, truncated or altered.
     """
     file, expected = path / name, state["files"][name]
     if not file.is_file():
@@ -250,6 +253,6 @@ def read_tensors(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tens
 
 
 def _before(path: Path) -> str:
-    """The checkpoint to fall back to, for an error message."""
+    """Name the checkpoint to fall back to, for an error message."""
     older = [p for p in checkpoints(path.parent) if p.name < path.name]
     return f"; the one before it is {older[-1]} (--resume {older[-1]})" if older else ""

@@ -1,7 +1,7 @@
 """Settings of a training run: a dataclass, read from YAML and overridden on the command line.
 
-`load_config(argv)` gives a checked TrainConfig or raises UserError: one sentence with the key, what came and what was
-expected. Option names take hyphens or underscores; model fields are nested: `--model.n-layers 6`.
+`load_config(argv)` returns a checked TrainConfig or raises UserError: one sentence with the key, the value received and
+the value expected. Option names accept hyphens or underscores; model fields are nested: `--model.n-layers 6`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastgpt.training.trackers import TRACKERS
 
 log = logging.getLogger("fastgpt")
 
-ENDLESS = 10**9  # steps of a run that minutes alone limit
+ENDLESS = 10**9  # number of steps of a run that only max_minutes limits
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,10 @@ class TrainConfig:
         val_data: validation data, like data; null splits val_fraction off the training data.
         val_sources: name -> text file or .bin shards whose validation loss is also reported, as in {web: web_val.bin}.
         tokenizer: tokenizer.json of .bin data (for samples).
-        vocab_size: size of the tokenizer that is trained if data is text (model.vocab_size is the model's).
+        vocab_size: size of the tokenizer trained on text data (model.vocab_size is the vocabulary size of the model).
         val_fraction: share of text files held out for validation.
         out: folder of the run; empty is runs/ and the name of the configuration.
-        resume: auto resumes from the newest checkpoint in the run folder, never starts a new run, a path resumes
-            from that checkpoint.
+        resume: auto (from the newest checkpoint in the run folder), never (start a new run) or a checkpoint's path.
         seed: seed of initial weights, data order and dropout.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: type of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU; fp16 scales the loss.
@@ -51,12 +50,12 @@ class TrainConfig:
         micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan).
         batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
         max_steps: optimizer steps to train for; null is no limit (then max_minutes is needed).
-        max_minutes: end training after this time, if max_steps is not reached before; null is no limit. --max-steps
-            without --max-minutes removes the minutes of a built-in configuration.
-        optimizer: adamw, or muon for the matrices of the blocks and adamw for the rest (one learning rate serves both).
+        max_minutes: end training after this time, unless max_steps is reached first; null is no limit. --max-steps
+            without --max-minutes removes the time limit of a built-in configuration.
+        optimizer: adamw, or muon for the matrices of the blocks and adamw for the rest (both use one learning rate).
         momentum: momentum of Muon.
         lr: highest learning rate.
-        lr_ratios: regular expression in the name of a parameter -> factor of its learning rate, as in {wte: 0.3}.
+        lr_ratios: regular expression found in a parameter's name -> factor of its learning rate, as in {wte: 0.3}.
         min_lr_ratio: final learning rate as a fraction of lr.
         warmup_steps: steps of linear warm-up.
         schedule: shape of the learning rate after warm-up; wsd holds it, then decays linearly.
@@ -66,7 +65,8 @@ class TrainConfig:
         beta2: second decay rate of AdamW.
         eps: epsilon of AdamW.
         clip: largest gradient norm; 0 turns clipping off.
-        master: how the optimizer keeps what 16-bit parameters lose; fp32 copies, remainders or stochastic rounding.
+        master: how the optimizer keeps the precision that 16-bit parameters lose; fp32 copies, remainders or stochastic
+            rounding.
         eval_every: steps between validations; 0 is only at the end.
         eval_batches: micro-batches of a validation.
         save_every: steps between checkpoints; 0 is only at the end.
@@ -181,18 +181,18 @@ class TrainConfig:
 
     @property
     def trackers(self) -> list[str]:
-        """The names in `track`."""
+        """Names in `track`."""
         return [name for name in self.track.replace(" ", "").split(",") if name]
 
     @property
     def sequences(self) -> int:
-        """micro_batch as a number (fastgpt.training.plan.settle gives one for auto)."""
+        """micro_batch as a number (fastgpt.training.plan.settle replaces auto)."""
         require(self.micro_batch != "auto", "micro_batch", self.micro_batch, "a number here")
         return int(self.micro_batch)
 
     @property
     def most_steps(self) -> int:
-        """max_steps as a number; ENDLESS where it is null."""
+        """max_steps as a number; ENDLESS if it is null."""
         return ENDLESS if self.max_steps is None else self.max_steps
 
     @property
@@ -210,20 +210,20 @@ def _compiles(pattern: str) -> bool:
 
 
 def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
-    """Settings from a command line: `--config NAME_OR_PATH` (a name from fastgpt/configs), then overrides in order.
+    """Read settings from a command line: `--config NAME_OR_PATH` (a name in fastgpt/configs), then overrides in order.
 
     Args:
-        argv: without the program's name; `--help` prints every option and exits.
-        default: configuration where argv names none.
+        argv: arguments without the program's name; `--help` prints every option and exits.
+        default: configuration to use if argv names none.
 
     Raises:
-        UserError: naming the key, what came and what was expected.
+        UserError: names the key, the value received and the value expected.
     """
     settings, name, typed = options.from_command_line(TrainConfig, argv, default)
     if not settings.get("out"):
         settings["out"] = "runs/" + Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     if "max_steps" in typed and "max_minutes" not in typed and name in options.names():
-        settings["max_minutes"] = None  # else a demo's four minutes would end a run whose length was asked for
+        settings["max_minutes"] = None  # else the demo's four minutes would cut off a run of a given length
     config = _build(settings)
     for key, (counts, where) in COUNTS.items():
         if key in typed and not counts(config):
@@ -231,7 +231,7 @@ def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
     return config
 
 
-# setting -> (whether it counts, where it does), for those that some other settings make meaningless
+# setting -> (whether it has an effect, with which settings it has one), for those that other settings can disable
 COUNTS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "momentum": (lambda c: c.optimizer == "muon", "optimizer muon"),
     "decay_fraction": (lambda c: c.schedule == "wsd", "schedule wsd"),
@@ -251,15 +251,15 @@ COUNTS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain values (for JSON in a checkpoint)."""
+    """Return the settings as plain values (for JSON in a checkpoint)."""
     return asdict(config)
 
 
 def from_dict(settings: dict[str, Any]) -> TrainConfig:
-    """What `to_dict` gave; absent keys take their defaults.
+    """Rebuild the settings from `to_dict`; missing keys get their defaults.
 
     Raises:
-        UserError: unknown keys, wrong types, impossible values.
+        UserError: unknown keys, wrong types or invalid values.
     """
     return _build(options.from_mapping(TrainConfig, settings))
 

@@ -1,4 +1,4 @@
-"""Validation losses, evaluations of your own, samples, and the summary at the end of a run."""
+"""Validation losses, custom evaluations, samples, and the summary at the end of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from fastgpt.models.gpt import GPT
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import Log
 
-# name -> evaluation(run), which returns figures by name; they are taken at every validation and logged as
+# name -> evaluation(run), which returns figures by name. Every validation calls them and logs each figure as
 # "name.figure". A script adds its functions here before it calls train.main(). The model is in training mode when they
 # are called, and must be in training mode afterwards.
 EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
 
 
 def evaluate(model: GPT, windows: Iterator[tuple[Tensor, Tensor]]) -> float:
-    """Mean loss in nats per token over (ids, targets) batches."""
+    """Return the mean loss in nats per token over (ids, targets) batches."""
     model.eval()
     total, tokens = 0.0, 0
     with torch.no_grad():
@@ -33,7 +33,7 @@ def evaluate(model: GPT, windows: Iterator[tuple[Tensor, Tensor]]) -> float:
 
 
 def validate(run: Run, log: Log, batches: int | None) -> float:
-    """Log the validation loss over the first `batches` batches (None: all) and every evaluation; returns the loss."""
+    """Log the validation loss over the first `batches` batches (None: all) and every evaluation; return the loss."""
     cfg = run.cfg
 
     def loss_on(tokens: Tokens) -> float:
@@ -52,7 +52,7 @@ def validate(run: Run, log: Log, batches: int | None) -> float:
 
 
 def sample(run: Run, prompt: str) -> str:
-    """Text with which the model continues `prompt`; seeded by the run's seed, so a repeated run gives the same text."""
+    """Continue `prompt` with the model; the run's seed is used, so a repeated run returns the same text."""
     cfg, tokenizer = run.cfg, run.data.tokenizer
     if tokenizer is None:
         return "no samples: these tokens came without a tokenizer (--tokenizer tokenizer.json)"
@@ -65,7 +65,7 @@ def sample(run: Run, prompt: str) -> str:
 
 
 def finish(run: Run, log: Log) -> int:
-    """Final validation against a unigram model, samples and loss curve; the exit code of the run."""
+    """Validate against a unigram model, write samples and the loss curve, and return the exit code of the run."""
     cfg = run.cfg
     loss = validate(run, log, None if run.device.type == "cuda" else 40 * cfg.eval_batches)
     unigram = unigram_nats(run.data.train, run.data.val, run.data.n_vocab)

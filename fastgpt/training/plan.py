@@ -1,7 +1,7 @@
-"""`fastgpt train --plan`: what a run needs, whether it fits, the largest micro-batch that does, hours and cost.
+"""`fastgpt train --plan`: print a run's memory, whether it fits, the largest micro-batch that fits, hours and cost.
 
-Bytes come from fastgpt/training/memory.py. `settle` resolves `micro_batch: auto`, and `explain_out_of_memory` turns an
-out-of-memory error into advice on which setting to change. Hours and cost are an estimate: tokens * FLOP per token /
+fastgpt/training/memory.py computes the bytes. `settle` resolves `micro_batch: auto`, and `explain_out_of_memory` turns
+an out-of-memory error into advice on which setting to change. Hours and cost are an estimate: tokens * FLOP per token /
 (peak * MFU).
 """
 
@@ -27,17 +27,17 @@ from fastgpt.training.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
 log = logging.getLogger("fastgpt")
 
 MFU = 0.4
-# Settings that a plan depends on, beside the model's
+# Settings that a plan depends on, in addition to the model's settings
 PLANNED = {"model", "out", "device", "dtype", "kernels", "compile", "graphs", "recompute", "optimizer", "master"}
 PLANNED |= {"vocab_size", "block_size", "micro_batch", "batch_tokens"}
 DEVICES = "auto, cpu, cuda, cuda:N or a card"
 
 
 def micro_batches(cfg: TrainConfig, gpus: int = 1) -> list[int]:
-    """The micro-batches that divide a step's sequences on each device, largest first.
+    """Return the micro-batches that divide a step's sequences on each device, largest first.
 
     Raises:
-        UserError: the step cannot be shared out.
+        UserError: the step cannot be divided among the devices.
     """
     rows = cfg.block_size * gpus * (1 if cfg.micro_batch == "auto" else cfg.sequences)
     if cfg.batch_tokens % rows:
@@ -47,7 +47,7 @@ def micro_batches(cfg: TrainConfig, gpus: int = 1) -> list[int]:
 
 
 def largest_micro_batch(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> int:
-    """The largest micro-batch whose peak fits; 0 where not even one sequence does."""
+    """Return the largest micro-batch whose peak fits; 0 if not even one sequence fits."""
     for size in micro_batches(cfg, gpus):
         if plan(replace(cfg, micro_batch=size), shape, target, gpus).needed <= target.usable:
             return size
@@ -55,13 +55,13 @@ def largest_micro_batch(cfg: TrainConfig, shape: Shape, target: Target, gpus: in
 
 
 def with_vocabulary(cfg: TrainConfig, vocab_size: int | None = None) -> TrainConfig:
-    """The settings with model.vocab_size: as given, else as set, else the tokenizer's that is to be trained."""
+    """Return the settings with model.vocab_size: the argument, else as configured, else the tokenizer size to train."""
     size = vocab_size or cfg.model.vocab_size or cfg.vocab_size
     return replace(cfg, model=replace(cfg.model, vocab_size=size))
 
 
 def target_of(device: torch.device) -> Target:
-    """A device of this machine."""
+    """Describe a device of this machine."""
     if device.type != "cuda":
         return Target("this machine's CPU", "cpu", total_memory(device))
     name = torch.cuda.get_device_name(device)
@@ -69,7 +69,7 @@ def target_of(device: torch.device) -> Target:
 
 
 def settle(cfg: TrainConfig, vocab_size: int, device: torch.device) -> TrainConfig:
-    """The settings with a number for micro_batch: where it is auto, the largest that fits `device`.
+    """Return the settings with a number for micro_batch: auto becomes the largest that fits `device`.
 
     Raises:
         UserError: none fits, or the device's memory is unknown.
@@ -87,7 +87,7 @@ def settle(cfg: TrainConfig, vocab_size: int, device: torch.device) -> TrainConf
 
 
 def _changes(cfg: TrainConfig, small: list[int], state_first: bool) -> Iterator[dict[str, Any]]:
-    """Settings that need less memory, the cheapest to have first."""
+    """Yield changes of settings that need less memory, the cheapest first."""
     masters = [s for s in ("remainder", "stochastic") if cfg.master == "fp32"]
     if state_first:
         yield from ({"master": s} for s in masters)
@@ -107,8 +107,8 @@ def _changes(cfg: TrainConfig, small: list[int], state_first: bool) -> Iterator[
 
 
 def remedy(cfg: TrainConfig, target: Target, room: float | None = None, gpus: int = 1) -> str:
-    """Which setting to turn, to which value: the first that fits `room` bytes (default: what is usable) and needs less
-    than these settings, in which micro_batch may be auto."""
+    """Say which setting to change to which value: the first change that fits `room` bytes (default: the usable memory)
+    and needs less than these settings, whose micro_batch may be auto."""
     shape, room = shape_of(cfg), target.usable if room is None else room
     now = replace(cfg, micro_batch=1) if cfg.micro_batch == "auto" else cfg
     here = plan(now, shape, target, gpus)
@@ -126,16 +126,16 @@ def remedy(cfg: TrainConfig, target: Target, room: float | None = None, gpus: in
 
 @contextlib.contextmanager
 def explain_out_of_memory(cfg: TrainConfig, vocab_size: int, device: torch.device) -> Iterator[None]:
-    """Inside, a device without memory left becomes a UserError: the plan's largest part, and the setting to turn."""
+    """Turn an out-of-memory error inside into a UserError: the plan's largest part, and the setting to change."""
     try:
         yield
     except RuntimeError as e:
-        # the second: an allocation by our own C++, whose cause the stable ABI does not pass on
+        # aoti_torch_empty: an allocation in fastgpt's C++, whose cause the stable ABI does not pass on
         words = ("DefaultCPUAllocator", "aoti_torch_empty", "CUBLAS_STATUS_ALLOC_FAILED")
         if not isinstance(e, torch.OutOfMemoryError) and not any(word in str(e) for word in words):
             raise
         target, full, room = target_of(device), with_vocabulary(cfg, vocab_size), None
-        if device.type == "cuda":  # others may be on it: what is free, and what this process holds
+        if device.type == "cuda":  # other processes may use it: what is free, and what this one holds
             room = (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)) * (1 - SPARE["cuda"])
         here = plan(full, shape_of(full), target)
         name, size = here.largest()
@@ -146,7 +146,7 @@ def explain_out_of_memory(cfg: TrainConfig, vocab_size: int, device: torch.devic
 
 
 def card(name: str) -> Target | None:
-    """The known card of this name ("a100", "h100-80gb", "rtx4090"), the smallest where several have it."""
+    """Return the known card of this name ("a100", "h100-80gb", "rtx4090"), the smallest if several match."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     keys = {key: key.lower().split() for key in CARDS}
     found = [k for k, parts in keys.items() if words and set(words) <= set(parts)]
@@ -160,18 +160,18 @@ def _card(key: str) -> Target:
 
 
 def holding(cfg: TrainConfig, shape: Shape, gpus: int) -> list[Target]:
-    """The known cards that the settings fit, smallest first."""
+    """Return the known cards that the settings fit on, smallest first."""
     least = replace(cfg, micro_batch=1) if cfg.micro_batch == "auto" else cfg
     cards = sorted((_card(key) for key in CARDS), key=lambda c: c.memory)
     return [c for c in cards if plan(least, shape, c, gpus).needed <= c.usable]
 
 
 def find_target(name: str, cards: list[Target]) -> tuple[Target, str]:
-    """What --device means, and how to call it; without one and without a GPU the smallest of `cards`, else the largest
-    card there is.
+    """Return the device that --device means, and its name for the report. Without --device and without a GPU, it is the
+    smallest of `cards`, or the largest known card if there are none.
 
     Raises:
-        UserError: there is no such device.
+        UserError: no such device, or one of unknown memory.
     """
     if name == "auto" and not torch.cuda.is_available():
         if cards:
@@ -197,7 +197,7 @@ def _size(n: float) -> str:
 
 
 def table(cfg: TrainConfig, shape: Shape, target: Target, gpus: int) -> list[str]:
-    """Bytes by part and level of recomputation, aligned."""
+    """Format the bytes by part and recompute level as aligned lines."""
     levels = [level for level in LEVELS if not (cfg.compile and level == "norms")]
     configs = [replace(cfg, recompute=level) for level in levels]
     plans = [plan(c, shape, target, gpus) for c in configs]
@@ -220,13 +220,13 @@ def table(cfg: TrainConfig, shape: Shape, target: Target, gpus: int) -> list[str
 
 
 def _served_by_torch(cfg: TrainConfig, kind: str, dtype: torch.dtype) -> list[str]:
-    """Ops without a kernel on this machine's device."""
+    """Return the ops without a kernel on this machine's device."""
     with backend.use(**backend.parse_choices(cfg.kernels)):
         return [op for op in backend.ops() if backend.explain(op, kind, dtype)[0] == "torch"]
 
 
 def estimate(shape: Shape, target: Target, dtype: torch.dtype, args: argparse.Namespace) -> str:
-    """Hours and cost, in a sentence that says what they rest on."""
+    """Estimate hours and cost, in a sentence that states the assumptions."""
     if target.peak is None or dtype.itemsize != 2:
         return "hours: not estimated, since only cards' bf16 peaks are known here"
     gpu_hours = args.tokens * shape.flops / (target.peak * args.mfu) / 3600
@@ -239,7 +239,7 @@ def estimate(shape: Shape, target: Target, dtype: torch.dtype, args: argparse.Na
 
 
 def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]:
-    """The lines to print, the verdict last, and whether it fits."""
+    """Return the lines to print, the verdict last, and whether the run fits."""
     cfg = with_vocabulary(cfg)
     shape = shape_of(cfg)
     cards = holding(cfg, shape, args.gpus)
@@ -273,10 +273,10 @@ def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]
 
 
 def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """--plan's own options, and the settings.
+    """Parse the options of --plan; return them and the rest of the command line, which holds the settings.
 
     Raises:
-        UserError: a value that makes no sense.
+        UserError: an invalid value.
     """
     from fastgpt.core.command import Parser, number
 
@@ -298,7 +298,7 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(argv: Sequence[str], default: str) -> int:
-    """`fastgpt train --plan`; 1 where it does not fit. `default`: the configuration where argv names none."""
+    """Run `fastgpt train --plan`; return 1 if the run does not fit. `default`: configuration if argv names none."""
     args, rest = arguments(argv)
     typed = {word[2:].partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
     if idle := sorted(typed & ({f.name for f in fields(TrainConfig)} - PLANNED)):

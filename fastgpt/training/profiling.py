@@ -1,4 +1,5 @@
-"""What a run costs: `--profile 10:15` traces some steps or marks them for NVIDIA tools; Energy reads its counter."""
+"""Measure the cost of a run: `--profile 10:15` traces steps or marks them for NVIDIA tools; Energy reads the GPU's
+energy counter."""
 
 from __future__ import annotations
 
@@ -16,10 +17,10 @@ from fastgpt.core.errors import UserError
 
 
 class Profile:
-    """Watches steps "FIRST:LAST" of a run, counted from 1.
+    """Profiler of steps "FIRST:LAST" of a run, counted from 1.
 
-    torch: writes trace.json and profile.txt to the run's folder. nsys: an NVTX range with its name around every op, and
-    these steps between cudaProfilerStart and Stop, which `nsys profile -c cudaProfilerApi` and `ncu` wait for.
+    torch: writes trace.json and profile.txt to the run's folder. nsys: puts every op in an NVTX range with its name,
+    and these steps between cudaProfilerStart and Stop, which `nsys profile -c cudaProfilerApi` and `ncu` wait for.
     """
 
     def __init__(self, steps: str, profiler: str, folder: Path, device: torch.device) -> None:
@@ -32,7 +33,7 @@ class Profile:
         self.running, self.done = False, not steps
 
     def before(self, step: int) -> None:
-        """Call it before each step."""
+        """Start profiling at the first of the steps; call it before each step."""
         if self.done or not self.first <= step <= self.last or self.running:
             return
         if self.profiler == "nsys":
@@ -46,11 +47,11 @@ class Profile:
         self.running = True
 
     def after(self, step: int) -> str:
-        """Call it after each step; says what was written, if anything was."""
+        """Stop profiling after the last of the steps; call it after each step. Returns what `close` returns, or ""."""
         return self.close() if self.running and step >= self.last else ""
 
     def close(self) -> str:
-        """Ends it, at the latest when the run ends."""
+        """Stop profiling, at the latest when the run ends; return a sentence on what was written, else ""."""
         if not self.running:
             return ""
         self.open.close()
@@ -66,14 +67,14 @@ class Profile:
 
 
 class Energy:
-    """The GPU's energy counter since this object was made, evaluations and checkpoints between steps included."""
+    """Energy used by the GPU since this object was created, including evaluations and checkpoints between steps."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.joules, self.clock = energy_joules(device), time.perf_counter()
 
     def figures(self, steps: int, batch_tokens: int) -> tuple[dict[str, Any], str]:
-        """Joules and watts over `steps` steps, and a sentence; empty where there is no counter or was no step."""
+        """Return joules and watts over `steps` steps, and a sentence; both are empty without a counter or a step."""
         seconds, now = time.perf_counter() - self.clock, energy_joules(self.device)
         if self.joules is None or now is None or steps == 0:
             return {}, ""

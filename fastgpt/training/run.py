@@ -1,4 +1,4 @@
-"""The state of a training run, saved in checkpoints and resumed from them."""
+"""The state of a training run, saved in checkpoints and restored from them."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from fastgpt.training.stability import LossScale, SpikeGuard
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come; part of every checkpoint."""
+    """Progress of a run; part of every checkpoint."""
 
     step: int = 0  # optimizer steps done
     tokens: int = 0
     seconds: float = 0.0  # of training, without evaluations and checkpoints
-    last_step: int = 0  # the run's length; with max_minutes an upper bound until enough steps were timed
+    last_step: int = 0  # the run's length; with max_minutes an upper bound until enough steps are timed
     length_known: bool = True
-    skipped: int = 0  # steps in a row that changed nothing: a spike, or gradients that were not finite
+    skipped: int = 0  # steps skipped in a row: a loss spike, or gradients that were not finite
     best_loss: float | None = None  # of the validations so far
     best_step: int = -1
     waited: int = 0  # validations since then
-    ended: bool = False  # by patience
+    ended: bool = False  # ended by patience
 
     def due(self, every: int) -> bool:
-        """Whether something that is done every `every` steps (0: never) is due; the end of a run does it anyway."""
+        """Return whether a task with period `every` steps (0: never) is due; at the last step it runs anyway."""
         return every > 0 and self.step % every == 0 and self.step < self.last_step
 
     def record_validation(self, loss: float, patience: int) -> bool:
-        """Whether this validation loss is the best so far; after `patience` (0: any number) others the run ends."""
+        """Record a validation loss; return whether it is the best. End the run after `patience` (0: never) others."""
         if self.best_loss is None or loss < self.best_loss:
             self.best_loss, self.best_step, self.waited = loss, self.step, 0
             return True
@@ -53,7 +53,7 @@ class Progress:
 
 
 class Run:
-    """One training run: everything that a checkpoint holds, and the folder it goes to."""
+    """A training run: everything that a checkpoint holds, and the folder of the run."""
 
     def __init__(
         self,
@@ -75,7 +75,7 @@ class Run:
         self.writer = checkpoint.Writer()
 
     def device_parts(self) -> list[tuple[str, SpikeGuard | LossScale]]:
-        """The guards whose state lives on the device and belongs in a checkpoint."""
+        """Return the guards whose state lives on the device and belongs in a checkpoint."""
         parts: list[tuple[str, SpikeGuard | LossScale | None]] = [("guard", self.guard), ("scaling", self.scaling)]
         return [(name, part) for name, part in parts if part is not None]
 
@@ -97,10 +97,10 @@ class Run:
         self.writer.save(self.folder, step, self.model.state_dict(), extra, state, cfg.keep, stays)
 
     def resume(self) -> list[str]:
-        """Continue from the newest checkpoint of the run folder, or from cfg.resume; does nothing in a new folder.
+        """Resume from the newest checkpoint of the run folder, or from cfg.resume; do nothing in a new folder.
 
         Returns:
-            The settings that differ from the checkpoint's, each with both values; they count from here on.
+            The settings that differ from those in the checkpoint, each with both values; the new ones apply from here.
 
         Raises:
             UserError: the folder already holds a run (resume never), or the checkpoint is damaged or does not fit.
@@ -130,7 +130,7 @@ class Run:
         return [f"{key} {before[key]!r} -> {now[key]!r}" for key in others]
 
     def _checkpoint(self) -> Path | None:
-        """The checkpoint that cfg.resume means; None for a new run."""
+        """Return the checkpoint that cfg.resume means; None for a new run."""
         cfg, old = self.cfg, checkpoint.checkpoints(self.folder)
         if cfg.resume == "never" and old:
             raise UserError(f"out: {self.folder} already holds a run; choose another --out, or delete that folder")
@@ -145,13 +145,13 @@ class Run:
         for name, value in dataclasses.asdict(self.model.config).items():
             if state["model"].get(name) != value:
                 raise UserError(f"checkpoint {path} has model.{name} {state['model'].get(name)!r}, expected {value!r}")
-        fixed = ("optimizer", "lr_ratios") if state["format"] == 1 else ("optimizer",)  # 1: groups give the order
+        fixed = ("optimizer", "lr_ratios") if state["format"] == 1 else ("optimizer",)  # format 1: groups set the order
         for name in fixed:
             if state["config"].get(name) != (value := to_dict(self.cfg)[name]):
                 raise UserError(f"checkpoint {path} has {name} {state['config'].get(name)!r}, expected {value!r}")
 
     def ends(self) -> str:
-        """A sentence on what will end the run."""
+        """Return a sentence on what will end the run."""
         p, minutes = self.progress, self.cfg.max_minutes
         if p.length_known or minutes is None:
             return f"the run ends with step {p.last_step}"
@@ -159,9 +159,9 @@ class Run:
         return f"the run ends after {minutes:g} minutes (max_minutes){steps}"
 
     def fix_length(self, step: int, seconds: float) -> str:
-        """Set a time-limited run's last step, once `step` steps showed that each takes `seconds`; returns a sentence.
+        """Set the last step of a run limited by minutes, at step `step`, from `seconds` per step; return a sentence.
 
-        It is fixed only once, so that a resumed run has the same length.
+        The last step is set only once, so a resumed run has the same length.
         """
         p, minutes = self.progress, self.cfg.max_minutes
         assert minutes is not None
@@ -171,6 +171,6 @@ class Run:
         return f"the run ends with step {p.last_step} ({limit})"
 
     def too_slow(self) -> bool:
-        """Whether a run limited by minutes has used them and 10 % more, because its steps have become slower."""
+        """Return whether a run exceeds its max_minutes by 10 %, which happens if its steps become slower."""
         minutes = self.cfg.max_minutes
         return minutes is not None and self.progress.seconds >= minutes * 60 * 1.1

@@ -1,4 +1,4 @@
-"""What a person and a program see of a run: console, progress bar, metrics.jsonl, loss.png."""
+"""The output of a run for people and programs: console, progress bar, metrics.jsonl, loss.png."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastgpt.core import progress
 from fastgpt.training.config import ENDLESS, TrainConfig, to_dict
 from fastgpt.training.trackers import Trackers
 
-AHEAD = 2  # steps that the host may launch before the device has done the one before them
+AHEAD = 2  # steps that the host may launch before the device has finished the one before them
 
 
 class Lagged:
-    """Numbers that stay on the device until they have arrived: the device always has a step to do."""
+    """Queue of numbers on their way from the device; the host does not wait, so the device always has a step to run."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,7 +37,7 @@ class Lagged:
         self.queue.append((row, host, event))
 
     def ready(self, ahead: int = AHEAD) -> Iterator[tuple[dict[str, Any], list[float]]]:
-        """Rows whose numbers are there, oldest first; waits until at most `ahead` are missing."""
+        """Yield rows whose numbers have arrived, oldest first; wait until at most `ahead` are missing."""
         while self.queue and (len(self.queue) > ahead or self.queue[0][2] is None or self.queue[0][2].query()):
             row, host, event = self.queue.popleft()
             if event is not None:
@@ -46,18 +46,18 @@ class Lagged:
 
 
 class Pace:
-    """A stopwatch for steps: how many were taken, and the seconds of those after the first `warm` ones."""
+    """A stopwatch for steps: the number of steps done, and the seconds of those after the first `warm` ones."""
 
     def __init__(self, warm: int) -> None:
         self.warm, self.steps, self.seconds = warm, 0, 0.0
         self.restart()
 
     def restart(self) -> None:
-        """What was done since the last step is no step's."""
+        """Count the time since the last step as part of no step."""
         self.clock = time.perf_counter()
 
     def step(self, arrived: int) -> float:
-        """Seconds of each of the `arrived` steps that were done since the last call or restart."""
+        """Return the seconds of each of the `arrived` steps done since the last call or restart."""
         now = time.perf_counter()
         each, self.clock = (now - self.clock) / arrived, now
         self.seconds += each * min(arrived, max(0, self.steps + arrived - self.warm))
@@ -66,7 +66,7 @@ class Pace:
 
 
 class Log:
-    """Of run folder `run`, which stands at `step`: a progress bar, a line every log_every steps, metrics.jsonl."""
+    """Log of the run in folder `run`, at step `step`: a progress bar, a line every log_every steps, metrics.jsonl."""
 
     def __init__(self, run: Path, cfg: TrainConfig, step: int, last_step: int) -> None:
         self.path, self.cfg = run / "metrics.jsonl", cfg
@@ -78,12 +78,12 @@ class Log:
             total=last_step if last_step < ENDLESS else None,
             initial=step,
             unit="step",
-            mininterval=0.1 if self.terminal else 15.0,  # in a log file a bar is a line each time
+            mininterval=0.1 if self.terminal else 15.0,  # in a log file, each update of a bar is a line
             dynamic_ncols=True,
         )
 
     def _drop_after(self, step: int) -> None:
-        """A killed run may have logged steps that its checkpoint does not have: they will come again."""
+        """Drop the rows after `step`: a killed run may have logged steps after its checkpoint, which will run again."""
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
@@ -97,12 +97,12 @@ class Log:
         self.trackers.put(row)
 
     def say(self, text: str) -> None:
-        """Print a text above the progress bar; an empty one is not printed."""
+        """Print a text above the progress bar; skip an empty one."""
         if text:
             progress.write(text) if self.terminal else print(text, flush=True)
 
     def checkpoints(self, written: list[Path]) -> None:
-        """Name the checkpoints that have been written."""
+        """Print the paths of the checkpoints that have been written."""
         for path in written:
             self.say(f"checkpoint {path}")
 
@@ -125,7 +125,7 @@ class Log:
         self.trackers.close()
 
     def plot(self) -> Path | str:
-        """Draw the loss curve of the whole run, resumes included: its file loss.png, or why there is none."""
+        """Draw the loss curve of the whole run, resumes included; return the path of loss.png, or why there is none."""
         try:
             import matplotlib
         except ImportError:

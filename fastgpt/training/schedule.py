@@ -8,7 +8,8 @@ from fastgpt.training.config import TrainConfig
 
 
 def learning_rate(cfg: TrainConfig, step: int, last_step: int) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, then the schedule down to min_lr_ratio * lr at last_step."""
+    """Return the learning rate of step 0, 1, ...: linear warm-up, then the schedule down to min_lr_ratio * lr at
+    last_step."""
     if step < cfg.warmup_steps:
         return cfg.lr * (step + 1) / cfg.warmup_steps
     done = min(1.0, (step - cfg.warmup_steps) / max(1, last_step - cfg.warmup_steps))

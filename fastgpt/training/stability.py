@@ -1,4 +1,4 @@
-"""What keeps training stable without asking the host: a guard against spikes of the loss, and fp16's loss scale."""
+"""Keep training stable without waiting for the device: a guard against loss spikes, and the loss scale for fp16."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 SPIKE_HORIZON = 100  # steps that a loss is compared with
-GROW_AFTER = 2000  # steps without overflow before fp16's loss scale is doubled
+GROW_AFTER = 2000  # steps without overflow before the loss scale is doubled
 
 
 class SpikeGuard:
-    """Flags, on the device, a loss more than `sigmas` standard deviations above the mean of the last steps.
+    """Guard that flags, on the device, a loss more than `sigmas` standard deviations above the mean of the last steps.
 
     Mean and variance are exponential averages over SPIKE_HORIZON steps, and the first SPIKE_HORIZON losses are never
     flagged. A spike changes neither average.
@@ -21,7 +21,7 @@ class SpikeGuard:
         self.state = torch.zeros(3, device=device)  # mean, variance, steps
 
     def __call__(self, loss: Tensor) -> Tensor:
-        """1 if this step's loss, (1,) fp32, is a spike, else 0; (1,) fp32."""
+        """Return 1 if this step's loss, (1,) fp32, is a spike, else 0; (1,) fp32."""
         mean, variance, steps = self.state.split(1)
         spike = (steps >= SPIKE_HORIZON) & (loss > mean + self.sigmas * variance.sqrt())
         rate = 1 / (steps + 1).clamp(max=SPIKE_HORIZON)
@@ -32,7 +32,7 @@ class SpikeGuard:
 
 
 class LossScale:
-    """fp16's loss scale, on the device: halved when gradients overflow, doubled after GROW_AFTER steps without."""
+    """Loss scale for fp16, on the device: halved when gradients overflow, doubled after GROW_AFTER steps without."""
 
     def __init__(self, device: torch.device) -> None:
         self.state = torch.tensor([65536.0, 0.0], device=device)  # scale, steps since it changed

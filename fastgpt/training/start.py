@@ -1,4 +1,4 @@
-"""What a run writes and says when it starts."""
+"""Log the start of a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastgpt.training.runlog import Log
 
 
 def start_log(run: Run, changed: list[str]) -> Log:
-    """Write run.json and the tokenizer to the run's folder, open its log and say what will run.
+    """Write run.json and the tokenizer to the run's folder, open its log and print what will run.
 
     Args:
-        changed: the settings that a resumed run has changed, as from Run.resume.
+        changed: the settings that differ from the resumed checkpoint, as Run.resume returns them.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     dtype = next(run.model.parameters()).dtype
@@ -23,7 +23,7 @@ def start_log(run: Run, changed: list[str]) -> Log:
     header = {"config": to_dict(run.cfg), "machine": describe_machine(run.device), "data": run.data.describe()}
     header["kernels"] = kernels
     (run.folder / "run.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
-    if run.data.tokenizer is not None:  # with the checkpoints: `fastgpt sample` needs nothing but the run folder
+    if run.data.tokenizer is not None:  # so `fastgpt sample` needs nothing but the run folder
         run.data.tokenizer.save(run.folder / "tokenizer.json")
     p = run.progress
     log = Log(run.folder, run.cfg, p.step, p.last_step)

@@ -1,4 +1,4 @@
-"""Losses of a run's steps, logged as they arrive from the device."""
+"""Log the losses of a run's steps as they arrive from the device."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from fastgpt.training.run import Run
 from fastgpt.training.runlog import AHEAD, Lagged, Log, Pace
 
 WARM_STEPS = 6  # not counted when speed is measured; graphs are recorded in the fourth
-MEASURED_STEPS = 15  # after these a run limited by minutes knows how many steps it will take
+MEASURED_STEPS = 15  # after these, the number of steps of a run limited by minutes is set
 STOP_AFTER_SKIPS = 10  # skipped steps in a row
 
 
 class StepLog:
-    """Lets the host run at most AHEAD steps ahead of the device, and logs each step when its values have arrived.
+    """Log that lets the host run at most AHEAD steps ahead of the device, and logs each step when its values arrive.
 
-    Step times are taken then, so they are the device's. From them a run limited by minutes gets its length. A run is
-    aborted after STOP_AFTER_SKIPS skipped steps in a row.
+    Step times are measured on arrival, so they are device times. They determine the length of a run limited by minutes.
+    A run is aborted after STOP_AFTER_SKIPS skipped steps in a row.
     """
 
     def __init__(self, run: Run, log: Log) -> None:
@@ -41,7 +41,7 @@ class StepLog:
         self._log(0)
 
     def restart(self) -> None:
-        """Do not count the time since the last step, spent on evaluation or a checkpoint, as a step's."""
+        """Count the time since the last step, spent on evaluation or a checkpoint, as part of no step."""
         self.pace.restart()
 
     def _log(self, ahead: int) -> None:
@@ -60,7 +60,7 @@ class StepLog:
                 self._skipped(row, spike)
 
     def _speed(self, seconds: float) -> dict[str, float]:
-        """Tokens per second and model FLOP utilisation of a step that took `seconds`."""
+        """Return tokens per second and model FLOP utilisation of a step that took `seconds`."""
         run = self.run
         speed = run.cfg.batch_tokens / seconds
         peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM."""
+"""Handle Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Stop:
-    """While open, Ctrl-C and SIGTERM set `asked` instead of ending the process; a second Ctrl-C ends it at once."""
+    """Context where Ctrl-C and SIGTERM set `asked` instead of ending the process; a second Ctrl-C ends it at once."""
 
     def __init__(self) -> None:
         self.asked = False

@@ -1,4 +1,4 @@
-"""A run's figures for TensorBoard, trackio or Weights & Biases, if asked for. A tracker that fails never ends a run."""
+"""Send a run's figures to TensorBoard, trackio or Weights & Biases. A tracker that fails never ends a run."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def _wandb(folder: Path, config: dict[str, Any], package: str = "wandb") -> tupl
 
 
 def _trackio(folder: Path, config: dict[str, Any]) -> tuple[Log, Callable[[], None]]:
-    return _wandb(folder, config, "trackio")  # by design it has wandb's interface
+    return _wandb(folder, config, "trackio")  # its interface is that of wandb, by design
 
 
 TRACKERS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}
 
 
 class Trackers:
-    """The trackers of `names`, started for a run folder; what one of them raises is logged, and it is left out from
-    there on.
+    """The trackers in `names`, started for a run folder. If one of them raises, the error is logged and the tracker is
+    dropped.
 
     Raises:
-        UserError: a tracker whose package is not installed.
+        UserError: the package of a tracker is not installed.
     """
 
     def __init__(self, names: list[str], folder: Path, config: dict[str, Any]) -> None:
@@ -53,11 +53,11 @@ class Trackers:
                 self.live[name] = TRACKERS[name](folder, config)
             except ImportError as e:
                 raise UserError(f"track: {name} is not installed ({e}); pip install {name}") from e
-            except Exception as e:  # the network, a login, a disk: none of the run's business
+            except Exception as e:  # network, login, disk: no reason to end the run
                 log.warning("track: %s does not start (%s: %s); the run goes on without it", name, type(e).__name__, e)
 
     def put(self, row: dict[str, Any]) -> None:
-        """Figures of one step; `row` has "step"."""
+        """Send the figures of one step; `row` has "step"."""
         figures = {k: float(v) for k, v in row.items() if k != "step" and isinstance(v, int | float)}
         self._each(lambda name: self.live[name][0](figures, int(row["step"])))
 
