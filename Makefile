@@ -19,8 +19,8 @@ test: $(VENV)/tested
 test-slow: $(VENV)/tested
 	$(PYTEST) -m slow $(ARGS)
 
-# Everything that a machine without a GPU can show: an hour and a half on two cores, then up to 12 runs of the numeric
-# tests, some minutes each.
+# Everything that can be tested without a GPU: an hour and a half on two cores, then up to 12 runs of the numeric tests,
+# some minutes each.
 test-all: test test-slow
 	$(BIN)/python -m fastgpt.checks.triton --all
 	$(BIN)/python tests/numeric_cover.py
@@ -45,15 +45,16 @@ parity: $(VENV)/tested
 docs: $(VENV)/documented
 	$(BIN)/python docs/build.py
 
-# Every benchmark that needs no GPU and a report, in under 15 minutes on two cores, in bench-results/
+# Every benchmark that needs no GPU, and a report in bench-results/, in under 15 minutes on two cores
 bench: $(VENV)/tested
 	$(BIN)/fastgpt bench all $(ARGS)
 
-# On a machine with a GPU: no network, no virtual environment, the system's Python with torch, triton, numpy, pytest.
+# For a machine with a GPU; needs no network and no virtual environment, only the system's Python with torch, triton,
+# numpy, pytest and setuptools
 gpu:
 	$(PYTHON) -m bench.gpu
 
-# On the same machine: compute-sanitizer's memcheck and racecheck over the CUDA kernels
+# For a machine with a GPU: compute-sanitizer's memcheck and racecheck over the CUDA kernels
 gpu-check:
 	$(PYTHON) -m bench.gpu --check
 
@@ -79,11 +80,12 @@ $(VENV)/documented: $(VENV)/installed requirements-docs.txt
 	$(BIN)/python -m pip install --quiet -r requirements-docs.txt
 	touch $@
 
-# A choice of tests, in three minutes, on the newest torch and Triton; installing these takes some minutes more
+# A sample of the tests on the newest torch and Triton, in three minutes; installing them takes some minutes more
 test-newest:
 	$(PYTHON) tests/versions.py newest --sample $(if $(ENV),--env '$(ENV)')
 
-# The whole suite on the pair oldest, pinned or newest, into docs/versions.md; ENV=folder: an environment that has it
+# The whole suite on PAIR (oldest, pinned or newest), recorded in docs/versions.md; ENV=folder: an environment with that
+# pair installed
 versions:
 	$(PYTHON) tests/versions.py $(PAIR) $(if $(ENV),--env '$(ENV)')
 

@@ -1,7 +1,8 @@
-"""Builds fastgpt._C, the CPU and CUDA kernels in csrc/, and installs fastgpt with or without it.
+"""Build fastgpt._C from the CPU and CUDA kernels in csrc/, and install fastgpt with or without it.
 
 With torch present (`pip install --no-build-isolation -e .`) both halves are built where a C++ compiler and nvcc are
-found. What cannot be built is left out, and the last line says what, why and the remedy; `fastgpt doctor` repeats it.
+found. Whatever cannot be built is left out, and the last line names it, the reason and the remedy; `fastgpt doctor`
+repeats it.
 
 Environment: FASTGPT_CUDA=0 (CPU kernels only), 1 (anything less than everything is an error), auto (default);
 FASTGPT_NO_EXT=1 (pure Python); CUDA_HOME; TORCH_CUDA_ARCH_LIST ("8.0;9.0a+PTX"); MAX_JOBS (default: cores); CXX.
@@ -28,18 +29,18 @@ from setuptools.command.build_py import build_py
 from setuptools.errors import PlatformError
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET = (2, 11)  # the stable ABI of this release: one binary serves it and every later one
+TORCH_TARGET = (2, 11)  # the stable ABI of this release: one binary works with it and every later one
 CPU_SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cpp"))
 CUDA_SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*.cu"))
 sources_hash = runpy.run_path(str(ROOT / "fastgpt" / "core" / "sources.py"))["sources_hash"]
-DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; PTX for every other card from 8.0 on
-LEAST_ARCH = 80  # the kernels' instructions begin there
-USUAL_NVCC = "/usr/local/cuda/bin/nvcc"  # on no PATH in a shell that reads no profile; PyTorch looks there, too
+DEFAULT_ARCHS = "8.0+PTX;9.0a"  # A100; H100 and H200; PTX for all other cards from 8.0 on
+LEAST_ARCH = 80  # the kernels use instructions of 8.0
+USUAL_NVCC = "/usr/local/cuda/bin/nvcc"  # not on the PATH of a shell that reads no profile; PyTorch looks there, too
 REBUILD = "pip install --no-build-isolation -e ."
 
 
 class Unbuildable(Exception):
-    """Why a backend cannot be built here, and the remedy."""
+    """Raised with the reason why a backend cannot be built here, and the remedy."""
 
 
 class Facts:
@@ -50,7 +51,7 @@ class Facts:
         self.missing: dict[str, str] = {}  # backend -> reason and remedy
         self.torch = self.nvcc = ""
         self.archs: list[str] = []
-        self.notes: list[str] = []  # what the last line says beside what was built
+        self.notes: list[str] = []  # what the last line says in addition to what was built
 
     def leave_out(self, backend: str, why: str) -> None:
         if wanted("FASTGPT_CUDA", "auto") == "1":
@@ -58,7 +59,7 @@ class Facts:
         self.missing.setdefault(backend, why)
 
     def write(self, folder: Path) -> None:
-        """Write _build_info.py into `folder`, the package's."""
+        """Write _build_info.py into `folder`, the package's folder."""
         epoch = os.environ.get("SOURCE_DATE_EPOCH")
         utc = datetime.timezone.utc
         when = datetime.datetime.fromtimestamp(int(epoch), utc) if epoch else datetime.datetime.now(utc)
@@ -82,7 +83,7 @@ class Facts:
 
 
 def wanted(name: str, default: str) -> str:
-    """A switch from the environment, checked."""
+    """Read a switch from the environment and check it."""
     value = os.environ.get(name, "").lower() or default
     if value not in ("0", "1", "auto"):
         raise PlatformError(f"fastgpt: {name}={value!r}, expected 0, 1 or auto")
@@ -90,7 +91,7 @@ def wanted(name: str, default: str) -> str:
 
 
 def find_torch() -> Any:
-    """torch, new enough for the ABI this is built on."""
+    """Import torch and check that it is new enough for the ABI this is built on."""
     try:
         import torch
         import torch.utils.cpp_extension
@@ -103,14 +104,14 @@ def find_torch() -> Any:
 
 
 def find_compiler() -> None:
-    """The C++ compiler that setuptools will call exists."""
+    """Check that the C++ compiler that setuptools will call exists."""
     command = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     if shutil.which(shlex.split(command)[0]) is None:
         raise Unbuildable(f"no C++ compiler ({command}); install g++ (or set CXX), then `{REBUILD}`")
 
 
 def find_cuda_home() -> Path:
-    """The toolkit's folder: CUDA_HOME, or what nvcc itself says (on PATH it may be a wrapper or a link)."""
+    """Return the toolkit's folder: CUDA_HOME, or what nvcc itself reports (on PATH it may be a wrapper or a link)."""
     remedy = f"install the CUDA toolkit or set CUDA_HOME to its folder, then `{REBUILD}`"
     for name in ("CUDA_HOME", "CUDA_PATH"):
         if home := os.environ.get(name):
@@ -132,16 +133,16 @@ ARCH = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 
 
 def known_archs(nvcc: Path) -> set[int]:
-    """What this nvcc compiles for, as in 90; empty where it does not say."""
+    """Return the architectures this nvcc compiles for, as in 90; empty if it does not report them."""
     said = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
     return {int(n) for n in re.findall(r"compute_(\d+)", said)}
 
 
 def choose_archs(known: set[int]) -> tuple[str, str]:
-    """What to compile for, and a note if that is less than TORCH_CUDA_ARCH_LIST asks for.
+    """Return the architectures to compile for, and a note if they are fewer than TORCH_CUDA_ARCH_LIST asks for.
 
-    One architecture that does not compile would fail the whole extension, and the list may not be the user's own:
-    images preset it to everything that their torch was built for.
+    A single architecture that does not compile would fail the whole extension, and the user may not have chosen the
+    list: images preset it to everything that their torch was built for.
     """
     asked = [a for a in re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "")) if a]
     kept: list[str] = []
@@ -159,7 +160,7 @@ def choose_archs(known: set[int]) -> tuple[str, str]:
 
 
 def gencode_flags(archs: str) -> list[str]:
-    """ "8.0;9.0a+PTX" -> nvcc's flags."""
+    """Convert an architecture list such as 8.0;9.0a+PTX to flags of nvcc."""
     flags = []
     for arch in archs.split(";"):
         found = ARCH.fullmatch(arch)
@@ -172,15 +173,16 @@ def gencode_flags(archs: str) -> list[str]:
 
 
 def native_extension(torch: Any, cuda_home: Path | None, archs: str) -> Extension:
-    """The extension for BuildExtension; .cu sources in a CppExtension, so that a CPU-only torch builds them too."""
+    """Return the extension for BuildExtension; .cu sources in a CppExtension, so a CPU-only torch builds them too."""
     torch_include = Path(torch.__file__).parent / "include"
     prefix_maps = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch_include}/="]
     target = f"-DTORCH_TARGET_VERSION=0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
     cxx = ["-O3", "-g0", "-fvisibility=hidden", "-fopenmp-simd", target, *prefix_maps]
-    # gcc's false alarms: std::optional of a shared_ptr; vectors between inlined functions. clang knows only the second.
+    # False alarms of gcc: std::optional of a shared_ptr; vectors between inlined functions. clang knows only the
+    # second.
     cxx += ["-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
-    # errno and FP traps are never read, and both would keep loops scalar; NaN, infinity and order of sums stay exact.
-    # No contraction into FMA: a*b - c with c = a*b rounded must give 0, on every CPU.
+    # errno and FP traps are never read, and either would keep loops scalar; NaN, infinity and order of sums stay exact.
+    # No contraction into FMA: a*b - c with c = a*b rounded must be 0 on every CPU.
     cxx += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off"]
     sources, options = list(CPU_SOURCES), {"cxx": cxx}
     kwargs: dict[str, Any] = {"extra_link_args": ["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else []}
@@ -190,7 +192,7 @@ def native_extension(torch: Any, cuda_home: Path | None, archs: str) -> Extensio
         cxx.append("-DFASTGPT_WITH_CUDA")
         host = ",".join(["-fvisibility=hidden", *prefix_maps])
         options["nvcc"] = ["-O3", "-lineinfo", "-Xcompiler", host, *gencode_flags(archs)]
-        # cudart inside: no dependence on the libcudart that torch brings, or does not
+        # link cudart statically: torch may or may not bring libcudart
         kwargs["libraries"] = ["cudart_static", "rt", "dl", "pthread"]
         kwargs["library_dirs"] = [str(p) for p in (cuda_home / "lib64", cuda_home / "lib") if p.is_dir()]
         kwargs["include_dirs"] = [str(cuda_home / "include")]
@@ -201,7 +203,7 @@ def native_extension(torch: Any, cuda_home: Path | None, archs: str) -> Extensio
 
 
 class BuildNative(build_ext):
-    """build_ext that finds out what can be built, and hands that to torch's BuildExtension."""
+    """build_ext that determines what can be built and passes that to torch's BuildExtension."""
 
     def run(self) -> None:
         os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
@@ -234,7 +236,7 @@ class BuildNative(build_ext):
         return self._compile(torch, home) or self._compile(torch, None)
 
     def _compile(self, torch: Any, cuda_home: Path | None) -> Extension | None:
-        """Compile and place one extension; None, with the reason noted, if that fails."""
+        """Compile and place one extension; return None, with the reason noted, if that fails."""
         archs, note = choose_archs(known_archs(cuda_home / "bin" / "nvcc")) if cuda_home else ("", "")
         extension = native_extension(torch, cuda_home, archs)
         command = torch.utils.cpp_extension.BuildExtension(self.distribution)
@@ -245,7 +247,7 @@ class BuildNative(build_ext):
         try:
             command.ensure_finalized()
             command.run()
-        except (Exception, SystemExit) as error:  # torch, setuptools, ninja and the compilers each raise their own
+        except (Exception, SystemExit) as error:  # torch, setuptools, ninja and the compilers raise different ones
             first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             facts.leave_out(half, f"compiling failed ({first}); the log above says why; fix that, then `{REBUILD}`")
             return None
@@ -259,12 +261,13 @@ class BuildNative(build_ext):
 
 
 def place_build_info(inplace: bool, build_lib: Path) -> None:
-    """_build_info.py beside the package's modules: in the checkout if that is what will be imported, else the build."""
+    """Write _build_info.py next to the package's modules: in the checkout if that will be imported, else in the
+    build."""
     facts.write(ROOT / "fastgpt" if inplace else build_lib / "fastgpt")
 
 
 class BuildPython(build_py):
-    """build_py that also says in a pure Python build what is missing."""
+    """build_py that, in a pure Python build, also records what is missing."""
 
     def run(self) -> None:
         super().run()
@@ -293,7 +296,7 @@ if __name__ == "__main__":
         package_dir=unlinked and {"fastgpt": "fastgpt", **unlinked},
         package_data={"fastgpt": ["configs/*.yaml", "configs/*/*.yaml", "py.typed"]},
         include_package_data=False,
-        # a placeholder until BuildNative knows what can be built
+        # a placeholder until BuildNative has determined what can be built
         ext_modules=[] if pure else [Extension("fastgpt._C", CPU_SOURCES, py_limited_api=True)],
         cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},

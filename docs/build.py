@@ -1,10 +1,10 @@
 """Build the documentation site: `make docs`, or `python docs/build.py`; open build/docs/html/index.html.
 
 The sources of the site are assembled in build/docs/source and never committed:
-- the pages of docs/ as they are, with links adapted;
-- the start and the figures from README.md, and CONTRIBUTING.md, CHANGELOG.md and SECURITY.md;
-- a page for each op, from the docstring of its module and of its functions, the registry, the head of its benchmark
-  (bytes moved) and the heads of its kernel files.
+- the pages of docs/ unchanged, with links adapted;
+- the start page and the figures from README.md, and CONTRIBUTING.md, CHANGELOG.md and SECURITY.md;
+- a page for each op, from the docstrings of its module and functions, the registry, the docstring of its benchmark
+(bytes moved) and the heads of its kernel files.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from typing import get_type_hints
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "docs"
-LABELS = ("Saved for backward", "Determinism", "Limits")  # paragraphs that the head of every op's module has
+LABELS = ("Saved for backward", "Determinism", "Limits")  # labelled paragraphs in the docstring of every op's module
 OTHER_OPS = ("linear",)  # without kernels, so not in the registry
 BACKENDS = {"cuda": "CUDA (C++)", "triton": "Triton", "cpu": "CPU (C++)", "torch": "PyTorch (reference)"}
-EXTRA = {"rope": ["fastgpt.ops.rope.rope_frequencies"]}  # functions that an op's users need too
-CLASSES = {"adamw": "fastgpt.optim.AdamW"}  # ops whose public face is a class
-NO_PAGES = ("navigation.md", "numeric-cover.md")  # the second: the log that tests/numeric_cover.py writes
+EXTRA = {"rope": ["fastgpt.ops.rope.rope_frequencies"]}  # functions that users of an op need too
+CLASSES = {"adamw": "fastgpt.optim.AdamW"}  # ops whose public interface is a class
+NO_PAGES = ("navigation.md", "numeric-cover.md")  # the second is the log that tests/numeric_cover.py writes
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
@@ -39,7 +39,7 @@ PAGES = {
 
 
 def op_names() -> list[str]:
-    """Every op that has a page."""
+    """Return every op that has a page."""
     from fastgpt import ops  # noqa: F401 (ops fill the registry)
     from fastgpt.core import backend
 
@@ -47,7 +47,7 @@ def op_names() -> list[str]:
 
 
 def functions(op: str) -> list[str]:
-    """Dotted names of the public functions of an op."""
+    """Return the dotted names of an op's public functions."""
     ops = import_module("fastgpt.ops")
     module = f"fastgpt.ops.{op}"
     mine = [name for name in ops.__all__ if getattr(ops, name).__module__ == module]
@@ -55,7 +55,7 @@ def functions(op: str) -> list[str]:
 
 
 def head(path: Path) -> str:
-    """The text at the head of a source file: its docstring, or its leading // comment."""
+    """Return the text at the head of a source file: its docstring, or its leading // comment."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         return ast.get_docstring(ast.parse(text)) or ""
@@ -64,7 +64,7 @@ def head(path: Path) -> str:
 
 
 def split_head(text: str) -> tuple[str, list[str], dict[str, str]]:
-    """The summary of a module's docstring, its other paragraphs, and its labelled paragraphs by label."""
+    """Return the summary of a module's docstring, its other paragraphs, and its labelled paragraphs by label."""
     summary, *paragraphs = text.split("\n\n")
     labelled = {}
     for label in LABELS:
@@ -75,12 +75,12 @@ def split_head(text: str) -> tuple[str, list[str], dict[str, str]]:
 
 
 def code(text: str) -> str:
-    """A block of plain text."""
+    """Return a block of plain text."""
     return f"```text\n{textwrap.dedent(text).rstrip()}\n```"
 
 
 def kernel_files(op: str) -> dict[str, list[Path]]:
-    """Backend -> its source files of this op."""
+    """Return backend -> its source files of this op."""
     native = sorted((ROOT / "csrc" / op).glob("c*.c*"))
     return {
         "cuda": [p for p in native if p.suffix == ".cu"],
@@ -90,7 +90,7 @@ def kernel_files(op: str) -> dict[str, list[Path]]:
 
 
 def backends_table(op: str) -> Iterator[str]:
-    """The registry's row of this op as a table."""
+    """Return the registry's row of this op as a table."""
     from fastgpt.core import backend
 
     cells = backend.ops().get(op, {})
@@ -107,7 +107,7 @@ def backends_table(op: str) -> Iterator[str]:
 
 
 def op_page(op: str) -> str:
-    """The page of an op, in MyST Markdown."""
+    """Return the page of an op, in MyST Markdown."""
     source = ROOT / "fastgpt" / "ops" / f"{op}.py"
     summary, paragraphs, labelled = split_head(head(source))
     out = [f"# {op}", summary]
@@ -134,7 +134,7 @@ def op_page(op: str) -> str:
 
 
 def ops_index() -> str:
-    """The page that lists the ops."""
+    """Return the page that lists the ops."""
     rows = [f"| [{op}]({op}.md) | {split_head(head(ROOT / 'fastgpt' / 'ops' / f'{op}.py'))[0]} |" for op in op_names()]
     names = "\n".join(op_names())
     intro = (
@@ -147,7 +147,7 @@ def ops_index() -> str:
 
 
 def settings_page() -> str:
-    """Every setting of a training run and of its model: option, values, default, meaning."""
+    """Return a page of every setting of a training run and of its model: option, values, default, meaning."""
     from fastgpt.core import options
     from fastgpt.models.config import ModelConfig
     from fastgpt.training.config import TrainConfig
@@ -172,7 +172,7 @@ def settings_page() -> str:
 
 
 def adapted(text: str, folder: str) -> str:
-    """A page whose links lead to pages of the site; a link to another file of the checkout becomes its name."""
+    """Return a page whose links lead to pages of the site; a link to another file of the checkout becomes its name."""
 
     def link(match: re.Match[str]) -> str:
         words, target = match[1], match[2]
@@ -192,7 +192,7 @@ def adapted(text: str, folder: str) -> str:
 
 
 def readme_parts() -> tuple[str, str]:
-    """README without its figures, and the figures."""
+    """Return README without its figures, and the figures."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     figures = re.search(r"^## Figures\n(.*?)(?=^## )", text, re.M | re.S)
     assert figures is not None, "README.md has no section Figures"

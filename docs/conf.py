@@ -1,4 +1,4 @@
-"""Sphinx settings of the site; docs/build.py copies this file to where it assembles the pages."""
+"""Sphinx settings of the site; docs/build.py copies this file into the folder where it assembles the pages."""
 
 from fastgpt import __version__
 
@@ -29,5 +29,5 @@ napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
 
-# Names of other packages, which the build does not look up on the network, and type variables have no page here.
+# The site has no page for type variables and for names of other packages, which the build does not look up online.
 nitpick_ignore_regex = [("py:.*", r"(?!fastgpt\.).*"), ("py:.*", r"fastgpt\..*\.[A-Z]")]

@@ -1,12 +1,12 @@
 """Write an op in your own file: y = x + scale * branch (LayerScale, Touvron et al. 2021, arXiv:2103.17239).
 
-Shows the five parts that every op of fastgpt has: the formula in plain PyTorch, a Triton kernel, a raw op that
-torch.compile takes as one node, an autograd.Function, and a public function that selects the backend. It then measures
+Shows the five parts that every fastgpt op has: the formula in plain PyTorch, a Triton kernel, a raw op that
+torch.compile treats as one node, an autograd.Function, and a public function that selects the backend. It then measures
 the error against fp64 by the rule of docs/numerics.md. An op for the package itself also gets CPU and CUDA kernels, a
-parity table and a benchmark: CONTRIBUTING.md has the steps.
+parity table and a benchmark: CONTRIBUTING.md lists the steps.
 
 `fastgpt.core.backend` and `fastgpt.parity.rule` are internal and may change with any release. Without a GPU, run this
-with TRITON_INTERPRET=1; else only the formula is tested.
+with TRITON_INTERPRET=1; otherwise only the formula is tested.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BLOCK = 1024
 
 # 1. The formula: the reference of the tests and the `torch` backend.
 def layer_scale_ref(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
-    """x + scale * branch."""
+    """Return x + scale * branch."""
     return x + scale * branch
 
 
@@ -41,10 +41,10 @@ def layer_scale_kernel(x_ptr, branch_ptr, scale_ptr, y_ptr, N, C, ADD: tl.conste
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), i < N)
 
 
-# 3. The raw op: opaque to autograd and torch.compile; the fake gives shapes without running it.
+# 3. The raw op: opaque to autograd and torch.compile; the fake returns shapes without running it.
 @torch.library.custom_op("example::layer_scale", mutates_args=())
 def layer_scale_raw(x: Tensor | None, branch: Tensor, scale: Tensor) -> Tensor:
-    """(x or 0) + scale * branch."""
+    """Return (x or 0) + scale * branch."""
     branch, x = branch.contiguous(), None if x is None else x.contiguous()
     y, n = torch.empty_like(branch), branch.numel()
     grid = (triton.cdiv(n, BLOCK),)
@@ -77,7 +77,7 @@ backend.register("layer_scale", triton=backend.Cell())
 
 
 def layer_scale(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
-    """x + scale * branch, for x and branch (..., C) and scale (C,) of one dtype.
+    """Return x + scale * branch, for x and branch (..., C) and scale (C,) of one dtype.
 
     Raises:
         ValueError: if the shapes do not fit.
@@ -91,7 +91,7 @@ def layer_scale(x: Tensor, branch: Tensor, scale: Tensor) -> Tensor:
 
 
 def outputs(function: Any, inputs: list[Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """y and the gradients, in fp64 for the comparison."""
+    """Return y and the gradients, in fp64 for the comparison."""
     leaves = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
     y = function(*leaves)
     grads = torch.autograd.grad(y.sum(), leaves)
@@ -99,7 +99,7 @@ def outputs(function: Any, inputs: list[Tensor], dtype: torch.dtype) -> dict[str
 
 
 def main() -> float:
-    """Compare with fp64; returns the largest error as a share of the allowed one."""
+    """Compare with fp64; return the largest error as a share of the allowed one."""
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     served = "triton" if backend.refusal("layer_scale", "triton", device, torch.float32) is None else "torch"

@@ -24,7 +24,8 @@ SETTINGS = (
 
 
 def accuracy(run: Any) -> dict[str, float]:
-    """Share of validation tokens that the model predicts. The model is in training mode before and after the call."""
+    """Return the share of validation tokens predicted correctly. The model is in training mode before and after the
+    call."""
     model, cfg = run.model, run.cfg
     hits, tokens = 0, 0
     model.eval()
@@ -38,12 +39,12 @@ def accuracy(run: Any) -> dict[str, float]:
 
 
 def main(out: str = "runs/evaluation", data: str | None = None) -> list[float]:
-    """Train on the json package of the standard library; returns the accuracy at each validation."""
+    """Train on the json package of the standard library; return the accuracy at each validation."""
     train.EVALUATIONS["accuracy"] = accuracy
     try:
         code = train.main([*SETTINGS, "--data", data or str(Path(json.__file__).parent), "--out", out])
     finally:
-        del train.EVALUATIONS["accuracy"]  # only needed where the process goes on to other runs
+        del train.EVALUATIONS["accuracy"]  # only needed if the process continues with other runs
     if code:
         sys.exit(code)
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]

@@ -19,7 +19,8 @@ VOCAB, TOKENS, WIDTH, HEADS, LAYERS = 256, 32, 64, 4, 2
 
 
 class Block(nn.Module):
-    """From and to (branch, residual), two tensors whose sum is the stream; the next norm adds them in its pass."""
+    """Map (branch, residual), two tensors whose sum is the stream, to the next such pair; the next norm adds them in
+    its pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class Model(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean loss; ids and targets are (B, T)."""
+        """Return the mean loss; ids and targets are (B, T)."""
         branch = self.embedding(ids)
         residual = torch.zeros_like(branch)
         for block in self.blocks:
@@ -61,7 +62,7 @@ class Model(nn.Module):
 
 
 def main(steps: int = 30) -> list[float]:
-    """Train for some steps; returns the losses."""
+    """Train for some steps; return the losses."""
     torch.manual_seed(0)
     model = Model()
     optimizer = AdamW(model.parameters(), lr=3e-3, max_norm=1.0)

@@ -19,14 +19,14 @@ VOCAB, BATCH, TOKENS = 256, 8, 32
 
 
 def batches(steps: int) -> Iterator[Tensor]:
-    """Sequences that count upwards from a random number: a pattern that a small model learns in a few steps."""
+    """Return sequences that count upwards from a random number: a pattern that a small model learns in a few steps."""
     for _ in range(steps):
         start = torch.randint(VOCAB, (BATCH, 1))
         yield (start + torch.arange(TOKENS)) % VOCAB
 
 
 def main(steps: int = 30) -> list[float]:
-    """Train for some steps; returns the losses."""
+    """Train for some steps; return the losses."""
     torch.manual_seed(0)
     config = GPT2Config(n_layer=2, n_head=4, n_embd=64, vocab_size=VOCAB, n_positions=TOKENS, attn_pdrop=0.0)
     model = AutoModelForCausalLM.from_config(config)

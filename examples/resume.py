@@ -1,4 +1,4 @@
-"""Stop a training run and resume it with the same bits.
+"""Stop a training run and resume it bit for bit.
 
 Shows: a run of 12 steps, and one that ends after 6 and is started again. Checkpoints hold weights, optimizer, random
 states, data order and schedule, so both runs have the same losses. Ctrl-C ends a run in the same way, and a run that
@@ -21,20 +21,20 @@ SETTINGS = (
 
 
 def run(out: str, steps: int) -> None:
-    """Train, or resume: the same command does both."""
+    """Train or resume; the same command does both."""
     data = str(Path(json.__file__).parent)  # the json package of the standard library, as text
     if code := train.main([*SETTINGS, "--data", data, "--out", out, "--max-steps", str(steps)]):
         sys.exit(code)
 
 
 def losses(out: str) -> list[float]:
-    """The loss of every step, from the run's metrics.jsonl."""
+    """Return the loss of every step, from the run's metrics.jsonl."""
     rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
 
 
 def main(out: str = "runs/resume") -> tuple[list[float], list[float]]:
-    """Returns the losses of the run in one piece and of the run in two."""
+    """Return the losses of the uninterrupted run and of the run in two parts."""
     run(f"{out}-whole", 12)
     run(f"{out}-parts", 6)
     run(f"{out}-parts", 12)  # resumes at step 6
