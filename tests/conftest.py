@@ -1,5 +1,5 @@
-"""Set-up for every test: Triton's interpreter and the emulation of CUDA where no GPU is, an empty cache folder, a count
-of the skips."""
+"""Set-up for every test: Triton's interpreter and the emulation of CUDA where there is no GPU, an empty cache
+folder, and a count of the skips."""
 
 import importlib.util
 import os
@@ -14,13 +14,14 @@ import torch
 
 
 def _patch_triton_once() -> None:
-    """Make Triton's interpreter a third faster. It searches triton.language for functions to replace at every call of a
-    device function, though the kernel's launch has replaced them: skip the search where it finds nothing."""
+    """Make Triton's interpreter a third faster. It searches triton.language for functions to replace at every call
+    of a device function, though the kernel's launch has already replaced them: skip the search if it would find
+    nothing."""
     import triton.language as tl
     from triton.runtime import interpreter
 
     search, scope = getattr(interpreter, "_patch_lang", None), getattr(interpreter, "_LangPatchScope", None)
-    if search is None or scope is None:  # another Triton: slower, as right
+    if search is None or scope is None:  # another version of Triton: slower but still correct
         return
 
     def patch_lang(fn: Any) -> Any:
@@ -32,7 +33,7 @@ def _patch_triton_once() -> None:
 
 
 def _refuse_integer_masks() -> None:
-    """Triton 3.9's interpreter refuses a mask of integers, which older ones take: make those refuse it too."""
+    """Make older Triton interpreters refuse masks of integers, as Triton 3.9's does."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     def with_check(method: Callable[..., Any], place: int) -> Callable[..., Any]:
@@ -58,11 +59,11 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     _patch_triton_once()
     _refuse_integer_masks()
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are random and small; no test asks a hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are random and small; no test contacts a hub
 _users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-os.environ.setdefault("MPLCONFIGDIR", str(_users / "matplotlib"))  # its list of fonts takes seconds to make anew
+os.environ.setdefault("MPLCONFIGDIR", str(_users / "matplotlib"))  # rebuilding its list of fonts takes seconds
 _cache = tempfile.TemporaryDirectory(prefix="fastgpt-tests-")
-os.environ["XDG_CACHE_HOME"] = _cache.name  # what a developer's own `fastgpt tune` measured must not change a result
+os.environ["XDG_CACHE_HOME"] = _cache.name  # a developer's own `fastgpt tune` must not change a result
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,12 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
-    """Which values a numeric test draws; 0 unless pytest was called with --seed."""
+    """Return the seed of the values that a numeric test draws; 0 unless pytest was called with --seed."""
     return int(request.config.getoption("--seed"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Skips are by capability: count them by reason, so that a skipped test is never silent."""
+    """Count skips by reason (a missing capability), so a skipped test is never silent."""
     reasons: dict[str, int] = {}
     for report in terminalreporter.stats.get("skipped", []):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)

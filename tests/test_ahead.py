@@ -1,5 +1,5 @@
-"""The host runs ahead of a device, here a fake one whose streams are queues with a clock: how far, what time is taken,
-and on which device's stream a step's end is looked for."""
+"""How the host runs ahead of a device (here a fake one whose streams are queues with a clock): how far ahead, how
+time is measured, and on which device's stream the end of a step is detected."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fastgpt.training import evaluation, runlog, steplog
 from fastgpt.training.config import load_config
 from fastgpt.training.stop import Stop
 
-HOST, DEVICE = 0.004, 0.26  # seconds of a step
+HOST, DEVICE = 0.004, 0.26  # seconds per step
 TEXT = "".join(f"line {i * i % 97} of many\n" for i in range(3000))
 
 
 class Stream:
-    """Work in order; `done` is when the last of it ends."""
+    """Work that runs in order; `done` is when the last of it ends."""
 
     def __init__(self) -> None:
         self.done = 0.0
 
 
 class Machine:
-    """Two GPUs, a stream each, and the host's clock; the first GPU is the current one."""
+    """Two GPUs with one stream each, and the host's clock; the first GPU is the current one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.streams = 1.0, (Stream(), Stream())
@@ -65,7 +65,8 @@ def test_numbers_are_read_when_their_own_device_has_them(monkeypatch: pytest.Mon
 
 
 def test_the_length_in_minutes_is_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real loop on a device that is 65 times slower than the host: one minute, and a learning rate that ends."""
+    """The real loop on a device that is 65 times slower than the host trains for one minute, and the learning rate
+    reaches its end."""
     (tmp_path / "text.txt").write_text(TEXT)
     monkeypatch.chdir(tmp_path)
     small = "--model.n-layers 1 --model.n-heads 1 --model.width 16 --block-size 16 --micro-batch 2 --batch-tokens 32 "
@@ -77,7 +78,7 @@ def test_the_length_in_minutes_is_the_devices(tmp_path: Path, monkeypatch: pytes
     machine, behind = Machine(monkeypatch), []
 
     def step(*args: Any) -> torch.Tensor:
-        machine.now += HOST + (1.5 if run.progress.step == 3 else 0.0)  # the fourth is recorded
+        machine.now += HOST + (1.5 if run.progress.step == 3 else 0.0)  # the fourth step is recorded
         behind.append(machine.streams[0].done - machine.now)
         machine.launch(0, DEVICE)
         return torch.tensor([3.0, 1.0, 0.0])

@@ -1,4 +1,4 @@
-"""What is special to attention's CPU kernel; what every backend must hold is in tests/ops/test_attention.py."""
+"""Tests specific to attention's CPU kernel; tests for all backends are in tests/ops/test_attention.py."""
 
 import math
 import shutil
@@ -20,19 +20,19 @@ pytestmark = pytest.mark.skipif(backend.missing("cpu") is not None, reason="need
 
 
 def packed(q: Tensor, **options: Any) -> tuple[Any, ...]:
-    torch.manual_seed(3)  # of dropout's draw
+    torch.manual_seed(3)  # seeds the dropout
     return pack(q, {**_DEFAULTS, **options})
 
 
 def tensors(b: int, t: int, s: int, h: int, hkv: int, d: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """q, k, v, dout"""
+    """Return q, k, v, dout."""
     g = torch.Generator().manual_seed(1)
     shapes = ((b, t, h, d), (b, s, hkv, d), (b, s, hkv, d), (b, t, h, d))
     return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> list[Tensor]:
-    """out, lse, dq, dk, dv"""
+    """Return out, lse, dq, dk, dv."""
     o = packed(q, **options)
     out, lse = FWD["cpu"](q, k, v, *o)
     return [out, lse, *BWD["cpu"](dout, None, q, k, v, out, lse, *o)]
@@ -68,7 +68,7 @@ def test_no_thread_count_changes_a_bit(threads: None, shape: tuple[int, ...], op
 
 
 def test_chunks_of_keys_and_parts_of_queries_add_up() -> None:
-    """Where B Hkv is small, the backward cuts the keys and adds up a dq per chunk."""
+    """With small B Hkv, the backward splits the keys and adds up one dq per chunk."""
     q, k, v, dout = tensors(1, 700, 1100, 4, 1, 24)
     leaves = [x.double().requires_grad_() for x in (q, k, v)]
     for options in (
@@ -84,7 +84,7 @@ def test_chunks_of_keys_and_parts_of_queries_add_up() -> None:
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_what_dropout_keep_says(p: float) -> None:
-    """Equal scores and v = identity: out is keep / (1 - p) / S itself, dv its transpose."""
+    """With equal scores and v = identity, out is keep / (1 - p) / S, and dv its transpose."""
     b, h, s = 2, 3, 130
     q = torch.zeros(b, s, h, s)
     eye = torch.eye(s).view(1, s, 1, s).expand(b, s, h, s)
@@ -111,7 +111,7 @@ def test_any_head_dimension(d: int) -> None:
 @pytest.mark.parametrize("dtype", backend.KERNEL_DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "sliced", "heads first", "transposed", "misaligned", "expanded"])
 def test_packed_gradient_is_the_three_side_by_side(dtype: torch.dtype, layout: str) -> None:
-    """Reads through any strides, gives the same bits as from contiguous tensors, leaves inputs as they were."""
+    """It reads any strides, gives the same bits as contiguous tensors do, and leaves its inputs unchanged."""
     b, t, h, hkv, d = 2, 70, 4, 2, 24
     wide = torch.randn(b, t, h + 2 * hkv + 2, d + 3, generator=torch.Generator().manual_seed(2)).to(dtype)
     qkv = wide[:, :, 1:-1, 2:-1]
@@ -139,7 +139,8 @@ def test_packed_gradient_is_the_three_side_by_side(dtype: torch.dtype, layout: s
 
 
 def test_what_lies_outside_the_keys_is_not_looked_at() -> None:
-    """NaN behind kv_lens, before kv_start, behind the last sequence: as uninitialised cache pages are."""
+    """NaN beyond kv_lens, before kv_start and beyond the last sequence, as in uninitialised cache pages, has no
+    effect."""
     q, k, v, dout = tensors(2, 5, 150, 2, 1, 32)
     ends, starts = torch.tensor([100, 37]), torch.tensor([70, 0])
     options = {"kv_lens": ends, "kv_start": starts, "causal": True}
@@ -169,8 +170,8 @@ def test_nan_and_infinity_reach_their_own_rows_only() -> None:
 
 @pytest.mark.slow
 def test_no_byte_out_of_bounds_on_any_instruction_set(tmp_path: Path) -> None:
-    """Under AddressSanitizer, with buffers that end at the last element, any strides, lengths and index values; every
-    output is written; the instruction sets agree."""
+    """Under AddressSanitizer, with buffers that end at the last element and with any strides, lengths and index
+    values: every output is written, and the instruction sets agree."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")

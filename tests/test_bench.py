@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, gate and provenance: a figure that is wrong must not be printed."""
+"""The benchmarks' arithmetic, gate and provenance: no wrong figure may be printed."""
 
 import contextlib
 import dataclasses
@@ -36,7 +36,7 @@ MICRO = variants.Shape(layers=2, heads=2, width=32, vocab=65, block=16, batch=4,
 
 
 class Clock:
-    """Time that passes only when a job runs."""
+    """A clock that advances only when a job runs."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -158,7 +158,7 @@ def test_gpu_samples_come_from_interleaved_graphs(monkeypatch: pytest.MonkeyPatc
     }
     samples, errors = _harness.time_gpu(make, free, 0.0)
     assert not errors
-    assert samples["a"].quantile(0.5) == pytest.approx(1e-5)  # 15 passes over both sets make 0.3 ms, per call 10 us
+    assert samples["a"].quantile(0.5) == pytest.approx(1e-5)  # 15 passes over both sets take 0.3 ms, 10 us per call
     assert samples["b"].quantile(0.5) == pytest.approx(2e-3)
     replays = clock.ran[4 * 2 + 4 :]
     order = [name for name, _ in itertools.groupby(replays)]
@@ -237,7 +237,7 @@ def test_every_phase_of_every_provider_has_a_figure(bench: _op.Bench, monkeypatc
 
 @pytest.mark.parametrize("bench", [b for b in _op.every() if "both" in b.phases], ids=lambda b: b.op)
 def test_a_baseline_computes_what_fastgpt_does(bench: _op.Bench) -> None:
-    """The job of `both` gives the same gradients by every provider; else their times would not be of one thing."""
+    """The job of `both` gives the same gradients with every provider; otherwise their times would not be comparable."""
     setting = Setting(bench.tiny, torch.float32, CPU)
     ours = bench.job(_op.Provider("torch", bench.public, "torch"), setting, "both", 3).run()
     for provider in _op.providers(bench, setting):
@@ -341,7 +341,7 @@ def test_shape_on_the_command_line() -> None:
 
 @pytest.fixture
 def micro(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """throughput at a shape of milliseconds, in this process."""
+    """Run throughput at a shape that takes milliseconds, in this process."""
     monkeypatch.setitem(variants.SHAPES, "small", MICRO)
     cfg, data = variants.settings(MICRO, CPU), variants.batches(MICRO, CPU)
     monkeypatch.setattr(variants, "Apart", lambda name, shape: variants.build(name, cfg, data))
@@ -388,7 +388,8 @@ def test_throughput_shows_no_speed_for_other_losses(
 def test_a_variant_that_fails_costs_itself_alone(
     name: str, at: str, micro: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The reference alone costs everyone their speed: nobody shows who is right."""
+    """A failing variant loses its own row; only a failing reference removes all speeds, as nothing shows who is
+    right."""
     build = variants.build
 
     def broken(built: str, *args: Any) -> variants.Variant:
@@ -440,12 +441,12 @@ def test_ablations_are_of_ops_that_a_step_calls(llama: bool) -> None:
 
 
 def test_memory_of_replayed_steps_is_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replay allocates nothing: its pool is reserved, and seen by that alone."""
+    """A replay allocates nothing; its pool shows only as reserved memory."""
     held = {"allocated": 50, "reserved": 70, "cached": 0}
 
     class Fake:
         def train(self, cfg: object, steps: int) -> None:
-            held["cached"] = 500  # of warm-up: given back by empty_cache
+            held["cached"] = 500  # left by warm-up and freed by empty_cache
 
     def build(name: str, cfg: object, data: object) -> Any:
         held["allocated"] += 2
@@ -486,7 +487,8 @@ def test_every_op_that_the_model_uses_is_gated(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_variant_in_a_process_of_its_own() -> None:
-    """Same losses as here; its own memory: 1.6 million parameters are 25 MB with gradients and moments."""
+    """The losses are the same as in this process; its memory is its own: 1.6 million parameters take 25 MB with
+    gradients and moments."""
     shape = variants.Shape(layers=2, heads=2, width=256, vocab=65, block=16, batch=4, steps=3)
     cfg = variants.settings(shape, CPU)
     apart, here = variants.Apart("torch", shape), variants.build("torch", cfg, variants.batches(shape, CPU))

@@ -1,4 +1,5 @@
-"""The codegen table: the occupancy bound against published examples, rows from a real compilation, one line without."""
+"""The codegen table: the occupancy bound against published examples, rows from a real compilation, and one line if
+tools are missing."""
 
 from __future__ import annotations
 
@@ -33,11 +34,11 @@ __global__ void __launch_bounds__(256, 2) turn_kernel(const uint4* x, uint4* y) 
     [
         (80, 256, 32, 0, 8, "threads"),  # 64 warps
         (80, 32, 16, 0, 32, "blocks"),
-        (80, 256, 64, 0, 4, "registers"),  # 64 x 32 = 2048 a warp: 8 in each quarter's 16384
+        (80, 256, 64, 0, 4, "registers"),  # 64 x 32 = 2048 a warp: 8 fit in each quarter's 16384
         (80, 128, 40, 0, 12, "registers"),  # 1280 a warp: 12 in a quarter
         (80, 128, 33, 0, 12, "registers"),  # rounded up to 40
         (80, 256, 255, 0, 1, "registers"),
-        (80, 128, 32, 48 * 1024, 3, "shared memory"),  # 49 KB with the system's, of 164
+        (80, 128, 32, 48 * 1024, 3, "shared memory"),  # 49 KB including what the system reserves, of 164
         (90, 128, 32, 48 * 1024, 4, "shared memory"),  # of 228
         (90, 384, 168, 227 * 1024, 1, "registers"),
         (86, 256, 32, 0, 6, "threads"),  # 48 warps

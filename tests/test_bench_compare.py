@@ -1,5 +1,5 @@
-"""`fastgpt bench compare` and `ab`: a planted slowdown is flagged, the same code is not, and what cannot be compared is
-refused."""
+"""`fastgpt bench compare` and `ab`: a planted slowdown is flagged, identical code is not, and what cannot be
+compared is refused."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ GPU = {**MACHINE, "device": "cuda:0", "device_name": "NVIDIA H100 80GB HBM3"}
 
 
 def row(share: float | None = 0.5, ms: float = 1.0, machine: dict[str, Any] = MACHINE, **more: Any) -> dict[str, Any]:
-    """A row of an op of ours; without a share there is no reference in it."""
+    """Return a row of a fastgpt op; without a share it has no reference."""
     made = {"bench": "layer_norm", "phase": "both", "dtype": "float32", "shape": [1024, 768], "machine": machine}
     made |= {"provider": "cpu", "backend": "cpu", "ms": ms, "ms_q20": 0.9 * ms, "ms_q80": 1.2 * ms}
     if share is not None:
@@ -58,7 +58,7 @@ def runs_of(generator: random.Random, factor: float, deviation: float, number: i
 
 @pytest.mark.parametrize("deviation", [0.005, 0.02, 0.03])
 def test_planted_slowdown_is_flagged_and_the_same_code_is_not(deviation: float) -> None:
-    """300 comparisons of six runs a side, with processes that differ by as much as they do on a busy machine."""
+    """Make 300 comparisons of six runs a side, with processes that differ as much as on a busy machine."""
     generator = random.Random(1)
     verdicts = {
         factor: [
@@ -85,7 +85,7 @@ def test_band_widens_with_the_runs_spread_and_narrows_with_their_number() -> Non
 
 
 def test_drift_of_the_machine_cancels_in_the_share() -> None:
-    """All of B took 40 % longer, the reference too."""
+    """All of B took 40 % longer, and so did the reference."""
     assert judge([row(0.5, ms=1.0)] * 5, [row(0.5, ms=1.4)] * 5).verdict == compare.SAME
     slow = judge([row(0.5, ms=1.0)] * 5, [row(0.55, ms=0.9)] * 5)
     assert slow.verdict == compare.SLOWER and slow.ratio == pytest.approx(1.1) and "torch's" in slow.figure
@@ -165,7 +165,7 @@ def test_counts_have_no_noise() -> None:
 
 
 def planted(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
-    """From now on every call of ours takes `share` longer than it did: it waits that long at its end."""
+    """Make every call of fastgpt take `share` longer from now on, by waiting at its end."""
     jobs = _op.jobs
 
     def slower(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -187,7 +187,8 @@ def planted(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
 
 
 def test_a_real_slowdown_of_ten_percent_is_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An op measured for real, in turns: as it is, again, and with 10 % planted; for as many runs as the noise asks."""
+    """Measure an op for real, alternately: unchanged twice, and with 10 % planted; for as many runs as the noise
+    requires."""
     monkeypatch.setattr(_op, "host_us", lambda *args: 1.0)
     monkeypatch.setattr(_op, "gate", lambda *args: None)
     bench, setting = _op.bench_of("swiglu"), Setting((64, 1024), torch.float32, CPU)
@@ -208,7 +209,7 @@ def test_a_real_slowdown_of_ten_percent_is_flagged(monkeypatch: pytest.MonkeyPat
 
 
 def fake_bench(folder: Path, share: float) -> str:
-    """A 'python' that appends a row with this share to --json's file instead of measuring."""
+    """Return a 'python' that appends a row with this share to the file of --json instead of measuring."""
     script = folder / f"bench-{share}.py"
     machine = json.dumps({**MACHINE, "commit": str(share)})
     script.write_text(

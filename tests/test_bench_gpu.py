@@ -1,4 +1,4 @@
-"""`make gpu` brings its results home whatever happens: kills at every stage, on stand-ins; its real stages on a CPU."""
+"""`make gpu` keeps its results whatever happens: kills at every stage, with stand-ins; its real stages on a CPU."""
 
 import dataclasses
 import json
@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROW = {"bench": "throughput", "shape": "small", "batch": 1, "variant": "torch", "ms": 1.0, "tokens_per_s": 2.0}
 ROW |= {"peak_mb": None, "loss_gap": 0.0, "machine": {"commit": None}}
 NAMES = ("build", "first", "second", "third")
-# A command whose GPU and plan are stand-ins: each stage writes a row; the one named DIES begins another and is killed
-# (SELF) or kills its parent (PARENT) before it can end.
+# A command whose GPU and plan are stand-ins: each stage writes a row; the stage named DIES starts another row and,
+# before finishing it, is killed (SELF) or kills its parent (PARENT).
 DRILL = """
 import json, os, sys
 from pathlib import Path
@@ -121,7 +121,7 @@ def test_sigterm_ends_with_the_table(tmp_path: Path) -> None:
 
 
 def test_stages_are_limited_and_none_begins_late(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A limit counts for all processes of a stage; the budget counts from the command's start."""
+    """A limit applies to all processes of a stage; the budget counts from the command's start."""
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     planned = [
         Stage("bad", [sys.executable, "-c", "raise SystemExit(3)"], 20, 1),
@@ -219,7 +219,7 @@ def test_the_table_holds_what_was_measured() -> None:
     assert gpu_table.figures([]) == []
 
 
-MODEST = {  # what makes a stage of the plan one of seconds on a CPU: options in the place of its own
+MODEST = {  # options that shorten a stage of the plan to seconds on a CPU
     "throughput": "--device cpu --steps 2 --variant fastgpt",
     "attention": "--device cpu --shape 1x8x2x2x16 --seconds 0",
     "tune": "--device cpu --seconds 0",
@@ -232,7 +232,8 @@ MODEST = {  # what makes a stage of the plan one of seconds on a CPU: options in
 
 @pytest.mark.slow
 def test_the_real_stages_need_nothing_that_a_gpu_machine_lacks(tmp_path: Path) -> None:
-    """The plan's commands in their CPU form, from a copy as a build makes it, without the packages of test_lean.py."""
+    """Run the plan's commands in their CPU form, from a copy like that of a build, without the packages of
+    test_lean.py."""
     site, out = tmp_path / "work" / "site", tmp_path / "out"
     site.mkdir(parents=True)
     copy = "import shutil, sys; shutil.copytree(sys.argv[1], sys.argv[2], dirs_exist_ok=True)"
@@ -270,7 +271,8 @@ def test_the_real_stages_need_nothing_that_a_gpu_machine_lacks(tmp_path: Path) -
 
 
 def test_tiles_are_timed_in_the_shape_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter: every kernel is launched in every shape; one that cannot be, or is wrong, is red."""
+    """In the interpreter, every kernel is launched in every shape; a shape that cannot be launched, or is wrong, is
+    red."""
     setting = Setting((1, 20, 1, 1, 16), torch.float32, torch.device("cpu"))
     launches: set[str] = set()
     usual = kernels.tile

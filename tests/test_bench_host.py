@@ -1,4 +1,5 @@
-"""Host costs: the floor does an op's allocations and no more, counts are exact, every figure has a row or a reason."""
+"""Host costs: the floor makes an op's allocations and nothing else, counts are exact, every figure has a row or a
+reason."""
 
 from __future__ import annotations
 
@@ -71,11 +72,11 @@ def test_an_installed_library_without_a_device_says_so(monkeypatch: pytest.Monke
 def test_operators_that_compute_are_counted() -> None:
     x = torch.ones(4, 4, requires_grad=True)
     with host.Operators() as counted:
-        y = (x.t().reshape(2, 8) + 1).exp()  # a copy behind the transpose, an add, an exp
+        y = (x.t().reshape(2, 8) + 1).exp()  # a copy after the transpose, an add, an exp
         torch.empty(3), y.view(16), y.detach()
     assert counted.count == 3
     with host.Operators() as counted:
-        y.sum().backward()  # the sum, autograd's own 1, a product for exp, a copy of what comes transposed
+        y.sum().backward()  # the sum, autograd's initial 1, a product for exp, a copy of the transposed gradient
     assert counted.count == 4
 
 

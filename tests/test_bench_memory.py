@@ -1,4 +1,4 @@
-"""What fits: the bisection finds the edge, plans sit on it, steps that run out of memory move it."""
+"""What fits: the bisection finds the limit, plans reach it, and steps that run out of memory move it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_more_memory_and_more_recomputation_hold_more() -> None:
 
 
 def test_real_steps_fit_or_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of the trainer on the CPU; an allocation that fails is no error, another failure is one."""
+    """Run two steps of the trainer on the CPU; a failed allocation is not an error, any other failure is."""
     small = replace(variants.settings(variants.SHAPES["small"], CPU), recompute="block")
     monkeypatch.setattr(variants, "keep_freed_memory", lambda: None)
     cfg = memory.sized(small, 2, 16)

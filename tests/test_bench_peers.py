@@ -1,5 +1,5 @@
-"""Other libraries as baselines: they are called with their own signatures, do what fastgpt does, and may fail in one
-line; and the command for Nsight Compute. The libraries here are fakes with the real ones' signatures."""
+"""Other libraries as baselines: they are called with their own signatures, compute what fastgpt does, and may fail
+in one line; and the command for Nsight Compute. The libraries here are fakes with the signatures of the real ones."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ PEERS = {
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them, importable and found by find_spec."""
+    """Make all of them importable, and visible to find_spec."""
     for name, members in MODULES.items():
         module = types.ModuleType(name)
         module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)

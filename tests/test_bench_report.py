@@ -1,4 +1,5 @@
-"""`fastgpt bench`: its commands, the plan of `make bench`, and the report: nothing in it that was not measured."""
+"""`fastgpt bench`: its commands, the plan of `make bench`, and the report, which must contain nothing that was not
+measured."""
 
 import json
 import os
@@ -61,7 +62,7 @@ def test_an_absent_device_is_said(device: str) -> None:
 
 @pytest.fixture
 def vendor(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The versions that a vendor's container shows."""
+    """Set the versions that a vendor's container shows."""
     provenance.cache_clear()
     monkeypatch.setattr(torch, "__version__", VENDOR)
     triton = pytest.importorskip("triton")
@@ -93,7 +94,7 @@ def test_one_op_from_measuring_to_the_page_with_a_vendors_versions(
 
 
 class Links(HTMLParser):
-    """What a page would load, and how many tags stay open."""
+    """Collects what a page would load, and counts the tags left open."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -138,7 +139,7 @@ def test_what_was_not_measured_says_so(committed: Path) -> None:
         r"\| layer_norm \| 4096 × 768 \| float32 \| [\d.]+ [^|]*cpu \| not measured \| not measured \| not measured \|"
     )
     assert re.search(row, text)
-    assert re.search(r"## Codegen\n\n[^#]*Codegen: not measured\.", text)  # the committed rows have none
+    assert re.search(r"## Codegen\n\n[^#]*Codegen: not measured\.", text)  # no committed row has any
     rows = [r for r in results.read_rows([str(COMMITTED)]) if r["bench"] in OPS]
     about = {s.title: " ".join(s.about) for s in report.sections_of(rows)}
     assert all(f"{section}: not measured." in about[section] for section in ("Memory", "Host", "Codegen"))
@@ -238,7 +239,7 @@ def test_the_cpu_plan_fits_its_budget(capsys: pytest.CaptureFixture[str], tmp_pa
 
 
 def test_stages_leave_rows_and_a_report(tmp_path: Path) -> None:
-    """`fastgpt bench all` for real, two of its stages."""
+    """Run `fastgpt bench all` for real, with two of its stages."""
     command = [sys.executable, "-m", "fastgpt.cli", "bench", "all", "--only", "adamw", "--only", "report"]
     done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,5 +1,5 @@
-"""llm.c and nanoGPT by path: their lines are read, their data is in their format, a failure is a reason; and the shapes
-and sweeps of the comparison that they stand beside."""
+"""llm.c and nanoGPT by path: their output is parsed, their data has their format, a failure is a reason; and the
+shapes and sweeps of the comparison in which they appear."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_a_sweep_doubles_until_memory_ends(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     command = ["--device", "cuda", "--shape", "gpt2-774m", "--shape", "gpt2-124m", "--sweep"]
-    assert throughput.main(command) == 1  # "not timed here" is a failure, memory's end is none
+    assert throughput.main(command) == 1  # "not timed here" is a failure, running out of memory is not
     assert [b for name, b, _ in seen if name == "gpt2-774m"] == [1, 2, 4, 8, 16]
     assert {(name, layers) for name, _, layers in seen} == {("gpt2-774m", 36), ("gpt2-124m", 12)}
     for arguments, says in ((["--sweep"], "--sweep needs a GPU"), (["--shape", "gpt2-1.5b"], "gpt2-1.5b needs a GPU")):
@@ -179,7 +179,7 @@ def test_plain_pytorch_is_the_same_function(name: str) -> None:
 
 
 def test_steps_from_graphs_have_the_same_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a recorder that, like a graph, gives every result at one address."""
+    """Use a recorder that, like a graph, returns every result at one address."""
     replays: list[str] = []
 
     def record(function: Any, inputs: list[torch.Tensor], pool: object) -> tuple[Any, torch.Tensor, None]:

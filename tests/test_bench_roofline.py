@@ -1,4 +1,5 @@
-"""Shares of a step: names go to classes, overlaps count once, shares add up, and a real step has products in it."""
+"""Shares of a step: names are assigned to classes, overlaps count once, shares add up, and a real step has products
+in it."""
 
 from __future__ import annotations
 
@@ -72,7 +73,7 @@ def test_flops_of_products_and_attention() -> None:
 
 
 class Events:
-    """A profile of a GPU: kernels, what launched them, an annotation over them."""
+    """A profile of a GPU: kernels, their launches, and an annotation around them."""
 
     def __init__(self, **options: object) -> None:
         pass

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, kept to the last k."""
+"""Checkpoints: complete or absent, verified, limited to the last k."""
 
 import errno
 from pathlib import Path
@@ -36,7 +36,8 @@ def test_round_trip_and_keep(tmp_path: Path) -> None:
 
 
 def test_files_are_the_safetensors_package_s(tmp_path: Path) -> None:
-    """What fastgpt writes the package reads, and the other way round: every dtype, a scalar, nothing, odd strides."""
+    """The safetensors package reads what fastgpt writes, and vice versa: every dtype, a scalar, an empty tensor,
+    unusual strides."""
     tensors = {name: torch.arange(3).to(dtype) for name, dtype in tensorfile.DTYPES.items()}
     tensors |= {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 3), "strided": torch.randn(4, 3).t()}
     path = tmp_path / "ours"

@@ -1,4 +1,4 @@
-"""The console commands: sample, doctor, parity, and how errors reach a person."""
+"""The console commands: sample, doctor, parity, and how errors are reported to the user."""
 
 from pathlib import Path
 from typing import get_args
@@ -94,7 +94,7 @@ def test_a_wrong_number_of_a_benchmark_is_one_sentence(words: str) -> None:
 def test_a_wrong_choice_in_the_environment_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No traceback at import: a command ends with exit code 2, and a program's first call of an op raises."""
+    """No traceback at import: a command exits with code 2, and in a program the first call of an op raises."""
     monkeypatch.setattr(backend, "_wrong", [])
     monkeypatch.setattr(backend, "_cache", {})
     monkeypatch.setenv("FASTGPT_KERNELS", "layer_norm=tritn")
@@ -107,7 +107,7 @@ def test_a_wrong_choice_in_the_environment_is_one_sentence(
 
 
 def test_a_wrong_number_among_the_settings_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    """Every number of the settings with a wrong value, every wrong value with a setting of each kind."""
+    """Test every number among the settings with one wrong value, and every wrong value with a setting of each kind."""
     hints = options.key_types(TrainConfig)
     numbers = [key for key, hint in hints.items() if {int, float} & {hint, *get_args(hint)}]
     wrong = [v for v in NOT_NUMBERS if v != "null"] + ["1:30", ".nan", "-.inf", str(2**63)]

@@ -1,4 +1,4 @@
-"""The CPU kernels are portable C++: the compilers that are here take them without a warning, for x86-64 and aarch64."""
+"""The CPU kernels are portable C++: the compilers found here accept them without a warning, for x86-64 and aarch64."""
 
 from __future__ import annotations
 

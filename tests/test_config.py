@@ -1,4 +1,4 @@
-"""Settings: what the configurations hold, how options override them, and one sentence for everything that is wrong."""
+"""Settings: what the configurations contain, how options override them, and one sentence for every error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SIZES = {  # layers, width, heads, parameters: padded vocabulary rows included
 
 
 def gpt2_size(layers: int, width: int, vocab: int, block: int) -> int:
-    """Parameters of a GPT-2: per block 12 C^2 weights, 9 C biases, 4 C in norms; embeddings; the last norm."""
+    """Return a GPT-2's parameters: per block 12 C^2 weights, 9 C biases, 4 C in norms; embeddings; the last norm."""
     return layers * (12 * width**2 + 13 * width) + (vocab + block) * width + 2 * width
 
 
@@ -69,7 +69,7 @@ def test_tiny_is_the_default_and_options_override_it() -> None:
 
 
 def test_options_count_wherever_they_stand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Configurations come first, in their order; then options, of which the last one of a key counts, which is said."""
+    """Configurations apply first, in their order; then options: the last one of a key counts, and a message says so."""
     file = tmp_path / "mine.yaml"
     file.write_text("lr: 6e-4\nclip: 2.0\n", encoding="utf-8")
     config = ["--config", "tiny"]

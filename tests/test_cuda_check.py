@@ -1,4 +1,4 @@
-"""The compile check of the CUDA kernels must itself be able to fail. The kernels' own check is `make cuda-check`."""
+"""The compile check of the CUDA kernels must itself be able to fail. The kernels are checked by `make cuda-check`."""
 
 from __future__ import annotations
 

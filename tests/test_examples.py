@@ -1,4 +1,4 @@
-"""The scripts of examples/ run and show what their heads say."""
+"""The scripts in examples/ run and show what their docstrings claim."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 @pytest.fixture
 def example(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script of the test's parameter, as a module, in an empty folder; what it registers is taken out again."""
+    """Import the script of the test's parameter as a module, in an empty folder; remove afterwards what it
+    registered."""
     monkeypatch.chdir(tmp_path)
     before = set(backend.ops())
     spec = importlib.util.spec_from_file_location(request.param, EXAMPLES / f"{request.param}.py")

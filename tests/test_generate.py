@@ -1,4 +1,4 @@
-"""Sampling: the cached path against reading everything anew, the filters, and the end of a text."""
+"""Sampling: the cached path against a full recomputation, the filters, and the end of a text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def model_of(**options: Any) -> GPT:
-    """fp64, so that the last bit of a sum decides no token; random biases and norms too."""
+    """Return a model in fp64, so the last bit of a sum decides no token; biases and norms are random too."""
     shape: dict[str, Any] = dict(n_layers=2, n_heads=4, width=32, vocab_size=50, vocab_multiple=32, block_size=16)
     model, g = GPT(ModelConfig(**{**shape, **options})).double(), torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -138,7 +138,7 @@ def test_mode_comes_back_and_dropout_is_off(training: bool) -> None:
     assert torch.equal(generate(model, ids, 6, temperature=0), generate(model, ids, 6, temperature=0))
     assert model.training is training
     model.train()
-    loss = model(ids, ids)  # generate left nothing behind that forbids gradients
+    loss = model(ids, ids)  # generate left no state behind that forbids gradients
     loss.backward()
 
 

@@ -1,5 +1,5 @@
-"""A step that is recorded and replayed is bit for bit the step that is called: on graphs where there is a GPU,
-elsewhere on a recorder of PyTorch's calls with their rules (fixed addresses, the host's numbers frozen, no waiting)."""
+"""A step that is recorded and replayed equals the called step bit for bit: on graphs where there is a GPU, elsewhere
+on a recorder of PyTorch's calls under the same rules (fixed addresses, host numbers frozen, no waiting)."""
 
 import functools
 import importlib
@@ -32,7 +32,7 @@ WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.defa
 
 
 class Recorder(TorchDispatchMode):
-    """Runs what is called and keeps every call with the tensors it read and wrote."""
+    """Runs each call and keeps it with the tensors it read and wrote."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Recorder(TorchDispatchMode):
 
 
 def recording(state: Callable[[], list[Tensor]]) -> Callable[..., Any]:
-    """graphs.record on a CPU: as a capture runs nothing, `state` and the random generator are put back."""
+    """Replace graphs.record on a CPU: since a capture runs nothing, `state` and the random generator are restored."""
 
     def record(
         function: graphs.Function, inputs: list[Tensor], pool: object
@@ -81,25 +81,25 @@ SETTINGS = TrainConfig(MODEL, device="cpu", block_size=16, micro_batch=2, max_st
 
 
 def settings(**more: Any) -> TrainConfig:
-    """From the dataclasses: a machine that has a GPU may lack what reads a command line."""
+    """Build the settings from the dataclasses: a GPU machine may lack the command-line packages."""
     return replace(SETTINGS, **more)
 
 
 @pytest.fixture
 def unlooked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ids and targets are not looked at, as on a GPU."""
+    """Skip the checks of ids and targets, as on a GPU."""
     for op in ("attention", "cross_entropy", "embedding", "rope"):
         monkeypatch.setattr(importlib.import_module(f"fastgpt.ops.{op}"), "checks_values", lambda t: False)
 
 
 class Training:
-    """A model with its optimizer and data, and `steps` of it."""
+    """A model with its optimizer and data, and `steps` that train it."""
 
     def __init__(self, cfg: TrainConfig, device: str = "cpu") -> None:
         torch.manual_seed(0)
         self.cfg, self.device = cfg, torch.device(device)
         self.model = build_model(cfg, 96, self.device)
-        keep_gradients(self.model, min_numel=2**18)  # the MLP's matrices; the others' gradients are autograd's
+        keep_gradients(self.model, min_numel=2**18)  # the MLP's matrices; autograd allocates the other gradients
         self.optimizer = build_optimizer(cfg, self.model)
         self.guard = SpikeGuard(3.0, self.device)
         self.scaling = LossScale(self.device) if cfg.dtype == "fp16" else None
@@ -107,7 +107,7 @@ class Training:
         self.loader = TokenLoader(tokens, 2, 16, device=self.device)
 
     def state(self) -> list[Tensor]:
-        """What a step changes."""
+        """Return everything that a step changes."""
         found = [*self.model.parameters(), self.guard.state, self.optimizer.grad_norm, self.optimizer._steps]  # type: ignore[union-attr, list-item]
         found += [p.grad for p in self.model.parameters() if p.grad is not None]
         found += [] if self.scaling is None else [self.scaling.state]
@@ -195,7 +195,8 @@ def test_a_part_that_waits_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class FakeCuda:
-    """torch.cuda's capture: an error inside may invalidate it; its end then raises, and what it set stays set."""
+    """A fake of torch.cuda's capture: an error inside may invalidate it; ending it then raises, and the state it set
+    remains."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.capturing = self.invalid = False

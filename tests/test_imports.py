@@ -1,4 +1,4 @@
-"""Imports go one way: each layer of the package imports from layers below it, or from its own."""
+"""Imports go in one direction: each layer of the package imports from layers below it, or from within itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import fastgpt
 
 PACKAGE = Path(fastgpt.__file__).parent
-# From the lowest layer up. Parts that share a line do not import each other.
+# From the lowest layer up. Parts on the same line do not import each other.
 LAYERS = (
     {"_version", "_build_info"},
     {"core", "kernels"},
@@ -24,12 +24,12 @@ LAYERS = (
     {"cli"},
 )
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
-# `fastgpt` itself exports ops and imports patching at first use; a module that imports it takes the names it exports.
+# `fastgpt` itself exports ops and imports patching at first use; a module that imports it may use the names it exports.
 EXPORTED = {"ops", "patch", "patch_report", "unpatch"}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
-    """Every module by its dotted name below fastgpt, links to kernels/ and bench/ included."""
+    """Return every module by its dotted name below fastgpt, links to kernels/ and bench/ included."""
     for folder in [PACKAGE, *(p for p in PACKAGE.rglob("*") if p.is_dir()), PACKAGE / "kernels", PACKAGE / "bench"]:
         for path in sorted(folder.glob("*.py")):
             parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -37,7 +37,7 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def imported(name: str, path: Path) -> Iterator[tuple[str, int]]:
-    """Dotted names below fastgpt that a module imports anywhere, functions included, with the line."""
+    """Return the dotted names below fastgpt that a module imports anywhere, functions included, with the line."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -55,7 +55,8 @@ def imported(name: str, path: Path) -> Iterator[tuple[str, int]]:
 
 
 def imports_of_names(name: str, path: Path, names: set[str]) -> Iterator[tuple[str, int]]:
-    """As `imported`, down to the module: `from fastgpt.core import backend` is an import of core.backend."""
+    """Return the imports like `imported`, down to the module: `from fastgpt.core import backend` imports
+    core.backend."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     from_lines = {n.lineno: [a.name for a in n.names] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     own = name.removesuffix(".__init__")
@@ -65,7 +66,7 @@ def imports_of_names(name: str, path: Path, names: set[str]) -> Iterator[tuple[s
 
 
 def climbs(name: str, path: Path) -> list[str]:
-    """Imports of a module from its own height or above, its own part left out."""
+    """Return a module's imports from its own layer or above, those from its own part excluded."""
     part = name.split(".")[0]
     if part == "__init__":
         return []
@@ -86,7 +87,7 @@ def test_imports_go_down() -> None:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """A circle of imports, as the names along it; empty where there is none."""
+    """Return a circle of imports, as the names along it; empty if there is none."""
     done: set[str] = set()
 
     def visit(name: str, path: list[str]) -> list[str]:
@@ -129,7 +130,8 @@ def test_public_names_have_their_paths() -> None:
 
 
 def chosen_by_hand(tree: ast.AST) -> Iterator[int]:
-    """Lines that take a kernel by the name of its backend, as in FWD["cuda"]: `select` alone gives that name."""
+    """Return the lines that pick a kernel by its backend's name, as in FWD["cuda"]: only `select` may return that
+    name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and not (isinstance(node.value, ast.Name) and node.value.id == "KEYS"):
             names = [part.value for part in ast.walk(node.slice) if isinstance(part, ast.Constant)]

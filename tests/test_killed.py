@@ -1,4 +1,5 @@
-"""A run that is killed at any moment, also inside a checkpoint's write, and started again: every loss the same bits."""
+"""A run that is killed at any moment, even while writing a checkpoint, and started again: every loss has the same
+bits."""
 
 from __future__ import annotations
 
@@ -34,14 +35,14 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 
 def rows(folder: Path, name: str) -> list[tuple[int, float, float]]:
-    """(step, loss or validation loss, gradient norm) of every line."""
+    """Return (step, loss or validation loss, gradient norm) of every line."""
     path = folder / name / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return [(r["step"], r.get("loss", r.get("val_loss")), r.get("grad_norm", 0.0)) for r in lines]
 
 
 def kill_at_random(folder: Path, arguments: list[str], kills: int, steps: int, seed: int) -> None:
-    """Kill the run that often, each time a random while after it got further than before, then let it end."""
+    """Kill the run that many times, each a random time after it got further than before; then let it finish."""
     chance = random.Random(seed)
     for number in range(kills):
         process = start(folder, "killed", arguments)
@@ -57,7 +58,7 @@ def kill_at_random(folder: Path, arguments: list[str], kills: int, steps: int, s
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text of its own."""
+    """Return a folder that holds only a text."""
     folder = tmp_path_factory.mktemp("killed")
     (folder / "text").mkdir()
     for path in sorted(Path(train.__file__).parent.rglob("*.py")):

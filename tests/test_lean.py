@@ -1,5 +1,5 @@
-"""Training needs torch and numpy alone: what only reads settings or shows progress may be missing, as on a machine that
-has a GPU and no network."""
+"""Training needs only torch and numpy: packages that only read settings or show progress may be missing, as on a
+machine with a GPU and no network."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-# packages that pip brings along with fastgpt, and that nothing but the command line, the console or text data needs
+# packages that pip installs with fastgpt, needed only by the command line, the console or text data
 ABSENT = ("safetensors", "tqdm", "matplotlib", "tokenizers", "tiktoken", "yaml", "rich", "pynvml")
 BLOCK = f"""
 from importlib.machinery import PathFinder

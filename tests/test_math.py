@@ -1,4 +1,4 @@
-"""csrc/core/math.h against fp64 and against PyTorch's conversions: the errors that it states hold."""
+"""csrc/core/math.h against fp64 and against PyTorch's conversions: the errors stated there hold."""
 
 import ctypes
 import shutil
@@ -30,7 +30,7 @@ Call = Callable[[str, np.ndarray, type], np.ndarray]
 
 @pytest.fixture(scope="module")
 def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
-    """call(function, input, output dtype): math.h compiled as the CPU kernels are."""
+    """Return call(function, input, output dtype): math.h compiled with the flags of the CPU kernels."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
@@ -51,7 +51,7 @@ def call(tmp_path_factory: pytest.TempPathFactory) -> Call:
 
 
 def floats(low: float, high: float) -> np.ndarray:
-    """Every 977th fp32 value between low and high, both signs of zero and both ends with them."""
+    """Return every 977th fp32 value between low and high, both signs of zero and both ends included."""
     bits = np.arange(0, 0x7F800000, 977, dtype=np.uint32).view(np.float32)
     x = np.concatenate((-bits[::-1], bits, np.array([low, high], np.float32)))
     return x[(x >= low) & (x <= high)]
@@ -67,7 +67,7 @@ def test_exp(call: Call) -> None:
 
 def test_tanh(call: Call) -> None:
     x = floats(-20.0, 20.0)
-    x = x[np.abs(x) > 1e-37]  # subnormal results have no relative error to speak of
+    x = x[np.abs(x) > 1e-37]  # the relative error of a subnormal result is not meaningful
     exact = np.tanh(x.astype(np.float64))
     assert np.max(np.abs(call("tanh_f", x, np.float32) / exact - 1)) <= 1.26 * U
     edge = call("tanh_f", np.array([0.0, -0.0, np.inf, -np.inf, np.nan], np.float32), np.float32)
@@ -79,7 +79,7 @@ def test_conversions_are_pytorchs(call: Call, name: str, dtype: torch.dtype) -> 
     half = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16)
     wide = torch.from_numpy(call(f"from_{name}", half.numpy().view(np.uint16), np.float32))
     torch.testing.assert_close(wide, half.view(dtype).float(), rtol=0, atol=0, equal_nan=True)
-    middle = torch.cat((wide, torch.nextafter(wide, wide + 1), wide * 1.001953125, wide * 1.00048828125))  # ties, too
+    middle = torch.cat((wide, torch.nextafter(wide, wide + 1), wide * 1.001953125, wide * 1.00048828125))  # ties too
     x = torch.cat((middle, torch.from_numpy(floats(-3.4e38, 3.4e38)))).contiguous()
     got = torch.from_numpy(call(f"to_{name}", x.numpy(), np.uint16).view(np.int16)).view(dtype)
     torch.testing.assert_close(got, x.to(dtype), rtol=0, atol=0, equal_nan=True)

@@ -79,7 +79,7 @@ def config(**options: Any) -> ModelConfig:
 
 
 def model_of(c: ModelConfig, seed: int = 0) -> GPT:
-    """A model whose every parameter is random (biases and norms too), so that nothing hides behind a zero."""
+    """Return a model whose every parameter is random (biases and norms too), so no error hides behind a zero."""
     model, g = GPT(c), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -121,7 +121,7 @@ def plain_frequencies(c: ModelConfig) -> Tensor:
 
 
 def plain_rotate(c: ModelConfig, x: Tensor) -> Tensor:
-    """Rotation as multiplication by exp(i angle): x (B, T, H, D), pairs as complex numbers."""
+    """Rotate by multiplying with exp(i angle): x (B, T, H, D), pairs as complex numbers."""
     half, r = c.rotary // 2, c.rotary
     angle = torch.outer(torch.arange(x.shape[1], dtype=torch.float64), plain_frequencies(c))
     turn = torch.complex(angle.cos().float().to(x.dtype), angle.sin().float().to(x.dtype))[None, :, None]
@@ -175,7 +175,7 @@ def plain_mlp(c: ModelConfig, x: Tensor, w: dict[str, Tensor], layer: int) -> Te
 
 
 def plain_gpt(c: ModelConfig, w: dict[str, Tensor], ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (B, T, V) and mean loss, without any of fastgpt's ops or modules."""
+    """Return logits (B, T, V) and mean loss, without using any of fastgpt's ops or modules."""
     x = F.embedding(ids, w["wte.weight"])
     if c.positions == "learned":
         x = x + w["wpe.weight"][: ids.shape[1]]
@@ -362,12 +362,12 @@ def test_hooks_on_submodules_fire_once_and_what_they_return_counts(name: str, tr
     modules = {n: m for n, m in model.named_modules() if n and not isinstance(m, torch.nn.ModuleList)}
 
     def forward() -> Tensor:
-        """Logits, or gradients of the embedding."""
+        """Return logits, or gradients of the embedding."""
         out = model(ids, targets if training else None)
         return torch.autograd.grad(out, model.wte.weight)[0] if training else out.detach()
 
     def distort(module: Any, inputs: Any, out: Any) -> Any:
-        """No norm and no product of two heads takes it back."""
+        """Distort in a way that no norm and no product of two heads cancels."""
         return tree_map(lambda t: None if t is None else t * (1 + torch.arange(t.shape[-1]) / 8), out)
 
     seen: list[tuple[Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""fastgpt.models.gpt's weights: initial values, parameter groups, sizes of published models."""
+"""The weights of fastgpt.models.gpt: initial values, parameter groups, sizes of published models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MuonAdamW's state: weights that are set, state that is cleared, copied or loaded, groups that change."""
+"""The state of MuonAdamW: weights overwritten by the user, state cleared, copied or loaded, and groups that change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_copies_and_loaded_states_go_on_alone(dtype: torch.dtype) -> None:
     others, loaded = make(dtype)
     for p, q in zip(ps, others):
         q.data.copy_(p)
-    loaded.param_groups[0]["lr"] = 7.0  # groups' settings come with the state
+    loaded.param_groups[0]["lr"] = 7.0  # groups' settings are part of the state
     loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     walk(optimizer, ps, range(2, 4))
     for qs, twin in [*twins, (others, loaded)]:
@@ -45,7 +45,7 @@ def test_copies_and_loaded_states_go_on_alone(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_that_are_set_and_state_that_is_cleared(dtype: torch.dtype) -> None:
-    """The walk that a new optimizer takes from there."""
+    """The steps that follow equal those of a new optimizer."""
     ps, optimizer = make(dtype)
     qs, fresh = make(dtype)
     walk(optimizer, ps, range(2))
@@ -56,7 +56,7 @@ def test_weights_that_are_set_and_state_that_is_cleared(dtype: torch.dtype) -> N
         walk(o, ps_, range(2, 4))
     assert all(torch.equal(p, q) for p, q in zip(ps, qs))
     before = ps[1].detach().clone() + 1
-    ps[1].data.copy_(before)  # the state stays
+    ps[1].data.copy_(before)  # the state is kept
     walk(optimizer, ps, range(4, 5))
     assert 0 < float((ps[1] - before).detach().abs().max()) < 0.1
 

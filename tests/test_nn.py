@@ -1,4 +1,4 @@
-"""fastgpt.nn: each module beside the one whose place it takes: constructor, state_dict, numbers, compile, autocast."""
+"""fastgpt.nn: each module against the one it replaces: constructor, state_dict, numbers, compile, autocast."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class LlamaMLP(nn.Module):
-    """What fastgpt.nn.SwiGLU stands for, with the names of transformers' LlamaMLP."""
+    """The module that fastgpt.nn.SwiGLU replaces, with the names of transformers' LlamaMLP."""
 
     def __init__(self, act: Callable[[Tensor], Tensor] = F.silu, bias: bool = False) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class BiasThenGELU(nn.Module):
 
 
 class OffsetRMSNorm(nn.Module):
-    """Gemma's: weights are stored as a difference from one."""
+    """Gemma's RMSNorm: weights are stored as a difference from one."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,8 @@ class OffsetRMSNorm(nn.Module):
 
 
 class ComplexRotary(nn.Module):
-    """Llama's own formulation: pairs (2i, 2i + 1) as complex numbers, turned by theta^(-2i / dim) a position."""
+    """Llama's original formulation: pairs (2i, 2i + 1) as complex numbers, rotated by theta^(-2i / dim) per
+    position."""
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -76,13 +77,13 @@ class ComplexRotary(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """A module of ours, the one in whose place it goes, the shapes of its inputs and what its call gets besides."""
+    """A fastgpt module, the stock module it replaces, the shapes of its inputs and the extra keywords of its call."""
 
     ours: Callable[[], nn.Module]
     stock: Callable[[], nn.Module]
     shapes: tuple[tuple[int, ...], ...]
     call: dict[str, Any] = field(default_factory=dict)
-    integers: int = 0  # inputs of class numbers or ids are below this; the last of shapes is theirs
+    integers: int = 0  # inputs of class numbers or ids are below this, and shapes[-1] is their shape
     scale: float = 1.0
     same: bool = False  # one input, three times
 
@@ -95,7 +96,8 @@ class Case:
         return out
 
     def pair(self) -> tuple[Any, Any]:
-        """Ours and the stock module, with the same random weights, those of bf16 (so exact in every dtype)."""
+        """Return the fastgpt and the stock module with the same random weights, which are bf16 values (exact in
+        every dtype)."""
         ours, stock = self.ours().to(DEVICE), self.stock().to(DEVICE)
         g = torch.Generator().manual_seed(2)
         with torch.no_grad():
@@ -106,7 +108,7 @@ class Case:
 
 
 class LinearThenCrossEntropy(nn.Module):
-    """torch.nn.LinearCrossEntropyLoss, which PyTorch has from 2.13 on, as a layer and a function."""
+    """torch.nn.LinearCrossEntropyLoss, in PyTorch since 2.13, as a layer and a function."""
 
     def __init__(self, in_features: int, num_classes: int, bias: bool = False, **options: Any) -> None:
         super().__init__()
@@ -193,7 +195,7 @@ ONE_EACH = [n for n in CASES if " " not in n or n in ("attention causal", "atten
 
 
 def run(module: nn.Module, case: Case, dtype: torch.dtype, autocast: bool = False) -> dict[str, Tensor]:
-    """Outputs, and gradients (names begin with d) of inputs and parameters, for random upstream gradients."""
+    """Return outputs, and gradients (names begin with d) of inputs and parameters, for random upstream gradients."""
     inputs = [t.requires_grad_() if t.is_floating_point() else t for t in case.inputs(dtype)]
     with torch.autocast(DEVICE, torch.bfloat16) if autocast else nullcontext():
         out = module(*(inputs * 3 if case.same else inputs), **case.call)
@@ -207,7 +209,8 @@ def run(module: nn.Module, case: Case, dtype: torch.dtype, autocast: bool = Fals
 
 
 def compare(case: Case, dtype: torch.dtype, autocast: bool = False) -> None:
-    """Parity's rule: no further from the stock module in fp64 than 2 or 3 times the stock module in this dtype."""
+    """Apply the parity rule: the error to the stock module in fp64 is at most 2 or 3 times the stock module's in
+    this dtype."""
     ours, stock = case.pair()
     exact = run(copy.deepcopy(stock).double(), case, torch.float64)
     theirs = run(stock.to(dtype), case, dtype, autocast)
@@ -222,7 +225,7 @@ def compare(case: Case, dtype: torch.dtype, autocast: bool = False) -> None:
 
 @pytest.mark.parametrize("name", NAMESAKES)
 def test_constructor_is_the_namesakes(name: str) -> None:
-    """The same names, order and defaults; what is more is keyword-only and behind them."""
+    """The names, order and defaults are the same; additional arguments are keyword-only and come last."""
     ours, stock = getattr(fnn, name), getattr(nn, name)
     want = [(p.name, p.kind, p.default) for p in inspect.signature(stock).parameters.values()]
     have = list(inspect.signature(ours).parameters.values())
@@ -238,7 +241,7 @@ def test_state_dict_goes_both_ways(name: str) -> None:
     assert shapes[0] == shapes[1]
     stock.load_state_dict(ours.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), stock.state_dict().values()))
-    if any(c in name for c in ("Norm", "Bias")):  # the others draw their first values at random
+    if any(c in name for c in ("Norm", "Bias")):  # the other modules draw their initial values at random
         for a, b in zip(CASES[name].ours().parameters(), CASES[name].stock().parameters()):
             assert torch.equal(a, b)
 
@@ -278,7 +281,7 @@ def test_compiles_whole(name: str) -> None:
 
 @ON
 def test_copies_and_checkpointing_give_the_same_bits(name: str) -> None:
-    """deepcopy, pickle, torch.save, a way through the meta device, and torch.utils.checkpoint."""
+    """deepcopy, pickle, torch.save, a detour through the meta device, and torch.utils.checkpoint."""
     case = CASES[name]
     ours, _ = case.pair()
     copies = [copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))]

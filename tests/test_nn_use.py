@@ -1,4 +1,4 @@
-"""fastgpt.nn in other people's code: what goes to torch's own, errors, adapters, DDP and FSDP2 in two processes."""
+"""fastgpt.nn in users' code: what falls back to torch, errors, adapters, DDP and FSDP2 in two processes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mha(call: dict[str, Any], why: str, kv: Tensor = Q, **options: Any) -> tuple
     return "MultiheadAttention", (24, 4), {"batch_first": True, **options}, (Q, kv, kv), call, why
 
 
-# name, constructor's arguments and keywords, inputs, the call's keywords, what the log says
+# name, constructor's arguments and keywords, inputs, the call's keywords, the logged text
 UNCOVERED: dict[str, tuple[Any, ...]] = {
     "probabilities": ("CrossEntropyLoss", (), {}, (floats(5, 11), floats(5, 11).softmax(1)), {}, "probabilities"),
     "images": ("CrossEntropyLoss", (), {}, (floats(2, 11, 3), numbers(2, 3)), {}, "input of 3 dimensions"),
@@ -113,7 +113,7 @@ def need_torchs_own(kind: str) -> None:
 
 @pytest.mark.parametrize("name", UNCOVERED)
 def test_what_an_op_does_not_cover_goes_to_torchs_own(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The same bits as the stock module's, one line of log for two calls, an error in strict mode."""
+    """The bits are those of the stock module; two calls log one line; strict mode raises an error."""
     kind, args, options, inputs, call, why = UNCOVERED[name]
     need_torchs_own(kind)
     ours, stock = (getattr(m, kind)(*args, **options).to(DEVICE) for m in (fnn, nn))
@@ -143,7 +143,7 @@ def test_torchs_own_compiles_whole_and_is_logged(name: str, caplog: pytest.LogCa
 
 
 def test_options_beyond_torchs() -> None:
-    """z_loss and softcap in both losses, against the formula; chunks change nothing; what torch lacks is an error."""
+    """z_loss and softcap in both losses match the formula; chunks change nothing; what torch lacks is an error."""
     x, y = floats(9, 6), numbers(9)
     linear = fnn.LinearCrossEntropyLoss(6, 11, bias=True, z_loss=0.01, softcap=2.0, chunk=4, ignore_index=3).to(DEVICE)
     plain = fnn.CrossEntropyLoss(z_loss=0.01, softcap=2.0, ignore_index=3)
@@ -157,7 +157,7 @@ def test_options_beyond_torchs() -> None:
 
 
 def test_linear_loss_without_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before PyTorch 2.13: the same module, but no way for what the op does not cover."""
+    """Before PyTorch 2.13 the module is the same, but has no fallback for what the op does not cover."""
     monkeypatch.delattr(nn, "LinearCrossEntropyLoss", raising=False)
     spec = importlib.util.spec_from_file_location("older", losses.__file__)
     assert spec is not None and spec.loader is not None
@@ -218,7 +218,7 @@ def test_attention_whose_keys_are_all_masked_is_the_bias() -> None:
 
 
 def test_attention_refuses_a_padding_mask_of_another_shape() -> None:
-    """As many values as keys are not enough: (S, B) is no (B, S)."""
+    """Having as many values as there are keys is not enough: (S, B) is not (B, S)."""
     m, x = fnn.MultiheadAttention(8, 2).to(DEVICE), floats(4, 7, 8)
     with pytest.raises(AssertionError, match="key_padded_mask.shape"):
         m(x, x, x, torch.zeros(4, 7, dtype=torch.bool, device=DEVICE), need_weights=False)
@@ -240,7 +240,7 @@ def test_attention_drops_in_training_only() -> None:
 
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_in_torchs_transformer_encoder(norm_first: bool) -> None:
-    """The modules in torch.nn.TransformerEncoderLayer's places: padded, causal, in training and evaluation."""
+    """Put the modules into torch.nn.TransformerEncoderLayer: padded, causal, in training and evaluation."""
     stock = nn.TransformerEncoderLayer(24, 4, 32, 0.0, "gelu", batch_first=True, norm_first=norm_first).to(DEVICE)
     ours = copy.deepcopy(stock)
     ours.self_attn = fnn.MultiheadAttention(24, 4, batch_first=True).to(DEVICE)
@@ -253,7 +253,7 @@ def test_in_torchs_transformer_encoder(norm_first: bool) -> None:
 
 
 class Doubled(nn.Module):
-    """An adapter around a layer, as PEFT's."""
+    """An adapter around a layer, like PEFT's."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -401,8 +401,8 @@ os._exit(0)  # threads of gloo that are still alive may abort the usual exit
 
 
 def test_ddp_and_fsdp2_train_as_one_process_does(tmp_path: Path) -> None:
-    """Two processes over gloo: parameters and clipped norms after three steps, those of one process on all rows; and a
-    GPT whose layers are sharded one by one."""
+    """Two processes over gloo: after three steps, parameters and clipped norms match one process on all rows; also
+    with a GPT whose layers are sharded one by one."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     command = [sys.executable, "-c", PROCESS]
     started = [

@@ -1,4 +1,4 @@
-"""fastgpt.optim.AdamW beside its parity: state, precision of 16-bit parameters, skipping, scaler protocol."""
+"""fastgpt.optim.AdamW beyond parity: state, precision of 16-bit parameters, skipping, scaler protocol."""
 
 import copy
 from typing import Any
@@ -50,7 +50,7 @@ def test_a_norm_that_is_not_finite_skips_the_step(name: str) -> None:
 
 @ON
 def test_found_inf_and_grad_scale(name: str) -> None:
-    """torch.amp.GradScaler's protocol: gradients divided on the device, found_inf skips."""
+    """The protocol of torch.amp.GradScaler: gradients divided on the device, found_inf skips."""
     results = []
     with use(strict=True, adamw=name):
         for scale in (1.0, 64.0):
@@ -120,7 +120,7 @@ def test_parameters_without_a_gradient_stay_and_keep_their_step(name: str) -> No
 
 @ON
 def test_norm_forgets_gradients_that_are_gone(name: str) -> None:
-    """A step over fewer and smaller tensors must not clip by what the larger set left behind."""
+    """A step over fewer and smaller tensors must not clip by norms left over from the larger set."""
     big, small = nn.Parameter(torch.zeros(1 << 17, device=DEVICE)), nn.Parameter(torch.zeros(3, device=DEVICE))
     with use(strict=True, adamw=name):
         opt = AdamW([big, small], max_norm=1.0)
@@ -133,7 +133,7 @@ def test_norm_forgets_gradients_that_are_gone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "triton"])  # the interpreter would take minutes
 def test_norm_of_a_large_gradient_is_exact(name: str) -> None:
-    """PyTorch's own on a CPU is 0.3 % off at 40 million elements."""
+    """PyTorch's norm on a CPU is off by 0.3 % at 40 million elements."""
     p = nn.Parameter(torch.zeros(1 << 23, device=DEVICE))
     p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)).to(DEVICE) * 1e-4
     with use(strict=True, adamw=name):
@@ -144,7 +144,7 @@ def test_norm_of_a_large_gradient_is_exact(name: str) -> None:
 
 @ON
 def test_nan_reaches_the_parameters_without_clipping(name: str) -> None:
-    """Nothing skips without max_norm: a NaN gradient must be seen in the parameter, whatever keeps its low bits."""
+    """Nothing skips without max_norm: a NaN gradient must show in the parameter, whatever keeps its low bits."""
     with use(strict=True, adamw=name):
         for dtype, master in ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "remainder")):
             p = nn.Parameter(torch.ones(5, device=DEVICE, dtype=dtype))
@@ -178,7 +178,7 @@ def test_tensor_learning_rate_and_groups(name: str) -> None:
 
 @ON
 def test_remainder_is_exactly_the_fp32_master(name: str) -> None:
-    """bf16 parameters with 16-bit remainders walk the very path that fp32 masters walk."""
+    """bf16 parameters with 16-bit remainders take exactly the values of fp32 masters."""
     walks: dict[str, list[Tensor]] = {}
     with use(strict=True, adamw=name):
         for master in ("fp32", "remainder"):
@@ -202,14 +202,14 @@ def test_split_and_join_are_inverse() -> None:
 
 @ON
 def test_stochastic_rounding_is_unbiased_and_repeatable(name: str) -> None:
-    """Parameters a third of the way between two bf16 values: a third must round up, and again for the same seed."""
+    """Of parameters a third of the way between two bf16 values, a third must round up, and again with the same seed."""
     low, step = 1.0, 2.0**-7
     n = 1 << 15
     rounds = []
     with use(strict=True, adamw=name):
         for seed in (0, 0, 1):
             p = nn.Parameter(torch.full((n,), low, dtype=torch.bfloat16, device=DEVICE))
-            # first step of Adam moves by lr * sign(g): to 1 + step / 3
+            # the first step of Adam moves by lr * sign(g): to 1 + step / 3
             opt = AdamW([p], lr=step / 3, weight_decay=0.0, eps=0.0, master="stochastic", seed=seed)
             p.grad = torch.full_like(p, -1.0)
             opt.step()
@@ -223,7 +223,7 @@ def test_stochastic_rounding_is_unbiased_and_repeatable(name: str) -> None:
 
 @ON
 def test_small_updates_survive_16_bits(name: str) -> None:
-    """Updates under half a unit in the last place: lost without a master, kept with one."""
+    """Updates under half a unit in the last place are lost without a master and kept with one."""
     moved = {}
     with use(strict=True, adamw=name):
         for master in (None, "fp32", "remainder"):
@@ -256,7 +256,7 @@ def test_a_thousand_steps_follow_fp64(name: str) -> None:
 @ON
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_weights_that_are_set_stay_set(name: str, dtype: torch.dtype) -> None:
-    """Half of a tensor is set between two steps: there the master follows, elsewhere not a bit differs."""
+    """Half of a tensor is overwritten between two steps: there the master follows, elsewhere not a bit differs."""
     walks = []
     with use(strict=True, adamw=name):
         for by_hand in (False, True):
@@ -277,7 +277,7 @@ def test_weights_that_are_set_stay_set(name: str, dtype: torch.dtype) -> None:
 
 @ON
 def test_remainders_beside_weights_that_are_set(name: str) -> None:
-    """What is left of the old value is half a unit in the last place, at zero too, where it could become a NaN."""
+    """The old value leaves at most half a unit in the last place, at zero too, where it could become a NaN."""
     with use(strict=True, adamw=name):
         p = params(torch.bfloat16)[0]
         opt = AdamW([p], lr=0.0, master="remainder")
@@ -330,7 +330,7 @@ KINDS = ("fp32", "remainder", "stochastic", None)
 @pytest.mark.parametrize("weights_first", [True, False])
 @pytest.mark.parametrize("first", KINDS)
 def test_state_with_another_kind_of_master_goes_on_where_it_was(first: str | None, weights_first: bool) -> None:
-    """fp32 and remainder keep the fp32 value (half-way cases move by its last bit), all others the weight."""
+    """fp32 and remainder keep the fp32 value (half-way cases move by its last bit), all other kinds keep the weight."""
 
     def exact(p: Tensor, state: dict[str, Tensor]) -> Tensor:
         m = state.get("master", p.detach().float())
@@ -341,7 +341,7 @@ def test_state_with_another_kind_of_master_goes_on_where_it_was(first: str | Non
         opt = AdamW([p], lr=1e-3, weight_decay=0.0, master=first)
         p.grad = torch.cat((torch.ones(61), torch.zeros(3))).bfloat16()
         opt.step()
-        if first == "fp32":  # three values half-way between two of bf16, rounded to even
+        if first == "fp32":  # three values half-way between two bf16 values, rounded to even
             opt.state[p]["master"][61:] = torch.tensor([1.00390625, 1.01171875, -2.0078125])
             p.data.copy_(opt.state[p]["master"])
         elif first == "remainder":
@@ -365,7 +365,7 @@ def test_parameters_that_are_cast_exchanged_or_regrouped() -> None:
     opt = AdamW([{"params": ps[:1]}, {"params": ps[1:]}], lr=1e-2)
     give_grads(ps, 0)
     opt.step()
-    for p in ps:  # what model.half() does
+    for p in ps:  # as model.half() does
         p.data = p.data.half()
     give_grads(ps, 1)
     opt.step()

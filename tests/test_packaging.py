@@ -1,7 +1,7 @@
-"""What gets installed, and that an install never ends in a lesser form without saying so.
+"""What gets installed; an install that leaves anything out must say so.
 
-Builds run in a copy of the sources through setuptools' own build hooks, as pip would call them. A build without torch
-is one in which `import torch` fails; one without a compiler has CXX set to nothing that exists.
+Builds run in a copy of the sources through setuptools' build hooks, as pip would call them. A build without torch is
+one in which `import torch` fails; one without a compiler has CXX set to a command that does not exist.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ UNSET = ("FASTGPT_CUDA", "FASTGPT_NO_EXT", "CUDA_HOME", "CUDA_PATH", "CXX", "TOR
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout without what a build leaves behind."""
+    """Copy the checkout without what a build leaves behind."""
     copy = tmp_path_factory.mktemp("sources")
     junk = shutil.ignore_patterns("*.so", "__pycache__", "_build_info.py", "results")
     for part in PARTS:
@@ -41,12 +41,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copy(ROOT / part, copy / part)
     (copy / "tests").mkdir()
     (copy / "tests" / "test_nothing.py").touch()
-    (copy / "fastgpt" / "_C.abi3.so").touch()  # as an editable install leaves it: must not get into a wheel
+    (copy / "fastgpt" / "_C.abi3.so").touch()  # left by an editable install: must not get into a wheel
     return copy
 
 
 def build(sources: Path, out: Path, hook: str = "build_wheel", **env: str) -> tuple[subprocess.CompletedProcess, Path]:
-    """Run a build hook in a copy of its own; returns the process, and the file that it made (if it did)."""
+    """Run a build hook in a separate copy; return the process, and the file that it wrote, if any."""
     here = out / "sources"
     shutil.copytree(sources, here, symlinks=True)
     (out / "dist").mkdir()
@@ -59,7 +59,7 @@ def build(sources: Path, out: Path, hook: str = "build_wheel", **env: str) -> tu
 
 
 def test_nvcc_is_found_where_it_usually_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As by PyTorch, where PATH does not name it."""
+    """PyTorch finds it there too, even if PATH does not name it."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").write_text("#!/bin/sh\n")
     (tmp_path / "bin" / "nvcc").chmod(0o755)
@@ -83,7 +83,7 @@ def last_line(done: subprocess.CompletedProcess) -> str:
 
 
 def without_torch(folder: Path) -> str:
-    """A folder for PYTHONPATH that makes `import torch` fail."""
+    """Return a folder for PYTHONPATH that makes `import torch` fail."""
     stub = folder / "no_torch"
     stub.mkdir()
     (stub / "torch.py").write_text("raise ImportError('no torch here')\n")
@@ -135,7 +135,7 @@ def test_pure_install_imports_and_says_what_is_missing(pure_wheel: Path, tmp_pat
 
 
 def test_benchmarks_run_from_a_wheel(pure_wheel: Path, tmp_path: Path) -> None:
-    """One op from measuring to the page, in an empty folder: no checkout, no git, no compiled kernels."""
+    """Run one op's benchmark from measurement to page, in an empty folder: no checkout, no git, no compiled kernels."""
     zipfile.ZipFile(pure_wheel).extractall(tmp_path / "site")
     quick = "layer_norm --device cpu --shape 8x16 --phase forward --seconds 0.02 --json rows.jsonl".split()
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
@@ -148,7 +148,7 @@ def test_benchmarks_run_from_a_wheel(pure_wheel: Path, tmp_path: Path) -> None:
     ):
         command = [sys.executable, "-m", "fastgpt.cli", "bench", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-        if arguments[:1] == ["compare"]:  # no backend of ours is in a pure wheel
+        if arguments[:1] == ["compare"]:  # a pure wheel has no compiled backend
             assert done.returncode == 2 and "compare: no row of fastgpt is in both" in done.stderr
         else:
             assert done.returncode == 0, done.stdout + done.stderr
@@ -200,7 +200,7 @@ def test_wrong_settings_are_named(sources: Path, tmp_path: Path, setting: dict[s
 
 @pytest.fixture
 def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module: nothing is built."""
+    """Import setup.py as a module; nothing is built."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
     assert spec is not None and spec.loader is not None
@@ -214,14 +214,14 @@ def setup_script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     [
         ("", "8.0+PTX;9.0a", ""),
         ("8.0;9.0a+PTX", "8.0;9.0a+PTX", ""),
-        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "8.0;8.6;9.0;10.0", "7.5, 12.0+PTX"),  # as images preset it
+        ("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "8.0;8.6;9.0;10.0", "7.5, 12.0+PTX"),  # as preset by images
         ("7.0;7.5+PTX", "8.0+PTX;9.0a", "7.0, 7.5+PTX"),
     ],
 )
 def test_architectures_that_do_not_compile_are_left_out_and_said(
     setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str, archs: str, dropped: str
 ) -> None:
-    """Compiling is a mock: what nvcc would be told, and the build's last line."""
+    """With a mocked compiler: check nvcc's arguments and the build's last line."""
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho compute_75 compute_80 compute_86 compute_90 compute_100; echo V13.0.88\n")
@@ -292,7 +292,7 @@ def test_cpu_wheel_builds_and_loads(sources: Path, tmp_path: Path) -> None:
 def test_doctor_says_what_this_gpu_cannot_run(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], driver: int, said: str
 ) -> None:
-    """Kernels that the driver has to compile first, and a driver that is too old for nvcc's runtime."""
+    """Report kernels that the driver has to compile first, and a driver that is too old for nvcc's runtime."""
     facts = {
         "TORCH": "2.11.0",
         "NVCC": "13.0.88",

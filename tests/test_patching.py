@@ -1,4 +1,5 @@
-"""fastgpt.patch on models that are nobody's family: what is recognised, what is left, and that it can be undone."""
+"""fastgpt.patch on models of no known family: what is recognised, what is left alone, and that patching can be
+undone."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ C, H, V, T = 64, 4, 197, 12
 
 
 class LayerNorm(nn.Module):
-    """nanoGPT's: the bias is optional, epsilon is nowhere to be read."""
+    """nanoGPT's LayerNorm: the bias is optional, and no attribute holds epsilon."""
 
     def __init__(self, bias: bool) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """nanoGPT in small: a loss whose ignore_index is -1, a tied head."""
+    """A small nanoGPT: a loss whose ignore_index is -1, a tied head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ def batch() -> tuple[Tensor, Tensor]:
 
 
 def outcome(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
-    """Every output and every gradient of their sum (each output times fixed random numbers)."""
+    """Return every output and every gradient of their sum (each output times fixed random numbers)."""
     outputs = model(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     g = torch.Generator().manual_seed(2)
@@ -122,7 +123,8 @@ def outcome(model: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
 
 
 def assert_parity(model: nn.Module, *inputs: Tensor, differs: bool = True, **options: Any) -> None:
-    """The rule, by relative L2: 2 (outputs), 3 (gradients) times the unpatched model's error to fp64, plus a unit."""
+    """Apply the rule, by relative L2: 2 (outputs), 3 (gradients) times the unpatched model's error to fp64, plus a
+    unit."""
     wide = [t.double() if t.is_floating_point() else t for t in inputs]
     truth, base = outcome(copy.deepcopy(model).double(), *wide), outcome(model, *inputs)
     ours = outcome(fastgpt.patch(copy.deepcopy(model), **options), *inputs)
@@ -134,7 +136,7 @@ def assert_parity(model: nn.Module, *inputs: Tensor, differs: bool = True, **opt
 
 
 def replaced(model: nn.Module) -> dict[str, str]:
-    """Module name -> op, of what a patch would replace."""
+    """Return module name -> op, for what a patch would replace."""
     report = fastgpt.patch_report(fastgpt.patch(copy.deepcopy(model), dry_run=True))
     return {e.name: e.op for e in report.replaced}
 
@@ -188,7 +190,7 @@ def test_hooks_and_checks_of_type_hold() -> None:
     model(ids, targets)
     fastgpt.patch(model)(ids, targets)
     assert len(seen) == 4 and type(model.h[0].mlp) is MLP
-    for before, after in zip(seen[:2], seen[2:]):  # the first linear layer's output has its bias for a hook to see
+    for before, after in zip(seen[:2], seen[2:]):  # the first linear layer's output includes its bias, for hooks to see
         torch.testing.assert_close(after, before)
 
 
@@ -205,7 +207,7 @@ def gated(act: Callable[[Tensor], Tensor]) -> type[nn.Module]:
 
 
 class OwnRMSNorm(nn.Module):
-    """Llama's reference code; with an offset Gemma's."""
+    """RMSNorm of Llama's reference code; with an offset, Gemma's."""
 
     def __init__(self, offset: float = 0.0, eps: float = 1e-6) -> None:
         super().__init__()
@@ -219,7 +221,7 @@ class OwnRMSNorm(nn.Module):
 
 
 class HardRMSNorm(OwnRMSNorm):
-    """Epsilon in the code alone."""
+    """An RMSNorm whose epsilon is a literal in its code."""
 
     def __init__(self) -> None:
         super().__init__(eps=1e-5)
@@ -230,7 +232,7 @@ class HardRMSNorm(OwnRMSNorm):
 
 
 class Standardise(nn.Module):
-    """TensorFlow's names."""
+    """An RMSNorm with TensorFlow's names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,11 +275,11 @@ def test_recognised_by_what_it_computes(name: str) -> None:
             p += 0.3 * torch.randn_like(p)
     assert replaced(model) == {"0": op}
     assert_parity(model, torch.randn(3, 5, C, device=DEVICE) + 0.2)
-    assert_parity(model, 1e-3 * torch.randn(3, 5, C, device=DEVICE), differs=False)  # where epsilon counts
+    assert_parity(model, 1e-3 * torch.randn(3, 5, C, device=DEVICE), differs=False)  # inputs for which epsilon matters
 
 
 class FunctionalRMSNorm(nn.Module):
-    """PyTorch's function in a method, its epsilon left to it."""
+    """PyTorch's function in a method, with its default epsilon."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -290,7 +292,7 @@ class FunctionalRMSNorm(nn.Module):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("make", [lambda: nn.RMSNorm(C), FunctionalRMSNorm], ids=["module", "function"])
 def test_epsilon_that_is_pytorchs(make: Any, dtype: torch.dtype) -> None:
-    """For 16-bit rows it is fp32's, too: on small rows another one is another norm."""
+    """For 16-bit rows the default epsilon is also that of fp32; on small rows another epsilon is another norm."""
     model, x = make().to(DEVICE, dtype), (1e-2 * torch.randn(4, C, device=DEVICE)).to(dtype)
     before = model(x).detach().float()
     after = fastgpt.patch(model)(x).detach().float()
@@ -299,7 +301,7 @@ def test_epsilon_that_is_pytorchs(make: Any, dtype: torch.dtype) -> None:
 
 
 class ScaledEmbedding(nn.Embedding):
-    """Gemma's."""
+    """Gemma's scaled embedding."""
 
     def __init__(self, factor: float = 1.0) -> None:
         super().__init__(V, C, padding_idx=3)
@@ -312,7 +314,7 @@ class ScaledEmbedding(nn.Embedding):
 
 @pytest.mark.parametrize("make", [lambda: nn.Embedding(V, C, padding_idx=3), ScaledEmbedding], ids=["plain", "scaled"])
 def test_embeddings_with_padding_and_scale(make: Callable[[], nn.Embedding]) -> None:
-    """The same bits as PyTorch's in forward; the padding row has no gradient, whatever it had before."""
+    """Forward gives the bits of PyTorch's embedding; the padding row has no gradient, whatever it had before."""
     ids = torch.tensor([[1, 3, 3], [1, 0, 2]], device=DEVICE)
     stock = make().to(DEVICE)
     ours = copy.deepcopy(stock)
@@ -349,7 +351,7 @@ class Keeping(MLP):
 
 
 def look_alike(change: Callable[[Any, Tensor], Tensor]) -> nn.Module:
-    """An RMSNorm with something behind it."""
+    """Return an RMSNorm with an additional step after it."""
 
     class RMSNorm(OwnRMSNorm):
         def forward(self, x: Tensor) -> Tensor:
@@ -359,14 +361,14 @@ def look_alike(change: Callable[[Any, Tensor], Tensor]) -> nn.Module:
 
 
 class LengthNorm(OwnRMSNorm):
-    """No epsilon: rows of zeros stay zeros, the smallest rows are as long as others."""
+    """A norm without epsilon: rows of zeros stay zeros, the smallest rows become as long as others."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) * C**0.5 * self.weight
 
 
 class AxisNorm(OwnRMSNorm):
-    """Channels are axis 1, which is the last of two."""
+    """A norm over axis 1, which is the last one only of two axes."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) * self.weight
@@ -433,7 +435,7 @@ def test_left_as_it_is_and_why(name: str) -> None:
 
 
 class Flagged(MLP):
-    """With settings that its forward reads in each way."""
+    """A module whose forward reads its settings in every way."""
 
     shift = 0.0
 
@@ -488,7 +490,7 @@ class Ids(nn.Module):
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_after_patching_counts(name: str) -> None:
-    """In the model and in its copies."""
+    """It takes effect in the model and in its copies."""
     torch.manual_seed(0)
     make, change = CHANGES[name]
     plain = nn.Sequential(make()).to(DEVICE)
@@ -523,7 +525,7 @@ def test_hooks_on_every_module_see_activations(caplog: pytest.LogCaptureFixture)
     finally:
         handle.remove()
     assert len(caplog.records) == 1
-    with backend.use(strict=True), FlopCounterMode(display=False):  # its hooks only note where the model is
+    with backend.use(strict=True), FlopCounterMode(display=False):  # its hooks only track the current module
         model(torch.ones(2, C, device=DEVICE))
 
 
@@ -579,7 +581,7 @@ def test_transformer_encoder(norm_first: bool, activation: Any) -> None:
     patched = fastgpt.patch(copy.deepcopy(model))
     for kwargs in ({"mask": causal, "is_causal": True}, {"mask": causal}, {"src_key_padding_mask": padding}):
         torch.testing.assert_close(patched(x, **kwargs), model(x, **kwargs))
-    with torch.no_grad():  # PyTorch's own fused layer, which asks no module: it stays
+    with torch.no_grad():  # PyTorch's fused path, which bypasses submodules: it is left alone
         assert activation != "gelu" or torch.equal(patched.eval()(x), model.eval()(x))
 
 
@@ -591,7 +593,7 @@ def test_transformer_decoder_layer_and_time_first_attention() -> None:
 
 
 class Cross(nn.Module):
-    """Calls under every name that the function has; with masks and lengths that the op does not take as they are."""
+    """Calls under every name that the function has, with masks and lengths that the op does not accept as they are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -616,7 +618,7 @@ def test_every_call_of_sdpa_is_replaced_and_what_the_op_does_not_cover_is_pytorc
     fallback._reported.clear()
     caplog.clear()
     for _ in range(2):
-        assert_parity(model, q, k)  # is_causal with other lengths: aligned at the top left there
+        assert_parity(model, q, k)  # with unequal lengths is_causal aligns at the top left there
     model.mask = torch.rand(T, T, device=DEVICE) > 0.3
     assert_parity(model, q, q)
     said = [r.message for r in caplog.records]
@@ -638,7 +640,8 @@ def test_sdpa_groups_no_heads_unasked_and_strict_mode_forbids_falling_back() -> 
 
 
 def test_losses_that_the_op_does_not_cover(caplog: pytest.LogCaptureFixture) -> None:
-    """Class probabilities and (N, C, d) logits are PyTorch's, said once; class numbers ours, with every option."""
+    """Class probabilities and (N, C, d) logits fall back to PyTorch, logged once; class indices use the op, with
+    every option."""
     torch.manual_seed(0)
     fallback._reported.clear()
     logits, wide = torch.randn(6, 9, device=DEVICE, requires_grad=True), torch.randn(2, 9, 5, device=DEVICE)
@@ -710,7 +713,7 @@ def test_patching_twice() -> None:
 
 
 def test_forwards_that_are_someone_elses() -> None:
-    """An instance's forward that is there already stays; one that came over ours is not lost without a word."""
+    """A forward already set on an instance is kept; one set over fastgpt's is not silently lost."""
     model = gpt()
     model.ln_f.forward = lambda x: x  # type: ignore[method-assign]
     (entry,) = fastgpt.patch_report(fastgpt.patch(model)).left

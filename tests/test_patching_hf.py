@@ -1,8 +1,8 @@
 """fastgpt.patch on every Hugging Face family: small random models before and after, against the same code in fp64.
 
-error(ours) <= 2 (logits, losses) or 3 (gradients, weights after steps) times that of the unpatched model in the same
+error(patched) <= 2 (logits, losses) or 3 (gradients, weights after steps) times that of the unpatched model in the same
 dtype plus one unit in the last place; errors are relative L2 per tensor. `python tests/test_patching_hf.py` writes the
-family matrix that docs/families.md holds.
+family matrix of docs/families.md.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ NEOX: dict[str, Any] = dict(
     max_position_embeddings=64,
 )  # fmt: skip
 GEMMA: dict[str, Any] = dict(head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16)
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # as the table names them: transformers' config class, its settings
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {  # name in the table: transformers' config class and its settings
     "GPT-2": ("GPT2Config", GPT),
     "GPT-Neo": ("GPTNeoConfig", NEO),
     "GPT-J": ("GPTJConfig", dict(rotary_dim=8, **GPT)),
@@ -64,14 +64,14 @@ each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def sdpa_mask(**options: Any) -> Tensor:
-    """transformers' bool mask, always whole."""
+    """Return transformers' bool mask, always in full."""
     made = masking_utils.sdpa_mask(**{**options, "allow_is_causal_skip": False})
     assert made is not None
     return made
 
 
 class InFp64(TorchFunctionMode):
-    """transformers' code with every step it takes in fp32 taken in fp64."""
+    """Runs every step that transformers' code takes in fp32 in fp64 instead."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wide = {torch.float32: torch.float64, torch.Tensor.float: torch.Tensor.double}
@@ -93,7 +93,7 @@ def _made(family: str, dtype: torch.dtype, extra: tuple[tuple[str, Any], ...]) -
 
 
 def model_of(family: str, dtype: torch.dtype = torch.float32, **extra: Any) -> Any:
-    """A small random model of this family, in training mode."""
+    """Return a small random model of this family, in training mode."""
     return copy.deepcopy(_made(family, dtype, tuple(extra.items()))).train()
 
 
@@ -108,7 +108,7 @@ def labels_of(ids: Tensor) -> Tensor:
 
 
 def outcome(model: Any, ids: Tensor, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-    """Logits, losses of several sets of labels, and every gradient of the first's."""
+    """Return logits, losses of several sets of labels, and every gradient of the first one."""
     model.train()
     loss = model(input_ids=ids, labels=labels, **inputs).loss
     names, params = zip(*model.named_parameters())
@@ -126,7 +126,7 @@ def exact(model: Any, ids: Tensor, labels: Tensor, **inputs: Tensor) -> dict[str
 
 
 def excess(ours: dict[str, Tensor], base: dict[str, Tensor], truth: dict[str, Tensor], eps: float) -> dict[str, float]:
-    """What breaks the rule: tensor -> by how much (nothing, it is to be hoped)."""
+    """Return by how much each tensor breaks the rule; empty if none does."""
     assert ours.keys() == base.keys() == truth.keys()
     worst = {}
     for name, t in truth.items():
@@ -142,7 +142,7 @@ INPUTS = ("plain", "left padding", "right padding", "holes", "packed")
 
 
 def inputs_of(kind: str) -> dict[str, Tensor]:
-    """Keyword arguments of a model's forward."""
+    """Return keyword arguments of a model's forward."""
     seen = torch.ones(B, T, dtype=torch.long, device=DEVICE)
     if kind == "left padding":
         seen[0, :4] = 0
@@ -160,10 +160,10 @@ def inputs_of(kind: str) -> dict[str, Tensor]:
 
 
 def labels_for(kind: str, eager: bool) -> Tensor:
-    """Labels of tokens(): padding counts too. But no gradient is taken where an eager family's token sees no key.
+    """Return labels of tokens(), padding included, but none where a token of an eager family sees no key.
 
-    The output is the mean of the values there, in which no score has a part. Autograd through the eager code gives
-    scores a gradient all the same, as if adding the least number had not swallowed them; ours is 0.
+    The output there is the mean of the values, which does not depend on the scores. Autograd through the eager code
+    still gives scores a gradient, as if adding the most negative number had not absorbed them; with fastgpt it is 0.
     """
     labels = labels_of(tokens())
     if eager and kind == "left padding":
@@ -173,14 +173,14 @@ def labels_for(kind: str, eager: bool) -> Tensor:
 
 @functools.cache
 def compared(family: str, dtype: torch.dtype, kind: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of the unpatched model: what it gives, and what it gives in fp64."""
+    """Return the unpatched model's outcome, and its outcome in fp64."""
     model = model_of(family, dtype)
     given = (model, tokens(), labels_for(kind, model.config._attn_implementation == "eager"))
     return outcome(*given, **inputs_of(kind)), exact(*given, **inputs_of(kind))
 
 
 def broken(family: str, dtype: torch.dtype, kind: str, **options: Any) -> dict[str, float]:
-    """What of a patched model breaks the rule."""
+    """Return what in a patched model breaks the rule."""
     base, truth = compared(family, dtype, kind)
     model = model_of(family, dtype)
     labels = labels_for(kind, model.config._attn_implementation == "eager")
@@ -220,7 +220,7 @@ def test_unpatched_is_bitwise_what_it_was(family: str) -> None:
 
 @each_family
 def test_generation(family: str) -> None:
-    """Greedy, with the KV cache: token for token that of the unpatched model, with left padding too, and without."""
+    """Greedy generation with the KV cache gives the unpatched model's tokens, with and without left padding."""
     model, seen = model_of(family).eval(), torch.ones(B, T, dtype=torch.long, device=DEVICE)
     seen[0, :9] = 0
     runs: list[dict[str, Any]] = [{}, {"attention_mask": seen}, {"use_cache": False}]
@@ -233,14 +233,14 @@ def test_generation(family: str) -> None:
 
 
 def trained(model: Any) -> dict[str, Tensor]:
-    """Parameters after ten steps of AdamW."""
+    """Return parameters after ten steps of AdamW."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4, weight_decay=0.1)  # less of a sign function
     for step in range(10):
         ids = tokens(seed=step)
         model(input_ids=ids, labels=labels_of(ids)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {f"d{n}": p.detach() for n, p in model.named_parameters()}  # d: the rule of gradients
+    return {f"d{n}": p.detach() for n, p in model.named_parameters()}  # d: the rule for gradients
 
 
 @each_family
@@ -319,7 +319,8 @@ def test_positional_arguments_tuples_and_own_losses_are_honoured() -> None:
 
 @pytest.mark.parametrize("names", [("attn_pdrop",), ("attn_pdrop", "resid_pdrop", "embd_pdrop")])
 def test_dropout_of_gpt2_is_the_same_in_distribution(names: tuple[str, ...]) -> None:
-    """Mean and variance of the logits over many draws of the dropout masks, the attention's being ours."""
+    """Compare mean and variance of the logits over many draws of the dropout masks; attention's masks are drawn by
+    fastgpt."""
     model = model_of("GPT-2", **dict.fromkeys(names, 0.1))
     chunks, draws = 10, 20
     means, variances = [], []
@@ -338,7 +339,8 @@ def test_dropout_of_gpt2_is_the_same_in_distribution(names: tuple[str, ...]) -> 
 
 
 def seen_by(mask: Tensor, t: int, s: int) -> Tensor:
-    """What a mask of ours or transformers' bool one says: (B, T, S)."""
+    """Return which keys each token sees under a mask, whether it is fastgpt's or a bool one of transformers: (B, T,
+    S)."""
     if not hf.is_ours(mask):
         return mask[:, 0]
     which: dict[str, Any] = dict.fromkeys(("cu_seqlens_q", "doc_ids", "kv_lens", "kv_start"))
@@ -356,8 +358,8 @@ def seen_by(mask: Tensor, t: int, s: int) -> Tensor:
 def test_our_masks_say_what_transformers_masks_say(
     window: int | None, compiling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For every padding of six keys and one to six queries: the keys that each token sees, padding tokens too; where no
-    value can be read, apart from padding tokens between real ones."""
+    """For every padding of six keys and one to six queries, check the keys that each token sees, padding tokens too;
+    where no value can be read, except padding tokens between real ones."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     s, ours = 6, 0
     padding = torch.tensor([[bool(n >> i & 1) for i in range(s)] for n in range(1, 2**s)])
@@ -379,7 +381,7 @@ def test_our_masks_say_what_transformers_masks_say(
 
 
 def test_other_masks_fall_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
-    """A 4D mask of the caller's, with softcap (Gemma 2) and without: right, and said once."""
+    """A caller's own 4D mask, with softcap (Gemma 2) and without, gives the right result and one message."""
     mask = torch.ones(T, T, dtype=torch.bool).tril()
     mask[:, 2] = False
     mask[2, 2] = True
@@ -396,7 +398,7 @@ def test_other_masks_fall_to_pytorch(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.parametrize("family", ["GPT-Neo", "Llama", "Mistral", "Gemma 2"])
 def test_caches_and_ways_of_decoding(family: str) -> None:
-    """Static caches with left padding, several tokens at once behind a cache, an assistant, beams."""
+    """Static caches with left padding, several tokens at once after a cache, an assistant, beams."""
     model, ids = model_of(family).eval(), tokens()
     seen = torch.ones_like(ids)
     seen[0, :4] = 0
@@ -418,7 +420,7 @@ def test_caches_and_ways_of_decoding(family: str) -> None:
 
 @each_family
 def test_a_mask_of_four_dimensions_means_what_it_meant(family: str) -> None:
-    """Float masks and bool ones, whatever they hold: the family's own attention."""
+    """Float and bool masks, whatever their values, use the family's own attention."""
     model, patched = (m.eval() for m in (model_of(family), fastgpt.patch(model_of(family))))
     seen = torch.rand(B, 1, T, T, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
     seen |= torch.eye(T, dtype=torch.bool, device=DEVICE)
@@ -434,7 +436,7 @@ def test_a_mask_of_four_dimensions_means_what_it_meant(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["GPT-Neo", "GPT-J", "Llama"])
 def test_a_config_is_nobodys_but_its_owners(family: str, tmp_path: Path) -> None:
-    """Patching a model leaves models of the same config alone, and new ones from it, and pickled ones."""
+    """Patching a model affects neither models of the same config, nor new ones from it, nor pickled ones."""
     model = model_of(family).eval()
     patched = fastgpt.patch(copy.deepcopy(model))
     patched.config = patched.base_model.config = model.config
@@ -455,7 +457,8 @@ def test_a_config_is_nobodys_but_its_owners(family: str, tmp_path: Path) -> None
 
 
 def test_an_implementation_that_is_set_later_counts() -> None:
-    """'sdpa' and 'eager' are served, with what padding gives in each; any other goes through, masks and all."""
+    """'sdpa' and 'eager' use the op, each with its own results for padding; any other implementation gets its call
+    unchanged, masks included."""
     model, patched, padded = (
         model_of("Llama").eval(),
         fastgpt.patch(model_of("Llama")).eval(),
@@ -480,7 +483,7 @@ def test_an_implementation_that_is_set_later_counts() -> None:
     transformers.AttentionMaskInterface.register("own", masking_utils.sdpa_mask)
     for m in (model, patched):
         m.set_attn_implementation("own")
-    # the rest of the model is on the ops, so that this is near and not equal
+    # the rest of the model runs on the ops, so results are close and not equal
     torch.testing.assert_close(patched(tokens(), **padded).logits, model(tokens(), **padded).logits)
     assert len(calls) == 4 and all(m.dtype == torch.bool and m.dim() == 4 for m in calls)
 
@@ -496,7 +499,7 @@ def test_a_window_that_is_set_later_counts() -> None:
 
 
 def test_continuous_batching() -> None:
-    """Of GPT-J, whose positions come in int32 then; a paged cache is the library's attention's business."""
+    """Test GPT-J, whose positions are int32 here; a paged cache is left to the library's attention."""
     settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=VOCAB, pad_token_id=0)
     batches = []
     for m in (model_of("GPT-J").eval(), fastgpt.patch(model_of("GPT-J")).eval()):
@@ -510,7 +513,7 @@ def test_continuous_batching() -> None:
 
 
 def test_attention_in_fp32_of_gpt2() -> None:
-    """reorder_and_upcast_attn, a method of its own in eager attention."""
+    """reorder_and_upcast_attn is a separate method in eager attention."""
     models = [model_of("GPT-2", reorder_and_upcast_attn=True, attn_implementation="eager") for _ in range(2)]
     fastgpt.patch(models[1])
     for kind in ("plain", "left padding"):
@@ -520,7 +523,8 @@ def test_attention_in_fp32_of_gpt2() -> None:
 
 
 def test_families_left_alone() -> None:
-    """A family that was not tried: its norms and MLPs go by what they compute, attention and loss stay, and why."""
+    """In an untested family, norms and MLPs are recognised by what they compute; attention and loss stay, with a
+    reason."""
     config = transformers.OlmoConfig(**LLAMA, **NO_TOKENS)
     model = fastgpt.patch(transformers.AutoModelForCausalLM.from_config(config))
     left = {e.part: e.why for e in fastgpt.patch_report(model).left}
@@ -531,7 +535,7 @@ def test_families_left_alone() -> None:
 
 
 def test_attention_of_another_class_keeps_its_masks() -> None:
-    """An attention of its own beside the family's would not know our masks: nobody is given them."""
+    """A custom attention among the family's would not understand fastgpt's masks, so no module receives them."""
     model = model_of("GPT-J")
     model.transformer.h[1].attn._attn = lambda *args: None
     with pytest.raises(ValueError, match="attention transformer.h.1.attn: _attn of this instance is not its class's"):
@@ -580,7 +584,7 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it() -> None:
 
 
 def matrix() -> str:
-    """docs/families.md: every family x part, by patching that part alone and holding the result to the rule."""
+    """Write docs/families.md: patch each part of every family alone and check the result by the rule."""
     rows, notes = [], []
     for family in FAMILIES:
         cells = []

@@ -1,5 +1,5 @@
-"""A patched model in what people run models in: torch.compile, autocast, checkpointing, PEFT, the Trainer, DDP, FSDP2,
-and Hugging Face's `kernels` library."""
+"""A patched model in common training environments: torch.compile, autocast, checkpointing, PEFT, the Trainer, DDP,
+FSDP2, and Hugging Face's `kernels` library."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def tokens(seed: int = 0) -> Tensor:
 
 
 def step(model: Any, **inputs: Any) -> dict[str, Tensor]:
-    """Loss and gradients of what is trained."""
+    """Return the loss and the gradients of trainable parameters."""
     ids = tokens()
     loss = model(input_ids=ids, labels=ids, **inputs).loss
     model.zero_grad()
@@ -68,7 +68,7 @@ def step(model: Any, **inputs: Any) -> dict[str, Tensor]:
 
 
 def assert_rule(ours: dict[str, Tensor], base: dict[str, Tensor], truth: dict[str, Tensor], eps: float) -> None:
-    """Relative L2 per tensor at most 3 times the unpatched model's, plus a unit."""
+    """Check that the relative L2 error per tensor is at most 3 times the unpatched model's, plus a unit."""
     assert ours.keys() == base.keys() == truth.keys() and len(truth) > 3
     for name, t in truth.items():
         mine, theirs = (float((x[name].double() - t).norm() / t.norm()) for x in (ours, base))
@@ -98,7 +98,7 @@ def test_compile_fullgraph(family: str, padded: bool) -> None:
 
 @pytest.mark.slow
 def test_compile_through_inductor() -> None:
-    """Once with the compiler's own code between the ops."""
+    """Compile once with the compiler's generated code between the ops."""
     torch._dynamo.reset()
     model = fastgpt.patch(model_of("llama"))
     eager, compiled = step(model), step(torch.compile(model, fullgraph=True))
@@ -139,7 +139,7 @@ def lora(model: nn.Module, **options: Any) -> Any:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_lora(family: str) -> None:
-    """Patched before the adapters come and after; taken out under them and with them."""
+    """Patch before and after adding adapters; unpatch under them and with them."""
     truth, base = step(lora(model_of(family)).double()), step(lora(model_of(family)))
     before, after = lora(fastgpt.patch(model_of(family))), fastgpt.patch(lora(model_of(family)))
     for model in (before, after):
@@ -173,7 +173,7 @@ class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def pad(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What data collators do: right padding, an attention mask, -100."""
+    """Pad as data collators do: right padding, an attention mask, -100."""
     width = max(len(r["input_ids"]) for r in rows)
     filled = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     rows = [{**r, "attention_mask": torch.ones_like(r["input_ids"])} for r in rows]
@@ -203,7 +203,7 @@ def losses(trainer: Any) -> Tensor:
 
 
 def test_trainer_with_flattened_batches(tmp_path: Path) -> None:
-    """Documents in one row, told apart by position ids alone."""
+    """Documents in one row, separated by position ids alone."""
     collator = transformers.DataCollatorWithFlattening()
     assert collator([Tokens()[0], Tokens()[1]])["position_ids"].tolist()[0][T : T + 2] == [0, 1]
     models = [model_of("llama"), fastgpt.patch(model_of("llama"))]
@@ -214,7 +214,7 @@ def test_trainer_with_flattened_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, AdamW], ids=["torch", "fastgpt"])
 def test_trainer(family: str, optimizer: Any, tmp_path: Path) -> None:
-    """Padded batches, accumulation normalised by num_items_in_batch, evaluation: as unpatched."""
+    """Padded batches, accumulation normalised by num_items_in_batch, and evaluation match the unpatched model."""
     base = train(model_of(family), tmp_path)
     ours = train(fastgpt.patch(model_of(family)), tmp_path, optimizer)
     assert len(losses(base)) == 3 and losses(base).unique().numel() == 3
@@ -278,7 +278,7 @@ os._exit(0)  # threads of gloo that are still alive may abort the usual exit
 
 
 def run(code: str, *launcher: str, **env: str) -> str:
-    """Standard output of Python code in processes of its own, from a folder in which nothing lies."""
+    """Return the standard output of Python code in separate processes, started in an empty folder."""
     here = Path(__file__).parent
     path = os.pathsep.join([p for p in sys.path if p])
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TESTS": str(here), **env}
@@ -290,7 +290,7 @@ def run(code: str, *launcher: str, **env: str) -> str:
 
 
 def test_ddp_and_fsdp2(tmp_path: Path) -> None:
-    """Two processes on gloo: weights after three steps are those of one process with the whole batch."""
+    """Two processes on gloo: weights after three steps match those of one process with the whole batch."""
     script = tmp_path / "parallel.py"
     script.write_text(PARALLEL, encoding="utf-8")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
@@ -344,7 +344,7 @@ def test_the_kernels_library_loads_a_repository_of_ours(tmp_path: Path) -> None:
 
 
 def test_bench_before_and_after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    """`python -m fastgpt.bench.patching` at a shape of milliseconds, its variants in this process."""
+    """Run `python -m fastgpt.bench.patching` at a shape that takes milliseconds, with its variants in this process."""
     monkeypatch.setattr(bench, "Apart", lambda name, shape, serve: bench.Variant(name, shape))
     real = bench.figures
     monkeypatch.setattr(bench, "figures", lambda v, *rest: real(setattr(v, "peak_mb", 1.0) or v, *rest))

@@ -1,4 +1,4 @@
-"""The plan of a run's memory against what is saved and allocated; the choice of a micro-batch; errors; the command."""
+"""The memory plan of a run against what is saved and allocated; the choice of a micro-batch; errors; the command."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ WIDE = dict(width=512, n_layers=3, n_heads=8, vocab_size=3000)  # matrices large
 
 
 def settings(model: dict[str, Any], dtype: str = "fp32", b: int = 4, t: int = 64, **more: Any) -> TrainConfig:
-    """Two micro-batches a step, so that one meets the other's gradients."""
+    """Return settings with two micro-batches a step, so the second one adds to the first one's gradients."""
     sizes = dict(block_size=t, micro_batch=b, batch_tokens=2 * b * t)
     return TrainConfig(model=ModelConfig(**model), dtype=dtype, device="cpu", **{**sizes, **more})  # type: ignore[arg-type]
 
@@ -61,11 +61,12 @@ def planned(cfg: TrainConfig, target: Target = CPU, gpus: int = 1) -> Plan:
 
 
 def saved_bytes(cfg: TrainConfig) -> int:
-    """Bytes of the distinct storages that a forward pass saves for backward; parameters, tables and ids left out."""
+    """Return the bytes of distinct storages that a forward pass saves for backward; without parameters, tables and
+    ids."""
     model = build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
     ids = torch.randint(1000, (cfg.sequences, cfg.block_size))
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers(), ids)}
-    kept: dict[int, torch.Tensor] = {}  # the tensors too, so that no address comes twice
+    kept: dict[int, torch.Tensor] = {}  # keeps the tensors too, so no address is reused
 
     def pack(t: torch.Tensor) -> torch.Tensor:
         if t.untyped_storage().data_ptr() not in known:
@@ -78,7 +79,7 @@ def saved_bytes(cfg: TrainConfig) -> int:
 
 
 def head_bytes(cfg: TrainConfig) -> int:
-    """Of the part `loss`, what forward saves: the last norm's input and statistics, its output, dlogits."""
+    """Return what forward saves for the part `loss`: the last norm's input and statistics, its output, dlogits."""
     m, n, w = cfg.model, cfg.sequences * cfg.block_size, DTYPES[cfg.dtype].itemsize
     norm = n * (w * m.width + (8 if m.norm == "layer" else 4)) if m.norm_placement == "pre" else 0
     return norm + n * w * (m.width + m.padded_vocab_size)
@@ -88,7 +89,8 @@ def head_bytes(cfg: TrainConfig) -> int:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_activations_are_exact(name: str, dtype: str) -> None:
-    """To the byte on our kernels; PyTorch's own ops keep at least that (fp32: the same or more; T x T matrices)."""
+    """Exact to the byte with fastgpt's kernels; PyTorch's ops keep at least as much (fp32: the same or more; T x T
+    matrices)."""
     cfg = settings(MODELS[name], dtype)
     expected = planned(cfg).activations + head_bytes(cfg)
     assert saved_bytes(cfg) == expected
@@ -103,7 +105,7 @@ def test_activations_grow_with_tokens_alone() -> None:
 
 
 def peak_of(work: Any) -> tuple[int, int]:
-    """Most bytes that were live at a time of what `work` allocates on the CPU, and those that are left."""
+    """Return the peak of the bytes that `work` has allocated on the CPU, and the bytes that remain."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
     nodes = list(seen.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
@@ -121,7 +123,7 @@ def peak_of(work: Any) -> tuple[int, int]:
 
 
 def step_bytes(cfg: TrainConfig) -> tuple[int, int]:
-    """(peak of a training step over parameters and optimizer state, bytes of AdamW's state)."""
+    """Return (peak of a training step beyond parameters and optimizer state, bytes of AdamW's state)."""
     model = build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
     optimizer = build_optimizer(cfg, model)
     ids = torch.randint(1000, (cfg.sequences, cfg.block_size))
@@ -165,7 +167,7 @@ def over_fixed(p: Plan) -> int:
     ],
 )
 def test_peak_of_a_step(name: str, level: Any, dtype: str) -> None:
-    """What the allocator had live at most in a step over parameters, gradients and optimizer: within 2 %."""
+    """The peak of a step beyond parameters, gradients and optimizer matches the allocator's within 2 %."""
     wide = MODELS[name] | WIDE | (dict(mlp_width=1408) if "mlp_width" in MODELS[name] else {})
     cfg = settings(wide, dtype, recompute=level)
     expected = over_fixed(planned(cfg))
@@ -177,7 +179,7 @@ def test_peak_of_a_step(name: str, level: Any, dtype: str) -> None:
 @needs_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_peak_of_a_step_in_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Logits that do not fit their share: dW in fp32 over all chunks, twice in backward."""
+    """Logits that exceed their share: dW in fp32 over all chunks, twice in backward."""
     monkeypatch.setattr(_linear_cross_entropy, "share_for_logits", lambda gpu: 1 << 20)
     monkeypatch.setattr(_linear_cross_entropy, "_budgets", {})
     cfg = settings(GPT2 | WIDE, dtype)
@@ -190,7 +192,7 @@ def test_peak_of_a_step_in_chunks(dtype: str, monkeypatch: pytest.MonkeyPatch) -
 @needs_cpu
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen"])
 def test_validation_is_beside_the_graphs_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a forward pass without gradients allocates stays under the plan's figure, which counts where graphs do."""
+    """A forward pass without gradients allocates less than the plan's figure, which counts where graphs are used."""
     monkeypatch.setattr(_linear_cross_entropy, "share_for_logits", lambda gpu: 1 << 29)
     cfg = settings(MODELS[name] | WIDE, batch_tokens=4 * 64)
     shape = shape_of(cfg)
@@ -241,7 +243,8 @@ def test_muons_state_is_exact(dtype: str) -> None:
 @needs_cpu
 @pytest.mark.parametrize(("name", "tokens"), [("gpt2", 256), ("gpt2", 32), ("llama", 256), ("llama", 32)])
 def test_peak_of_a_step_of_one_micro_batch(name: str, tokens: int) -> None:
-    """Gradients come as activations go: with many tokens the peak is where backward begins, with few where it ends."""
+    """Gradients are allocated as activations are freed: with many tokens backward peaks at its start, with few at
+    its end."""
     cfg = settings(MODELS[name] | WIDE, b=1, t=tokens, batch_tokens=tokens)
     p, two = planned(cfg), planned(replace(cfg, batch_tokens=2 * tokens))
     got, _ = step_bytes(cfg)
@@ -251,7 +254,7 @@ def test_peak_of_a_step_of_one_micro_batch(name: str, tokens: int) -> None:
 
 @pytest.mark.parametrize(("more", "kept"), [({"batch_tokens": 256}, "tied"), ({}, "all"), ({"compile": True}, "none")])
 def test_which_gradients_have_a_place(more: dict[str, Any], kept: str) -> None:
-    """Those that several matrix products of a step add to: others would only lie there."""
+    """Only gradients to which several matrix products of a step add: a buffer for others would be wasted."""
     model = build_model(settings(GPT2 | WIDE, **more), 3000, torch.device("cpu"))
     names = {name for name, p in model.named_parameters() if hasattr(p, "grad_buffer")}
     assert names == {"tied": {"wte.weight"}, "none": set()}.get(kept, names)
@@ -269,16 +272,16 @@ def test_a_gpu_keeps_dropout_masks_in_a_byte_and_bf16() -> None:
 
 
 def test_nothing_is_allocated(capsys: pytest.CaptureFixture[str]) -> None:
-    """A model of 1.5 billion parameters is planned in the memory of its meta tensors."""
+    """A model of 1.5 billion parameters is planned with only meta tensors."""
     top, _ = peak_of(lambda: plan.main(["--plan", "--config", "gpt2-1.5b", "--device", "h100"], "tiny"))
     assert top < 1 << 20 and "1,557,686,400 parameters" in capsys.readouterr().out
 
 
-# ---- what is done with the numbers
+# ---- using the numbers
 
 
 def target_for(cfg: TrainConfig, size: int) -> Target:
-    """A device that just holds a micro-batch of this size."""
+    """Return a device that can just hold a micro-batch of this size."""
     peak = planned(replace(cfg, micro_batch=size)).peak
     return Target("test", "cpu", int(peak / (1 - memory.SPARE["cpu"])) + 2)
 
@@ -326,7 +329,7 @@ def test_auto_is_settled_before_the_model(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def knob(cfg: TrainConfig, target: Target) -> TrainConfig:
-    """The settings with what `remedy` says: it must fit, and change nothing else."""
+    """Return the settings changed as `remedy` advises: they must fit, and differ in nothing else."""
     words = plan.remedy(cfg, target).partition(" needs ")[0].split()
     assert words and all(w.startswith("--") for w in words[::2]), words
     change: dict[str, Any] = {
@@ -372,7 +375,7 @@ def test_out_of_memory_names_part_and_knob(
     fail: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In the loop, through the command: one sentence, exit code 2."""
-    ids = tmp_path / "ids_uint32.bin"  # uint16 without a tokenizer would be GPT-2's
+    ids = tmp_path / "ids_uint32.bin"  # uint16 without a tokenizer would imply GPT-2's vocabulary
     ids.write_bytes(torch.randint(300, (4000,), dtype=torch.int32).numpy().tobytes())
     monkeypatch.chdir(tmp_path)
     words = "--model.n-layers 4 --model.n-heads 2 --model.width 32 --model.vocab-size 512 --block-size 128 "

@@ -1,5 +1,5 @@
-"""Commands and code of README and of the pages in docs, executed word for word (make's two commands are run by .ci/run;
-here their recipes must exist)."""
+"""Commands and code in README and the pages of docs, executed verbatim (.ci/run runs make's two commands; here their
+recipes must exist)."""
 
 import os
 import re
@@ -32,20 +32,20 @@ def commands(page: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the commands speak of: a text and a token shard."""
+    """Return a folder with the files that the commands use: a text and a token shard."""
     here = tmp_path_factory.mktemp("readme")
     shutil.copy(ROOT / "fastgpt" / "train.py", here / "my.txt")
     (here / "shards").mkdir()
     ids = [i * 7919 % 500 for i in range(5000)]
-    # uint32, so that the vocabulary is what the ids need; uint16 shards without a tokenizer get GPT-2's 50257
+    # uint32, so the vocabulary is as large as the ids need; uint16 shards without a tokenizer imply GPT-2's 50257
     (here / "shards" / "train_uint32.bin").write_bytes(struct.pack(f"<{len(ids)}I", *ids))
     return here
 
 
 @pytest.mark.parametrize("page", [README, TRAINING, BENCHMARKS], ids=["README", "training", "benchmarks"])
 def test_fastgpt_commands(folder: Path, page: str) -> None:
-    """In the page's order, in one folder: `fastgpt sample` uses the run that the commands before it left. One test a
-    page, since several would be spread over processes."""
+    """Run them in the page's order, in one folder: `fastgpt sample` uses the run of the commands before it. One test
+    per page, since several would be distributed over processes."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(folder / "cache")}  # `fastgpt tune` writes there
     run = [c for c in commands(page) if c.startswith("fastgpt ")]

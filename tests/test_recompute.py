@@ -1,4 +1,4 @@
-"""Activations made again in backward: the same bits, less memory."""
+"""Activations recomputed in backward: the same bits, less memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def step(shape: dict[str, Any], level: Any, kept: bool) -> list[Tensor]:
-    """Loss and gradients."""
+    """Return loss and gradients."""
     model = GPT(ModelConfig(**shape), generator=torch.Generator().manual_seed(1))
     model.recompute = level
     if kept:
@@ -48,11 +48,11 @@ def test_every_level_gives_the_same_bits(name: str, kept: bool) -> None:
 
 
 def held(shape: dict[str, Any], level: Any) -> int:
-    """Bytes that a forward pass leaves allocated."""
+    """Return the bytes that a forward pass leaves allocated."""
     model = GPT(ModelConfig(**shape), generator=torch.Generator().manual_seed(1))
     model.recompute = level
     ids = torch.randint(70, (8, 32), generator=torch.Generator().manual_seed(2))
-    model(ids, ids).backward()  # what the first pass alone allocates
+    model(ids, ids).backward()  # allocations of the first pass alone
     gc.collect()
     with torch.profiler.profile(profile_memory=True) as seen:
         loss = model(ids, ids)
@@ -62,8 +62,8 @@ def held(shape: dict[str, Any], level: Any) -> int:
 
 
 def test_levels_keep_less() -> None:
-    """Per token and layer: norms, attention input and output, MLP: 16 widths; without the norms' and GELU's outputs 10;
-    a block's input 2 (branch and residual)."""
+    """Per token and layer: norms, attention input and output, MLP: 16 widths; without the outputs of norms and GELU
+    10; a block's input 2 (branch and residual)."""
     wide = {**GPT2, "width": 64, "n_layers": 6}
     none, norms, block = (held(wide, level) for level in ("none", "norms", "block"))
     layers = 6 * 8 * 32 * 64 * 4  # bytes of one width in all layers
@@ -73,7 +73,7 @@ def test_levels_keep_less() -> None:
 
 @pytest.mark.parametrize("level", ["none", "norms", "block"])
 def test_gradients_go_where_they_are_kept(level: Any) -> None:
-    """A saved-tensor hook gives backward another tensor object, without the weight's buffer."""
+    """A saved-tensor hook hands backward another tensor object, without the weight's buffer."""
     model = GPT(ModelConfig(**GPT2))
     model.recompute = level
     keep_gradients(model, min_numel=1)
@@ -85,7 +85,7 @@ def test_gradients_go_where_they_are_kept(level: Any) -> None:
 
 
 def test_nothing_outlives_backward_without_a_collection() -> None:
-    """Activations in a cycle would stay until Python looks for cycles, many steps later on a GPU."""
+    """Activations in a reference cycle would stay until Python collects cycles, many steps later on a GPU."""
     model = GPT(ModelConfig(**GPT2))
     model.recompute = "norms"
     keep_gradients(model, min_numel=1)

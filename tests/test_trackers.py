@@ -1,4 +1,4 @@
-"""Trackers and profiles of a run: what they are given, and that a failing one does not end it."""
+"""Trackers and profiles of a run: what they receive, and that a failing one does not end the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastgpt.training.trackers import Trackers
 
 
 class Wandb(types.ModuleType):
-    """Stands in for wandb and trackio; raises at the `fails`-th call of log."""
+    """Stand-in for wandb and trackio; raises at call number `fails` of log."""
 
     def __init__(self, fails: int = 0) -> None:
         super().__init__("wandb")

@@ -1,4 +1,4 @@
-"""The loop as a user runs it: to the end, resumed, on bad input, copied out; small models, real text."""
+"""The loop as a user runs it: to the end, resumed, on bad input, copied; small models, real text."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real text: this file's neighbours' own source."""
+    """Return a real text: the source files next to this one."""
     folder = tmp_path_factory.mktemp("text")
     for path in sorted(Path(train.__file__).parent.rglob("*.py")):
         shutil.copy(path, folder / f"{path.stem}.txt")
@@ -52,7 +52,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Runs and prepared data go to a folder of the test's own; kernel choices do not outlive it."""
+    """Put runs and prepared data into the test's folder; forget kernel choices afterwards."""
     monkeypatch.chdir(tmp_path)
     with use():
         yield tmp_path
@@ -88,7 +88,7 @@ def test_a_run_leaves_everything_a_person_expects(text: Path, capsys: pytest.Cap
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM arrives during this step of the next run."""
+    """Send SIGTERM during this step of the next run."""
     real, seen = train.learning_rate, []
 
     def signalled(cfg: TrainConfig, number: int, last_step: int) -> float:
@@ -102,7 +102,7 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 def test_resume_is_bitwise(text: Path, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped anywhere and continued, with accumulation and dropout: the losses of the uninterrupted run."""
+    """Stopped at any step and resumed, with accumulation and dropout: the losses of the uninterrupted run."""
     extra = ["--model.resid-dropout", "0.1", "--model.attn-dropout", "0.1", "--kernels", f"all={kernels}"]
     assert go(text, *extra) == 0
     whole, weights = losses(), torch.cat([p.flatten() for p in _weights("run").values()])
@@ -123,7 +123,7 @@ def _weights(run: str) -> dict[str, torch.Tensor]:
 
 
 def test_accumulation_does_not_change_the_gradient(text: Path) -> None:
-    """1 x 16 sequences and 4 x 4 give the same steps up to fp32 rounding."""
+    """1 x 16 sequences and 4 x 4 take the same steps up to fp32 rounding."""
     more = ["--batch-tokens", "512", "--max-steps", "4"]
     assert go(text, *more, "--micro-batch", "16", "--out", "a") == 0
     assert go(text, *more, "--micro-batch", "4", "--out", "b") == 0
@@ -145,7 +145,8 @@ def test_the_benchmarked_step_is_the_loops(text: Path) -> None:
 
 
 def test_every_counted_token_weighs_the_same() -> None:
-    """Micro-batches of which some tokens do not count, and one of none: the gradient of the whole batch at once."""
+    """With micro-batches that count only some tokens, and one that counts none, the gradient is that of the whole
+    batch."""
     torch.manual_seed(0)
     cfg = load_config([*SMALL, "--clip", "0"])
     ids, targets = torch.randint(60, (8, 32)), torch.randint(60, (8, 32))
@@ -261,7 +262,7 @@ def test_validation_sources_of_shards(text: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def ended(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
-    """Runs that came to their end."""
+    """Return the runs that reached their end."""
     found: list[Run] = []
     monkeypatch.setitem(train.EVALUATIONS, "ended", lambda run: found.append(run) or {})
     return found
@@ -309,7 +310,7 @@ def test_a_resume_with_other_groups_keeps_each_parameters_moments(text: Path, en
     with pytest.raises(UserError, match="has optimizer 'adamw', expected 'muon'"):
         resumed("--optimizer", "muon")
     path = checkpoint.find("run") / checkpoint.STATE
-    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))  # its state would go by number
+    path.write_text(path.read_text().replace('"format": 2', '"format": 1'))  # its state would be matched by number
     with pytest.raises(UserError, match=r"has lr_ratios \{\}, expected \{'wte': 1.0\}"):
         resumed("--lr-ratios", '{"wte": 1.0}')
 
@@ -366,7 +367,7 @@ def test_muon_takes_the_matrices_of_the_blocks(text: Path, ended: list[Run]) -> 
     expected = {name for name, p in run.model.named_parameters() if name.startswith("blocks.") and p.dim() == 2}
     assert {named[p] for p in run.optimizer.matrices} == expected
     assert all(not torch.equal(before[name], p) for name, p in run.model.named_parameters())
-    w = run.model.blocks[0].mlp.up.weight.detach()  # a Muon step: singular values alike, of AdamW's size
+    w = run.model.blocks[0].mlp.up.weight.detach()  # a Muon step: equal singular values, of AdamW's size
     rate = learning_rate(cfg, 0, cfg.max_steps)
     moved = before["blocks.0.mlp.up.weight"].detach() * (1 - rate * cfg.weight_decay) - w
     values = torch.linalg.svdvals(moved) / (0.2 * max(w.shape) ** 0.5 * rate)
@@ -459,7 +460,7 @@ def test_token_shards_train_without_a_tokenizer(text: Path, capsys: pytest.Captu
 
 
 def test_characters_as_ids(here: Path) -> None:
-    """nanoGPT's character-level train.bin: the model's vocabulary may be as small as the ids are."""
+    """nanoGPT's character-level train.bin: the model's vocabulary may be as small as the ids allow."""
     torch.arange(4000).remainder(65).short().numpy().tofile("train.bin")
     settings = [*SMALL, "--data", "train.bin", "--val-sources", '{"more": "train.bin"}']
     assert train.prepare(load_config(settings)).model.vocab_size == 50257
@@ -489,7 +490,7 @@ def test_train_py_copied_out_of_the_checkout_runs(text: Path, here: Path) -> Non
 
 
 def bad(text: Path, change: str) -> list[str]:
-    """Arguments of a run that must fail, and what was prepared to make it so."""
+    """Return the arguments of a run that must fail, after preparing the cause."""
     if change == "missing":
         return ["--data", "nowhere.txt"]
     if change == "empty":

@@ -1,4 +1,4 @@
-"""Triton launchers of AdamW called directly against fp64: in the interpreter on CPU tensors, or on a GPU."""
+"""AdamW's Triton launchers called directly, against fp64: in the interpreter on CPU tensors, or on a GPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CANARY = 7.0
 
 
 def within(name: str, ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
-    """The parity rule for one tensor."""
+    """Apply the parity rule to one tensor."""
     if exact.numel():
         error, baseline = ((t.double() - exact).abs().max().item() for t in (ours, torchs))
         allowed = allowed_error(name, exact, baseline, ours.dtype)
@@ -32,7 +32,7 @@ def within(name: str, ours: Tensor, torchs: Tensor, exact: Tensor) -> None:
 
 
 def guarded(t: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of t inside a larger buffer of canaries, misaligned by one element; and the buffer."""
+    """Return a copy of t inside a larger buffer of canaries, misaligned by one element; and the buffer."""
     buffer = torch.full((t.numel() + 64 + 1,), CANARY, device=t.device).to(t.dtype)
     inside = buffer[33 : 33 + t.numel()].view(t.shape)
     inside.copy_(t)
@@ -48,7 +48,7 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
 
 
 class State:
-    """Parameters of the given sizes with random values, and what AdamW keeps for them."""
+    """Parameters of the given sizes with random values, and AdamW's state for them."""
 
     def __init__(
         self, sizes: tuple[int, ...], dtype: torch.dtype, master: torch.dtype | None, moment: torch.dtype = F32
@@ -95,7 +95,7 @@ class State:
         )  # fmt: skip
 
     def fp32(self) -> list[Tensor]:
-        """The exact parameters: masters, or bits put together, or the parameters."""
+        """Return the exact parameters: masters, or values assembled from both halves of the bits, or the parameters."""
         if self.masters and self.masters[0].dtype == I16:
             pairs = zip(self.params, self.masters, strict=True)
             return [((p.view(I16).int() << 16) + r.int()).view(F32) for p, r in pairs]
@@ -134,7 +134,7 @@ def test_adamw(dtype: torch.dtype, grad: torch.dtype, master: torch.dtype | None
     assert state.steps.tolist() == [0, 0, 3, 3, 3, 3, 3] and canaries_intact(*state.buffers)
     for i, (p, e, t) in enumerate(zip(state.fp32(), exact[0], torchs[0], strict=True)):
         within(f"parameter {i}", p, t.detach(), e.detach())
-        assert torch.equal(state.params[i], p.to(dtype)) or master == I16  # ties go up there
+        assert torch.equal(state.params[i], p.to(dtype)) or master == I16  # ties round up there
         assert i == 4 or (state.params[i].float() - p).abs().max() <= torch.finfo(dtype).eps * p.abs().max()
 
 

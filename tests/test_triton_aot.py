@@ -1,7 +1,7 @@
-"""The Triton kernels compile for sm_80 and sm_90 without spilling, in a process of its own.
+"""The Triton kernels compile for sm_80 and sm_90 without spilling, in a separate process.
 
-Here: bf16, no options and all options, some widths. `make triton-check` takes all configurations, `make test-all` every
-dtype, alignment and chip too.
+Here: bf16, no options and all options, some widths. `make triton-check` compiles all configurations, `make test-all`
+also every dtype, alignment and chip.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def test_every_kernel_is_launched_with_fp_fusion(monkeypatch: pytest.MonkeyPatch
         get_current_device = get_current_stream = get_device_capability = staticmethod(lambda *_: 0)
         get_current_target = staticmethod(lambda: triton_check.GPUTarget("cuda", 90, 32))
 
-    importlib.import_module("triton.experimental.gluon")  # Triton 3.9's binder would, and fail, with `interpret` off
+    importlib.import_module("triton.experimental.gluon")  # Triton 3.9's binder would fail to, with `interpret` off
     monkeypatch.setattr(triton_check.triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(triton_check.triton.runtime.driver, "_active", Driver)
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")

@@ -1,4 +1,4 @@
-"""`fastgpt tune`: what it measures, what it refuses, what it remembers, and what `auto` makes of that."""
+"""`fastgpt tune`: what it measures, what it refuses, what it saves, and how `auto` uses that."""
 
 import argparse
 import dataclasses
@@ -31,7 +31,7 @@ needs_cpu = pytest.mark.skipif(backend.missing("cpu") is not None, reason="the C
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A user's cache folder of this test's own, nothing chosen, nothing read yet."""
+    """Give the test an empty cache folder, with nothing chosen and nothing read yet."""
 
     def forget() -> None:
         backend._tuned.clear()
@@ -51,7 +51,7 @@ def entry(name: str, note: str = "1.31x cpu") -> dict[str, Any]:
 
 
 def again() -> None:
-    """A new process: the table is read again."""
+    """Act as a new process: the table is read again."""
     backend._tuned.clear()
     backend._cache.clear()
 
@@ -149,7 +149,7 @@ def test_a_table_reorders_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 
 def test_the_prior_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where nothing was measured: CUDA kernels, but Triton's attention."""
+    """If nothing was measured: CUDA kernels, but Triton's attention."""
     monkeypatch.setattr(backend, "refusal", lambda *args: None)
     monkeypatch.setattr(backend, "tuned", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
@@ -161,7 +161,7 @@ def test_the_prior_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_library_s_attention_is_the_prior_from_sm_90_on(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
-    """For what it can do exactly and, asked to, deterministically; until something else was measured as faster."""
+    """For what it computes exactly and, if requested, deterministically; until another was measured as faster."""
     module = sys.modules["fastgpt.ops.attention"]
     monkeypatch.setattr(backend, "refusal", lambda *args: None)
     monkeypatch.setattr("fastgpt.core.cache.machine_facts", lambda device: {"device": device})
@@ -173,7 +173,7 @@ def test_the_library_s_attention_is_the_prior_from_sm_90_on(
     assert backend.explain("layer_norm", "cuda", bf16) == ("cuda", "prior")
     assert tune.plan(GPT2, 2, 8, "cuda", bf16, ["attention"])[0][0].backends == ["torch", "triton", "cuda"]
 
-    class Query:  # as much of a CUDA tensor as choosing reads
+    class Query:  # the attributes of a CUDA tensor that the choice reads
         shape, dtype, device, is_cuda = torch.Size((1, 4, 2, 16)), bf16, torch.device("cuda"), True
 
     options = {**module._DEFAULTS, "return_lse": False, "causal": True}
@@ -187,7 +187,8 @@ def test_the_library_s_attention_is_the_prior_from_sm_90_on(
 
 
 def test_a_call_unlike_what_was_measured_keeps_the_prior(monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's attention is fastest where its fused one serves; its formula, with a T x T matrix, was not measured."""
+    """PyTorch's attention is fastest where its fused kernel applies; its formula, with a T x T matrix, was not
+    measured."""
     module = sys.modules["fastgpt.ops.attention"]
     monkeypatch.setitem(backend._table, "attention", {"cpu": backend.Cell(), "torch": backend.Cell()})
     monkeypatch.setattr(backend, "missing", lambda b: None)
@@ -317,7 +318,7 @@ def test_one_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_command_from_end_to_end(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every op that has a CPU kernel and that `tiny` calls, at tiny shapes; then doctor tells."""
+    """Tune every op that has a CPU kernel and that `tiny` calls, at tiny shapes; then doctor reports it."""
     quick(monkeypatch)
     assert run(monkeypatch, *"tune --config tiny --batch 1 --block 8 --seconds 0 --device cpu".split()) == 0
     out = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What the type checker sees: exact types of the public functions, and wrong calls between the parts of fastgpt."""
+"""The type checker's view: exact types of the public functions, and wrong calls between the parts of fastgpt."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_public_functions_return_a_type(name: str) -> None:
 
 @pytest.mark.slow
 def test_the_type_checker_sees_wrong_arguments_across_the_seams(tmp_path: Path) -> None:
-    """In a copy: errors in the planted lines, and nowhere else."""
+    """In a copy, errors appear in the planted lines and nowhere else."""
     pytest.importorskip("mypy")
     for name in ("fastgpt", "bench", "kernels", "docs", "examples", "setup.py", "pyproject.toml", ".mypy_cache"):
         if (ROOT / name).is_dir():

@@ -13,7 +13,7 @@ JUNIT = '<testsuites><testsuite errors="1" failures="2" skipped="3" tests="16" t
 
 @pytest.mark.parametrize("pair", versions.PAIRS)
 def test_a_pair_names_each_package_once(pair: str) -> None:
-    """Its own pins stand in place of the pinned pair's; the rest is the same."""
+    """The pair's pins replace those of the pinned pair; the rest is the same."""
     names = {
         p: re.findall(r"^([\w.-]+)(?:\[\w+\])?==\S+ *(.*)$", versions.requirements(p), re.MULTILINE)
         for p in (pair, "pinned")

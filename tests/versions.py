@@ -1,8 +1,8 @@
 """The suite on another pair of torch and Triton: `python tests/versions.py PAIR [--env FOLDER] [--sample]`.
 
-Installs the pair into .versions/PAIR (or takes the packages of the environment --env), builds the last commit in a
-clean copy, runs `pytest -m "not slow"` there and writes the pair's row into docs/versions.md. --sample: a choice of
-tests in three minutes, and no row.
+Installs the pair into .versions/PAIR (or uses the packages of the environment --env), builds the last commit in a clean
+copy, runs `pytest -m "not slow"` there and writes the pair's row into docs/versions.md. --sample: a sample of the tests
+in three minutes, and no row.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SITE = "import site; print(site.getsitepackages()[0])"
 
 
 def requirements(pair: str) -> str:
-    """The packages of requirements.txt and requirements-dev.txt, those that the pair's own file names replaced."""
+    """Return the packages of requirements.txt and requirements-dev.txt, replaced where the pair's own file names
+    them."""
     own = ROOT / f"requirements-{pair}.txt"
     instead = own.read_text().splitlines() if own.exists() else []
     name = re.compile(r"[\w.-]+")
@@ -43,13 +44,13 @@ def requirements(pair: str) -> str:
 
 
 def run(*command: str | Path, cwd: Path = ROOT, check: bool = True, **environment: str) -> int:
-    """A command in a clean environment: no path of another Python's packages in it; returns the exit code."""
+    """Run a command in a clean environment, without another Python's packages on the path; return the exit code."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | environment
     return subprocess.run([str(part) for part in command], cwd=cwd, env=env, check=check).returncode
 
 
 def install(pair: str) -> Path:
-    """.versions/PAIR with the pair's packages, made once and again when their list changes."""
+    """Return .versions/PAIR with the pair's packages, created once and again when their list changes."""
     folder, wanted = ROOT / ".versions" / pair, requirements(pair)
     done = folder / "requirements.txt"
     if not done.exists() or done.read_text() != wanted:
@@ -58,13 +59,13 @@ def install(pair: str) -> Path:
         listed.write_text(wanted)
         pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet"]
         run(*pip, "--upgrade", "pip")
-        run(*pip, "-r", listed, PIP_CONSTRAINT=os.devnull)  # a machine may cap torch; here the pair is what is wanted
+        run(*pip, "-r", listed, PIP_CONSTRAINT=os.devnull)  # a machine may cap torch; here the pair decides
         listed.rename(done)
     return folder
 
 
 def build(env: Path, copy: Path, cuda: str) -> Path:
-    """The last commit in `copy`, built against env's packages (cuda: FASTGPT_CUDA); returns the Python to run it."""
+    """Build the last commit in `copy` against env's packages (cuda: FASTGPT_CUDA); return the Python to run it."""
     run("git", "clone", "--quiet", ROOT, copy)
     run(env / "bin" / "python", "-m", "venv", "--without-pip", copy / ".venv")
     python = copy / ".venv" / "bin" / "python"
@@ -92,12 +93,12 @@ def pytest(python: Path, copy: Path, *arguments: str) -> int:
 
 
 def said(python: Path, code: str) -> list[str]:
-    """What a line of Python prints, in words."""
+    """Return the words that a line of Python prints."""
     return subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout.split()
 
 
 def row(pair: str, python: Path, copy: Path, seconds: float) -> str:
-    """The pair's row from junit.xml: date, commit, versions, passed, failed, skipped, seconds."""
+    """Return the pair's row from junit.xml: date, commit, versions, passed, failed, skipped, seconds."""
     suite = next(ET.parse(copy / "junit.xml").iter("testsuite")).attrib
     failed, skipped = int(suite["failures"]) + int(suite["errors"]), int(suite["skipped"])
     passed = int(suite["tests"]) - failed - skipped
@@ -109,7 +110,7 @@ def row(pair: str, python: Path, copy: Path, seconds: float) -> str:
 
 
 def with_row(text: str, pair: str, line: str) -> str:
-    """The table with the pair's row replaced; rows in PAIRS' order."""
+    """Return the table with the pair's row replaced; rows in the order of PAIRS."""
     head, rule, rest = re.split(r"^(\| *-[-| ]*\|\n)", text, maxsplit=1, flags=re.MULTILINE)
     rows, after = re.fullmatch(r"((?:\|[^\n]*\n)*)(.*)", rest, flags=re.DOTALL).groups()  # type: ignore[union-attr]
     found = {r.split("|")[3].strip(): r for r in rows.splitlines()} | {pair: line}

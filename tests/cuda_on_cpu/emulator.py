@@ -1,15 +1,15 @@
-"""Builds csrc/*/*.cu for the host, as a PyTorch library whose `cuda` ops take CPU tensors; and tries a build.
+"""Build csrc/*/*.cu for the host, as a PyTorch library whose `cuda` ops accept CPU tensors; and try a build.
 
-include/cuda_runtime.h says how kernels run. With FASTGPT_EMULATED_CUDA naming the library, fastgpt loads it and takes
-its ops for the backend `cuda`: all of fastgpt/parity then runs on them. As a command:
+include/cuda_runtime.h explains how kernels run. With FASTGPT_EMULATED_CUDA naming the library, fastgpt loads it and
+uses its ops for the backend `cuda`: all of fastgpt/parity then runs on them. As a command:
 
     python tests/cuda_on_cpu/emulator.py                   builds, prints the library's path
     python tests/cuda_on_cpu/emulator.py LIBRARY OP FILE   runs some parity cases of the op in every order of threads:
                                                            JSON, order -> each case's digest of its outputs, or its
-                                                           error, to the first that is not what FILE holds
+                                                           error, up to the first that differs from FILE
 
-Objects are kept by the hash of all they are made of, in a folder that later runs find again. `mutate` replaces text in
-the sources first: the tests of the equipment itself break a kernel that way.
+Objects are kept by the hash of everything that goes into them, in a folder that later runs reuse. `mutate` first
+replaces text in the sources: the tests of this equipment break a kernel that way.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ FLAGS = (
     "-std=c++20 -g1 -fPIC -fvisibility=hidden -fno-gnu-unique -fno-strict-aliasing -fno-math-errno "
     "-Wall -Wno-unknown-pragmas -DFASTGPT_WITH_CUDA -DFASTGPT_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000"
 ).split()
-# As nvcc does by default, a product and the sum that takes it become one FMA, where this processor has that; gcc looks
-# for them from -O2 on, or where asked to.
+# Like nvcc by default, contract a product and the sum that uses it to one FMA, where this processor has it; gcc does so
+# from -O2 on, or on request.
 HAS_FMA = platform.machine() != "x86_64" or re.search(r"\bfma\b", Path("/proc/cpuinfo").read_text()) is not None
 ROUNDING = ("-ffp-contract=off",)
 if HAS_FMA:
@@ -50,7 +50,7 @@ if HAS_FMA:
 ASAN = ("-fsanitize=address", "-fno-omit-frame-pointer")
 SCHEDULES = ("forward", "backward", "random")
 Mutation = tuple[str, str, str]  # file below csrc, text, replacement
-Digests = dict[str, list[str]]  # order of threads -> of each case
+Digests = dict[str, list[str]]  # order of threads -> digest of each case
 
 
 def _run(command: list[str]) -> None:
@@ -60,7 +60,7 @@ def _run(command: list[str]) -> None:
 
 
 def _mutated(mutation: Mutation) -> Path:
-    """A copy of csrc with this replacement."""
+    """Return a copy of csrc with this replacement."""
     root = CACHE / hashlib.sha256(repr(mutation).encode()).hexdigest()[:16] / "csrc"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(CSRC, root, ignore=shutil.ignore_patterns("*.cpp"))
@@ -73,7 +73,7 @@ def _mutated(mutation: Mutation) -> Path:
 
 
 def _texts(source: Path, folders: list[Path], seen: set[Path]) -> Iterator[str]:
-    """The file and every header that it includes from these folders, each once."""
+    """Return the file and every header that it includes from these folders, each once."""
     text = source.read_text()
     yield text
     for name in re.findall(r'^\s*#include [<"]([^>"]+)[>"]', text, re.M):
@@ -84,7 +84,7 @@ def _texts(source: Path, folders: list[Path], seen: set[Path]) -> Iterator[str]:
 
 
 def _object(source: Path, flags: list[str]) -> Path:
-    """The object of a file in a csrc (or of binding.cpp), with the headers of that csrc."""
+    """Return the object of a file in a csrc (or of binding.cpp), with the headers of that csrc."""
     folders = [HERE / "include", source.parents[1] if source.suffix == ".cu" else CSRC]
     key = hashlib.sha256("\0".join([*_texts(source, folders, set()), *FLAGS, *flags]).encode()).hexdigest()[:24]
     target = CACHE / f"{source.parent.name}-{source.stem}-{key}.o"
@@ -97,22 +97,22 @@ def _object(source: Path, flags: list[str]) -> Path:
 
 
 def _torch() -> Path:
-    spec = importlib.util.find_spec("torch")  # not imported: building needs its headers only
+    spec = importlib.util.find_spec("torch")  # not imported: building needs only its headers
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent
 
 
 def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None, op: str = "*") -> Path:
-    """The library of all kernels, also a Python module; compiled where no object of the same text and flags is kept.
+    """Build the library of all kernels, also a Python module; reuse objects of the same text and flags.
 
-    Only the kernels of `op` are compiled from mutated sources. They are linked first, since of an inline function that
-    several objects hold the first one's counts.
+    Only the kernels of `op` are compiled from mutated sources. They are linked first, because the linker keeps the
+    first definition of an inline function that several objects contain.
     """
     import pybind11
 
     CACHE.mkdir(exist_ok=True)
     torch = _torch()
-    # pybind11 first: torch brings one of its own, which refuses to be used beside the stable ABI
+    # pybind11 first: torch ships its own copy, which refuses to be used together with the stable ABI
     host = [f"-I{p}" for p in (pybind11.get_include(), torch / "include", sysconfig.get_path("include"))]
     with (CACHE / "lock").open("w") as lock, ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -125,7 +125,7 @@ def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None, op: str =
             kernels = broken + [p for p in kernels if p.parent.name not in {b.parent.name for b in broken}]
         sources = [(p, ["-O1", *ROUNDING, *flags]) for p in kernels]
         ours = [*sorted(CSRC.glob("*/glue.cpp")), HERE / "binding.cpp"]
-        # pybind11's thread-local variables are not shared memory: they must not lie there (cuda_runtime.h)
+        # pybind11's thread-local variables are not shared memory and must not be placed there (cuda_runtime.h)
         options = ["-O0", "-Wno-maybe-uninitialized", "-Dthread_local=", *ROUNDING, *flags, *host]
         sources += [(p, options) for p in ours]
         objects = list(pool.map(lambda s: _object(*s), sources))
@@ -140,7 +140,7 @@ def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None, op: str =
 
 
 def load(path: Path) -> Any:
-    """The library as a Python module (binding.cpp)."""
+    """Load the library as a Python module (binding.cpp)."""
     spec = importlib.util.spec_from_file_location("kernels", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -149,7 +149,7 @@ def load(path: Path) -> Any:
 
 
 def kernel_names(library: Path) -> dict[int, str]:
-    """Address in this process -> name of each kernel of a library that is loaded here."""
+    """Return address in this process -> name, for each kernel of a library loaded here."""
     listed = subprocess.run(["nm", "-C", "--defined-only", str(library)], capture_output=True, text=True, check=True)
     symbols = [line.split(" ", 2) for line in listed.stdout.splitlines()]
     (at,) = (int(offset, 16) for offset, _, name in symbols if name == "fastgpt_set_schedule")
@@ -160,7 +160,7 @@ def kernel_names(library: Path) -> dict[int, str]:
 
 
 def run(library: Path, op: str, known: Digests, preload: str = "") -> subprocess.CompletedProcess[str]:
-    """The second command at this file's head, in a process of its own, which a broken kernel may take down."""
+    """Run the second command of the module docstring in a new process, which a broken kernel may crash."""
     env = os.environ | {"FASTGPT_EMULATED_CUDA": str(library), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     if preload:
         env |= {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0:detect_odr_violation=0"}
@@ -172,7 +172,7 @@ def run(library: Path, op: str, known: Digests, preload: str = "") -> subprocess
 
 
 def some_cases(op: str) -> Iterator[Any]:
-    """Cases of fastgpt/parity that take every branch on alignment and width, without the longest."""
+    """Return cases of fastgpt/parity that take every branch on alignment and width, without the longest."""
     from fastgpt import parity
 
     layouts = ("contiguous/contiguous", "sliced/rows", "misaligned/contiguous", "contiguous/misaligned")
@@ -183,8 +183,8 @@ def some_cases(op: str) -> Iterator[Any]:
 
 
 def try_op(library: Path, op: str, schedule: str, known: list[str]) -> list[str]:
-    """For each of some_cases, with this order of threads, the digest of all outputs or the error; up to the first that
-    differs from `known`."""
+    """Return, for each of some_cases with this order of threads, the digest of all outputs or the error; up to the
+    first that differs from `known`."""
     from fastgpt import parity
     from fastgpt.core import backend
 
@@ -209,7 +209,7 @@ def try_op(library: Path, op: str, schedule: str, known: list[str]) -> list[str]
 
 
 def main(arguments: list[str]) -> None:
-    """The two commands at this file's head."""
+    """Run one of the two commands of the module docstring."""
     if not arguments:
         print(build())
         return

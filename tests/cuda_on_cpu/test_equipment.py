@@ -1,7 +1,7 @@
-"""Proof that the emulation of the CUDA kernels can fail: broken sources must be caught. And what all kernels share.
+"""Check that the emulation of the CUDA kernels can fail: it must catch broken sources. Also what all kernels share.
 
-That the kernels are right is shown elsewhere: the emulation is the backend `cuda` of all tests on a machine without a
-GPU (tests/conftest.py). What compiles broken or instrumented sources is slow: `make test-slow` runs it.
+Other tests show that the kernels are right: the emulation is the backend `cuda` of all tests on a machine without a GPU
+(tests/conftest.py). Tests that compile broken or instrumented sources are slow: `make test-slow` runs them.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ OPS = sorted(op for op, cells in backend.ops().items() if "cuda" in cells)
 
 
 def digests(done: subprocess.CompletedProcess[str]) -> emulator.Digests:
-    """A process that a kernel took down gives none."""
+    """Return the digests of a process; none if a kernel crashed it."""
     found: emulator.Digests = json.loads(done.stdout) if done.returncode == 0 else {}
     return found
 
 
 @pytest.fixture(scope="module")
 def right() -> Any:
-    """right(op): the digests of the sources as they are, each computed once."""
+    """Return right(op): the digests of the unchanged sources, each computed once."""
     found: dict[str, emulator.Digests] = {}
 
     def of(op: str) -> emulator.Digests:
@@ -55,7 +55,7 @@ def test_orders_of_threads_agree_bitwise(op: str, right: Any) -> None:
     assert found["random"] and all(len(d) == 64 for d in found["random"]), found
 
 
-# What is broken -> the op that shows it, the file, its text, what stands there instead
+# What is broken -> the op that shows it, the file, its text, the replacement
 MUTATIONS = {
     f"{op}: {what}": (op, *m) for op, found in contract.gather("MUTATIONS", {}).items() for what, m in found.items()
 }
@@ -64,14 +64,14 @@ MUTATIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_broken_kernel_is_caught(name: str, right: Any) -> None:
-    """In every order of threads: other bits, an error, or a process that died."""
+    """It shows in every order of threads: other bits, an error, or a crashed process."""
     op, *mutation = MUTATIONS[name]
     assert right(op).keys() == set(emulator.SCHEDULES)
     found = digests(emulator.run(emulator.build(mutate=tuple(mutation), op=op), op, right(op)))
     assert all(found.get(schedule) != digest for schedule, digest in right(op).items()), found
 
 
-# ---- Poison: what no one has written yet must not count ----
+# ---- Poison: memory that was never written must not affect results ----
 
 KERNELS = """
 #include <cuda_runtime.h>
@@ -109,7 +109,7 @@ extern "C" void copy_async(const float* in, float* out, bool wait) {
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """KERNELS' functions, called with tensors."""
+    """Return the functions of KERNELS, called with tensors."""
     folder = tmp_path_factory.mktemp("small")
     (folder / "kernels.cu").write_text(KERNELS)
     include = [f"-I{p}" for p in (emulator.HERE / "include", emulator.CSRC)]
@@ -124,7 +124,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_what_was_not_written_is_poison(small: Any) -> None:
-    """Also where the block before has written the same place, and where a copy is on its way with the same values."""
+    """This holds even where the previous block wrote the same place, and where a copy of the same values is in
+    flight."""
     out = torch.empty(32)
     for all_written in (True, False):
         small("write_all", out, all_written)
@@ -137,13 +138,13 @@ def test_what_was_not_written_is_poison(small: Any) -> None:
 
 @pytest.mark.skipif(not emulator.HAS_FMA, reason="this processor has no FMA")
 def test_products_go_into_sums_unrounded(small: Any) -> None:
-    """As nvcc makes them, except where the source says otherwise."""
+    """Products are contracted as nvcc does, except where the source says otherwise."""
     x, out = torch.tensor([1.1, 1.3]), torch.empty(3)
     small("contract", x, out)
     assert out[1] == float(x[0]) * float(x[1]) - float(out[0]) != 0 == out[2]
 
 
-# ---- AddressSanitizer: sees what is written or read outside of what the ops allocate ----
+# ---- AddressSanitizer: detects reads and writes outside of what the ops allocate ----
 
 
 def run_under_asan(op: str, mutation: tuple[str, str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -163,7 +164,7 @@ def test_address_sanitizer(op: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-# As above, for what goes outside of a tensor
+# As above, for accesses outside of a tensor
 ASTRAY = {f"{op}: {what}": (op, *m) for op, found in contract.gather("ASTRAY", {}).items() for what, m in found.items()}
 
 

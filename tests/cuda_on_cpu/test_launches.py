@@ -33,7 +33,8 @@ def pointers(*names: str, at: int = ALIGNED) -> dict[str, int]:
 
 
 def check(launch: Launch, static: int = 4096) -> None:
-    """Within what CUDA takes on sm_80; `static`: most static shared memory of any of these kernels."""
+    """Check that a launch is within CUDA's limits on sm_80; `static`: the most static shared memory of these
+    kernels."""
     assert all(1 <= n for n in launch[:6]) and math.prod(launch[3:6]) <= 1024 and math.prod(launch[3:6]) % 32 == 0
     assert launch[0] < 2**31 and launch[1] <= 65535 and launch[2] <= 65535 and launch[6] + static <= 163 * 1024
 
@@ -55,7 +56,7 @@ def test_norms_cover_all_rows_and_stay_in_their_workspace(kernels: Any, op: str,
 
 
 def test_one_launch_takes_no_shared_memory_from_anothers(kernels: Any) -> None:
-    """A second thread launches the same kernel with less, just when the first has said what it needs."""
+    """A second thread launches the same kernel with less, just after the first has stated its request."""
     given = pointers("x", "y", "dy", "h", "weight", "dweight", "partials") | {"n_rows": 4097, "dtype": 1}
     wide, narrow = ({**given, "n_cols": n, "x_row": n} for n in (8192, 5120))
     first, second = kernels.layer_norm_bwd(**wide), kernels.layer_norm_bwd(**narrow)
@@ -96,7 +97,7 @@ def test_attention_has_a_block_for_every_tile(kernels: Any) -> None:
 
 
 def test_shared_memory_of_attention_is_what_codegen_counts_with(kernels: Any) -> None:
-    """And what a block of dq for D = 128 has leaves an A100 two of them, to the last byte."""
+    """Also, what a block of dq for D = 128 uses leaves room for two of them on an A100, to the last byte."""
     names, found = emulator.kernel_names(emulator.build()), dict[str, int]()
     for dtype, dim, options in itertools.product((1, 2), (64, 96, 128, 256), ({"causal": True}, {"window": 5})):
         sizes = dict(n_batch=1, n_queries=64, n_keys=64, n_heads=1, n_kv_heads=1, head_dim=dim, scale=0.1, dtype=dtype)
@@ -128,7 +129,7 @@ def test_embedding_and_rope(kernels: Any) -> None:
 
 
 def test_a_grid_that_cuda_does_not_take_is_an_error(kernels: Any) -> None:
-    """And not that number modulo 2^32."""
+    """The number is not silently taken modulo 2^32."""
     with pytest.raises(RuntimeError, match="layer_norm_fwd_kernel: a grid of 2147483648 x 1 x 1 blocks"):
         kernels.layer_norm_fwd(n_rows=2**33, n_cols=1)
     with pytest.raises(RuntimeError, match=rf"cross_entropy_fwd_kernel: a grid of {2**32 + 1} x"):
@@ -140,7 +141,7 @@ def test_a_grid_that_cuda_does_not_take_is_an_error(kernels: Any) -> None:
 
 
 def test_planning_launches_nothing_and_ends(kernels: Any) -> None:
-    """Pointers above lead nowhere; after a plan, kernels run again."""
+    """The pointers above are invalid; after a plan, kernels run again."""
     import torch
 
     from fastgpt import ops

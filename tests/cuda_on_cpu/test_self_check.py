@@ -1,4 +1,4 @@
-"""The check at first use runs every kernel that training calls by default, not only what is quickest to call."""
+"""The check at first use runs every kernel that training calls by default, not only the quickest ones."""
 
 from __future__ import annotations
 

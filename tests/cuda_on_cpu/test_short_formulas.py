@@ -1,4 +1,5 @@
-"""activations.cuh's formulas for 16-bit tensors against fp64, with ex2.approx and rcp.approx as bad as they may be."""
+"""The formulas of activations.cuh for 16-bit tensors against fp64, with ex2.approx and rcp.approx as inaccurate as
+permitted."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ UNARY(silu, cuda::silu<bf16>(x))
 UNARY(silu_slope, cuda::silu_and_slope<bf16>(x).slope)
 UNARY(silu_again, cuda::silu_and_slope<bf16>(x).value)
 """
-# ptx.cuh for the host, with an error of our choice
+# ptx.cuh for the host, with an error that the test chooses
 EXACT = {
     "inline float ex2(float x) { return exp2f(x) < 0x1p-126f ? 0.0f : exp2f(x); }": """
 inline double ex2_error = 0.0, rcp_error = 0.0;

@@ -7,7 +7,7 @@ from fastgpt.data import Tokenizer, train_tokenizer
 
 
 def sentences(n: int, seed: int = 0) -> str:
-    """Some n lines of text that differ with the seed."""
+    """Return about n lines of text that depend on the seed."""
     rng = random.Random(seed)
     words = [f"{rng.choice(['def', 'return', 'the', 'value', 'naïve', 'of'])}_{i}" for i in range(40)]
     return "\n".join(" ".join(rng.choices(words, k=8)) + "." for _ in range(n)) + "\n"
@@ -20,7 +20,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A corpus folder of 30 files of like size, one of them below another folder."""
+    """Return a corpus folder of 30 files of similar size, one of them in a subfolder."""
     root = tmp_path / "texts"
     (root / "deep").mkdir(parents=True)
     for i in range(29):

@@ -12,7 +12,7 @@ from fastgpt.data import IGNORE, TokenLoader, Tokens, sequential
 from fastgpt.data.loader import permute
 
 N, T = 5003, 16
-IDS = np.arange(N, dtype=np.uint16)  # a token says where it stands
+IDS = np.arange(N, dtype=np.uint16)  # each token is its own position
 
 
 def take(loader: TokenLoader, n: int) -> list[torch.Tensor]:
@@ -157,7 +157,7 @@ def test_corpus_shorter_than_one_block():
 
 
 class Huge:
-    """2^40 tokens that say where they stand, modulo 2^31 - 1."""
+    """2^40 tokens, each its own position modulo 2^31 - 1."""
 
     def __len__(self) -> int:
         return 1 << 40

@@ -9,7 +9,7 @@ from fastgpt.data.shards import atomic_file
 
 
 def llmc(path: Path, ids: np.ndarray, magic: int = 20240520, version: int = 1, n: int | None = None) -> Path:
-    """A shard as llm.c's scripts write it, independent of our writer."""
+    """Write a shard as llm.c's scripts do, independently of fastgpt's writer."""
     header = np.zeros(256, dtype=np.int32)
     header[:3] = magic, version, len(ids) if n is None else n
     path.write_bytes(header.tobytes() + ids.tobytes())

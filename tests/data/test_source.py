@@ -1,4 +1,4 @@
-"""Token files without a tokenizer: which vocabulary they get, and what is refused."""
+"""Token files without a tokenizer: which vocabulary they imply, and what is refused."""
 
 import os
 import pickle
@@ -34,7 +34,7 @@ def test_meta_pkl_says_the_vocabulary(tmp_path: Path, protocol: int) -> None:
 
 
 class Runs:
-    """Loading its pickle makes a folder."""
+    """A class whose pickle creates a folder when it is loaded."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("ran",)
