@@ -1,11 +1,11 @@
-"""fastgpt's kernels in a model that exists: `patch(model)`, `unpatch(model)`, `patch_report(model)`.
+"""Put fastgpt's kernels into an existing model: `patch(model)`, `unpatch(model)`, `patch_report(model)`.
 
-A patched module keeps its class, parameters, buffers, hooks and place: all that changes is one attribute of the
-instance (`forward`, mostly), which hides the class's. Modules are not exchanged and classes are not swapped, so
+A patched module keeps its class, parameters, buffers, hooks and place in the model. Only one attribute of the instance
+(usually `forward`) changes, and hides the attribute of the class. No module is exchanged and no class is swapped, so
 state_dict keys, isinstance, type(), hooks, optimizers, PEFT, DDP, FSDP2 (which itself swaps classes), checkpointing and
-copy.deepcopy see what they saw before, and to undo is to delete the attribute. Nothing of torch or transformers changes
-for anyone else, and no config is written to.
-(pickle keeps methods by name, so that a model that was pickled whole comes back with its own forwards: patch it again.)
+copy.deepcopy see what they saw before. Unpatching deletes the attribute. Nothing in torch or transformers changes for
+other models, and no config is modified.
+(pickle stores methods by name, so a model that is pickled whole loads with its original forwards: patch it again.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ __all__ = ["PARTS", "Entry", "Report", "patch", "patch_report", "unpatch"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a report: `op` took the place of `what` in module `name`, or, op empty, did not, and `why`."""
+    """One line of a report: `op` replaced `what` in module `name`, or, if `op` is empty, did not, for the reason
+    `why`."""
 
     name: str
     part: str
@@ -43,7 +44,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What was replaced and what was left; prints as a table, layers that are alike in one line."""
+    """Report of what was replaced and what was left; it prints as a table, with one line for similar layers."""
 
     replaced: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
@@ -64,7 +65,7 @@ class Report:
 
 
 def _transformers(model: nn.Module) -> Any:
-    """fastgpt.patching._huggingface if the model has a transformers model in it, else None."""
+    """Return fastgpt.patching._huggingface if the model contains a transformers model, else None."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not any(type(m).__module__.startswith("transformers.") for m in model.modules()):
         return None
@@ -74,13 +75,13 @@ def _transformers(model: nn.Module) -> Any:
 
 
 def _find(model: nn.Module, keep_logits: bool) -> list[tuple[str, nn.Module, Found]]:
-    """Everything in the model that is an op's business: (name, module, what was found)."""
+    """Find everything in the model that an op could replace: (name, module, what was found)."""
     huggingface, configs, all_found = _transformers(model), list[Any](), list[tuple[str, nn.Module, Found]]()
     for name, module in model.named_modules():
-        if type(module).__module__.startswith("fastgpt."):  # fastgpt.nn's: they are on the ops already
+        if type(module).__module__.startswith("fastgpt."):  # modules of fastgpt.nn already use the ops
             continue
         found: list[Found] = [f for r in RECOGNISERS if (f := r(module)) is not None]
-        whole = {f.attribute for f in found if f.op}  # the method goes as a whole: what it calls goes with it
+        whole = {f.attribute for f in found if f.op}  # the whole method is replaced, and so are its calls
         found += [f for f in _rebind.find(module) if f.attribute not in whole]
         all_found += [(name, module, _own(module, f)) for f in found]
         if huggingface:
@@ -88,12 +89,12 @@ def _find(model: nn.Module, keep_logits: bool) -> list[tuple[str, nn.Module, Fou
             all_found += [(at, m, _own(m, f)) for at, m, f in special]
     served = {
         (id(m), f.part) for _, m, f in all_found if f.op
-    }  # GPT-J's rotation is left in one way, but not in another
+    }  # the rotation of GPT-J is found in two ways, and left in only one of them
     return [(n, m, f) for n, m, f in all_found if f.op or (id(m), f.part) not in served]
 
 
 def _own(module: nn.Module, f: Found) -> Found:
-    """f, or why it cannot be: someone else put a forward on this instance."""
+    """Return f, or the reason against it if this instance already has a forward that is not from its class."""
     if not f.op or f.attribute not in module.__dict__:
         return f
     why = f"{f.attribute} of this instance is not its class's (accelerate or another patch set it)"
@@ -101,10 +102,10 @@ def _own(module: nn.Module, f: Found) -> Found:
 
 
 def _names(option: str, value: str | Iterable[str] | None) -> frozenset[str]:
-    """Names of parts as a set.
+    """Return names of parts as a set.
 
     Raises:
-        ValueError: a name that is not a part.
+        ValueError: a name is not a part.
     """
     names = frozenset([value] if isinstance(value, str) else value or ())
     if unknown := sorted(names - set(PARTS)):
@@ -113,12 +114,12 @@ def _names(option: str, value: str | Iterable[str] | None) -> frozenset[str]:
 
 
 def _records(model: nn.Module) -> dict[str, Report]:
-    """Reports of the patched models in this one, by their names in it."""
+    """Return the reports of the patched models in this one, by their names in it."""
     return {n: m.__dict__["_fastgpt_report"] for n, m in model.named_modules() if "_fastgpt_report" in m.__dict__}
 
 
 def _check(model: nn.Module, report: Report, chosen: frozenset[str], strict: bool) -> None:
-    """Raise where nothing can be replaced or, strict, not everything."""
+    """Raise if nothing can be replaced or, if strict, not everything."""
     if not report.replaced:
         looked = f"looked for {', '.join(p for p in PARTS if p in chosen)}"
         reasons = "".join(f"; {e.name or 'the model'}: {e.why}" for e in report.left[:3])
@@ -137,16 +138,16 @@ def patch(
     strict: bool = False,
     keep_logits: bool = False,
 ) -> M:
-    """Put fastgpt's kernels into a model, in place; `unpatch` takes them out, `patch_report` says what was done.
+    """Put fastgpt's kernels into a model, in place; `unpatch` removes them, `patch_report` lists what was done.
 
     Args:
         model: any nn.Module. Recognised are LayerNorm and RMSNorm (by what they compute), GELU and gated MLPs,
             F.scaled_dot_product_attention, nn.MultiheadAttention and transformers' attention, transformers' rotary
             embedding, the LM head with its loss, cross-entropy, nn.Embedding.
         only, skip: names of parts, or one name: "norm", "mlp", "attention", "rope", "loss", "embedding".
-        dry_run: change nothing; patch_report(model) then says what would be done.
-        strict: raise where something of a wanted part cannot be replaced.
-        keep_logits: transformers' models give `logits` in training too (else None where labels were given).
+        dry_run: change nothing; patch_report(model) then lists what would be done.
+        strict: raise if something in a selected part cannot be replaced.
+        keep_logits: transformers models return `logits` in training too (else None if labels are given).
 
     Returns:
         model. Patching it again with the same options does nothing.
@@ -172,7 +173,7 @@ def patch(
 
 
 def _apply(found: list[tuple[nn.Module, Found]]) -> None:
-    """Set the attributes; every patched module remembers its own, so that copies can be undone too."""
+    """Set the attributes; every patched module remembers its own, so copies can be unpatched too."""
     methods: dict[tuple[int, str], tuple[nn.Module, list[Any]]] = {}
     for module, f in found:
         if f.function is not None:
@@ -185,13 +186,13 @@ def _apply(found: list[tuple[nn.Module, Found]]) -> None:
 
 
 def _remember(module: nn.Module) -> dict[str, Any]:
-    """Attribute -> what was put there, of a patched module."""
+    """Return the record of a patched module: attribute -> what `patch` set it to."""
     mine: dict[str, Any] = module.__dict__.setdefault("_fastgpt", {})
     return mine
 
 
 def _set(module: nn.Module, f: Found) -> None:
-    """A bound method of the instance: copy.deepcopy binds it to the copy, accelerate wraps and unwraps it."""
+    """Set a bound method on the instance: copy.deepcopy binds it to the copy, accelerate wraps and unwraps it."""
     call, arguments, attribute, kept, op = f.call, f.arguments, f.attribute, f.settings, f.op
     assert call is not None
 
@@ -203,7 +204,7 @@ def _set(module: nn.Module, f: Found) -> None:
 
     method.__name__ = attribute
     method.__signature__ = inspect.signature(getattr(type(module), attribute))  # type: ignore[attr-defined]
-    _bind(module, attribute, method)  # the signature: the Trainer and generate() look at it
+    _bind(module, attribute, method)  # the Trainer and generate() inspect the signature
 
 
 def _bind(module: nn.Module, attribute: str, function: Any) -> None:
@@ -211,10 +212,10 @@ def _bind(module: nn.Module, attribute: str, function: Any) -> None:
 
 
 def unpatch(model: M) -> M:
-    """Take out what `patch` put into this model or into models in it; returns the model, as it was.
+    """Remove what `patch` put into this model or into models in it; return the model, as it was before.
 
     Raises:
-        ValueError: nothing is patched, or a forward was wrapped since (by accelerate, say): undo that first.
+        ValueError: nothing is patched, or a forward was wrapped after patching (by accelerate, say): unwrap it first.
     """
     patched = [(n, m) for n, m in model.named_modules() if "_fastgpt" in m.__dict__]
     if not patched:
@@ -235,10 +236,10 @@ def unpatch(model: M) -> M:
 
 
 def patch_report(model: nn.Module) -> Report:
-    """What `patch` replaced in this model and what it left, and why; `print` shows it as a table.
+    """Report what `patch` replaced in this model, what it left, and why; `print` shows it as a table.
 
     Raises:
-        ValueError: the model was not patched (nor looked at by a dry run).
+        ValueError: the model was neither patched nor inspected by a dry run.
     """
     records = _records(model)
     if not records:

@@ -1,13 +1,14 @@
-"""transformers' attention on the op, and its masks without a T x S matrix where the op needs none.
+"""Run transformers' attention on the op, and skip the T x S mask where the op does not need one.
 
-Neither a config nor a registry of transformers is written to. Two kinds of methods are made again with other globals
-(`_rebind`): the attention modules' get their attention function from `Functions`, the base model's its mask functions
-from `Masks`. Both ask the library first, and take the place of 'sdpa' and 'eager' alone: whatever implementation the
-config names at that moment, and whoever shares the config, gets what it would get.
+No config and no registry of transformers is modified. Two kinds of methods are rebuilt with other globals (`_rebind`):
+attention modules get their attention function from `Functions`, and the base model gets its mask functions from
+`Masks`. Both look up the library's function first, and replace only 'sdpa' and 'eager'. So any other implementation
+that the config names at that moment, and any other model that shares the config, is not affected.
 
-A mask of ours is int64 (B, n, 1 + window), its last dimension of stride 0 (window 0: none). n = 0: causal order is all.
-n = 2: where each sequence's keys start and end. n = 2 + T: then each token's document, of which it sees keys only.
-Any other mask, and any call that the op does not cover, goes to the library's own attention function, said once.
+A mask of ours is int64 (B, n, 1 + window), and its last dimension has stride 0 (window 0: no window). n = 0: causal
+order only. n = 2: start and end of each sequence's keys. n = 2 + T: also the document of each token, which sees only
+keys of its document. Any other mask, and any call that the op does not cover, goes to the library's own attention
+function, and a log line says so once.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ OTHER_MASK = "a mask other than causal order, window, padding or packed document
 
 
 def _stands_for(implementation: Any) -> bool:
-    """Whether this name means attention that the op takes the place of (someone may have put his own under 'sdpa')."""
+    """Return whether the op replaces the attention of this name (the user may have registered another 'sdpa')."""
     if implementation == "sdpa":
         return ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
     return implementation == "eager"
 
 
 class Functions:
-    """In the place of ALL_ATTENTION_FUNCTIONS in an attention module's forward."""
+    """Replacement for ALL_ATTENTION_FUNCTIONS in the forward of an attention module."""
 
     def get_interface(self, implementation: Any, default: Callable[..., Any]) -> Callable[..., Any]:
         own: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, default)
@@ -51,7 +52,7 @@ class Functions:
 
 
 class Masks:
-    """In the place of ALL_MASK_ATTENTION_FUNCTIONS in transformers' functions that make causal masks."""
+    """Replacement for ALL_MASK_ATTENTION_FUNCTIONS in transformers' functions that create causal masks."""
 
     def __init__(self, only_eager: bool) -> None:
         self.only_eager = only_eager
@@ -69,14 +70,14 @@ MASKS = {only_eager: Masks(only_eager) for only_eager in (False, True)}
 
 @functools.cache
 def _mask_makers(only_eager: bool) -> list[tuple[Any, Any]]:
-    """(transformers' function that makes a mask, the same with our masks)."""
+    """Return pairs of a transformers function that creates a mask and the same function with our masks."""
     change = [(ALL_MASK_ATTENTION_FUNCTIONS, MASKS[only_eager])]
     makers: list[Any] = [create_causal_mask, create_sliding_mask]
     return [(f, _rebind.rebind(f, change)) for f in makers]
 
 
 def model_forward(forward: Any, only_eager: bool) -> Any:
-    """A base model's forward with our masks; None where it does not make its masks as transformers' do."""
+    """Return a base model's forward with our masks; None if it does not create its masks as transformers models do."""
     inner = _rebind.innermost(forward)
     makers = _mask_makers(only_eager)
     if not any(_rebind.refers(inner, theirs) for theirs, _ in makers):
@@ -85,7 +86,7 @@ def model_forward(forward: Any, only_eager: bool) -> Any:
 
 
 def base_model(module: Any, rebound: Any, *args: Any, **kwargs: Any) -> Any:
-    """A base model's forward; where eager attention is asked for its weights, all of it is transformers' own."""
+    """Run a base model's forward; if eager attention must return its weights, run transformers' own forward."""
     wanted = kwargs.get("output_attentions")
     wanted = getattr(module.config, "output_attentions", False) if wanted is None else wanted
     if wanted and module.config._attn_implementation == "eager":
@@ -109,9 +110,9 @@ def mask(
     device: Any = "cpu",
     **rest: Any,
 ) -> Tensor | None:
-    """transformers' mask function; what it gives is said at this file's head. own: the one whose place it takes."""
+    """Create a mask as described at the head of this file. own: the mask function of transformers that it replaces."""
     known = None
-    offsets = not (isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor))  # a static cache's are tensors
+    offsets = not (isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor))  # a static cache has tensors
     if offsets and not use_vmap and q_offset + q_length == kv_offset + kv_length:
         padding = _padding(attention_mask, kv_length, kv_offset)
         if allow_is_causal_skip:
@@ -130,13 +131,13 @@ def mask(
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
-    """(B, S) bool of the keys that a cache has, from the mask over all tokens; None without one."""
+    """Return (B, S) bool for the keys in a cache, from the mask over all tokens; None without a mask."""
     padding = masking_utils.prepare_padding_mask(attention_mask, kv_length, kv_offset)
     return None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
 
 
 def _documents(mask_function: Any, batch: int, length: int, device: Any) -> Tensor:
-    """(B, 2 + T) of packed documents: a token that does not see the one before it begins one."""
+    """Return (B, 2 + T) for packed documents: a token that does not see the previous token starts a document."""
     tokens = torch.arange(length, device=device)[None]
     rows = torch.arange(batch, device=device)[:, None]
     ids = (~mask_function(rows, torch.zeros_like(rows), tokens, (tokens - 1).clamp(min=0))).long().cumsum(1)
@@ -145,10 +146,11 @@ def _documents(mask_function: Any, batch: int, length: int, device: Any) -> Tens
 
 
 def _ranges(padding: Tensor | None, batch: int, queries: int, device: Any) -> Tensor | None:
-    """(B, 0), (B, 2) or (B, 2 + T) of padded sequences; None where this cannot say what each token sees.
+    """Return (B, 0), (B, 2) or (B, 2 + T) for padded sequences; None if this form cannot express what each token sees.
 
-    Values are read once a forward, as transformers' own mask function does. A compiler and a graph cannot: there a
-    padding token between real ones is a document of its own, so that it alone sees other keys than in transformers.
+    Values are read once per forward, as in transformers' own mask function. A compiler and a CUDA graph cannot read
+    them: there, padding between real tokens is treated as a separate document, so only these padding tokens see other
+    keys than in transformers.
     """
     if padding is None:
         return torch.empty((batch, 0), dtype=torch.long, device=device)
@@ -164,7 +166,7 @@ def _ranges(padding: Tensor | None, batch: int, queries: int, device: Any) -> Te
 
 
 def is_ours(attention_mask: Any) -> bool:
-    """Whether `mask` made it."""
+    """Return whether `mask` created this mask."""
     return isinstance(attention_mask, Tensor) and attention_mask.dim() == 3 and attention_mask.dtype == torch.int64
 
 
@@ -178,14 +180,16 @@ def attention(
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Any:
-    """transformers' attention function: q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, T, H, D), None.
+    """Compute attention as a transformers attention function: q (B, H, T, D), k and v (B, Hkv, S, D) -> (B, T, H, D),
+    None.
 
-    own: the function whose place it takes; eager: whether that is the model's eager one, or else PyTorch's.
+    own: the function that it replaces; eager: whether that is the model's eager attention, or else PyTorch's attention.
     """
     why, causal = "", True
     if any(options.get(name) is not None for name in ("cache", "position_bias", "s_aux")):
         why = "a paged cache, a bias or sinks"
-    elif attention_mask is None:  # to eager this says that all is seen, to PyTorch's causal order from the first key on
+    elif attention_mask is None:
+        # eager attention then sees all keys; in PyTorch's function, causal order starts at the first key
         ordered = options.get("is_causal")
         ordered = getattr(module, "is_causal", True) if ordered is None else ordered
         causal = not eager and query.shape[2] > 1 and bool(ordered)
@@ -205,11 +209,11 @@ def attention(
 def masked(
     query: Tensor, key: Tensor, value: Tensor, seen: Tensor, blind: str = "", window: int = 0, **numbers: Any
 ) -> Tensor:
-    """Attention under a mask of ours: (B, T, H, D).
+    """Compute attention under a mask of ours: (B, T, H, D).
 
-    blind: what a token sees for which the mask leaves no key (padding before the first real token): nothing, which
-    gives 0 as in PyTorch's attention; 'all' keys alike, as in most eager attention; or 'neo', see `_mean_of_neo`.
-    window: GPT-Neo's, which its mask does not know.
+    blind: what a token sees if the mask leaves it no key (padding before the first real token): '' for nothing, which
+    returns 0 as in PyTorch's attention; 'all' for all keys equally, as in most eager attention; or 'neo', see
+    `_mean_of_neo`. window: the window of GPT-Neo, which its mask does not contain.
     """
     window = seen.shape[2] - 1 or window
     which: dict[str, Any] = dict(causal=True, window=window or None)
@@ -231,8 +235,9 @@ def masked(
 
 
 def _mean_of_neo(value: Tensor, start: Tensor, end: Tensor, last: Tensor, window: int) -> Tensor:
-    """Mean (B, H, T, D) of the values that GPT-Neo weighs alike where a token sees no key: the real ones before it, and
-    all of its window, for it adds the same number once where the window masks a key and where the mask does."""
+    """Return the mean (B, H, T, D) of the values that GPT-Neo weighs equally if a token sees no key: those of the real
+    keys before its window and of all keys in its window. GPT-Neo adds the same number for the window and for the mask,
+    so these are the keys that get it once."""
     wide = torch.promote_types(value.dtype, torch.float32)
     sums = F.pad(value.to(wide).cumsum(2), (0, 0, 1, 0))  # (B, H, S + 1, D)
 
@@ -266,7 +271,7 @@ def _dropout(module: Any) -> float:
 
 
 def gpt_neo(module: Any, window: int, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
-    """GPTNeoSelfAttention._attn: unscaled; a window in local layers. (B, H, T, D) -> the same, without weights."""
+    """Replace GPTNeoSelfAttention._attn: unscaled; a window in local layers. (B, H, T, D) -> the same, no weights."""
     if not is_ours(attention_mask):
         leave_to_torch("attention", OTHER_MASK)
         return type(module)._attn(module, query, key, value, attention_mask)
@@ -275,7 +280,7 @@ def gpt_neo(module: Any, window: int, query: Tensor, key: Tensor, value: Tensor,
 
 
 def gptj(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
-    """GPTJAttention._attn. (B, H, T, D) -> the same, without weights."""
+    """Replace GPTJAttention._attn. (B, H, T, D) -> the same, without weights."""
     if not is_ours(attention_mask):
         leave_to_torch("attention", OTHER_MASK)
         return type(module)._attn(module, query, key, value, attention_mask)
@@ -284,7 +289,8 @@ def gptj(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask:
 
 
 def gpt2_upcast(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
-    """GPT2Attention._upcast_and_reordered_attn, eager attention in fp32, as the op's always is: (B, T, H, D)."""
+    """Replace GPT2Attention._upcast_and_reordered_attn, eager attention in fp32, which the op always uses: (B, T, H,
+    D)."""
     own = type(module)._upcast_and_reordered_attn
     if attention_mask is not None and not is_ours(attention_mask):
         leave_to_torch("attention", OTHER_MASK)

@@ -1,7 +1,7 @@
-"""What is particular to Hugging Face transformers (imported only when a model is one of its); attention: `_attention`.
+"""Patch models of Hugging Face transformers; imported only for such models. For attention, see `_attention`.
 
-The loss: in training with labels, the head's weight and the hidden states go to linear_cross_entropy inside the head's
-own call, so that its hooks (FSDP2's too) run; the whole logits are never made, and `outputs.logits` is None.
+The loss: in training with labels, the head's weight and the hidden states go to linear_cross_entropy inside the call of
+the head, so its hooks run, including those of FSDP2. The full logits are never computed, and `outputs.logits` is None.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def gptj_forward(
     output_attentions: Any = False,
     **rest: Any,
 ) -> Any:
-    """GPTJAttention.forward with the interleaved rotation of q and k in one launch, from its table of all positions."""
+    """Run GPTJAttention.forward, but rotate q and k (interleaved) in one launch, with its table of all positions."""
     heads = (module.num_attention_heads, module.head_dim)
     q, k, v = (p(hidden_states).unflatten(-1, heads) for p in (module.q_proj, module.k_proj, module.v_proj))
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -57,7 +57,7 @@ def gptj_forward(
 
 
 def head(module: Any, *args: Any, target: Tensor | None = None, **options: Any) -> Tensor:
-    """The LM head: logits, or with a target (N,) the loss of hidden states (N, C) without them."""
+    """Run the LM head: return logits, or with a target (N,) the loss of hidden states (N, C) without logits."""
     if target is None:
         return replace.own(module, *args, **options)
     return ops.linear_cross_entropy(args[0], module.weight, target, linear_bias=module.bias, **options)
@@ -66,9 +66,9 @@ def head(module: Any, *args: Any, target: Tensor | None = None, **options: Any) 
 def causal_lm(
     model: Any, names: tuple[str, ...], accepted: frozenset[str] | None, keep_logits: bool, *args: Any, **kwargs: Any
 ) -> Any:
-    """A causal language model's forward; in training with labels the loss comes from the hidden states.
+    """Run the forward of a causal language model; in training with labels, compute the loss from the hidden states.
 
-    names: of its parameters in order; accepted: those of the model below it, None where it takes any.
+    names: names of its parameters in order; accepted: those of the model below it, None if that accepts any.
     """
     given = {**dict(zip(names, args)), **kwargs}
     if not model.training or given.get("labels") is None or not _usual(model, given):
@@ -104,7 +104,7 @@ def causal_lm(
 
 
 def _usual(model: Any, given: dict[str, Any]) -> bool:
-    """Whether the loss is transformers' own over all tokens, and the head the patched one."""
+    """Return whether the loss is the one of transformers over all tokens, and the head is the patched one."""
     keep = given.get("logits_to_keep", 0)
     tuples = given.get("return_dict") is False or (given.get("return_dict") is None and not model.config.return_dict)
     why = ""
@@ -122,13 +122,14 @@ def _usual(model: Any, given: dict[str, Any]) -> bool:
 
 
 def _counts_tokens(model: Any) -> bool:
-    """Whether model.loss_function is ForCausalLMLoss (the property itself would log, which torch.compile refuses)."""
+    """Return whether model.loss_function is ForCausalLMLoss (reading the property may log, which torch.compile
+    refuses)."""
     default = LOSS_MAPPING.get(getattr(model, "loss_type", None) or "", ForCausalLMLoss)
     return model.__dict__.get("_loss_function", default) is ForCausalLMLoss
 
 
 def find(name: str, module: nn.Module, done: list[Any], keep_logits: bool) -> Iterator[tuple[str, nn.Module, Found]]:
-    """Attention, GPT-J's rotation, and the loss. done: configs that were looked at (submodels share them)."""
+    """Find attention, the rotation of GPT-J, and the loss. done: configs already inspected (submodels share them)."""
     if isinstance(module, PreTrainedModel) and not any(module.config is c for c in done):
         done.append(module.config)
         if why := _unknown(module):
@@ -150,7 +151,7 @@ def _kind(module: Any) -> str:
 
 
 def _unknown(model: Any) -> str:
-    """Why a model is none of FAMILIES; empty if it is."""
+    """Return why a model is in none of FAMILIES; empty if it is in one."""
     kind = model.config.model_type
     if kind not in FAMILIES:
         return f"{kind} is not one of {', '.join(FAMILIES)}"
@@ -159,7 +160,8 @@ def _unknown(model: Any) -> str:
 
 
 def _attends(module: Any) -> Iterator[Found]:
-    """An attention module of one of the families: its attention function, or its method without the registry."""
+    """Find the attention of a module of one of the families: its attention function, or a method that computes it
+    without the registry."""
     kind, what, forward = _kind(module), name_of(module), _rebind.innermost(type(module).forward)
     if kind in NO_REGISTRY and what == NO_REGISTRY[kind]:
         call: Any = _attention.gptj if kind == "gptj" else _attention.gpt_neo
@@ -178,14 +180,15 @@ def _from_transformers(function: Any) -> bool:
 
 
 def _neo_window(module: Any) -> int:
-    """Keys that a GPT-Neo layer sees back from a token; 0: all. Its mask of the constructor counts, not the config."""
+    """Return how many keys a GPT-Neo layer sees back from a token; 0: all. The mask built by the constructor decides,
+    not the config."""
     if module.attention_type != "local":
         return 0
     return int(module.config.window_size if module.bias.is_meta else module.bias[0, 0, -1].sum())
 
 
 def _masks(name: str, model: Any) -> Iterator[tuple[str, nn.Module, Found]]:
-    """The base model's forward, where the masks of its attention modules are made."""
+    """Find the forward of a base model, which creates the masks of its attention modules."""
     forward, what = type(model).forward, f"masks of {name_of(model)}"
     only_eager = model.config.model_type in NO_REGISTRY
     if not _from_transformers(_rebind.innermost(forward)):
@@ -194,18 +197,18 @@ def _masks(name: str, model: Any) -> Iterator[tuple[str, nn.Module, Found]]:
     if rebound is None:
         return
     strange = next((f"{n} ({name_of(m)})" for n, m in model.named_modules() if _reads_masks(m)), None)
-    if strange:  # it would be given masks that it does not know
+    if strange:  # it would get masks that it does not understand
         yield name, model, Found("attention", what, why=f"{strange} has an attention of its own")
         return
     yield name, model, Found("attention", what, "attention", call=_attention.base_model, arguments=(rebound,))
 
 
 def _reads_masks(module: nn.Module) -> bool:
-    """Whether a module looks like attention that will not be on the op."""
+    """Return whether a module looks like attention that will not use the op."""
     found = list(_attends(module))
     if found:
         return any(f.attribute in module.__dict__ for f in found)
-    inner = any("attention" in name_of(m).lower() for m in module.children())  # GPT-Neo's wraps another
+    inner = any("attention" in name_of(m).lower() for m in module.children())  # that of GPT-Neo wraps another
     return "attention" in name_of(module).lower() and not inner
 
 

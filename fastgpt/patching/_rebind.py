@@ -1,8 +1,8 @@
-"""Methods that call F.scaled_dot_product_attention and the like by name, made again with other globals.
+"""Rebuild methods that call F.scaled_dot_product_attention and similar functions by name, with other globals.
 
-The code object stays the user's; only the names that lead to a replaced function lead elsewhere. So nothing of torch or
-of the user's module changes, nothing is added to a call, and torch.compile sees an ordinary function. The globals are
-those of the moment: a name that the user's module changes later keeps its value in the patched method.
+The code object stays the same; only the names of a replaced function refer to its replacement. So nothing changes in
+torch or in the user's module, a call has no extra cost, and torch.compile sees an ordinary function. The globals are
+copied at that moment: a name that the user's module changes later keeps its old value in the patched method.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torch import nn
 from fastgpt.patching import _replace as replace
 from fastgpt.patching._recognise import Found, name_of
 
-# function of torch -> (part, op, what takes its place)
+# function of torch -> (part, op, replacement)
 FUNCTIONS: dict[Any, tuple[str, str, Callable[..., Any]]] = {
     F.scaled_dot_product_attention: ("attention", "attention", replace.sdpa),
     F.layer_norm: ("norm", "layer_norm", replace.functional_layer_norm),
     F.rms_norm: ("norm", "rms_norm", replace.functional_rms_norm),
     F.cross_entropy: ("loss", "cross_entropy", replace.cross_entropy),
 }
-ROTARY = "apply_rotary_pos_emb"  # transformers' name, in each of its model files
+ROTARY = "apply_rotary_pos_emb"  # the name that each model file of transformers uses
 
 
 def methods(module: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:
-    """The functions that the module's class defines or inherits, up to torch's own classes."""
+    """Yield the functions that the module's class defines or inherits, except from torch's own classes."""
     seen: set[str] = set()
     for cls in type(module).__mro__:
         if cls.__module__.startswith("torch."):
@@ -44,7 +44,7 @@ def methods(module: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:
 
 
 def find(module: nn.Module) -> list[Found]:
-    """The replaceable functions that this module's methods call."""
+    """Find the replaceable functions that this module's methods call."""
     found = []
     theirs = type(module).__module__.startswith("transformers.")
     for attribute, f in methods(module):
@@ -66,7 +66,8 @@ def _global(f: types.FunctionType, name: str) -> Any:
 
 
 def _calls(f: types.FunctionType, target: Any) -> bool:
-    """Whether f reaches target through one of its globals: by itself, torch.nn.functional, torch.nn or torch."""
+    """Return whether f reaches target through one of its globals: target itself, torch.nn.functional, torch.nn or
+    torch."""
     names = f.__code__.co_names
     if any(f.__globals__.get(n) is target for n in names):
         return True
@@ -80,7 +81,7 @@ def _refusal(f: types.FunctionType) -> str:
 
 
 def _rotates(function: Any) -> bool:
-    """Whether a function computes what `replace.rotary` does."""
+    """Return whether a function computes the same as `replace.rotary`."""
     if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
     g = torch.Generator("cpu").manual_seed(0)
@@ -90,29 +91,31 @@ def _rotates(function: Any) -> bool:
     try:
         with torch.no_grad():
             theirs, ours = function(q, k, cos, sin), replace.rotary(q, k, cos, sin)
-    except Exception:  # whatever it is, it is not this rotation
+    except Exception:  # whatever the function computes, it is not this rotation
         return False
     return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours))
 
 
 def innermost(f: Any) -> types.FunctionType:
-    """The function that decorators were put around."""
+    """Return the function inside its decorators."""
     inner: types.FunctionType = inspect.unwrap(f)
     return inner
 
 
 def refers(f: types.FunctionType, target: Any) -> bool:
-    """Whether f reaches target by the name of one of its globals."""
+    """Return whether one of f's global names refers to target."""
     return any(f.__globals__.get(n) is target for n in f.__code__.co_names)
 
 
 def standard(targets: list[Any]) -> list[tuple[Any, Any]]:
-    """(target, what takes its place) of functions in FUNCTIONS and of rotations."""
+    """Return (target, replacement) for functions in FUNCTIONS and for rotations."""
     return [(t, FUNCTIONS[t][2] if t in FUNCTIONS else replace.rotary) for t in targets]
 
 
 def rebind(f: types.FunctionType, places: list[tuple[Any, Any]]) -> types.FunctionType:
-    """f with what leads to a target leading to what takes its place; inside f's decorators, where it has some.
+    """Copy f with every reference to a target replaced; if f is decorated, copy the function inside its decorators.
+
+    places: (target, replacement).
 
     Raises:
         ValueError: a decorator does not hold the function that it decorates.
@@ -122,7 +125,7 @@ def rebind(f: types.FunctionType, places: list[tuple[Any, Any]]) -> types.Functi
         return _redecorate(f, wrapped, rebind(wrapped, places))
     spaces = _namespaces(tuple(t for t, _ in places if any(t is known for known in FUNCTIONS)))
     scope = {name: _swap(value, places, spaces) for name, value in f.__globals__.items()}
-    del scope["__name__"]  # torch.compile would look for the names in the module of this name
+    del scope["__name__"]  # torch.compile would look up the names in the module of this name
     return _copy(f, scope, f.__closure__)
 
 
@@ -149,7 +152,7 @@ def _swap(value: Any, places: list[tuple[Any, Any]], spaces: dict[int, Any]) -> 
 
 @functools.cache
 def _namespaces(targets: tuple[Any, ...]) -> dict[int, types.ModuleType]:
-    """Copies of torch.nn.functional, torch.nn and torch with these functions replaced, by the originals' ids."""
+    """Return copies of torch.nn.functional, torch.nn and torch with these functions replaced, by id of the original."""
     if not targets:
         return {}
     copies = {}

@@ -1,7 +1,8 @@
-"""What a module is, by what it computes and not by its name: norms are run on a few small rows, MLPs are traced.
+"""Recognise modules by what they compute, not by their names: run norms on a few small rows, and trace MLPs.
 
-So a norm or MLP of a model nobody has heard of is found as surely as Llama's, and one that only looks like it is not.
-Each is run in training and in evaluation: one that computes two things, draws random numbers or changes itself is left.
+So a norm or MLP of an unknown model is found as reliably as one of Llama, and a module that only looks like one is not.
+Each module runs in training and in evaluation mode; one that computes different things in these modes, draws random
+numbers or changes itself is left as it is.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from fastgpt.patching._settings import Settings, run_apart, settings, writes_glo
 
 EPSILONS = (1e-5, 1e-6, 1e-8, 1e-12)
 MAX_CHILDREN = 8
-MAX_WIDTH = 2**18  # a wider vector is no norm's (FSDP's flat parameters)
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their forward, or a loop, runs whatever is in them
+MAX_WIDTH = 2**18  # a wider vector does not belong to a norm (flat parameters of FSDP)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # their forward, or a loop, runs all children
 
 
 @dataclass(frozen=True)
 class Found:
-    """Something in a module that an op can take the place of (`op`), or not (`op` empty, and `why`).
+    """Something in a module that `op` can replace, or cannot, for the reason `why` (then `op` is empty).
 
-    `call` is put under `attribute` of the instance, with the module and `arguments` before the call's own, for as long
-    as the module's `settings` stay as they are; for a function that a method calls by name, `function` and what takes
-    its place are given instead.
+    `call` becomes `attribute` of the instance and is called with the module, `arguments` and the arguments of the call,
+    as long as the module's `settings` do not change. If a method calls `function` by name, `call` replaces that
+    function instead.
     """
 
     part: str
@@ -49,12 +50,12 @@ class Found:
 
 
 def name_of(module: nn.Module) -> str:
-    """Its class's name."""
+    """Return the name of the module's class."""
     return type(module).__name__
 
 
 def norm(module: nn.Module) -> Found | None:
-    """nn.LayerNorm, nn.RMSNorm, or any module that computes the same."""
+    """Recognise nn.LayerNorm, nn.RMSNorm, or any module that computes the same."""
     forward = type(module).forward
     what = name_of(module)
     if forward in (nn.LayerNorm.forward, nn.RMSNorm.forward):
@@ -68,12 +69,12 @@ def norm(module: nn.Module) -> Found | None:
     found = _own_norm(module)
     if isinstance(found, Found):
         return found
-    # one that is no norm is worth a line of the report if its name says that it is
+    # if it is not a norm, report it only if its name says that it is one
     return Found("norm", what, why=found) if "norm" in what.lower() else None
 
 
 def _own_norm(module: nn.Module) -> Found | str:
-    """A leaf of the user's, if it computes a norm with one or two vectors; else why not."""
+    """Recognise a norm with one or two vectors in a user-defined leaf module; else return why it is none."""
     vectors = {n: p for n, p in module._parameters.items() if p is not None}
     shapes = [tuple(p.shape) for p in vectors.values()]
     tensors = module._buffers or any(isinstance(v, Tensor) for v in vars(module).values())
@@ -88,12 +89,12 @@ def _own_norm(module: nn.Module) -> Found | str:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def _probe_norm(module: Any, names: tuple[str, ...], width: int) -> Found | str:
-    """The norm that this module's class computes with these settings, from runs in fp32; else why not."""
+    """Run the module's class in fp32 with its settings, and return the norm that it computes, or why it is none."""
     g = torch.Generator("cpu").manual_seed(0)
     options: dict[str, Any] = dict(generator=g, device="cpu", dtype=torch.float32)
     made = {n: torch.randn(width, **options).requires_grad_() for n in names}
     parameters = {n: made.get(n) for n in module._parameters}
-    # means and scales apart; the smallest rows tell the epsilons apart
+    # rows of different means and scales; the smallest rows distinguish the epsilons
     rows = torch.randn(4, width, **options) + 0.5
     rows = rows * rows.new_tensor([[1e-7], [1e-4], [1e-2], [30.0]])
     formula: Norm | None = None
@@ -120,7 +121,7 @@ def _probe_norm(module: Any, names: tuple[str, ...], width: int) -> Found | str:
 
 
 def _candidates(module: Any, names: tuple[str, ...]) -> Iterator[Norm]:
-    """Every norm over parameters of these names, with the epsilons that the module has among its attributes first."""
+    """Yield every norm over parameters of these names; epsilons found in the module's attributes are tried first."""
     own = [v for v in {**vars(type(module)), **vars(module)}.values() if isinstance(v, float) and v > 0]
     for eps in dict.fromkeys((*own, *EPSILONS)):
         if len(names) == 1:
@@ -131,7 +132,7 @@ def _candidates(module: Any, names: tuple[str, ...]) -> Iterator[Norm]:
 
 
 def _is_norm(norm: Norm, x: Tensor, y: Tensor, made: dict[str, Tensor]) -> bool:
-    """Whether y is this norm of x, with its gradients."""
+    """Return whether y is this norm of x, with the same gradients."""
     weight, bias = made[norm.weight], None if norm.bias is None else made[norm.bias]
     if norm.op == "rms_norm":
         exact = rms_norm_ref(x, weight, norm.eps, weight_offset=norm.offset)
@@ -149,14 +150,15 @@ def _is_norm(norm: Norm, x: Tensor, y: Tensor, made: dict[str, Tensor]) -> bool:
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Whether every row of a is near its row of b, by the row's largest element."""
+    """Return whether every row of a is close to its row of b, relative to the largest element of the row."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return bool(((a - b).abs().amax(-1) <= tolerance * b.abs().amax(-1)).all())
 
 
 def _try(module: nn.Module, x: Tensor, training: bool, **attributes: Any) -> tuple[Tensor | None, str]:
-    """What module's class computes of x alone with these attributes, None if it is no tensor; and what else it does."""
+    """Run the module's class on x alone with these attributes; return its result, None if that is not a tensor, and
+    what else it does."""
 
     def call(bare: Any) -> Any:
         with torch.autocast("cpu", enabled=False), torch.device("cpu"):
@@ -164,13 +166,13 @@ def _try(module: nn.Module, x: Tensor, training: bool, **attributes: Any) -> tup
 
     try:
         y, why = run_apart(module, call, training, **attributes)
-    except Exception:  # it wants other arguments, or looks at what a bare copy lacks
+    except Exception:  # it expects other arguments, or reads what a bare copy lacks
         return None, ""
     return (y, why) if isinstance(y, Tensor) else (None, "")
 
 
 class _Shallow(fx.Tracer):
-    """Every child module is one node, and every buffer: what changes one is in the graph, and is not done."""
+    """Tracer that makes every child module and every buffer one node: changes of these are recorded, not executed."""
 
     proxy_buffer_attributes = True
 
@@ -179,7 +181,7 @@ class _Shallow(fx.Tracer):
 
 
 def mlp(module: nn.Module) -> Found | None:
-    """down(gelu(up(x))), or down(act(gate(x)) * up(x)), each with single-input modules (dropout) behind."""
+    """Recognise down(gelu(up(x))) and down(act(gate(x)) * up(x)), each followed by single-input modules (dropout)."""
     what = name_of(module)
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return _encoder_mlp(module)
@@ -197,7 +199,7 @@ def mlp(module: nn.Module) -> Found | None:
 
 
 def _trace_mlp(module: nn.Module, what: str, training: bool, active: bool) -> Found | None:
-    """An MLP as its forward is in this mode."""
+    """Recognise an MLP by its forward in this mode."""
     try:
         graph, why = run_apart(module, _Shallow().trace, training)
     except Exception:  # control flow over values, several arguments: not a plain chain
@@ -220,7 +222,7 @@ def _encoder_mlp(module: Any) -> Found | None:
 
 
 def _kind(module: nn.Module, node: fx.Node) -> str | None:
-    """Which activation a node is."""
+    """Return which activation a node is."""
     if node.op == "call_module":
         return activation(module.get_submodule(str(node.target)))
     kind = activation(node.target) if node.op == "call_function" else None
@@ -263,12 +265,12 @@ def _match(module: nn.Module, what: str, graph: fx.Graph) -> Found | None:
 
 
 def _is_call(node: fx.Node, x: fx.Node) -> bool:
-    """Whether node is a child module called on x alone."""
+    """Return whether node is a child module called on x alone."""
     return node.op == "call_module" and node.args == (x,) and not node.kwargs
 
 
 def _chain(node: fx.Node, seen: set[fx.Node], nodes: list[fx.Node]) -> tuple[str, ...] | None:
-    """Names of the single-input child modules from node to the output; None if there is anything else in the graph."""
+    """Return the names of the single-input child modules from node to the output; None if the graph has other nodes."""
     names: list[str] = []
     while len(node.users) == 1:
         (user,) = node.users
@@ -283,7 +285,8 @@ def _chain(node: fx.Node, seen: set[fx.Node], nodes: list[fx.Node]) -> tuple[str
 
 
 def embedding(module: nn.Module) -> Found | None:
-    """nn.Embedding, or a subclass that multiplies rows by `embed_scale`, without options that ops.embedding lacks."""
+    """Recognise nn.Embedding, or a subclass that multiplies rows by `embed_scale`, without options that ops.embedding
+    lacks."""
     if not isinstance(module, nn.Embedding):
         return None
     what, plain = name_of(module), type(module).forward is nn.Embedding.forward
@@ -296,7 +299,7 @@ def embedding(module: nn.Module) -> Found | None:
 
 
 def _is_scaled_embedding(module: nn.Embedding) -> bool:
-    """Whether weight[ids] times the buffer embed_scale is all that its class does, from runs on a few rows."""
+    """Run the class on a few rows and return whether it computes only weight[ids] times the buffer embed_scale."""
     if module._parameters.keys() != {"weight"} or module._buffers.keys() != {"embed_scale"}:
         return False
     options: dict[str, Any] = dict(device="cpu", dtype=torch.float32)
@@ -310,14 +313,14 @@ def _is_scaled_embedding(module: nn.Embedding) -> bool:
 
 
 def loss(module: nn.Module) -> Found | None:
-    """nn.CrossEntropyLoss."""
+    """Recognise nn.CrossEntropyLoss."""
     if type(module).forward is not nn.CrossEntropyLoss.forward:
         return None
     return Found("loss", name_of(module), "cross_entropy", call=replace.cross_entropy_loss)
 
 
 def attention(module: Any) -> Found | None:
-    """nn.MultiheadAttention."""
+    """Recognise nn.MultiheadAttention."""
     if type(module).forward is not nn.MultiheadAttention.forward:
         return None
     what = name_of(module)

@@ -1,5 +1,5 @@
-"""What takes the place of forwards: each is called with the module first and goes to fastgpt.ops, or, for a call that
-the op does not cover, to the module's own forward (said once)."""
+"""Replacements for forwards. Each gets the module as its first argument and calls fastgpt.ops or, if the op does not
+cover the call, the module's own forward; a log line says so once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 @dataclass(frozen=True)
 class Norm:
-    """A norm that a module of the user's computes: names of its parameters, and its numbers."""
+    """Norm that a user-defined module computes: names of its parameters, and its numbers."""
 
     op: str
     weight: str
@@ -33,9 +33,9 @@ class Norm:
 
 @dataclass(frozen=True)
 class Chain:
-    """rest(act(first(x))), or rest(act(first(x)) * up(x)): names of children (`up` empty where there is none).
+    """Names of children in rest(act(first(x))) or rest(act(first(x)) * up(x)); `up` is empty in the former.
 
-    act: the activation's name, empty where it is the function `kind`. sizes: (container, number of its children).
+    act: name of the activation, empty if it is the function `kind`. sizes: (container, number of its children).
     """
 
     first: str
@@ -46,11 +46,11 @@ class Chain:
     sizes: tuple[tuple[str, int], ...]
 
     def places(self) -> dict[str, None]:
-        """The modules whose children these are."""
+        """Return the modules whose children these are."""
         return dict.fromkeys(n.rpartition(".")[0] for n in ("", self.first, self.up, self.act, *self.rest))
 
     def kind_now(self, module: Any) -> str | None:
-        """The activation, as it is now; None if it is none of the ops' or must be called, or if there is more."""
+        """Return the current activation; None if the ops do not have it, it has hooks, or there are other children."""
         if any(len(child(module, name)) != n for name, n in self.sizes):
             return None
         if not self.act:
@@ -60,19 +60,19 @@ class Chain:
 
 
 def child(module: Any, name: str) -> Any:
-    """The module of this dotted name."""
+    """Return the module of this dotted name."""
     for part in filter(None, name.split(".")):
         module = getattr(module, part)
     return module
 
 
 def own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The module's own forward, that of its class."""
+    """Call the module's own forward, that of its class."""
     return type(module).forward(module, *args, **kwargs)
 
 
 def _leave(op: str, why: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The module's own forward, said once."""
+    """Call the module's own forward, and log the reason once."""
     leave_to_torch(op, f"{type(module).__name__} {why}")
     return own(module, *args, **kwargs)
 
@@ -82,13 +82,13 @@ ACTIVATION = "has another activation than when it was patched, one with hooks, o
 
 
 def _plain(*tensors: Any) -> bool:
-    """Whether these are ordinary dense tensors (None counts): no DTensor, no nested tensor."""
+    """Return whether these are ordinary dense tensors or None: no DTensor, no nested tensor."""
     return all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_nested) for t in tensors)
 
 
 def _fits(args: tuple[Any, ...], kwargs: dict[str, Any], width: int | None, *vectors: Any) -> bool:
-    """Whether the call is one floating-point tensor (..., width) beside vectors that an op takes with it: of its dtype,
-    or fp32. width None: whatever the tensor has."""
+    """Return whether the call has one floating-point tensor (..., width), and vectors that an op accepts with it: of
+    its dtype, or fp32. width None: the width of the tensor."""
     if kwargs or len(args) != 1 or not _plain(*args, *vectors) or args[0].dim() == 0:
         return False
     x = args[0]
@@ -98,7 +98,7 @@ def _fits(args: tuple[Any, ...], kwargs: dict[str, Any], width: int | None, *vec
 
 
 def layer_norm(module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """nn.LayerNorm: x (..., C) -> (..., C)."""
+    """Replace nn.LayerNorm: x (..., C) -> (..., C)."""
     weight, bias, shape = module.weight, module.bias, module.normalized_shape
     alike = bias is None or (weight is not None and bias.dtype == weight.dtype)
     if len(shape) != 1 or not alike or not _fits(args, kwargs, shape[0], weight, bias):
@@ -107,7 +107,7 @@ def layer_norm(module: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def rms_norm(module: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """nn.RMSNorm: x (..., C) -> (..., C)."""
+    """Replace nn.RMSNorm: x (..., C) -> (..., C)."""
     shape = module.normalized_shape
     if len(shape) != 1 or not _fits(args, kwargs, shape[0], module.weight):
         return _leave("rms_norm", ARGUMENTS, module, args, kwargs)
@@ -115,7 +115,7 @@ def rms_norm(module: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def own_norm(module: Any, norm: Norm, dims: frozenset[int], *args: Any, **kwargs: Any) -> Tensor:
-    """A norm of the user's own: x (..., C) of one of these numbers of dimensions -> (..., C)."""
+    """Replace a user-defined norm: x (..., C), with one of these numbers of dimensions -> (..., C)."""
     weight = getattr(module, norm.weight)
     bias = None if norm.bias is None else getattr(module, norm.bias)
     there = weight is not None and (norm.bias is None or (bias is not None and bias.dtype == weight.dtype))
@@ -133,7 +133,7 @@ TRANSFORMERS_ACTIVATIONS = {
 
 
 def activation(target: Any) -> str | None:
-    """'gelu', 'gelu_tanh', 'silu', or None, of an activation module or function."""
+    """Return the kind of an activation module or function: 'gelu', 'gelu_tanh', 'silu', or None."""
     if not isinstance(target, nn.Module):
         return "gelu" if target is F.gelu else "silu" if target is F.silu else None
     forward = type(target).forward
@@ -147,17 +147,17 @@ def activation(target: Any) -> str | None:
 
 
 def is_plain_linear(m: nn.Module) -> bool:
-    """A linear layer whose call is x W + b and nothing else: no adapter, no hook, no forward of its own."""
+    """Return whether a call of this module computes only x W + b: no adapter, no hook, no other forward."""
     return _hooks.plain(m) and (type(m).forward is nn.Linear.forward or is_conv1d(m))
 
 
 def is_conv1d(m: nn.Module) -> bool:
-    """transformers' Conv1D, GPT-2's linear layer with its weight (in, out)."""
+    """Return whether the module is transformers' Conv1D, the linear layer of GPT-2 with a weight (in, out)."""
     return type(m).__module__ == "transformers.pytorch_utils" and type(m).__name__ == "Conv1D"
 
 
 def gelu_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Tensor:
-    """rest(gelu(first(x))): bias and GELU in one pass where `first` is a plain linear layer, else GELU alone."""
+    """Compute rest(gelu(first(x))): bias and GELU in one pass if `first` is a plain linear layer, else GELU alone."""
     if kwargs or len(args) != 1:
         return _leave("bias_gelu", ARGUMENTS, module, args, kwargs)
     kind = chain.kind_now(module)
@@ -184,7 +184,7 @@ def _through(module: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
 
 
 def gated_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Tensor:
-    """rest(act(first(x)) * up(x))."""
+    """Compute rest(act(first(x)) * up(x))."""
     if kwargs or len(args) != 1:
         return _leave("swiglu", ARGUMENTS, module, args, kwargs)
     kind = chain.kind_now(module)
@@ -195,7 +195,7 @@ def gated_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Ten
 
 
 def embedding(module: Any, scaled: bool, *args: Any, **kwargs: Any) -> Tensor:
-    """ids (...) -> (..., C), times the module's embed_scale if `scaled` (Gemma's)."""
+    """Replace an embedding: ids (...) -> (..., C), times the module's embed_scale if `scaled` (as in Gemma)."""
     usual = not kwargs and len(args) == 1 and _plain(*args, module.weight)
     if not usual or args[0].dtype not in (torch.int64, torch.int32) or uncovered_embedding(module):
         return _leave("embedding", "got other arguments or options than the op takes", module, args, kwargs)
@@ -213,7 +213,7 @@ def sdpa(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """F.scaled_dot_product_attention: q (B, H, T, D) on the op where it can be, else PyTorch's."""
+    """Replace F.scaled_dot_product_attention: q (B, H, T, D); calls that the op does not cover go to PyTorch."""
     why = ""
     if attn_mask is not None:
         why = "an attn_mask"
@@ -235,7 +235,7 @@ def sdpa(
 def functional_layer_norm(
     input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Tensor:
-    """F.layer_norm over one dimension."""
+    """Replace F.layer_norm over one dimension."""
     if len(normalized_shape) != 1 or not _fits((input,), {}, normalized_shape[0], weight, bias):
         leave_to_torch("layer_norm", "several dimensions, or other dtypes than the op takes")
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
@@ -243,7 +243,7 @@ def functional_layer_norm(
 
 
 def functional_rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
-    """F.rms_norm over one dimension."""
+    """Replace F.rms_norm over one dimension."""
     if len(normalized_shape) != 1 or not _fits((input,), {}, normalized_shape[0], weight):
         leave_to_torch("rms_norm", "several dimensions, or other dtypes than the op takes")
         return F.rms_norm(input, normalized_shape, weight, eps)
@@ -260,7 +260,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """F.cross_entropy of logits (N, V) and targets (N,); the op's loss is fp32 whatever the logits."""
+    """Replace F.cross_entropy of logits (N, V) and targets (N,); the op's loss is fp32 for any dtype of the logits."""
     usual = input.dim() == 2 and target.dim() == 1 and target.dtype == torch.int64 and _plain(input, target, weight)
     if not usual or size_average is not None or reduce is not None:
         leave_to_torch("cross_entropy", "other than (N, V) logits and (N,) class numbers")
@@ -277,7 +277,7 @@ def cross_entropy(
 
 
 def cross_entropy_loss(module: Any, input: Tensor, target: Tensor) -> Tensor:
-    """nn.CrossEntropyLoss."""
+    """Replace nn.CrossEntropyLoss."""
     options: dict[str, Any] = dict(reduction=module.reduction, label_smoothing=module.label_smoothing)
     return cross_entropy(input, target, module.weight, ignore_index=module.ignore_index, **options)
 
@@ -293,7 +293,7 @@ def multihead_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> Any:
-    """nn.MultiheadAttention; calls that fastgpt.nn.MultiheadAttention does not cover are its own."""
+    """Replace nn.MultiheadAttention; calls that fastgpt.nn.MultiheadAttention does not cover run its own forward."""
     why = uncovered(module, query, key, key_padding_mask, need_weights, attn_mask, is_causal)
     if why is None and not _plain(query, key, value):
         why = "tensors that are not ordinary ones"
@@ -307,7 +307,8 @@ def multihead_attention(
 
 
 def encoder_activation(module: Any) -> str | None:
-    """'gelu' or 'gelu_tanh' of torch's encoder and decoder layers' activation; None if another or hooked."""
+    """Return 'gelu' or 'gelu_tanh' for the activation of a torch encoder or decoder layer; None if it is another or has
+    hooks."""
     act = module.activation
     if isinstance(act, nn.Module):
         kind = activation(act) if _hooks.plain(act) else None
@@ -319,7 +320,7 @@ def encoder_activation(module: Any) -> str | None:
 
 
 def encoder_feed_forward(module: Any, x: Tensor) -> Tensor:
-    """nn.TransformerEncoderLayer's and DecoderLayer's _ff_block with GELU."""
+    """Replace _ff_block of nn.TransformerEncoderLayer and nn.TransformerDecoderLayer with GELU."""
     kind = encoder_activation(module)
     if kind is None:
         leave_to_torch("bias_gelu", f"{type(module).__name__} {ACTIVATION}")
@@ -330,8 +331,8 @@ def encoder_feed_forward(module: Any, x: Tensor) -> Tensor:
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-    """transformers' apply_rotary_pos_emb: q (B, H, T, D), k (B, Hkv, T, D), cos and sin (B or 1, T, rotary_dim) with
-    their halves alike."""
+    """Replace transformers' apply_rotary_pos_emb: q (B, H, T, D), k (B, Hkv, T, D), cos and sin (B or 1, T, rotary_dim)
+    with two equal halves."""
     if unsqueeze_dim == 1:
         q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, T, H, D)
     half = cos.shape[-1] // 2
@@ -339,7 +340,7 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 
     cos, sin = (t[..., :half].reshape(-1, half).to(wide) for t in (cos, sin))
     t = q.shape[1]
     positions = None
-    if cos.shape[0] != t:  # each sequence has rows of its own
+    if cos.shape[0] != t:  # each sequence has its own rows
         positions = torch.arange(cos.shape[0], device=q.device).view(-1, t)
     q, k = ops.rope(q, k, cos, sin, positions=positions)
     return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)

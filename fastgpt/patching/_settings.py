@@ -1,7 +1,8 @@
-"""What a module's own code reads beside its tensors and children, and runs of that code that leave no trace.
+"""Find the settings of a module, that is, what its code reads besides tensors and children, and run that code without
+side effects.
 
-A replacement computes what the code computed when the model was patched. The settings that the code names are kept
-beside it and compared at every call; once one has changed, the module's own forward runs again.
+A replacement computes what the code computed when the model was patched. The settings that the code names are stored
+with it and compared at every call; once one has changed, the module's own forward runs again.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-MISSING = "<missing>"  # a string: torch.compile takes it as a constant
+MISSING = "<missing>"  # a string, which torch.compile treats as a constant
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _ON_EVERY_MODULE = frozenset(dir(nn.Module()))
 Settings = tuple[tuple[tuple[str, ...], Any], ...]
 
 
 def _functions(cls: type, name: str) -> Iterator[Any]:
-    """What `name` is in cls and in the classes below torch's own that it inherits from, without decorators."""
+    """Yield the functions called `name` of cls and of its base classes other than torch's, without decorators."""
     for base in cls.__mro__:
         if base.__module__.startswith("torch.") or base is object:
             continue
@@ -36,7 +37,7 @@ def _functions(cls: type, name: str) -> Iterator[Any]:
 
 
 def _codes(cls: type, method: str) -> list[types.CodeType]:
-    """The code of a method and of the methods and properties of its class that it names."""
+    """Return the code of a method and of the methods and properties of its class that it names."""
     todo, seen, codes = [method], set[str](), list[types.CodeType]()
     while todo:
         name = todo.pop()
@@ -53,15 +54,16 @@ def _codes(cls: type, method: str) -> list[types.CodeType]:
 
 
 def writes_globals(cls: type, method: str = "forward") -> bool:
-    """Whether a method's code sets a global variable."""
+    """Return whether a method's code sets a global variable."""
     codes = _codes(cls, method)
     return any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for code in codes for i in dis.get_instructions(code))
 
 
 def settings(module: nn.Module, method: str = "forward") -> Settings:
-    """((attribute, or attribute and its own attribute), value) of what the method reads of its module.
+    """Return what the method reads of its module: (path, value), where a path is (attribute,) or (attribute, attribute
+    of that one).
 
-    Tensors, parameters, buffers, children and methods are not among them: replacements read or call those.
+    Tensors, parameters, buffers, children and methods are not included, because replacements read or call them.
     """
     codes = _codes(type(module), method)
     loaded = dict.fromkeys(n for code in codes for n in code.co_names)
@@ -79,7 +81,7 @@ def settings(module: nn.Module, method: str = "forward") -> Settings:
             found.append(((name,), value))
         elif _plain(value):
             found.append(((name,), copy.deepcopy(value)))
-        else:  # an object of the user's, such as a config: what the code may read of it
+        else:  # a user's object, such as a config: what the code may read of it
             inner = [(n, _read(value, (n,))) for n in loaded]
             found += [((name, n), copy.deepcopy(v)) for n, v in inner if v is not MISSING and _plain(v)]
     return tuple(found)
@@ -98,7 +100,7 @@ def _read(module: Any, path: tuple[str, ...]) -> Any:
 
 
 def changed(module: nn.Module, kept: Settings) -> str:
-    """The first of these settings that is another now; empty if none is."""
+    """Return the first of these settings that has changed; empty if none has."""
     for path, value in kept:
         now = _read(module, path)
         if now is not value and not _equal(now, value):
@@ -107,13 +109,13 @@ def changed(module: nn.Module, kept: Settings) -> str:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, functools.partial) and isinstance(b, functools.partial):  # a copied model has a partial of its own
+    if isinstance(a, functools.partial) and isinstance(b, functools.partial):  # a copied model has another partial
         return a.func is b.func and a.args == b.args and a.keywords == b.keywords
     return type(a) is type(b) and bool(a == b)
 
 
 def bare_copy(module: nn.Module) -> Any:
-    """A module of the same class and settings, without hooks, to run once: what its forward sets stays on the copy."""
+    """Copy a module, with its class and settings but without hooks, to run once: its forward changes only the copy."""
     bare = object.__new__(type(module))
     nn.Module.__init__(bare)
     hooks = {n: v for n, v in bare.__dict__.items() if "hooks" in n}
@@ -123,7 +125,7 @@ def bare_copy(module: nn.Module) -> Any:
 
 
 def run_apart(module: nn.Module, call: Callable[[Any], Any], training: bool, **attributes: Any) -> tuple[Any, str]:
-    """What call(bare copy) gives, and how it depends on more than its arguments; generators are as before then.
+    """Call call(bare copy); return its result, and how it depends on more than its arguments. Generators are restored.
 
     Raises:
         Exception: whatever the module's code raises.
@@ -144,7 +146,7 @@ def run_apart(module: nn.Module, call: Callable[[Any], Any], training: bool, **a
 
 
 def _state(module: nn.Module) -> dict[tuple[str, Any], Any]:
-    """Every attribute and, of containers, every entry; tensors with their version."""
+    """Return every attribute and every entry of containers; tensors with their version."""
     flat: dict[tuple[str, Any], Any] = {}
     for name, value in module.__dict__.items():
         entries = (

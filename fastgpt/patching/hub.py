@@ -1,9 +1,9 @@
 """Layers for Hugging Face's `kernels` library, and the folder that it loads them from.
 
-`write_repository(folder)` makes a kernel repository whose one build, for every device, is the installed fastgpt; then
-`LocalLayerRepository(repo_path=folder, layer_name="RMSNorm")` in a kernel mapping puts `RMSNorm.forward` in the place
-of every layer registered under this name (transformers registers its norms and activations). By the library's rules a
-layer has no constructor and no attributes of its own: it reads those of the module whose place it takes.
+`write_repository(folder)` writes a kernel repository whose only build, for every device, is the installed fastgpt. Then
+`LocalLayerRepository(repo_path=folder, layer_name="RMSNorm")` in a kernel mapping replaces the forward of every layer
+registered under this name by `RMSNorm.forward` (transformers registers its norms and activations). By the rules of the
+library, a layer has no constructor and no attributes; it reads those of the module that it replaces.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 
-LAYERS = ("RMSNorm", "NewGELU", "GeluTanh", "GeLU")  # under transformers' names
+LAYERS = ("RMSNorm", "NewGELU", "GeluTanh", "GeLU")  # the names that transformers uses
 
 
 class RMSNorm(nn.Module):
-    """Llama's: weight and variance_epsilon. x: (..., C)."""
+    """RMSNorm as in Llama: weight and variance_epsilon. x: (..., C)."""
 
     weight: Tensor
     variance_epsilon: float
@@ -32,7 +32,7 @@ class RMSNorm(nn.Module):
 
 
 class NewGELU(nn.Module):
-    """GPT-2's GELU, by tanh."""
+    """GELU as in GPT-2, with tanh."""
 
     has_backward = True
     can_torch_compile = True
@@ -42,11 +42,11 @@ class NewGELU(nn.Module):
 
 
 class GeluTanh(NewGELU):
-    """The same, under the name of PyTorch's formula for it."""
+    """The same GELU, under PyTorch's name for the formula."""
 
 
 class GeLU(nn.Module):
-    """GELU by erf."""
+    """GELU with erf."""
 
     has_backward = True
     can_torch_compile = True
@@ -56,10 +56,10 @@ class GeLU(nn.Module):
 
 
 def write_repository(folder: Path | str) -> Path:
-    """Write a kernel repository for this Python environment; returns its build folder.
+    """Write a kernel repository for this Python environment; return its build folder.
 
     Args:
-        folder: made if it is not there; `build/torch-universal` in it is (re)written.
+        folder: created if it does not exist; `build/torch-universal` in it is (over)written.
 
     Raises:
         OSError: the folder cannot be written.
