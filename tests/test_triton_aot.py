@@ -34,8 +34,11 @@ def test_configurations_compile_without_spills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     reports = json.loads(out.read_text())
     assert {r["arch"] for r in reports} >= {80, 90}
-    kernels = ("layer_norm_fwd", "layer_norm_bwd", "cross_entropy_fwd_bwd", "adamw_prepare", "adamw_update")
-    for kernel in (*kernels, "rms_norm_fwd", "rms_norm_bwd", "rope_fwd", "rope_rows", "embedding_fwd", "embedding_bwd"):
+    kernels = (
+        "layer_norm_fwd layer_norm_bwd rms_norm_fwd rms_norm_bwd norm_partials_wide norm_reduce rope_fwd rope_rows "
+    )
+    kernels += "cross_entropy_fwd_bwd adamw_prepare adamw_update embedding_fwd embedding_bwd"
+    for kernel in kernels.split():
         assert any(r["name"].startswith(f"{kernel}_kernel[") for r in reports), f"{kernel} was not checked"
     assert all(r["registers"] > 0 for r in reports)
     assert "FP_FUSION" not in done.stdout + done.stderr  # Triton 3.9's warning
@@ -77,7 +80,8 @@ def test_every_kernel_is_launched_with_fp_fusion(monkeypatch: pytest.MonkeyPatch
     from fastgpt.checks import triton as triton_check
     from fastgpt.kernels._runtime import jit_kernel
 
-    modules = [importlib.import_module(f"fastgpt.kernels.{m}") for m in (*triton_check.MODULES, "attention_bwd")]
+    names = (*triton_check.MODULES, "attention_bwd", "_norm")
+    modules = [importlib.import_module(f"fastgpt.kernels.{name}") for name in names]
     kernels = [
         (name, k) for m in modules for name, k in vars(m).items() if name.endswith("_kernel") and k is not jit_kernel
     ]

@@ -1,0 +1,273 @@
+"""The parts that the Triton kernels of LayerNorm and RMSNorm share: residual add, parameter gradients, launchers.
+
+A row stays in registers while it fits (forward C <= 16384, backward C <= 8192). Wider rows are read in column blocks,
+once from memory and again from L2. Each program of a backward kernel sums dweight (and dbias) of its rows in fp32 and
+writes one row of partials; a second kernel adds these in a fixed order. There are no atomics, so results are bitwise
+deterministic. That kernel replaces torch.sum because it sums both gradients and rounds them to the weight's dtype in
+one launch instead of four.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._runtime import (
+    Configuration,
+    as_rows,
+    cast,
+    ceil_pow2,
+    interpreted,
+    jit_kernel,
+    on_device,
+    pointers,
+    powers_of_two,
+    processors,
+    quick_width,
+    split_meta,
+)
+
+MAX_COLUMNS = 65536
+FWD_ONE_PIECE = 16384  # wider rows spill where pointers or strides are not 16-byte aligned (112 to 320 bytes at 32768)
+BWD_ONE_PIECE = 8192  # wider rows spill (256 bytes at 16384)
+
+Meta = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The kernels of one norm, and where they differ from those of the other.
+
+    Attributes:
+        fwd, fwd_wide: kernels of (x, residual, parameters, y, sum, statistics, x_row, residual_row, N, C, scalars).
+        bwd, dx_wide: kernels of (dy, dsum, h, weight, statistics, dx, partials (bwd only), dy_row, dsum_row, h_row, N,
+            C, scalars).
+        mean: whether there are a mean and a bias. The statistics are then mean and rstd (2, N) and the partials dweight
+            and dbias; without, the statistics are rstd (N) and the partials dweight.
+        fwd_elements: elements of a program of `fwd`, at most.
+        wide_warps: warps of a program of `fwd_wide` and `dx_wide`.
+    """
+
+    fwd: Any
+    fwd_wide: Any
+    bwd: Any
+    dx_wide: Any
+    mean: bool
+    fwd_elements: int
+    wide_warps: int
+
+    def forward(self, C: int) -> tuple[Any, Meta]:
+        """Return the forward kernel for C columns and its launch shape."""
+        meta = self._meta(C, FWD_ONE_PIECE, rows=16, elements=self.fwd_elements, warps=8)
+        return self.fwd if "ROWS" in meta else self.fwd_wide, meta
+
+    def backward(self, C: int) -> tuple[Any, Meta]:
+        """Return the kernel of dx for C columns and its launch shape; with ROWS in it, it writes partials too."""
+        meta = self._meta(C, BWD_ONE_PIECE, rows=4, elements=1024, warps=16)
+        return self.bwd if "ROWS" in meta else self.dx_wide, meta
+
+    def _meta(self, C: int, one_piece: int, rows: int, elements: int, warps: int) -> Meta:
+        """Up to `rows` rows and `elements` elements a program (interpreter: more); column blocks above `one_piece`."""
+        block = ceil_pow2(C)
+        if block > one_piece:
+            return {"BLOCK": 4096, "num_warps": self.wide_warps}
+        if interpreted():
+            rows, elements = 64, 65536
+        rows = max(1, min(rows, elements // block))
+        return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, min(warps, 4 * rows * block // elements))}
+
+
+@triton.jit
+def load_sum(x_ptr, residual_ptr, sum_ptr, row, x_row, residual_row, C, c, mask):
+    """Load one tile of h in fp32: x, or x + residual rounded to x's dtype; store the sum unless sum_ptr is None."""
+    h = tl.load(x_ptr + row * x_row + c, mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        h += tl.load(residual_ptr + row * residual_row + c, mask, other=0.0).to(tl.float32)
+        h = cast(h, x_ptr.dtype.element_ty).to(tl.float32)
+        if sum_ptr is not None:
+            tl.store(sum_ptr + row * C + c, cast(h, sum_ptr.dtype.element_ty), mask)
+    return h
+
+
+@triton.jit
+def store_dx(dx, dx_ptr, dsum_ptr, row, dsum_row, C, c, mask):
+    """Store one tile of dx, plus dsum unless dsum_ptr is None."""
+    if dsum_ptr is not None:
+        dx += tl.load(dsum_ptr + row * dsum_row + c, mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + row * C + c, cast(dx, dx_ptr.dtype.element_ty), mask)
+
+
+@jit_kernel(do_not_specialize=["N"])
+def norm_partials_wide_kernel(
+    dy_ptr,  # (N, C), rows dy_row apart
+    h_ptr,  # (N, C), rows h_row apart
+    stats_ptr,  # MEAN: (2, N), mean and rstd; otherwise (N), rstd
+    partials_ptr,  # MEAN: (programs along axis 1, 2, C), dweight and dbias; otherwise (.., 1, C), dweight
+    dy_row, h_row, N, C, MEAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum dweight and dbias of BLOCK columns over row tiles p, p + programs, ...; p is the program along axis 1."""
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    dweight = tl.zeros([ROWS, BLOCK], tl.float32)
+    dbias = tl.zeros([ROWS, BLOCK], tl.float32)
+    for tile in range(tl.program_id(1), tl.cdiv(N, ROWS), tl.num_programs(1)):
+        row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
+        mask = (row < N) & (c < C)
+        dy = tl.load(dy_ptr + row * dy_row + c, mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + row * h_row + c, mask, other=0.0).to(tl.float32)
+        if MEAN:
+            h -= tl.load(stats_ptr + row, row < N, other=0.0)
+            rstd = tl.load(stats_ptr + N + row, row < N, other=0.0)
+            dbias += dy
+        else:
+            rstd = tl.load(stats_ptr + row, row < N, other=0.0)
+        dweight += dy * (h * rstd)
+    out = partials_ptr + tl.program_id(1).to(tl.int64) * (2 if MEAN else 1) * C + c
+    tl.store(out, tl.sum(dweight, axis=0, keep_dims=True), c < C)
+    if MEAN:
+        tl.store(out + C, tl.sum(dbias, axis=0, keep_dims=True), c < C)
+
+
+@jit_kernel(do_not_specialize=["P"])
+def norm_reduce_kernel(
+    partials_ptr,  # (P, sums, C): dweight, or dweight and dbias
+    dweight_ptr,  # (C) or None
+    dbias_ptr,  # (C) or None
+    P, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Sum BLOCK columns of partials over P in a fixed order; axis 1 of the grid: 0 dweight, 1 dbias."""
+    which, sums = tl.program_id(1), tl.num_programs(1)
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
+    acc = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(0, P, ROWS):
+        p = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
+        acc += tl.load(partials_ptr + (sums * p + which) * C + c, (p < P) & (c < C), other=0.0)
+    total = tl.sum(acc, axis=0, keep_dims=True)
+    # not `(c < C) & (which == 0)`: the interpreter turns a scalar condition into an integer mask, refused by Triton 3.9
+    if which == 0:
+        if dweight_ptr is not None:
+            tl.store(dweight_ptr + c, cast(total, dweight_ptr.dtype.element_ty), c < C)
+    elif dbias_ptr is not None:
+        tl.store(dbias_ptr + c, cast(total, dbias_ptr.dtype.element_ty), c < C)
+
+
+def partials_meta() -> Meta:
+    """Return the launch shape of the parameter gradients of wide rows."""
+    return {"ROWS": 16, "BLOCK": 8192 if interpreted() else 128, "num_warps": 4}
+
+
+def reduce_meta() -> Meta:
+    """Return the launch shape of the reduce over programs."""
+    return {"ROWS": 8, "BLOCK": 8192, "num_warps": 4} if interpreted() else {"ROWS": 256, "BLOCK": 16, "num_warps": 8}
+
+
+def forward(
+    norm: Norm,
+    x: Tensor,
+    residual: Tensor | None,
+    parameters: tuple[Tensor | None, ...],
+    stats: Tensor,
+    *scalars: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Fill the statistics; return y, and x + residual (None without)."""
+    h = as_rows(x)  # (N, C)
+    r = None if residual is None else as_rows(residual)
+    parameters = tuple(None if t is None else t.contiguous() for t in parameters)
+    N, C = h.shape
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = None if r is None else torch.empty_like(y)
+    if y.numel():
+        kernel, meta = norm.forward(C)
+        r_row = 0 if r is None else r.stride(0)
+        with on_device(x):
+            grid = (triton.cdiv(N, meta.get("ROWS", 1)),)
+            kernel[grid](h, r, *parameters, y, total, stats, h.stride(0), r_row, N, C, *scalars, **meta)
+    return y, total
+
+
+def backward(
+    norm: Norm, dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
+    *scalars: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return dx (the residual's gradient too), dweight and dbias (None where the parameter is absent)."""
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    if dx.numel() == 0:
+        dweight, dbias = (None if t is None else torch.zeros_like(t) for t in (weight, bias))
+        return dx, dweight, dbias
+    dweight, dbias = (None if t is None else torch.empty_like(t) for t in (weight, bias))
+    dy, h = as_rows(dy), as_rows(h)  # (N, C)
+    dsum = None if dsum is None else as_rows(dsum)
+    with on_device(h):
+        parameters = weight is not None or bias is not None
+        partials = _launch_backward(norm, dy, dsum, h, weight, stats, dx, parameters, scalars)
+        if partials is not None:
+            meta = reduce_meta()
+            P, sums, C = partials.shape
+            norm_reduce_kernel[(triton.cdiv(C, meta["BLOCK"]), sums)](partials, dweight, dbias, P, C, **meta)
+    return dx, dweight, dbias
+
+
+def _launch_backward(
+    norm: Norm, dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, stats: Tensor, dx: Tensor,
+    parameters: bool, scalars: tuple[float, ...],
+) -> Tensor | None:  # fmt: skip
+    """Fill dx; return the partials of each program (programs, sums, C), or None without parameters."""
+    N, C = h.shape
+    sums = 2 if norm.mean else 1
+    kernel, meta = norm.backward(C)
+    dy_row, dsum_row, h_row = dy.stride(0), 0 if dsum is None else dsum.stride(0), h.stride(0)
+    if "ROWS" in meta:
+        per_processor = 2 if interpreted() else max(1, min(16, 8192 // (meta["ROWS"] * meta["BLOCK"])))
+        programs = min(triton.cdiv(N, meta["ROWS"]), per_processor * processors(h.device))
+        partials = h.new_empty((programs, sums, C), dtype=torch.float32) if parameters else None
+        kernel[(programs,)](dy, dsum, h, weight, stats, dx, partials, dy_row, dsum_row, h_row, N, C, *scalars, **meta)
+        return partials
+    kernel[(N,)](dy, dsum, h, weight, stats, dx, dy_row, dsum_row, h_row, N, C, *scalars, **meta)
+    if not parameters:
+        return None
+    wide = partials_meta()
+    blocks = triton.cdiv(C, wide["BLOCK"])
+    programs = min(triton.cdiv(N, wide["ROWS"]), max(1, 8 * processors(h.device) // blocks))
+    partials = h.new_empty((programs, sums, C), dtype=torch.float32)
+    grid = (blocks, programs)
+    norm_partials_wide_kernel[grid](dy, h, stats, partials, dy_row, h_row, N, C, MEAN=norm.mean, **wide)
+    return partials
+
+
+def configurations(norm: Norm, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> Iterator[Configuration]:
+    """Yield every launch shape with all options on (the largest register count), and without options."""
+    w = weight_dtype or dtype
+    for full in (True, False):
+        types = _types(dtype, w, full)
+        for block in powers_of_two(16, MAX_COLUMNS if full else BWD_ONE_PIECE):
+            for kernel, shape in (norm.forward(block), norm.backward(block)):
+                meta, warps = split_meta(shape)
+                arguments = {name: types[name] for name in kernel.arg_names if name in types}
+                case = f"C={block} {'full' if full else 'plain'}"
+                yield Configuration(kernel, case, arguments, warps, meta, quick=quick_width(block))
+    sums, f32 = "dweight and dbias" if norm.mean else "dweight", torch.float32
+    meta, warps = split_meta({**partials_meta(), "MEAN": norm.mean})
+    types = pointers(dy_ptr=dtype, h_ptr=dtype, stats_ptr=f32, partials_ptr=f32)
+    types |= dict.fromkeys(("dy_row", "h_row", "N", "C"), "i32")
+    yield Configuration(norm_partials_wide_kernel, f"C=16384 {sums}", types, warps, meta)
+    meta, warps = split_meta(reduce_meta())
+    types = pointers(partials_ptr=f32, dweight_ptr=w, dbias_ptr=w if norm.mean else None)
+    types |= dict.fromkeys(("P", "C"), "i32")
+    yield Configuration(norm_reduce_kernel, f"any C, {sums}", types, warps, meta)
+
+
+def _types(dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) -> dict[str, str | None]:
+    """Return the signature types of the arguments of every kernel in a Norm, by name."""
+    option, weight, partials = (dtype, weight_dtype, torch.float32) if full else (None, None, None)
+    types = pointers(**dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "h_ptr", "dx_ptr"), dtype))
+    types |= pointers(**dict.fromkeys(("residual_ptr", "sum_ptr", "dsum_ptr"), option))
+    types |= pointers(**dict.fromkeys(("stats_ptr", "rstd_ptr"), torch.float32))
+    types |= pointers(weight_ptr=weight, bias_ptr=weight, partials_ptr=partials)
+    types |= dict.fromkeys(("x_row", "residual_row", "dy_row", "dsum_row", "h_row", "N", "C"), "i32")
+    return types | dict.fromkeys(("eps", "weight_offset"), "fp32")
