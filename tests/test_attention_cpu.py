@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgpt.core import backend
 from fastgpt.ops._attention import attention_ref, dropout_keep
-from fastgpt.ops.attention import _DEFAULTS, BWD, FWD, QKV_BWD, pack
+from fastgpt.ops.attention import _DEFAULTS, ATTENTION_BWD, ATTENTION_FWD, ATTENTION_QKV_BWD, pack
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(backend.missing("cpu") is not None, reason="needs the compiled CPU kernels")
@@ -34,8 +34,8 @@ def tensors(b: int, t: int, s: int, h: int, hkv: int, d: int, dtype: torch.dtype
 def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **options: Any) -> list[Tensor]:
     """Return out, lse, dq, dk, dv."""
     o = packed(q, **options)
-    out, lse = FWD["cpu"](q, k, v, *o)
-    return [out, lse, *BWD["cpu"](dout, None, q, k, v, out, lse, *o)]
+    out, lse = ATTENTION_FWD["cpu"](q, k, v, *o)
+    return [out, lse, *ATTENTION_BWD["cpu"](dout, None, q, k, v, out, lse, *o)]
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -89,11 +89,11 @@ def test_dropout_keeps_what_dropout_keep_says(p: float) -> None:
     q = torch.zeros(b, s, h, s)
     eye = torch.eye(s).view(1, s, 1, s).expand(b, s, h, s)
     o = packed(q, dropout_p=p)
-    out, lse = FWD["cpu"](q, q, eye, *o)
+    out, lse = ATTENTION_FWD["cpu"](q, q, eye, *o)
     keep = dropout_keep(o[5], (b, h, s, s), p)
     assert torch.equal(out.transpose(1, 2) != 0, keep)
     torch.testing.assert_close(out.transpose(1, 2)[keep], torch.full((int(keep.sum()),), 1 / s / (1 - p)))
-    dv = BWD["cpu"](eye, None, q, q, eye, out, lse, *o)[2]
+    dv = ATTENTION_BWD["cpu"](eye, None, q, q, eye, out, lse, *o)[2]
     assert torch.equal(dv.permute(0, 2, 3, 1) != 0, keep)
     assert 0.8 * p < 1 - float(keep.float().mean()) < 1.2 * p
 
@@ -130,10 +130,10 @@ def test_packed_gradient_is_the_three_side_by_side(dtype: torch.dtype, layout: s
     q, k, v = qkv.contiguous().split([h, hkv, hkv], 2)
     plain = run(q.contiguous(), k.contiguous(), v.contiguous(), dout, causal=True)
     o = packed(qkv, causal=True)
-    out, lse = FWD["cpu"](*qkv.split([h, hkv, hkv], 2), *o)
+    out, lse = ATTENTION_FWD["cpu"](*qkv.split([h, hkv, hkv], 2), *o)
     assert same([out, lse], plain[:2])
     for grad in (dout, dout.transpose(1, 2).contiguous().transpose(1, 2)):
-        dqkv = QKV_BWD["cpu"](grad, qkv, out, lse, *o, h, hkv)
+        dqkv = ATTENTION_QKV_BWD["cpu"](grad, qkv, out, lse, *o, h, hkv)
         assert dqkv.is_contiguous() and torch.equal(dqkv, torch.cat(plain[2:], 2))
     assert same([qkv, dout], list(before))
 

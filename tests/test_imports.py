@@ -130,8 +130,8 @@ def test_public_names_have_their_paths() -> None:
 
 
 def chosen_by_hand(tree: ast.AST) -> Iterator[int]:
-    """Return the lines that pick a kernel by its backend's name, as in FWD["cuda"]: only `select` may return that
-    name."""
+    """Return the lines that pick a kernel by the name of a backend, as in SWIGLU_FWD["cuda"]: only `select` may return
+    that name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Subscript) and not (isinstance(node.value, ast.Name) and node.value.id == "KEYS"):
             names = [part.value for part in ast.walk(node.slice) if isinstance(part, ast.Constant)]

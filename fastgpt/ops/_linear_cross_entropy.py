@@ -15,9 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops._common import define_driver, flop_formula
-from fastgpt.ops.cross_entropy import FWD as CE_FWD
-from fastgpt.ops.cross_entropy import FWD_BWD as CE_FWD_BWD
-from fastgpt.ops.cross_entropy import OPTIONS
+from fastgpt.ops.cross_entropy import CROSS_ENTROPY_FWD, CROSS_ENTROPY_FWD_BWD, OPTIONS
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # after the loss
 
@@ -78,7 +76,7 @@ def _fwd(
     with torch.autocast(x.device.type, enabled=False):
         for rows in _chunks(n, chunk):
             z = logits_of(x[rows], w, b, buffer[: rows.stop - rows.start])
-            loss[rows] = CE_FWD[backend](z, target[rows], weight, *options)[0]
+            loss[rows] = CROSS_ENTROPY_FWD[backend](z, target[rows], weight, *options)[0]
     return loss
 
 
@@ -98,7 +96,7 @@ def _fwd_bwd(
         for rows in _chunks(n, chunk):
             dz = logits_of(x[rows], w, b, buffer[: rows.stop - rows.start])
             some = scale if scale.numel() == 1 else scale[rows]
-            CE_FWD_BWD[backend](dz, loss[rows], target[rows], weight, some, *options)
+            CROSS_ENTROPY_FWD_BWD[backend](dz, loss[rows], target[rows], weight, some, *options)
             if dx is not None:
                 torch.mm(dz, w, out=dx[rows])
             if wanted[1]:
@@ -122,8 +120,10 @@ def _fwd_bwd_fake(
 
 
 _ARGUMENTS = "Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight"
-FWD = define_driver("linear_cross_entropy_fwd", f"({_ARGUMENTS}, {OPTIONS}, SymInt chunk) -> Tensor", _fwd_fake, _fwd)
-FWD_BWD = define_driver(
+LINEAR_CROSS_ENTROPY_FWD = define_driver(
+    "linear_cross_entropy_fwd", f"({_ARGUMENTS}, {OPTIONS}, SymInt chunk) -> Tensor", _fwd_fake, _fwd
+)
+LINEAR_CROSS_ENTROPY_FWD_BWD = define_driver(
     "linear_cross_entropy_fwd_bwd",
     f"({_ARGUMENTS}, Tensor scale, {OPTIONS}, SymInt chunk, bool[3] wanted) -> (Tensor, Tensor?, Tensor?, Tensor?)",
     _fwd_bwd_fake,

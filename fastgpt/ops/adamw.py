@@ -31,13 +31,13 @@ from fastgpt.ops._common import define, no_outputs, relative_error
 PARTIALS = 2048  # partial sums of squares that a bucket has room for; what a backend leaves unused stays 0
 
 
-PREPARE = define(
+ADAMW_PREPARE = define(
     "adamw",
     "adamw_prepare",
     "(Tensor[] grads, Tensor(a!) steps, int[] index, Tensor(b!) partials, int offset, bool norm) -> ()",
     no_outputs,
 )
-UPDATE = define(
+ADAMW_UPDATE = define(
     "adamw",
     "adamw_update",
     "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, "
@@ -160,9 +160,9 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype) -> float:
     steps, lr, norm = torch.zeros(2, device=device), torch.full((1,), 0.1, device=device), torch.zeros(1, device=device)
     partials = torch.zeros(PARTIALS, device=device)
     group = ([0.9], [0.999], [1e-8], [0.1])
-    PREPARE[backend](grads, steps, bucket.index, partials, 0, True)
+    ADAMW_PREPARE[backend](grads, steps, bucket.index, partials, 0, True)
     tail = (*group, partials, 1.0, None, None, norm, False, 0)
-    UPDATE[backend](params, grads, *moments, masters, steps, bucket.index, bucket.group, lr, *tail)
+    ADAMW_UPDATE[backend](params, grads, *moments, masters, steps, bucket.index, bucket.group, lr, *tail)
     exact = Bucket(wide[0], wide[1], wide[2], wide[3], [], [0, 1], [0, 0])
     exact_norm = torch.cat(wide[1]).norm().reshape(1)
     settings = dict(zip(("beta1", "beta2", "eps", "weight_decay"), (g[0] for g in group)))

@@ -48,15 +48,17 @@ def _qkv_bwd_fake(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-FWD = define("attention", "attention_fwd", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _fwd_fake)
-BWD = define(
+ATTENTION_FWD = define(
+    "attention", "attention_fwd", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _fwd_fake
+)
+ATTENTION_BWD = define(
     "attention",
     "attention_bwd",
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor)",
     _bwd_fake,
 )
-QKV_BWD = define(
+ATTENTION_QKV_BWD = define(
     "attention",
     "attention_qkv_bwd",
     f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}, int n_heads, int n_kv_heads) -> Tensor",
@@ -69,7 +71,7 @@ class AttentionFn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backend: str, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-        out, lse = FWD[backend](q, k, v, *options)
+        out, lse = ATTENTION_FWD[backend](q, k, v, *options)
         ctx.backend, ctx.numbers = backend, options[6:]
         ctx.save_for_backward(q, k, v, out, lse, *options[:6])
         ctx.set_materialize_grads(False)
@@ -80,7 +82,7 @@ class AttentionFn(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        grads = BWD[ctx.backend](dout, dlse, q, k, v, out, lse, *tensors, *ctx.numbers)
+        grads = ATTENTION_BWD[ctx.backend](dout, dlse, q, k, v, out, lse, *tensors, *ctx.numbers)
         return None, *grads, *[None] * (len(tensors) + len(ctx.numbers))
 
 
@@ -90,7 +92,7 @@ class AttentionQkvFn(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: str, qkv: Tensor, heads: tuple[int, int], *options: Any) -> Tensor:
         ctx.backend, ctx.heads, ctx.numbers = backend, heads, options[6:]
-        out, lse = FWD[backend](*qkv.split([heads[0], heads[1], heads[1]], dim=2), *options)
+        out, lse = ATTENTION_FWD[backend](*qkv.split([heads[0], heads[1], heads[1]], dim=2), *options)
         ctx.save_for_backward(qkv, out, lse, *options[:6])
         return out
 
@@ -98,7 +100,7 @@ class AttentionQkvFn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, *tensors = ctx.saved_tensors
-        dqkv = QKV_BWD[ctx.backend](dout, qkv, out, lse, *tensors, *ctx.numbers, *ctx.heads)
+        dqkv = ATTENTION_QKV_BWD[ctx.backend](dout, qkv, out, lse, *tensors, *ctx.numbers, *ctx.heads)
         return None, dqkv, None, *[None] * (len(tensors) + len(ctx.numbers))
 
 
@@ -191,9 +193,9 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, t: int, dim: 
     exact, _ = attention_ref(*leaves, causal=True, **o)
     grads = torch.autograd.grad(exact, leaves, dout.double())
     options = pack(q, {**o, "causal": True})
-    out, lse = FWD[backend](q, k, v, *options)
-    got = [out, *BWD[backend](dout, None, q, k, v, out, lse, *options)]
-    packed = QKV_BWD[backend](dout, torch.cat((q, k, v), 2), out, lse, *options, 4, 2)
+    out, lse = ATTENTION_FWD[backend](q, k, v, *options)
+    got = [out, *ATTENTION_BWD[backend](dout, None, q, k, v, out, lse, *options)]
+    packed = ATTENTION_QKV_BWD[backend](dout, torch.cat((q, k, v), 2), out, lse, *options, 4, 2)
     return relative_error([*got, packed], [exact.detach(), *grads, torch.cat(grads, 2)])
 
 
@@ -331,7 +333,7 @@ def attention(
     if needs_grad(q, k, v):
         out, lse = AttentionFn.apply(backend, q, k, v, *packed)
     else:
-        out, lse = FWD[backend](q, k, v, *packed)
+        out, lse = ATTENTION_FWD[backend](q, k, v, *packed)
     return (out, lse) if return_lse else out
 
 

@@ -38,8 +38,8 @@ def _bwd_fake(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[T
     return torch.empty_like(x, memory_format=torch.contiguous_format), dbias
 
 
-FWD = define("bias_gelu", "bias_gelu_fwd", "(Tensor x, Tensor? bias, bool tanh) -> Tensor", _fwd_fake)
-BWD = define(
+BIAS_GELU_FWD = define("bias_gelu", "bias_gelu_fwd", "(Tensor x, Tensor? bias, bool tanh) -> Tensor", _fwd_fake)
+BIAS_GELU_BWD = define(
     "bias_gelu",
     "bias_gelu_bwd",
     "(Tensor dy, Tensor x, Tensor? bias, bool tanh) -> (Tensor, Tensor?)",
@@ -68,12 +68,12 @@ class BiasGeluFn(torch.autograd.Function):
     def forward(ctx: Any, backend: str, x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
         ctx.backend, ctx.tanh = backend, tanh
         ctx.save_for_backward(x, bias)
-        return FWD[backend](x, bias, tanh)
+        return BIAS_GELU_FWD[backend](x, bias, tanh)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dbias = BWD[ctx.backend](dy, *ctx.saved_tensors, ctx.tanh)
+        dx, dbias = BIAS_GELU_BWD[ctx.backend](dy, *ctx.saved_tensors, ctx.tanh)
         return None, dx, dbias, None
 
 
@@ -84,7 +84,7 @@ def _self_check(backend: str, device: torch.device) -> float:
         x, dy = torch.randn(2, 5, n_cols, device=device).mul_(2).to(dtype).unbind()
         bias = torch.randn(n_cols, device=device).to(dtype)
         tanh = approximate == "tanh"
-        got = [FWD[backend](x, bias, tanh), *BWD[backend](dy, x, bias, tanh)]
+        got = [BIAS_GELU_FWD[backend](x, bias, tanh), *BIAS_GELU_BWD[backend](dy, x, bias, tanh)]
         leaves = [t.double().requires_grad_() for t in (x, bias)]
         exact = bias_gelu_ref(*leaves, approximate=approximate)
         grads = torch.autograd.grad(exact, leaves, dy.double())
@@ -131,5 +131,5 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
     if needs_grad(x, bias):
         y: Tensor = BiasGeluFn.apply(backend, x, bias, approximate == "tanh")
     else:
-        y = FWD[backend](x, bias, approximate == "tanh")
+        y = BIAS_GELU_FWD[backend](x, bias, approximate == "tanh")
     return y

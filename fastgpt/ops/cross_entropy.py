@@ -47,19 +47,19 @@ def _bwd_fake(
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
-FWD = define(
+CROSS_ENTROPY_FWD = define(
     "cross_entropy",
     "cross_entropy_fwd",
     f"(Tensor logits, Tensor target, Tensor? weight, {OPTIONS}) -> (Tensor, Tensor)",
     _fwd_fake,
 )
-BWD = define(
+CROSS_ENTROPY_BWD = define(
     "cross_entropy",
     "cross_entropy_bwd",
     f"(Tensor dloss, Tensor logits, Tensor target, Tensor stats, Tensor? weight, {OPTIONS}) -> Tensor",
     _bwd_fake,
 )
-FWD_BWD = define(
+CROSS_ENTROPY_FWD_BWD = define(
     "cross_entropy",
     "cross_entropy_fwd_bwd",
     f"(Tensor(a!) logits, Tensor(b!) loss, Tensor target, Tensor? weight, Tensor scale, {OPTIONS}) -> ()",
@@ -135,7 +135,7 @@ class CrossEntropyFn(torch.autograd.Function):
         reduction: str,
         options: Options,
     ) -> Tensor:
-        loss, stats = FWD[backend](logits, target, weight, *options)
+        loss, stats = CROSS_ENTROPY_FWD[backend](logits, target, weight, *options)
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
         ctx.backend, ctx.reduction, ctx.options = backend, reduction, options
         ctx.save_for_backward(logits, target, stats, weight, count)
@@ -147,7 +147,8 @@ class CrossEntropyFn(torch.autograd.Function):
         logits, target, stats, weight, count = ctx.saved_tensors
         rows = grad if count is None else grad / count
         dloss = rows.float().reshape(-1).contiguous()  # (1,), or (N,) for reduction "none"
-        return None, BWD[ctx.backend](dloss, logits, target, stats, weight, *ctx.options), None, None, None, None
+        dlogits = CROSS_ENTROPY_BWD[ctx.backend](dloss, logits, target, stats, weight, *ctx.options)
+        return None, dlogits, None, None, None, None
 
 
 class CrossEntropyInplaceFn(torch.autograd.Function):
@@ -166,7 +167,7 @@ class CrossEntropyInplaceFn(torch.autograd.Function):
         loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
         scale = torch.ones_like(loss[:1]) if count is None else count.reciprocal()
-        FWD_BWD[backend](logits, loss, target, weight, scale, *options)
+        CROSS_ENTROPY_FWD_BWD[backend](logits, loss, target, weight, scale, *options)
         mark_mutated([logits])
         ctx.backend = backend
         ctx.save_for_backward(logits)
@@ -246,10 +247,10 @@ def _self_check(backend: str, device: torch.device) -> float:
     logits, target = torch.randn(5, 203, device=device), torch.tensor([0, 199, 7, -100, 50], device=device)
     options: Options = (-100, 0.1, 1e-3, 5.0, 200)
     dloss = torch.rand(5, device=device)
-    loss, stats = FWD[backend](logits, target, None, *options)
-    dlogits = BWD[backend](dloss, logits, target, stats, None, *options)
+    loss, stats = CROSS_ENTROPY_FWD[backend](logits, target, None, *options)
+    dlogits = CROSS_ENTROPY_BWD[backend](dloss, logits, target, stats, None, *options)
     fused, fused_loss = logits.clone(), torch.empty_like(loss)
-    FWD_BWD[backend](fused, fused_loss, target, None, dloss, *options)
+    CROSS_ENTROPY_FWD_BWD[backend](fused, fused_loss, target, None, dloss, *options)
     halved = dlogits.clone()
     SCALE_ROWS[backend](halved, torch.full((1,), 0.5, device=device))
     leaf = logits.double().requires_grad_()
@@ -267,10 +268,10 @@ def _plain_error(backend: str, device: torch.device) -> float:
     logits, target = torch.randn(3, 50304, device=device).bfloat16(), torch.tensor([0, 50256, -100], device=device)
     options: Options = (-100, 0.0, 0.0, 0.0, 50257)
     scale = torch.ones(3, device=device)
-    loss, stats = FWD[backend](logits, target, None, *options)
-    dlogits = BWD[backend](scale, logits, target, stats, None, *options)
+    loss, stats = CROSS_ENTROPY_FWD[backend](logits, target, None, *options)
+    dlogits = CROSS_ENTROPY_BWD[backend](scale, logits, target, stats, None, *options)
     fused, fused_loss = logits.clone(), torch.empty_like(loss)
-    FWD_BWD[backend](fused, fused_loss, target, None, scale, *options)
+    CROSS_ENTROPY_FWD_BWD[backend](fused, fused_loss, target, None, scale, *options)
     halved = dlogits.clone()
     SCALE_ROWS[backend](halved, torch.full((1,), 0.5, device=device))
     leaf = logits.double().requires_grad_()
@@ -356,5 +357,5 @@ def cross_entropy(
             return CrossEntropyFn.apply(backend, logits, target, weight, reduction, packed)
         _check_inplace(logits)
         return CrossEntropyInplaceFn.apply(backend, logits, target, weight, reduction, packed)
-    loss, _ = FWD[backend](logits, target, weight, *packed)
+    loss, _ = CROSS_ENTROPY_FWD[backend](logits, target, weight, *packed)
     return reduce_rows(loss, reduction, denominator(target, weight, ignore_index) if reduction == "mean" else None)

@@ -43,14 +43,16 @@ def _bwd_fake(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
     return dy.new_empty((num_rows, dy.shape[-1]))
 
 
-FWD = define(
+EMBEDDING_FWD = define(
     "embedding",
     "embedding_fwd",
     "(Tensor ids, Tensor weight, Tensor? position_weight, Tensor? positions) -> Tensor",
     _fwd_fake,
 )
-BWD = define("embedding", "embedding_bwd", "(Tensor dy, Tensor ids, int num_rows) -> Tensor", _bwd_fake)
-BWD_ADD = define("embedding", "embedding_bwd_add", "(Tensor(a!) dweight, Tensor dy, Tensor ids) -> ()", no_outputs)
+EMBEDDING_BWD = define("embedding", "embedding_bwd", "(Tensor dy, Tensor ids, int num_rows) -> Tensor", _bwd_fake)
+EMBEDDING_BWD_ADD = define(
+    "embedding", "embedding_bwd_add", "(Tensor(a!) dweight, Tensor dy, Tensor ids) -> ()", no_outputs
+)
 
 
 def embedding_ref(
@@ -88,7 +90,7 @@ class EmbeddingFn(torch.autograd.Function):
         # Not saved tensors: their values are not needed, and an optimizer may change them before backward.
         ctx.tables = (None, None) if torch.compiler.is_compiling() else (weight, position_weight)
         ctx.save_for_backward(ids, positions)
-        return FWD[backend](ids, weight, position_weight, positions)
+        return EMBEDDING_FWD[backend](ids, weight, position_weight, positions)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -120,9 +122,9 @@ def _gather(backend: str, table: Tensor | None, rows: int, dy: Tensor, ids: Tens
     """Gradient of a table whose rows `ids` were read; None where it went to its place."""
     buffer = _place(table)
     if buffer is None:
-        grad: Tensor = BWD[backend](dy, ids, rows)
+        grad: Tensor = EMBEDDING_BWD[backend](dy, ids, rows)
         return grad
-    BWD_ADD[backend](buffer, dy, ids)
+    EMBEDDING_BWD_ADD[backend](buffer, dy, ids)
     mark_mutated([buffer])
     return None
 
@@ -191,11 +193,12 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, n_time: int, 
     exact = embedding_ref(ids, *leaves, positions=positions)
     grads = torch.autograd.grad(exact, leaves, dy.double())
     exact = exact.detach()
-    dweight = BWD[backend](dy, ids, 11)
+    others = ((None, None), (position_weight, None))
+    got = [EMBEDDING_FWD[backend](ids, weight, *o) for o in ((position_weight, positions), *others)]
+    dweight = EMBEDDING_BWD[backend](dy, ids, 11)
     twice = dweight.clone()
-    BWD_ADD[backend](twice, dy, ids)
-    got = [FWD[backend](ids, weight, position_weight, positions), FWD[backend](ids, weight, None, None)]
-    got += [FWD[backend](ids, weight, position_weight, None), dweight, twice, BWD[backend](dy, positions, n_time + 2)]
+    EMBEDDING_BWD_ADD[backend](twice, dy, ids)
+    got += [dweight, twice, EMBEDDING_BWD[backend](dy, positions, n_time + 2)]
     table, rows = weight.double()[ids], position_weight.double()
     return relative_error(got, [exact, table, table + rows[:n_time], grads[0], 2 * grads[0], grads[1]])
 
@@ -248,5 +251,5 @@ def embedding(
     if needs_grad(weight, position_weight):
         y: Tensor = EmbeddingFn.apply(backend, ids, weight, position_weight, positions, padding_idx)
     else:
-        y = FWD[backend](ids, weight, position_weight, positions)
+        y = EMBEDDING_FWD[backend](ids, weight, position_weight, positions)
     return y

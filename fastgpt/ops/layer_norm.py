@@ -40,13 +40,13 @@ def _bwd_fake(
     return dx, None if weight is None else torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
 
 
-FWD = define(
+LAYER_NORM_FWD = define(
     "layer_norm",
     "layer_norm_fwd",
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor?, Tensor)",
     _fwd_fake,
 )
-BWD = define(
+LAYER_NORM_BWD = define(
     "layer_norm",
     "layer_norm_bwd",
     "(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor? bias, Tensor stats) -> (Tensor, Tensor?, Tensor?)",
@@ -96,7 +96,7 @@ class LayerNormFn(torch.autograd.Function):
         bias: Tensor | None,
         eps: float,
     ) -> tuple[Tensor, Tensor | None]:
-        y, s, stats = FWD[backend](x, residual, weight, bias, eps)
+        y, s, stats = LAYER_NORM_FWD[backend](x, residual, weight, bias, eps)
         ctx.backend = backend
         ctx.has_residual = residual is not None
         ctx.set_materialize_grads(False)
@@ -110,7 +110,7 @@ class LayerNormFn(torch.autograd.Function):
         if dy is None:  # only x + residual was used
             dx, dweight, dbias = dsum, None, None
         else:
-            dx, dweight, dbias = BWD[ctx.backend](dy, dsum, h, weight, bias, stats)
+            dx, dweight, dbias = LAYER_NORM_BWD[ctx.backend](dy, dsum, h, weight, bias, stats)
         return None, dx, dx if ctx.has_residual else None, dweight, dbias, None
 
 
@@ -129,8 +129,8 @@ def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tens
 def _error(backend: str, device: torch.device, dtype: torch.dtype, n_cols: int) -> float:
     x, residual, dy, dsum = torch.randn(4, 9, n_cols, device=device).to(dtype).unbind()
     weight, bias = torch.randn(2, n_cols, device=device).to(dtype).unbind()
-    y, s, stats = FWD[backend](x, residual, weight, bias, 1e-5)
-    got = [y, s, *BWD[backend](dy, dsum, s, weight, bias, stats)]
+    y, s, stats = LAYER_NORM_FWD[backend](x, residual, weight, bias, 1e-5)
+    got = [y, s, *LAYER_NORM_BWD[backend](dy, dsum, s, weight, bias, stats)]
     leaves = x64, weight64, bias64 = [t.double().requires_grad_() for t in (x, weight, bias)]
     exact = layer_norm_ref(x64, weight64, bias64, residual=residual.double())
     grads = torch.autograd.grad(exact, leaves, (dy.double(), dsum.double()))
@@ -197,5 +197,5 @@ def layer_norm(
     if needs_grad(x, residual, weight, bias):
         y, s = LayerNormFn.apply(backend, x, residual, weight, bias, eps)
     else:
-        y, s, _ = FWD[backend](x, residual, weight, bias, eps)
+        y, s, _ = LAYER_NORM_FWD[backend](x, residual, weight, bias, eps)
     return y if residual is None else (y, s)

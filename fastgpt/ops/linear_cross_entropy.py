@@ -35,10 +35,16 @@ from torch import Tensor
 
 from fastgpt.core.backend import Cell, register, select
 from fastgpt.ops._common import autocast, check_float, check_like, gradient_place, needs_grad, relative_error
-from fastgpt.ops._linear_cross_entropy import FWD, FWD_BWD, logits_budget, logits_of, product_in_fp32
-from fastgpt.ops.cross_entropy import FWD as CE_FWD
-from fastgpt.ops.cross_entropy import FWD_BWD as CE_FWD_BWD
+from fastgpt.ops._linear_cross_entropy import (
+    LINEAR_CROSS_ENTROPY_FWD,
+    LINEAR_CROSS_ENTROPY_FWD_BWD,
+    logits_budget,
+    logits_of,
+    product_in_fp32,
+)
 from fastgpt.ops.cross_entropy import (
+    CROSS_ENTROPY_FWD,
+    CROSS_ENTROPY_FWD_BWD,
     SCALE_ROWS,
     Options,
     check_loss,
@@ -144,7 +150,7 @@ class LinearCrossEntropyFn(torch.autograd.Function):
         dz = logits_of(x, w, b)
         loss = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
-        CE_FWD_BWD[backend](dz, loss, target, weight, _inner_scale(x, count), *options)
+        CROSS_ENTROPY_FWD_BWD[backend](dz, loss, target, weight, _inner_scale(x, count), *options)
         ctx.backend = backend
         ctx.save_for_backward(dz, x, w, b, count)
         return reduce_rows(loss, reduction, count)
@@ -176,7 +182,8 @@ class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
         scale = _inner_scale(x, count)
-        loss, dx, dw, db = FWD_BWD[backend](x, w, b, target, weight, scale, *options, chunk, wanted)
+        raw = LINEAR_CROSS_ENTROPY_FWD_BWD[backend]
+        loss, dx, dw, db = raw(x, w, b, target, weight, scale, *options, chunk, wanted)
         ctx.backend, ctx.dtype = backend, x.dtype
         ctx.save_for_backward(dx, dw, db, w, b, count)
         return reduce_rows(loss, reduction, count)
@@ -202,14 +209,15 @@ class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.backend, ctx.options, ctx.chunk = backend, options, chunk
         ctx.save_for_backward(x, w, b, target, weight)
-        return FWD[backend](x, w, b, target, weight, *options, chunk)
+        return LINEAR_CROSS_ENTROPY_FWD[backend](x, w, b, target, weight, *options, chunk)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, target, weight = ctx.saved_tensors
         wanted, (scale, top) = ctx.needs_input_grad[1:4], _in_range(_outer_scale(grad, None, x.dtype), x.dtype)
-        _, dx, dw, db = FWD_BWD[ctx.backend](x, w, b, target, weight, scale, *ctx.options, ctx.chunk, wanted)
+        raw = LINEAR_CROSS_ENTROPY_FWD_BWD[ctx.backend]
+        _, dx, dw, db = raw(x, w, b, target, weight, scale, *ctx.options, ctx.chunk, wanted)
         dx = dx if dx is None or top is None else _scaled(ctx.backend, dx, top)
         dw = None if dw is None else _deliver(w, dw, top)
         db = None if db is None else _deliver(b, db, top)
@@ -244,9 +252,9 @@ def _loss(
         arguments = (backend, x, w, b, target, weight, reduction, options, chunk, wanted)
         return ChunkedLinearCrossEntropyFn.apply(*arguments)
     if whole:
-        loss = CE_FWD[backend](logits_of(x, w, b), target, weight, *options)[0]
+        loss = CROSS_ENTROPY_FWD[backend](logits_of(x, w, b), target, weight, *options)[0]
     else:
-        loss = FWD[backend](x, w, b, target, weight, *options, chunk)
+        loss = LINEAR_CROSS_ENTROPY_FWD[backend](x, w, b, target, weight, *options, chunk)
     return reduce_rows(loss, reduction, denominator(target, weight, options[0]) if reduction == "mean" else None)
 
 
@@ -264,7 +272,7 @@ def _self_check(backend: str, device: torch.device) -> float:
             own = [t.detach().to(dtype).requires_grad_() for t in (x, w, b)]
             loss = _loss(backend, *own, target, None, reduction, options, chunk)  # type: ignore[call-arg, arg-type]
             worst = max(worst, relative_error([loss.detach(), *torch.autograd.grad(loss.sum(), own)], wanted))
-    loss = FWD[backend](x.detach().float(), w.detach().float(), None, target, None, *options, 3)
+    loss = LINEAR_CROSS_ENTROPY_FWD[backend](x.detach().float(), w.detach().float(), None, target, None, *options, 3)
     exact = linear_cross_entropy_ref(x, w, target, vocab_size=30, reduction="none")
     return max(worst, relative_error([loss], [exact.detach()]))
 

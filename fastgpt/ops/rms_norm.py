@@ -44,13 +44,13 @@ def _bwd_fake(
     return dx, None if weight is None else torch.empty_like(weight)
 
 
-FWD = define(
+RMS_NORM_FWD = define(
     "rms_norm",
     "rms_norm_fwd",
     "(Tensor x, Tensor? residual, Tensor? weight, float eps, float weight_offset) -> (Tensor, Tensor?, Tensor)",
     _fwd_fake,
 )
-BWD = define(
+RMS_NORM_BWD = define(
     "rms_norm",
     "rms_norm_bwd",
     "(Tensor dy, Tensor? dsum, Tensor h, Tensor? weight, Tensor rstd, float eps, float weight_offset) "
@@ -104,7 +104,7 @@ class RMSNormFn(torch.autograd.Function):
         eps: float,
         weight_offset: float,
     ) -> tuple[Tensor, Tensor | None]:
-        y, s, rstd = FWD[backend](x, residual, weight, eps, weight_offset)
+        y, s, rstd = RMS_NORM_FWD[backend](x, residual, weight, eps, weight_offset)
         ctx.backend = backend
         ctx.has_residual = residual is not None
         ctx.eps, ctx.weight_offset = eps, weight_offset
@@ -119,7 +119,7 @@ class RMSNormFn(torch.autograd.Function):
         if dy is None:  # only x + residual was used
             dx, dweight = dsum, None
         else:
-            dx, dweight = BWD[ctx.backend](dy, dsum, h, weight, rstd, ctx.eps, ctx.weight_offset)
+            dx, dweight = RMS_NORM_BWD[ctx.backend](dy, dsum, h, weight, rstd, ctx.eps, ctx.weight_offset)
         return None, dx, dx if ctx.has_residual else None, dweight, None, None
 
 
@@ -135,8 +135,8 @@ def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
 def _error(backend: str, device: torch.device, dtype: torch.dtype, n_cols: int) -> float:
     x, residual, dy, dsum = torch.randn(4, 9, n_cols, device=device).to(dtype).unbind()
     weight = torch.randn(n_cols, device=device).to(dtype)
-    y, s, rstd = FWD[backend](x, residual, weight, 1e-6, 1.0)
-    got = [y, s, *BWD[backend](dy, dsum, s, weight, rstd, 1e-6, 1.0)]
+    y, s, rstd = RMS_NORM_FWD[backend](x, residual, weight, 1e-6, 1.0)
+    got = [y, s, *RMS_NORM_BWD[backend](dy, dsum, s, weight, rstd, 1e-6, 1.0)]
     leaves = x64, weight64 = [t.double().requires_grad_() for t in (x, weight)]
     exact = rms_norm_ref(x64, weight64, residual=residual.double(), weight_offset=1.0)
     grads = torch.autograd.grad(exact, leaves, (dy.double(), dsum.double()))
@@ -209,5 +209,5 @@ def rms_norm(
     if needs_grad(x, residual, weight):
         y, s = RMSNormFn.apply(backend, x, residual, weight, eps, weight_offset)
     else:
-        y, s, _ = FWD[backend](x, residual, weight, eps, weight_offset)
+        y, s, _ = RMS_NORM_FWD[backend](x, residual, weight, eps, weight_offset)
     return y if residual is None else (y, s)

@@ -46,19 +46,19 @@ def _copy_fake(qkv: Tensor, *args: Any) -> Tensor:
 
 
 _TABLES = "Tensor cos, Tensor sin, Tensor? positions"
-FWD = define(
+ROPE_FWD = define(
     "rope",
     "rope_fwd",
     f"(Tensor q, Tensor k, {_TABLES}, bool interleaved, bool inverse) -> (Tensor, Tensor)",
     _fwd_fake,
 )
-ROWS = define(  # in place, the first n_turned heads
+ROPE_ROWS = define(  # in place, the first n_turned heads
     "rope",
     "rope_rows",
     f"(Tensor(a!) qkv, {_TABLES}, int n_turned, bool interleaved, bool inverse) -> ()",
     no_outputs,
 )
-COPY = define(  # as rope_rows, into a new tensor
+ROPE_COPY = define(  # as rope_rows, into a new tensor
     "rope",
     "rope_copy",
     f"(Tensor qkv, {_TABLES}, int n_turned, bool interleaved, bool inverse) -> Tensor",
@@ -111,7 +111,7 @@ class RopeFn(torch.autograd.Function):
         ctx.backend, ctx.pairs = backend, pairs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin, positions)
-        return FWD[backend](q, k, cos, sin, positions, pairs, False)
+        return ROPE_FWD[backend](q, k, cos, sin, positions, pairs, False)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -121,7 +121,7 @@ class RopeFn(torch.autograd.Function):
         if some is None:
             return (None,) * 7
         nothing = some[:, :, :0]  # no heads: a gradient that nobody wants costs nothing
-        turned = FWD[ctx.backend](
+        turned = ROPE_FWD[ctx.backend](
             nothing if dq is None else dq, nothing if dk is None else dk, *ctx.saved_tensors, ctx.pairs, True
         )
         return None, None if dq is None else turned[0], None if dk is None else turned[1], None, None, None, None
@@ -146,16 +146,16 @@ class RopeQkvFn(torch.autograd.Function):
         ctx.backend, ctx.shape, ctx.options = backend, shape, options
         ctx.save_for_backward(cos, sin, positions)
         if not inplace:
-            return COPY[backend](x, cos, sin, positions, *options, False)
+            return ROPE_COPY[backend](x, cos, sin, positions, *options, False)
         ctx.mark_dirty(x)
-        ROWS[backend](x if shape is None else x.view(shape), cos, sin, positions, *options, False)
+        ROPE_ROWS[backend](x if shape is None else x.view(shape), cos, sin, positions, *options, False)
         return x
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         packed = dy if ctx.shape is None else dy.reshape(ctx.shape)
-        dx = COPY[ctx.backend](packed, *ctx.saved_tensors, *ctx.options, True)
+        dx = ROPE_COPY[ctx.backend](packed, *ctx.saved_tensors, *ctx.options, True)
         return None, dx if ctx.shape is None else dx.view(dy.shape), *(None,) * 7
 
 
@@ -233,9 +233,9 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, dim: int, hal
             exact = rope_ref(q.double(), k.double(), cos, s, interleaved=interleaved, positions=positions)
             packed = torch.cat((q, k), 2)
             wanted += [*exact, torch.cat((exact[0], k.double()), 2), torch.cat(exact, 2)]
-            got += FWD[backend](q, k, cos, sin, positions, interleaved, inverse)
-            got.append(COPY[backend](packed, cos, sin, positions, 3, interleaved, inverse))
-            ROWS[backend](packed, cos, sin, positions, 5, interleaved, inverse)
+            got += ROPE_FWD[backend](q, k, cos, sin, positions, interleaved, inverse)
+            got.append(ROPE_COPY[backend](packed, cos, sin, positions, 3, interleaved, inverse))
+            ROPE_ROWS[backend](packed, cos, sin, positions, 5, interleaved, inverse)
             got.append(packed)
     return relative_error(got, wanted)
 
@@ -313,7 +313,7 @@ def rope(
     if needs_grad(q, k):
         turned: tuple[Tensor, Tensor] = RopeFn.apply(backend, q, k, cos, sin, positions, interleaved)
         return turned
-    return FWD[backend](q, k, cos, sin, positions, interleaved, False)
+    return ROPE_FWD[backend](q, k, cos, sin, positions, interleaved, False)
 
 
 def rope_qkv(
@@ -368,8 +368,8 @@ def rope_qkv(
     writable = _writable(qkv)
     if not needs_grad(qkv):
         if not writable:
-            return COPY[backend](qkv, *options, False)
-        ROWS[backend](qkv, *options, False)
+            return ROPE_COPY[backend](qkv, *options, False)
+        ROPE_ROWS[backend](qkv, *options, False)
         mark_mutated([qkv])
         return qkv
     held = _held_by(qkv) if writable else None

@@ -53,8 +53,8 @@ def _bwd_fake(dy: Tensor, gate: Tensor, up: Tensor | None, activation: int) -> t
     return dgate, None if up is None else torch.empty_like(dgate)
 
 
-FWD = define("swiglu", "swiglu_fwd", "(Tensor gate, Tensor? up, int activation) -> Tensor", _fwd_fake)
-BWD = define(
+SWIGLU_FWD = define("swiglu", "swiglu_fwd", "(Tensor gate, Tensor? up, int activation) -> Tensor", _fwd_fake)
+SWIGLU_BWD = define(
     "swiglu",
     "swiglu_bwd",
     "(Tensor dy, Tensor gate, Tensor? up, int activation) -> (Tensor, Tensor?)",
@@ -82,12 +82,12 @@ class SwigluFn(torch.autograd.Function):
     def forward(ctx: Any, backend: str, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
         ctx.backend, ctx.activation = backend, activation
         ctx.save_for_backward(gate, up)
-        return FWD[backend](gate, up, activation)
+        return SWIGLU_FWD[backend](gate, up, activation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dgate, dup = BWD[ctx.backend](dy, *ctx.saved_tensors, ctx.activation)
+        dgate, dup = SWIGLU_BWD[ctx.backend](dy, *ctx.saved_tensors, ctx.activation)
         return None, dgate, dup, None
 
 
@@ -100,8 +100,8 @@ def _self_check(backend: str, device: torch.device) -> float:
         leaves = [t.double().requires_grad_() for t in (gate, up)]
         exact = swiglu_ref(*leaves, activation=name)
         grads = torch.autograd.grad(exact, leaves, dy.double())
-        got = [FWD[backend](gate, up, number), *BWD[backend](dy, gate, up, number)]
-        got += [FWD[backend](packed, None, number), BWD[backend](dy, packed, None, number)[0]]
+        got = [SWIGLU_FWD[backend](gate, up, number), *SWIGLU_BWD[backend](dy, gate, up, number)]
+        got += [SWIGLU_FWD[backend](packed, None, number), SWIGLU_BWD[backend](dy, packed, None, number)[0]]
         wanted = [exact.detach(), *grads, exact.detach(), torch.cat(grads, -1)]
         worst = max(worst, relative_error(got, wanted))
     return worst
@@ -150,5 +150,5 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") 
     if needs_grad(gate, up):
         y: Tensor = SwigluFn.apply(backend, gate, up, NUMBERS[activation])
     else:
-        y = FWD[backend](gate, up, NUMBERS[activation])
+        y = SWIGLU_FWD[backend](gate, up, NUMBERS[activation])
     return y

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastgpt.core.backend import select
 from fastgpt.ops._common import mark_mutated
-from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE, Bucket, adamw_ref, grad_norm_ref
+from fastgpt.ops.adamw import ADAMW_PREPARE, ADAMW_UPDATE, PARTIALS, Bucket, adamw_ref, grad_norm_ref
 from fastgpt.optim.state import (
     MOMENTS,
     Fitted,
@@ -193,12 +193,12 @@ class AdamW(torch.optim.Optimizer):
             self._with_grad = with_grad
             self._partials = torch.zeros(PARTIALS * len(buckets), dtype=torch.float32, device=self.device)
         for i, b in enumerate(buckets):
-            PREPARE[backend](b.grads, self._steps, b.index, self._partials, i * PARTIALS, clip)
+            ADAMW_PREPARE[backend](b.grads, self._steps, b.index, self._partials, i * PARTIALS, clip)
             if clip and b.groups:
                 _sum_over(b.groups, self._partials[i * PARTIALS : (i + 1) * PARTIALS])
         beta1, beta2, eps, decay = zip(*(_numbers(g) for g in self.param_groups))
         for b in buckets:
-            UPDATE[backend](
+            ADAMW_UPDATE[backend](
                 b.params,
                 b.grads,
                 b.exp_avgs,

@@ -3,7 +3,7 @@
 import torch
 
 from contract import DEVICE, Calls, Errors, Mutations, rand
-from fastgpt.ops.adamw import PARTIALS, PREPARE, UPDATE
+from fastgpt.ops.adamw import ADAMW_PREPARE, ADAMW_UPDATE, PARTIALS
 from fastgpt.optim import AdamW
 
 RUN_SHAPE = (70001,)
@@ -23,6 +23,6 @@ def calls(name: str) -> Calls:
     group = ([0, 0], torch.full((1,), 1e-3, device=DEVICE), [0.9], [0.999], [1e-8], [0.01])
     tail = (partials, 1.0, None, None, torch.zeros(1, device=DEVICE), False, 0)
     return {
-        "adamw_prepare": (PREPARE[name], (p, steps, [0, 1], partials, 0, True)),
-        "adamw_update": (UPDATE[name], (p, [rand(5, 3), rand(4)], m, v, [], steps, [0, 1], *group, *tail)),
+        "adamw_prepare": (ADAMW_PREPARE[name], (p, steps, [0, 1], partials, 0, True)),
+        "adamw_update": (ADAMW_UPDATE[name], (p, [rand(5, 3), rand(4)], m, v, [], steps, [0, 1], *group, *tail)),
     }

@@ -2,7 +2,7 @@
 
 from contract import Calls, Errors, Far, Mutations, rand
 from fastgpt import ops
-from fastgpt.ops.bias_gelu import BWD, FWD
+from fastgpt.ops.bias_gelu import BIAS_GELU_BWD, BIAS_GELU_FWD
 
 FAR: Far = {
     "bias_gelu": lambda x: ops.bias_gelu(x, x[0]),
@@ -28,8 +28,8 @@ ASTRAY: Mutations = {
 def calls(name: str) -> Calls:
     x, dy, bias = rand(6, 33), rand(6, 33, seed=1), rand(33, seed=2)
     return {
-        "bias_gelu_fwd": (FWD[name], (x, bias, False)),
-        "bias_gelu_fwd plain": (FWD[name], (x.t(), None, True)),
-        "bias_gelu_bwd": (BWD[name], (dy, x, bias, True)),
-        "bias_gelu_bwd plain": (BWD[name], (dy, x, None, False)),
+        "bias_gelu_fwd": (BIAS_GELU_FWD[name], (x, bias, False)),
+        "bias_gelu_fwd plain": (BIAS_GELU_FWD[name], (x.t(), None, True)),
+        "bias_gelu_bwd": (BIAS_GELU_BWD[name], (dy, x, bias, True)),
+        "bias_gelu_bwd plain": (BIAS_GELU_BWD[name], (dy, x, None, False)),
     }

@@ -4,7 +4,7 @@ import torch
 
 from contract import DEVICE, Calls, Errors, Far, Mutations, rand
 from fastgpt import ops
-from fastgpt.ops.cross_entropy import BWD, FWD, FWD_BWD, SCALE_ROWS
+from fastgpt.ops.cross_entropy import CROSS_ENTROPY_BWD, CROSS_ENTROPY_FWD, CROSS_ENTROPY_FWD_BWD, SCALE_ROWS
 
 RUN_SHAPE = (7, 61)
 FAR: Far = {
@@ -28,9 +28,9 @@ def calls(name: str) -> Calls:
     x, t, options = rand(6, 33), torch.arange(6, device=DEVICE), (-100, 0.1, 1e-3, 0.0, 30)
     stats = torch.stack((x.amax(-1), (x - x.amax(-1, keepdim=True)).exp().sum(-1)))
     return {
-        "cross_entropy_fwd": (FWD[name], (x, t, None, *options)),
-        "cross_entropy_bwd": (BWD[name], (rand(6), x, t, stats, None, *options)),
-        "cross_entropy_bwd of a mean": (BWD[name], (rand(1), x, t, stats, None, *options)),
-        "cross_entropy_fwd_bwd": (FWD_BWD[name], (x.clone(), rand(6), t, None, rand(1), *options)),
+        "cross_entropy_fwd": (CROSS_ENTROPY_FWD[name], (x, t, None, *options)),
+        "cross_entropy_bwd": (CROSS_ENTROPY_BWD[name], (rand(6), x, t, stats, None, *options)),
+        "cross_entropy_bwd of a mean": (CROSS_ENTROPY_BWD[name], (rand(1), x, t, stats, None, *options)),
+        "cross_entropy_fwd_bwd": (CROSS_ENTROPY_FWD_BWD[name], (x.clone(), rand(6), t, None, rand(1), *options)),
         "scale_rows": (SCALE_ROWS[name], (x.clone(), rand(6))),
     }

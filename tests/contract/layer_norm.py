@@ -4,7 +4,7 @@ import torch
 
 from contract import Calls, Errors, Far, Mutations, rand
 from fastgpt import ops
-from fastgpt.ops.layer_norm import BWD, FWD
+from fastgpt.ops.layer_norm import LAYER_NORM_BWD, LAYER_NORM_FWD
 
 FAR: Far = {
     "layer_norm": lambda x: ops.layer_norm(x, residual=x),
@@ -54,8 +54,8 @@ def calls(name: str) -> Calls:
     x, w = rand(6, 33), rand(33)
     stats = torch.stack((x.mean(-1), torch.rsqrt(x.var(-1, unbiased=False) + 1e-5)))
     return {
-        "layer_norm_fwd": (FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5)),
-        "layer_norm_fwd plain": (FWD[name], (x, None, None, None, 1e-5)),
-        "layer_norm_bwd": (BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats)),
-        "layer_norm_bwd plain": (BWD[name], (x, None, x, None, None, stats)),
+        "layer_norm_fwd": (LAYER_NORM_FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5)),
+        "layer_norm_fwd plain": (LAYER_NORM_FWD[name], (x, None, None, None, 1e-5)),
+        "layer_norm_bwd": (LAYER_NORM_BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats)),
+        "layer_norm_bwd plain": (LAYER_NORM_BWD[name], (x, None, x, None, None, stats)),
     }

@@ -4,7 +4,7 @@ import torch
 
 from contract import Calls, Errors, Far, Mutations, rand
 from fastgpt import ops
-from fastgpt.ops.rms_norm import BWD, FWD
+from fastgpt.ops.rms_norm import RMS_NORM_BWD, RMS_NORM_FWD
 
 FAR: Far = {
     "rms_norm": lambda x: ops.rms_norm(x, residual=x),
@@ -31,8 +31,8 @@ def calls(name: str) -> Calls:
     x, w = rand(6, 33), rand(33)
     rstd = torch.rsqrt(x.var(-1, unbiased=False) + 1e-5)
     return {
-        "rms_norm_fwd": (FWD[name], (x, rand(6, 33, seed=1), w, 1e-6, 1.0)),
-        "rms_norm_fwd plain": (FWD[name], (x, None, None, 1e-6, 0.0)),
-        "rms_norm_bwd": (BWD[name], (x, rand(6, 33, seed=1), x, w, rstd, 1e-6, 1.0)),
-        "rms_norm_bwd plain": (BWD[name], (x, None, x, None, rstd, 1e-6, 0.0)),
+        "rms_norm_fwd": (RMS_NORM_FWD[name], (x, rand(6, 33, seed=1), w, 1e-6, 1.0)),
+        "rms_norm_fwd plain": (RMS_NORM_FWD[name], (x, None, None, 1e-6, 0.0)),
+        "rms_norm_bwd": (RMS_NORM_BWD[name], (x, rand(6, 33, seed=1), x, w, rstd, 1e-6, 1.0)),
+        "rms_norm_bwd plain": (RMS_NORM_BWD[name], (x, None, x, None, rstd, 1e-6, 0.0)),
     }

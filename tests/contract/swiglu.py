@@ -2,7 +2,7 @@
 
 from contract import Calls, Errors, Far, Mutations, rand
 from fastgpt import ops
-from fastgpt.ops.swiglu import BWD, FWD
+from fastgpt.ops.swiglu import SWIGLU_BWD, SWIGLU_FWD
 
 FAR: Far = {
     "swiglu": lambda x: ops.swiglu(x, x),
@@ -30,8 +30,8 @@ ASTRAY: Mutations = {
 def calls(name: str) -> Calls:
     x, dy, packed = rand(6, 33), rand(6, 33, seed=1), rand(6, 66, seed=3)
     return {
-        "swiglu_fwd": (FWD[name], (x, dy, 0)),
-        "swiglu_fwd packed": (FWD[name], (packed, None, 1)),
-        "swiglu_bwd": (BWD[name], (dy, x, rand(33, seed=2).expand(6, 33), 2)),
-        "swiglu_bwd packed": (BWD[name], (dy, packed, None, 0)),
+        "swiglu_fwd": (SWIGLU_FWD[name], (x, dy, 0)),
+        "swiglu_fwd packed": (SWIGLU_FWD[name], (packed, None, 1)),
+        "swiglu_bwd": (SWIGLU_BWD[name], (dy, x, rand(33, seed=2).expand(6, 33), 2)),
+        "swiglu_bwd packed": (SWIGLU_BWD[name], (dy, packed, None, 0)),
     }

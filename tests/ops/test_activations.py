@@ -9,9 +9,8 @@ from torch import Tensor
 
 from fastgpt import ops, parity
 from fastgpt.core.backend import use
-from fastgpt.ops.bias_gelu import BWD as BG_BWD
-from fastgpt.ops.bias_gelu import FWD as BG_FWD
-from fastgpt.ops.swiglu import FWD as SG_FWD
+from fastgpt.ops.bias_gelu import BIAS_GELU_BWD, BIAS_GELU_FWD
+from fastgpt.ops.swiglu import SWIGLU_FWD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON = pytest.mark.parametrize("name", parity.backends_here("bias_gelu"))
@@ -33,16 +32,16 @@ def test_relative_error_is_what_math_h_states() -> None:
     x = points(1e-30, 13.0)
     wide = x.double()
     gelu = 0.5 * wide * torch.erfc(-wide / math.sqrt(2))
-    relative = (BG_FWD["cpu"](x, None, False).double() / gelu - 1).abs()
+    relative = (BIAS_GELU_FWD["cpu"](x, None, False).double() / gelu - 1).abs()
     assert worst(relative / torch.where(wide < 0, 1 + wide**2 / 8, 1.0)) <= 4
     near = wide.abs() < 9.8
     v = 2 * math.sqrt(2 / math.pi) * (wide + 0.044715 * wide**3)
-    tanh = (BG_FWD["cpu"](x, None, True).double() / (wide * torch.sigmoid(v)) - 1).abs() / (1 + v.abs())
+    tanh = (BIAS_GELU_FWD["cpu"](x, None, True).double() / (wide * torch.sigmoid(v)) - 1).abs() / (1 + v.abs())
     assert worst(tanh[near]) <= 2
     y = points(1e-30, 85.0)
-    silu = SG_FWD["cpu"](y, torch.ones_like(y), 0).double() / (y.double() * torch.sigmoid(y.double())) - 1
+    silu = SWIGLU_FWD["cpu"](y, torch.ones_like(y), 0).double() / (y.double() * torch.sigmoid(y.double())) - 1
     assert worst(silu.abs()) <= 3
-    slope = BG_BWD["cpu"](torch.ones_like(x), x, None, False)[0].double()
+    slope = BIAS_GELU_BWD["cpu"](torch.ones_like(x), x, None, False)[0].double()
     exact = 0.5 * torch.erfc(-wide / math.sqrt(2)) + wide * torch.exp(-wide.square() / 2) / math.sqrt(2 * math.pi)
     assert worst((slope - exact).abs()) <= 2
 
@@ -98,10 +97,10 @@ def test_nothing_is_read_past_a_row(name: str, dtype: torch.dtype, width: int) -
     x, before = wide[:, 3:-3], wide.clone()
     bias = torch.full((2 * width + 2,), math.nan, dtype=dtype, device=DEVICE)
     bias[1:-1] = 0.5
-    for fn in (lambda t: BG_FWD[name](t, bias[1:-1], False), lambda t: SG_FWD[name](t, None, 0)):
+    for fn in (lambda t: BIAS_GELU_FWD[name](t, bias[1:-1], False), lambda t: SWIGLU_FWD[name](t, None, 0)):
         got = fn(x)
         assert torch.equal(got, fn(x.clone())) and not got.isnan().any() and got.is_contiguous()
-    dx, dbias = BG_BWD[name](x, x, bias[1:-1], True)
+    dx, dbias = BIAS_GELU_BWD[name](x, x, bias[1:-1], True)
     assert not dx.isnan().any() and not dbias.isnan().any()
     assert torch.equal(wide.view(torch.uint8), before.view(torch.uint8))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgpt import ops, parity
 from fastgpt.core.backend import use
-from fastgpt.ops.cross_entropy import FWD_BWD, SCALE_ROWS
+from fastgpt.ops.cross_entropy import CROSS_ENTROPY_FWD_BWD, SCALE_ROWS
 
 TABLES = torch.rand(3, 4), torch.rand(3, 4)  # cos, sin
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -53,7 +53,7 @@ def test_logits_far_apart_are_replaced_by_their_gradient(name: str, tmp_path: Pa
     far = far_rows(tmp_path, near)
     for x in (near, far):
         loss, options = torch.empty(3), (-100, 0.0, 0.0, 0.0, 32)
-        FWD_BWD[name](x, loss, torch.tensor([3, 0, 31]), None, torch.ones(1), *options)
+        CROSS_ENTROPY_FWD_BWD[name](x, loss, torch.tensor([3, 0, 31]), None, torch.ones(1), *options)
         SCALE_ROWS[name](x, torch.full((1,), 3.0))
     assert torch.equal(far, near)
 

@@ -13,7 +13,7 @@ from fastgpt import ops, parity
 from fastgpt.core import backend
 from fastgpt.core.backend import use
 from fastgpt.ops._attention import attention_ref, dropout_keep
-from fastgpt.ops.attention import _DEFAULTS, BWD, FWD, QKV_BWD, pack
+from fastgpt.ops.attention import _DEFAULTS, ATTENTION_BWD, ATTENTION_FWD, ATTENTION_QKV_BWD, pack
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON = pytest.mark.parametrize("name", parity.backends_here("attention"))
@@ -47,10 +47,10 @@ def test_opcheck(name: str) -> None:
         options(q, causal=True),
         options(q, window=2, softcap=3.0, doc_ids=torch.zeros(2, 5, device=DEVICE).int()),
     ):
-        torch.library.opcheck(FWD[name], (q, k, v, *o))
-        out, lse = FWD[name](q, k, v, *o)
-        torch.library.opcheck(BWD[name], (out, lse, q, k, v, out, lse, *o))
-        torch.library.opcheck(QKV_BWD[name], (out, torch.cat((q, k, v), 2), out, lse, *o, 2, 1))
+        torch.library.opcheck(ATTENTION_FWD[name], (q, k, v, *o))
+        out, lse = ATTENTION_FWD[name](q, k, v, *o)
+        torch.library.opcheck(ATTENTION_BWD[name], (out, lse, q, k, v, out, lse, *o))
+        torch.library.opcheck(ATTENTION_QKV_BWD[name], (out, torch.cat((q, k, v), 2), out, lse, *o, 2, 1))
 
 
 def test_gradcheck_of_the_reference() -> None:
@@ -93,8 +93,8 @@ def test_runs_are_bitwise_equal(name: str) -> None:
         for i in range(repeats):
             torch.set_num_threads(1 + i % 3)
             o = options(q, causal=True)
-            out, lse = FWD[name](q, k, v, *o)
-            got = [out, lse, *BWD[name](dout, None, q, k, v, out, lse, *o)]
+            out, lse = ATTENTION_FWD[name](q, k, v, *o)
+            got = [out, lse, *ATTENTION_BWD[name](dout, None, q, k, v, out, lse, *o)]
             first = got if first is None else first
             assert all(torch.equal(a, b) for a, b in zip(first, got)), i
     finally:
@@ -169,10 +169,10 @@ def test_dropout_keeps_what_the_formula_keeps(name: str) -> None:
     q, k, _ = qkv(name, t=5, s=16, g=2)
     v = torch.eye(16, device=DEVICE, dtype=q.dtype).repeat(2, 1, 1)[:, :, None].repeat(1, 1, 2, 1)
     o = options(q, dropout_p=0.4)
-    out, lse = FWD[name](q, k, v, *o)
+    out, lse = ATTENTION_FWD[name](q, k, v, *o)
     keep = dropout_keep(o[5], (2, 2, 5, 16), 0.4).transpose(1, 2)
     assert torch.equal(out != 0, keep) and 0.4 < keep.float().mean() < 0.8
-    _, _, dv = BWD[name](torch.ones_like(out), None, q, k, v, out, lse, *o)
+    _, _, dv = ATTENTION_BWD[name](torch.ones_like(out), None, q, k, v, out, lse, *o)
     close = {} if q.dtype == torch.float32 else {"rtol": 0.02, "atol": 0.1}
     torch.testing.assert_close(dv.float().sum((1, 3)), out.float().sum((1, 3)) * 16, **close)
 
@@ -224,7 +224,7 @@ def test_early_keys_keep_their_weight(name: str) -> None:
     k *= 11 / 16  # scores of 11: 16 times a factor would be exact
     v = (torch.arange(n, device=DEVICE) < first).to(dtype).view(1, n, 1, 1).expand(k.shape)
     scale = 69.3
-    out, lse = FWD[name](q, k, v, *options(q, scale=scale))
+    out, lse = ATTENTION_FWD[name](q, k, v, *options(q, scale=scale))
     assert torch.equal(out, torch.full_like(out, first / n)), out.flatten()[0]
     torch.testing.assert_close(lse, torch.full_like(lse, 11 * scale + math.log(n)), rtol=3e-7, atol=0)
 
@@ -258,7 +258,7 @@ def test_a_query_that_is_nan_has_a_gradient_that_is_nan(name: str) -> None:
     q, k, v = qkv(name, t=9, s=9)
     o, dout = options(q, causal=True), torch.ones_like(q)
     q[0, 4, 1, 3] = math.nan
-    dq = BWD[name](dout, None, q, k, v, *FWD[name](q, k, v, *o), *o)[0]
+    dq = ATTENTION_BWD[name](dout, None, q, k, v, *ATTENTION_FWD[name](q, k, v, *o), *o)[0]
     nan = torch.zeros_like(dq, dtype=torch.bool)
     nan[0, 4, 1] = True
     assert torch.equal(dq.isnan(), nan)

@@ -265,7 +265,7 @@ real_fork = torch.random.fork_rng
 def test_self_checks_pass_and_can_fail(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[f"fastgpt.ops.{op}"]
     assert backend._self_checks[op](name, torch.device(DEVICE)) <= backend.SELF_CHECK_BOUND
-    first = "PREPARE" if op == "adamw" else "FWD"
+    first = f"{op.upper()}_{'PREPARE' if op == 'adamw' else 'FWD'}"
     monkeypatch.setitem(getattr(module, first), name, lambda *args: None)
     with pytest.raises((TypeError, AttributeError)) if op != "adamw" else contextlib.nullcontext():
         assert backend._self_checks[op](name, torch.device(DEVICE)) > backend.SELF_CHECK_BOUND

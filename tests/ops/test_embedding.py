@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgpt import ops, parity
 from fastgpt.core.backend import use
-from fastgpt.ops.embedding import BWD, BWD_ADD, FWD, embedding_ref
+from fastgpt.ops.embedding import EMBEDDING_BWD, EMBEDDING_BWD_ADD, EMBEDDING_FWD, embedding_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON = pytest.mark.parametrize("name", parity.backends_here("embedding"))
@@ -32,17 +32,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     weight, position_weight, dy = rand(7, 10), rand(5, 10, seed=1), rand(2, 4, 10, seed=2)
     return {
-        "fwd": (FWD[name], (IDS, weight, position_weight, POSITIONS)),
+        "fwd": (EMBEDDING_FWD[name], (IDS, weight, position_weight, POSITIONS)),
         "fwd shared": (
-            FWD[name],
+            EMBEDDING_FWD[name],
             (IDS.t().contiguous().t(), weight.t().contiguous().t(), position_weight, POSITIONS[0]),
         ),
-        "fwd int32": (FWD[name], (IDS.int(), weight, position_weight, None)),
-        "fwd plain": (FWD[name], (IDS[0, 0], weight, None, None)),
-        "bwd": (BWD[name], (dy, IDS, 7)),
-        "bwd strided": (BWD[name], (dy[:, :, :1].expand(2, 4, 10), IDS.t().contiguous().t().int(), 9)),
-        "bwd_add": (BWD_ADD[name], (weight.clone(), dy, IDS)),
-        "bwd_add fp32": (BWD_ADD[name], (rand(7, 14)[:, 2:12], dy.half(), IDS)),
+        "fwd int32": (EMBEDDING_FWD[name], (IDS.int(), weight, position_weight, None)),
+        "fwd plain": (EMBEDDING_FWD[name], (IDS[0, 0], weight, None, None)),
+        "bwd": (EMBEDDING_BWD[name], (dy, IDS, 7)),
+        "bwd strided": (EMBEDDING_BWD[name], (dy[:, :, :1].expand(2, 4, 10), IDS.t().contiguous().t().int(), 9)),
+        "bwd_add": (EMBEDDING_BWD_ADD[name], (weight.clone(), dy, IDS)),
+        "bwd_add fp32": (EMBEDDING_BWD_ADD[name], (rand(7, 14)[:, 2:12], dy.half(), IDS)),
     }
 
 
@@ -61,15 +61,15 @@ def test_an_id_outside_the_table_is_nan_and_adds_nothing(name: str, dtype: torch
     table[1:5], rows[2:4] = rand(4, 9, dtype=dtype), rand(2, 9, dtype=dtype, seed=1)
     ids = torch.tensor([-1, 3, 4, 0, 2**40, -(2**40)], device=DEVICE)
     positions = torch.tensor([0, 1, 0, 2, 0, 1], device=DEVICE)
-    y = FWD[name](ids, table[1:5], rows[2:4], positions)
+    y = EMBEDDING_FWD[name](ids, table[1:5], rows[2:4], positions)
     assert y[[0, 2, 3, 4, 5]].isnan().all() and not y[1].isnan().any()
     torch.testing.assert_close(y[1], table[4] + rows[3])
-    torch.testing.assert_close(FWD[name](ids, table[1:5], None, None)[3], table[1])
+    torch.testing.assert_close(EMBEDDING_FWD[name](ids, table[1:5], None, None)[3], table[1])
     dy, kept = rand(6, 9, dtype=dtype, seed=2), table.clone()
     expected = torch.zeros(4, 9, dtype=dtype, device=DEVICE)
     expected[3], expected[0] = dy[1], dy[3]
-    assert torch.equal(BWD[name](dy, ids, 4), expected)
-    BWD_ADD[name](table[1:5], dy, ids)
+    assert torch.equal(EMBEDDING_BWD[name](dy, ids, 4), expected)
+    EMBEDDING_BWD_ADD[name](table[1:5], dy, ids)
     torch.testing.assert_close(table[1:5], kept[1:5] + expected)
     assert same_bits(table[[0, 2, 3, 5]], kept[[0, 2, 3, 5]]), "rows without tokens, and what lies beside the table"
 
@@ -86,7 +86,7 @@ def test_adding_touches_only_rows_that_have_tokens(name: str, dtype: torch.dtype
         used = [0, 1, 4, 6]
         wide[used, 3:20] = rand(4, 17, dtype=kept_dtype)
         start, dy = wide[:, 3:20].clone(), rand(2, 4, 17, dtype=dtype, seed=1)
-        BWD_ADD[name](wide[:, 3:20], dy, IDS)
+        EMBEDDING_BWD_ADD[name](wide[:, 3:20], dy, IDS)
         exact = start.double().index_add(0, IDS.flatten(), dy.double().view(8, 17))[used]
         error = (wide[used, 3:20].double() - exact).abs().max()
         assert error <= 4 * torch.finfo(kept_dtype).eps * exact.abs().max()
@@ -99,11 +99,11 @@ def test_sums_are_fp32_and_in_order(name: str) -> None:
     """1000 gradients of 0.01 in bf16 on one row: a bf16 sum would stop far below."""
     dy = torch.full((1000, 40), 0.01, dtype=torch.bfloat16, device=DEVICE)
     ids = torch.full((1000,), 3, device=DEVICE)
-    got = BWD[name](dy, ids, 5)
+    got = EMBEDDING_BWD[name](dy, ids, 5)
     torch.testing.assert_close(got[3].float(), dy[0].float() * 1000, rtol=2**-8, atol=0)
     assert not got[[0, 1, 2, 4]].any()
     table = torch.zeros(5, 40, device=DEVICE)
-    BWD_ADD[name](table, dy, ids)
+    EMBEDDING_BWD_ADD[name](table, dy, ids)
     torch.testing.assert_close(table[3], dy[0].float() * 1000, rtol=1e-5, atol=0)
 
 
@@ -115,9 +115,9 @@ def test_runs_of_every_length(name: str, n: int) -> None:
     ids = ((torch.rand(n, generator=g) ** 6 * 90).int() - 2).to(DEVICE)  # -2 to 87
     dy = torch.randint(-8, 9, (n, 3), generator=g).float().to(DEVICE)
     exact = torch.zeros(80, 3, device=DEVICE).index_add(0, ids.clamp(0, 79), dy * ((ids >= 0) & (ids < 80))[:, None])
-    assert torch.equal(BWD[name](dy, ids, 80), exact)
+    assert torch.equal(EMBEDDING_BWD[name](dy, ids, 80), exact)
     table = torch.ones(80, 3, device=DEVICE)
-    BWD_ADD[name](table, dy, ids)
+    EMBEDDING_BWD_ADD[name](table, dy, ids)
     assert torch.equal(table, exact + 1)
 
 
@@ -130,7 +130,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     results = []
     for n in (1, 2, 3, 7):
         torch.set_num_threads(n)
-        results.append((FWD["cpu"](ids, weight, weight, None), BWD["cpu"](dy, ids, 1000)))
+        results.append((EMBEDDING_FWD["cpu"](ids, weight, weight, None), EMBEDDING_BWD["cpu"](dy, ids, 1000)))
     torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
@@ -148,11 +148,12 @@ def test_addresses_past_2_to_31(name: str, tmp_path: Path) -> None:
     x = file.as_strided((4, 12), (far, 1))
     x.copy_(rand(4, 12, dtype=torch.bfloat16))
     near, ids = x.contiguous(), torch.tensor([[3, 0, 3], [2, 3, 1]])
-    assert torch.equal(FWD[name](ids, x, x, ids), FWD[name](ids, near, near, ids))
-    assert torch.equal(BWD[name](x, ids[0, 0].expand(4), 4), BWD[name](near, ids[0, 0].expand(4), 4))
+    assert torch.equal(EMBEDDING_FWD[name](ids, x, x, ids), EMBEDDING_FWD[name](ids, near, near, ids))
+    row = ids[0, 0].expand(4)
+    assert torch.equal(EMBEDDING_BWD[name](x, row, 4), EMBEDDING_BWD[name](near, row, 4))
     dy = rand(2, 3, 12, dtype=torch.bfloat16, seed=1)
     for table in (x, near):
-        BWD_ADD[name](table, dy, ids)
+        EMBEDDING_BWD_ADD[name](table, dy, ids)
     assert torch.equal(x, near)
 
 
@@ -257,7 +258,7 @@ def test_fullgraph_compile_with_dynamic_shapes(name: str) -> None:
 @ON
 def test_runs_are_bitwise_equal(name: str) -> None:
     dy = rand(2, 4, 10)
-    runs = [(BWD[name](dy, IDS, 7), FWD[name](IDS, rand(7, 10), None, None)) for _ in range(2)]
+    runs = [(EMBEDDING_BWD[name](dy, IDS, 7), EMBEDDING_FWD[name](IDS, rand(7, 10), None, None)) for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 

@@ -68,16 +68,17 @@ def error(got: Tensor, wanted: Tensor) -> float:
 def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     x, w, b, target = case()
     weight, rows = rand(19, seed=4).abs(), rand(9, seed=5)
+    fwd, fwd_bwd = raw.LINEAR_CROSS_ENTROPY_FWD[name], raw.LINEAR_CROSS_ENTROPY_FWD_BWD[name]
     return {
-        "fwd": (raw.FWD[name], (x, w, None, target, None, *PLAIN, 4)),
-        "fwd full": (raw.FWD[name], (x, w, b, target.clamp(max=18), weight, *FULL, 4)),
-        "fwd_bwd": (raw.FWD_BWD[name], (x, w, None, target, None, rows[:1], *PLAIN, 4, [True, True, False])),
+        "fwd": (fwd, (x, w, None, target, None, *PLAIN, 4)),
+        "fwd full": (fwd, (x, w, b, target.clamp(max=18), weight, *FULL, 4)),
+        "fwd_bwd": (fwd_bwd, (x, w, None, target, None, rows[:1], *PLAIN, 4, [True, True, False])),
         "fwd_bwd full": (
-            raw.FWD_BWD[name],
+            fwd_bwd,
             (x.t().contiguous().t(), w, b, target.clamp(max=18), weight, rows, *FULL, 9, [True, True, True]),
         ),
-        "fwd_bwd dx alone": (raw.FWD_BWD[name], (x, w, b, target, None, rows, *PLAIN, 4, [True, False, False])),
-        "fwd_bwd dW alone": (raw.FWD_BWD[name], (x, w, b, target, None, rows, *PLAIN, 4, [False, True, False])),
+        "fwd_bwd dx alone": (fwd_bwd, (x, w, b, target, None, rows, *PLAIN, 4, [True, False, False])),
+        "fwd_bwd dW alone": (fwd_bwd, (x, w, b, target, None, rows, *PLAIN, 4, [False, True, False])),
     }
 
 
@@ -249,7 +250,7 @@ def test_offsets_past_2_31_by_construction(monkeypatch: pytest.MonkeyPatch) -> N
 
     starts: list[int] = []
     product = raw.product_in_fp32
-    monkeypatch.setitem(raw.CE_FWD_BWD, "cpu", record)
+    monkeypatch.setitem(raw.CROSS_ENTROPY_FWD_BWD, "cpu", record)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # meta has none
     monkeypatch.setattr(raw, "product_in_fp32", lambda a, b, t: starts.append(b.storage_offset()) or product(a, b, t))
     with torch.device("meta"):

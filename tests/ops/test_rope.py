@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops, parity
 from fastgpt.core.backend import use
-from fastgpt.ops.rope import COPY, FWD, ROWS, rope_qkv_ref, rope_ref
+from fastgpt.ops.rope import ROPE_COPY, ROPE_FWD, ROPE_ROWS, rope_qkv_ref, rope_ref
 from fastgpt.parity.rule import allowed_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -45,16 +45,16 @@ def raw_calls(name: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
     q, k, qkv = rand(2, 3, 4, 10), rand(2, 3, 2, 10, seed=1), rand(2, 3, 5, 10, seed=2)
     strided = rand(2, 5, 3, 12, seed=3).transpose(1, 2)[..., 1:11]
     return {
-        "fwd": (FWD[name], (q, k, COS, SIN, None, False, False)),
-        "fwd strided": (FWD[name], (strided, k.mT.contiguous().mT, COS, SIN, POSITIONS, True, True)),
-        "fwd no heads": (FWD[name], (q[:, :, :0], k, COS, SIN, POSITIONS[0], True, False)),
-        "rows": (ROWS[name], (qkv, COS, SIN, None, 4, False, False)),
+        "fwd": (ROPE_FWD[name], (q, k, COS, SIN, None, False, False)),
+        "fwd strided": (ROPE_FWD[name], (strided, k.mT.contiguous().mT, COS, SIN, POSITIONS, True, True)),
+        "fwd no heads": (ROPE_FWD[name], (q[:, :, :0], k, COS, SIN, POSITIONS[0], True, False)),
+        "rows": (ROPE_ROWS[name], (qkv, COS, SIN, None, 4, False, False)),
         "rows strided": (
-            ROWS[name],
+            ROPE_ROWS[name],
             (strided.clone(memory_format=torch.preserve_format), COS, SIN, None, 3, True, True),
         ),
-        "copy": (COPY[name], (qkv, COS, SIN, POSITIONS, 4, True, True)),
-        "copy strided": (COPY[name], (strided, COS, SIN, None, 2, False, False)),
+        "copy": (ROPE_COPY[name], (qkv, COS, SIN, POSITIONS, 4, True, True)),
+        "copy strided": (ROPE_COPY[name], (strided, COS, SIN, None, 2, False, False)),
     }
 
 
@@ -75,10 +75,10 @@ def test_only_turned_columns_of_turned_heads_are_written(name: str, dtype: torch
     x.copy_(rand(2, 3, 5, 13, dtype=dtype))
     before = wide.clone()
     plain = x.contiguous()
-    ROWS[name](x, COS, SIN, POSITIONS, 4, interleaved, False)
-    ROWS[name](plain, COS, SIN, POSITIONS, 4, interleaved, False)
+    ROPE_ROWS[name](x, COS, SIN, POSITIONS, 4, interleaved, False)
+    ROPE_ROWS[name](plain, COS, SIN, POSITIONS, 4, interleaved, False)
     assert same_bits(x, plain) and not same_bits(x, before[:, :, 1:, 2:15].transpose(1, 2))
-    copied = COPY[name](before[:, :, 1:, 2:15].transpose(1, 2), COS, SIN, POSITIONS, 4, interleaved, False)
+    copied = ROPE_COPY[name](before[:, :, 1:, 2:15].transpose(1, 2), COS, SIN, POSITIONS, 4, interleaved, False)
     assert same_bits(copied, plain) and copied.is_contiguous()
     after, was = wide.clone(), before.clone()
     for t in (after, was):
@@ -96,11 +96,11 @@ def test_a_position_outside_the_tables_is_nan_and_reads_nothing(name: str, inter
     bad = torch.tensor([[True, False, True], [False, True, True]], device=DEVICE)
     q, k = rand(2, 3, 2, 9), rand(2, 3, 1, 9, seed=1)
     exact = rope_ref(q, k, COS, SIN, interleaved=interleaved, positions=positions.where(~bad, 0))
-    for got, x, e in zip(FWD[name](q, k, cos[1:3], sin[1:3], positions, interleaved, False), (q, k), exact):
+    for got, x, e in zip(ROPE_FWD[name](q, k, cos[1:3], sin[1:3], positions, interleaved, False), (q, k), exact):
         assert got[bad][..., :8].isnan().all() and torch.equal(got[..., 8], x[..., 8])
         torch.testing.assert_close(got[~bad], e[~bad])
     packed = torch.cat((q, k), 2)
-    ROWS[name](packed, cos[1:3], sin[1:3], positions, 2, interleaved, False)
+    ROPE_ROWS[name](packed, cos[1:3], sin[1:3], positions, 2, interleaved, False)
     assert packed[bad][:, :2, :8].isnan().all() and not packed[:, :, 2].isnan().any() and not packed[~bad].isnan().any()
 
 
@@ -109,9 +109,9 @@ def test_a_position_outside_the_tables_is_nan_and_reads_nothing(name: str, inter
 @PAIRS
 def test_position_zero_is_exact_and_the_inverse_turns_back(name: str, dtype: torch.dtype, interleaved: bool) -> None:
     x, zeros = rand(2, 3, 5, 10, dtype=dtype), torch.zeros_like(POSITIONS)
-    assert torch.equal(COPY[name](x, COS, SIN, zeros, 5, interleaved, False), x)
-    turned = COPY[name](x, COS, SIN, POSITIONS, 5, interleaved, False)
-    back = COPY[name](turned, COS, SIN, POSITIONS, 5, interleaved, True)
+    assert torch.equal(ROPE_COPY[name](x, COS, SIN, zeros, 5, interleaved, False), x)
+    turned = ROPE_COPY[name](x, COS, SIN, POSITIONS, 5, interleaved, False)
+    back = ROPE_COPY[name](turned, COS, SIN, POSITIONS, 5, interleaved, True)
     torch.testing.assert_close(back, x, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
@@ -120,7 +120,7 @@ def test_extremes_and_no_positions_at_all(name: str) -> None:
     """Infinities and NaN stay in their pair; T = 1; nothing to do."""
     x = rand(1, 1, 1, 10)
     x[..., 0], x[..., 1] = math.inf, math.nan
-    out = COPY[name](x, COS[1:2], SIN[1:2], None, 1, False, False)
+    out = ROPE_COPY[name](x, COS[1:2], SIN[1:2], None, 1, False, False)
     assert (
         out[..., [0, 4]].isinf().all()
         and out[..., [1, 5]].isnan().all()
@@ -129,8 +129,8 @@ def test_extremes_and_no_positions_at_all(name: str) -> None:
     for shape in ((0, 3, 5, 10), (2, 0, 5, 10), (2, 3, 5, 0)):
         half = 0 if shape[3] == 0 else 4
         empty = rand(*shape)
-        ROWS[name](empty, COS[:, :half], SIN[:, :half], None, 4, False, False)
-        assert COPY[name](empty, COS[:, :half], SIN[:, :half], None, 4, True, False).shape == shape
+        ROPE_ROWS[name](empty, COS[:, :half], SIN[:, :half], None, 4, False, False)
+        assert ROPE_COPY[name](empty, COS[:, :half], SIN[:, :half], None, 4, True, False).shape == shape
 
 
 @ON
@@ -145,12 +145,12 @@ def test_addresses_past_2_to_31(name: str, tmp_path: Path) -> None:
         x.copy_(rand(*x.shape, dtype=torch.bfloat16))
         near = x.contiguous()
         assert torch.equal(
-            COPY[name](x, COS, SIN, None, 1, False, False), COPY[name](near, COS, SIN, None, 1, False, False)
+            ROPE_COPY[name](x, COS, SIN, None, 1, False, False), ROPE_COPY[name](near, COS, SIN, None, 1, False, False)
         )
-        a, b = FWD[name](x, near, COS, SIN, None, True, False)
+        a, b = ROPE_FWD[name](x, near, COS, SIN, None, True, False)
         assert torch.equal(a, b)
-        ROWS[name](x, COS, SIN, None, 1, False, False)
-        assert torch.equal(x, COPY[name](near, COS, SIN, None, 1, False, False))
+        ROPE_ROWS[name](x, COS, SIN, None, 1, False, False)
+        assert torch.equal(x, ROPE_COPY[name](near, COS, SIN, None, 1, False, False))
 
 
 @pytest.mark.skipif("triton" not in parity.backends_here("rope"), reason="needs Triton")
@@ -159,10 +159,10 @@ def test_triton_counts_heads_in_64_bits_where_it_must(monkeypatch: pytest.Monkey
 
     assert not kernels._launch(2**10, 2**20, 32)[2] and kernels._launch(2**10, 2**21, 32)[2]
     q, k = rand(2, 3, 4, 10), rand(2, 3, 2, 10, seed=1)
-    narrow = FWD["triton"](q, k, COS, SIN, POSITIONS, False, False)
+    narrow = ROPE_FWD["triton"](q, k, COS, SIN, POSITIONS, False, False)
     launch = kernels._launch
     monkeypatch.setattr(kernels, "_launch", lambda *args: (*launch(*args)[:2], True))
-    assert all(torch.equal(a, b) for a, b in zip(narrow, FWD["triton"](q, k, COS, SIN, POSITIONS, False, False)))
+    assert all(torch.equal(a, b) for a, b in zip(narrow, ROPE_FWD["triton"](q, k, COS, SIN, POSITIONS, False, False)))
 
 
 @pytest.mark.skipif("cpu" not in parity.backends_here("rope"), reason="needs the compiled CPU kernels")
@@ -172,7 +172,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
     results = []
     for n in (1, 2, 3):
         torch.set_num_threads(n)
-        results.append(COPY["cpu"](x, cos, sin, None, 4, False, False))
+        results.append(ROPE_COPY["cpu"](x, cos, sin, None, 4, False, False))
     torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     exact = rope_qkv_ref(x.double(), cos, sin, n_heads=3, n_kv_heads=1)
@@ -479,12 +479,12 @@ def test_a_leaf_that_requires_grad_is_refused(name: str) -> None:
 @ON
 def test_raw_ops_refuse_what_they_cannot_write(name: str) -> None:
     with pytest.raises((RuntimeError, ValueError), match="rope_rows.*columns"):
-        ROWS[name](rand(2, 3, 10, 5).mT, COS, SIN, None, 4, False, False)
+        ROPE_ROWS[name](rand(2, 3, 10, 5).mT, COS, SIN, None, 4, False, False)
     if name != "triton":
         with pytest.raises(RuntimeError, match="overlap"):
-            ROWS[name](rand(1, 1, 5, 10).expand(2, 3, 5, 10), COS, SIN, None, 4, False, False)
+            ROPE_ROWS[name](rand(1, 1, 5, 10).expand(2, 3, 5, 10), COS, SIN, None, 4, False, False)
         with pytest.raises(RuntimeError, match="n_turned is 6, expected 0 to 5"):
-            ROWS[name](QKV.clone(), COS, SIN, None, 6, False, False)
+            ROPE_ROWS[name](QKV.clone(), COS, SIN, None, 6, False, False)
 
 
 def test_registered_for_compiled_and_triton_backends() -> None:
