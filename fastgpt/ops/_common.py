@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,22 @@ def _lazy_triton(module: str, name: str) -> Callable[..., Any]:
 
 def no_outputs(*args: Any) -> None:
     """The fake of an op that writes to its arguments and returns nothing."""
+
+
+def contiguous_like(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return new contiguous tensors with the shapes and dtypes of these, None for None: the gradients that a backward
+    raw op returns, for its fake."""
+    return tuple(None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
+def fp64_results(ref: Callable[..., Any], inputs: Sequence[Tensor], upstream: Sequence[Tensor]) -> list[Tensor]:
+    """Return the outputs of `ref` on fp64 copies of `inputs`, then the gradients of the inputs for the `upstream`
+    gradients of the outputs, for self-checks."""
+    leaves = [t.double().requires_grad_() for t in inputs]
+    outputs = ref(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    grads = torch.autograd.grad(outputs, leaves, [g.double() for g in upstream])
+    return [*(t.detach() for t in outputs), *grads]
 
 
 def relative_error(got: list[Tensor], exact: list[Tensor]) -> float:

@@ -15,6 +15,7 @@ Limits: weight and bias share one dtype, x's or fp32. First derivatives only.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -22,22 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.core.backend import Cell, register, select
-from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
+from fastgpt.ops._common import contiguous_like, define, fp64_results, needs_grad, relative_error
+from fastgpt.ops._norm import check_norm, norm_outputs
 
 
 def _fwd_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return y, None if residual is None else torch.empty_like(y), x.new_empty((2, rows), dtype=torch.float32)
+    return norm_outputs(x, residual, stats=(2,))
 
 
 def _bwd_fake(
     dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-    return dx, None if weight is None else torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
+) -> tuple[Tensor | None, ...]:
+    return contiguous_like(h, weight, bias)
 
 
 LAYER_NORM_FWD = define(
@@ -115,13 +114,7 @@ class LayerNormFn(torch.autograd.Function):
 
 
 def _check(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> None:
-    check_float("layer_norm", "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"layer_norm: x has shape {tuple(x.shape)}, expected (..., C) with C >= 1")
-    width, dtypes = (x.shape[-1],), (x.dtype, torch.float32)
-    check_like("layer_norm", "weight", weight, width, x, dtypes, "to match x's last dimension")
-    check_like("layer_norm", "bias", bias, width, x, dtypes, "to match x's last dimension")
-    check_like("layer_norm", "residual", residual, tuple(x.shape), x, (x.dtype,), "as x")
+    check_norm("layer_norm", x, residual, weight=weight, bias=bias)
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(f"layer_norm: bias is {bias.dtype}, expected {weight.dtype} as weight")
 
@@ -131,10 +124,8 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, n_cols: int) 
     weight, bias = torch.randn(2, n_cols, device=device).to(dtype).unbind()
     y, s, stats = LAYER_NORM_FWD[backend](x, residual, weight, bias, 1e-5)
     got = [y, s, *LAYER_NORM_BWD[backend](dy, dsum, s, weight, bias, stats)]
-    leaves = x64, weight64, bias64 = [t.double().requires_grad_() for t in (x, weight, bias)]
-    exact = layer_norm_ref(x64, weight64, bias64, residual=residual.double())
-    grads = torch.autograd.grad(exact, leaves, (dy.double(), dsum.double()))
-    return relative_error(got, [t.detach() for t in (*exact, *grads)])
+    exact = partial(layer_norm_ref, residual=residual.double())
+    return relative_error(got, fp64_results(exact, (x, weight, bias), (dy, dsum)))
 
 
 def _self_check(backend: str, device: torch.device) -> float:

@@ -19,6 +19,7 @@ Limits: the weight's dtype is x's or fp32. First derivatives only.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -26,22 +27,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.core.backend import Cell, register, select
-from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
+from fastgpt.ops._common import contiguous_like, define, fp64_results, needs_grad, relative_error
+from fastgpt.ops._norm import check_norm, norm_outputs
 
 
 def _fwd_fake(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
-    return y, None if residual is None else torch.empty_like(y), x.new_empty((rows,), dtype=torch.float32)
+    return norm_outputs(x, residual, stats=())
 
 
 def _bwd_fake(
     dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, eps: float, weight_offset: float
-) -> tuple[Tensor, Tensor | None]:
-    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
-    return dx, None if weight is None else torch.empty_like(weight)
+) -> tuple[Tensor | None, ...]:
+    return contiguous_like(h, weight)
 
 
 RMS_NORM_FWD = define(
@@ -123,24 +122,13 @@ class RMSNormFn(torch.autograd.Function):
         return None, dx, dx if ctx.has_residual else None, dweight, None, None
 
 
-def _check(x: Tensor, weight: Tensor | None, residual: Tensor | None) -> None:
-    check_float("rms_norm", "x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"rms_norm: x has shape {tuple(x.shape)}, expected (..., C) with C >= 1")
-    dtypes = (x.dtype, torch.float32)
-    check_like("rms_norm", "weight", weight, (x.shape[-1],), x, dtypes, "to match x's last dimension")
-    check_like("rms_norm", "residual", residual, tuple(x.shape), x, (x.dtype,), "as x")
-
-
 def _error(backend: str, device: torch.device, dtype: torch.dtype, n_cols: int) -> float:
     x, residual, dy, dsum = torch.randn(4, 9, n_cols, device=device).to(dtype).unbind()
     weight = torch.randn(n_cols, device=device).to(dtype)
     y, s, rstd = RMS_NORM_FWD[backend](x, residual, weight, 1e-6, 1.0)
     got = [y, s, *RMS_NORM_BWD[backend](dy, dsum, s, weight, rstd, 1e-6, 1.0)]
-    leaves = x64, weight64 = [t.double().requires_grad_() for t in (x, weight)]
-    exact = rms_norm_ref(x64, weight64, residual=residual.double(), weight_offset=1.0)
-    grads = torch.autograd.grad(exact, leaves, (dy.double(), dsum.double()))
-    return relative_error(got, [t.detach() for t in (*exact, *grads)])
+    exact = partial(rms_norm_ref, residual=residual.double(), weight_offset=1.0)
+    return relative_error(got, fp64_results(exact, (x, weight), (dy, dsum)))
 
 
 def _self_check(backend: str, device: torch.device) -> float:
@@ -202,7 +190,7 @@ def rms_norm(
 
     Source: Zhang, Sennrich 2019 (arXiv:1910.07467).
     """
-    _check(x, weight, residual)
+    check_norm("rms_norm", x, residual, weight=weight)
     backend = select("rms_norm", x)
     if backend == "torch":
         return rms_norm_torch(x, weight, eps, residual=residual, weight_offset=weight_offset)
