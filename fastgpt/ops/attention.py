@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fastgpt.core.backend import Cell, checks_values, register, select
 from fastgpt.ops._attention import attention_ref, attention_torch, sdpa_can
-from fastgpt.ops._common import autocast, check_float, check_like, define, needs_grad, relative_error
+from fastgpt.ops._common import autocast, check_float, check_like, define, fp64_results, needs_grad, relative_error
 
 MAX_HEAD_DIM = 256  # of the Triton and CUDA kernels: beyond, a tile does not fit
 _OPTIONS = (
@@ -189,14 +189,12 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, t: int, dim: 
     names = ("cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
     o: dict[str, Any] = dict.fromkeys(names) | {"scale": None, "window": None, "softcap": 0.0, "dropout_p": 0.0}
     o |= special
-    leaves = [x.double().requires_grad_() for x in (q, k, v)]
-    exact, _ = attention_ref(*leaves, causal=True, **o)
-    grads = torch.autograd.grad(exact, leaves, dout.double())
+    exact, *grads = fp64_results(lambda *qkv: attention_ref(*qkv, causal=True, **o)[0], (q, k, v), (dout,))
     options = pack(q, {**o, "causal": True})
     out, lse = ATTENTION_FWD[backend](q, k, v, *options)
     got = [out, *ATTENTION_BWD[backend](dout, None, q, k, v, out, lse, *options)]
     packed = ATTENTION_QKV_BWD[backend](dout, torch.cat((q, k, v), 2), out, lse, *options, 4, 2)
-    return relative_error([*got, packed], [exact.detach(), *grads, torch.cat(grads, 2)])
+    return relative_error([*got, packed], [exact, *grads, torch.cat(grads, 2)])
 
 
 register(

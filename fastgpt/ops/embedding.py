@@ -27,6 +27,7 @@ from fastgpt.ops._common import (
     check_float,
     check_like,
     define,
+    fp64_results,
     gradient_place,
     mark_mutated,
     needs_grad,
@@ -189,10 +190,9 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, n_time: int, 
     weight, position_weight = (torch.randn(n, n_cols, device=device).to(dtype) for n in (11, n_time + 2))
     ids, positions = (torch.randint(n, (4, n_time), device=device) for n in (11, n_time + 2))
     dy = torch.randn(4, n_time, n_cols, device=device).to(dtype)
-    leaves = [t.double().requires_grad_() for t in (weight, position_weight)]
-    exact = embedding_ref(ids, *leaves, positions=positions)
-    grads = torch.autograd.grad(exact, leaves, dy.double())
-    exact = exact.detach()
+    exact, *grads = fp64_results(
+        lambda *tables: embedding_ref(ids, *tables, positions=positions), (weight, position_weight), (dy,)
+    )
     others = ((None, None), (position_weight, None))
     got = [EMBEDDING_FWD[backend](ids, weight, *o) for o in ((position_weight, positions), *others)]
     dweight = EMBEDDING_BWD[backend](dy, ids, 11)
