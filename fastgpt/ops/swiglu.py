@@ -19,14 +19,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.core.backend import Cell, register, select
-from fastgpt.ops._common import check_float, check_like, define, needs_grad, relative_error
+from fastgpt.ops._common import check_float, check_like, contiguous_like, define, fp64_results, relative_error
+from fastgpt.ops._pointwise import pointwise
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # their places are the raw ops' numbers
     "silu": F.silu,
@@ -48,9 +49,8 @@ def _fwd_fake(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
     return gate.new_empty((*gate.shape[:-1], width))
 
 
-def _bwd_fake(dy: Tensor, gate: Tensor, up: Tensor | None, activation: int) -> tuple[Tensor, Tensor | None]:
-    dgate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-    return dgate, None if up is None else torch.empty_like(dgate)
+def _bwd_fake(dy: Tensor, gate: Tensor, up: Tensor | None, activation: int) -> tuple[Tensor | None, ...]:
+    return contiguous_like(gate, up)
 
 
 SWIGLU_FWD = define("swiglu", "swiglu_fwd", "(Tensor gate, Tensor? up, int activation) -> Tensor", _fwd_fake)
@@ -75,35 +75,16 @@ def swiglu_torch(gate: Tensor, up: Tensor | None = None, *, activation: str = "s
     return ACTIVATIONS[activation](g) * u
 
 
-class SwigluFn(torch.autograd.Function):
-    """Autograd over the raw ops: (backend, gate, up, activation) -> y."""
-
-    @staticmethod
-    def forward(ctx: Any, backend: str, gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
-        ctx.backend, ctx.activation = backend, activation
-        ctx.save_for_backward(gate, up)
-        return SWIGLU_FWD[backend](gate, up, activation)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dgate, dup = SWIGLU_BWD[ctx.backend](dy, *ctx.saved_tensors, ctx.activation)
-        return None, dgate, dup, None
-
-
 def _self_check(backend: str, device: torch.device) -> float:
     worst = 0.0
     kinds = [(torch.float32, 130)] + [(torch.bfloat16, 2048)] * (backend == "cuda")  # the latter in 16-byte pieces
     for (name, number), (dtype, n_cols) in itertools.product(NUMBERS.items(), kinds):
         gate, up, dy = torch.randn(3, 5, n_cols, device=device).to(dtype).unbind()
         packed = torch.cat((gate, up), -1)
-        leaves = [t.double().requires_grad_() for t in (gate, up)]
-        exact = swiglu_ref(*leaves, activation=name)
-        grads = torch.autograd.grad(exact, leaves, dy.double())
         got = [SWIGLU_FWD[backend](gate, up, number), *SWIGLU_BWD[backend](dy, gate, up, number)]
         got += [SWIGLU_FWD[backend](packed, None, number), SWIGLU_BWD[backend](dy, packed, None, number)[0]]
-        wanted = [exact.detach(), *grads, exact.detach(), torch.cat(grads, -1)]
-        worst = max(worst, relative_error(got, wanted))
+        y, *grads = fp64_results(partial(swiglu_ref, activation=name), (gate, up), (dy,))
+        worst = max(worst, relative_error(got, [y, *grads, y, torch.cat(grads, -1)]))
     return worst
 
 
@@ -147,8 +128,4 @@ def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") 
     backend = select("swiglu", gate)
     if backend == "torch":
         return swiglu_torch(gate, up, activation=activation)
-    if needs_grad(gate, up):
-        y: Tensor = SwigluFn.apply(backend, gate, up, NUMBERS[activation])
-    else:
-        y = SWIGLU_FWD[backend](gate, up, NUMBERS[activation])
-    return y
+    return pointwise(SWIGLU_FWD[backend], SWIGLU_BWD[backend], gate, up, NUMBERS[activation])
