@@ -170,7 +170,7 @@ FASTGPT_HD float cross_entropy_dz(const CrossEntropyGrad& g, float p, float weig
   return p * g.p_scale - weight * g.smooth;
 }
 
-// ---- GELU, SiLU, squared ReLU: value and slope; bounds checked by tests/ops/test_activations.py ----
+// ---- GELU, SiLU, squared ReLU: value and slope; bounds checked by tests/ops/test_bias_gelu.py, test_swiglu.py ----
 
 // x no less than low; |x| no more than limit. Beyond these limits nothing changes any more; NaN passes.
 FASTGPT_HD float at_least(float x, float low) { return x < low ? low : x; }

@@ -8,6 +8,7 @@ MUTATIONS, ASTRAY  a file below csrc, its text, what breaks it: the emulation of
 """
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,17 @@ Mutations = dict[str, tuple[str, str, str]]
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """The same values in every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def both_signs(low: float, high: float) -> Tensor:
+    """Return 200 001 points from low to high, evenly spaced in their logarithms, then their negatives; fp32."""
+    x = torch.logspace(math.log10(low), math.log10(high), 200_001, dtype=torch.float64).float().to(DEVICE)
+    return torch.cat((x, -x))
+
+
+def in_ulps(error: Tensor) -> float:
+    """Return the largest of these relative errors in units in the last place of fp32."""
+    return float(error.max()) * 2.0**23
 
 
 def heads(x: Tensor, n: int) -> Tensor:
