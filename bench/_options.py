@@ -15,7 +15,7 @@ from fastgpt.core.errors import UserError
 def command_line(name: str, about: str | None, **options: Any) -> Parser:
     """Return the parser of `fastgpt bench NAME` with the options of every benchmark: --device and --json."""
     parser = Parser(prog=f"fastgpt bench {name}", description=about, **options)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     return parser
 

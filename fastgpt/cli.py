@@ -13,13 +13,13 @@ def sample(argv: list[str]) -> int:
     parser = Parser(prog="fastgpt sample", description="Continue a prompt with a trained model.")
     parser.add_argument("--run", default="runs/tiny", help="run folder or checkpoint (default: runs/tiny)")
     parser.add_argument("--prompt", default="def ", help="text to continue")
-    parser.add_argument("--tokens", type=number(int, 0), default=200, help="how many tokens to add at most")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.8, help="0: always the likeliest token")
+    parser.add_argument("--tokens", type=number(int, 0), default=200, help="largest number of tokens to add")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.8, help="0: always the most likely token")
     parser.add_argument(
-        "--top-k", type=number(int, 0), default=50, help="draw from the k likeliest tokens; 0: from all"
+        "--top-k", type=number(int, 0), default=50, help="sample from the k most likely tokens; 0: from all"
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="another one, another text")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the sampled text")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = parser.parse_args(argv)
 
     import torch
@@ -59,7 +59,9 @@ def sample(argv: list[str]) -> int:
 
 def doctor(argv: list[str]) -> int:
     """Run `fastgpt doctor`: print what is installed and built, which backend serves each op, and why."""
-    Parser(prog="fastgpt doctor", description="What is built, what each op resolves to, and why.").parse_args(argv)
+    Parser(prog="fastgpt doctor", description="Print what is built, which backend serves each op, and why.").parse_args(
+        argv
+    )
 
     import torch
 
@@ -83,18 +85,22 @@ def doctor(argv: list[str]) -> int:
 
 def tune(argv: list[str]) -> int:
     """Run `fastgpt tune`; see bench/tune.py."""
-    about = "Time every backend of every op at a model's shapes on this machine; from then on the fastest serves."
+    about = "Time every backend of every op at a model's shapes on this machine; from then on, the fastest is used."
     parser = Parser(prog="fastgpt tune", description=about)
-    parser.add_argument("--config", help="NAME or file.yaml, as for train (default: what suits the machine)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: the configuration's")
+    parser.add_argument("--config", help="NAME or file.yaml, as for train (default: chosen for the machine)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as in the configuration")
     parser.add_argument(
-        "--batch", type=number(int, 1), help="sequences B (default: the configuration's; fewer on a CPU)"
+        "--batch", type=number(int, 1), help="sequences B (default: as in the configuration; fewer on a CPU)"
     )
-    parser.add_argument("--block", type=number(int, 1), help="tokens T of a sequence (default: the configuration's)")
-    parser.add_argument("--ops", nargs="+", metavar="OP", help="only these")
-    parser.add_argument("--seconds", type=number(float, 0), default=1.0, help="of samples per op")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be timed; time and write nothing")
+    parser.add_argument(
+        "--block", type=number(int, 1), help="tokens T of a sequence (default: as in the configuration)"
+    )
+    parser.add_argument("--ops", nargs="+", metavar="OP", help="ops to time (default: all)")
+    parser.add_argument("--seconds", type=number(float, 0), default=1.0, help="seconds of samples per op")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what would be timed, without timing or writing anything"
+    )
     args = parser.parse_args(argv)
 
     from fastgpt.bench.tune import run
@@ -129,7 +135,7 @@ COMMANDS = {"train": train, "sample": sample, "doctor": doctor, "tune": tune, "p
 def main() -> int:
     """Run the console command."""
     parser = Parser(prog="fastgpt", description=__doc__)
-    parser.add_argument("command", choices=COMMANDS, help="what to do; `fastgpt COMMAND --help` tells more")
+    parser.add_argument("command", choices=COMMANDS, help="subcommand; see `fastgpt COMMAND --help`")
     argv = sys.argv[1:]
 
     def command() -> int:

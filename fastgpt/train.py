@@ -150,7 +150,7 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
     log.say(profile.close())
 
 
-def train(cfg: TrainConfig, command: str = "the same again") -> int:
+def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
     """Train, or resume a run that was stopped.
 
     Args:
@@ -177,7 +177,7 @@ def train(cfg: TrainConfig, command: str = "the same again") -> int:
             run.save()
             log.checkpoints(run.writer.finished(wait=True))
         if stop.asked:
-            log.say(f"stopped at step {run.progress.step}; to continue: {command}")
+            log.say(f"stopped at step {run.progress.step}; to resume: {command}")
             return 0
         return finish(run, log)
 

@@ -67,7 +67,7 @@ def test_damage_is_named_with_the_one_before(tmp_path: Path) -> None:
     older, newest = save(tmp_path, 1), save(tmp_path, 2)
     state = checkpoint.read_state(newest)
     (newest / checkpoint.MODEL).unlink()
-    with pytest.raises(UserError, match=f"model.safetensors is missing; the one before it is {older}"):
+    with pytest.raises(UserError, match=f"model.safetensors is missing; the previous checkpoint is {older}"):
         checkpoint.read_tensors(newest, checkpoint.MODEL, state)
     (newest / checkpoint.STATE).write_text('{"format": 99}')
     with pytest.raises(UserError, match="not of format 1 or 2"):

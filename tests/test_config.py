@@ -81,7 +81,7 @@ def test_options_count_wherever_they_stand(tmp_path: Path, caplog: pytest.LogCap
     assert (both.lr, both.clip, both.model.n_layers) == (1e-4, 2.0, 4)
     assert not caplog.messages
     assert load_config(["--lr", "1", *config, "--lr=2", "--seed", "3", "--seed", "3"]).lr == 2
-    assert caplog.messages == ["--lr is given twice: the last value counts, 2, not 1"]
+    assert caplog.messages == ["--lr is given twice: using the last value, 2, not 1"]
 
 
 def test_a_limit_on_the_command_line_wins_over_the_packages() -> None:
@@ -107,12 +107,12 @@ def test_a_limit_in_ones_own_file_holds(tmp_path: Path) -> None:
     [
         ("momentum 0.9", "optimizer muon", "optimizer muon"),
         ("decay-fraction 0.1", "schedule wsd", "schedule wsd"),
-        ("min-lr-ratio 0.2", "another schedule than constant", "schedule linear"),
-        ("vocab-size 300", "text data (model.vocab_size is the model's)", "data a.txt"),
+        ("min-lr-ratio 0.2", "a schedule other than constant", "schedule linear"),
+        ("vocab-size 300", "text data (model.vocab_size sets the size for the model)", "data a.txt"),
         ("val-fraction 0.1", "no val_data", "val-data null"),
         ("profiler nsys", "profile", "profile 1:2"),
         ("graphs true", "optimizer adamw on a GPU", "device cuda"),
-        ("master none", "another dtype than fp32", "dtype bf16"),
+        ("master none", "a dtype other than fp32", "dtype bf16"),
         ("patience 2", "eval_every above 0", "eval-every 1"),
         ("model.norm-bias false", "model.norm layer", "model.norm layer"),
         ("model.rope-theta 5", "model.positions rope", "model.positions rope"),
@@ -125,7 +125,7 @@ def test_an_option_that_changes_nothing_is_said(
     argv = ["--" + option.split()[0], option.split()[1]]
     load_config([*idle.split(), *argv])
     name = option.split()[0].replace("-", "_")
-    assert caplog.messages == [f"--{name} changes nothing here: it counts with {where}"]
+    assert caplog.messages == [f"--{name} has no effect here: it only applies with {where}"]
     caplog.clear()
     load_config([*argv, "--" + counts.split()[0], counts.split()[1]])
     assert not caplog.messages
@@ -198,7 +198,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--lr", ".inf"], "lr is inf, expected more than 0"),
     (["--seed", "1.5"], "seed is '1.5', expected a whole number"),
     (["--max-steps", "-3"], "max_steps is -3, expected more than 0"),
-    (["--max-steps"], "max_steps came without a value, expected a whole number or null"),
+    (["--max-steps"], "max_steps got no value, expected a whole number or null"),
     (["--max-minutes", "x"], "max_minutes is 'x', expected a number or null"),
     (["--compile", "maybe"], "compile is 'maybe', expected true or false"),
     (["--dtype", "fp8"], "dtype is 'fp8', expected one of auto, fp32, bf16, fp16"),
@@ -217,7 +217,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
         ["--model.window", "wide"],
         "model.window is 'wide', expected a whole number or a list of (a whole number or null) or null",
     ),
-    (["--model.window", "{a: 1, a: 2}"], "model.window gives a twice, expected each setting once"),
+    (["--model.window", "{a: 1, a: 2}"], "model.window sets a twice, expected each setting once"),
     (["--model.window", "0"], "model.window is 0, expected more than 0"),
     (
         ["--model.window", "[1, 2, 3, 4, 5]"],
@@ -237,7 +237,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     ),
     (
         ["--model.rope-scaling", "{rope_type: linear, by: 2}"],
-        "model.rope_scaling is ['by'], expected the keys factor beside rope_type",
+        "model.rope_scaling is ['by'], expected the keys factor in addition to rope_type",
     ),
     (
         ["--model.rope-scaling", "{rope_type: linear, factor: two}"],
@@ -251,7 +251,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--model.block-size", "64"], "block_size is 128, expected at most model.block_size 64"),
     (["--batch-tokens", "1000"], "batch_tokens is 1000, expected a multiple of micro_batch * block_size = 2048"),
     (["--batch-tokens", "0"], "batch_tokens is 0, expected a multiple of micro_batch * block_size = 2048"),
-    (["--vocab-size", "100"], "vocab_size is 100, expected at least 257 (the bytes and an end mark)"),
+    (["--vocab-size", "100"], "vocab_size is 100, expected at least 257 (the bytes and an end-of-text token)"),
     (["--val-fraction", "1"], "val_fraction is 1.0, expected 0 to less than 1"),
     (["--beta2", "1"], "beta2 is 1.0, expected 0 to less than 1"),
     (["--min-lr-ratio", "2"], "min_lr_ratio is 2.0, expected 0 to 1"),
@@ -261,7 +261,7 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
     (["--max-minutes", "1:30"], "max_minutes is '1:30', expected a number or null"),
     (["--data", ""], "data is '', expected a path or null"),
     (["--resume="], "resume is '', expected auto, never or a path"),
-    (["--config"], "config came without a value, expected text"),
+    (["--config"], "config got no value, expected text"),
     (
         ["--config", "nope"],
         "config is 'nope', expected a YAML file or one of " + ", ".join(options.names()),
@@ -289,8 +289,8 @@ WRONG_FILES: list[tuple[bytes, str]] = [
     (b"lr: fast\n", "lr is 'fast', expected a number"),
     (b"lr:\n  a: 1\n", "lr is '{{a: 1}}', expected a number"),
     (b"lr:\n", "lr is 'null', expected a number"),
-    (b"lr: 1\nclip: 1\nlr: 2\n", "config {file} gives lr twice, expected each setting once"),
-    (b"model:\n  width: 64\n  width: 32\n", "config {file} gives width twice, expected each setting once"),
+    (b"lr: 1\nclip: 1\nlr: 2\n", "config {file} sets lr twice, expected each setting once"),
+    (b"model:\n  width: 64\n  width: 32\n", "config {file} sets width twice, expected each setting once"),
     (b"max_minutes: 1:30\n", "max_minutes is '1:30', expected a number or null"),
     (b"seed: 0x10\n", "seed is '0x10', expected a whole number"),
     (b"compile: on\n", "compile is 'on', expected true or false"),

@@ -408,7 +408,7 @@ def test_errors_name_what_came() -> None:
     cache = KVCache(SMALL, 2, 4, model.wte.weight)
     with pytest.raises(ValueError, match="ids reach position 12, expected at most 4"):
         model(ids, kv_cache=cache)
-    with pytest.raises(ValueError, match="doc_ids came with kv_cache"):
+    with pytest.raises(ValueError, match="got doc_ids and kv_cache"):
         model(ids[:, :2], kv_cache=cache, doc_ids=torch.zeros(2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="vocab_size or config.block_size is None"):
         GPT(ModelConfig())

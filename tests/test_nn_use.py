@@ -89,7 +89,7 @@ UNCOVERED: dict[str, tuple[Any, ...]] = {
     "additive padding": mha({**QUIET, "key_padding_mask": -9.0 * PADDING}, "key_padding_mask of torch.float32"),
     "causal, more keys": mha(
         {**QUIET, "is_causal": True, "attn_mask": torch.ones(7, 9, dtype=torch.bool, device=DEVICE).triu(1)},
-        "other numbers of keys",
+        "different numbers of keys",
         kv=KV,
     ),
     "bias_kv": mha(QUIET, "add_bias_kv", add_bias_kv=True),
@@ -123,7 +123,7 @@ def test_what_an_op_does_not_cover_goes_to_torchs_own(name: str, caplog: pytest.
         got, wanted = outcome(ours, inputs, call), outcome(stock, inputs, call)
         assert len(got) == len(wanted) and all(torch.equal(a, b) for a, b in zip(got, wanted))
     lines = [r.getMessage() for r in caplog.records]
-    assert len(lines) == 1 and lines[0].startswith(f"{kind}: ") and "goes to torch's own" in lines[0]
+    assert len(lines) == 1 and lines[0].startswith(f"{kind}: ") and "falling back to PyTorch" in lines[0]
     with use(strict=True), pytest.raises(RuntimeError, match=f"^{kind}: .*{why}.*strict mode"):
         ours(*inputs, **call)
 
@@ -166,7 +166,7 @@ def test_linear_loss_without_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     loss, newer = (m.LinearCrossEntropyLoss(6, 11, **options).to(DEVICE) for m in (older, fnn))
     loss.load_state_dict(newer.state_dict())
     assert torch.equal(loss(floats(9, 6), numbers(9)), newer(floats(9, 6), numbers(9)))
-    with pytest.raises(ValueError, match="class probabilities as target: torch.nn has it from PyTorch 2.13 on"):
+    with pytest.raises(ValueError, match="class probabilities as target: torch.nn supports it from PyTorch 2.13 on"):
         loss(floats(9, 6), floats(9, 11).softmax(1))
 
 

@@ -285,7 +285,7 @@ def test_cpu_wheel_builds_and_loads(sources: Path, tmp_path: Path) -> None:
         ((9, 0), 13, ""),
         ((8, 9), 13, ""),
         ((10, 0), 13, "nothing was compiled for sm_100"),
-        ((9, 0), 12, "the driver is of CUDA 12, nvcc was of 13"),
+        ((9, 0), 12, "the driver is for CUDA 12, but nvcc was 13"),
         ((9, 0), 0, ""),
     ],
 )

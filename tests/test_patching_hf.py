@@ -538,11 +538,13 @@ def test_attention_of_another_class_keeps_its_masks() -> None:
     """A custom attention among the family's would not understand fastgpt's masks, so no module receives them."""
     model = model_of("GPT-J")
     model.transformer.h[1].attn._attn = lambda *args: None
-    with pytest.raises(ValueError, match="attention transformer.h.1.attn: _attn of this instance is not its class's"):
+    with pytest.raises(
+        ValueError, match="attention transformer.h.1.attn: _attn of this instance is not that of its class"
+    ):
         fastgpt.patch(model, only="attention", strict=True)
     fastgpt.patch(model)
     left = {e.name: e.why for e in fastgpt.patch_report(model).left if e.part == "attention"}
-    assert left["transformer"] == "h.1.attn (GPTJAttention) has an attention of its own"
+    assert left["transformer"] == "h.1.attn (GPTJAttention) has its own attention"
     masks: list[Any] = []
     model.transformer.h[1].attn._attn = lambda q, k, v, mask=None: (masks.append(mask), (v, None))[1]
     model(tokens())
@@ -579,7 +581,7 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it() -> None:
     model, ids = OwnForCausalLM(transformers.LlamaConfig(**LLAMA, **NO_TOKENS)).train(), tokens()
     before = model(ids, labels=ids)
     fastgpt.patch(model)
-    assert [e.why for e in fastgpt.patch_report(model).left] == ["its forward is its own"]
+    assert [e.why for e in fastgpt.patch_report(model).left] == ["it has its own forward"]
     torch.testing.assert_close(model(ids, labels=ids).loss, before.loss)
 
 

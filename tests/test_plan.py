@@ -321,7 +321,7 @@ def test_auto_is_settled_before_the_model(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(UserError, match="micro_batch is 'auto', but not one sequence fits; no micro_batch"):
         plan.settle(cfg, 300, torch.device("cpu"))
     monkeypatch.setattr(plan, "total_memory", lambda device: 0)
-    with pytest.raises(UserError, match="does not tell how much memory"):
+    with pytest.raises(UserError, match="the memory size of this system is unknown"):
         plan.settle(cfg, 300, torch.device("cpu"))
     assert plan.settle(run.cfg, 300, torch.device("cpu")) is run.cfg
     with pytest.raises(UserError, match="micro_batch is 'auto', expected a number"):
@@ -386,7 +386,7 @@ def test_out_of_memory_names_part_and_knob(
     monkeypatch.setattr(train, "forward_backward", lambda *args: fail())
     assert run_command(lambda: train.main(words.split())) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("fastgpt: error: out of memory on cpu: the largest part by plan is activations, "), line
+    assert line.startswith("fastgpt: error: out of memory on cpu: the largest part of the plan is activations, "), line
     assert "; --micro-batch 4 needs " in line
 
 
@@ -463,16 +463,16 @@ def test_plan_without_a_gpu_names_the_smallest_card(
     code, out = run_plan("--config gpt2-1.5b --micro-batch 8", capsys)
     assert code == 0 and "1 x A100 80GB, the smallest card that holds it (no GPU here, no --device)" in out
     code, out = run_plan("--config gpt2-1.5b --micro-batch 256", capsys)
-    assert code == 1 and "B200 180GB, the largest card known" in out and "none that is known" in out
+    assert code == 1 and "B200 180GB, the largest card known" in out and "none of the known ones" in out
 
 
 def test_plan_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out = run_plan("--config tiny --device cpu --kernels all=torch", capsys)
     assert code == 0 and "this machine's CPU" in out and "in fp32" in out
-    assert "PyTorch serves here, and may keep more: " in out
+    assert "PyTorch, which may keep more, serves here: " in out
     with use(all="auto"):
         code, out = run_plan("--config tiny --device cpu --compile --recompute block", capsys)
-    assert code == 0 and "compile: these figures are of the eager model" in out and "norms" not in out
+    assert code == 0 and "compile: these figures are for the eager model" in out and "norms" not in out
 
 
 @pytest.mark.parametrize(
@@ -484,12 +484,12 @@ def test_plan_of_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: p
         ("--gpus x", "--gpus is 'x', expected a whole number, 1 or more"),
         ("--tokens -1", "--tokens is '-1', expected a number, more than 0"),
         ("--tokens inf", "--tokens is 'inf', expected a number, more than 0"),
-        ("--price 2", "price is 2, but it counts with --tokens only"),
+        ("--price 2", "price is 2, but it only applies with --tokens"),
         ("--mfu 40", "--mfu is '40', expected a number, more than 0, at most 1"),
-        ("--mfu 0.5", "mfu is 0.5, but it counts with --tokens only"),
+        ("--mfu 0.5", "mfu is 0.5, but it only applies with --tokens"),
         ("--device=", "device is '', expected auto, cpu"),
         ("--token 5", "token is not a setting"),
-        ("--device l4 --gpus 3", "batch_tokens is 2048, expected a multiple of one micro-batch a GPU, 6144"),
+        ("--device l4 --gpus 3", "batch_tokens is 2048, expected a multiple of 6144, one micro-batch per GPU"),
     ],
 )
 def test_errors(words: str, sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

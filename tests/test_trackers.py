@@ -137,7 +137,7 @@ def test_nsys_is_shown_the_steps_and_their_ops(tmp_path: Path, monkeypatch: pyte
         said.append(watch.after(step))
     between = ["start", "ranges", "step 2", "step 3", "wait", "no ranges", "stop"]
     assert seen == ["step 1", *between, "step 4"]
-    assert said == ["", "", "profile: steps 2 to 3 are marked, their ops by NVTX ranges", ""]
+    assert said == ["", "", "profile: steps 2 to 3 are marked, and their ops are NVTX ranges", ""]
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="profiler is 'nsys', expected torch on a CPU"):
         Profile("2:3", "nsys", tmp_path, torch.device("cpu"))

@@ -279,7 +279,7 @@ def test_learning_rates_by_name(text: Path, ended: list[Run]) -> None:
     assert all(moved[name] for name in moved if "norm" not in name)
     rates = {g["lr"] / learning_rate(cfg, 2, 3) for g in run.optimizer.param_groups}
     assert rates == {0.0, 0.5, 1.0}
-    with pytest.raises(UserError, match="lr_ratios: no parameter is for 'head.*'"):
+    with pytest.raises(UserError, match="lr_ratios: 'head.*' matches no parameter"):
         train.prepare(dataclasses.replace(cfg, lr_ratios={"head": 0.1}))
 
 
@@ -411,7 +411,7 @@ def test_signal_ends_with_a_checkpoint_and_exit_0(text: Path) -> None:
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert f"to continue: fastgpt train {shlex.join(command[3:])}" in output
+    assert f"to resume: fastgpt train {shlex.join(command[3:])}" in output
     done = checkpoint.read_state(checkpoint.find("run"))["progress"]["step"]
     assert done >= 3 and losses()[-1][0] == done
 
@@ -432,7 +432,7 @@ def test_minutes_fix_the_number_of_steps_once(text: Path) -> None:
 
 def test_baseline_check_fails_a_model_that_learnt_nothing(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert go(text, "--check-baseline", "true", "--lr", "1e-9", "--max-steps", "2") == 1
-    assert "under the unigram model, expected at least 1" in capsys.readouterr().out
+    assert "below the unigram model, expected at least 1" in capsys.readouterr().out
 
 
 def test_gradients_that_stay_nan_stop_the_run(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,7 +454,7 @@ def test_token_shards_train_without_a_tokenizer(text: Path, capsys: pytest.Captu
     folder = Path("data") / f"{text.name}-300"
     assert made.name == str(folder)
     assert train.main([*SMALL, "--data", f"{folder}/*.bin", "--out", "bin", "--max-steps", "3"]) == 0
-    assert "came without a tokenizer" in capsys.readouterr().out
+    assert "the data has no tokenizer" in capsys.readouterr().out
     with_tokenizer = ["--tokenizer", str(folder / "tokenizer.json"), "--out", "bin2", "--max-steps", "3"]
     assert train.main([*SMALL, "--data", f"{folder}/train.bin", *with_tokenizer]) == 0
 

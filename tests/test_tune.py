@@ -114,7 +114,7 @@ def test_another_machine_has_another_table(cache: Path, monkeypatch: pytest.Monk
     [
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
-        ('{"facts": {}, "entries": {}}', "it is of another machine or version"),
+        ('{"facts": {}, "entries": {}}', "it was written for another machine or version"),
         ('{"facts": FACTS, "entries": {"a.b": {"backend": "mlx", "date": "", "note": "x"}}}', "its entry a.b has no"),
         ('{"facts": FACTS, "entries": {"a.b": {"backend": "cpu"}}}', "KeyError: 'date'"),
         ('{"facts": FACTS, "entries": 3}', "AttributeError"),

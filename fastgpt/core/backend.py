@@ -133,7 +133,7 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0
         return f"{backend} kernels do not run on {device} tensors"
     if not cell.takes(dtype, dim):
         what = dtype if dtype not in cell.dtypes else f"head dimensions over {cell.max_dim}"
-        return f"{op} on {backend} does not take {what}"
+        return f"{op} on {backend} does not support {what}"
     return _verdict(op, backend) if device == "cuda" and backend != "torch" else None
 
 
@@ -166,8 +166,8 @@ def _verdict(op: str, backend: str) -> str | None:
             torch.cuda.synchronize(device)
         except Exception:
             raise UserError(
-                f"{op}: the self-check of the {backend} kernel ended CUDA in this process: {why}; run again with "
-                f"FASTGPT_KERNELS={op}=torch"
+                f"{op}: the self-check of the {backend} kernel made CUDA unusable in this process: {why}; run again "
+                f"with FASTGPT_KERNELS={op}=torch"
             ) from e
     _verdicts[name] = why
     cache.write_passed([name for name, failed in _verdicts.items() if failed is None])
@@ -209,8 +209,8 @@ def _select(
         if why is None:
             return want
         if strict:
-            raise RuntimeError(f"{op}: {want} was asked for, but {why}")
-        report_once(op, f"{want} was asked for, but {why}; choosing by itself")
+            raise RuntimeError(f"{op}: {want} was requested, but {why}")
+        report_once(op, f"{want} was requested, but {why}; choosing automatically")
     entry = tuned(op, device, dtype) if measured else None
     first = () if entry is None else (entry["backend"],)
     order = prior(op, device, dtype) if measured else PRIOR_OF.get(op, PRIOR)
@@ -249,7 +249,7 @@ def select(op: str, x: Tensor, measured: bool = True, dim: int = 0) -> str:
     if found is None:
         found = _cache[key] = _select(*key)
     if found != "torch" and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(f"{op}: torch.func and vmap do not go through kernels; use(all='torch') lets them through")
+        raise RuntimeError(f"{op}: kernels do not support torch.func and vmap; use(all='torch') runs the op in PyTorch")
     return found
 
 

@@ -83,7 +83,7 @@ def read_tuned(device: str, backends: Collection[str]) -> dict[str, dict[str, An
     try:
         content = json.loads(text)
         if content["facts"] != machine_facts(device):
-            raise ValueError("it is of another machine or version")
+            raise ValueError("it was written for another machine or version")
         for name, entry in content["entries"].items():
             if entry["backend"] not in backends or not isinstance(entry["date"], str) or not entry["note"]:
                 raise ValueError(f"its entry {name} has no backend, date or note")

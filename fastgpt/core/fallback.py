@@ -28,8 +28,8 @@ def leave_to_torch(name: str, why: str) -> None:
 
 def _leave_to_torch(name: str, why: str, strict: bool) -> None:
     if strict:
-        raise RuntimeError(f"{name}: {why}: only torch's own does that, and strict mode forbids it")
-    report_once(name, f"{why}: this goes to torch's own")
+        raise RuntimeError(f"{name}: {why}: only PyTorch supports this, and strict mode forbids the fallback")
+    report_once(name, f"{why}: falling back to PyTorch")
 
 
 # torch.compiler.assume_constant_result, as for backend._select: the warning comes while compiling.

@@ -89,8 +89,8 @@ def _on_this_gpu() -> list[str]:
     driver, nvcc = _driver_cuda(), int(_INFO["NVCC"].split(".")[0])
     if 0 < driver < nvcc:
         notes.append(
-            f"cuda         the driver is of CUDA {driver}, nvcc was of {nvcc}: no CUDA kernel will run; update the "
-            f"driver, or take nvcc {driver} and {REBUILD}"
+            f"cuda         the driver is for CUDA {driver}, but nvcc was {nvcc}: no CUDA kernel will run; update the "
+            f"driver, or install nvcc {driver} and {REBUILD}"
         )
     return notes
 
@@ -102,7 +102,7 @@ def describe() -> list[str]:
         lines.append(f"native       built for torch {_INFO['TORCH']} on {_INFO['DATE']}, you have {torch.__version__}")
     if BUILT["cuda"]:
         lines.append(f"cuda         nvcc {_INFO['NVCC']}, {', '.join(_INFO['ARCHS'])}")
-    lines += [f"{backend:<12} not here: {_MISSING[backend]}" for backend in NATIVE if not BUILT[backend]]
+    lines += [f"{backend:<12} not available: {_MISSING[backend]}" for backend in NATIVE if not BUILT[backend]]
     return [*lines, *_on_this_gpu(), *filter(None, [_stale()])]
 
 

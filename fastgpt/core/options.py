@@ -113,14 +113,14 @@ def _options(argv: Sequence[str], types_of: dict[str, Any]) -> tuple[list[str], 
         elif not equals and key.startswith("no_") and types_of.get(key[3:]) is bool:
             key, value = key[3:], "false"
         elif not equals and key in (*types_of, "config"):
-            raise UserError(f"{key} came without a value, expected {describe(types_of.get(key, str))}")
+            raise UserError(f"{key} got no value, expected {describe(types_of.get(key, str))}")
         if key == "config":
             configs.append(value)
             continue
         if key not in types_of:
             raise UserError(unknown(key, types_of))
         if found.get(key, value) != value:
-            log.warning("--%s is given twice: the last value counts, %s, not %s", key, value, found[key])
+            log.warning("--%s is given twice: using the last value, %s, not %s", key, value, found[key])
         found[key] = value
     return configs, found
 
@@ -154,7 +154,7 @@ def _yaml(text: str, source: str) -> Any:
         for key_node, item in node.value:
             key = str(key_node.value)
             if key in found:
-                raise UserError(f"{source} gives {key} twice, expected each setting once")
+                raise UserError(f"{source} sets {key} twice, expected each setting once")
             found[key] = value(item)
         return found
 
@@ -187,8 +187,8 @@ def _flat(settings: Mapping[str, Any], types_of: dict[str, Any], source: str, pr
             continue
         flat[key] = _convert(value, types_of[key])
         if flat[key] is WRONG:
-            came = value if isinstance(value, str) else json.dumps(value).replace('"', "")
-            raise UserError(f"{key} is {came!r}, expected {describe(types_of[key])}")
+            got = value if isinstance(value, str) else json.dumps(value).replace('"', "")
+            raise UserError(f"{key} is {got!r}, expected {describe(types_of[key])}")
     return flat
 
 
@@ -261,7 +261,7 @@ def describe(hint: Any) -> str:
 def help_text(cls: type, default: str) -> str:
     """Return the help text: every setting with its type, default and description."""
     usage = "usage: fastgpt train [--config NAME_OR_FILE] [--SETTING VALUE] ..."
-    more = "Names take hyphens or underscores. --compile alone means true, --no-compile means false."
+    more = "Names accept hyphens or underscores. --compile alone means true, --no-compile means false."
     known = f"a YAML file, or one of {', '.join(names())}; default {default}"
     return "\n".join([usage, "", more, "", _entry("config", known, "settings to start from."), *_help_of(cls)])
 

@@ -109,7 +109,7 @@ def load_dataset(path: str | Path) -> Dataset:
         raise UserError(f"data set {path} has version {version}, expected {VERSION}; prepare it again")
     tokenizer = Tokenizer.load(path)
     if tokenizer.fingerprint != fingerprint:
-        raise UserError(f"data set {path} is damaged: tokenizer.json is not the one its tokens were made with")
+        raise UserError(f"data set {path} is damaged: tokenizer.json is not the tokenizer that encoded its tokens")
     train, val = open_tokens(path / "train.bin"), open_tokens(path / "val.bin")
     for name, tokens, count in zip(("train.bin", "val.bin"), (train, val), counts, strict=True):
         if len(tokens) != count:

@@ -212,7 +212,7 @@ def _open_shard(path: Path, dtype: str | None) -> Array:
     if kind.itemsize == 2 and dtype is None and len(ids) >= 64 and not ids[1:4096:2].any() and ids[:4096:2].any():
         raise UserError(
             f"token file {path} looks like uint32 ids (every second 16-bit word is 0): "
-            "--data-dtype uint32 reads it as such, --data-dtype uint16 as it stands"
+            "pass --data-dtype uint32, or --data-dtype uint16 if it is not"
         )
     return ids
 

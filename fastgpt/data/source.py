@@ -84,7 +84,7 @@ def open_source(
     if val_data is not None:
         raise UserError(f"val_data is {val_data!r}, but text data holds out its own validation files (val_fraction)")
     if tokenizer is not None:
-        raise UserError(f"tokenizer is {tokenizer!r}, but text data gets a tokenizer of its own (vocab_size)")
+        raise UserError(f"tokenizer is {tokenizer!r}, but a new tokenizer is trained on text data (vocab_size)")
     stem = "stdlib" if data is None else re.sub(r"\W+", "-", Path(data).resolve().stem).strip("-") or "text"
     out = Path(folder) / f"{stem}-{vocab_size}"
     with _Bars() as bars:
@@ -110,9 +110,7 @@ def open_validation(sources: dict[str, str], source: Source, data_dtype: str = "
             found[name].check_ids(source.n_vocab, limit=1 << 24)
             continue
         if source.tokenizer is None:
-            raise UserError(
-                f"val_sources.{name} is {path!r}, expected .bin shards (--tokenizer would let text be read)"
-            )
+            raise UserError(f"val_sources.{name} is {path!r}, expected .bin shards (text needs --tokenizer)")
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
@@ -130,11 +128,14 @@ def _vocabulary(tokens: Tokens, n_ids: int) -> tuple[int, str]:
     if meta.is_file():
         size = read_vocab_size(meta)
         if size < n_ids:
-            raise UserError(f"{meta} says vocab_size {size}, but the largest token id beside it is {n_ids - 1}")
+            raise UserError(f"{meta} says vocab_size {size}, but the largest token id in its folder is {n_ids - 1}")
         return size, str(meta)
     if n_ids <= GPT2_VOCABULARY and tokens.parts[0].dtype == np.uint16:
-        return GPT2_VOCABULARY, f"GPT-2's; the largest id is {n_ids - 1}, so --model.vocab-size {n_ids} would do"
-    return n_ids, "by the largest id"
+        return (
+            GPT2_VOCABULARY,
+            f"vocabulary of GPT-2; the largest id is {n_ids - 1}, so --model.vocab-size {n_ids} is enough",
+        )
+    return n_ids, "from the largest id"
 
 
 def read_vocab_size(meta: Path) -> int:
@@ -149,10 +150,10 @@ def read_vocab_size(meta: Path) -> int:
     try:
         codes = [code for code in pickletools.genops(meta.read_bytes()) if not re.search("PUT|MEMOIZE", code[0].name)]
     except (OSError, ValueError) as e:
-        raise UserError(f"{meta} cannot be read ({e}): move it away and say --model.vocab-size") from e
+        raise UserError(f"{meta} cannot be read ({e}): move it away and pass --model.vocab-size") from e
     behind = [value for (_, key, _), (_, value, _) in zip(codes, codes[1:]) if key == "vocab_size"]
     if not behind or type(behind[0]) is not int or not 0 < behind[0] < 2**31:
-        raise UserError(f"{meta} has no whole number as vocab_size: move it away and say --model.vocab-size")
+        raise UserError(f"{meta} has no whole number as vocab_size: move it away and pass --model.vocab-size")
     return behind[0]
 
 

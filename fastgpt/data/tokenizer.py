@@ -186,7 +186,7 @@ def _check_kind(spec: dict[str, Any], where: str) -> None:
         "model.dropout": not spec["model"].get("dropout"),
     }.items():
         if not ok:
-            raise UserError(f"{where} has a {what} other than a GPT-2 style byte-level BPE's")
+            raise UserError(f"{where} has another {what} than a GPT-2 style byte-level BPE")
 
 
 def _byte_alphabet() -> dict[str, int]:

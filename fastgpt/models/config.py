@@ -13,9 +13,9 @@ from fastgpt.core.errors import UserError
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu2": "relu2"}
 
 
-def require(ok: bool, key: str, came: object, expected: str) -> None:
+def require(ok: bool, key: str, got: object, expected: str) -> None:
     if not ok:
-        raise UserError(f"{key} is {came!r}, expected {expected}")
+        raise UserError(f"{key} is {got!r}, expected {expected}")
 
 
 def require_sizes(config: Any, prefix: str = "") -> None:
@@ -147,7 +147,10 @@ class ModelConfig:
             need |= {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
         keys = set(self.rope_scaling) - {"rope_type"}
         require(
-            keys == need, "model.rope_scaling", sorted(keys), f"the keys {', '.join(sorted(need))} beside rope_type"
+            keys == need,
+            "model.rope_scaling",
+            sorted(keys),
+            f"the keys {', '.join(sorted(need))} in addition to rope_type",
         )
         for name in sorted(need):
             value = self.rope_scaling[name]

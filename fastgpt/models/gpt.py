@@ -269,7 +269,7 @@ class GPT(nn.Module):
         if past + t > room:
             raise ValueError(f"GPT: ids reach position {past + t}, expected at most {room} (block_size or kv_cache)")
         if kv_cache is not None and doc_ids is not None:
-            raise ValueError("GPT: doc_ids came with kv_cache, expected one of them")
+            raise ValueError("GPT: got doc_ids and kv_cache, expected one of them")
         if past and positions is None:
             positions = torch.arange(past, past + t, device=ids.device)
         kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
@@ -384,7 +384,9 @@ class GPT(nn.Module):
                 inner = muon and p.dim() == 2 and name.startswith("blocks.")
                 groups.setdefault((pattern, p.dim() < 2, inner), []).append(p)
         if idle := set(ratios) - {pattern for pattern, *_ in groups} - {""}:
-            raise ValueError(f"lr_ratios: no parameter is for {sorted(idle)[0]!r} (names are as in the state_dict)")
+            raise ValueError(
+                f"lr_ratios: {sorted(idle)[0]!r} matches no parameter, expected a part of a name in the state_dict"
+            )
         return [
             {"params": ps, "weight_decay": 0.0 if spared else weight_decay, "lr_ratio": ratios[pattern]}
             | ({"muon": True} if inner else {})

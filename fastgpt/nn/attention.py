@@ -108,7 +108,7 @@ def uncovered(
 ) -> str | None:
     """Return which part of a call of nn.MultiheadAttention `m` the op does not cover, or None if it covers the call."""
     if need_weights:
-        return "need_weights=True (pass need_weights=False where the weights are not used)"
+        return "need_weights=True (pass need_weights=False if the weights are not used)"
     if m.bias_k is not None or m.add_zero_attn:
         return "add_bias_kv or add_zero_attn"
     if mask is not None and not causal:
@@ -122,7 +122,7 @@ def uncovered(
     if padding is not None and padding.shape != torch.Size(rows):
         return f"key_padding_mask of shape {tuple(padding.shape)} with keys {tuple(key.shape)}"
     if causal and query.shape[length] != key.shape[length]:
-        return "is_causal=True with other numbers of keys than of queries"
+        return "is_causal=True with different numbers of keys and queries"
     return None
 
 

@@ -116,7 +116,7 @@ class LinearCrossEntropyLoss(_Stock):  # type: ignore[misc]
         if why is not None:
             _leave("LinearCrossEntropyLoss", self, why)
             if _Stock is _WeightedLoss:
-                raise ValueError(f"LinearCrossEntropyLoss: {why}: torch.nn has it from PyTorch 2.13 on")
+                raise ValueError(f"LinearCrossEntropyLoss: {why}: torch.nn supports it from PyTorch 2.13 on")
             out: Tensor = super().forward(input, target)
             return out
         if type(self.linear).forward is not nn.Linear.forward or not plain(self.linear):  # it has an adapter or a hook

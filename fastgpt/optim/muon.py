@@ -71,7 +71,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if hasattr(self, "adamw"):  # otherwise the constructor adds it
-            raise ValueError("MuonAdamW: a group was added after it was made, expected all groups in the constructor")
+            raise ValueError("MuonAdamW: got a new group after construction, expected all groups in the constructor")
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -115,7 +115,9 @@ class MuonAdamW(torch.optim.Optimizer):
             if master is not p:
                 _follow(p, master, state)
             elif p.dtype != torch.float32:
-                raise ValueError(f"MuonAdamW: a matrix became {p.dtype}, expected the optimizer made after the cast")
+                raise ValueError(
+                    f"MuonAdamW: a matrix became {p.dtype}, expected the optimizer to be created after the cast"
+                )
             if BUFFER in state:
                 self.muon.state[master][BUFFER] = state[BUFFER].to(master)
 
@@ -140,8 +142,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for p, saved in pairs:
             t = saved.get(BUFFER)
             if p in mine and (t is None or t.shape != p.shape):
-                came = f"has {sorted(saved)}" if t is None else f"has a {BUFFER} of shape {tuple(t.shape)}"
-                raise ValueError(f"MuonAdamW: a matrix's saved state {came}, expected a {BUFFER} of {tuple(p.shape)}")
+                got = f"has {sorted(saved)}" if t is None else f"has a {BUFFER} of shape {tuple(t.shape)}"
+                raise ValueError(f"MuonAdamW: a matrix's saved state {got}, expected a {BUFFER} of {tuple(p.shape)}")
         others = [g for g in groups if not g.get("muon")]
         check_saved(others, [(p, saved) for p, saved in pairs if p not in mine])
 

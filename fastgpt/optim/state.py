@@ -164,7 +164,9 @@ def check_saved(groups: list[dict[str, Any]], pairs: list[tuple[Tensor, dict[str
         check_group(group)
     for p, saved in pairs:
         if missing := [name for name in ("step", *MOMENTS) if name not in saved]:
-            raise ValueError(f"AdamW: saved state has {sorted(saved)} and no {missing[0]}, expected AdamW's")
+            raise ValueError(
+                f"AdamW: saved state has {sorted(saved)} and no {missing[0]}, expected the state of an AdamW"
+            )
         _check_shapes("saved", p, saved)
 
 
@@ -212,7 +214,7 @@ def check_parameter(p: Tensor, master: str | None) -> None:
             "gaps or overlaps in memory, in any order of dimensions (call .contiguous() on a view first)"
         )
     if master in ("remainder", "stochastic") and p.dtype == torch.float16:
-        raise ValueError(f"AdamW: master={master!r} is for bf16 parameters, came with torch.float16")
+        raise ValueError(f"AdamW: master={master!r} is for bf16 parameters, got torch.float16")
 
 
 def check_group(group: dict[str, Any]) -> None:
@@ -223,7 +225,7 @@ def check_group(group: dict[str, Any]) -> None:
         if group.get(flag):
             raise ValueError(f"AdamW: {flag}=True is not supported")
     if group.get("decoupled_weight_decay") is False and group["weight_decay"] != 0:
-        raise ValueError("AdamW: decoupled_weight_decay is False (torch.optim.Adam's), expected AdamW's")
+        raise ValueError("AdamW: decoupled_weight_decay is False (as in torch.optim.Adam), expected True")
     lr, betas, eps, decay = (group[n] for n in ("lr", "betas", "eps", "weight_decay"))
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"AdamW: lr has shape {tuple(lr.shape)}, expected one element")

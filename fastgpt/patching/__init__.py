@@ -97,7 +97,7 @@ def _own(module: nn.Module, f: Found) -> Found:
     """Return f, or the reason against it if this instance already has a forward that is not from its class."""
     if not f.op or f.attribute not in module.__dict__:
         return f
-    why = f"{f.attribute} of this instance is not its class's (accelerate or another patch set it)"
+    why = f"{f.attribute} of this instance is not that of its class (accelerate or another patch set it)"
     return Found(f.part, f.what, why=why)
 
 
@@ -198,7 +198,7 @@ def _set(module: nn.Module, f: Found) -> None:
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kept and (name := changed(self, kept)):
-            leave_to_torch(op, f"{type(self).__name__}.{name} is another than when it was patched")
+            leave_to_torch(op, f"{type(self).__name__}.{name} has changed since it was patched")
             return getattr(type(self), attribute)(self, *args, **kwargs)
         return call(self, *arguments, *args, **kwargs)
 

@@ -109,13 +109,13 @@ def _usual(model: Any, given: dict[str, Any]) -> bool:
     tuples = given.get("return_dict") is False or (given.get("return_dict") is None and not model.config.return_dict)
     why = ""
     if isinstance(keep, Tensor) or keep != 0 or tuples:
-        why = "logits_to_keep or a tuple of outputs was asked for"
+        why = "logits_to_keep or a tuple of outputs was requested"
     elif not _counts_tokens(model):
-        why = "its loss_function is another than transformers' ForCausalLMLoss"
+        why = "its loss_function is not transformers' ForCausalLMLoss"
     elif "_fastgpt" not in model.get_output_embeddings().__dict__:
         why = "its head was replaced after patching (by an adapter?)"
     elif _hooks.watched(model.get_output_embeddings()):
-        why = "a hook on its head is to see logits"
+        why = "a hook on its head needs the logits"
     if why:
         leave_to_torch("linear_cross_entropy", f"the loss of {type(model).__name__}: {why}")
     return not why
@@ -198,7 +198,7 @@ def _masks(name: str, model: Any) -> Iterator[tuple[str, nn.Module, Found]]:
         return
     strange = next((f"{n} ({name_of(m)})" for n, m in model.named_modules() if _reads_masks(m)), None)
     if strange:  # it would get masks that it does not understand
-        yield name, model, Found("attention", what, why=f"{strange} has an attention of its own")
+        yield name, model, Found("attention", what, why=f"{strange} has its own attention")
         return
     yield name, model, Found("attention", what, "attention", call=_attention.base_model, arguments=(rebound,))
 
@@ -218,11 +218,11 @@ def _loss(name: str, model: Any, keep_logits: bool) -> Iterator[tuple[str, nn.Mo
     if why:
         pass
     elif not type(model).forward.__module__.startswith("transformers."):
-        why = "its forward is its own"
+        why = "it has its own forward"
     elif not isinstance(lm_head, nn.Module) or not replace.is_plain_linear(lm_head):
         why = "its head is not a plain linear layer"
     elif not _counts_tokens(model):
-        why = "its loss_function is another than transformers' ForCausalLMLoss"
+        why = "its loss_function is not transformers' ForCausalLMLoss"
     if why:
         yield name, model, Found("loss", what, why=why)
         return

@@ -77,7 +77,7 @@ def _calls(f: types.FunctionType, target: Any) -> bool:
 def _refusal(f: types.FunctionType) -> str:
     if any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(f)):
         return "its method writes to a global"
-    return "its method asks for __name__" if "__name__" in f.__code__.co_names else ""
+    return "its method reads __name__" if "__name__" in f.__code__.co_names else ""
 
 
 def _rotates(function: Any) -> bool:
@@ -138,7 +138,7 @@ def _copy(f: types.FunctionType, scope: dict[str, Any], closure: Any) -> types.F
 def _redecorate(f: types.FunctionType, old: Any, new: Any) -> types.FunctionType:
     cells = f.__closure__ or ()
     if not any(c.cell_contents is old for c in cells):
-        raise ValueError(f"patch: {f.__qualname__} is decorated in a way that cannot be made again")
+        raise ValueError(f"patch: {f.__qualname__} has a decorator that cannot be rebuilt")
     again = _copy(f, f.__globals__, tuple(types.CellType(new) if c.cell_contents is old else c for c in cells))
     again.__dict__["__wrapped__"] = new
     return again

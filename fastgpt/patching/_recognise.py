@@ -111,7 +111,7 @@ def _probe_norm(module: Any, names: tuple[str, ...], width: int) -> Found | str:
         if why := runs[0][1] or runs[1][1]:
             return why
         if len(ys) < 2 or not all(_is_norm(formula, x, y, made) for y in ys):
-            return f"it computes {formula.op} in some runs only (in training, or over the last of some dimensions)"
+            return f"it computes {formula.op} only in some runs (in training, or for some numbers of dimensions)"
         dims.add(len(shape))
     if formula is None:
         return other
@@ -195,7 +195,7 @@ def mlp(module: nn.Module) -> Found | None:
     found = [_trace_mlp(module, what, training, active) for training in (False, True)]
     if found[0] == found[1]:
         return found[0]
-    return Found("mlp", what, why="its forward is another in training")
+    return Found("mlp", what, why="its forward differs in training")
 
 
 def _trace_mlp(module: nn.Module, what: str, training: bool, active: bool) -> Found | None:
@@ -291,7 +291,7 @@ def embedding(module: nn.Module) -> Found | None:
         return None
     what, plain = name_of(module), type(module).forward is nn.Embedding.forward
     if not plain and not _is_scaled_embedding(module):
-        return Found("embedding", what, why="its forward is its own")
+        return Found("embedding", what, why="it has its own forward")
     if extra := uncovered(module):
         return Found("embedding", what, why=f"it has {' and '.join(extra)}")
     kept = settings(module)

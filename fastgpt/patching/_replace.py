@@ -77,8 +77,8 @@ def _leave(op: str, why: str, module: nn.Module, args: tuple[Any, ...], kwargs: 
     return own(module, *args, **kwargs)
 
 
-ARGUMENTS = "got other arguments or dtypes than the op takes"
-ACTIVATION = "has another activation than when it was patched, one with hooks, or other children"
+ARGUMENTS = "got arguments or dtypes that the op does not support"
+ACTIVATION = "has another activation, hooks on it, or other children than when it was patched"
 
 
 def _plain(*tensors: Any) -> bool:
@@ -198,7 +198,7 @@ def embedding(module: Any, scaled: bool, *args: Any, **kwargs: Any) -> Tensor:
     """Replace an embedding: ids (...) -> (..., C), times the module's embed_scale if `scaled` (as in Gemma)."""
     usual = not kwargs and len(args) == 1 and _plain(*args, module.weight)
     if not usual or args[0].dtype not in (torch.int64, torch.int32) or uncovered_embedding(module):
-        return _leave("embedding", "got other arguments or options than the op takes", module, args, kwargs)
+        return _leave("embedding", "got arguments or options that the op does not support", module, args, kwargs)
     rows = ops.embedding(args[0], module.weight, padding_idx=module.padding_idx)
     return rows * module.embed_scale.to(rows.dtype) if scaled else rows
 
@@ -218,7 +218,7 @@ def sdpa(
     if attn_mask is not None:
         why = "an attn_mask"
     elif query.dim() != 4 or not _plain(query, key, value) or key.shape != value.shape:
-        why = "tensors that are not (B, H, T, D) and alike"
+        why = "tensors that are not (B, H, T, D), or a key and a value of different shapes"
     elif query.shape[1] != key.shape[1] and not enable_gqa:
         why = "broadcast heads"
     elif is_causal and query.shape[2] != key.shape[2]:  # PyTorch aligns at the top left, the op at the bottom right
@@ -237,7 +237,7 @@ def functional_layer_norm(
 ) -> Tensor:
     """Replace F.layer_norm over one dimension."""
     if len(normalized_shape) != 1 or not _fits((input,), {}, normalized_shape[0], weight, bias):
-        leave_to_torch("layer_norm", "several dimensions, or other dtypes than the op takes")
+        leave_to_torch("layer_norm", "several dimensions, or dtypes that the op does not support")
         return F.layer_norm(input, normalized_shape, weight, bias, eps)
     return ops.layer_norm(input, weight, bias, eps)
 
@@ -245,7 +245,7 @@ def functional_layer_norm(
 def functional_rms_norm(input: Tensor, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Tensor:
     """Replace F.rms_norm over one dimension."""
     if len(normalized_shape) != 1 or not _fits((input,), {}, normalized_shape[0], weight):
-        leave_to_torch("rms_norm", "several dimensions, or other dtypes than the op takes")
+        leave_to_torch("rms_norm", "several dimensions, or dtypes that the op does not support")
         return F.rms_norm(input, normalized_shape, weight, eps)
     return ops.rms_norm(input, weight, epsilon(eps, input))
 
@@ -263,7 +263,7 @@ def cross_entropy(
     """Replace F.cross_entropy of logits (N, V) and targets (N,); the op's loss is fp32 for any dtype of the logits."""
     usual = input.dim() == 2 and target.dim() == 1 and target.dtype == torch.int64 and _plain(input, target, weight)
     if not usual or size_average is not None or reduce is not None:
-        leave_to_torch("cross_entropy", "other than (N, V) logits and (N,) class numbers")
+        leave_to_torch("cross_entropy", "inputs other than (N, V) logits and (N,) class indices")
         options: dict[str, Any] = dict(ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         return F.cross_entropy(input, target, weight, size_average, reduce=reduce, **options)
     return ops.cross_entropy(
@@ -296,7 +296,7 @@ def multihead_attention(
     """Replace nn.MultiheadAttention; calls that fastgpt.nn.MultiheadAttention does not cover run its own forward."""
     why = uncovered(module, query, key, key_padding_mask, need_weights, attn_mask, is_causal)
     if why is None and not _plain(query, key, value):
-        why = "tensors that are not ordinary ones"
+        why = "tensors that are not ordinary dense ones"
     if why is not None:
         leave_to_torch("attention", f"MultiheadAttention with {why}")
         return own(

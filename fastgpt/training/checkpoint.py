@@ -255,4 +255,4 @@ def read_tensors(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tens
 def _before(path: Path) -> str:
     """Name the checkpoint to fall back to, for an error message."""
     older = [p for p in checkpoints(path.parent) if p.name < path.name]
-    return f"; the one before it is {older[-1]} (--resume {older[-1]})" if older else ""
+    return f"; the previous checkpoint is {older[-1]} (--resume {older[-1]})" if older else ""

@@ -149,7 +149,9 @@ class TrainConfig:
         for name in ("min_lr_ratio", "decay_fraction"):
             value = getattr(self, name)
             require(0.0 <= value <= 1.0, name, value, "0 to 1")
-        require(self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end mark)")
+        require(
+            self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end-of-text token)"
+        )
         for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "0 or more")
@@ -167,7 +169,7 @@ class TrainConfig:
         require(not unknown, "track", self.track, f"some of {', '.join(TRACKERS)}")
         steps = re.fullmatch(r"(\d+):(\d+)", self.profile)
         right = not self.profile or (steps is not None and 1 <= int(steps[1]) <= int(steps[2]))
-        require(right, "profile", self.profile, "FIRST:LAST, two steps from 1 on")
+        require(right, "profile", self.profile, "FIRST:LAST, two steps counted from 1")
         traced = self.compile and self.recompute == "norms"
         require(not traced, "recompute", self.recompute, "none or block with compile, which does not trace it")
         rows = (1 if self.micro_batch == "auto" else self.micro_batch) * self.block_size
@@ -227,7 +229,7 @@ def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
     config = _build(settings)
     for key, (counts, where) in COUNTS.items():
         if key in typed and not counts(config):
-            log.warning("--%s changes nothing here: it counts with %s", key, where)
+            log.warning("--%s has no effect here: it only applies with %s", key, where)
     return config
 
 
@@ -235,12 +237,15 @@ def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
 COUNTS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "momentum": (lambda c: c.optimizer == "muon", "optimizer muon"),
     "decay_fraction": (lambda c: c.schedule == "wsd", "schedule wsd"),
-    "min_lr_ratio": (lambda c: c.schedule != "constant", "another schedule than constant"),
+    "min_lr_ratio": (lambda c: c.schedule != "constant", "a schedule other than constant"),
     "val_fraction": (lambda c: c.val_data is None, "no val_data"),
-    "vocab_size": (lambda c: not (c.data or "").endswith(".bin"), "text data (model.vocab_size is the model's)"),
+    "vocab_size": (
+        lambda c: not (c.data or "").endswith(".bin"),
+        "text data (model.vocab_size sets the size for the model)",
+    ),
     "profiler": (lambda c: bool(c.profile), "profile"),
     "graphs": (lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),
-    "master": (lambda c: c.dtype != "fp32", "another dtype than fp32"),
+    "master": (lambda c: c.dtype != "fp32", "a dtype other than fp32"),
     "patience": (lambda c: c.eval_every > 0, "eval_every above 0"),
     "model.norm_bias": (lambda c: c.model.norm == "layer", "model.norm layer"),
     **{

@@ -55,7 +55,7 @@ def sample(run: Run, prompt: str) -> str:
     """Continue `prompt` with the model; the run's seed is used, so a repeated run returns the same text."""
     cfg, tokenizer = run.cfg, run.data.tokenizer
     if tokenizer is None:
-        return "no samples: these tokens came without a tokenizer (--tokenizer tokenizer.json)"
+        return "no samples: the data has no tokenizer (pass --tokenizer tokenizer.json)"
     run.model.eval()
     generator = torch.Generator(run.device).manual_seed(cfg.seed)
     ids = torch.tensor(tokenizer.encode(prompt).tolist(), dtype=torch.int64, device=run.device)[None]
@@ -77,6 +77,6 @@ def finish(run: Run, log: Log) -> int:
     log.say(f"loss curve: {log.plot()}; samples: {run.folder / 'samples.txt'}; metrics: {log.path}")
     log.say(f"validation loss {loss:.4f} nats per token, unigram model of the same tokens {unigram:.4f}")
     if cfg.check_baseline and loss > unigram - 1.0:
-        log.say(f"the model is {unigram - loss:.2f} nats per token under the unigram model, expected at least 1")
+        log.say(f"the model is {unigram - loss:.2f} nats per token below the unigram model, expected at least 1")
         return 1
     return 0

@@ -41,7 +41,7 @@ def micro_batches(cfg: TrainConfig, gpus: int = 1) -> list[int]:
     """
     rows = cfg.block_size * gpus * (1 if cfg.micro_batch == "auto" else cfg.sequences)
     if cfg.batch_tokens % rows:
-        raise UserError(f"batch_tokens is {cfg.batch_tokens}, expected a multiple of one micro-batch a GPU, {rows}")
+        raise UserError(f"batch_tokens is {cfg.batch_tokens}, expected a multiple of {rows}, one micro-batch per GPU")
     n = cfg.batch_tokens // (cfg.block_size * gpus)
     return [d for d in range(n, 0, -1) if n % d == 0]
 
@@ -78,7 +78,7 @@ def settle(cfg: TrainConfig, vocab_size: int, device: torch.device) -> TrainConf
         return cfg
     target = target_of(device)
     if target.memory <= 0:
-        raise UserError("micro_batch is 'auto', expected a number: this system does not tell how much memory it has")
+        raise UserError("micro_batch is 'auto', expected a number: the memory size of this system is unknown")
     full = with_vocabulary(cfg, vocab_size)
     size = largest_micro_batch(full, shape_of(full), target)
     if not size:
@@ -119,9 +119,7 @@ def remedy(cfg: TrainConfig, target: Target, room: float | None = None, gpus: in
         if needed <= min(room, 0.95 * here.needed):
             knobs = " ".join(f"--{key.replace('_', '-')} {value}" for key, value in change.items())
             return f"{knobs} needs {_size(needed)} of {_size(room)}"
-    return (
-        f"no micro_batch, recompute, master or block_size fits {_size(room)}: a smaller model or a larger device does"
-    )
+    return f"no micro_batch, recompute, master or block_size fits {_size(room)}: use a smaller model or a larger device"
 
 
 @contextlib.contextmanager
@@ -140,8 +138,8 @@ def explain_out_of_memory(cfg: TrainConfig, vocab_size: int, device: torch.devic
         here = plan(full, shape_of(full), target)
         name, size = here.largest()
         raise UserError(
-            f"out of memory on {device}: the largest part by plan is {name}, {_size(size)} of {_size(here.needed)}; "
-            f"{remedy(full, target, room)}"
+            f"out of memory on {device}: the largest part of the plan is {name}, {_size(size)} of "
+            f"{_size(here.needed)}; {remedy(full, target, room)}"
         ) from e
 
 
@@ -188,7 +186,7 @@ def find_target(name: str, cards: list[Target]) -> tuple[Target, str]:
         raise UserError(f"{e}; to plan for a card elsewhere, name it: {', '.join(CARDS)}") from e
     target = target_of(device)
     if target.memory <= 0:
-        raise UserError(f"device is {name!r}, but this system does not tell its memory, expected a card to plan for")
+        raise UserError(f"device is {name!r}, but its memory size is unknown, expected a card to plan for")
     return target, target.name
 
 
@@ -211,7 +209,7 @@ def table(cfg: TrainConfig, shape: Shape, target: Target, gpus: int) -> list[str
         "either: head and loss": [p.loss for p in plans],
         "    or: a block's backward": [p.block for p in plans],
         "peak": [p.peak for p in plans],
-        "validation beside graphs": [p.validation for p in plans],
+        "validation with graphs": [p.validation for p in plans],
     }
     lines = [f"{unit + ', recompute':<28}" + "".join(f"{level:>10}" for level in levels)]
     lines += [f"{name:<28}" + "".join(f"{v / scale:>10.2f}" for v in values) for name, values in rows.items()]
@@ -228,7 +226,7 @@ def _served_by_torch(cfg: TrainConfig, kind: str, dtype: torch.dtype) -> list[st
 def estimate(shape: Shape, target: Target, dtype: torch.dtype, args: argparse.Namespace) -> str:
     """Estimate hours and cost, in a sentence that states the assumptions."""
     if target.peak is None or dtype.itemsize != 2:
-        return "hours: not estimated, since only cards' bf16 peaks are known here"
+        return "hours: not estimated, since only bf16 peaks of cards are known"
     gpu_hours = args.tokens * shape.flops / (target.peak * args.mfu) / 3600
     cost = f", cost {gpu_hours * args.price:,.2f} at {args.price:g} a GPU-hour" if args.price is not None else ""
     return (
@@ -253,18 +251,18 @@ def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]
     lines = [
         f"{cfg.out.removeprefix('runs/')}: {shape.parameters:,} parameters in {named[dtype]}, "
         f"{micro} x block_size {cfg.block_size} a step",
-        f"{args.gpus} x {called}: {_size(target.memory)}{speed}, {SPARE[target.kind]:.0%} of it left aside",
+        f"{args.gpus} x {called}: {_size(target.memory)}{speed}, {SPARE[target.kind]:.0%} of it left free",
         "",
         *table(now, shape, target, args.gpus),
         "",
     ]
     if cfg.compile:
-        lines.append("compile: these figures are of the eager model; what the compiler keeps is not known")
+        lines.append("compile: these figures are for the eager model; what the compiler keeps is unknown")
     if target.bandwidth is None and (ops := _served_by_torch(cfg, target.kind, dtype)):
-        lines.append(f"figures are of fastgpt's kernels; PyTorch serves here, and may keep more: {', '.join(ops)}")
+        lines.append(f"figures are for fastgpt's kernels; PyTorch, which may keep more, serves here: {', '.join(ops)}")
     if args.tokens is not None:
         lines.append(estimate(shape, target, dtype, args))
-    names = ", ".join(c.name for c in cards[:4]) or "none that is known"
+    names = ", ".join(c.name for c in cards[:4]) or "none of the known ones"
     lines.append(f"smallest cards that hold it (recompute {cfg.recompute}, micro_batch {cfg.micro_batch}): {names}")
     fits = (needed := plan(now, shape, target, args.gpus).needed) <= target.usable
     lines.append(f"{'fits' if fits else 'does not fit'}: {_size(needed)} of {_size(target.usable)}")
@@ -280,19 +278,23 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """
     from fastgpt.core.command import Parser, number
 
-    about = "Print what a run needs, before anything is allocated. Settings: as for fastgpt train."
+    about = "Print the memory that a run needs, before anything is allocated. Settings are those of fastgpt train."
     parser = Parser(prog="fastgpt train --plan", description=about, allow_abbrev=False, usage="%(prog)s [options]")
     parser.add_argument("--plan", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--device", help=f"{DEVICES}: {', '.join(CARDS)}")
-    parser.add_argument("--gpus", type=number(int, 1), default=1, help="of this kind, each with all of the model")
-    parser.add_argument("--tokens", type=number(float, 0, open_least=True), help="to train on: prints hours")
-    parser.add_argument("--price", type=number(float, 0), help="of a GPU-hour: prints the cost (with --tokens)")
+    parser.add_argument(
+        "--gpus", type=number(int, 1), default=1, help="number of such devices, each of which holds the whole model"
+    )
+    parser.add_argument("--tokens", type=number(float, 0, open_least=True), help="tokens to train on: prints hours")
+    parser.add_argument("--price", type=number(float, 0), help="price of a GPU-hour: prints the cost (with --tokens)")
     share = number(float, 0, 1, open_least=True)
-    parser.add_argument("--mfu", type=share, help=f"share of the peak that is assumed with --tokens (default: {MFU})")
+    parser.add_argument(
+        "--mfu", type=share, help=f"share of the peak assumed for the hours (with --tokens) (default: {MFU})"
+    )
     args, rest = parser.parse_known_args(argv)
     for name in ("price", "mfu"):
         if getattr(args, name) is not None and args.tokens is None:
-            raise UserError(f"{name} is {getattr(args, name):g}, but it counts with --tokens only")
+            raise UserError(f"{name} is {getattr(args, name):g}, but it only applies with --tokens")
     args.mfu = MFU if args.mfu is None else args.mfu
     return args, rest
 

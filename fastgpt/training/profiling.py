@@ -57,7 +57,7 @@ class Profile:
         self.open.close()
         self.running, self.done = False, True
         if self.watch is None:
-            return f"profile: steps {self.first} to {self.last} are marked, their ops by NVTX ranges"
+            return f"profile: steps {self.first} to {self.last} are marked, and their ops are NVTX ranges"
         trace, table = self.folder / "trace.json", self.folder / "profile.txt"
         self.watch.export_chrome_trace(str(trace))
         sort = "self_cuda_time_total" if self.device.type == "cuda" else "self_cpu_time_total"

@@ -155,7 +155,7 @@ class Run:
         p, minutes = self.progress, self.cfg.max_minutes
         if p.length_known or minutes is None:
             return f"the run ends with step {p.last_step}"
-        steps = "" if self.cfg.max_steps is None else f" or with step {p.last_step} (max_steps), whichever is first"
+        steps = "" if self.cfg.max_steps is None else f" or with step {p.last_step} (max_steps), whichever comes first"
         return f"the run ends after {minutes:g} minutes (max_minutes){steps}"
 
     def fix_length(self, step: int, seconds: float) -> str:

@@ -70,9 +70,11 @@ class StepLog:
     def _skipped(self, row: dict[str, Any], spike: float) -> None:
         cfg, p, loss, norm = self.run.cfg, self.run.progress, row["loss"], row["grad_norm"]
         p.skipped += 1
-        why = f"more than {cfg.spike_sigmas:g} standard deviations (spike_sigmas) over the last steps'" if spike else ""
-        said = f"step {row['step']}: loss {loss:.4f}, gradient norm {norm:.3g}: the step was skipped {why}"
-        self.log.say(said.rstrip())
+        why = (
+            f": more than {cfg.spike_sigmas:g} standard deviations (spike_sigmas) above recent losses" if spike else ""
+        )
+        said = f"step {row['step']}: loss {loss:.4f}, gradient norm {norm:.3g}: the step was skipped{why}"
+        self.log.say(said)
         if p.skipped >= STOP_AFTER_SKIPS:
             good = checkpoint.checkpoints(self.run.folder)
             last = f"the last good checkpoint is {good[-1]}" if good else "there is no checkpoint yet"

@@ -54,7 +54,9 @@ class Trackers:
             except ImportError as e:
                 raise UserError(f"track: {name} is not installed ({e}); pip install {name}") from e
             except Exception as e:  # network, login, disk: no reason to end the run
-                log.warning("track: %s does not start (%s: %s); the run goes on without it", name, type(e).__name__, e)
+                log.warning(
+                    "track: %s failed to start (%s: %s); the run continues without it", name, type(e).__name__, e
+                )
 
     def put(self, row: dict[str, Any]) -> None:
         """Send the figures of one step; `row` has "step"."""
@@ -69,5 +71,5 @@ class Trackers:
             try:
                 call(name)
             except Exception as e:  # as above
-                log.warning("track: %s failed (%s: %s); the run goes on without it", name, type(e).__name__, e)
+                log.warning("track: %s failed (%s: %s); the run continues without it", name, type(e).__name__, e)
                 del self.live[name]

@@ -33,7 +33,7 @@ def test_nanogpt_raw_files(tmp_path: Path):
     for path, dtype in (("train.bin", None), ("train_u32.bin", None), ("wide.bin", "uint32")):
         assert np.array_equal(open_tokens(tmp_path / path, dtype).read(0, 3000), IDS)
     assert isinstance(open_tokens(tmp_path / "train.bin").parts[0], np.memmap)
-    with pytest.raises(UserError, match=r"wide.bin looks like uint32 ids .*: --data-dtype uint32 reads it as such"):
+    with pytest.raises(UserError, match=r"wide.bin looks like uint32 ids .*: pass --data-dtype uint32"):
         open_tokens(tmp_path / "wide.bin")
     with pytest.raises(UserError, match="token dtype is 'int8', expected uint16 or uint32"):
         open_tokens(tmp_path / "wide.bin", "int8")

@@ -26,7 +26,7 @@ def test_meta_pkl_says_the_vocabulary(tmp_path: Path, protocol: int) -> None:
     data = raw(tmp_path)
     source = open_source(data)
     assert (source.n_vocab, source.n_ids, source.tokenizer) == (50257, 65, None)
-    assert "GPT-2's; the largest id is 64, so --model.vocab-size 65 would do" in source.describe()
+    assert "vocabulary of GPT-2; the largest id is 64, so --model.vocab-size 65 is enough" in source.describe()
     meta = {"vocab_size": 66, "itos": {i: chr(i) for i in range(66)}, "stoi": {chr(i): i for i in range(66)}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta, protocol))
     source = open_source(data)
@@ -43,8 +43,8 @@ class Runs:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (pickle.dumps({"vocab_size": 60}), "says vocab_size 60, but the largest token id beside it is 64"),
-        (pickle.dumps({"vocab_size": "65"}), "has no whole number as vocab_size: .* say --model.vocab-size"),
+        (pickle.dumps({"vocab_size": 60}), "says vocab_size 60, but the largest token id in its folder is 64"),
+        (pickle.dumps({"vocab_size": "65"}), "has no whole number as vocab_size: .* pass --model.vocab-size"),
         (pickle.dumps({"vocab_size": Runs()}), "has no whole number as vocab_size"),
         (pickle.dumps({"vocab_size": True}), "has no whole number as vocab_size"),
         (pickle.dumps([Runs(), 65]), "has no whole number as vocab_size"),

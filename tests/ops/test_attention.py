@@ -320,7 +320,7 @@ def test_head_dimensions_over_a_kernels_limit_go_elsewhere(caplog: pytest.LogCap
         q, k, v = qkv(name, d=320)
         with use(attention=name):
             ops.attention(q, k, v)
-            with use(strict=True), pytest.raises(RuntimeError, match="does not take head dimensions over 256"):
+            with use(strict=True), pytest.raises(RuntimeError, match="does not support head dimensions over 256"):
                 ops.attention(q, k, v)
     assert "head dimensions over 256" in caplog.text
 
