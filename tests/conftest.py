@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import draws
 import pytest
 import torch
 
@@ -69,6 +70,10 @@ os.environ["XDG_CACHE_HOME"] = _cache.name  # a developer's own `fastgpt tune` m
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="which values the numeric tests draw")
     parser.addoption("--every", type=int, default=1, help="of the cases of parity take every n-th, from --seed on")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    draws.seed = config.getoption("--seed")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

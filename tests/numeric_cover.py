@@ -32,6 +32,7 @@ TESTS = (
     "tests/ops/test_parity.py::test_parity",
     "tests/ops/test_attention.py::test_gradients_of_large_scores",
     "tests/test_model_parity.py",
+    "tests/test_nn.py",
     "tests/test_optim_torch.py",
     "tests/test_triton_kernels.py",
     "tests/test_triton_adamw.py",

@@ -16,6 +16,7 @@ from fastgpt.parity.rule import (
     LAYOUTS,
     MATRIX_LAYOUTS,
     REPEATED,
+    SHIFTS,
     VECTOR_LAYOUTS,
     Case,
     Outputs,
@@ -23,6 +24,9 @@ from fastgpt.parity.rule import (
     Subject,
     Variant,
     allowed_error,
+    largest_error,
+    moved,
+    sensitivities,
 )
 from fastgpt.parity.table import (
     SUBJECTS,
@@ -42,6 +46,7 @@ __all__ = [
     "LAYOUTS",
     "MATRIX_LAYOUTS",
     "REPEATED",
+    "SHIFTS",
     "SUBJECTS",
     "Case",
     "Inputs",
@@ -56,9 +61,12 @@ __all__ = [
     "check",
     "compare",
     "expected",
+    "largest_error",
     "layouts",
     "main",
     "missing_cells",
+    "moved",
     "run_all",
+    "sensitivities",
     "takes",
 ]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastgpt.parity.rule import Case
+from fastgpt.parity.rule import Case, moved
 
 MARGIN = 64  # elements before and behind: an aligned address stays aligned, a vector's overrun is seen
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
@@ -106,9 +106,7 @@ class Inputs:
         exact = guarded.tensor.double()
         if not self.shift:
             return exact
-        g = torch.Generator().manual_seed(1_000_000 * self.shift + len(self.guarded))
-        signs = torch.randint(0, 2, exact.shape, generator=g, dtype=torch.float64) * 2 - 1
-        return exact * (1 + 2.0**-24 * signs.to(self.device))
+        return moved(exact, self.shift, len(self.guarded))
 
     def _random(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
         self.seed += 1

@@ -15,7 +15,7 @@ is the same on every machine. An algorithm within k of it is backward stable (Hi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,6 +85,43 @@ def allowed_error(name: str, truth: Tensor, baseline: float, dtype: torch.dtype)
     eps, scale = torch.finfo(dtype).eps, float(truth.detach().abs().max()) if truth.numel() else 0.0
     unit = 32 * eps if scale < FP64_NOISE else eps * 2.0 ** math.floor(math.log2(scale))
     return (BACKWARD if name.startswith("d") else FORWARD) * baseline + unit
+
+
+def largest_error(got: Tensor, exact: Tensor) -> float:
+    """Return the largest absolute difference. Equal infinities, and NaN in both places, count as equal; NaN in only
+    one of them gives NaN."""
+    if not exact.numel():
+        return 0.0
+    wide, exact = got.detach().double(), exact.detach()
+    same = (wide == exact) | (wide.isnan() & exact.isnan())
+    return float(torch.where(same, 0.0, (wide - exact).abs()).max())
+
+
+def moved(t: Tensor, shift: int, number: int) -> Tensor:
+    """Return t in fp64 with every value moved by 2^-24 of itself, up or down at random.
+
+    shift: number of the draw. number: which input of the draw t is.
+    """
+    g = torch.Generator().manual_seed(1_000_000 * shift + number)
+    signs = torch.randint(0, 2, t.shape, generator=g, dtype=torch.float64) * 2 - 1
+    return t.double() * (1 + 2.0**-24 * signs.to(t.device))
+
+
+def sensitivities(reference: Callable[..., Sequence[Tensor | None]], *inputs: Tensor | None) -> list[float]:
+    """Return the sensitivity, as at this file's head, of each output of `reference(*inputs)`, computed in fp64.
+
+    Integer tensors and None stay as they are. The sensitivity of an output that is None is 0.
+    """
+    found = [reference(*inputs)]
+    for shift in range(1, SHIFTS + 1):
+        shifted = [
+            moved(t, shift, i) if t is not None and t.is_floating_point() else t for i, t in enumerate(inputs, 1)
+        ]
+        found.append(reference(*shifted))
+    return [
+        max(0.0 if exact is None or t is None else largest_error(t, exact) for t in others)
+        for exact, *others in zip(*found, strict=True)
+    ]
 
 
 Variant = tuple[tuple[int, ...], dict[str, Any]]  # shape, options

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastgpt import ops  # noqa: F401 (fills the registry)
 from fastgpt.core import backend
 from fastgpt.parity.inputs import Inputs
-from fastgpt.parity.rule import REPEATED, SHIFTS, Case, Outputs, Row, Subject, allowed_error
+from fastgpt.parity.rule import REPEATED, SHIFTS, Case, Outputs, Row, Subject, allowed_error, largest_error
 
 SUBJECTS: dict[str, Subject] = {op: importlib.import_module(f"fastgpt.parity.{op}").SUBJECT for op in backend.ops()}
 
@@ -46,8 +45,8 @@ def expected(case: Case, device: str = "cpu") -> Expected:
         for shift in range(1, SHIFTS + 1 if single else 1):
             moved = subject.run(case, subject.reference, Inputs(case, device, wide=True, shift=shift))
             for name in single:
-                sensitivities[name] = max(sensitivities[name], _error(moved[name], truth[name]))
-    return Expected(truth, {name: _error(t, truth[name]) for name, t in baseline.items()}, sensitivities)
+                sensitivities[name] = max(sensitivities[name], largest_error(moved[name], truth[name]))
+    return Expected(truth, {name: largest_error(t, truth[name]) for name, t in baseline.items()}, sensitivities)
 
 
 def compare(case: Case, name: str, wanted: Expected, device: str = "cpu") -> list[Row]:
@@ -71,7 +70,7 @@ def compare(case: Case, name: str, wanted: Expected, device: str = "cpu") -> lis
         got, torch_error, sensitivity = ours[output], wanted.torch_errors[output], wanted.sensitivities[output]
         assert got.shape == exact.shape, f"{case} {output}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
         limit = allowed_error(output, exact, max(torch_error, sensitivity), got.dtype)
-        error = _error(got, exact)
+        error = largest_error(got, exact)
         rows.append(Row(case.op, name, dtype, case.layouts, str(case), output, error, torch_error, limit, sensitivity))
     return rows
 
@@ -79,15 +78,6 @@ def compare(case: Case, name: str, wanted: Expected, device: str = "cpu") -> lis
 def check(case: Case, name: str, device: str = "cpu") -> list[Row]:
     """`expected` and `compare` for one case on one backend."""
     return compare(case, name, expected(case, device), device)
-
-
-def _error(got: Tensor, exact: Tensor) -> float:
-    """Largest absolute difference; equal infinities and NaN in both places count as equal, NaN in one as NaN."""
-    if not exact.numel():
-        return 0.0
-    wide, exact = got.detach().double(), exact.detach()
-    same = (wide == exact) | (wide.isnan() & exact.isnan())
-    return float(torch.where(same, 0.0, (wide - exact).abs()).max())
 
 
 def layouts(op: str) -> list[tuple[str, str]]:
