@@ -132,6 +132,9 @@ def layer_norm_bwd_kernel(
         mask = (row < N) & in_row
         mean = tl.load(stats_ptr + row, row < N, other=0.0)
         rstd = tl.load(stats_ptr + N + row, row < N, other=0.0)
+        if BLOCK == 1:
+            # dx of one column is 0, but an FMA (dy * weight - mean_g) leaves a rounding error, and rstd multiplies it
+            rstd = tl.zeros_like(rstd)
         dy, n, g = _load_grads(dy_ptr, h_ptr, weight_ptr, row, dy_row, h_row, c, mask, in_row, mean, rstd)
         if partials_ptr is not None:
             dweight += tl.sum(dy * n, axis=0, keep_dims=True)
