@@ -1,5 +1,5 @@
-// The CPU's attention on exactly the memory it may touch, with index values of any kind. Built with AddressSanitizer by
-// test_attention_cpu.py; prints one line of sums per run, or what was not written.
+// Attention on the CPU, given exactly the memory it may access, with arbitrary index values. test_attention_cpu.py builds
+// it with AddressSanitizer; it prints one line of sums per run, or what was not written.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -26,7 +26,7 @@ static int64_t below(int64_t n) {
   return static_cast<int64_t>((state >> 33) % static_cast<uint64_t>(n));
 }
 
-// (B, rows, heads, D) in one of several layouts; its memory ends where its last element does.
+// (B, rows, heads, D) in one of several layouts; its memory ends at its last element.
 struct Heads {
   int64_t b, rows, heads, dim, element;
   AttentionStrides at;
@@ -71,7 +71,7 @@ struct Heads {
   }
 };
 
-// n indices up to top, some of them anything at all.
+// n indices up to top, some of them arbitrary.
 static std::vector<int32_t> indices(int64_t n, int64_t top) {
   std::vector<int32_t> x(n);
   const bool wild = below(2);

@@ -1,6 +1,6 @@
-// Launch arithmetic, for tests: the launchers of csrc/*/*.cu as Python functions that launch nothing and return what
-// they would have launched. Arguments go by the structs' field names; pointers are integers, dtypes the numbers of
-// DType. What is not given is zero or null. The same library holds the ops themselves (csrc/*/glue.cpp).
+// Launch arithmetic, for tests: the launchers of csrc/*/*.cu as Python functions that launch nothing and return the
+// launches they would make. Arguments have the names of the structs' fields; pointers are integers, dtypes the numbers
+// of DType. Omitted arguments are zero or null. The same library holds the ops themselves (csrc/*/glue.cpp).
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -71,7 +71,7 @@ void fill(AttentionArgs& a, const py::dict& values) {
   FIELD(softcap); FIELD(scale); FIELD(causal); FIELD(dtype);
 }
 
-// As on a device of 108 multiprocessors, and launching nothing, while it lives.
+// While it exists, launchers plan for a device of 108 multiprocessors and launch nothing.
 struct Planning {
   Planning() {
     emulator::machine().launches.clear();
@@ -80,7 +80,7 @@ struct Planning {
   ~Planning() { emulator::machine().dry = false, cuda::kSms = 1; }
 };
 
-// What a launcher would launch: (grid x, y, z, block x, y, z, bytes of dynamic shared memory) each.
+// Returns a launcher's launches: (grid x, y, z, block x, y, z, bytes of dynamic shared memory) each.
 template <typename Args>
 auto planned(void (*launcher)(const Args&, cuda::Stream)) {
   return [launcher](const py::kwargs& values) {
@@ -98,7 +98,7 @@ int64_t size(Sizes... sizes) {
   return kSizeOf(sizes..., {});
 }
 
-// Launches a and, from another thread between what a's launch sets and the launch itself, b.
+// Launches a, and b from another thread, after a's attributes are set and before a is launched.
 template <typename Args>
 auto at_once(void (*launcher)(const Args&, cuda::Stream)) {
   return [launcher](const py::dict& a_values, const py::dict& b_values) {

@@ -1,14 +1,14 @@
-// CUDA kernels on the host, for tests: this file stands in for the toolkit's cuda_runtime.h, so that g++ compiles
-// csrc/*/*.cu unchanged. Blocks run one after the other; the threads of a block are fibers that run until they wait,
-// in an order that set_schedule picks. Barriers and warp collectives are rendezvous; a thread that never comes is
-// reported as a deadlock. Of a thread's asynchronous copies every other one is made at once, the rest at its wait. Each
-// 16-byte access is checked for alignment, each launch for CUDA's limits; AddressSanitizer sees shared memory as well,
-// dynamic shared memory being allocated to its exact size. Shared memory begins each block as NaN, and so does what an
-// asynchronous copy will write, from its issue to its wait: nothing may count on what was there.
+// CUDA kernels on the host, for tests: this file replaces the toolkit's cuda_runtime.h, so g++ compiles csrc/*/*.cu
+// unchanged. Blocks run one after the other. The threads of a block are fibers that run until they wait, in an order
+// that set_schedule picks. Barriers and warp collectives are rendezvous; a thread that never arrives is reported as a
+// deadlock. Of a thread's asynchronous copies every other one is done at once, the rest at its wait. Each 16-byte access
+// is checked for alignment, each launch for CUDA's limits. AddressSanitizer covers shared memory as well, because
+// dynamic shared memory is allocated to its exact size. Shared memory is NaN when a block starts, and so is the target
+// of an asynchronous copy from its issue to its wait: no kernel may rely on the earlier contents.
 //
-// What it cannot show: races between threads that run at the same time (it shows those that some order of whole
-// stretches between barriers brings out), memory ordering, the device's rounding of ex2, which products nvcc makes part
-// of an FMA (gcc's choice is near it: emulator.py), registers, spills, occupancy, speed, and anything of streams and
+// What it cannot show: races between threads that run at the same time (it shows those that occur in some order of
+// whole sections between barriers), memory ordering, the device's rounding of ex2, which products nvcc contracts to an
+// FMA (gcc's choice is similar: emulator.py), registers, spills, occupancy, speed, and anything about streams and
 // devices.
 #pragma once
 #include <link.h>
@@ -45,9 +45,9 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #if defined(__SANITIZE_ADDRESS__)
-#define __shared__ static  // blocks run one at a time; with red zones around
+#define __shared__ static  // blocks run one at a time; red zones surround it
 #else
-#define __shared__ static __thread  // so that all of it is one piece of memory (StaticShared)
+#define __shared__ static __thread  // so all of it is one piece of memory (StaticShared)
 #endif
 #define FASTGPT_DYNAMIC_SHARED(type, name) \
   type* const name = static_cast<type*>(emulator::machine().dynamic_shared.get())
@@ -61,7 +61,7 @@ struct dim3 {
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-// Of the fiber that runs; the scheduler sets them.
+// Of the running fiber; the scheduler sets them.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
@@ -96,8 +96,8 @@ struct Fiber {
   State state;
   uint3 thread;
   unsigned warp, lane;
-  std::vector<Copy> copies;  // not yet made
-  int groups, started;       // of copies: closed, begun
+  std::vector<Copy> copies;  // not yet done
+  int groups, started;       // groups of copies: closed, started
 };
 
 struct Warp {
@@ -118,7 +118,7 @@ struct StaticShared {
 
   StaticShared() {
     static __thread volatile char any;
-    any = any;  // there is no copy before a variable of it was used
+    any = any;  // no copy exists before one of its variables is used
     dl_iterate_phdr(find, this);
   }
 
@@ -140,7 +140,7 @@ struct StaticShared {
   void poison() const { std::memset(data, kPoison, bytes); }
 };
 
-// One block at work. All state of the emulation is here.
+// One running block. It holds all state of the emulation.
 struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
@@ -150,12 +150,12 @@ struct Machine {
   unsigned live = 0, waiting = 0;
   Schedule schedule = Schedule::forward;
   std::mt19937 random{0};
-  bool misaligned = false, dry = false;             // dry: launches are written down, and nothing runs
+  bool misaligned = false, dry = false;             // dry: launches are recorded, and nothing runs
   std::vector<std::array<uint64_t, 7>> launches;    // grid, block, bytes of dynamic shared memory
-  std::set<const void*> kernels;                    // that were launched
-  std::function<void()> before_launch;              // what another thread does just then, once
+  std::set<const void*> kernels;                    // the launched ones
+  std::function<void()> before_launch;              // runs once, in another thread, just before a launch
   std::string error;
-  std::map<const void*, size_t> shared_limits;  // of kernels that asked for more than 48 KB
+  std::map<const void*, size_t> shared_limits;  // of kernels that requested more than 48 KB
   std::unique_ptr<void, void (*)(void*)> dynamic_shared{nullptr, std::free};
   char* stacks = static_cast<char*>(
       mmap(nullptr, kStack* kMaxThreads, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -182,7 +182,7 @@ struct Machine {
     if (me->state == State::at_barrier) switch_to(me->context, scheduler);
   }
 
-  // Each of the warp's 32 lanes brings `mine`; the last computes for all.
+  // Each of the warp's 32 lanes contributes `mine`; the last one computes for all.
   template <typename F>
   void meet(const char* collective, void* mine, F compute) {
     Fiber* me = current;
@@ -220,7 +220,7 @@ struct Machine {
     if (c.bytes > 0) std::memcpy(c.to, c.from, c.bytes);
   }
 
-  // Early and late in turn: what counts on either shows.
+  // Alternately early and late, which exposes code that relies on either.
   void copy_async(void* to, const void* from, int bytes) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16 != 0) misaligned = true;
     const Copy copy{to, from, bytes, current->groups};
@@ -337,14 +337,14 @@ struct alignas(16) uint4 {
   uint4(const uint4& o) { *this = o; }
   uint4& operator=(const uint4& o) {
     uintptr_t to = reinterpret_cast<uintptr_t>(this), from = reinterpret_cast<uintptr_t>(&o);
-    asm("" : "+r"(to), "+r"(from));  // the compiler must not take their alignment for granted
+    asm("" : "+r"(to), "+r"(from));  // the compiler must not assume their alignment
     if ((to | from) % 16 != 0) emulator::machine().misaligned = true;
     std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), 16);
     return *this;
   }
 };
 
-// A product that no sum takes into an FMA.
+// A product that is never contracted with a sum to an FMA.
 inline float __fmul_rn(float a, float b) {
   float product = a * b;
   asm("" : "+m"(product));
@@ -376,7 +376,7 @@ struct cudaLaunchConfig_t {
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 
-// As a device of sm_80, and as if every kernel had this much static shared memory.
+// Like a device of sm_80 on which every kernel has this much static shared memory.
 constexpr int kStaticShared = 4096;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 163 * 1024, cudaSuccess; }
@@ -396,7 +396,7 @@ inline const char* cudaGetErrorString(cudaError_t error) {
   return emulator::machine().error.c_str();
 }
 
-// Runs to the end before it returns.
+// Runs to completion before it returns.
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {

@@ -1,4 +1,4 @@
-// Fibers: stacks of their own and a switch between them. x86-64 and aarch64 save the callee-saved registers by hand
+// Fibers: separate stacks and a switch between them. x86-64 and aarch64 save the callee-saved registers by hand
 // (about 10 ns a switch); elsewhere ucontext.
 #pragma once
 #include <cstdint>

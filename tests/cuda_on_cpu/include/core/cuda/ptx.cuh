@@ -1,5 +1,5 @@
-// Host spelling of csrc/include/fastgpt/ptx.cuh. ex2 is exact here (2^-22 on the device); the packing rounds the same
-// way. mma adds its 16 products one after the other in fp32; the device's order is its own.
+// Host version of csrc/core/cuda/ptx.cuh. ex2 is exact here (2^-22 on the device); packing rounds in the same way. mma
+// adds its 16 products one after the other in fp32; the device uses another order.
 #pragma once
 #include <cuda_runtime.h>
 #include "core/math.h"

@@ -1,5 +1,5 @@
-// One multiprocessor, so that kernels which loop over rows do so at small shapes; csrc's number where only the
-// arithmetic of launches is looked at (binding.cpp).
+// One multiprocessor, so kernels that loop over rows do so even at small shapes; the number in csrc where only the
+// arithmetic of launches is tested (binding.cpp).
 #pragma once
 
 namespace fastgpt::cuda {
