@@ -10,6 +10,9 @@ sensitivity counts for fp32 outputs: how far the exact result moves when every f
 itself, up or down at random, the largest of SHIFTS such draws. So much error comes from rounding the inputs to fp32
 alone. PyTorch's error can be smaller by luck, and that luck changes with the BLAS and the instruction set; this figure
 is the same on every machine. An algorithm within k of it is backward stable (Higham 2002, section 1.5).
+
+Where a layout repeats a few values (REPEATED), there are few roundings of 16-bit outputs, and one draw may be lucky.
+PyTorch's error is then the largest of 1 + REDRAWS draws of the values, each relative to the scale of its result.
 """
 
 from __future__ import annotations
@@ -24,12 +27,13 @@ from torch import Tensor
 
 FORWARD, BACKWARD = 2.0, 3.0
 SHIFTS = 4  # draws of rounding errors of the inputs
+REDRAWS = 3  # further draws of the values in layouts that repeat them
 FP64_NOISE = 2.0**-48  # an fp64 reference cannot tell less from zero, at values around 1
 LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "rows", "expanded", "misaligned")  # inputs.py draws them
 GRAD_LAYOUTS = (*LAYOUTS, "broadcast")
 MATRIX_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "permuted")  # what differs in two dimensions
 VECTOR_LAYOUTS = ("contiguous", "rows", "expanded", "misaligned")  # and in one
-REPEATED = ("expanded", "broadcast")  # few values, many times: what PyTorch's error is there is left to chance
+REPEATED = ("expanded", "broadcast")  # few values, many times
 Outputs = dict[str, Tensor]  # names of gradients begin with "d"
 
 

@@ -81,6 +81,14 @@ def test_sensitivity_hides_no_fault(op: str, monkeypatch: pytest.MonkeyPatch) ->
     assert min(r.ratio for r in parity.check(case, "torch")) > 1
 
 
+def test_a_lucky_draw_of_the_baseline_is_no_bound() -> None:
+    """In this draw of 13 equal rows PyTorch's error is a quarter of a unit, by luck; in others it is more."""
+    options = (("bias", True), ("chunk", 13), ("reduction", "none"))
+    case = parity.Case("linear_cross_entropy", torch.float16, "expanded", (13, 16, 61), options, "rows")
+    for name in parity.backends_here(case.op):
+        assert max(r.ratio for r in parity.check(dataclasses.replace(case, seed=2), name, DEVICE)) <= 1
+
+
 def test_nan_is_over_the_bound() -> None:
     row = parity.Row("op", "cpu", "float32", "contiguous/contiguous", "case", "y", float("nan"), 0.0, 1.0)
     assert not row.ratio <= 1
