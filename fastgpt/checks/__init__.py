@@ -1,1 +1,1 @@
-"""Checks of compiled kernels that need no GPU: registers, spills, instructions. They run in a checkout."""
+"""Checks of compiled kernels without a GPU: registers, spills, instructions. They need a checkout."""

@@ -1,16 +1,16 @@
-"""Compile check of the CUDA kernels, no GPU used: `python -m fastgpt.checks.cuda [--source DIR] [--arch A] [--json F]`.
+"""Compile check of the CUDA kernels: `python -m fastgpt.checks.cuda [--source DIR] [--arch A] [--json F]`.
 
-Every csrc/*/*.cu is compiled by itself for sm_80 and sm_90a. ptxas tells registers, stack, spills and shared memory
-of each kernel; nvdisasm (it comes with Triton) tells whether the loads are 128 bits wide. Exit code 1: a compilation
-failed, a kernel uses local memory, a memory-bound kernel has no 128-bit load, or one of matrix products does not run on
-tensor cores with 128-bit asynchronous copies. What a kernel is excused from stands in cuda_check.json beside it, by its
-name as printed, with * and ?:
+It needs no GPU. Every csrc/*/*.cu is compiled separately for sm_80 and sm_90a. ptxas reports registers, stack, spills
+and shared memory of each kernel; nvdisasm, which Triton ships, shows whether loads are 128 bits wide. The exit code is
+1 if a compilation fails, a kernel uses local memory, a memory-bound kernel has no 128-bit load, or a kernel of matrix
+products does not run on tensor cores with 128-bit asynchronous copies. cuda_check.json next to the kernel lists its
+exemptions, by the name as printed, with * and ?:
 
     {"spills": {"kernel": {"bytes": n, "reason": why}},  bytes of local memory that are allowed
      "scalar": {"kernel": why},                           it needs no 128-bit load
-     "tensor_cores": ["kernel"]}                          it is one of matrix products
+     "tensor_cores": ["kernel"]}                          it computes matrix products
 
-Exit code 2: a tool is missing.
+The exit code is 2 if a tool is missing.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ REMEDY = (
 
 
 class ToolMissing(Exception):
-    """A tool that this check runs is not there; the message names the remedy."""
+    """A tool that this check runs is missing; the message says how to install it."""
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the compiler made of one kernel for one architecture."""
+    """The compiler's results for one kernel and one architecture."""
 
     name: str
     arch: str
@@ -62,7 +62,7 @@ class Kernel:
 
 
 def _toolkit_of(nvcc: Path) -> Path:
-    """The real nvcc behind one that may be a wrapper: it names its own folder in a dry run."""
+    """Return the real nvcc if this one is a wrapper; a dry run prints its folder."""
     text = subprocess.run([nvcc, "-v", "--dryrun", "x.cu"], capture_output=True, text=True)
     found = re.search(r"^#\$ _HERE_=(.+)$", text.stdout + text.stderr, re.M)
     real = Path(found[1].strip()) / "nvcc" if found else nvcc
@@ -70,7 +70,7 @@ def _toolkit_of(nvcc: Path) -> Path:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, of PATH, or of NVIDIA's PyPI packages (nvidia/cu13/bin in site-packages), in this order."""
+    """Return nvcc from CUDA_HOME, PATH or NVIDIA's PyPI packages (nvidia/cu13/bin in site-packages), in this order."""
     home = os.environ.get("CUDA_HOME")
     if home and (Path(home) / "bin" / "nvcc").exists():
         return Path(home) / "bin" / "nvcc"
@@ -94,7 +94,7 @@ def find_nvdisasm() -> Path:
 
 
 def short_names(mangled: list[str]) -> dict[str, str]:
-    """Mangled -> kernel<types>, without namespaces and arguments."""
+    """Map mangled names to kernel<types>, without namespaces and arguments."""
     if shutil.which("c++filt") is None or not mangled:
         return {m: m for m in mangled}
     lines = subprocess.run(["c++filt"], input="\n".join(mangled), capture_output=True, text=True, check=True).stdout
@@ -107,7 +107,7 @@ def short_names(mangled: list[str]) -> dict[str, str]:
 
 
 def parse_ptxas(text: str) -> dict[str, dict[str, int]]:
-    """ptxas -v -> mangled name -> registers, stack, spills, shared."""
+    """Parse the output of ptxas -v: mangled name -> registers, stack, spills, shared."""
     found: dict[str, dict[str, int]] = {}
     for block in text.split("Compiling entry function '")[1:]:
         numbers = {"stack": 0, "spills": 0, "shared": 0}
@@ -130,13 +130,13 @@ COUNTED = {
 
 
 def instructions(disassembly: str) -> dict[str, dict[str, int]]:
-    """nvdisasm -> mangled name -> how many instructions of each kind in COUNTED."""
+    """Parse the output of nvdisasm: mangled name -> number of instructions of each kind in COUNTED."""
     sections = re.split(r"^\s*\.section\s+\.text\.", disassembly, flags=re.M)[1:]
     return {s.split(",")[0].strip(): {kind: len(p.findall(s)) for kind, p in COUNTED.items()} for s in sections}
 
 
 def most_threads(disassembly: str) -> dict[str, int]:
-    """nvdisasm -> mangled name -> threads of a block, at most (__launch_bounds__, or Triton's number of warps)."""
+    """Parse the output of nvdisasm: mangled name -> most threads of a block (__launch_bounds__, or Triton's warps)."""
     found = {}
     for section in re.split(r"^\s*\.section\s+\.nv\.info\.", disassembly, flags=re.M)[1:]:
         bound = re.search(r"EIATTR_(?:MAX_THREADS|REQNTID)\n(?:.*\n){,5}?.*\.word\s+0x(\w+)", section)
@@ -146,7 +146,7 @@ def most_threads(disassembly: str) -> dict[str, int]:
 
 
 def excuses(source: Path) -> dict[str, dict[str, Any]]:
-    """What the cuda_check.json files below `source` say, together: "spills", "scalar", "tensor_cores"."""
+    """Return the merged exemptions of all cuda_check.json below `source`: "spills", "scalar", "tensor_cores"."""
     found: dict[str, dict[str, Any]] = {"spills": {}, "scalar": {}, "tensor_cores": {}}
     for path in sorted(source.glob("*/cuda_check.json")):
         for kind, kernels in json.loads(path.read_text(encoding="utf-8")).items():
@@ -155,7 +155,7 @@ def excuses(source: Path) -> dict[str, dict[str, Any]]:
 
 
 def problem(kernel: Kernel, excused: dict[str, dict[str, Any]]) -> str:
-    """Why this kernel must not ship; empty if it may. excused: as `excuses` gives it."""
+    """Return why this kernel must not ship, or "" if it may. excused: as returned by `excuses`."""
 
     def named(kind: str) -> list[Any]:
         return [said for pattern, said in excused[kind].items() if fnmatch.fnmatchcase(kernel.name, pattern)]
@@ -171,7 +171,7 @@ def problem(kernel: Kernel, excused: dict[str, dict[str, Any]]) -> str:
 
 
 def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Path) -> list[Kernel]:
-    """All kernels of a file for one architecture; raises RuntimeError with the compiler's words."""
+    """Compile a file for one architecture and return its kernels; raise RuntimeError with the compiler output."""
     cubin = folder / f"{source.parent.name}-{source.stem}.{arch}.cubin"
     include = ["-I", str(source.parent.parent)]
     target = f"arch={ARCHS[arch]},code={arch}"
@@ -191,7 +191,7 @@ def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Pat
 
 
 def check(source: Path, archs: list[str], names: str = "*") -> tuple[list[Kernel], list[str]]:
-    """Every kernel of the ops `names`, folders of `source`, with its problem, and the compilations that failed."""
+    """Return every kernel of the ops `names` (folders of `source`) with its problem, and the failed compilations."""
     nvcc, nvdisasm = find_nvcc(), find_nvdisasm()
     if nvcc is None:
         raise ToolMissing(REMEDY)
@@ -228,7 +228,7 @@ def _print(kernels: list[Kernel], failures: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the check and return the exit code."""
     parser = Parser(prog="python -m fastgpt.checks.cuda", description="compile every CUDA kernel")
     default = Path(__file__).resolve().parents[2] / "csrc"
     parser.add_argument("--source", type=Path, default=default, help="folder of the ops' folders (default: csrc)")

@@ -1,9 +1,9 @@
 """Ahead-of-time check of the Triton kernels: `python -m fastgpt.checks.triton [--arch 90] [--all | --quick]`.
 
-Compiles every configuration that a launcher may pick (each kernel file's `configurations`) for explicit GPU targets; no
-GPU is needed. Registers, stack (spills) and shared memory come from the cubin, read by the cuobjdump that Triton
-ships. Exits 1 on a spill that ALLOWED_SPILLS does not list, on shared memory that the chip lacks, or on a failed
-compilation. Not to be run under TRITON_INTERPRET=1, where nothing is compiled.
+It compiles every configuration that a launcher may pick (`configurations` of each kernel file) for explicit GPU
+targets, and needs no GPU. cuobjdump, which Triton ships, reads registers, stack (spills) and shared memory from the
+cubin. The exit code is 1 for a spill that ALLOWED_SPILLS does not list, for more shared memory than the chip has, or
+for a failed compilation. Do not run it under TRITON_INTERPRET=1, where nothing is compiled.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from fastgpt.core import backend
 from fastgpt.core.command import Parser, run_command
 from fastgpt.kernels._runtime import COMPILE_OPTIONS, TRITON
 
-# kernel files, one for each op with a cell for Triton that calls no other op's
+# one kernel file for each op that has a Triton cell and does not only call kernels of another op
 MODULES = [
     op for op, cells in backend.ops().items() if "triton" in cells and importlib.util.find_spec(f"fastgpt.kernels.{op}")
 ]
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227}
-REGISTERS = 65536  # of one multiprocessor, on every chip above
+REGISTERS = 65536  # of one multiprocessor, on all chips above
 _OCCUPANCY = "two to four registers, to reach ptxas's own occupancy target"
-# name as in the report (regular expression) -> (bytes of stack allowed, why)
+# name as in the report (regular expression) -> (allowed bytes of stack, reason)
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     r"attention_fwd_kernel\[D=64 full\] (bfloat16|float16)( unaligned)?": (8, "128 registers: two programs at a time"),
     r"attention_(fwd|dkdv|dq)_kernel\[.*\] float32( unaligned)?": (128, "exact products run outside the tensor cores"),
@@ -59,7 +59,7 @@ if TRITON >= (3, 9):
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration to compile: module, dtypes (torch's names), its number in `configurations`, target."""
+    """One configuration to compile: module, dtypes (PyTorch names), its number in `configurations`, target."""
 
     module: str
     dtype: str
@@ -71,7 +71,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of one configuration."""
+    """The compiler's results for one configuration."""
 
     name: str
     arch: int
@@ -80,22 +80,24 @@ class Report:
     stack: int = 0
     shared: int = 0
     error: str = ""
-    hmma: int | None = None  # tensor-core instructions of a warp, and of a warp group; None: not counted
+    hmma: int | None = None  # tensor-core instructions of a warp and of a warp group; None: not counted
     wgmma: int | None = None
 
 
 def configurations(module: str, dtype: str, weight_dtype: str) -> list[Any]:
-    """The configurations of one kernel file for one dtype."""
+    """Return the configurations of one kernel file for one dtype."""
     kernels = importlib.import_module(f"fastgpt.kernels.{module}")
     return list(kernels.configurations(getattr(torch, dtype), getattr(torch, weight_dtype)))
 
 
 def jobs(archs: list[int] | None, every: bool, quick: bool = False) -> list[Job]:
-    """bf16 with bf16 parameters, 16-byte aligned; `every`: fp16, fp32, mixed, and element-aligned pointers too.
+    """Return the configurations to compile.
 
-    archs None: sm_80 and sm_90, or the first chip of a configuration that is for neither; `every`: all chips. A
-    configuration is compiled only for chips that it may be picked on. `quick`: only what is marked so; of attention,
-    whose compilations are the longest, element-aligned pointers meet only these.
+    They are bf16 with bf16 parameters and 16-byte aligned pointers; with `every` also fp16, fp32, mixed dtypes and
+    element-aligned pointers. Without `archs`, the targets are sm_80 and sm_90, or the first chip of a configuration
+    that supports neither; with `every`, all chips. A configuration is compiled only for chips that may select it.
+    `quick` keeps only configurations that are marked as quick. Of attention, which compiles longest, only these are
+    compiled for element-aligned pointers.
     """
     pairs = [("bfloat16", "bfloat16")]
     if every:
@@ -135,7 +137,7 @@ def _source(configuration: Any, aligned: bool) -> ASTSource:
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) of the one kernel in a cubin."""
+    """Return the registers and the bytes of stack of the one kernel in a cubin."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
@@ -152,7 +154,7 @@ def _configuration(job: Job) -> Any:
 
 
 def compiled(job: Job) -> Any:
-    """Triton's compiled kernel of one configuration."""
+    """Compile one configuration and return the kernel."""
     configuration = _configuration(job)
     chosen = {n: getattr(configuration, n) for n in ("num_warps", "num_stages", "maxnreg")}
     return triton.compile(
@@ -163,7 +165,7 @@ def compiled(job: Job) -> Any:
 
 
 def compile_one(job: Job) -> Report:
-    """Compile one configuration; a failure is a report, so that the rest is still checked."""
+    """Compile one configuration. A failure becomes a report, so the others are still checked."""
     configuration = _configuration(job)
     types = job.dtype if job.dtype == job.weight_dtype else f"{job.dtype}/{job.weight_dtype}"
     name = f"{configuration.name} {types}{'' if job.aligned else ' unaligned'}"
@@ -176,7 +178,7 @@ def compile_one(job: Job) -> Report:
 
 
 def problem(report: Report) -> str:
-    """Why this configuration must not ship; empty if it may."""
+    """Return why this configuration must not ship, or "" if it may."""
     if report.error:
         return report.error
     if report.shared > SHARED_KB[report.arch] * 1024:
@@ -188,10 +190,10 @@ def problem(report: Report) -> str:
 
 
 def check(found: list[Job], one: Callable[[Job], Report] = compile_one) -> list[Report]:
-    """Compile configurations by `one` on all cores of this process's affinity; says on stderr what is refused, and how
-    far.
+    """Compile the configurations with `one`, on all cores that this process may use; print refusals and progress to
+    stderr.
 
-    The cache is thrown away, unless TRITON_CACHE_DIR names one: then a check that was interrupted goes on where it was.
+    The cache is temporary, unless TRITON_CACHE_DIR names one: an interrupted check then resumes where it stopped.
     """
     reports = []
     with tempfile.TemporaryDirectory() as cache:
@@ -221,7 +223,7 @@ def _print(reports: list[Report]) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the check and return the exit code."""
     parser = Parser(prog="python -m fastgpt.checks.triton", description="compile every Triton kernel")
     parser.add_argument(
         "--arch",

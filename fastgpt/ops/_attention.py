@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: the formula that everything is measured against, and PyTorch's own fused attention.
+"""Attention in plain PyTorch: the formula that serves as reference, and PyTorch's fused attention.
 
 z = scale * q k^T, softcapped: softcap * tanh(z / softcap); masked entries -inf
 out = softmax(z) v, lse = log sum exp(z); a row without any key gives out = 0, lse = -inf
@@ -15,13 +15,13 @@ from torch import Tensor
 
 
 def _segments(cu: Tensor, total: int) -> Tensor:
-    """cu_seqlens (n + 1,) -> (total,) number of the sequence each packed row belongs to; no sync."""
+    """Return for each packed row the number of its sequence, (total,), from cu_seqlens (n + 1,), without a sync."""
     rows = torch.arange(total, device=cu.device)
     return torch.searchsorted(cu[1:].contiguous().long(), rows, right=True)
 
 
 def attention_mask(q: Tensor, k: Tensor, o: dict[str, Any]) -> Tensor | None:
-    """Which keys each query sees: bool (B or 1, 1, T, S), or None for all. Positions align at the bottom right."""
+    """Return which keys each query sees: bool (B or 1, 1, T, S), None for all. Positions align at the bottom right."""
     t, s, device = q.shape[1], k.shape[1], q.device
     rows, cols = torch.arange(t, device=device)[:, None], torch.arange(s, device=device)[None]
     if o["cu_seqlens_q"] is not None:
@@ -53,15 +53,18 @@ def attention_mask(q: Tensor, k: Tensor, o: dict[str, Any]) -> Tensor | None:
 
 
 def _multiply_wide(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of a * b, both below 2^32, in int64 without overflow."""
+    """Return the high and low 32 bits of a * b, both factors below 2^32, in int64 without overflow."""
     low = a * (b & 0xFFFF)
     high = a * (b >> 16) + (low >> 16)
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
 def dropout_keep(rng: Tensor, shape: tuple[int, int, int, int], p: float) -> Tensor:
-    """What dropout keeps, bool (B, H, T, S): where the first word of Philox4x32-7 (counter j, i, b H + h, offset;
-    key seed) is at least p 2^32. rng: (seed, offset), int64. The same bits in every kernel."""
+    """Return which scores dropout keeps, bool (B, H, T, S).
+
+    A score is kept if the first word of Philox4x32-7 (counter j, i, b H + h, offset; key seed) is at least p 2^32. rng:
+    (seed, offset), int64. Every kernel computes the same bits.
+    """
     b, h, t, s = shape
     seed, offset = (int(x) for x in rng.tolist())
     c: list[Tensor] = [
@@ -79,8 +82,10 @@ def dropout_keep(rng: Tensor, shape: tuple[int, int, int, int], p: float) -> Ten
 
 
 def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, rng: Tensor | None = None, **o: Any) -> tuple[Tensor, Tensor]:
-    """The formula at this file's head in fp32 (fp64 for fp64 input): (out, lse). Options as in `attention`;
-    dropout with rng as the kernels draw it, without rng as PyTorch does."""
+    """Return (out, lse) of the formula at the head of this file, in fp32 (fp64 for fp64 input).
+
+    Options as in `attention`. With rng, dropout is drawn as in the kernels, without rng as in PyTorch.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
     qh, kh, vh = (x.transpose(1, 2).to(wide) for x in (q, k, v))  # (B, H, T, D)
@@ -101,7 +106,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, *, rng: Tensor | None = None,
 
 
 def sdpa_can(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> bool:
-    """Whether PyTorch's fused attention can express this call."""
+    """Return whether PyTorch's fused attention can express this call."""
     special = ("window", "cu_seqlens_q", "doc_ids", "kv_lens", "kv_start")
     if o["return_lse"] or o["softcap"] > 0 or any(o[n] is not None for n in special) or (deterministic and q.is_cuda):
         return False
@@ -109,7 +114,7 @@ def sdpa_can(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> bo
 
 
 def attention_torch(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any], deterministic: bool = False) -> Any:
-    """The `torch` backend: PyTorch's fused attention for what it can express, else the formula."""
+    """Serve the `torch` backend: PyTorch's fused attention if it can express the call, else the formula."""
     if not sdpa_can(q, k, o, deterministic):
         out, lse = attention_ref(q, k, v, **o)
         return (out, lse) if o["return_lse"] else out

@@ -1,4 +1,4 @@
-"""What every op file needs: the library its schemas go into, kernel registration and argument checks."""
+"""Shared parts of the op files: the library that holds their schemas, kernel registration, argument checks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 LIB = torch.library.Library("fastgpt", "DEF")
-# Backend -> dispatch keys of what is registered from Python. CPU for the first two: where they are simulated
+# Backend -> dispatch keys for which Python registers kernels. cuda and triton have CPU too, for simulation in tests.
 KEYS = {"cuda": ("CUDA", "CPU"), "triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
 
 
 def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dict[str, Any]:
-    """Define raw op `fastgpt::name` with one overload per backend; returns backend -> overload.
+    """Define raw op `fastgpt::name` with one overload per backend, and return backend -> overload.
 
-    csrc registers the `.cpu` and `.cuda` overloads (when built); the Triton launcher `name` of fastgpt.kernels.`module`
-    is imported at its first call. `fake` gives outputs of the right shape, dtype and strides.
+    csrc, if built, implements the `.cpu` and `.cuda` overloads. The Triton launcher `name` of fastgpt.kernels.`module`
+    is imported at the first call. `fake` returns outputs of the right shape, dtype and strides.
     """
     overloads = {backend: _declare(f"{name}.{backend}", schema, fake) for backend in KEYS}
     for key in KEYS["triton"]:
@@ -30,8 +30,11 @@ def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dic
 
 
 def define_driver(name: str, schema: str, fake: Callable[..., Any], driver: Callable[..., Any]) -> dict[str, Any]:
-    """Define raw op `fastgpt::name` like `define`, served by Python: `driver(backend, *args)` calls that backend's raw
-    ops and torch's, and all of it is one opaque op to autograd and torch.compile."""
+    """Define raw op `fastgpt::name` like `define`, but implement it in Python.
+
+    `driver(backend, *args)` calls raw ops of that backend and PyTorch ops. Autograd and torch.compile see one opaque
+    op.
+    """
     overloads = {}
     for backend, keys in KEYS.items():
         overloads[backend] = _declare(f"{name}.{backend}", schema, fake)
@@ -41,7 +44,7 @@ def define_driver(name: str, schema: str, fake: Callable[..., Any], driver: Call
 
 
 def _declare(full: str, schema: str, fake: Callable[..., Any]) -> Any:
-    """Schema and fake of one overload, `name.backend`."""
+    """Define the schema and the fake of one overload, `name.backend`, and return the overload."""
     LIB.define(full + schema)
     torch.library.register_fake(f"fastgpt::{full}", fake, lib=LIB)
     name, backend = full.split(".")
@@ -49,7 +52,8 @@ def _declare(full: str, schema: str, fake: Callable[..., Any]) -> Any:
 
 
 def flop_formula(name: str, formula: Callable[..., int]) -> None:
-    """Tell torch.utils.flop_counter what raw op `fastgpt::name` costs; `formula` gets shapes in its tensors' places."""
+    """Register the FLOP count of raw op `fastgpt::name` with torch.utils.flop_counter; `formula` receives the shapes of
+    the tensors."""
     register_flop_formula(getattr(torch.ops.fastgpt, name))(formula)
 
 
@@ -65,7 +69,7 @@ def _lazy_triton(module: str, name: str) -> Callable[..., Any]:
 
 
 def no_outputs(*args: Any) -> None:
-    """The fake of an op that writes to its arguments and returns nothing."""
+    """Return nothing, as the fake of an op that only writes to its arguments."""
 
 
 def contiguous_like(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -85,8 +89,10 @@ def fp64_results(ref: Callable[..., Any], inputs: Sequence[Tensor], upstream: Se
 
 
 def relative_error(got: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest relative L2 error of several tensors (NaN counts as infinite), for self-checks; of 16-bit tensors a
-    hundredth of it, since rounding alone is up to 4e-3 there."""
+    """Return the largest relative L2 error of several tensors, for self-checks.
+
+    NaN counts as infinite. The error of a 16-bit tensor is divided by 100, because rounding alone can reach 4e-3.
+    """
     errors = [
         float((g.double() - e).norm() / e.norm()) / (100 if g.dtype.itemsize == 2 else 1)
         for g, e in zip(got, exact, strict=True)
@@ -95,12 +101,12 @@ def relative_error(got: list[Tensor], exact: list[Tensor]) -> float:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to be told of an op over these inputs."""
+    """Return whether autograd must record an op over these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Under torch.autocast, the tensors in its dtype (fp64 stays): what matmul-like ops do with their inputs."""
+    """Cast the tensors (not fp64) to the dtype of torch.autocast, if it is on, as PyTorch does for matrix products."""
     device = next(t.device.type for t in tensors if t is not None)
     if device == "meta" or not torch.is_autocast_enabled(device):  # torch 2.11 cannot compile is_autocast_available
         return list(tensors)
@@ -109,12 +115,13 @@ def autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def gradient_place(weight: Tensor) -> tuple[Tensor | None, bool]:
-    """Where a backward may put `weight`'s gradient itself: (buffer, whether a sum is in it already), or (None, False).
+    """Return the buffer that a backward may write the gradient of `weight` to, and whether it already holds a sum.
+    Without a buffer, return (None, False).
 
-    Opt-in, eager only: a leaf with an attribute `grad_buffer` (of its shape) gets its gradient written or added there,
-    without a new tensor, a zero fill or an add behind it. The backward sets `weight.grad = buffer` and returns None.
-    A buffer of another device or shape, or of a dtype that the weight's gradient cannot have (`grad_dtype`), is
-    ignored: the weight was moved, resized or cast since.
+    This is opt-in and eager only. If a leaf has an attribute `grad_buffer` (of its shape), the backward writes or adds
+    the gradient there, which saves a new tensor, a zero fill and an addition. It then sets `weight.grad = buffer` and
+    returns None. A buffer is ignored if its device or shape is not the weight's, or if its dtype is not allowed for the
+    weight's gradient (`grad_dtype`): the weight was moved, resized or cast since.
     """
     buffer: Tensor | None = None if torch.compiler.is_compiling() else getattr(weight, "grad_buffer", None)
     if buffer is None or (weight.grad is not None and weight.grad is not buffer):
@@ -126,8 +133,10 @@ def gradient_place(weight: Tensor) -> tuple[Tensor | None, bool]:
 
 
 def mark_mutated(tensors: list[Tensor]) -> None:
-    """Tell autograd that a raw op wrote to these (raw ops do not), so that a backward that still needs the old values
-    raises instead of being wrong."""
+    """Tell autograd that a raw op wrote to these tensors, because raw ops do not.
+
+    A backward that still needs the old values then raises instead of computing wrong gradients.
+    """
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(tensors)
 

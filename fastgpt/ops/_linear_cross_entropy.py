@@ -1,9 +1,10 @@
-"""linear_cross_entropy's raw ops: loss, or loss and all gradients, over one reused buffer of (chunk, V) logits.
+"""Raw ops of linear_cross_entropy: loss, or loss and all gradients, with one reused buffer of (chunk, V) logits.
 
     z = x W^T + b;  dx = dz W,  dW = dz^T x,  db = sum of dz's rows      (dz from fastgpt/ops/cross_entropy.py)
 
-Each is one opaque op: products by torch.mm into buffers, the loss and dz by the same backend's raw cross-entropy op.
-dW and db are summed over the chunks in fp32, whatever the dtype. 2 N V C FLOP a product: one forward, two backward.
+Each is one opaque op. torch.mm writes the products to buffers, and the raw cross-entropy op of the same backend
+computes the loss and dz. dW and db are summed over the chunks in fp32 for every dtype. A product takes 2 N V C FLOP;
+there is one in forward and there are two in backward.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ _budgets: dict[torch.device, int] = {}
 
 
 def share_for_logits(gpu_memory: int | None) -> int:
-    """Bytes of logits in memory at a time: 1/16 of a GPU's memory, 512 MiB on a CPU (None)."""
+    """Return how many bytes of logits are in memory at a time: 1/16 of the GPU memory, 512 MiB on a CPU (None)."""
     return (8 << 30 if gpu_memory is None else gpu_memory) // 16
 
 
 def logits_budget(device: torch.device) -> int:
-    """share_for_logits of this device."""
+    """Return share_for_logits of this device."""
     if device not in _budgets:
         memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
         _budgets[device] = share_for_logits(memory)
@@ -41,17 +42,17 @@ logits_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def multiplies_into_fp32(t: Tensor) -> bool:
-    """Whether torch.mm and addmm can give 16-bit products in fp32 (out_dtype) for tensors like `t`."""
+    """Return whether torch.mm and addmm can return products of 16-bit tensors like `t` in fp32 (out_dtype)."""
     return t.device.type == "cuda"
 
 
 def logits_of(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
-    """x W^T + b, (n, V)."""
+    """Return x W^T + b, (n, V)."""
     return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
 
 
 def product_in_fp32(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """a^T b in fp32 for a (n, V) and b (n, C) of one dtype; added to `total` (V, C) in place if there is one."""
+    """Return a^T b in fp32 for a (n, V) and b (n, C) of one dtype, added to `total` (V, C) in place if given."""
     wide: dict[str, Any] = {}
     if a.dtype != torch.float32 and multiplies_into_fp32(a):
         wide = {"out_dtype": torch.float32}
@@ -68,7 +69,7 @@ def _chunks(n: int, chunk: int) -> Iterator[slice]:
 def _fwd(
     backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, *rest: Any
 ) -> Tensor:
-    """Loss (N,) in fp32."""
+    """Return the loss (N,) in fp32."""
     *options, chunk = rest
     n = x.shape[0]
     loss = torch.empty(n, dtype=torch.float32, device=x.device)
@@ -84,7 +85,7 @@ def _fwd_bwd(
     backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, scale: Tensor,
     *rest: Any,
 ) -> Gradients:  # fmt: skip
-    """Loss (N,) in fp32 and, as `wanted`, gradients of sum(scale * loss): dx in x's dtype, dW and db in fp32."""
+    """Return the loss (N,), fp32, and the `wanted` gradients of sum(scale * loss): dx in x's dtype, dW and db fp32."""
     *options, chunk, wanted = rest
     n, v, c = x.shape[0], *w.shape
     loss = torch.empty(n, dtype=torch.float32, device=x.device)

@@ -28,7 +28,7 @@ from torch import Tensor
 from fastgpt.core.backend import Cell, register
 from fastgpt.ops._common import define, no_outputs, relative_error
 
-PARTIALS = 2048  # partial sums of squares that a bucket has room for; what a backend leaves unused stays 0
+PARTIALS = 2048  # slots of a bucket for partial sums of squares; slots that a backend does not use stay 0
 
 
 ADAMW_PREPARE = define(
@@ -50,7 +50,7 @@ ADAMW_UPDATE = define(
 
 @dataclass
 class Bucket:
-    """Tensors of one param dtype, grad dtype and device, updated together. Lists run in parallel."""
+    """Tensors of one param dtype, grad dtype and device, updated together. The lists are parallel."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -59,24 +59,24 @@ class Bucket:
     masters: list[Tensor]  # empty: none
     index: list[int]  # slot in the step counters
     group: list[int]  # parameter group
-    groups: tuple[Any, ...] = ()  # process groups that the tensors are sharded over
+    groups: tuple[Any, ...] = ()  # process groups over which the tensors are sharded
 
 
 def join_remainder(param: Tensor, remainder: Tensor) -> Tensor:
-    """bf16 parameter and int16 remainder -> the fp32 master they stand for."""
-    # a zero with a negative remainder never came from a master: it was set from outside, and the sum would be a NaN
+    """Return the fp32 master that a bf16 parameter and an int16 remainder represent."""
+    # no master splits into a zero and a negative remainder: the zero was set from outside, and the sum would be NaN
     low = torch.where(param == 0, remainder.clamp(min=0), remainder).to(torch.int32)
     return ((param.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
 
 def follow_param(param: Tensor, master: Tensor) -> Tensor:
-    """The fp32 master, where param is its rounding; elsewhere param, which was set from outside since then."""
+    """Return the fp32 master where param is its rounding, and elsewhere param, which was set from outside."""
     return torch.where(master.to(param.dtype) == param, master, param.to(master.dtype))
 
 
 def split_remainder(master: Tensor, param: Tensor, remainder: Tensor) -> None:
     """Write fp32 `master` as a bf16 parameter (rounded to nearest) and an int16 remainder."""
-    bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)  # the NaN that stays one when rounded
+    bits = torch.where(master.isnan(), torch.nan, master).view(torch.int32)  # a NaN that rounding keeps NaN
     high = (bits + 0x8000) >> 16
     param.copy_(high.to(torch.int16).view(torch.bfloat16))
     remainder.copy_((bits - (high << 16)).to(torch.int16))
@@ -88,7 +88,7 @@ def _stochastic_round(x: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def grad_norm_ref(buckets: list[Bucket], grad_scale: Tensor | None) -> Tensor:
-    """(1,) fp32 norm over all gradients of all buckets."""
+    """Return the norm over all gradients of all buckets, (1,) fp32."""
     squares = [g.float().square().sum() for b in buckets for g in b.grads]
     norm = torch.stack(squares).sum().sqrt().reshape(1)
     return norm if grad_scale is None else norm / grad_scale
@@ -106,9 +106,11 @@ def adamw_ref(
     stochastic: bool,
     seed: int,
 ) -> None:
-    """The formula at this file's head, tensor by tensor, in fp32 (fp64 for fp64 parameters); `torch` backend.
+    """Apply the formula at the head of this file tensor by tensor, in fp32 (fp64 for fp64 parameters): the `torch`
+    backend.
 
-    `groups` holds beta1, beta2, eps, weight_decay. Steps in `steps` are advanced here. `norm` None: no clipping.
+    `groups` holds beta1, beta2, eps and weight_decay. The counters in `steps` are advanced. Without `norm`, nothing is
+    clipped.
     """
     if (found_inf is not None and bool(found_inf)) or (norm is not None and not bool(torch.isfinite(norm))):
         return
@@ -147,7 +149,7 @@ def adamw_ref(
 def _self_check(backend: str, device: torch.device) -> float:
     errors = [_error(backend, device, torch.float32)]
     if backend == "cuda":
-        errors.append(_error(backend, device, torch.bfloat16))  # kernels of their own, with fp32 masters
+        errors.append(_error(backend, device, torch.bfloat16))  # separate kernels, with fp32 masters
     return max(errors)
 
 

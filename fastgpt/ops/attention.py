@@ -28,7 +28,7 @@ from fastgpt.core.backend import Cell, checks_values, register, select
 from fastgpt.ops._attention import attention_ref, attention_torch, sdpa_can
 from fastgpt.ops._common import autocast, check_float, check_like, define, fp64_results, needs_grad, relative_error
 
-MAX_HEAD_DIM = 256  # of the Triton and CUDA kernels: beyond, a tile does not fit
+MAX_HEAD_DIM = 256  # of the Triton and CUDA kernels: a wider tile does not fit
 _OPTIONS = (
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? doc_ids, Tensor? kv_lens, Tensor? kv_start, Tensor? rng, "
     "bool causal, float scale, int window, float softcap, float dropout_p"
@@ -118,7 +118,10 @@ def _check_index(name: str, x: Tensor | None, shape: tuple[int, ...] | None, lik
 
 
 def _check_values(name: str, x: Tensor | None, top: int, rising: bool) -> None:
-    """On a CPU (elsewhere under FASTGPT_CHECK=1): values from 0 to top; rising: from 0 on, never falling."""
+    """Raise unless all values are in [0, top] and, if `rising`, start at 0 and never fall.
+
+    Values are checked on a CPU; on a GPU only with FASTGPT_CHECK=1.
+    """
     if x is None or not checks_values(x) or x.numel() == 0:
         return
     low, high = (int(t) for t in x.aminmax())
@@ -166,10 +169,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> None:
 
 
 def pack(q: Tensor, o: dict[str, Any]) -> tuple[Any, ...]:
-    """The raw ops' options: six optional tensors (indices int32; rng is drawn here), then five numbers."""
+    """Return the options of the raw ops: six optional tensors (indices int32; rng is drawn here), then five numbers."""
     names = ("cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
     index = [None if o[n] is None else o[n].int().contiguous() for n in names]
-    # from the device's generator, so that it is part of its state and of a captured graph
+    # drawn from the generator of the device: its state and captured graphs then include the draw
     rng = torch.randint(0, 2**63 - 1, (2,), device=q.device) if o["dropout_p"] > 0 else None
     scale = float(q.shape[-1] ** -0.5 if o["scale"] is None else o["scale"])
     numbers = (o["causal"], scale, o["window"] or 0, float(o["softcap"]), float(o["dropout_p"]))
@@ -180,7 +183,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     special = {"window": 40, "softcap": 3.0}
     if backend != "cuda":
         return _error(backend, device, torch.float32, 67, 32, special)
-    plain = [_error(backend, device, torch.bfloat16, 200, dim, {}) for dim in (64, 128)]  # kernels of their own
+    plain = [_error(backend, device, torch.bfloat16, 200, dim, {}) for dim in (64, 128)]  # separate kernels
     return max(_error(backend, device, torch.float16, 67, 32, special), *plain)
 
 
@@ -270,7 +273,7 @@ def attention(
     deterministic: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """softmax(scale q k^T + mask) v.
+    """Return softmax(scale q k^T + mask) v.
 
     Args:
         q: (B, T, H, D), any strides.
@@ -336,9 +339,12 @@ def attention(
 
 
 def _select(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> str:
-    """The backend; where torch only measured fastest, or is the prior, and this call would take its formula or another
-    mask of dropout, what the kernels' prior says."""
-    dim = 1 + MAX_HEAD_DIM if q.shape[3] > MAX_HEAD_DIM else 0  # a number for the compiler, whose shapes may be symbols
+    """Return the backend of a call.
+
+    If torch is selected because it measured fastest or is the prior, but would compute this call by the formula or with
+    another dropout mask, the prior order of the kernels applies.
+    """
+    dim = 1 + MAX_HEAD_DIM if q.shape[3] > MAX_HEAD_DIM else 0  # a plain number: a compiler may have symbolic shapes
     backend = select("attention", q, dim=dim)
     if backend == "torch" and (o["dropout_p"] > 0 or not sdpa_can(q, k, o, deterministic)):
         backend = select("attention", q, measured=False, dim=dim)
@@ -346,7 +352,7 @@ def _select(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> str
 
 
 def attention_qkv(qkv: Tensor, *, n_heads: int, n_kv_heads: int, **options: Any) -> Tensor:
-    """`attention` over one packed tensor; its gradient is packed too, without split and concatenation.
+    """Compute `attention` over one packed tensor. Its gradient is packed too, without a split and a concatenation.
 
     Args:
         qkv: (B, T, n_heads + 2 n_kv_heads, D): query heads, key heads, value heads; any strides.

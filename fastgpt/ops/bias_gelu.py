@@ -48,7 +48,8 @@ BIAS_GELU_BWD = define(
 
 
 def bias_gelu_ref(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
-    """The formula at this file's head, in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    """Compute the formula at the head of this file, in fp32 (fp64 for fp64 input). The parity tests take it as the
+    truth."""
     u = x.to(torch.promote_types(x.dtype, torch.float32))
     u = u if bias is None else u + bias
     if approximate == "tanh":
@@ -57,13 +58,13 @@ def bias_gelu_ref(x: Tensor, bias: Tensor | None = None, *, approximate: str = "
 
 
 def bias_gelu_torch(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
-    """The `torch` backend and the parity baseline: eager, in two passes."""
+    """Serve the `torch` backend and the parity baseline: eager, in two passes."""
     return F.gelu(x if bias is None else x + bias, approximate=approximate).to(x.dtype)
 
 
 def _self_check(backend: str, device: torch.device) -> float:
     worst = 0.0
-    kinds = [(torch.float32, 130)] + [(torch.bfloat16, 3072)] * (backend == "cuda")  # the latter in 16-byte pieces
+    kinds = [(torch.float32, 130)] + [(torch.bfloat16, 3072)] * (backend == "cuda")  # bf16: 16-byte accesses
     for approximate, (dtype, n_cols) in itertools.product(("none", "tanh"), kinds):
         x, dy = torch.randn(2, 5, n_cols, device=device).mul_(2).to(dtype).unbind()
         bias = torch.randn(n_cols, device=device).to(dtype)
@@ -78,7 +79,7 @@ register("bias_gelu", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
-    """gelu(x + bias).
+    """Return gelu(x + bias).
 
     Args:
         x: (..., F), any strides; fp32, bf16, fp16 (fp64 on the reference).

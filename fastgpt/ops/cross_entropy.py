@@ -90,9 +90,10 @@ def cross_entropy_ref(
     vocab_size: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """The formula at this file's head in fp32 (fp64 for fp64 logits). Ground truth of the parity tests.
+    """Compute the formula at the head of this file, in fp32 (fp64 for fp64 logits). The parity tests take it as the
+    truth.
 
-    A target outside [0, vocab_size) that is not ignore_index gives that row a NaN loss and a zero gradient.
+    A row whose target is outside [0, vocab_size) and not ignore_index has a NaN loss and a zero gradient.
     """
     k = logits.shape[-1] if vocab_size is None else vocab_size
     z = logits[:, :k].to(torch.promote_types(logits.dtype, torch.float32))
@@ -114,7 +115,8 @@ def cross_entropy_ref(
 
 
 def cross_entropy_torch(logits: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
-    """The `torch` backend and the parity baseline: PyTorch's own op on fp32 logits, else the formula."""
+    """Serve the `torch` backend and the parity baseline: PyTorch's op on fp32 logits, or the formula for what PyTorch
+    lacks."""
     plain = options["z_loss"] == 0 and options["softcap"] == 0
     if plain and options["vocab_size"] in (None, logits.shape[-1]):
         names = ("weight", "ignore_index", "label_smoothing", "reduction")
@@ -124,7 +126,7 @@ def cross_entropy_torch(logits: Tensor, target: Tensor, options: dict[str, Any])
 
 
 def denominator(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """What 'mean' divides by, as a (1,) fp32 tensor on the device: no sync."""
+    """Return the divisor of "mean" as a (1,) fp32 tensor on the device, without a sync."""
     counted = target != ignore_index
     if weight is None:
         return counted.sum(dtype=torch.float32).reshape(1)
@@ -133,7 +135,7 @@ def denominator(target: Tensor, weight: Tensor | None, ignore_index: int) -> Ten
 
 
 class CrossEntropyFn(torch.autograd.Function):
-    """Autograd over the raw ops, logits left as they are: loss rows in fp32, reduced as asked."""
+    """Autograd over the raw ops, which leave the logits unchanged. Losses are fp32, reduced as requested."""
 
     @staticmethod
     def forward(
@@ -162,7 +164,7 @@ class CrossEntropyFn(torch.autograd.Function):
 
 
 class CrossEntropyInplaceFn(torch.autograd.Function):
-    """Autograd over the one-pass raw op: forward replaces the logits by their gradient, backward rescales it."""
+    """Autograd over the one-pass raw op: forward replaces the logits with their gradient, backward rescales it."""
 
     @staticmethod
     def forward(
@@ -193,7 +195,7 @@ class CrossEntropyInplaceFn(torch.autograd.Function):
 
 
 def reduce_rows(loss: Tensor, reduction: str, count: Tensor | None) -> Tensor:
-    """The loss as asked, in fp32: per row, their sum, or the sum by `count`; summed in fp64, so rounded once."""
+    """Return the losses, their sum, or the sum divided by `count`, in fp32. The sum is fp64, so it is rounded once."""
     if reduction == "none":
         return loss
     total = loss.sum(dtype=torch.float64)
@@ -211,7 +213,7 @@ def check_loss(
     k: int,
     reduction: str,
 ) -> None:
-    """Raise unless the loss's arguments fit logits of this shape (N, V), whose sides error messages call `names`."""
+    """Raise unless the arguments of a loss fit logits of shape (N, V); errors call the two dimensions `names`."""
     n, v = shape
     if not 1 <= k <= v:
         raise ValueError(f"{op}: vocab_size is {k}, expected 1 to {v}, {names[1]}")
@@ -225,12 +227,12 @@ def check_loss(
 
 
 def widened(weight: Tensor | None, like: Tensor) -> Tensor | None:
-    """Class weights as the kernels read them: fp32 (fp64 for fp64 logits)."""
+    """Return the class weights as the kernels read them: fp32 (fp64 for fp64 logits)."""
     return None if weight is None else weight.to(torch.promote_types(like.dtype, torch.float32))
 
 
 def check_values(op: str, target: Tensor, ignore_index: int, k: int) -> None:
-    """Raise if a target is neither in [0, k) nor ignore_index: on CPU, elsewhere only under FASTGPT_CHECK=1."""
+    """Raise if a target is neither in [0, k) nor ignore_index. Checked on a CPU; on a GPU only with FASTGPT_CHECK=1."""
     if not checks_values(target) or target.numel() == 0:
         return
     low, high = target.aminmax()
@@ -257,7 +259,7 @@ def _self_check(backend: str, device: torch.device) -> float:
     logits, target = torch.randn(5, 203, device=device), torch.tensor([0, 199, 7, -100, 50], device=device)
     options: Options = (-100, 0.1, 1e-3, 5.0, 200)
     error = _error(backend, logits, target, torch.rand(5, device=device), options)
-    if backend == "cuda":  # as training calls it: other kernels than with options, many warps a row, 16 bits
+    if backend == "cuda":  # as in training: kernels without options, many warps a row, 16 bits
         logits, target = torch.randn(3, 50304, device=device).bfloat16(), torch.tensor([0, 50256, -100], device=device)
         plain: Options = (-100, 0.0, 0.0, 0.0, 50257)
         error = max(error, _error(backend, logits, target, torch.ones(3, device=device), plain))
@@ -294,13 +296,13 @@ def cross_entropy(
     reduction: str = "mean",
     inplace: bool = False,
 ) -> Tensor:
-    """Softmax cross-entropy with integer targets; formula and sources at the head of this file.
+    """Compute softmax cross-entropy with integer targets; the head of this file has the formula and the sources.
 
     Args:
         logits: (N, V) fp32, bf16, fp16 (fp64 on the reference).
         target: (N,) int64 in [0, vocab_size) or ignore_index.
         weight: (vocab_size,) class weights, fp32 or 16 bits, read as fp32 (fp64 for fp64 logits).
-        ignore_index: target of rows that do not count.
+        ignore_index: target of rows that are not counted.
         label_smoothing: share of the target spread over all classes; 0 means off.
         z_loss: factor of the squared log-sum-exp, which is added to the loss; 0 means off.
         softcap: logits become softcap * tanh(logits / softcap); 0 means off.
@@ -347,7 +349,7 @@ def cross_entropy(
         )
         return cross_entropy_torch(logits, target, options)
     if not inplace and logits.stride(1) != 1:
-        logits = logits.contiguous()  # kernels take any distance between rows, but whole rows
+        logits = logits.contiguous()  # kernels support any stride between rows, but need contiguous rows
     packed = (ignore_index, float(label_smoothing), float(z_loss), float(softcap), k)
     if needs_grad(logits):
         if not inplace:

@@ -64,7 +64,7 @@ def embedding_ref(
     positions: Tensor | None = None,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """The `torch` backend, the parity baseline and, in fp64, its ground truth: F.embedding, twice."""
+    """Serve the `torch` backend, the parity baseline and, in fp64, the truth of parity: F.embedding, twice."""
     out = F.embedding(ids, weight, padding_idx)
     if position_weight is None:
         return out
@@ -99,7 +99,7 @@ class EmbeddingFn(torch.autograd.Function):
         ids, positions = ctx.saved_tensors
         dweight = dposition = None
         if ctx.needs_input_grad[2]:
-            counted = ids if ctx.padding_idx is None else torch.where(ids == ctx.padding_idx, -1, ids)  # -1 is no row
+            counted = ids if ctx.padding_idx is None else torch.where(ids == ctx.padding_idx, -1, ids)  # -1: no row
             dweight = _gather(ctx.backend, ctx.tables[0], ctx.rows, dy, counted)
         if ctx.needs_input_grad[3] and positions is None:
             dposition = _sum_batch(ctx.tables[1], ctx.position_rows, dy)
@@ -110,7 +110,7 @@ class EmbeddingFn(torch.autograd.Function):
 
 
 def _place(table: Tensor | None) -> Tensor | None:
-    """The buffer that takes this table's gradient, zeros if no sum is in it yet; None without one."""
+    """Return the buffer for the gradient of this table, zeroed if it holds no sum yet; None if there is no buffer."""
     buffer, filled = (None, False) if table is None else gradient_place(table)
     if table is not None and buffer is not None:
         if not filled:
@@ -120,7 +120,7 @@ def _place(table: Tensor | None) -> Tensor | None:
 
 
 def _gather(backend: str, table: Tensor | None, rows: int, dy: Tensor, ids: Tensor) -> Tensor | None:
-    """Gradient of a table whose rows `ids` were read; None where it went to its place."""
+    """Return the gradient of a table whose rows `ids` were read; None if it was written to its buffer."""
     buffer = _place(table)
     if buffer is None:
         grad: Tensor = EMBEDDING_BWD[backend](dy, ids, rows)
@@ -131,7 +131,7 @@ def _gather(backend: str, table: Tensor | None, rows: int, dy: Tensor, ids: Tens
 
 
 def _sum_batch(table: Tensor | None, rows: int, dy: Tensor) -> Tensor | None:
-    """As _gather, where token t of every sequence read row t."""
+    """Return the same as _gather if token t of every sequence read row t."""
     total = (dy if dy.dim() > 2 else dy[None]).flatten(0, -3).sum(0, dtype=torch.float32)  # (T, C)
     buffer = _place(table)
     if buffer is None:
@@ -181,7 +181,7 @@ def _check(ids: Tensor, weight: Tensor, position_weight: Tensor | None, position
 
 def _self_check(backend: str, device: torch.device) -> float:
     errors = [_error(backend, device, torch.float32, 5, 130)]
-    if backend == "cuda":  # other kernels: in 16-byte pieces, and more than one level of sums
+    if backend == "cuda":  # other kernels: 16-byte accesses, and sums in more than one level
         errors.append(_error(backend, device, torch.bfloat16, 40, 768))
     return max(errors)
 
@@ -214,7 +214,7 @@ def embedding(
     positions: Tensor | None = None,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """weight[ids], plus position_weight[positions] if given.
+    """Return weight[ids], plus position_weight[positions] if given.
 
     Args:
         ids: (..., T) int64 or int32, usually (B, T).

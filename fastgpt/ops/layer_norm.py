@@ -61,7 +61,8 @@ def layer_norm_ref(
     *,
     residual: Tensor | None = None,
 ) -> Any:
-    """The formula at this file's head; statistics in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    """Compute the formula at the head of this file, with statistics in fp32 (fp64 for fp64 input). The parity tests
+    take it as the truth."""
     s = x if residual is None else x + residual
     wide = s.to(torch.promote_types(s.dtype, torch.float32))
     centred = wide - wide.mean(-1, keepdim=True)
@@ -74,7 +75,7 @@ def layer_norm_ref(
 def layer_norm_torch(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, residual: Tensor | None = None
 ) -> Any:
-    """The `torch` backend and the parity baseline: PyTorch's own op where it takes these dtypes, else the formula."""
+    """Serve the `torch` backend and the parity baseline: PyTorch's op if it supports these dtypes, else the formula."""
     if any(t is not None and t.dtype != x.dtype for t in (weight, bias)):
         return layer_norm_ref(x, weight, bias, eps, residual=residual)
     s = x if residual is None else x + residual
@@ -106,7 +107,7 @@ class LayerNormFn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight, bias, stats = ctx.saved_tensors
-        if dy is None:  # only x + residual was used
+        if dy is None:  # only x + residual has been used
             dx, dweight, dbias = dsum, None, None
         else:
             dx, dweight, dbias = LAYER_NORM_BWD[ctx.backend](dy, dsum, h, weight, bias, stats)
@@ -129,7 +130,7 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, n_cols: int) 
 
 
 def _self_check(backend: str, device: torch.device) -> float:
-    wide = (768, 1600) if backend == "cuda" else ()  # other kernels than 130: in 16-byte pieces, of one and two warps
+    wide = (768, 1600) if backend == "cuda" else ()  # two more kernels: 16-byte accesses, one and two warps a row
     errors = [_error(backend, device, torch.bfloat16, n_cols) for n_cols in wide]
     return max(_error(backend, device, torch.float32, 130), *errors, 0.0)
 

@@ -1,10 +1,11 @@
-"""A linear layer whose matrix products are PyTorch's and whose weight gradient is computed where it is kept.
+"""Linear layer with PyTorch's matrix products, whose weight gradient is computed directly in the buffer that keeps it.
 
     y = x W^T + b;  dx = dy W,  dW = dy^T x,  db = sum over the rows of dy
 
-If the weight has a `grad_buffer`, the matrix product itself puts dW there: the first backward of a step writes, later
-ones add (Megatron-LM's gradient accumulation fusion). For each weight and step that saves a new tensor (on a CPU its
-page faults cost as much as the product at small batches) and, with accumulation, one read and two writes.
+If the weight has a `grad_buffer`, the matrix product writes dW there: the first backward of a step overwrites the
+buffer, later ones add to it (gradient accumulation fusion, as in Megatron-LM). For each weight and step this saves a
+new tensor (on a CPU its page faults cost as much as the product at small batches) and, with accumulation, one read and
+two writes.
 
 Saved for backward: x and W, as in torch.nn.functional.linear.
 
@@ -26,12 +27,12 @@ from fastgpt.ops._common import gradient_place, needs_grad
 
 
 def weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
-    """dy^T x of rows dy (N, F) and x (N, C): (F, C), or None where it went to the weight's own buffer."""
+    """Return dy^T x (F, C) for rows dy (N, F) and x (N, C), or None if it was written to the buffer of the weight."""
     place, holds_sum = gradient_place(weight)
     if place is None:
         return dy.t() @ x
     if holds_sum:
-        torch.addmm(place, dy.t(), x, out=place)  # torch's FLOP counter knows no addmm_
+        torch.addmm(place, dy.t(), x, out=place)  # PyTorch's FLOP counter does not count addmm_
     else:
         torch.mm(dy.t(), x, out=place)
     weight.grad = place
@@ -43,7 +44,7 @@ class LinearFn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.has_bias, ctx.owner = bias is not None, weight  # saved-tensor hooks give back a copy without its buffer
+        ctx.has_bias, ctx.owner = bias is not None, weight  # saved-tensor hooks return a copy without the buffer
         ctx.save_for_backward(x, weight)
         return F.linear(x, weight, bias)
 
@@ -59,7 +60,8 @@ class LinearFn(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """torch.nn.functional.linear; a weight with a `grad_buffer` (fastgpt.nn.keep_gradients) gets its gradient there.
+    """Compute torch.nn.functional.linear; the gradient of a weight with a `grad_buffer` (fastgpt.nn.keep_gradients) is
+    written there.
 
     Args:
         x: (..., C).

@@ -1,4 +1,4 @@
-"""LM head and loss in one op, which holds only part of the logits in memory where they would be large.
+"""LM head and loss in one op, which holds only part of the logits in memory if they are large.
 
     z = x W^T + b      (N, V), then the loss of fastgpt/ops/cross_entropy.py over z, with all its options
     dx = dz W,   dW = dz^T x,   db = sum over the rows of dz
@@ -62,7 +62,8 @@ from fastgpt.ops.linear import weight_gradient
 def linear_cross_entropy_ref(
     x: Tensor, linear_weight: Tensor, target: Tensor, *, linear_bias: Tensor | None = None, **options: Any
 ) -> Tensor:
-    """The formula at this file's head, in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    """Compute the formula at the head of this file, in fp32 (fp64 for fp64 input). The parity tests take it as the
+    truth."""
     wide = torch.promote_types(x.dtype, torch.float32)
     z = x.to(wide) @ linear_weight.to(wide).t()
     return cross_entropy_ref(z if linear_bias is None else z + linear_bias.to(wide), target, **options)
@@ -71,19 +72,19 @@ def linear_cross_entropy_ref(
 def linear_cross_entropy_torch(
     x: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
-    """The `torch` backend and the parity baseline: PyTorch's own linear layer, its logits in fp32 into its own loss."""
+    """Serve the `torch` backend and the parity baseline: PyTorch's linear layer, then its loss over fp32 logits."""
     return cross_entropy_torch(F.linear(x, linear_weight, linear_bias), target, options)
 
 
 def _inner_scale(x: Tensor, count: Tensor | None) -> Tensor:
-    """What dz holds of the loss's scale, (1,) fp32: 1 / count, but nothing in fp16 (this file's head)."""
+    """Return the part of the loss scale that dz contains, (1,) fp32: 1 / count, or 1 in fp16 (head of this file)."""
     if count is None or x.dtype == torch.float16:
         return torch.ones(1, dtype=torch.float32, device=x.device)
     return count.reciprocal()
 
 
 def _outer_scale(grad: Tensor, count: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What it does not hold, fp32: (1,), or (N,) for "none"."""
+    """Return the part of the loss scale that dz does not contain, fp32: (1,), or (N,) for "none"."""
     rows = grad.float().reshape(-1).contiguous()
     if count is None or dtype != torch.float16:
         return rows
@@ -91,8 +92,10 @@ def _outer_scale(grad: Tensor, count: Tensor | None, dtype: torch.dtype) -> Tens
 
 
 def _in_range(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """scale in two: over 16-bit values, and over their fp32 products. In fp16 the second is the largest of scale, so
-    that the first is at most 1."""
+    """Split scale into a factor for 16-bit values and a factor for their fp32 products.
+
+    In fp16 the second factor is the largest element of scale, so the first is at most 1. In other dtypes it is None.
+    """
     if dtype != torch.float16 or not scale.numel():
         return scale, None
     top = scale.abs().amax().reshape(1)
@@ -100,19 +103,19 @@ def _in_range(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]
 
 
 def _scaled(backend: str, t: Tensor, scale: Tensor) -> Tensor:
-    """A copy of t (N, C) times scale[row], rounded once; with scale 1 the copy alone."""
+    """Return a copy of t (N, C) with each row multiplied by its scale and rounded once; with scale 1 a plain copy."""
     t = t.clone(memory_format=torch.contiguous_format)
     SCALE_ROWS[backend](t, scale)
     return t
 
 
 def _product(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """scale * grad in dtype, without the product in fp32 (V C elements) in memory."""
+    """Return scale * grad in dtype, without an fp32 product (V C elements) in memory."""
     return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
 
 
 def _deliver(weight: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor | None:
-    """scale * grad (fp32) as `weight`'s gradient, in one pass: returned in its dtype, or put in its place."""
+    """Make scale * grad (fp32) the gradient of `weight` in one pass: return it, or write it to the buffer."""
     place, filled = gradient_place(weight)
     if place is None:
         return grad.to(weight.dtype) if scale is None else _product(grad, scale, weight.dtype)
@@ -125,7 +128,8 @@ def _deliver(weight: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor | Non
 
 
 def _weight_gradient(w: Tensor, dz: Tensor, x: Tensor, scale: Tensor | None) -> Tensor | None:
-    """dz^T x, times scale (1,) if there is one. Without one, the product itself writes to a place of its dtype."""
+    """Return dz^T x, times scale (1,) if given. Without a scale, the product writes directly to a buffer if the buffer
+    has the dtype of the weight."""
     place, _ = gradient_place(w)
     if scale is None and (place is None or place.dtype == w.dtype):
         return weight_gradient(w, dz, x)
@@ -133,14 +137,14 @@ def _weight_gradient(w: Tensor, dz: Tensor, x: Tensor, scale: Tensor | None) -> 
 
 
 def _bias_gradient(dz: Tensor, scale: Tensor) -> Tensor:
-    """Sum of scale[row] * dz[row] in fp32."""
+    """Return the sum of scale[row] * dz[row] in fp32."""
     if scale.numel() == 1:
         return dz.sum(0, dtype=torch.float32) * scale
     return product_in_fp32(dz, scale[:, None].to(dz.dtype))[:, 0]
 
 
 class LinearCrossEntropyFn(torch.autograd.Function):
-    """In one piece: forward leaves dz in the logits' place, backward is the products."""
+    """Autograd in one piece: forward replaces the logits with dz, backward computes the products."""
 
     @staticmethod
     def forward(
@@ -173,7 +177,8 @@ class LinearCrossEntropyFn(torch.autograd.Function):
 
 
 class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
-    """In chunks, "mean" or "sum": forward makes the gradients, backward multiplies them by the upstream one."""
+    """Autograd in chunks, "mean" or "sum": forward computes the gradients, backward multiplies them by the upstream
+    gradient."""
 
     @staticmethod
     def forward(
@@ -200,7 +205,7 @@ class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
 
 
 class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
-    """In chunks, "none": forward makes the loss; backward makes the logits again and all gradients."""
+    """Autograd in chunks, "none": forward computes the loss, backward recomputes the logits for the gradients."""
 
     @staticmethod
     def forward(
@@ -225,10 +230,12 @@ class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
 
 
 def rows_at_once(n: int, v: int, itemsize: int, budget: int) -> int:
-    """chunk="auto": n, one piece, while its logits take at most `budget` bytes; else the fewest pieces that do.
+    """Return the rows of a chunk for chunk="auto".
 
-    They are alike, since a short last one costs as many passes over dW as a whole one, and a multiple of 128 rows, a
-    matrix product's tile; 128 at least.
+    They are n if all logits take at most `budget` bytes, else those of the fewest chunks within the budget.
+
+    Chunks have equal sizes, because a short last chunk costs as many passes over dW as a whole one. Their size is a
+    multiple of 128 rows (the tile of a matrix product), and at least 128.
     """
     if n * v * itemsize <= budget:
         return n
@@ -241,7 +248,7 @@ def _loss(
     backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, reduction: str,
     options: Options, chunk: int,
 ) -> Tensor:  # fmt: skip
-    """On a kernel backend: by what needs a gradient, and whether the logits are to be in one piece."""
+    """Compute the loss on a kernel backend. What needs a gradient and whether there are chunks decide how."""
     whole = chunk >= x.shape[0]
     if needs_grad(x, w, b):
         if whole:
@@ -259,7 +266,8 @@ def _loss(
 
 
 def _self_check(backend: str, device: torch.device) -> float:
-    """Values that every product holds exactly, in TF32 and bf16 too, with logits 64 apart: 0 where all is right."""
+    """Compare on values whose products are exact in TF32 and bf16 too, with logits 64 apart: the error is 0 if all is
+    right."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randint(-2, 3, s, generator=generator).to(device).double() for s in ((7, 8), (33, 8)))
     w, b, target = 64 * w, 64 * (x.new_tensor(range(33)) % 5), torch.tensor([0, 29, 7, -100, 5, 1, 2], device=device)
@@ -295,7 +303,8 @@ def linear_cross_entropy(
     reduction: str = "mean",
     chunk: int | str = "auto",
 ) -> Tensor:
-    """Cross-entropy of a linear layer's logits; formula and sources at the heads of this file and of `cross_entropy`.
+    """Compute the cross-entropy of the logits of a linear layer; the heads of this file and of `cross_entropy` have the
+    formula and the sources.
 
     Args:
         x: (N, C) fp32, bf16, fp16 (fp64 on the reference). Under autocast, x, linear_weight and linear_bias are cast to

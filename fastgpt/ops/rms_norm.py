@@ -66,7 +66,8 @@ def rms_norm_ref(
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
 ) -> Any:
-    """The formula at this file's head; statistics in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    """Compute the formula at the head of this file, with statistics in fp32 (fp64 for fp64 input). The parity tests
+    take it as the truth."""
     s = x if residual is None else x + residual
     wide = s.to(torch.promote_types(s.dtype, torch.float32))
     y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
@@ -82,7 +83,7 @@ def rms_norm_torch(
     residual: Tensor | None = None,
     weight_offset: float = 0.0,
 ) -> Any:
-    """The `torch` backend and the parity baseline: PyTorch's own op where it takes these dtypes, else the formula."""
+    """Serve the `torch` backend and the parity baseline: PyTorch's op if it supports these dtypes, else the formula."""
     if weight is not None and (weight.dtype != x.dtype or weight_offset != 0.0):
         return rms_norm_ref(x, weight, eps, residual=residual, weight_offset=weight_offset)
     s = x if residual is None else x + residual
@@ -132,7 +133,7 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, n_cols: int) 
 
 
 def _self_check(backend: str, device: torch.device) -> float:
-    wide = (768, 4096) if backend == "cuda" else ()  # other kernels than 130: in 16-byte pieces, of one and four warps
+    wide = (768, 4096) if backend == "cuda" else ()  # two more kernels: 16-byte accesses, one and four warps a row
     errors = [_error(backend, device, torch.bfloat16, n_cols) for n_cols in wide]
     return max(_error(backend, device, torch.float32, 130), *errors, 0.0)
 

@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864).
 
-    (a, b) -> (a cos - b sin, b cos + a sin)      undone by -sin
+    (a, b) -> (a cos - b sin, b cos + a sin)      inverted by -sin
 
 for each pair of the first rotary_dim columns of a head: (i, i + rotary_dim/2) by default ("half", GPT-NeoX, Llama) or
 (2i, 2i + 1) ("interleaved", GPT-J). cos and sin belong to the token's position; the other columns are unchanged.
@@ -10,7 +10,7 @@ backward. Backward writes a new tensor, because other code may hold the incoming
 
 Saved for backward: cos, sin and positions only.
 
-Determinism: bitwise. Each pair is computed on its own.
+Determinism: bitwise. Each pair is computed independently.
 
 Limits: cos and sin are constants and get no gradient. First derivatives only.
 """
@@ -52,13 +52,13 @@ ROPE_FWD = define(
     f"(Tensor q, Tensor k, {_TABLES}, bool interleaved, bool inverse) -> (Tensor, Tensor)",
     _fwd_fake,
 )
-ROPE_ROWS = define(  # in place, the first n_turned heads
+ROPE_ROWS = define(  # rotates the first n_turned heads in place
     "rope",
     "rope_rows",
     f"(Tensor(a!) qkv, {_TABLES}, int n_turned, bool interleaved, bool inverse) -> ()",
     no_outputs,
 )
-ROPE_COPY = define(  # as rope_rows, into a new tensor
+ROPE_COPY = define(  # like rope_rows, into a new tensor
     "rope",
     "rope_copy",
     f"(Tensor qkv, {_TABLES}, int n_turned, bool interleaved, bool inverse) -> Tensor",
@@ -67,7 +67,7 @@ ROPE_COPY = define(  # as rope_rows, into a new tensor
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool) -> Tensor:
-    """The formula at this file's head, in fp32 (fp64 for fp64 input)."""
+    """Compute the formula at the head of this file, in fp32 (fp64 for fp64 input)."""
     half = cos.shape[-1]
     turned, rest = x[..., : 2 * half].to(torch.promote_types(x.dtype, torch.float32)), x[..., 2 * half :]
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else (turned[..., :half], turned[..., half:])
@@ -81,8 +81,11 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, inter
 def rope_ref(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The `torch` backend, the parity baseline and, in fp64, its ground truth: eager, in fp32 inside as the kernels
-    (a composition that rounds to 16 bits between its steps would be a wider bound than this op needs)."""
+    """Serve the `torch` backend, the parity baseline and, in fp64, the truth of parity.
+
+    It is eager and computes in fp32 like the kernels. A composition that rounds to 16 bits between its steps would
+    give a wider bound than this op needs.
+    """
     return _rotate(q, cos, sin, positions, interleaved), _rotate(k, cos, sin, positions, interleaved)
 
 
@@ -96,13 +99,13 @@ def rope_qkv_ref(
     interleaved: bool = False,
     positions: Tensor | None = None,
 ) -> Tensor:
-    """As rope_ref, for one packed tensor; returns a new one."""
+    """Return a new tensor: rope_ref of one packed tensor."""
     n = n_heads + n_kv_heads
     return torch.cat((_rotate(qkv[:, :, :n], cos, sin, positions, interleaved), qkv[:, :, n:]), dim=2)
 
 
 class RopeFn(torch.autograd.Function):
-    """Autograd over the raw op: (backend, q, k, cos, sin, positions, interleaved) -> (q, k) turned."""
+    """Autograd over the raw op: (backend, q, k, cos, sin, positions, interleaved) -> rotated (q, k)."""
 
     @staticmethod
     def forward(
@@ -120,7 +123,7 @@ class RopeFn(torch.autograd.Function):
         some = dk if dq is None else dq
         if some is None:
             return (None,) * 7
-        nothing = some[:, :, :0]  # no heads: a gradient that nobody wants costs nothing
+        nothing = some[:, :, :0]  # no heads: an unneeded gradient costs nothing
         turned = ROPE_FWD[ctx.backend](
             nothing if dq is None else dq, nothing if dk is None else dk, *ctx.saved_tensors, ctx.pairs, True
         )
@@ -128,8 +131,10 @@ class RopeFn(torch.autograd.Function):
 
 
 class RopeQkvFn(torch.autograd.Function):
-    """Autograd over the raw ops: (backend, x, shape, inplace, cos, sin, positions, n_turned, interleaved) -> x turned,
-    where x is a packed (B, T, H, D) tensor, or what holds one of this shape."""
+    """Autograd over the raw ops: (backend, x, shape, inplace, cos, sin, positions, n_turned, interleaved) -> rotated x.
+
+    x is a packed (B, T, H, D) tensor, or a tensor of which the packed tensor is a view of this shape.
+    """
 
     @staticmethod
     def forward(
@@ -160,12 +165,12 @@ class RopeQkvFn(torch.autograd.Function):
 
 
 def _writable(x: Tensor) -> bool:
-    """Whether columns are contiguous and every element has an address of its own."""
+    """Return whether columns are contiguous and no two elements share an address."""
     if torch.compiler.is_compiling() or x.is_contiguous():
         return x.is_contiguous()
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         return False
-    reach = 0  # of the dimensions within
+    reach = 0  # of the inner dimensions
     for step, size in sorted(zip(x.stride(), x.shape)):
         if size > 1 and step <= reach:
             return False
@@ -174,10 +179,10 @@ def _writable(x: Tensor) -> bool:
 
 
 def _held_by(x: Tensor) -> Tensor | None:
-    """The tensor that x is a plain view of all of (x itself where it is no view), None where there is none.
+    """Return the tensor of which x is a plain view that covers all of it (x itself if it is no view), or None.
 
-    Autograd is told of the write there: told of a write to a view, its backward copies the whole gradient three times.
-    Compilers see through those copies, but not through `_base`.
+    The write is reported to autograd on that tensor. After a write to a view, backward copies the whole gradient three
+    times. Compilers remove those copies, but cannot trace `_base`.
     """
     if torch.compiler.is_compiling() or x._base is None:
         return x
@@ -188,7 +193,7 @@ def _held_by(x: Tensor) -> Tensor | None:
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> None:
-    """Tables and positions against x (B, T, H, D)."""
+    """Raise unless the tables and the positions fit x (B, T, H, D)."""
     b, t, d = x.shape[0], x.shape[1], x.shape[3]
     for name, table in (("cos", cos), ("sin", sin)):
         check_float("rope", name, table)
@@ -217,7 +222,7 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None) -> Non
 def _self_check(backend: str, device: torch.device) -> float:
     errors = [_error(backend, device, torch.float32, 20, 8)]
     if backend == "cuda":
-        errors += [_error(backend, device, torch.bfloat16, 64, 32)]  # in 16-byte pieces
+        errors += [_error(backend, device, torch.bfloat16, 64, 32)]  # 16-byte accesses
     return max(errors)
 
 
@@ -244,7 +249,7 @@ register("rope", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def rope_frequencies(rotary_dim: int, theta: float = 10000.0, scaling: dict[str, Any] | None = None) -> Tensor:
-    """Radians per position of each pair: theta^(-2i / rotary_dim), scaled.
+    """Return the radians per position of each pair: theta^(-2i / rotary_dim), scaled.
 
     Args:
         rotary_dim: columns of a head that rotate; even.
@@ -264,7 +269,7 @@ def rope_frequencies(rotary_dim: int, theta: float = 10000.0, scaling: dict[str,
         raise ValueError(f"rope: scaling's rope_type is {kind!r}, expected 'linear' or 'llama3'")
     if kind == "linear":
         return f / scaling["factor"]
-    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)  # turns within the original context
+    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)  # turns in the original context
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * f + (1 - keep) * f / scaling["factor"]

@@ -9,7 +9,7 @@ one packed tensor for a packed input.
 
 Saved for backward: gate and up. act and act' are recomputed.
 
-Determinism: bitwise. Each element is computed on its own.
+Determinism: bitwise. Each element is computed independently.
 
 Limits: gate and up share one dtype and shape. First derivatives only.
 """
@@ -29,7 +29,7 @@ from fastgpt.core.backend import Cell, register, select
 from fastgpt.ops._common import check_float, check_like, contiguous_like, define, fp64_results, relative_error
 from fastgpt.ops._pointwise import pointwise
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # their places are the raw ops' numbers
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # the raw ops identify them by position
     "silu": F.silu,
     "gelu": F.gelu,
     "relu2": lambda x: F.relu(x).square(),
@@ -63,21 +63,22 @@ SWIGLU_BWD = define(
 
 
 def swiglu_ref(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> Tensor:
-    """The formula at this file's head, in fp32 (fp64 for fp64 input). Ground truth of the parity tests."""
+    """Compute the formula at the head of this file, in fp32 (fp64 for fp64 input). The parity tests take it as the
+    truth."""
     g, u = gate.chunk(2, dim=-1) if up is None else (gate, up)
     wide = torch.promote_types(g.dtype, torch.float32)
     return (FORMULAS[activation](g.to(wide)) * u.to(wide)).to(g.dtype)
 
 
 def swiglu_torch(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> Tensor:
-    """The `torch` backend and the parity baseline: eager, in two passes or more."""
+    """Serve the `torch` backend and the parity baseline: eager, in two or more passes."""
     g, u = gate.chunk(2, dim=-1) if up is None else (gate, up)
     return ACTIVATIONS[activation](g) * u
 
 
 def _self_check(backend: str, device: torch.device) -> float:
     worst = 0.0
-    kinds = [(torch.float32, 130)] + [(torch.bfloat16, 2048)] * (backend == "cuda")  # the latter in 16-byte pieces
+    kinds = [(torch.float32, 130)] + [(torch.bfloat16, 2048)] * (backend == "cuda")  # bf16: 16-byte accesses
     for (name, number), (dtype, n_cols) in itertools.product(NUMBERS.items(), kinds):
         gate, up, dy = torch.randn(3, 5, n_cols, device=device).to(dtype).unbind()
         packed = torch.cat((gate, up), -1)
@@ -92,7 +93,7 @@ register("swiglu", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def swiglu(gate: Tensor, up: Tensor | None = None, *, activation: str = "silu") -> Tensor:
-    """act(gate) * up.
+    """Return act(gate) * up.
 
     Args:
         gate: (..., F), or packed (..., 2F) with the gate first when up is None. Any strides; fp32, bf16, fp16 (fp64 on

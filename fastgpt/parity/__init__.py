@@ -1,10 +1,10 @@
-"""Numerical parity of every op x backend x dtype x layouts against its reference in fp64, by one rule (rule.py).
+"""Numerical parity of every op, backend, dtype and layout with the fp64 reference, by one rule (rule.py).
 
 `fastgpt parity` prints the table, worst ratio first, and exits 1 on a ratio over 1 or a cell without a case (table.py).
 The tests run the same cases one by one.
 
-To add an op: a module here of its name with `SUBJECT = Subject(...)` (rule.py says what a Subject is; swiglu.py is the
-shortest pattern). It is found by the registry.
+To add an op, add a module with its name and `SUBJECT = Subject(...)` here. rule.py documents Subject, and swiglu.py is
+the shortest example. The registry finds the module.
 """
 
 from fastgpt.parity.command import main, missing_cells, run_all

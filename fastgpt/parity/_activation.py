@@ -1,4 +1,4 @@
-"""What the parity of bias_gelu and of swiglu share."""
+"""Shared parts of the parity of bias_gelu and swiglu."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ EXTREMES: tuple[dict[str, Any], ...] = ({"mean": 1e4}, {"mean": -1e4}, {"scale":
 
 
 def backward(y: Tensor, dy: Tensor, leaves: dict[str, Tensor | None]) -> Outputs:
-    """Run backward; the output and the gradients by name."""
+    """Run backward and return the output and the gradients by name."""
     y.backward(dy)
     return {"y": y, **{n: t.grad for n, t in leaves.items() if t is not None and t.grad is not None}}

@@ -1,4 +1,4 @@
-"""What the parity of layer_norm and of rms_norm share."""
+"""Shared parts of the parity of layer_norm and rms_norm."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastgpt.parity.rule import Case, Outputs, Variant
 
 
 def run_norm(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Outputs and gradients of LayerNorm, or of RMSNorm (no bias, but a weight offset), by `fn`."""
+    """Run `fn`, a LayerNorm or an RMSNorm (no bias, but a weight offset), and return its outputs and gradients."""
     o = dict(case.options)
     width = case.shape[-1:]
     param = torch.float32 if o.get("fp32_weight") else case.dtype
@@ -32,19 +32,19 @@ def run_norm(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
 
 
 def bases(dtype: torch.dtype) -> Iterator[Variant]:
-    """Shapes and options for every layout."""
+    """Yield the shapes and options that run in every layout."""
     yield (2, 3, 33), {"residual": True}
     yield (2, 3, 33), {}
-    yield (2, 3, 64), {"residual": True}  # in 16-byte pieces where the layout allows
+    yield (2, 3, 64), {"residual": True}  # 16-byte accesses where the layout allows them
 
 
 def variants(dtype: torch.dtype, own: list[dict[str, Any]]) -> Iterator[Variant]:
-    """Other shapes and options; own: options that only one of the norms has."""
+    """Yield other shapes and options; own: options that only one of the norms has."""
     shapes = ((1, 1), (1, 7), (2, 3, 770), (67, 128), (3, 1024), (2, 5000), (2, 9001))
-    for shape in (*shapes, (9, 2080), (2, 8448), (34, 4104)):  # the last: more rows than one wave of blocks has
+    for shape in (*shapes, (9, 2080), (2, 8448), (34, 4104)):  # the last has more rows than one wave of blocks
         yield shape, {"residual": True}
     yield (67, 128), {}
-    for o in ({}, {"residual": True}, {"weight": False}, *own):  # one column: what RMSNorm hands back nearly cancels
+    for o in ({}, {"residual": True}, {"weight": False}, *own):  # one column: the gradient of RMSNorm nearly cancels
         if dtype != torch.float32 or not o.get("fp32_weight"):
             yield (33, 1), o
     yield (7, 1), {}

@@ -1,4 +1,4 @@
-"""Explicit positions for the parity of rope and of embedding."""
+"""Explicit positions for the parity of rope and embedding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastgpt.parity.inputs import Inputs
 
 
 def rows(inputs: Inputs, top: int, shape: tuple[int, ...], kind: str | None) -> Tensor | None:
-    """Explicit positions in [0, top): one row for all sequences ('shared'), one for each ('own'), or None."""
+    """Return positions in [0, top): one row for all sequences ('shared'), one row for each ('own'), or None."""
     if kind is None:
         return None
     g = torch.Generator().manual_seed(5)

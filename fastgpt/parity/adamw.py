@@ -1,4 +1,4 @@
-"""Parity of the AdamW step: parameters, masters and moments after some steps; there is no backward."""
+"""Parity of the AdamW step: parameters, masters and moments after a few steps. There is no backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 
 
 class TorchAdamW(torch.optim.AdamW):
-    """The baseline: clip, torch.optim.AdamW on fp32 masters, moments rounded where ours are kept in 16 bits."""
+    """Baseline: clip, torch.optim.AdamW on fp32 masters, moments rounded where fastgpt stores 16 bits."""
 
     def __init__(self, groups: Any, max_norm: float | None = None, moment_dtype: torch.dtype = torch.float32, **_: Any):
         super().__init__(groups)
@@ -31,7 +31,7 @@ class TorchAdamW(torch.optim.AdamW):
 
 
 def run_adamw(case: Case, make: Callable[..., torch.optim.Optimizer], inputs: Inputs) -> Outputs:
-    """Parameters, masters and moments after some steps of the optimizer that `make(groups, **settings)` gives."""
+    """Step the optimizer that `make(groups, **settings)` returns, and return parameters, masters and moments."""
     settings = dict(case.options)
     masters = make is TorchAdamW and settings.get("master", "fp32") is not None
     params = [inputs.tensor(shape, case.dtype, written=True) for shape in (case.shape, (7,), (3, 5))]
@@ -42,7 +42,7 @@ def run_adamw(case: Case, make: Callable[..., torch.optim.Optimizer], inputs: In
     for _ in range(steps):
         for p in params:
             grad = inputs.grad(tuple(p.shape), case.dtype).to(p.dtype)
-            p.grad = grad.clone() if make is TorchAdamW else grad  # torch's clipping writes to it
+            p.grad = grad.clone() if make is TorchAdamW else grad  # clip_grad_norm_ writes to it
         optimizer.step()
     out: Outputs = {}
     for i, p in enumerate(params):
@@ -57,7 +57,7 @@ def run_adamw(case: Case, make: Callable[..., torch.optim.Optimizer], inputs: In
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
     clip, narrow = {"max_norm": 0.5}, {"moment_dtype": torch.bfloat16}
     own: list[dict[str, Any]] = [{"master": "remainder"}, {"master": None}] if dtype == torch.bfloat16 else []
-    for master in ({}, *own):  # the baseline without masters is NaN in fp16
+    for master in ({}, *own):  # in fp16 the baseline without masters is NaN
         for o in ({}, clip, narrow, clip | narrow):
             yield (3, 11, 17), {**master, **o, "steps": 2}
 
@@ -70,5 +70,5 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     yield (0,), {}
 
 
-_LAYOUTS = ("contiguous", "transposed", "permuted", "misaligned")  # a parameter is dense, its state has its layout
+_LAYOUTS = ("contiguous", "transposed", "permuted", "misaligned")  # parameters and their state are dense
 SUBJECT = Subject(run_adamw, AdamW, TorchAdamW, AdamW, _bases, _variants, _LAYOUTS)

@@ -1,7 +1,8 @@
-"""Parity of attention, from three tensors and from one packed one.
+"""Parity of attention, over three tensors and over one packed tensor.
 
-The baseline is F.scaled_dot_product_attention, its mask a tensor; for what that cannot do (softcap, dropout by a
-known key, lse) the eager composition in the case's dtype: products, softmax and dropout, each rounded to it.
+The baseline is F.scaled_dot_product_attention with a mask tensor. For what it does not support (softcap, dropout with a
+known key, lse) the baseline is an eager composition: products, softmax and dropout, each rounded to the dtype of the
+case.
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 DEFAULTS: dict[str, Any] = dict.fromkeys(
     ("scale", "window", "cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
 ) | {"causal": False, "softcap": 0.0, "dropout_p": 0.0}
-SEED = 11  # of the draw that becomes the key of dropout
+SEED = 11  # of the draw of the dropout key
 
 
 def _index_tensors(o: dict[str, Any], b: int, t: int, s: int) -> dict[str, Tensor]:
-    """The index tensors that a case's flags stand for."""
+    """Build the index tensors that the flags of a case request."""
     found: dict[str, Tensor] = {}
     if o.pop("docs", False):
         found["doc_ids"] = torch.arange(t).mul(3).div(t, rounding_mode="floor").repeat(b, 1) + torch.arange(b)[:, None]
-    if o.pop("lens", False):  # the whole, then less, down to no key at all
+    if o.pop("lens", False):  # from all keys down to none
         found["kv_lens"] = torch.arange(b).mul(-(s // 2)).add(s).clamp(min=0).int()
     if o.pop("start", False):
         found["kv_start"] = torch.arange(b).mul(2).add(1)
-    if o.pop("segments", False):  # an empty one, one of a token, a long one, and rows behind the last
+    if o.pop("segments", False):  # empty, one token, long; then rows after the last sequence
         found["cu_seqlens_q"] = torch.tensor([0, 0, 1, max(1, t - 2)], dtype=torch.int32)
         found["cu_seqlens_k"] = torch.tensor([0, 1, 3, max(3, s - 1)], dtype=torch.int32)
     return found
 
 
 def run_attention(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Output and gradients by `fn`; shape: B, T, S, H, Hkv, D."""
+    """Run `fn` and return its output and gradients; shape: B, T, S, H, Hkv, D."""
     b, t, s, h, g, d = case.shape
     o = dict(case.options)
     o |= {name: inputs.place(index) for name, index in _index_tensors(o, b, t, s).items()}
@@ -63,7 +64,7 @@ def run_attention(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs
 
 
 def _either(fn: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-    """`fn(q, k, v, rng, options)` -> (out, lse) as both public forms, with the key of dropout that these draw."""
+    """Wrap `fn(q, k, v, rng, options)` -> (out, lse) as both public forms, with the dropout key that these draw."""
 
     def call(*tensors: Tensor, return_lse: bool = False, n_heads: int = 0, n_kv_heads: int = 0, **o: Any) -> Any:
         q, k, v = tensors[0].split([n_heads, n_kv_heads, n_kv_heads], 2) if n_heads else tensors
@@ -121,11 +122,11 @@ SINGLE: tuple[dict[str, Any], ...] = (
     {"segments": True},
     {"packed": True},
 )
-KEYLESS = ("lens", "start", "segments")  # rows without a key: their lse is -inf, and has no gradient
+KEYLESS = ("lens", "start", "segments")  # rows without a key: their lse is -inf and has no gradient
 
 
 def _fits(o: dict[str, Any]) -> bool:
-    """Options that go together."""
+    """Return whether these options can be combined."""
     alone = "segments" in o and any(n in o for n in ("docs", "lens", "start"))
     return not alone and not ("return_lse" in o and ("packed" in o or any(n in o for n in KEYLESS)))
 
@@ -143,14 +144,14 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
             square = "docs" in o or "packed" in o
             yield (1 if "segments" in o else 2, 9, 9 if square else 11, 2, 1, 16), o
     for d in (1, 8, 40, 64, 80, 96, 128, 256):
-        yield (1, 33, 35, 2, 2, d), {"causal": True}  # of few values the largest error is a matter of luck
-    for d in (64, 128, 256):  # several tiles, with every option's code
+        yield (1, 33, 35, 2, 2, d), {"causal": True}  # with few values the largest error depends on luck
+    for d in (64, 128, 256):  # several tiles, with the code of every option
         yield (1, 70, 75, 2, 1, d), {"causal": True, "window": 30, "softcap": 2.0, "dropout_p": 0.3}
         yield (1, 70, 70, 1, 1, d), {"docs": True, "start": True}
     for t, s in ((1, 1), (1, 70), (70, 70), (3, 130), (130, 3), (65, 64), (0, 5), (5, 0)):
         for causal in (False, True):
             yield (1, t, s, 2, 1, 16), {"causal": causal}
-    for d in (1, 16):  # one key, one query, one or two keys a query
+    for d in (1, 16):  # one key, one query, one or two keys for each query
         yield (1, 33, 1, 2, 1, d), {}
         yield (1, 33, 2, 2, 1, d), {"causal": True}
         yield (1, 1, 33, 2, 1, d), {}
@@ -160,7 +161,7 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     yield (1, 130, 130, 2, 1, 32), {"causal": True, "segments": True}
     yield (2, 70, 70, 4, 2, 16), {"causal": True, "packed": True}
     yield (0, 5, 5, 2, 1, 16), {}
-    # |z| of 1000 in 16 bits; in fp32 softmax is then exactly one key, and the gradients are what dp - delta rounds to
+    # 30 gives |z| of 1000. In fp32, softmax would then be exactly one key, and the gradients the rounding of dp - delta
     for spread in (1e-3, 2.0 if dtype == torch.float32 else 30.0):
         yield (1, 9, 11, 2, 1, 16), {"causal": True, "spread": spread}
 

@@ -15,7 +15,7 @@ from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 
 
 def run_bias_gelu(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Output and gradients of bias + GELU by `fn`."""
+    """Run `fn`, bias + GELU, and return its output and gradients."""
     o = dict(case.options)
     x = inputs.leaf(case.shape, case.dtype, o.get("scale", 1.0), o.get("mean", 0.0))
     dtype = torch.float32 if o.get("fp32_weight") else case.dtype
@@ -27,7 +27,7 @@ def run_bias_gelu(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (2, 3, 33), {}
     yield (2, 3, 33), {"approximate": "tanh"}
-    yield (2, 3, 64), {}  # in 16-byte pieces where the layout allows
+    yield (2, 3, 64), {}  # 16-byte accesses where the layout allows them
 
 
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:

@@ -20,7 +20,7 @@ from fastgpt.parity.table import SUBJECTS, backends_here, layouts
 
 
 def run_all(only: list[str], jobs: int = 1) -> Iterator[Row]:
-    """All cases of the ops and backends in `only` (empty: all) that run here, in so many processes."""
+    """Run all cases of the ops and backends in `only` (empty: all) that this machine has, in `jobs` processes."""
     wanted = [op for op in SUBJECTS if op in only] or list(SUBJECTS)
     names = [b for b in backend.BACKENDS if b in only] or list(backend.BACKENDS)
     return jobs_of.run(
@@ -29,7 +29,7 @@ def run_all(only: list[str], jobs: int = 1) -> Iterator[Row]:
 
 
 def keep(rows: Iterable[Row], path: Path | None) -> Iterator[Row]:
-    """The rows, each written to `path` as it comes; numbers have four digits there, so that a GPU's take about 7 MB."""
+    """Yield the rows, and write each to `path` at once, with four digits: the rows of a GPU take about 7 MB."""
     with open(os.devnull if path is None else path, "w", encoding="utf-8") as f:
         for row in rows:
             short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(row).items()}
@@ -39,7 +39,7 @@ def keep(rows: Iterable[Row], path: Path | None) -> Iterator[Row]:
 
 
 def missing_cells(rows: list[Row]) -> list[str]:
-    """Cells of the registry (op x backend x dtype x layouts) that run here and that no row covers."""
+    """Return the cells of the registry (op, backend, dtype, layouts) that run here and that no row covers."""
     seen = {(r.op, r.backend, r.dtype, r.layouts) for r in rows}
     wanted = {
         (op, name, str(dtype).split(".")[1], f"{layout}/{grad_layout}")
@@ -53,7 +53,7 @@ def missing_cells(rows: list[Row]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`fastgpt parity`: run the cases, print the table; 1 if a ratio is over 1 or a cell is missing."""
+    """Run the cases and print the table; return 1 if a ratio is over 1 or a cell is missing."""
     parser = Parser(prog="fastgpt parity", description="errors against fp64, as a share of what is allowed")
     parser.add_argument("only", nargs="*", help="ops or backends; default: all that run here")
     parser.add_argument("--json", type=Path, help="write every row to this file as it comes, one a line")

@@ -17,7 +17,10 @@ INPLACE_LAYOUTS = ("contiguous", "sliced", "rows", "misaligned")
 
 
 def run_cross_entropy(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Loss and gradient of the logits by `fn`; targets hit the first and last class and, every third row, none."""
+    """Run `fn` and return the loss and the gradient of the logits.
+
+    Targets include the first and the last class; every third row has none.
+    """
     o = dict(case.options)
     n, columns = case.shape
     k = o.get("vocab_size", columns)
@@ -29,7 +32,7 @@ def run_cross_entropy(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Out
         o["weight"] = inputs.place(inputs.tensor((k,), torch.float32).abs() + 0.1)
     values, target = logits, inputs.place(target)
     if o.pop("inplace", False) and not inputs.wide:
-        layout = case.layout if case.layout in INPLACE_LAYOUTS else "sliced"  # whole rows, apart from each other
+        layout = case.layout if case.layout in INPLACE_LAYOUTS else "sliced"  # contiguous rows that do not overlap
         values = inputs.place(torch.zeros_like(logits), layout, written=True).copy_(logits)
         o["inplace"] = True
     loss = fn(values, target, **o)
@@ -48,10 +51,8 @@ def _torch_cross_entropy(logits: Tensor, target: Tensor, **options: Any) -> Tens
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (7, 61), {"reduction": "none"}
     yield (7, 61), {"reduction": "none", "inplace": True}
-    yield (
-        (7, 64),
-        {"reduction": "none", "inplace": True},
-    )  # in 16-byte pieces where the layout allows
+    # 16-byte accesses where the layout allows them
+    yield (7, 64), {"reduction": "none", "inplace": True}
 
 
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:

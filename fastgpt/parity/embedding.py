@@ -15,7 +15,7 @@ from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 
 
 def run_embedding(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Rows and the tables' gradients. Shape: V, T_max (0: no position rows), C, then that of ids."""
+    """Run `fn` and return the rows and the gradients of the tables. Shape: V, T_max (0: no positions), C, then ids."""
     v, p, c, *shape = case.shape
     o = dict(case.options)
     ids = torch.randint(v, shape, generator=torch.Generator().manual_seed(3))
@@ -33,7 +33,7 @@ def run_embedding(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (11, 7, 33, 3, 5), {}
     yield (11, 7, 33, 3, 5), {"positions": "own"}
-    yield (11, 7, 64, 3, 5), {}  # in 16-byte pieces where the layout allows
+    yield (11, 7, 64, 3, 5), {}  # 16-byte accesses where the layout allows them
 
 
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -53,7 +53,7 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
         yield other, {}
     for o in ({"positions": "shared"}, {"positions": "own"}, {"int32": True}, {"distinct": 50}, {"padding_idx": 7}):
         yield (50, 9, 20, 9, 9), {**o}
-    yield (3, 2, 40, 300, 2), {}  # many tokens a row
+    yield (3, 2, 40, 300, 2), {}  # many tokens on each row
     yield (2, 1, 8, 600, 1), {}
     yield (1, 0, 8, 1500), {}
     yield (3, 2, 40, 300, 2), {"positions": "own", "mean": 100.0}

@@ -1,4 +1,4 @@
-"""Inputs of a parity case: seeded values in a memory layout, between canaries that nothing may read or write.
+"""Inputs of a parity case: seeded values in a memory layout, between canaries that must not be read or written.
 
 Layouts, by the strides of a tensor whose contiguous form would be (..., R, C):
 
@@ -6,10 +6,10 @@ Layouts, by the strides of a tensor whose contiguous form would be (..., R, C):
     sliced       a window of a tensor that is larger in every dimension
     rows         every other row of a longer tensor (of a vector: every other element)
     expanded     its first row everywhere, strides 0 but the last (of a vector: its first element, stride 0)
-    broadcast    its first element everywhere, all strides 0: what `y.sum().backward()` hands down
-    misaligned   contiguous, one element behind an aligned address
+    broadcast    its first element everywhere, all strides 0: the upstream gradient of `y.sum().backward()`
+    misaligned   contiguous, one element after an aligned address
 
-PyTorch has no negative strides. Where a tensor has too few dimensions for its layout, it is contiguous.
+PyTorch has no negative strides. A tensor with too few dimensions for its layout is contiguous.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from torch import Tensor
 
 from fastgpt.parity.rule import Case, moved
 
-MARGIN = 64  # elements before and behind: an aligned address stays aligned, a vector's overrun is seen
+MARGIN = 64  # elements before and after: keeps addresses aligned, and shows the overrun of a vector access
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 NAN_BITS = {torch.float64: 0x7FFD_5AA5_5AA5_5AA5, torch.float32: 0x7FD5_AA55, torch.float16: 0x7ED5}
 
 
 def canaries(n: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """n elements of `dtype`, as integers, that no kernel writes: NaN with a payload, or indices far outside."""
+    """Return n elements of `dtype`, as integers, that no kernel writes: NaN with a payload, or indices far outside."""
     bits = NAN_BITS.get(dtype, {8: -0x5AA5_5AA5_5AA5, 4: -0x5AA5_5AA5, 2: 0x7FD5, 1: 0xA5}[dtype.itemsize])
     return torch.full((n,), bits, dtype=INTEGERS[dtype.itemsize], device=device)
 
 
 def view(memory: Tensor, dtype: torch.dtype, offset: int, shape: tuple[int, ...], strides: list[int]) -> Tensor:
-    """A tensor on this memory that autograd does not take for a view: it may be written to."""
+    """Return a tensor on this memory that autograd does not treat as a view, so it may be written to."""
     typed = memory.view(dtype)
     return typed.new_zeros(0).set_(typed.untyped_storage(), offset, shape, strides)
 
 
 def geometry(shape: tuple[int, ...], layout: str) -> tuple[int, int, list[int]]:
-    """(elements of the memory, offset of the first element, strides) of a tensor in this layout."""
+    """Return the number of elements of the memory, the offset of the first, and the strides of a tensor in this
+    layout."""
     n = len(shape)
     outer, first, step, order = list(shape), [0] * n, [1] * n, list(range(n))
     if layout == "sliced" and n:
@@ -63,9 +64,9 @@ def geometry(shape: tuple[int, ...], layout: str) -> tuple[int, int, list[int]]:
 
 
 class Guarded:
-    """A tensor of t's shape in this layout, in memory of its own whose other elements hold canaries.
+    """A copy of t in this layout, in separate memory whose other elements hold canaries.
 
-    Values are t's; where strides are 0, those of its first element in that dimension.
+    In a dimension of stride 0, all values are those of the first element.
     """
 
     def __init__(self, t: Tensor, layout: str, written: bool) -> None:
@@ -79,7 +80,7 @@ class Guarded:
         self.before = self.memory.clone()
 
     def harmed(self) -> bool:
-        """Whether a canary is not what it was, or a value, unless the op is to write there."""
+        """Return whether a canary changed, or a value that the op may not write."""
         after = self.memory
         if self.written:
             after = after.clone()
@@ -88,9 +89,9 @@ class Guarded:
 
 
 class Inputs:
-    """Seeded tensors of one case: the same values, rounded to their dtype, in its layouts; for the truth in fp64.
+    """Seeded tensors of one case, rounded to their dtype, in its layouts. With `wide`, the same values in fp64.
 
-    shift (with `wide`): number of a draw of rounding errors, each value moved by 2^-24 of itself; 0: none.
+    shift (with `wide`): number of a draw of rounding errors, which moves each value by 2^-24 of itself; 0: none.
     """
 
     def __init__(self, case: Case, device: str, wide: bool, shift: int = 0) -> None:
@@ -98,7 +99,7 @@ class Inputs:
         self.guarded: list[Guarded] = []
 
     def place(self, t: Tensor, layout: str | None = None, written: bool = False) -> Tensor:
-        """t in guarded memory, in the case's layout of inputs or in this one. written: the op writes to it."""
+        """Return t in guarded memory, in `layout` or the input layout of the case. written: the op writes to it."""
         guarded = Guarded(t.to(self.device), self.case.layout if layout is None else layout, written)
         self.guarded.append(guarded)
         if not self.wide or not t.is_floating_point():
@@ -116,17 +117,17 @@ class Inputs:
     def tensor(
         self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0, written: bool = False
     ) -> Tensor:
-        """The next random tensor, in the layout of inputs."""
+        """Return the next random tensor, in the layout of inputs."""
         return self.place(self._random(shape, dtype, scale, shift), written=written)
 
     def leaf(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        """The next random tensor, as a leaf that requires grad."""
+        """Return the next random tensor, as a leaf that requires grad."""
         return self.tensor(shape, dtype, scale, shift).requires_grad_()
 
     def grad(self, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        """The next random tensor, in the layout of upstream gradients."""
+        """Return the next random tensor, in the layout of upstream gradients."""
         return self.place(self._random(shape, dtype, scale, shift), self.case.grad_layout)
 
     def harmed(self) -> list[str]:
-        """The tensors, by number and shape, whose canaries or (unless `written`) values changed."""
+        """Return the tensors, by number and shape, whose canaries or (unless `written`) values changed."""
         return [f"input {i} {g.place[2]}" for i, g in enumerate(self.guarded) if g.harmed()]

@@ -1,7 +1,7 @@
-"""Parity in several processes: each checks one piece of an op's cases on one backend at a time, rows as they come.
+"""Parity in several processes. Each checks one piece of the cases of an op on one backend at a time.
 
-A case that raises costs a row of its own, and so does a case at which a process dies: a new process goes on with the
-next case. The first check of a Triton kernel compiles it, so that a GPU machine's cores have most to do.
+A case that raises gets a row that fails. So does a case during which the process dies; a new process continues with the
+next case. The first check of a Triton kernel compiles it, so on a GPU machine the CPU cores do most of the work.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ import torch
 from fastgpt.parity import table
 from fastgpt.parity.rule import Case, Row
 
-PIECE = 64  # cases at most: what waits for the last process to end is short
+PIECE = 64  # cases at most: the wait for the last process stays short
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Cases first to last - 1 of `cases_of(op, backend)`."""
+    """The cases first to last - 1 of `cases_of(op, backend)`."""
 
     op: str
     backend: str
@@ -39,12 +39,12 @@ class Piece:
 
 @functools.cache
 def cases_of(op: str, name: str) -> list[Case]:
-    """The cases of an op whose dtype the backend has a kernel for."""
+    """Return the cases of an op for whose dtype the backend has a kernel."""
     return [case for case in table.cases(op) if table.takes(name, case)]
 
 
 def pieces(pairs: list[tuple[str, str]]) -> list[Piece]:
-    """All cases of these (op, backend) pairs, none of two dtypes in a piece: CUDA's, then bf16's, then the others."""
+    """Split the cases of these (op, backend) pairs into pieces of one dtype: CUDA first, then bf16, then the others."""
     found = []
     for op, name in pairs:
         every = cases_of(op, name)
@@ -55,27 +55,27 @@ def pieces(pairs: list[tuple[str, str]]) -> list[Piece]:
 
     def worth(piece: Piece) -> tuple[bool, bool, bool]:
         dtype = cases_of(piece.op, piece.backend)[piece.first].dtype
-        return piece.backend != "cuda", dtype != torch.bfloat16, piece.op != "attention"  # the longest to compile
+        return piece.backend != "cuda", dtype != torch.bfloat16, piece.op != "attention"  # attention compiles longest
 
     return sorted(found, key=worth)
 
 
 def failed(case: Case, name: str, why: str) -> Row:
-    """A row that no bound allows."""
+    """Return a row that fails every bound."""
     dtype = str(case.dtype).split(".")[1]
     return Row(case.op, name, dtype, case.layouts, str(case), " ".join(why.split())[:300], math.inf, 0.0, 0.0)
 
 
 def check(case: Case, name: str) -> list[Row]:
-    """The rows of a case on the device of this machine; one row if the case raises."""
+    """Return the rows of a case on the device of this machine; one row if the case raises."""
     try:
         return table.check(case, name, "cuda" if torch.cuda.is_available() else "cpu")
-    except Exception as e:  # whatever stops a kernel is this case's result; the others have theirs
+    except Exception as e:  # any error is the result of this case; other cases still run
         return [failed(case, name, f"raised {type(e).__name__}: {e}")]
 
 
 def usable() -> bool:
-    """Whether the device still answers: after an illegal access a process gets errors alone."""
+    """Return whether the device still works; after an illegal access, every call of the process fails."""
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -85,7 +85,7 @@ def usable() -> bool:
 
 
 def run(work: list[Piece], jobs: int) -> Iterator[Row]:
-    """The rows of all pieces in the order of their arrival, by `jobs` processes (1: by this one)."""
+    """Yield the rows of all pieces in the order of their arrival, from `jobs` processes (1: this one)."""
     if jobs == 1:
         for piece in work:
             for case in cases_of(piece.op, piece.backend)[piece.first : piece.last]:
@@ -108,7 +108,7 @@ def run(work: list[Piece], jobs: int) -> Iterator[Row]:
 
 
 def _supervise(left: queue.SimpleQueue[Piece], rows: queue.SimpleQueue[Row | None], threads: int) -> None:
-    """Give pieces to a process until none is left; where it died, to a new one."""
+    """Pass pieces to a process until none is left; replace the process if it dies."""
     process: subprocess.Popen[str] | None = None
     while not left.empty():
         try:
@@ -132,7 +132,7 @@ def _start(threads: int) -> subprocess.Popen[str]:
 
 
 def _give(piece: Piece, process: subprocess.Popen[str], rows: queue.SimpleQueue[Row | None]) -> Piece:
-    """Let a process check a piece; returns what is left of it."""
+    """Let a process check a piece, and return the part that is left."""
     assert process.stdin is not None and process.stdout is not None
     at, leaving = piece.first, False
     try:
@@ -144,7 +144,7 @@ def _give(piece: Piece, process: subprocess.Popen[str], rows: queue.SimpleQueue[
                 fields.pop("ratio")
                 rows.put(Row(**fields))
             at, leaving = at + 1, answer["leaving"]
-    except BrokenPipeError:  # it died before
+    except BrokenPipeError:  # the process has died
         pass
     if at < piece.last and not leaving:
         code = process.wait()
@@ -156,7 +156,7 @@ def _give(piece: Piece, process: subprocess.Popen[str], rows: queue.SimpleQueue[
 
 
 def serve(orders: IO[str], answers: IO[str]) -> None:
-    """A process of `run`: a piece a line in, the rows of a case a line out, until the end of `orders`."""
+    """Run a process of `run`: read a piece from each line of `orders`, write the rows of each case as a line."""
     for line in orders:
         piece = Piece(**json.loads(line))
         for case in cases_of(piece.op, piece.backend)[piece.first : piece.last]:
@@ -169,7 +169,7 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
 
 
 def main() -> int:
-    """Serve on standard input and output; what a library prints goes to standard error."""
+    """Serve on standard input and output; redirect what libraries print to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.stdin, answers)

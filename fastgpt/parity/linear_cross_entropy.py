@@ -1,6 +1,6 @@
 """Parity of linear_cross_entropy: loss and gradients, in one piece and in chunks that do not divide the rows.
 
-The baseline is F.cross_entropy of F.linear's logits in that dtype, cast to fp32.
+The baseline is F.cross_entropy of the logits of F.linear in that dtype, cast to fp32.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ SINGLE: tuple[dict[str, Any], ...] = (
 
 
 def run_linear_cross_entropy(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Loss and gradients by `fn`, shape (N, C, V); targets hit the first and last class and, every third row, none."""
+    """Run `fn` and return the loss and the gradients; shape: N, C, V.
+
+    Targets include the first and the last class; every third row has none.
+    """
     o = dict(case.options)
     n, c, v = case.shape
     k = o.get("vocab_size", v)
@@ -70,7 +73,7 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     everything = {k: v for o in SINGLE for k, v in o.items()}
     ways = [{"reduction": r, "chunk": chunk} for r in ("mean", "sum", "none") for chunk in (13, 5)]
     for i, o in enumerate(({}, *SINGLE, everything, *pairs)):
-        all_ways = dtype == torch.float32 or i <= len(SINGLE) + 1  # pairs in 16 bits: the ways in turn
+        all_ways = dtype == torch.float32 or i <= len(SINGLE) + 1  # for pairs in 16 bits one way each
         for way in ways if all_ways else [ways[i % 6]]:
             yield (13, 16, 61), {**o, **way}
     for shape in ((1, 1, 1), (1, 5, 2), (3, 40, 1000), (2, 8, 50257), (5, 1, 7), (0, 4, 16)):

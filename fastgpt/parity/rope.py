@@ -15,12 +15,15 @@ from fastgpt.parity.rule import REPEATED, Case, Outputs, Subject, Variant
 
 
 def _either(plain: Callable[..., Any], packed: Callable[..., Any]) -> Callable[..., Any]:
-    """One callable for both forms: the packed one is told its numbers of heads."""
+    """Return one callable for both forms; only the packed form receives numbers of heads."""
     return lambda *args, **options: (packed if "n_heads" in options else plain)(*args, **options)
 
 
 def run_rope(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """q and k turned, and their gradients; packed: of one tensor. Shape: B, T, H, Hkv, D, rotary_dim / 2."""
+    """Run `fn` and return q and k rotated, and their gradients; packed: the same of one tensor.
+
+    Shape: B, T, H, Hkv, D, rotary_dim / 2.
+    """
     b, t, h, g, d, half = case.shape
     o = dict(case.options)
     packed, scale = o.pop("packed", False), o.pop("scale", 1.0)
@@ -29,7 +32,7 @@ def run_rope(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
     if packed:
         leaf = inputs.leaf((b, t, h + 2 * g, d), case.dtype, scale)
         layout = "sliced" if case.layout in REPEATED else case.layout
-        qkv = leaf  # the reference's; kernels get what they may overwrite: not a leaf
+        qkv = leaf  # for the reference; kernels get a tensor that they may overwrite, not a leaf
         if not inputs.wide:
             qkv = inputs.place(torch.zeros_like(leaf), layout, written=True).copy_(leaf)
         out = fn(qkv, cos, sin, n_heads=h, n_kv_heads=g, **o)
@@ -46,7 +49,7 @@ def run_rope(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (2, 5, 3, 2, 14, 5), {}
     yield (2, 5, 3, 2, 14, 5), {"packed": True, "interleaved": True}
-    yield (2, 5, 3, 2, 32, 16), {}  # in 16-byte pieces where the layout allows
+    yield (2, 5, 3, 2, 32, 16), {}  # 16-byte accesses where the layout allows them
     yield (2, 5, 3, 2, 32, 8), {"packed": True, "interleaved": True}
 
 

@@ -1,18 +1,18 @@
-"""The rule of numerical parity, and what every case is made of.
+"""The rule of numerical parity, and the parts of a case.
 
     error(ours) <= k * baseline + 1 unit in the last place of the output's scale
     baseline = max(error(PyTorch's own op in that dtype), sensitivity)
 
-k is 2 for outputs and 3 for gradients; error is the largest absolute difference to the fp64 reference; where the exact
+k is 2 for outputs and 3 for gradients. error is the largest absolute difference from the fp64 reference. If the exact
 result is zero everywhere, 32 units at scale 1 are allowed.
 
-sensitivity counts for fp32 outputs: how far the exact result moves when every floating-point input moves by 2^-24 of
-itself, up or down at random, the largest of SHIFTS such draws. So much error comes from rounding the inputs to fp32
-alone. PyTorch's error can be smaller by luck, and that luck changes with the BLAS and the instruction set; this figure
-is the same on every machine. An algorithm within k of it is backward stable (Higham 2002, section 1.5).
+sensitivity applies to fp32 outputs. It is how far the exact result moves if every floating-point input moves by 2^-24
+of itself, up or down at random: the largest of SHIFTS such draws. Rounding the inputs to fp32 alone causes that much
+error. The error of PyTorch can be smaller by luck, and that luck depends on the BLAS and the instruction set;
+sensitivity is the same on every machine. An algorithm within k of it is backward stable (Higham 2002, section 1.5).
 
-Where a layout repeats a few values (REPEATED), there are few roundings of 16-bit outputs, and one draw may be lucky.
-PyTorch's error is then the largest of 1 + REDRAWS draws of the values, each relative to the scale of its result.
+If a layout repeats a few values (REPEATED), a 16-bit output has few roundings, and one draw may be lucky. The error of
+PyTorch is then the largest of 1 + REDRAWS draws of the values, each relative to the scale of its result.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from torch import Tensor
 FORWARD, BACKWARD = 2.0, 3.0
 SHIFTS = 4  # draws of rounding errors of the inputs
 REDRAWS = 3  # further draws of the values in layouts that repeat them
-FP64_NOISE = 2.0**-48  # an fp64 reference cannot tell less from zero, at values around 1
-LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "rows", "expanded", "misaligned")  # inputs.py draws them
+FP64_NOISE = 2.0**-48  # smaller results of the fp64 reference are zero up to rounding, at values around 1
+LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "rows", "expanded", "misaligned")  # inputs.py shows them
 GRAD_LAYOUTS = (*LAYOUTS, "broadcast")
-MATRIX_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "permuted")  # what differs in two dimensions
-VECTOR_LAYOUTS = ("contiguous", "rows", "expanded", "misaligned")  # and in one
-REPEATED = ("expanded", "broadcast")  # few values, many times
+MATRIX_LAYOUTS = tuple(layout for layout in LAYOUTS if layout != "permuted")  # those that differ in two dimensions
+VECTOR_LAYOUTS = ("contiguous", "rows", "expanded", "misaligned")  # and in one dimension
+REPEATED = ("expanded", "broadcast")  # few distinct values, many times
 Outputs = dict[str, Tensor]  # names of gradients begin with "d"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison; `shape` and `options` are the op's own. Layouts: of the inputs, of the upstream gradient.
+    """One comparison. `shape` and `options` mean what the op defines.
 
-    seed: which values are drawn.
+    layout is that of the inputs, grad_layout that of the upstream gradient. seed selects the values that are drawn.
     """
 
     op: str
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def layouts(self) -> str:
-        """Both layouts as the table names them."""
+        """Return both layouts as the table names them."""
         return f"{self.layout}/{self.grad_layout}"
 
     def __str__(self) -> str:
@@ -66,7 +66,7 @@ class Case:
 
 @dataclass
 class Row:
-    """One output of one case on one backend; sensitivity: as at this file's head, 0 for 16-bit outputs."""
+    """One output of one case on one backend; sensitivity (head of this file) is 0 for 16-bit outputs."""
 
     op: str
     backend: str
@@ -85,7 +85,7 @@ class Row:
 
 
 def allowed_error(name: str, truth: Tensor, baseline: float, dtype: torch.dtype) -> float:
-    """The rule at this file's head for one output."""
+    """Return the allowed error of one output, by the rule at the head of this file."""
     eps, scale = torch.finfo(dtype).eps, float(truth.detach().abs().max()) if truth.numel() else 0.0
     unit = 32 * eps if scale < FP64_NOISE else eps * 2.0 ** math.floor(math.log2(scale))
     return (BACKWARD if name.startswith("d") else FORWARD) * baseline + unit
@@ -134,12 +134,13 @@ Variants = Callable[[torch.dtype], Iterable[Variant]]
 
 @dataclass(frozen=True)
 class Subject:
-    """One op: how it runs as fastgpt's public function, as PyTorch's own and as the reference; and on what.
+    """One op as fastgpt's public function, as PyTorch's op and as the reference, with its cases.
 
-    run(case, fn, inputs) makes the inputs, calls fn (one of the next three), runs backward, and returns outputs and
-    gradients by name. bases(dtype) gives small shapes and options: the first goes through every layout of the inputs x
-    every layout of the upstream gradient, the others through each of either without repeated values. variants(dtype)
-    gives the other shapes, options and extremes, in contiguous tensors. layouts, grad_layouts: those the op can have.
+    run(case, fn, inputs) creates the inputs, calls fn (`ours`, `torch` or `reference`), runs backward, and returns
+    outputs and gradients by name. bases(dtype) yields small shapes and options. The first runs with every layout of the
+    inputs times every layout of the upstream gradient; the others run with each layout of either, except layouts of
+    repeated values. variants(dtype) yields other shapes, options and extremes, for contiguous tensors. layouts and
+    grad_layouts are those that the op supports.
     """
 
     run: Callable[..., Outputs]

@@ -15,7 +15,7 @@ from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 
 
 def run_swiglu(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
-    """Output and gradients of the gated activation by `fn`; packed: the case's shape is (..., 2F)."""
+    """Run `fn`, the gated activation, and return its output and gradients; a packed case has the shape (..., 2F)."""
     o = dict(case.options)
     packed = o.get("packed", False)
     gate = inputs.leaf(case.shape, case.dtype, o.get("scale", 1.0), o.get("mean", 0.0))
@@ -28,7 +28,7 @@ def run_swiglu(case: Case, fn: Callable[..., Any], inputs: Inputs) -> Outputs:
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (2, 3, 33), {}
     yield (2, 3, 66), {"packed": True}
-    yield (2, 3, 64), {}  # in 16-byte pieces where the layout allows
+    yield (2, 3, 64), {}  # 16-byte accesses where the layout allows them
     yield (2, 3, 128), {"packed": True}
 
 
@@ -37,7 +37,8 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
         yield shape, {}
         yield (*shape[:-1], 2 * shape[-1]), {"packed": True}
     for activation in ACTIVATIONS:
-        for o in ({}, {"packed": True}, *EXTREMES[2 if activation == "relu2" else 0 :]):  # 1e8 is over fp16's range
+        # relu2 without means of 1e4: 1e8 overflows in fp16
+        for o in ({}, {"packed": True}, *EXTREMES[2 if activation == "relu2" else 0 :]):
             yield (6, 66), {"activation": activation, **o}
 
 

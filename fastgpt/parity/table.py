@@ -33,8 +33,8 @@ SUBJECTS: dict[str, Subject] = {op: importlib.import_module(f"fastgpt.parity.{op
 
 @dataclass(frozen=True)
 class Expected:
-    """What every backend's outputs of one case are held against: the exact ones and, by name, what PyTorch's own op
-    and (fp32 outputs) the rounding of the inputs come away with."""
+    """The expected results of one case for every backend: the exact outputs and, by name of the output, the error of
+    PyTorch's op and (for fp32 outputs) the sensitivity to rounding of the inputs."""
 
     truth: Outputs
     torch_errors: dict[str, float]
@@ -42,7 +42,7 @@ class Expected:
 
 
 def expected(case: Case, device: str = "cpu") -> Expected:
-    """Run the reference in fp64 and the baseline; once for all backends.
+    """Run the reference in fp64 and the baseline, once for all backends.
 
     Raises:
         AssertionError: the reference and the baseline differ in their outputs.
@@ -82,7 +82,7 @@ def _redraw(errors: dict[str, float], truth: Outputs, case: Case, device: str) -
 
 
 def compare(case: Case, name: str, wanted: Expected, device: str = "cpu") -> list[Row]:
-    """Run one case on one backend; one row per output, and one per input that was written to or over.
+    """Run one case on one backend; return a row for each output and for each input that was overwritten or overrun.
 
     Raises:
         AssertionError: an output's shape is not the reference's.
@@ -108,17 +108,17 @@ def compare(case: Case, name: str, wanted: Expected, device: str = "cpu") -> lis
 
 
 def check(case: Case, name: str, device: str = "cpu") -> list[Row]:
-    """`expected` and `compare` for one case on one backend."""
+    """Return the rows of one case on one backend."""
     return compare(case, name, expected(case, device), device)
 
 
 def layouts(op: str) -> list[tuple[str, str]]:
-    """Every layout of the op's inputs with every layout of its upstream gradient."""
+    """Return every pair of an input layout and an upstream gradient layout of the op."""
     return list(itertools.product(SUBJECTS[op].layouts, SUBJECTS[op].grad_layouts))
 
 
 def cases(op: str) -> Iterator[Case]:
-    """Every case of an op once, for all kernel dtypes: the base shapes through the layouts, then the variants."""
+    """Yield every case of an op once, for all kernel dtypes: the base shapes in the layouts, then the variants."""
     yield from dict.fromkeys(_cases(op))
 
 
@@ -134,12 +134,12 @@ def _cases(op: str) -> Iterator[Case]:
 
 
 def backends_here(op: str) -> list[str]:
-    """Kernel backends of `op` that run on this machine (on a CPU also those that are simulated there)."""
+    """Return the kernel backends of `op` that run on this machine; on a CPU also those that are simulated."""
     on_gpu = torch.cuda.is_available()
     names = [b for b in backend.ops()[op] if b != "torch" and backend.missing(b) is None]
     return [b for b in names if (backend.DEVICE_OF[b] == "cuda") == on_gpu or backend.simulated(b)]
 
 
 def takes(name: str, case: Case) -> bool:
-    """Whether the case's dtype is one that this backend has a kernel for."""
+    """Return whether this backend has a kernel for the dtype of the case."""
     return backend.ops()[case.op][name].takes(case.dtype, 0)

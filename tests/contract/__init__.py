@@ -1,10 +1,11 @@
-"""What the tests of every op take from each: contract/<op>.py, found by the registry. All of it is optional:
+"""Data for the tests that run on every op: contract/<op>.py, found by the registry. Everything in it is optional:
 
-calls(backend)     raw ops with arguments that they take, by name: torch.library.opcheck
-ERRORS             wrong calls, the error and its text
-FAR                calls of (3, 32): rows more than 2^31 elements apart give what near ones give
-RUN_SHAPE          the parity case that is run three times for the same bits (default: 67 x 128)
-MUTATIONS, ASTRAY  a file below csrc, its text, what breaks it: the emulation of CUDA, AddressSanitizer must catch it
+calls(backend)     raw ops with valid arguments, by name, for torch.library.opcheck
+ERRORS             wrong calls, the type of the error and its text
+FAR                calls on (3, 32): rows more than 2^31 elements apart must give the results of adjacent rows
+RUN_SHAPE          shape of the parity case that must give the same bits in three runs (default: 67 x 128)
+MUTATIONS, ASTRAY  a file below csrc, its text and a broken text, which the emulation of CUDA or AddressSanitizer must
+                   catch
 """
 
 import importlib
@@ -26,7 +27,7 @@ Mutations = dict[str, tuple[str, str, str]]
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """The same values in every call."""
+    """Return random values, the same in every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
@@ -42,10 +43,10 @@ def in_ulps(error: Tensor) -> float:
 
 
 def heads(x: Tensor, n: int) -> Tensor:
-    """Rows (3, 32) as (B, T, H, D) = (1, 3, n, 32 / n)."""
+    """View rows (3, 32) as (B, T, H, D) = (1, 3, n, 32 / n)."""
     return x.unflatten(1, (n, -1))[None]
 
 
 def gather(what: str, empty: Any) -> dict[str, Any]:
-    """Op -> its `what`, `empty` where it has none."""
+    """Return op -> the attribute `what` of its module, or `empty` if it has none."""
     return {op: getattr(importlib.import_module(f"contract.{op}"), what, empty) for op in backend.ops()}

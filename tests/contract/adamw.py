@@ -1,4 +1,4 @@
-"""adamw in the tests of every op."""
+"""Data of adamw for the tests that run on every op."""
 
 import torch
 

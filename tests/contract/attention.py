@@ -1,4 +1,4 @@
-"""attention in the tests of every op."""
+"""Data of attention for the tests that run on every op."""
 
 from contract import Errors, Far, Mutations, heads, rand
 from fastgpt import ops

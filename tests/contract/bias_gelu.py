@@ -1,4 +1,4 @@
-"""bias_gelu in the tests of every op."""
+"""Data of bias_gelu for the tests that run on every op."""
 
 from contract import Calls, Errors, Far, Mutations, rand
 from fastgpt import ops

@@ -1,4 +1,4 @@
-"""cross_entropy in the tests of every op."""
+"""Data of cross_entropy for the tests that run on every op."""
 
 import torch
 

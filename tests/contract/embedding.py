@@ -1,4 +1,4 @@
-"""embedding in the tests of every op."""
+"""Data of embedding for the tests that run on every op."""
 
 import torch
 

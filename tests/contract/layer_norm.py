@@ -1,4 +1,4 @@
-"""layer_norm in the tests of every op."""
+"""Data of layer_norm for the tests that run on every op."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""rms_norm in the tests of every op."""
+"""Data of rms_norm for the tests that run on every op."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""rope in the tests of every op."""
+"""Data of rope for the tests that run on every op."""
 
 import torch
 

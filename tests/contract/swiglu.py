@@ -1,4 +1,4 @@
-"""swiglu in the tests of every op."""
+"""Data of swiglu for the tests that run on every op."""
 
 from contract import Calls, Errors, Far, Mutations, rand
 from fastgpt import ops

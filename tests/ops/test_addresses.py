@@ -1,6 +1,6 @@
-"""Index arithmetic past 2^31: rows far apart in a sparse file give what the same rows give side by side.
+"""Index arithmetic past 2^31: rows far apart in a sparse file give the same results as adjacent rows.
 
-The optimizer has no such case: its tensors are dense, and its kernels take 64-bit addresses from a table.
+The optimizer has no such case: its tensors are dense, and its kernels read 64-bit addresses from a table.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from fastgpt.ops.cross_entropy import CROSS_ENTROPY_FWD_BWD, SCALE_ROWS
 
 TABLES = torch.rand(3, 4), torch.rand(3, 4)  # cos, sin
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FAR = 2**30 + 64  # elements between rows: the third row's offset does not fit 32 bits
+FAR = 2**30 + 64  # elements between rows: the offset of the third row does not fit into 32 bits
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="the sparse file is host memory")
 
 
@@ -26,7 +26,7 @@ KERNELS = [(call, name) for call, (op, _) in CALLS.items() for name in parity.ba
 
 
 def far_rows(folder: Path, near: Tensor) -> Tensor:
-    """near (3, C) in a file that takes 6 GB of addresses and a few pages of disk."""
+    """Copy near (3, C) to a file that spans 6 GB of addresses and a few pages of disk."""
     file = torch.from_file(str(folder / "sparse"), shared=True, size=3 * FAR, dtype=near.dtype)
     return file.as_strided(near.shape, (FAR, 1)).copy_(near)
 
@@ -37,7 +37,7 @@ def test_far_rows_are_as_near_ones(call: str, name: str, tmp_path: Path) -> None
     near = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     results = []
     for x in (near, far_rows(tmp_path, near)):
-        leaf = x.detach().requires_grad_()  # no copy: the far rows stay far
+        leaf = x.detach().requires_grad_()  # a view, not a copy: the rows stay far apart
         with use(strict=True, **{op: name}):
             out = fn(leaf)
             outputs = out if isinstance(out, tuple) else (out,)

@@ -1,4 +1,4 @@
-"""Attention's contract beside its numbers (fastgpt/parity/attention.py): registration, compile, masks, errors."""
+"""attention: registration, compile, masks and errors. fastgpt/parity/attention.py checks its values."""
 
 import dataclasses
 import math
@@ -24,7 +24,7 @@ def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def first_dtype(name: str) -> torch.dtype:
-    """fp32 where the backend has it."""
+    """Return fp32 if the backend supports it."""
     cell = backend.ops()["attention"][name]
     return torch.float32 if torch.float32 in cell.dtypes else cell.dtypes[0]
 
@@ -85,7 +85,7 @@ def test_fullgraph_compile_with_dynamic_shapes(name: str, packed: bool) -> None:
 
 @ON
 def test_runs_are_bitwise_equal(name: str) -> None:
-    """Run to run and for any number of threads, with keys that many queries and heads add to."""
+    """Repeat runs with any number of threads, with keys to whose gradients many queries and heads add."""
     repeats = 250 if DEVICE == "cuda" else 3
     q, k, v = qkv(name, t=70, s=70, h=4, g=1, b=60 if DEVICE == "cuda" else 2)
     dout, threads, first = rand(*q.shape, seed=3, dtype=q.dtype), torch.get_num_threads(), None
@@ -103,7 +103,7 @@ def test_runs_are_bitwise_equal(name: str) -> None:
 
 @ON
 def test_queries_without_keys(name: str) -> None:
-    """Output 0, lse -inf, gradients 0 and nowhere NaN, whatever lies in the keys that nobody sees."""
+    """Expect output 0, lse -inf and gradients 0, without NaN, whatever the unseen keys hold."""
     q, k, v = qkv(name, t=6, s=5)
     k[1, 3:], v[1, 3:] = torch.nan, torch.nan
     lens, start = torch.tensor([0, 3], device=DEVICE), torch.tensor([0, 2], device=DEVICE)
@@ -111,7 +111,8 @@ def test_queries_without_keys(name: str) -> None:
     with use(strict=True, attention=name):
         out, lse = ops.attention(*leaves, causal=True, kv_lens=lens, kv_start=start, return_lse=True)
         out.backward(rand(*out.shape, seed=4, dtype=out.dtype))
-    alone = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)  # query i of the second sees keys up to i - 1, from 2 on
+    # in the second sequence, query i sees the keys from 2 to i - 1
+    alone = torch.zeros(2, 6, dtype=torch.bool, device=DEVICE)
     alone[0], alone[1, :3] = True, True
     assert torch.equal(out[alone], torch.zeros_like(out[alone])) and not out.isnan().any()
     assert torch.equal(lse.isneginf().all(1), alone)
@@ -122,7 +123,7 @@ def test_queries_without_keys(name: str) -> None:
 @ON
 @pytest.mark.parametrize("window", [None, 3])
 def test_lengths_take_keys_away_and_move_no_query(name: str, window: int | None) -> None:
-    """kv_lens is padding on the right; a cache of unequal lengths is one packed row, with gaps that no query sees."""
+    """Check kv_lens as padding on the right, and a cache of unequal lengths as one packed row with unseen gaps."""
     lens, t, s = torch.tensor([8, 5]), 3, 8
     q, k, v = qkv(name, t=t, s=s)
     i, j = torch.arange(t, device=DEVICE)[:, None], torch.arange(s, device=DEVICE)
@@ -142,10 +143,11 @@ def test_lengths_take_keys_away_and_move_no_query(name: str, window: int | None)
 
 @ON
 def test_what_nobody_sees_may_be_anything(name: str) -> None:
-    """NaN in keys behind the valid ones, and in queries without keys and their gradients, in packed sequences."""
+    """Put NaN in keys after the valid ones, and in queries without keys and their gradients, in packed sequences."""
     q, k, v = qkv(name, t=140, s=150, b=1)
     dout = rand(*q.shape, seed=4, dtype=q.dtype)
-    cu_q, cu_k = torch.tensor([0, 70, 90, 100]), torch.tensor([0, 60, 60, 75])  # 70 to 90 and from 100 on: without keys
+    # queries 70 to 90 and from 100 on have no keys
+    cu_q, cu_k = torch.tensor([0, 70, 90, 100]), torch.tensor([0, 60, 60, 75])
     empty = torch.ones(140, dtype=torch.bool)
     empty[:70], empty[90:100] = False, False
     results = []
@@ -165,7 +167,7 @@ def test_what_nobody_sees_may_be_anything(name: str) -> None:
 
 @ON
 def test_dropout_keeps_what_the_formula_keeps(name: str) -> None:
-    """With v the unit matrix the output is p keep / (1 - p_drop), row by row; forward and backward alike."""
+    """With v the identity matrix, every output row is p keep / (1 - p_drop), in forward and backward."""
     q, k, _ = qkv(name, t=5, s=16, g=2)
     v = torch.eye(16, device=DEVICE, dtype=q.dtype).repeat(2, 1, 1)[:, :, None].repeat(1, 1, 2, 1)
     o = options(q, dropout_p=0.4)
@@ -190,7 +192,7 @@ def test_dropout_follows_the_generator(name: str) -> None:
 
 @ON
 def test_large_scores_stay_finite(name: str) -> None:
-    """Scores of +-1e4: softmax picks one key."""
+    """Use scores of +-1e4, where softmax picks one key."""
     q, k, v = qkv(name, t=5, s=7)
     leaves = [(100.0 * x).requires_grad_() if x is not v else x.clone().requires_grad_() for x in (q, k, v)]
     with use(strict=True, attention=name):
@@ -206,7 +208,7 @@ def test_large_scores_stay_finite(name: str) -> None:
 @ON
 @pytest.mark.parametrize("t", [33, 64, 80])
 def test_gradients_of_large_scores(name: str, t: int, seed: int) -> None:
-    """Scores of tens, whose softmax is nearly one key: what lse is rounded by must not come out of a difference."""
+    """Use scores of tens, whose softmax is nearly one key: no difference may be left with the rounding error of lse."""
     options = (("causal", True), ("spread", 4.0))
     for draw in range(4):
         case = parity.Case("attention", first_dtype(name), "contiguous", (1, t, t, 2, 2, 16), options)
@@ -216,12 +218,15 @@ def test_gradients_of_large_scores(name: str, t: int, seed: int) -> None:
 
 @ON
 def test_early_keys_keep_their_weight(name: str) -> None:
-    """However many tiles of keys follow, where the largest score stays: what a tile holds is then multiplied by 1, not
-    by 2 to the power of a rounding error (which FMA contraction makes of x * c - base with base = x * c)."""
+    """Many tiles of keys follow, and the largest score stays the same.
+
+    The sums so far must then be multiplied by 1, not by 2 to the power of a rounding error, which FMA contraction
+    leaves in x * c - base with base = x * c.
+    """
     dtype = torch.float16 if torch.float16 in backend.ops()["attention"][name].dtypes else first_dtype(name)
     n, first = 2**15, 64
     q, k = (torch.ones(1, t, 1, 16, device=DEVICE, dtype=dtype) for t in (1, n))
-    k *= 11 / 16  # scores of 11: 16 times a factor would be exact
+    k *= 11 / 16  # scores of 11, because scores of 16 times the scale would be exact
     v = (torch.arange(n, device=DEVICE) < first).to(dtype).view(1, n, 1, 1).expand(k.shape)
     scale = 69.3
     out, lse = ATTENTION_FWD[name](q, k, v, *options(q, scale=scale))
@@ -231,7 +236,7 @@ def test_early_keys_keep_their_weight(name: str) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_librarys_attention_is_the_formula(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Transposed, heads grouped, scaled, causal; and it is really the library that computes."""
+    """Check transposed, grouped, scaled and causal calls, and that the library really computes them."""
     called: list[tuple[int, ...]] = []
     library = F.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -254,7 +259,7 @@ def test_the_librarys_attention_is_the_formula(packed: bool, monkeypatch: pytest
 
 @ON
 def test_a_query_that_is_nan_has_a_gradient_that_is_nan(name: str) -> None:
-    """And a finite one stays what it is, although both share keys."""
+    """A finite query keeps its gradient, although both share keys."""
     q, k, v = qkv(name, t=9, s=9)
     o, dout = options(q, causal=True), torch.ones_like(q)
     q[0, 4, 1, 3] = math.nan
@@ -282,7 +287,7 @@ def test_inputs_stay_and_only_what_needs_a_gradient_gets_one(name: str) -> None:
 
 @ON
 def test_the_packed_form_is_the_plain_one(name: str) -> None:
-    """Values and gradients bit for bit, from a packed tensor with gaps between its rows."""
+    """Compare values and gradients bit for bit, for a packed tensor with gaps between its rows."""
     wide = rand(2, 7, 4, 24, dtype=first_dtype(name))
     results = []
     with use(strict=True, attention=name):

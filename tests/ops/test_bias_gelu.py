@@ -12,7 +12,7 @@ from fastgpt.ops.bias_gelu import BIAS_GELU_BWD, BIAS_GELU_FWD
 
 @pytest.mark.skipif("cpu" not in parity.backends_here("bias_gelu"), reason="needs the compiled CPU kernels")
 def test_relative_error_is_what_math_h_states() -> None:
-    """Near 0, around 1 and in the tail, where 1 + erf has no digits left."""
+    """Check near 0, around 1 and in the tail, where 1 + erf has no digits left."""
     x = both_signs(1e-30, 13.0)
     wide = x.double()
     gelu = 0.5 * wide * torch.erfc(-wide / math.sqrt(2))

@@ -1,4 +1,4 @@
-"""What every op promises beside its numbers: registration, compile, selection, errors, purity."""
+"""The contract of every op besides its values: registration, compile, selection, errors, unchanged inputs."""
 
 import contextlib
 import sys
@@ -69,7 +69,7 @@ def test_changing_the_choice_recompiles_once() -> None:
     names = [n for n in parity.backends_here("layer_norm")] + ["torch"]
     if len(names) < 2:
         pytest.skip("needs two backends: no kernel is built")
-    from torch._dynamo.testing import CompileCounter  # nobody else may have imported it
+    from torch._dynamo.testing import CompileCounter  # torch does not import it by itself
 
     counter = CompileCounter()
     compiled = torch.compile(lambda x: ops.layer_norm(x), fullgraph=True, backend=counter)
@@ -109,7 +109,7 @@ def test_only_what_needs_a_gradient_gets_one(name: str) -> None:
 
 @ON
 def test_unused_output_and_second_backward(name: str) -> None:
-    """Only one of (y, sum) used; backward twice with retain_graph doubles the gradient; inputs stay as they were."""
+    """Use only one of (y, sum). Backward twice with retain_graph doubles the gradient, and inputs do not change."""
     with use(layer_norm=name):
         for pick in (0, 1):
             x, r, w = rand(4, 8), rand(4, 8, seed=1), rand(8, seed=2)
@@ -128,7 +128,7 @@ def test_unused_output_and_second_backward(name: str) -> None:
 
 @pytest.mark.parametrize("op,name", KERNELS)
 def test_runs_are_bitwise_equal(op: str, name: str) -> None:
-    """Run to run, and for any number of threads."""
+    """Repeat runs, with any number of threads."""
     wanted = contract.gather("RUN_SHAPE", (67, 128))[op]
     case = next(c for c in parity.cases(op) if c.shape == wanted and parity.takes(name, c))
     results = []
@@ -218,7 +218,7 @@ def test_environment_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_that_fails_its_self_check_is_not_used(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a GPU (here: pretended) each kernel is checked once; the verdict is cached, a failed kernel is reported."""
+    """On a GPU (simulated here) each kernel is checked once; the verdict is cached and a failed kernel is reported."""
     calls: list[str] = []
     state = torch.get_rng_state()
 
@@ -250,7 +250,7 @@ def test_a_kernel_that_fails_its_self_check_is_not_used(
     assert backend._select("layer_norm", "auto", "cuda", torch.float32, False) == "cuda"
     assert backend.explain("layer_norm", "cuda", torch.float32) == ("cuda", "prior")
     assert calls == ["cuda", "triton", "cuda"], "what passed before is not run again, what is not used not at all"
-    monkeypatch.setattr(torch.cuda, "synchronize", check)  # raises, as after a fault
+    monkeypatch.setattr(torch.cuda, "synchronize", check)  # raises, as it does after a fault
     monkeypatch.setattr(backend, "_self_checks", {"layer_norm": check})
     monkeypatch.setattr(backend, "_verdicts", {"": None})
     with pytest.raises(UserError, match="layer_norm: the self-check of the triton .* FASTGPT_KERNELS=layer_norm=torch"):
@@ -272,7 +272,7 @@ def test_self_checks_pass_and_can_fail(op: str, name: str, monkeypatch: pytest.M
 
 
 def test_autocast_casts_products_and_keeps_norms_wide() -> None:
-    """As torch's autocast: attention and the LM head in its dtype, norms in their input's, losses in fp32."""
+    """As under PyTorch's autocast, attention and the LM head use its dtype, norms that of their input, losses fp32."""
     q, x, w = rand(1, 4, 2, 8), rand(6, 16), rand(16)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert ops.attention(q, q.bfloat16(), q, causal=True).dtype == torch.bfloat16

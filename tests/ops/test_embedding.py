@@ -1,4 +1,4 @@
-"""embedding: what DESIGN's contract promises beside the numbers, and gradients that go where a weight keeps them."""
+"""embedding: registration, bounds, order of sums, and gradients that are written to the buffer of a weight."""
 
 import math
 from collections.abc import Callable
@@ -56,7 +56,7 @@ def test_opcheck(name: str, call: str) -> None:
 @ON
 @DTYPES
 def test_an_id_outside_the_table_is_nan_and_adds_nothing(name: str, dtype: torch.dtype) -> None:
-    """The tables lie between sevens: none may be read, and none written."""
+    """The tables lie between sevens, which must be neither read nor written."""
     table, rows = (torch.full((6, 9), 7.0, dtype=dtype, device=DEVICE) for _ in range(2))
     table[1:5], rows[2:4] = rand(4, 9, dtype=dtype), rand(2, 9, dtype=dtype, seed=1)
     ids = torch.tensor([-1, 3, 4, 0, 2**40, -(2**40)], device=DEVICE)
@@ -77,7 +77,7 @@ def test_an_id_outside_the_table_is_nan_and_adds_nothing(name: str, dtype: torch
 @ON
 @DTYPES
 def test_adding_touches_only_rows_that_have_tokens(name: str, dtype: torch.dtype) -> None:
-    """A strided table in a buffer of NaN with bits that no arithmetic leaves as they are."""
+    """Use a strided table in a buffer of NaN whose bits any arithmetic would change."""
     for kept_dtype in {dtype, torch.float32}:
         wide = torch.full((7, 25), math.nan, dtype=kept_dtype, device=DEVICE)
         ints = wide.view(torch.int32 if kept_dtype == torch.float32 else torch.int16)
@@ -96,7 +96,7 @@ def test_adding_touches_only_rows_that_have_tokens(name: str, dtype: torch.dtype
 
 @ON
 def test_sums_are_fp32_and_in_order(name: str) -> None:
-    """1000 gradients of 0.01 in bf16 on one row: a bf16 sum would stop far below."""
+    """Add 1000 gradients of 0.01 in bf16 on one row: a bf16 sum would stop far below."""
     dy = torch.full((1000, 40), 0.01, dtype=torch.bfloat16, device=DEVICE)
     ids = torch.full((1000,), 3, device=DEVICE)
     got = EMBEDDING_BWD[name](dy, ids, 5)
@@ -110,7 +110,7 @@ def test_sums_are_fp32_and_in_order(name: str) -> None:
 @ON
 @pytest.mark.parametrize("n", [1, 31, 33, 64, 1056, 9000])
 def test_runs_of_every_length(name: str, n: int) -> None:
-    """Whole numbers, whose fp32 sums are exact in any order: few rows have most of the tokens, some ids are no rows."""
+    """Sum integers, which is exact in fp32 in any order. Few rows have most of the tokens; some ids have no row."""
     g = torch.Generator().manual_seed(n)
     ids = ((torch.rand(n, generator=g) ** 6 * 90).int() - 2).to(DEVICE)  # -2 to 87
     dy = torch.randint(-8, 9, (n, 3), generator=g).float().to(DEVICE)
@@ -140,7 +140,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 @ON
 def test_addresses_past_2_to_31(name: str, tmp_path: Path) -> None:
-    """Rows of the tables and of dy so far apart that row times stride takes more than 32 bits."""
+    """Put the rows of the tables and of dy so far apart that row times stride exceeds 32 bits."""
     if DEVICE == "cuda":
         pytest.skip("the sparse file is host memory")
     far = 2**30 + 64
@@ -167,7 +167,7 @@ def both_gradients(
 @ON
 @pytest.mark.parametrize("positions", [None, POSITIONS[0], POSITIONS], ids=["none", "shared", "own"])
 def test_gradients_go_where_a_weight_keeps_them(name: str, positions: Tensor | None) -> None:
-    """Into a buffer of garbage the first time, on top of what is there the second."""
+    """The first backward overwrites a buffer of garbage, the second adds to it."""
     weight, rows, dy = rand(7, 10).requires_grad_(), rand(5, 10, seed=1).requires_grad_(), rand(2, 4, 10, seed=2)
     buffers = []
     for t in (weight, rows):
@@ -180,7 +180,7 @@ def test_gradients_go_where_a_weight_keeps_them(name: str, positions: Tensor | N
             for t, buffer, w in zip((weight, rows), buffers, wanted):
                 assert t.grad is buffer
                 torch.testing.assert_close(buffer, times * w)
-        weight.grad = torch.ones_like(weight)  # someone else's: not the buffer, so autograd adds as always
+        weight.grad = torch.ones_like(weight)  # a gradient that is not the buffer: autograd adds as usual
         ops.embedding(IDS, weight, rows, positions=positions).backward(dy)
         torch.testing.assert_close(weight.grad, 1 + wanted[0])
         assert weight.grad is not buffers[0]
@@ -188,7 +188,7 @@ def test_gradients_go_where_a_weight_keeps_them(name: str, positions: Tensor | N
 
 
 class HeadFn(torch.autograd.Function):
-    """A head that writes its weight's gradient in place, as the LM head's does."""
+    """A head that writes the gradient of its weight in place, like the LM head."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ def test_a_tied_weight_gets_the_sum_in_its_buffer(name: str) -> None:
 
 @ON
 def test_only_what_needs_a_gradient_gets_one_and_backward_repeats(name: str) -> None:
-    """Also after an optimizer has changed the weight: its values are not needed."""
+    """Check also after an optimizer has changed the weight: backward does not need its values."""
     with use(strict=True, embedding=name):
         for positions in (None, POSITIONS):
             for which in range(2):

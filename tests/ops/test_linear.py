@@ -1,4 +1,4 @@
-"""ops.linear: as F.linear, its weight's gradient in the memory that keep_gradients set aside."""
+"""ops.linear: results of F.linear, with the gradient of the weight in the buffer that keep_gradients allocated."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_the_buffer_outlives_zero_grad_and_old_sums_do_not_come_back() -> None:
 
 
 def test_a_gradient_from_elsewhere_is_added_to() -> None:
-    """Another use of the weight, or a gradient set by hand: the plain way, nothing lost."""
+    """If the weight has another use or a gradient set by hand, autograd adds as usual and nothing is lost."""
     module, x = layer(bias=False), rand(3, 8)
     (module(x).sum() + module.weight.square().sum()).backward()
     expected = x.sum(0).expand(5, 8) + 2 * module.weight.detach()
@@ -98,7 +98,7 @@ def test_compiled_and_under_autocast_it_is_the_plain_layer() -> None:
 
 
 def test_a_buffer_from_before_a_cast_is_ignored() -> None:
-    """In a linear layer, an embedding and a fused head: the gradient goes the plain way until keep_gradients again."""
+    """A linear layer, an embedding and a fused head use plain gradients until keep_gradients is called again."""
     ids, target = torch.tensor([[3, 1, 2]], device=DEVICE), torch.tensor([0, 4, 1], device=DEVICE)
     table, linear = nn.Embedding(7, 8).to(DEVICE), layer(bias=False)
     nn.keep_gradients(table, min_numel=1)

@@ -1,4 +1,4 @@
-"""linear_cross_entropy beside its numbers: registration, compile, errors, memory, accumulation, places, extremes."""
+"""linear_cross_entropy: registration, compile, errors, memory, accumulation, gradient buffers, extremes."""
 
 import contextlib
 import math
@@ -23,7 +23,7 @@ from fastgpt.ops.linear_cross_entropy import linear_cross_entropy_ref, rows_at_o
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HERE = parity.backends_here("linear_cross_entropy")
 ON = pytest.mark.parametrize("name", HERE)
-# many rows or launches: not in the interpreter
+# many rows or launches: too slow in the interpreter
 FAST = pytest.mark.parametrize("name", [n for n in HERE if n != "triton" or not backend.interpreting()])
 WAYS = pytest.mark.parametrize(
     "reduction,chunk", [(r, c) for r in ("mean", "sum", "none") for c in (9, 4)], ids=lambda v: str(v)
@@ -39,7 +39,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: 
 def case(
     n: int = 9, c: int = 8, v: int = 21, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (n, c), W (v, c), b (v), target (n) with an ignored row."""
+    """Return x (n, c), W (v, c), b (v) and target (n) with an ignored row."""
     target = torch.randint(0, v, (n,), generator=torch.Generator().manual_seed(3))
     target[2::3] = -100
     x, w, b = rand(n, c, dtype=dtype, seed=1), rand(v, c, dtype=dtype, seed=2), rand(v, dtype=dtype, seed=3)
@@ -47,7 +47,7 @@ def case(
 
 
 def gradients(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, upstream: float = 1.0, **o: Any) -> list[Tensor]:
-    """Loss and the gradients of x, W and b; rows of "none" have different upstream gradients."""
+    """Return the loss and the gradients of x, W and b; the rows of "none" have different upstream gradients."""
     leaves = [t.detach().clone().requires_grad_() for t in (x, w, b) if t is not None]
     loss = ops.linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2] if b is not None else None, **o)
     rows = torch.linspace(-1, 2, len(target), device=DEVICE) if loss.dim() else loss.new_tensor(1.0)
@@ -56,7 +56,7 @@ def gradients(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, upstream: 
 
 
 def exact(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **o: Any) -> list[Tensor]:
-    """The same by the reference in fp64."""
+    """Return the same from the reference in fp64."""
     with use(linear_cross_entropy="torch"):
         return gradients(*(None if t is None else t.double() for t in (x, w, b)), target, **o)  # type: ignore[arg-type]
 
@@ -95,7 +95,8 @@ def test_opcheck(name: str, call: str) -> None:
 def test_fullgraph_compile_with_dynamic_rows(
     name: str, reduction: str, chunk: int | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one piece, in chunks, and by a budget that some sizes are over: as eager bit for bit, compiled once a way."""
+    """Run in one piece, in chunks, and with a budget that some sizes exceed: the bits equal eager, with one compilation
+    for each way."""
     torch._dynamo.reset()
     monkeypatch.setattr(raw, "_budgets", {torch.empty(0, device=DEVICE).device: 390 * 21 * 4})
 
@@ -170,7 +171,7 @@ def test_gradcheck_of_the_reference() -> None:
 
 
 class Sizes(TorchDispatchMode):
-    """Elements of the largest tensor that any op gave or took, and names of the ops."""
+    """Records the elements of the largest tensor that any op received or returned, and the names of the ops."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -188,7 +189,7 @@ class Sizes(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @ON
 def test_logits_are_never_whole_in_chunks(name: str, reduction: str, dtype: torch.dtype) -> None:
-    """64 rows, 16 at a time: no tensor outside the raw ops, none inside their driver, holds more than 16 rows of V."""
+    """With 64 rows, 16 at a time, no tensor outside the raw ops or inside their driver holds more than 16 rows of V."""
     x, w, b, target = case(64, 4, 300, dtype)
     with use(strict=True, linear_cross_entropy=name):
         with Sizes() as outside, torch.no_grad():
@@ -208,7 +209,7 @@ def test_logits_are_never_whole_in_chunks(name: str, reduction: str, dtype: torc
 
 
 class Made(TorchDispatchMode):
-    """Shapes and dtypes of all tensors that ops made."""
+    """Records the shapes and dtypes of all tensors that ops return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +224,7 @@ class Made(TorchDispatchMode):
 @ON
 @pytest.mark.parametrize("kept", [False, True])
 def test_backward_in_chunks_scales_the_weights_gradient_in_one_pass(name: str, kept: bool) -> None:
-    """Into the weight's dtype: no second tensor of (V, C) in fp32, when it is made and when it is added."""
+    """The result has the dtype of the weight, without a second (V, C) tensor in fp32, written or added."""
     x, w, _, target = case(dtype=torch.bfloat16)
     leaf = w.clone().requires_grad_()
     if kept:
@@ -238,8 +239,8 @@ def test_backward_in_chunks_scales_the_weights_gradient_in_one_pass(name: str, k
 
 
 def test_offsets_past_2_31_by_construction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the meta device, N V = 2^43 and N C = 2^32: every chunk's views begin where they should, and nothing is
-    larger than the gradients and one chunk of logits."""
+    """On the meta device, with N V = 2^43 and N C = 2^32, the views of every chunk begin at the right offset, and no
+    tensor is larger than the gradients and one chunk of logits."""
     n, c, v, chunk = 2**26 + 3, 64, 2**17, 2**24
     seen: list[tuple[int, ...]] = []
 
@@ -251,7 +252,7 @@ def test_offsets_past_2_31_by_construction(monkeypatch: pytest.MonkeyPatch) -> N
     starts: list[int] = []
     product = raw.product_in_fp32
     monkeypatch.setitem(raw.CROSS_ENTROPY_FWD_BWD, "cpu", record)
-    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # meta has none
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # the meta device has none
     monkeypatch.setattr(raw, "product_in_fp32", lambda a, b, t: starts.append(b.storage_offset()) or product(a, b, t))
     with torch.device("meta"):
         x, w = torch.empty(n, c), torch.empty(v, c)
@@ -269,7 +270,7 @@ def test_offsets_past_2_31_by_construction(monkeypatch: pytest.MonkeyPatch) -> N
 @ON
 @WAYS
 def test_accumulation_over_small_batches_is_one_large_batch(name: str, reduction: str, chunk: int) -> None:
-    """1 x 64 = 8 x 8, each with its share of the rows that count, through .grad."""
+    """One batch of 64 rows equals 8 batches of 8, each weighted by its counted rows, accumulated in .grad."""
     x, w, b, target = case(64, 16, 50)
     counted = int((target != -100).sum())
     with use(strict=True, linear_cross_entropy=name):
@@ -289,7 +290,7 @@ def test_accumulation_over_small_batches_is_one_large_batch(name: str, reduction
 @FAST
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weight_gradient_does_not_get_worse_with_more_chunks(name: str, dtype: torch.dtype) -> None:
-    """Error of dW against fp64 with 16 and with 1024 chunks: that of one piece (summed in 16 bits it grows)."""
+    """With 16 and 1024 chunks, the fp64 error of dW equals that of one piece. A sum in 16 bits would get worse."""
     x, w, _, target = case(1024, 16, 40, dtype)
     wanted = exact(x, w, None, target)[2]
     with use(strict=True, linear_cross_entropy=name):
@@ -307,8 +308,11 @@ def test_weight_gradient_does_not_get_worse_with_more_chunks(name: str, dtype: t
 @WAYS
 @pytest.mark.parametrize("upstream", [2.0**16, 2.0**-9])
 def test_fp16_keeps_gradients_in_range(name: str, reduction: str, chunk: int, upstream: float) -> None:
-    """4096 rows with loss scaling, and with a small share of a large batch: a mean's gradients of the logits would be
-    near fp16's smallest number, and the upstream gradient times x beyond its ends. Against the reference in fp64."""
+    """Compare 4096 rows with the reference in fp64, with loss scaling and with a small share of a large batch.
+
+    For a mean, gradients of the logits would be near the smallest fp16 number, and the upstream gradient times x would
+    be out of range.
+    """
     x, w, b, target = case(4096, 8, 200, torch.float16)
     x, w, chunk = x + 4, w / 16, 4096 if chunk == 9 else 1000
     upstream /= 1 if reduction == "mean" else int((target != -100).sum())
@@ -317,13 +321,14 @@ def test_fp16_keeps_gradients_in_range(name: str, reduction: str, chunk: int, up
         got = gradients(x, w, b, target, **options)
     for g, e in zip(got, exact(x, w, b, target, **options)):
         assert g.isfinite().all()
-        assert float((g - e).norm()) <= 1e-3 * float(e.norm()) + 2.0**-25 * math.sqrt(e.numel())  # half its last step
+        # 2^-25 is half the spacing of the smallest fp16 numbers
+        assert float((g - e).norm()) <= 1e-3 * float(e.norm()) + 2.0**-25 * math.sqrt(e.numel())
 
 
 @ON
 @WAYS
 def test_only_what_needs_a_gradient_gets_one_and_backward_repeats(name: str, reduction: str, chunk: int) -> None:
-    """Every subset of (x, W, b); twice with retain_graph doubles; inputs stay as they were."""
+    """Try every subset of (x, W, b). A second backward with retain_graph doubles; inputs do not change."""
     x, w, b, target = case()
     weight = rand(21, seed=4).abs()
     before = [t.clone() for t in (x, w, b, target, weight)]
@@ -351,7 +356,7 @@ def test_only_what_needs_a_gradient_gets_one_and_backward_repeats(name: str, red
 @ON
 @WAYS
 def test_nothing_beside_the_inputs_is_read(name: str, reduction: str, chunk: int) -> None:
-    """Rows in wider buffers of NaN, targets and class weights a step apart, upstream gradients expanded."""
+    """Use rows in wider buffers of NaN, strided targets and class weights, and expanded upstream gradients."""
     x, w, b, target = case()
     weight = rand(21, seed=4).abs()
     wide = [torch.full((len(t), 3 * 8), math.nan, device=DEVICE) for t in (x, w)]
@@ -377,7 +382,7 @@ def test_nothing_beside_the_inputs_is_read(name: str, reduction: str, chunk: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @WAYS
 def test_no_row_counts(name: str, reduction: str, chunk: int, dtype: torch.dtype) -> None:
-    """All ignored: gradients 0, "mean" NaN as PyTorch's; no rows at all: the same."""
+    """If all rows are ignored, or there are none, gradients are 0 and "mean" is NaN, as in PyTorch."""
     for n in (9, 0):
         x, w, b, target = case(n, dtype=dtype)
         with use(strict=True, linear_cross_entropy=name):
@@ -391,7 +396,7 @@ def test_no_row_counts(name: str, reduction: str, chunk: int, dtype: torch.dtype
 def test_a_target_out_of_range_on_a_device(
     name: str, reduction: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where values are not checked: NaN loss, no gradient from that row, the others as without it."""
+    """Where values are not checked, the row has a NaN loss and no gradient, and the others do not change."""
     monkeypatch.setattr(sys.modules["fastgpt.ops.cross_entropy"], "checks_values", lambda t: False)
     x, w, b, target = case()
     bad, good = target.clone(), target.clone()
@@ -418,7 +423,7 @@ def test_runs_are_bitwise_equal(name: str, reduction: str, chunk: int) -> None:
 @WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_gradient_goes_where_it_is_kept(name: str, reduction: str, chunk: int, dtype: torch.dtype) -> None:
-    """A tied weight with a place: written at first, added to after; the embedding's part comes on top."""
+    """The first backward writes the buffer of a tied weight, later ones add, and the embedding adds its part."""
     x, w, b, target = case(dtype=dtype)
     ids = torch.tensor([3, 3, 20, 0, 1, 2, 3, 4, 5], device=DEVICE)
     runs = []
@@ -449,7 +454,7 @@ def test_a_gradient_goes_where_it_is_kept(name: str, reduction: str, chunk: int,
 @ON
 @pytest.mark.parametrize("chunk", [9, 4])
 def test_a_place_may_be_wider_than_the_weight(name: str, chunk: int) -> None:
-    """An fp32 buffer for a bf16 weight: eight steps of accumulation lose nothing to bf16."""
+    """With an fp32 buffer for a bf16 weight, eight steps of accumulation lose nothing to bf16."""
     x, w, _, target = case(dtype=torch.bfloat16)
     w.requires_grad_().grad_dtype = torch.float32
     w.grad_buffer = torch.full(w.shape, math.nan, device=DEVICE)
@@ -463,7 +468,7 @@ def test_a_place_may_be_wider_than_the_weight(name: str, chunk: int) -> None:
 @ON
 @WAYS
 def test_flop_counter_counts_the_products(name: str, reduction: str, chunk: int) -> None:
-    """2 N V C for each product: one forward and two backward; in chunks "none" makes the logits twice."""
+    """Each product counts 2 N V C: one in forward, two in backward. In chunks, "none" computes the logits twice."""
     x, w, b, target = case()
     unit = 2 * 9 * 21 * 8
     products = 4 if reduction == "none" and chunk == 4 else 3
@@ -487,7 +492,7 @@ def test_flop_counter_counts_the_products(name: str, reduction: str, chunk: int)
 @ON
 @WAYS
 def test_under_autocast_as_with_cast_inputs(name: str, reduction: str, chunk: int) -> None:
-    """x, W and b in autocast's dtype, sums over chunks still in fp32: bit for bit as with tensors cast before."""
+    """x, W and b have the dtype of autocast, and sums over chunks stay fp32: the bits equal those of cast tensors."""
     x, w, b, target = case(dtype=torch.float32)
     options: dict[str, Any] = dict(reduction=reduction, chunk=chunk)
     with use(strict=True, linear_cross_entropy=name):
@@ -499,7 +504,7 @@ def test_under_autocast_as_with_cast_inputs(name: str, reduction: str, chunk: in
 
 
 def test_rows_at_once() -> None:
-    """The documented rule: one piece within the budget, else equal pieces of a multiple of 128 rows within it."""
+    """Check the documented rule: one piece within the budget, else equal pieces of a multiple of 128 rows."""
     assert rows_at_once(256, 50304, 4, 512 << 20) == 256, "GPT-2 124M at B 4, T 64 on a CPU: 51 MB"
     assert rows_at_once(65536, 50304, 2, 150754820096 // 16) == 65536, "B 64, T 1024 in bf16 on an H200"
     for n in (1, 127, 2670, 2700, 8192, 100_000):

@@ -1,4 +1,4 @@
-"""Nothing is read or written outside of a tensor: canaries around inputs (in every parity case) and outputs (here)."""
+"""No access outside a tensor: canaries surround the inputs (in every parity case) and the outputs (here)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_layouts_are_what_they_say(shape: tuple[int, ...], layout: str) -> None:
 
 
 def wrong_at(case: parity.Case, where: str) -> list[parity.Row]:
-    """The rows of a LayerNorm that reads or writes where it must not."""
+    """Return the rows of a LayerNorm that reads or writes out of bounds."""
 
     def ours(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         memory = x.detach().view(x.shape).untyped_storage()
@@ -55,7 +55,7 @@ def wrong_at(case: parity.Case, where: str) -> list[parity.Row]:
         elif where == "before":
             flat[x.storage_offset() - 1] = 0
         elif where == "behind":
-            flat[-1] = float("nan")  # a NaN of other bits
+            flat[-1] = float("nan")  # a NaN with other bits
         elif where == "read":
             x = x + 0 * flat[x.storage_offset() - 1]
         return truth.torch(x, *args, **kwargs)
@@ -78,15 +78,15 @@ def test_harm_is_over_the_bound(where: str) -> None:
 
 
 class Allocations:
-    """Stands in for PyTorch's uninitialised allocations: each lies between canaries and holds them."""
+    """Replaces PyTorch's uninitialised allocations: each lies between canaries and is filled with them."""
 
     def __init__(self) -> None:
-        self.made: list[tuple[Tensor, Tensor]] = []  # memory, and what its margins held
+        self.made: list[tuple[Tensor, Tensor]] = []  # memory, and the content of its margins
 
     def strided(self, shape: Any, strides: Any, dtype: torch.dtype, device: Any) -> Tensor:
         span = 0 if 0 in shape else 1 + sum(s * (n - 1) for s, n in zip(strides, shape))
         memory = canaries(span + 2 * MARGIN, dtype, device)
-        self.made.append((memory, canaries(MARGIN, dtype, device)))  # no clone, which would allocate here
+        self.made.append((memory, canaries(MARGIN, dtype, device)))  # clone would allocate here
         return view(memory, dtype, MARGIN, tuple(shape), list(strides))
 
     def empty(self, *size: Any, dtype: Any = None, device: Any = None) -> Tensor:
@@ -107,7 +107,7 @@ class Allocations:
         return self.empty(*size, dtype=dtype or t.dtype, device=device or t.device)
 
     def overrun(self) -> list[int]:
-        """Elements of the allocations that were written over."""
+        """Return the number of canaries that were overwritten."""
         return [
             memory.numel() - 2 * MARGIN
             for memory, margin in self.made
@@ -117,7 +117,7 @@ class Allocations:
 
 @pytest.fixture
 def allocations(monkeypatch: pytest.MonkeyPatch) -> Allocations:
-    """Python's allocations (of Triton launchers, optimizer state) are guarded."""
+    """Check allocations from Python (Triton launchers, optimizer state)."""
     made = Allocations()
     for name in ("empty", "empty_like", "zeros_like"):
         monkeypatch.setattr(torch, name, getattr(made, name))
@@ -150,7 +150,8 @@ def test_an_overrun_is_seen(allocations: Allocations) -> None:
 
 
 def checked_malloc(*command: str) -> subprocess.CompletedProcess[str]:
-    """Python under glibc's malloc checks: fresh memory holds garbage; a byte written behind a block aborts at free."""
+    """Run Python under glibc's malloc checks: new memory holds garbage, and a byte written after a block aborts at
+    free."""
     env = os.environ | {"LD_PRELOAD": "libc_malloc_debug.so.0", "TRITON_INTERPRET": "1"}
     env["GLIBC_TUNABLES"] = "glibc.malloc.check=3:glibc.malloc.perturb=165"
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600)
@@ -158,7 +159,7 @@ def checked_malloc(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_native_kernels_write_outputs_whole_and_not_over(name: str) -> None:
-    """csrc allocates inside PyTorch, where Python does not reach: all parity cases under a malloc that looks."""
+    """csrc allocates inside PyTorch, out of reach of Python, so all parity cases run under a malloc that checks."""
     if name not in parity.backends_here("layer_norm") or DEVICE == "cuda":
         pytest.skip(f"needs the {name} kernels, compiled for the host")
     overrun = "import ctypes, torch; t = torch.empty(33); ctypes.memset(t.data_ptr() + 132, 0, 1); del t"

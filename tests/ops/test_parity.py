@@ -1,4 +1,4 @@
-"""Every op x backend x dtype x layout against the fp64 reference, by the one rule of fastgpt/parity."""
+"""Every op, backend, dtype and layout against the fp64 reference, by the rule of fastgpt/parity."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ EVERY = [
 
 @pytest.mark.parametrize("case,names", EVERY, ids=[str(case) for case, _ in EVERY])
 def test_parity(case: parity.Case, names: list[str], seed: int, record_property: Callable[[str, object], None]) -> None:
-    """One case on all its backends: truth and baseline are computed once."""
+    """Run one case on all its backends; truth and baseline are computed once."""
     case = dataclasses.replace(case, seed=seed)
     wanted = parity.expected(case, DEVICE)
     rows = [row for name in names for row in parity.compare(case, name, wanted, DEVICE)]
@@ -48,7 +48,7 @@ def test_every_cell_has_a_case() -> None:
 
 @pytest.mark.parametrize("op", parity.SUBJECTS)
 def test_every_op_has_400_cases(op: str) -> None:
-    """Counted over the backends that a machine without a GPU has, dtypes, layouts, shapes and options; each once."""
+    """Count every combination of dtype, layout, shape and options once, on the backends of a machine without a GPU."""
     kernels = {name for name in backend.ops()[op] if name not in ("torch", "cuda")}
     if kernels - set(parity.backends_here(op)):
         pytest.skip(f"{op}: not every backend is here")
@@ -58,7 +58,7 @@ def test_every_op_has_400_cases(op: str) -> None:
 
 
 def test_the_rule_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A LayerNorm that is off by one part in a thousand is over the bound in fp32."""
+    """A LayerNorm with a relative error of 1e-3 exceeds the bound in fp32."""
     truth = parity.SUBJECTS["layer_norm"]
     wrong = dataclasses.replace(truth, ours=lambda *a, **k: tuple(1.001 * t for t in truth.torch(*a, **k)))
     monkeypatch.setitem(parity.SUBJECTS, "layer_norm", wrong)
@@ -68,7 +68,7 @@ def test_the_rule_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("op", ["attention", "rms_norm", "cross_entropy"])
 def test_sensitivity_hides_no_fault(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A result that is off by 8 units in the last place of its scale is over the bound in fp32."""
+    """An error of 8 units in the last place of the output's scale exceeds the bound in fp32."""
     right = parity.SUBJECTS[op]
 
     def run(case: parity.Case, fn: Callable[..., object], inputs: parity.Inputs) -> parity.Outputs:
@@ -108,7 +108,7 @@ def test_command_writes_the_table_and_names_missing_cells(
 
 
 def test_rows_are_on_disk_when_they_come(tmp_path: Path) -> None:
-    """Whatever ends the command later: a row's file has it before the next case begins. All of a GPU's fit 16 MB."""
+    """A row is in the file before the next case begins, whatever ends the command. All rows of a GPU fit in 16 MB."""
     path, row = tmp_path / "rows.jsonl", parity.Row("op", "cpu", "float32", "a/b", "case", "y", 1 / 3, 0.0, 1.0)
     for number, _ in enumerate(command.keep(iter([row] * 3), path), 1):
         assert len(path.read_text().splitlines()) == number
@@ -137,7 +137,7 @@ jobs.main()
 
 
 def test_a_case_that_ends_its_process_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Case 1 raises, after case 2 the device does not answer any more, case 4 kills its process."""
+    """Case 1 raises, the device stops responding after case 2, and case 4 kills its process."""
     started: list[subprocess.Popen[str]] = []
 
     def start(threads: int) -> subprocess.Popen[str]:

@@ -1,4 +1,4 @@
-"""bias_gelu and swiglu: far ends, compile, gradients, and that inputs and neighbours keep their values."""
+"""bias_gelu and swiglu: extreme values, compile, gradients, and no access outside the inputs."""
 
 import math
 from collections.abc import Callable
@@ -35,7 +35,7 @@ EXACT: dict[str, Callable[[Tensor], Tensor]] = {
 
 @ON
 def test_far_ends_and_nan(op: str, name: str) -> None:
-    """Saturated, never NaN for finite x; NaN stays NaN, and only where it was."""
+    """Finite x saturates and never gives NaN; NaN stays NaN in its place only."""
     x = torch.tensor([-3e38, -1e20, -1e4, -90.0, -13.2, -9.95, 0.0, 13.2, 90.0, 1e4, 1e20, 3e38, math.nan]).to(DEVICE)
     for act, function in OF_ONE[op].items():
         leaf, exact = x.clone().requires_grad_(), x.double().requires_grad_()
@@ -79,7 +79,7 @@ def test_fullgraph_compile_with_dynamic_shapes(op: str, name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [1, 7, 16, 33, 770])
 def test_nothing_is_read_past_a_row(op: str, name: str, dtype: torch.dtype, width: int) -> None:
-    """Rows in a wider buffer of NaN: values as of a copy, inputs as they were."""
+    """Rows in a wider buffer of NaN give the values of a copy, and inputs do not change."""
     wide = torch.full((5, 2 * width + 6), math.nan, dtype=dtype, device=DEVICE)
     wide[:, 3:-3] = torch.randn(5, 2 * width, generator=torch.Generator().manual_seed(width)).to(DEVICE, dtype)
     x, before = wide[:, 3:-3], wide.clone()

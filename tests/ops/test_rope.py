@@ -1,4 +1,4 @@
-"""rope and rope_qkv: what DESIGN's contract promises beside the numbers, and how autograd sees a write in place."""
+"""rope and rope_qkv: registration, bounds, errors, and how autograd sees a write in place."""
 
 import math
 import sys
@@ -69,9 +69,9 @@ def test_opcheck(name: str, call: str) -> None:
 @DTYPES
 @PAIRS
 def test_only_turned_columns_of_turned_heads_are_written(name: str, dtype: torch.dtype, interleaved: bool) -> None:
-    """In place inside a wider buffer: the rest keeps its bits, and a strided tensor gives what a packed one gives."""
+    """In place in a wider buffer, the rest keeps its bits, and a strided tensor gives the values of a packed one."""
     wide = torch.full((2, 5, 4, 17), math.nan, dtype=dtype, device=DEVICE)
-    x = wide[:, :, 1:, 2:15].transpose(1, 2)  # (2, 3, 5, 13), rows and heads exchanged, misaligned
+    x = wide[:, :, 1:, 2:15].transpose(1, 2)  # (2, 3, 5, 13), rows and heads swapped, misaligned
     x.copy_(rand(2, 3, 5, 13, dtype=dtype))
     before = wide.clone()
     plain = x.contiguous()
@@ -89,7 +89,7 @@ def test_only_turned_columns_of_turned_heads_are_written(name: str, dtype: torch
 @ON
 @PAIRS
 def test_a_position_outside_the_tables_is_nan_and_reads_nothing(name: str, interleaved: bool) -> None:
-    """The tables lie between sevens: none of them may be seen, by a neighbour either."""
+    """The tables lie between sevens, which must not reach any result, not even that of a neighbour."""
     cos, sin = (torch.full((4, 4), 7.0, device=DEVICE) for _ in range(2))
     cos[1:3], sin[1:3] = COS[:2], SIN[:2]
     positions = torch.tensor([[-1, 0, 2], [1, 2**40, -(2**40)]], device=DEVICE)
@@ -117,7 +117,7 @@ def test_position_zero_is_exact_and_the_inverse_turns_back(name: str, dtype: tor
 
 @ON
 def test_extremes_and_no_positions_at_all(name: str) -> None:
-    """Infinities and NaN stay in their pair; T = 1; nothing to do."""
+    """Infinities and NaN stay in their pair; T = 1 and empty tensors work."""
     x = rand(1, 1, 1, 10)
     x[..., 0], x[..., 1] = math.inf, math.nan
     out = ROPE_COPY[name](x, COS[1:2], SIN[1:2], None, 1, False, False)
@@ -135,7 +135,7 @@ def test_extremes_and_no_positions_at_all(name: str) -> None:
 
 @ON
 def test_addresses_past_2_to_31(name: str, tmp_path: Path) -> None:
-    """Batches, then heads, so far apart that stride times index takes more than 32 bits."""
+    """Put batches, then heads, so far apart that stride times index exceeds 32 bits."""
     if DEVICE == "cuda":
         pytest.skip("the sparse file is host memory")
     far = 2**30 + 64
@@ -180,7 +180,7 @@ def test_the_number_of_threads_changes_nothing() -> None:
 
 
 class Model(nn.Module):
-    """A packed projection as in fastgpt.models.gpt: rope_qkv sees a view of its output."""
+    """A packed projection as in fastgpt.models.gpt; rope_qkv receives a view of its output."""
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def gradients(model: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor) -> 
 
 @contextmanager
 def partitioned(how: str) -> Iterator[None]:
-    """Skips what PyTorch before 2.13 cannot partition: what is split and recomputed in a compiled graph."""
+    """Skip a case that PyTorch before 2.13 cannot partition: a split and recomputed tensor in a compiled graph."""
     try:
         yield
     except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -224,7 +224,7 @@ def partitioned(how: str) -> Iterator[None]:
     + [("compile", True), ("compile", False), ("compile and checkpoint", True)],
 )
 def test_in_place_on_a_view_of_a_projection(name: str, bias: bool, how: str) -> None:
-    """Values and gradients are the reference's, by the rule of parity, however the graph is made."""
+    """Values and gradients equal the reference by the rule of parity, for every way to build the graph."""
     model, wide = Model(bias), Model(bias).double()
     calls: dict[str, Callable[[Tensor], Tensor]] = {
         "eager": model,
@@ -263,7 +263,7 @@ def test_without_gradients(name: str, mode: Any) -> None:
             before, address = qkv.clone(), qkv.data_ptr()
             out = ops.rope_qkv(qkv, COS, SIN, **PACKED)
             assert out.data_ptr() == address and not torch.equal(qkv, before)
-            for other in (rand(2, 3, 10, 5).mT, rand(1, 1, 5, 10).expand(2, 3, 5, 10)):  # a copy is turned
+            for other in (rand(2, 3, 10, 5).mT, rand(1, 1, 5, 10).expand(2, 3, 5, 10)):  # rotates a copy
                 before = other.clone()
                 out = ops.rope_qkv(other, COS, SIN, **PACKED)
                 assert torch.equal(other, before)
@@ -276,7 +276,7 @@ def test_without_gradients(name: str, mode: Any) -> None:
 
 
 def nodes(t: Tensor) -> list[str]:
-    """Names of autograd's nodes from t down."""
+    """Return the names of the autograd nodes below t."""
     found, left = [], [t.grad_fn]
     while left:
         node = left.pop()
@@ -288,7 +288,7 @@ def nodes(t: Tensor) -> list[str]:
 
 @ON
 def test_in_place_means_no_copies_and_any_handle_is_right(name: str) -> None:
-    """No CopySlices (three copies of the gradient); the tensor that was handed in is the turned one too."""
+    """There is no CopySlices (three copies of the gradient), and the tensor that was passed in is rotated too."""
     proj, x = rand(6, 50).requires_grad_(), rand(2, 3, 6)
     w, u = rand(2, 3, 5, 10, seed=3), rand(6, 50, seed=4)
     with use(strict=True, rope=name):
@@ -307,7 +307,7 @@ def test_in_place_means_no_copies_and_any_handle_is_right(name: str) -> None:
 
 
 class Doubled(torch.autograd.Function):
-    """A view with a backward of its own, which nobody may step over."""
+    """A view with a custom backward, which must not be skipped."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -378,7 +378,7 @@ def test_the_gradient_that_came_is_not_changed(name: str) -> None:
 
 @ON
 def test_only_what_needs_a_gradient_gets_one(name: str) -> None:
-    """Each of q and k alone, used or not; twice the backward, twice the gradient; inputs as they were."""
+    """Try q and k alone, used or not. A second backward doubles the gradient; inputs do not change."""
     with use(strict=True, rope=name):
         for which in range(2):
             pair = [rand(2, 3, 2, 10), rand(2, 3, 1, 10, seed=1)]
@@ -391,7 +391,7 @@ def test_only_what_needs_a_gradient_gets_one(name: str) -> None:
                 if i == 0:
                     once = pair[which].grad.clone()
             torch.testing.assert_close(pair[which].grad, 2 * once, rtol=0, atol=0)
-            if out[1 - which].requires_grad:  # its gradient leads nowhere
+            if out[1 - which].requires_grad:  # its gradient is not used
                 out[1 - which].sum().backward()
             assert pair[1 - which].grad is None and torch.equal(pair[which].grad, 2 * once)
             assert all(torch.equal(a, b.detach()) for a, b in zip(before, pair))
