@@ -145,19 +145,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> None:
         raise ValueError(f"attention: q has {h} heads, expected a multiple of k's {k.shape[2]}")
     cu_q, cu_k = o["cu_seqlens_q"], o["cu_seqlens_k"]
     if (cu_q is None) != (cu_k is None):
-        raise ValueError("attention: cu_seqlens_q and cu_seqlens_k: one came alone, expected both or neither")
+        raise ValueError("attention: got only one of cu_seqlens_q and cu_seqlens_k, expected both or neither")
     for name, total, shape in (("cu_seqlens_q", t, None), ("cu_seqlens_k", s, None if cu_q is None else cu_q.shape)):
         _check_index(name, o[name], shape, q)
         _check_values(name, o[name], total, rising=True)
     if cu_q is not None and (b != 1 or any(o[n] is not None for n in ("doc_ids", "kv_lens", "kv_start"))):
         raise ValueError(
-            f"attention: cu_seqlens came with a batch of {b} or with doc_ids, kv_lens or kv_start, "
+            f"attention: got cu_seqlens with a batch of {b} or with doc_ids, kv_lens or kv_start, "
             "expected packed (1, total, H, D) alone"
         )
     if o["window"] is not None and o["window"] < 1:
         raise ValueError(f"attention: window is {o['window']}, expected at least 1 key (the query's own)")
     if o["doc_ids"] is not None and t != s:
-        raise ValueError(f"attention: doc_ids came with {t} queries and {s} keys, expected equal numbers")
+        raise ValueError(f"attention: got doc_ids with {t} queries and {s} keys, expected equal numbers")
     _check_index("doc_ids", o["doc_ids"], (b, t), q)
     for name in ("kv_lens", "kv_start"):
         _check_index(name, o[name], (b,), q)

@@ -241,15 +241,15 @@ def check_values(op: str, target: Tensor, ignore_index: int, k: int) -> None:
     bad = ((target < 0) | (target >= k)) & (target != ignore_index)
     if bool(bad.any()):
         row = int(bad.nonzero()[0])
-        came = int(target[row])
-        raise ValueError(f"{op}: target[{row}] is {came}, expected 0 to {k - 1} or ignore_index ({ignore_index})")
+        got = int(target[row])
+        raise ValueError(f"{op}: target[{row}] is {got}, expected 0 to {k - 1} or ignore_index ({ignore_index})")
 
 
 def _check_inplace(logits: Tensor) -> None:
     if logits.stride(1) != 1 or logits.stride(0) < logits.shape[1]:
         raise ValueError(
-            f"cross_entropy: inplace=True needs logits with contiguous rows that do not overlap, "
-            f"came with strides {logits.stride()}"
+            f"cross_entropy: logits have strides {logits.stride()}, "
+            "expected contiguous rows that do not overlap for inplace=True"
         )
     if not torch.compiler.is_compiling() and logits.is_leaf and logits.requires_grad:
         raise ValueError("cross_entropy: inplace=True would overwrite a leaf that requires grad; pass an op's output")

@@ -160,13 +160,13 @@ def _check(ids: Tensor, weight: Tensor, position_weight: Tensor | None, position
         return
     check_float("embedding", "position_weight", position_weight)
     if position_weight.dim() != 2 or position_weight.shape[1] != weight.shape[1]:
-        came = tuple(position_weight.shape)
-        raise ValueError(f"embedding: position_weight has shape {came}, expected (T_max, {weight.shape[1]})")
+        got = tuple(position_weight.shape)
+        raise ValueError(f"embedding: position_weight has shape {got}, expected (T_max, {weight.shape[1]})")
     check_like(
         "embedding", "position_weight", position_weight, tuple(position_weight.shape), weight, (weight.dtype,), ""
     )
     if ids.dim() == 0:
-        raise ValueError("embedding: ids has shape (), expected (..., T) beside position_weight")
+        raise ValueError("embedding: ids has shape (), expected (..., T) with position_weight")
     t = ids.shape[-1]
     if positions is None:
         if t > position_weight.shape[0]:
