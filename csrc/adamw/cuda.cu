@@ -18,6 +18,7 @@
 #include "core/cuda/launch.cuh"
 #include "core/cuda/reduce.cuh"
 #include "core/cuda/vec.cuh"
+#include "core/with_type.h"
 
 #include <memory>
 
@@ -245,7 +246,7 @@ void with_grads(const AdamWArgs& a, const UpdateTable& table, Stream stream) {
   else throw std::runtime_error("fastgpt: adamw_update: gradients must have the parameters' dtype or fp32");
 }
 
-void with_types(const AdamWArgs& a, const UpdateTable& table, Stream stream) {
+void with_params(const AdamWArgs& a, const UpdateTable& table, Stream stream) {
   bool master = false;  // of any: a tensor without elements may have no address
   for (int k = 0; k < table.n_tensors; ++k) master = master || table.master[k] != nullptr;
   const bool wide = master && a.master_dtype == DType::f32;
@@ -300,9 +301,7 @@ void adamw_prepare(const AdamWArgs& a, Stream stream) {
     }
     const int64_t blocks = norm ? launch_partials(table->n_chunks, n_launches(a.n_tensors)) : 1;
     offset += blocks;
-    if (a.grad_dtype == DType::f32) launch_prepare<float>(*table, blocks, stream);
-    else if (a.grad_dtype == DType::bf16) launch_prepare<bf16>(*table, blocks, stream);
-    else launch_prepare<f16>(*table, blocks, stream);
+    with_type(a.grad_dtype, [&](auto t) { launch_prepare<decltype(t)>(*table, blocks, stream); });
   }
 }
 
@@ -325,7 +324,7 @@ void adamw_update(const AdamWArgs& a, Stream stream) {
       table->first_chunk[k] = table->n_chunks;
       table->n_chunks += t.numel > 0 ? n_chunks(t.numel) : 1;
     }
-    with_types(a, *table, stream);
+    with_params(a, *table, stream);
   }
 }
 

@@ -217,13 +217,13 @@ void with_kernel(const AttentionArgs& a, F f) {
   const auto with_dim = [&](auto type, auto dim) {
     full ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
   };
-  const auto with_type = [&](auto type) {
+  const auto with_tile = [&](auto type) {
     if (a.head_dim <= 64) with_dim(type, Dim<64>{});
     else if (a.head_dim <= 96 && !full) f(type, Dim<96>{}, std::false_type{});
     else if (a.head_dim <= 128) with_dim(type, Dim<128>{});
     else with_dim(type, Dim<256>{});
   };
-  a.dtype == DType::bf16 ? with_type(bf16{}) : with_type(f16{});
+  a.dtype == DType::bf16 ? with_tile(bf16{}) : with_tile(f16{});
 }
 
 }  // namespace fastgpt::cuda

@@ -99,9 +99,7 @@ __global__ void __launch_bounds__(kTileThreads) bias_gelu_bwd_kernel(const BiasG
 
 template <typename T, bool kTanh, int L>
 void fwd(const BiasGeluArgs& a, Stream stream) {
-  const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);
-  launch("bias_gelu_fwd_kernel", bias_gelu_fwd_kernel<T, kTanh, L>, Grid{t.row_blocks * t.per_row}, t.block, 0, stream,
-         a, t.per_row);
+  launch_tiles<L, kRows>("bias_gelu_fwd_kernel", bias_gelu_fwd_kernel<T, kTanh, L>, a, stream);
 }
 
 template <typename T, bool kTanh, int L>
@@ -128,7 +126,7 @@ int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols, Stream) {
 
 void bias_gelu_fwd(const BiasGeluArgs& a, Stream stream) {
   if (a.n_rows == 0 || a.n_cols == 0) return;
-  with_float_type(a.dtype, [&](auto t) {
+  with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr int L = kLanes<T>;
     if (all_aligned({a.x, a.bias, a.out}) && (a.n_cols | a.x_row) % L == 0) {
@@ -141,7 +139,7 @@ void bias_gelu_fwd(const BiasGeluArgs& a, Stream stream) {
 
 void bias_gelu_bwd(const BiasGeluArgs& a, Stream stream) {
   if (a.n_rows == 0 || a.n_cols == 0) return;
-  with_float_type(a.dtype, [&](auto t) {
+  with_type(a.dtype, [&](auto t) {
     using T = decltype(t);
     constexpr int L = kLanes<T>;
     if (all_aligned({a.dy, a.x, a.bias, a.out, a.partials}) && (a.n_cols | a.x_row | a.dy_row) % L == 0) {

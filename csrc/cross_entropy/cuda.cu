@@ -14,6 +14,7 @@
 #include "core/cuda/launch.cuh"
 #include "core/cuda/reduce.cuh"
 #include "core/cuda/vec.cuh"
+#include "core/with_type.h"
 #include "cross_entropy/op.h"
 
 namespace fastgpt::cuda {
@@ -108,6 +109,17 @@ __device__ __forceinline__ float row_loss(const Row<T, kPlain>& row, const Stats
                             s.max + log_sum, a.label_smoothing, a.z_loss, static_cast<float>(row.n_classes));
 }
 
+// Writes the loss of a row that counts and returns its statistics. scratch: as for row_stats, whose barrier ensures that
+// every thread has read the target's logit before a gradient may overwrite it.
+template <typename T, bool kPlain>
+__device__ __forceinline__ Stats write_loss(const Row<T, kPlain>& row, float* scratch) {
+  const float z_y = row.z(widen(row.logits[row.target]));
+  const float z_ref = z_y == -INFINITY ? 0.0f : z_y;
+  const Stats s = row_stats(row, z_ref, scratch);
+  if (threadIdx.x == 0) row.a.loss[row.index] = row_loss(row, s, z_y, z_ref);
+  return s;
+}
+
 // Writes the row's gradient: p_c = exp(z_c - max) / sum. Each thread reads a column before it overwrites it.
 template <typename T, bool kPlain>
 __device__ __forceinline__ void write_gradient(const Row<T, kPlain>& row, float max, float sum) {
@@ -152,11 +164,8 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_fwd_kernel(const Cross
     write_uncounted(row, true, false);
     return;
   }
-  const float z_y = row.z(widen(row.logits[row.target]));
-  const float z_ref = z_y == -INFINITY ? 0.0f : z_y;
-  const Stats s = row_stats(row, z_ref, scratch);
+  const Stats s = write_loss(row, scratch);
   if (threadIdx.x == 0) {
-    a.loss[row.index] = row_loss(row, s, z_y, z_ref);
     a.max[row.index] = s.max;
     a.sum_exp[row.index] = s.sum;
   }
@@ -177,10 +186,7 @@ __global__ void __launch_bounds__(kThreads) cross_entropy_fwd_bwd_kernel(const C
     write_uncounted(row, true, true);
     return;
   }
-  const float z_y = row.z(widen(row.logits[row.target]));
-  const float z_ref = z_y == -INFINITY ? 0.0f : z_y;
-  const Stats s = row_stats(row, z_ref, scratch);  // its barrier: z_y is read before any gradient is written
-  if (threadIdx.x == 0) a.loss[row.index] = row_loss(row, s, z_y, z_ref);
+  const Stats s = write_loss(row, scratch);
   write_gradient(row, s.max, s.sum);
 }
 
@@ -198,13 +204,6 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const ScaleRowsArg
 }
 
 // ---- launchers ----
-
-template <typename F>
-void with_type(DType dtype, F f) {
-  if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::bf16) f(bf16{});
-  else f(f16{});
-}
 
 // Threads for a row: four of the widest loads for each, at least a warp.
 dim3 row_block(int64_t n_cols) {

@@ -97,13 +97,8 @@ inline void add_rows_of(const EmbeddingBwdArgs& a, const int64_t* order, int64_t
 
 FASTGPT_CLONES static void add_rows(const EmbeddingBwdArgs& a, const int64_t* order, int64_t n, int64_t begin,
                                     int64_t end) {
-  with_type(a.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    if (a.dweight_dtype == DType::f32) {
-      add_rows_of<T, float>(a, order, n, begin, end);
-    } else {
-      add_rows_of<T, T>(a, order, n, begin, end);
-    }
+  with_types(a.dtype, a.dweight_dtype, [&](auto t, auto w) {
+    add_rows_of<decltype(t), decltype(w)>(a, order, n, begin, end);
   });
 }
 

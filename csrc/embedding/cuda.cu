@@ -16,6 +16,7 @@
 // atomics: the same bits in every run. Sizes depend on shapes alone.
 #include "core/cuda/launch.cuh"
 #include "core/cuda/vec.cuh"
+#include "core/with_type.h"
 #include "embedding/op.h"
 
 #include <algorithm>
@@ -167,13 +168,6 @@ __global__ void __launch_bounds__(kBwdThreads) embedding_bwd_kernel(const Embedd
 
 // ---- launchers ----
 
-template <typename F>
-void with_type(DType dtype, F f) {
-  if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::bf16) f(bf16{});
-  else f(f16{});
-}
-
 int64_t tiles_of(int64_t n_rows) { return (n_rows + kTile - 1) / kTile; }
 
 template <typename T, typename W, int L>
@@ -227,15 +221,12 @@ int64_t embedding_partials(int64_t n_tokens, Stream) {
 
 void embedding_bwd_add(const EmbeddingBwdArgs& a, Stream stream) {
   if (a.n_tokens == 0 || a.n_cols == 0) return;
-  with_type(a.dtype, [&](auto t) {
+  with_types(a.dtype, a.dweight_dtype, [&](auto t, auto w) {
     using T = decltype(t);
-    const auto run = [&](auto w) {
-      using W = decltype(w);
-      const bool pieces = is_aligned(a.dy) && is_aligned(a.dweight) && is_aligned(a.partials) &&
-                          (a.n_cols | a.dy_row | a.dweight_row) % std::max(kLanes<T>, kLanes<W>) == 0;
-      pieces ? add_levels<T, W, true>(a, stream) : add_levels<T, W, false>(a, stream);
-    };
-    a.dweight_dtype == DType::f32 ? run(float{}) : run(T{});
+    using W = decltype(w);
+    const bool pieces = is_aligned(a.dy) && is_aligned(a.dweight) && is_aligned(a.partials) &&
+                        (a.n_cols | a.dy_row | a.dweight_row) % std::max(kLanes<T>, kLanes<W>) == 0;
+    pieces ? add_levels<T, W, true>(a, stream) : add_levels<T, W, false>(a, stream);
   });
 }
 

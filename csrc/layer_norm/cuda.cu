@@ -203,47 +203,31 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
   }
 }
 
-// ---- launchers ----
-
-template <typename T, typename W, int L>
-void fwd(const LayerNormFwdArgs& a, Stream stream) {
-  launch_fwd<L>("layer_norm_fwd_kernel", layer_norm_fwd_kernel<T, W, L>, "layer_norm_fwd_wide_kernel",
-                layer_norm_fwd_wide_kernel<T, W, L>, a, stream);
-}
-
-template <typename T, typename W, int L>
-void bwd(const LayerNormBwdArgs& a, Stream stream) {
-  const BwdShape s = bwd_shape<T, L>(a.n_rows, a.n_cols, a.dsum != nullptr, 2 * a.n_cols,
-                                     [](int) { return 512; });
-  launch_bwd<L>("layer_norm_bwd_kernel", [](auto packs) { return layer_norm_bwd_kernel<T, W, packs(), L>; },
-                "layer_norm_bwd_wide_kernel", layer_norm_bwd_wide_kernel<T, W, L>, a, s, stream);
-  if (a.dweight == nullptr && a.dbias == nullptr) return;
-  add_partials<W>(Sums{a.partials, {a.dweight, a.dbias}, s.n_blocks, a.n_cols}, 2, stream);
-}
-
 }  // namespace
+
+// ---- launchers ----
 
 int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t, Stream) { return max_bwd_blocks(n_rows); }
 
 void layer_norm_fwd(const LayerNormFwdArgs& a, Stream stream) {
-  if (a.n_rows == 0 || a.n_cols == 0) return;
-  with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
+  const auto kernels = [](auto t, auto w, auto lanes) {
     using T = decltype(t);
     using W = decltype(w);
-    constexpr int L = kLanes<T>;
-    const bool vectors = all_aligned({a.x, a.residual, a.weight, a.bias, a.y, a.sum}) && fwd_in_pieces<L>(a);
-    vectors ? fwd<T, W, L>(a, stream) : fwd<T, W, 1>(a, stream);
-  });
+    return std::make_pair(layer_norm_fwd_kernel<T, W, lanes()>, layer_norm_fwd_wide_kernel<T, W, lanes()>);
+  };
+  launch_fwd("layer_norm_fwd_kernel", "layer_norm_fwd_wide_kernel", kernels, a,
+             all_aligned({a.x, a.residual, a.weight, a.bias, a.y, a.sum}), stream);
 }
 
 void layer_norm_bwd(const LayerNormBwdArgs& a, Stream stream) {
-  if (a.n_cols == 0) return;
-  with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
+  const auto kernel_of = [](auto t, auto w, auto lanes, auto packs) {
     using T = decltype(t);
     using W = decltype(w);
-    constexpr int L = kLanes<T>;
-    bwd_in_pieces<L>(a) ? bwd<T, W, L>(a, stream) : bwd<T, W, 1>(a, stream);
-  });
+    if constexpr (packs() == 0) return layer_norm_bwd_wide_kernel<T, W, lanes()>;
+    else return layer_norm_bwd_kernel<T, W, packs(), lanes()>;
+  };
+  launch_bwd("layer_norm_bwd_kernel", "layer_norm_bwd_wide_kernel", kernel_of, a, {a.dweight, a.dbias},
+             [](int) { return 512; }, stream);
 }
 
 }  // namespace fastgpt::cuda

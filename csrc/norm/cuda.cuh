@@ -23,9 +23,10 @@
 #include "core/cuda/reduce.cuh"
 #include "core/cuda/vec.cuh"
 #include "core/cuda/wave.cuh"
-#include "core/dtype.h"
+#include "core/with_type.h"
 
 #include <type_traits>
+#include <utility>
 
 namespace fastgpt::cuda {
 
@@ -190,58 +191,62 @@ BwdShape bwd_shape(int64_t n_rows, int64_t n_cols, bool dsum, int64_t n_sums, F 
   return s;
 }
 
-// Rows of up to kFwdThreads threads by `kernel`, four to a block where a row is one warp; wider ones by `wide`.
-template <int L, typename Args>
-void launch_fwd(const char* name, void (*kernel)(Args), const char* wide_name, void (*wide)(Args), const Args& a,
-                Stream stream) {
-  const int threads = row_threads(a.n_cols, kFwdPacks<L>, L), rows = threads == 32 ? 4 : 1;
-  if (threads > kFwdThreads) launch(wide_name, wide, Grid{a.n_rows}, dim3(kWideThreads), 0, stream, a);
-  else launch(name, kernel, Grid{(a.n_rows + rows - 1) / rows}, dim3(threads, rows), 0, stream, a);
+template <int N>
+using Constant = std::integral_constant<int, N>;
+
+// Forward. kernels(T{}, W{}, lanes): the kernel for rows of up to kFwdThreads threads, four to a block where a row is one
+// warp, and the one for wider rows. `aligned`: all pointers are at 16-byte boundaries.
+template <typename Args, typename F>
+void launch_fwd(const char* name, const char* wide_name, F kernels, const Args& a, bool aligned, Stream stream) {
+  if (a.n_rows == 0 || a.n_cols == 0) return;
+  with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
+    const auto run = [&](auto lanes) {
+      const auto [kernel, wide] = kernels(t, w, lanes);
+      const int threads = row_threads(a.n_cols, kFwdPacks<lanes()>, lanes()), rows = threads == 32 ? 4 : 1;
+      if (threads > kFwdThreads) launch(wide_name, wide, Grid{a.n_rows}, dim3(kWideThreads), 0, stream, a);
+      else launch(name, kernel, Grid{(a.n_rows + rows - 1) / rows}, dim3(threads, rows), 0, stream, a);
+    };
+    constexpr int L = kLanes<decltype(t)>;
+    const bool pieces = aligned && (a.n_cols | a.x_row | (a.residual ? a.residual_row : 0)) % L == 0;
+    pieces ? run(Constant<L>{}) : run(Constant<1>{});
+  });
 }
 
-// kernel_of(packs): the kernel for so many pieces a thread, an integral constant.
-template <int L, typename F, typename Args>
-void launch_bwd(const char* name, F kernel_of, const char* wide_name, void (*wide)(Args), const Args& a,
-                const BwdShape& s, Stream stream) {
-  const auto rows = [&](auto packs) {
-    launch(name, kernel_of(packs), Grid{s.n_blocks}, dim3(s.threads, s.rows), s.smem, stream, a);
-  };
-  if (a.n_rows == 0) return;
-  if (s.packs == 0) {
-    launch(wide_name, wide, Grid{s.n_blocks}, dim3(s.threads), 0, stream, a);
-  } else if constexpr (L == 1) {
-    rows(std::integral_constant<int, 8>{});
-  } else {
-    s.packs == 3 ? rows(std::integral_constant<int, 3>{}) : rows(std::integral_constant<int, 4>{});
-  }
-}
-
-// Whether rows are whole 16-byte pieces, given that all pointers are at such boundaries.
-template <int L, typename Args>
-bool fwd_in_pieces(const Args& a) {
-  return (a.n_cols | a.x_row | (a.residual ? a.residual_row : 0)) % L == 0;
-}
-
-template <int L, typename Args>
-bool bwd_in_pieces(const Args& a) {
-  return all_aligned({a.dy, a.dsum, a.h, a.weight, a.dx, a.partials}) &&
-         (a.n_cols | a.dy_row | a.h_row | (a.dsum ? a.dsum_row : 0)) % L == 0;
+// Backward, and the sums of parameter gradients: outs[i] (C), or null. kernel_of(T{}, W{}, lanes, packs): the kernel for
+// so many pieces a thread, 0: the one for wide rows. resident: as for bwd_shape.
+template <int kOuts, typename Args, typename F, typename R>
+void launch_bwd(const char* name, const char* wide_name, F kernel_of, const Args& a, void* const (&outs)[kOuts],
+                R resident, Stream stream) {
+  if (a.n_rows == 0 || a.n_cols == 0) return;
+  with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
+    using T = decltype(t);
+    const auto run = [&](auto lanes) {
+      const BwdShape s = bwd_shape<T, lanes()>(a.n_rows, a.n_cols, a.dsum != nullptr, kOuts * a.n_cols, resident);
+      const auto rows = [&](auto packs) {
+        launch(name, kernel_of(t, w, lanes, packs), Grid{s.n_blocks}, dim3(s.threads, s.rows), s.smem, stream, a);
+      };
+      if (s.packs == 0) {
+        launch(wide_name, kernel_of(t, w, lanes, Constant<0>{}), Grid{s.n_blocks}, dim3(s.threads), 0, stream, a);
+      } else if constexpr (lanes() == 1) {
+        rows(Constant<8>{});
+      } else {
+        s.packs == 3 ? rows(Constant<3>{}) : rows(Constant<4>{});
+      }
+      if (a.partials == nullptr) return;
+      Sums sums{a.partials, {}, s.n_blocks, a.n_cols};
+      for (int i = 0; i < kOuts; ++i) sums.outs[i] = outs[i];
+      add_partials<decltype(w)>(sums, kOuts, stream);
+    };
+    constexpr int L = kLanes<T>;
+    const bool pieces = all_aligned({a.dy, a.dsum, a.h, a.weight, a.dx, a.partials}) &&
+                        (a.n_cols | a.dy_row | a.h_row | (a.dsum ? a.dsum_row : 0)) % L == 0;
+    pieces ? run(Constant<L>{}) : run(Constant<1>{});
+  });
 }
 
 inline int64_t max_bwd_blocks(int64_t n_rows) {
   const int64_t most = int64_t{kMaxBwdBlocks} * kSms;
   return n_rows < most ? n_rows : most;
-}
-
-// Calls f(T{}, W{}) for the dtype of x and of the weights.
-template <typename F>
-void with_types(DType dtype, DType weight_dtype, F f) {
-  const bool wide = weight_dtype == DType::f32;
-  if (dtype == DType::f32) f(float{}, float{});
-  else if (dtype == DType::bf16 && wide) f(bf16{}, float{});
-  else if (dtype == DType::bf16) f(bf16{}, bf16{});
-  else if (wide) f(f16{}, float{});
-  else f(f16{}, f16{});
 }
 
 }  // namespace fastgpt::cuda

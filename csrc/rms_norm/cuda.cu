@@ -188,47 +188,31 @@ __global__ void __launch_bounds__(kWideThreads) rms_norm_bwd_wide_kernel(const R
   }
 }
 
-// ---- launchers ----
-
-template <typename T, typename W, int L>
-void fwd(const RmsNormFwdArgs& a, Stream stream) {
-  launch_fwd<L>("rms_norm_fwd_kernel", rms_norm_fwd_kernel<T, W, L>, "rms_norm_fwd_wide_kernel",
-                rms_norm_fwd_wide_kernel<T, W, L>, a, stream);
-}
-
-template <typename T, typename W, int L>
-void bwd(const RmsNormBwdArgs& a, Stream stream) {
-  const BwdShape s = bwd_shape<T, L>(a.n_rows, a.n_cols, a.dsum != nullptr, a.n_cols,
-                                     [](int packs) { return packs == 3 ? 640 : 512; });
-  launch_bwd<L>("rms_norm_bwd_kernel", [](auto packs) { return rms_norm_bwd_kernel<T, W, packs(), L>; },
-                "rms_norm_bwd_wide_kernel", rms_norm_bwd_wide_kernel<T, W, L>, a, s, stream);
-  if (a.dweight == nullptr) return;
-  add_partials<W>(Sums{a.partials, {a.dweight, nullptr}, s.n_blocks, a.n_cols}, 1, stream);
-}
-
 }  // namespace
+
+// ---- launchers ----
 
 int64_t rms_norm_bwd_blocks(int64_t n_rows, int64_t, Stream) { return max_bwd_blocks(n_rows); }
 
 void rms_norm_fwd(const RmsNormFwdArgs& a, Stream stream) {
-  if (a.n_rows == 0 || a.n_cols == 0) return;
-  with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
+  const auto kernels = [](auto t, auto w, auto lanes) {
     using T = decltype(t);
     using W = decltype(w);
-    constexpr int L = kLanes<T>;
-    const bool vectors = all_aligned({a.x, a.residual, a.weight, a.y, a.sum}) && fwd_in_pieces<L>(a);
-    vectors ? fwd<T, W, L>(a, stream) : fwd<T, W, 1>(a, stream);
-  });
+    return std::make_pair(rms_norm_fwd_kernel<T, W, lanes()>, rms_norm_fwd_wide_kernel<T, W, lanes()>);
+  };
+  launch_fwd("rms_norm_fwd_kernel", "rms_norm_fwd_wide_kernel", kernels, a,
+             all_aligned({a.x, a.residual, a.weight, a.y, a.sum}), stream);
 }
 
 void rms_norm_bwd(const RmsNormBwdArgs& a, Stream stream) {
-  if (a.n_cols == 0) return;
-  with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
+  const auto kernel_of = [](auto t, auto w, auto lanes, auto packs) {
     using T = decltype(t);
     using W = decltype(w);
-    constexpr int L = kLanes<T>;
-    bwd_in_pieces<L>(a) ? bwd<T, W, L>(a, stream) : bwd<T, W, 1>(a, stream);
-  });
+    if constexpr (packs() == 0) return rms_norm_bwd_wide_kernel<T, W, lanes()>;
+    else return rms_norm_bwd_kernel<T, W, packs(), lanes()>;
+  };
+  launch_bwd("rms_norm_bwd_kernel", "rms_norm_bwd_wide_kernel", kernel_of, a, {a.dweight},
+             [](int packs) { return packs == 3 ? 640 : 512; }, stream);
 }
 
 }  // namespace fastgpt::cuda

@@ -14,6 +14,7 @@
 // else's: y may be x.
 #include "core/cuda/launch.cuh"
 #include "core/cuda/vec.cuh"
+#include "core/with_type.h"
 #include "rope/op.h"
 
 #include <algorithm>
@@ -143,9 +144,7 @@ void rope_of(const RopeArgs& a, Stream stream) {
 }  // namespace
 
 void rope(const RopeArgs& a, Stream stream) {
-  if (a.dtype == DType::f32) rope_of<float>(a, stream);
-  else if (a.dtype == DType::bf16) rope_of<bf16>(a, stream);
-  else rope_of<f16>(a, stream);
+  with_type(a.dtype, [&](auto t) { rope_of<decltype(t)>(a, stream); });
 }
 
 }  // namespace fastgpt::cuda

@@ -4,8 +4,6 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")  // no formula here relies on a rounded product
 #endif
-#include <type_traits>
-
 #include "core/cpu/parallel.h"
 #include "core/cpu/simd.h"
 #include "swiglu/op.h"
@@ -57,25 +55,16 @@ inline void bwd_rows_of(const SwigluArgs& a, int64_t begin, int64_t end) {
   }
 }
 
-// Calls fn with the type and the activation of this call as constants.
-template <class F>
-inline void with_activation(const SwigluArgs& a, const F& fn) {
+FASTGPT_CLONES static void fwd_rows(const SwigluArgs& a, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto tag) {
-    switch (a.activation) {
-      case Activation::silu: return fn(tag, std::integral_constant<Activation, Activation::silu>{});
-      case Activation::gelu: return fn(tag, std::integral_constant<Activation, Activation::gelu>{});
-      case Activation::relu2: return fn(tag, std::integral_constant<Activation, Activation::relu2>{});
-      case Activation::gelu_tanh: return fn(tag, std::integral_constant<Activation, Activation::gelu_tanh>{});
-    }
+    with_activation(a.activation, [&](auto act) { fwd_rows_of<act(), decltype(tag)>(a, begin, end); });
   });
 }
 
-FASTGPT_CLONES static void fwd_rows(const SwigluArgs& a, int64_t begin, int64_t end) {
-  with_activation(a, [&](auto tag, auto act) { fwd_rows_of<act(), decltype(tag)>(a, begin, end); });
-}
-
 FASTGPT_CLONES static void bwd_rows(const SwigluArgs& a, int64_t begin, int64_t end) {
-  with_activation(a, [&](auto tag, auto act) { bwd_rows_of<act(), decltype(tag)>(a, begin, end); });
+  with_type(a.dtype, [&](auto tag) {
+    with_activation(a.activation, [&](auto act) { bwd_rows_of<act(), decltype(tag)>(a, begin, end); });
+  });
 }
 
 // ---- launchers ----

@@ -12,7 +12,6 @@
 // gelu 30, relu^2 15 (an H100 has time for 51, activations.cuh), backward 27, 39, 21 (86); fp32 at most 75 (103), 84
 // (172).
 #include "core/cuda/activations.cuh"
-#include "core/cuda/launch.cuh"
 #include "swiglu/op.h"
 
 namespace fastgpt::cuda {
@@ -97,53 +96,37 @@ __global__ void __launch_bounds__(kTileThreads) swiglu_bwd_kernel(const SwigluAr
 
 // ---- launchers ----
 
-// Calls f(T{}, activation as a constant).
-template <typename F>
-void with_activation(const SwigluArgs& a, F f) {
-  with_float_type(a.dtype, [&](auto t) {
-    switch (a.activation) {
-      case Activation::silu: return f(t, std::integral_constant<Activation, Activation::silu>{});
-      case Activation::gelu: return f(t, std::integral_constant<Activation, Activation::gelu>{});
-      case Activation::relu2: return f(t, std::integral_constant<Activation, Activation::relu2>{});
-      case Activation::gelu_tanh: return f(t, std::integral_constant<Activation, Activation::gelu_tanh>{});
-    }
+// Calls f(T{}, activation as a constant, lanes as a constant); `in_pieces`(L): whether all rows are pieces of L columns.
+template <typename P, typename F>
+void with_kernel(const SwigluArgs& a, P in_pieces, F f) {
+  if (a.n_rows == 0 || a.n_cols == 0) return;
+  with_type(a.dtype, [&](auto t) {
+    constexpr int L = kLanes<decltype(t)>;
+    const bool pieces = in_pieces(L);
+    with_activation(a.activation, [&](auto act) {
+      pieces ? f(t, act, std::integral_constant<int, L>{}) : f(t, act, std::integral_constant<int, 1>{});
+    });
   });
-}
-
-template <typename T, Activation A, int L>
-void fwd(const SwigluArgs& a, Stream stream) {
-  const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);
-  launch("swiglu_fwd_kernel", swiglu_fwd_kernel<T, A, L>, Grid{t.row_blocks * t.per_row}, t.block, 0, stream, a,
-         t.per_row);
-}
-
-template <typename T, Activation A, int L>
-void bwd(const SwigluArgs& a, Stream stream) {
-  const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);
-  launch("swiglu_bwd_kernel", swiglu_bwd_kernel<T, A, L>, Grid{t.row_blocks * t.per_row}, t.block, 0, stream, a,
-         t.per_row);
 }
 
 }  // namespace
 
 void swiglu_fwd(const SwigluArgs& a, Stream stream) {
-  if (a.n_rows == 0 || a.n_cols == 0) return;
-  with_activation(a, [&](auto t, auto act) {
-    using T = decltype(t);
-    constexpr int L = kLanes<T>;
-    const bool vectors = all_aligned({a.gate, a.up, a.y}) && (a.n_cols | a.gate_row | a.up_row) % L == 0;
-    vectors ? fwd<T, act(), L>(a, stream) : fwd<T, act(), 1>(a, stream);
+  const auto in_pieces = [&](int lanes) {
+    return all_aligned({a.gate, a.up, a.y}) && (a.n_cols | a.gate_row | a.up_row) % lanes == 0;
+  };
+  with_kernel(a, in_pieces, [&](auto t, auto act, auto lanes) {
+    launch_tiles<lanes(), kRows>("swiglu_fwd_kernel", swiglu_fwd_kernel<decltype(t), act(), lanes()>, a, stream);
   });
 }
 
 void swiglu_bwd(const SwigluArgs& a, Stream stream) {
-  if (a.n_rows == 0 || a.n_cols == 0) return;
-  with_activation(a, [&](auto t, auto act) {
-    using T = decltype(t);
-    constexpr int L = kLanes<T>;
-    const bool vectors = all_aligned({a.dy, a.gate, a.up, a.dgate, a.dup}) &&
-                         (a.n_cols | a.dy_row | a.gate_row | a.up_row | a.grad_row) % L == 0;
-    vectors ? bwd<T, act(), L>(a, stream) : bwd<T, act(), 1>(a, stream);
+  const auto in_pieces = [&](int lanes) {
+    return all_aligned({a.dy, a.gate, a.up, a.dgate, a.dup}) &&
+           (a.n_cols | a.dy_row | a.gate_row | a.up_row | a.grad_row) % lanes == 0;
+  };
+  with_kernel(a, in_pieces, [&](auto t, auto act, auto lanes) {
+    launch_tiles<lanes(), kRows>("swiglu_bwd_kernel", swiglu_bwd_kernel<decltype(t), act(), lanes()>, a, stream);
   });
 }
 

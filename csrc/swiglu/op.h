@@ -1,11 +1,24 @@
 // swiglu's arguments and launchers; formulas in fastgpt/ops/swiglu.py.
 #pragma once
+#include <type_traits>
+
 #include "core/dtype.h"
 #include "core/stream.h"
 
 namespace fastgpt {
 
 enum class Activation : int { silu = 0, gelu = 1, relu2 = 2, gelu_tanh = 3 };
+
+// Calls fn(activation) with the activation as a constant.
+template <class F>
+inline void with_activation(Activation activation, const F& fn) {
+  switch (activation) {
+    case Activation::silu: return fn(std::integral_constant<Activation, Activation::silu>{});
+    case Activation::gelu: return fn(std::integral_constant<Activation, Activation::gelu>{});
+    case Activation::relu2: return fn(std::integral_constant<Activation, Activation::relu2>{});
+    case Activation::gelu_tanh: return fn(std::integral_constant<Activation, Activation::gelu_tanh>{});
+  }
+}
 
 // act(gate) * up; packed tensors are two halves of one, their rows twice as far apart.
 struct SwigluArgs {

@@ -8,6 +8,7 @@
 
 #include "core/dtype.h"
 #include "core/math.h"
+#include "core/with_type.h"
 
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
 #define FASTGPT_CLONES __attribute__((flatten, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -63,17 +64,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Rows that one task should take at least, so that handing it out does not cost more than doing it.
 inline int64_t row_grain(int64_t n_cols) { return max_of(1, 32768 / max_of(1, n_cols)); }
-
-// Calls fn with a value of the element type that `dtype` stands for.
-template <class F>
-inline void with_type(DType dtype, const F& fn) {
-  switch (dtype) {
-    case DType::f32: return fn(float{});
-    case DType::bf16: return fn(bf16{});
-    case DType::f16: return fn(f16{});
-    case DType::i16: return;  // remainders; never elements
-  }
-}
 
 // Columns [0, n), n >= kLanes, as whole vectors in a buffer: fn(slot, column) for each, slots kLanes apart. The last
 // vector holds the last kLanes columns, some of them a second time: no column is left over for slow scalar code, and

@@ -5,8 +5,9 @@
 // they take shorter ones on ex2.approx and rcp.approx. Their errors, u = 2^-23: 3 u |x| in values, 3.2 u in slopes, with
 // ex2 and rcp at their worst.
 #pragma once
+#include "core/cuda/launch.cuh"
 #include "core/cuda/vec.cuh"
-#include "core/dtype.h"
+#include "core/with_type.h"
 
 namespace fastgpt::cuda {
 
@@ -93,18 +94,17 @@ inline Tiles tiles_of(int64_t n_rows, int64_t n_cols, int lanes, int rows) {
   return Tiles{static_cast<unsigned>(per_row), dim3(threads, side_by_side), (n_rows + block_rows - 1) / block_rows};
 }
 
+// Launches kernel(a, per_row) with a block for each tile, of threads that have L columns and kRows rows.
+template <int L, int kRows, typename Args>
+void launch_tiles(const char* name, void (*kernel)(Args, unsigned), const Args& a, Stream stream) {
+  const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);
+  launch(name, kernel, Grid{t.row_blocks * t.per_row}, t.block, 0, stream, a, t.per_row);
+}
+
 // First column of this thread; n_cols or more where it has none.
 template <int L>
 __device__ __forceinline__ int64_t tile_column(unsigned per_row) {
   return (static_cast<int64_t>(blockIdx.x % per_row) * blockDim.x + threadIdx.x) * L;
-}
-
-// Calls f(T{}) for the dtype.
-template <typename F>
-void with_float_type(DType dtype, F f) {
-  if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::bf16) f(bf16{});
-  else f(f16{});
 }
 
 }  // namespace fastgpt::cuda
