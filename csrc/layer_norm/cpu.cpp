@@ -2,11 +2,9 @@
 //
 // Forward reads x (and residual) once, writes y (and their sum) once; variance in two passes over the row in cache, the
 // second of which also corrects the mean (Chan, Golub, LeVeque 1983). Backward reads dy and h once, writes dx once, and
-// sums dweight and dbias per block of rows (norm/cpu.h).
+// sums dweight and dbias per block of rows (core/cpu/partials.h).
 #include <cmath>
-#include <vector>
 
-#include "core/cpu/parallel.h"
 #include "layer_norm/op.h"
 #include "norm/cpu.h"
 
@@ -41,14 +39,8 @@ inline void fwd_rows_of(const LayerNormFwdArgs& a, const float* weight, const fl
                         int64_t end) {
   const int64_t n_cols = a.n_cols;
   for (int64_t n = begin; n < end; ++n) {
-    const T* x = static_cast<const T*>(a.x) + n * a.x_row;
-    const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + n * a.residual_row;
-    T* sum = a.sum == nullptr ? nullptr : static_cast<T*>(a.sum) + n * n_cols;
     T* y = static_cast<T*>(a.y) + n * n_cols;
-    double total = 0.0;
-    for (int64_t c = 0; c < n_cols; c += kChunk) {
-      total += load_columns(x, residual, sum, row, c, min_of(n_cols, c + kChunk), [](float h) { return h; });
-    }
+    const double total = load_row<T>(a, n, row, [](float h) { return h; });
     const Moments m = moments_of(row, total, n_cols);
     const float rstd = 1.0f / std::sqrt(m.var + a.eps);
     a.stats[n] = m.mean;
@@ -97,7 +89,6 @@ inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweig
   const int64_t n_cols = a.n_cols;
   const T* dy = static_cast<const T*>(a.dy) + n * a.dy_row;
   const T* h = static_cast<const T*>(a.h) + n * a.h_row;
-  T* dx = static_cast<T*>(a.dx) + n * n_cols;
   const float mean = a.stats[n], rstd = a.stats[a.n_rows + n];
   BwdSums sums;
   for (int64_t c = 0; c < n_cols; c += kChunk) {
@@ -105,31 +96,18 @@ inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweig
   }
   const float mean_wdy = static_cast<float>(sums.wdy / static_cast<double>(n_cols));
   const float mean_wdy_xhat = static_cast<float>(sums.wdy_xhat / static_cast<double>(n_cols));
-  if (a.dsum == nullptr) {
-    FASTGPT_SIMD
-    for (int64_t c = 0; c < n_cols; ++c) {
-      const float xhat = (to_float(h[c]) - mean) * rstd;
-      dx[c] = from_float<T>(layer_norm_dx(to_float(dy[c]) * weight[c], xhat, mean_wdy, mean_wdy_xhat, rstd));
-    }
-    return;
-  }
-  const T* dsum = static_cast<const T*>(a.dsum) + n * a.dsum_row;
-  FASTGPT_SIMD
-  for (int64_t c = 0; c < n_cols; ++c) {
+  store_dx<T>(a, n, [=](int64_t c) {
     const float xhat = (to_float(h[c]) - mean) * rstd;
-    const float d = layer_norm_dx(to_float(dy[c]) * weight[c], xhat, mean_wdy, mean_wdy_xhat, rstd);
-    dx[c] = from_float<T>(d + to_float(dsum[c]));
-  }
+    return layer_norm_dx(to_float(dy[c]) * weight[c], xhat, mean_wdy, mean_wdy_xhat, rstd);
+  });
 }
 
-// Rows of one block; its partial sums start at zero.
-FASTGPT_CLONES static void bwd_block(const LayerNormBwdArgs& a, const float* weight, int64_t block) {
-  const int64_t rows = rows_per_block(a.n_rows), end = min_of(a.n_rows, (block + 1) * rows);
-  float* dweight = a.partials == nullptr ? nullptr : a.partials + block * 2 * a.n_cols;
-  float* dbias = a.partials == nullptr ? nullptr : dweight + a.n_cols;
-  for (int64_t c = 0; dweight != nullptr && c < 2 * a.n_cols; ++c) dweight[c] = 0.0f;
+// partial: sums of dweight and dbias over these rows, (2, C), or null.
+FASTGPT_CLONES static void bwd_rows(const LayerNormBwdArgs& a, const float* weight, float* partial, int64_t begin,
+                                    int64_t end) {
+  float* dbias = partial == nullptr ? nullptr : partial + a.n_cols;
   with_type(a.dtype, [&](auto tag) {
-    for (int64_t n = block * rows; n < end; ++n) bwd_row<decltype(tag)>(a, weight, dweight, dbias, n);
+    for (int64_t n = begin; n < end; ++n) bwd_row<decltype(tag)>(a, weight, partial, dbias, n);
   });
 }
 
@@ -138,25 +116,19 @@ FASTGPT_CLONES static void bwd_block(const LayerNormBwdArgs& a, const float* wei
 void layer_norm_fwd(const LayerNormFwdArgs& a, Stream) {
   const auto weight = widen(a.weight, a.weight_dtype, a.n_cols, 1.0f);
   const auto bias = widen(a.bias, a.weight_dtype, a.n_cols, 0.0f);
-  parallel_for(a.n_rows, row_grain(a.n_cols), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(a.n_cols);
-    fwd_rows(a, weight.data(), bias.data(), row.data(), begin, end);
+  for_rows(a, [&](float* row, int64_t begin, int64_t end) {
+    fwd_rows(a, weight.data(), bias.data(), row, begin, end);
   });
 }
 
-int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t, Stream) { return ceil_div(n_rows, rows_per_block(n_rows)); }
+int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t, Stream) { return row_blocks(n_rows); }
 
 void layer_norm_bwd(const LayerNormBwdArgs& a, Stream) {
   const auto weight = widen(a.weight, a.weight_dtype, a.n_cols, 1.0f);
-  const int64_t n_blocks = layer_norm_bwd_blocks(a.n_rows, a.n_cols, {});
-  parallel_for(n_blocks, ceil_div(row_grain(a.n_cols), rows_per_block(a.n_rows)), [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) bwd_block(a, weight.data(), block);
+  for_row_blocks(a.n_rows, a.n_cols, a.partials, 2, [&](float* partial, int64_t begin, int64_t end) {
+    bwd_rows(a, weight.data(), partial, begin, end);
   });
-  parallel_for(a.n_cols, 1024, [&](int64_t begin, int64_t end) {
-    const int64_t step = 2 * a.n_cols;
-    if (a.dweight != nullptr) reduce_blocks(a.partials, n_blocks, step, a.weight_dtype, a.dweight, begin, end);
-    if (a.dbias != nullptr) reduce_blocks(a.partials + a.n_cols, n_blocks, step, a.weight_dtype, a.dbias, begin, end);
-  });
+  add_partials(a.partials, a.n_rows, a.n_cols, a.weight_dtype, {a.dweight, a.dbias});
 }
 
 }  // namespace fastgpt::cpu

@@ -1,20 +1,12 @@
-// What LayerNorm and RMSNorm share on the CPU: rows in, parameters in fp32, and parameter gradients summed per block of
-// rows. Blocks follow from the shape alone and are added up in their order, so thread counts change no bit.
+// What LayerNorm and RMSNorm share on the CPU: how rows are read and summed, how dx is written.
 #pragma once
 #include <vector>
 
+#include "core/cpu/parallel.h"
+#include "core/cpu/partials.h"
 #include "core/cpu/simd.h"
 
 namespace fastgpt::cpu {
-
-// weight or bias in fp32, `value` where there is none: (C)
-static std::vector<float> widen(const void* data, DType dtype, int64_t n_cols, float value) {
-  std::vector<float> wide(n_cols, value);
-  if (data != nullptr) {
-    with_type(dtype, [&](auto tag) { to_floats(static_cast<const decltype(tag)*>(data), wide.data(), n_cols); });
-  }
-  return wide;
-}
 
 // A float that came from a T, back to T: no rounding left to do.
 template <class T>
@@ -49,22 +41,40 @@ inline float load_columns(const T* x, const T* residual, T* sum, float* row, int
   return total;
 }
 
-// Rows whose parameter gradients are summed before blocks are added up.
-static int64_t rows_per_block(int64_t n_rows) { return max_of(32, ceil_div(n_rows, 128)); }
-
-// Columns [begin, end) of the sum over blocks, in their order: partials (n_blocks, C), blocks `step` floats apart.
-FASTGPT_CLONES static void reduce_blocks(const float* partials, int64_t n_blocks, int64_t step, DType dtype, void* out,
-                                         int64_t begin, int64_t end) {
-  for (int64_t first = begin; first < end; first += 64) {
-    const int64_t n = min_of(64, end - first);
-    float total[64] = {};
-    for (int64_t block = 0; block < n_blocks; ++block) {
-      const float* partial = partials + block * step + first;
-      FASTGPT_SIMD
-      for (int64_t c = 0; c < n; ++c) total[c] += partial[c];
-    }
-    with_type(dtype, [&](auto tag) { from_floats(total, static_cast<decltype(tag)*>(out) + first, n); });
+// Row n in the same way, in chunks whose sums are added in double.
+template <class T, class Args, class Term>
+inline double load_row(const Args& a, int64_t n, float* row, const Term& term) {
+  const T* x = static_cast<const T*>(a.x) + n * a.x_row;
+  const T* residual = a.residual == nullptr ? nullptr : static_cast<const T*>(a.residual) + n * a.residual_row;
+  T* sum = a.sum == nullptr ? nullptr : static_cast<T*>(a.sum) + n * a.n_cols;
+  double total = 0.0;
+  for (int64_t c = 0; c < a.n_cols; c += kChunk) {
+    total += load_columns(x, residual, sum, row, c, min_of(a.n_cols, c + kChunk), term);
   }
+  return total;
+}
+
+// Calls fn(row, begin, end) for ranges of rows in forward, with scratch for one row: (C)
+template <class Args, class F>
+inline void for_rows(const Args& a, const F& fn) {
+  parallel_for(a.n_rows, row_grain(a.n_cols), [&](int64_t begin, int64_t end) {
+    std::vector<float> row(a.n_cols);
+    fn(row.data(), begin, end);
+  });
+}
+
+// Row n of dx: d(column), plus dsum where there is one.
+template <class T, class Args, class F>
+inline void store_dx(const Args& a, int64_t n, const F& d) {
+  T* dx = static_cast<T*>(a.dx) + n * a.n_cols;
+  if (a.dsum == nullptr) {
+    FASTGPT_SIMD
+    for (int64_t c = 0; c < a.n_cols; ++c) dx[c] = from_float<T>(d(c));
+    return;
+  }
+  const T* dsum = static_cast<const T*>(a.dsum) + n * a.dsum_row;
+  FASTGPT_SIMD
+  for (int64_t c = 0; c < a.n_cols; ++c) dx[c] = from_float<T>(d(c) + to_float(dsum[c]));
 }
 
 }  // namespace fastgpt::cpu

@@ -1,0 +1,71 @@
+// Gradients of parameters that all rows share, on the CPU. Each block of rows is summed into its own fp32 partial, then
+// the partials are added in the order of the blocks. Blocks follow from the shape alone, so the number of threads
+// changes no bit.
+#pragma once
+#include <algorithm>
+#include <initializer_list>
+#include <vector>
+
+#include "core/cpu/parallel.h"
+#include "core/cpu/simd.h"
+
+namespace fastgpt::cpu {
+
+// A parameter in fp32, or `missing` in every column where there is none: (C)
+inline std::vector<float> widen(const void* data, DType dtype, int64_t n_cols, float missing) {
+  std::vector<float> wide(n_cols, missing);
+  if (data != nullptr) {
+    with_type(dtype, [&](auto tag) { to_floats(static_cast<const decltype(tag)*>(data), wide.data(), n_cols); });
+  }
+  return wide;
+}
+
+// Rows of a block.
+inline int64_t rows_per_block(int64_t n_rows) { return max_of(32, ceil_div(n_rows, 128)); }
+
+inline int64_t row_blocks(int64_t n_rows) { return ceil_div(n_rows, rows_per_block(n_rows)); }
+
+// Calls fn(partial, begin, end) for the rows of each block. partials: (row_blocks(n_rows), n_sums, C), or null; partial:
+// the block's (n_sums, C), set to 0, or null.
+template <class F>
+inline void for_row_blocks(int64_t n_rows, int64_t n_cols, float* partials, int64_t n_sums, const F& fn) {
+  const int64_t rows = rows_per_block(n_rows), size = n_sums * n_cols;
+  parallel_for(row_blocks(n_rows), ceil_div(row_grain(n_cols), rows), [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      float* partial = partials == nullptr ? nullptr : partials + block * size;
+      if (partial != nullptr) std::fill_n(partial, size, 0.0f);
+      fn(partial, block * rows, min_of(n_rows, (block + 1) * rows));
+    }
+  });
+}
+
+// Columns [begin, end) of the sum over blocks, in their order: partials (n_blocks, C), blocks `step` floats apart.
+FASTGPT_CLONES static void add_blocks(const float* partials, int64_t n_blocks, int64_t step, DType dtype, void* out,
+                                      int64_t begin, int64_t end) {
+  for (int64_t first = begin; first < end; first += 64) {
+    const int64_t n = min_of(64, end - first);
+    float total[64] = {};
+    for (int64_t block = 0; block < n_blocks; ++block) {
+      const float* partial = partials + block * step + first;
+      FASTGPT_SIMD
+      for (int64_t c = 0; c < n; ++c) total[c] += partial[c];
+    }
+    with_type(dtype, [&](auto tag) { from_floats(total, static_cast<decltype(tag)*>(out) + first, n); });
+  }
+}
+
+// partials (row_blocks(n_rows), outs.size(), C), or null -> outs[i] (C), where it is not null.
+inline void add_partials(const float* partials, int64_t n_rows, int64_t n_cols, DType dtype,
+                         std::initializer_list<void*> outs) {
+  if (partials == nullptr) return;
+  parallel_for(n_cols, 1024, [&](int64_t begin, int64_t end) {
+    const float* sums = partials;
+    for (void* out : outs) {
+      const int64_t step = static_cast<int64_t>(outs.size()) * n_cols;
+      if (out != nullptr) add_blocks(sums, row_blocks(n_rows), step, dtype, out, begin, end);
+      sums += n_cols;
+    }
+  });
+}
+
+}  // namespace fastgpt::cpu
