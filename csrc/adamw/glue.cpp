@@ -7,8 +7,8 @@
 namespace fastgpt {
 namespace {
 
-void check_count(const char* op, const char* name, size_t came, size_t expected) {
-  FASTGPT_CHECK(came == expected, op, name, " has ", came, " entries, expected ", expected);
+void check_count(const char* op, const char* name, size_t got, size_t expected) {
+  FASTGPT_CHECK(got == expected, op, name, " has ", got, " entries, expected ", expected);
 }
 
 void check_slots(const char* op, const char* name, const Ints& slots, int64_t n) {

@@ -142,7 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, OptTensor dlse, Te
   AttentionArgs a = attention_args(op, q, q.size(2), k.size(1), k.size(2), o);
   backward_args(op, a, dout, out, lse, q);
   if (dlse) {
-    if (!dlse->is_contiguous()) dlse = torch::stable::contiguous(*dlse);
+    make_contiguous(*dlse);
     check_flat(op, "dlse", *dlse, ScalarType::Float, lse.numel(), q);
     a.dlse = static_cast<const float*>(dlse->data_ptr());
   }

@@ -13,10 +13,10 @@ BiasGeluArgs bias_gelu_args(const char* op, const Tensor& x, OptTensor& bias, bo
   BiasGeluArgs a{};
   a.dtype = float_dtype_of(op, "x", x);
   a.n_cols = x.size(x.dim() - 1);
-  a.n_rows = a.n_cols == 0 ? 0 : x.numel() / a.n_cols;
+  a.n_rows = row_count(x);
   a.tanh = tanh;
+  make_contiguous(bias);
   if (bias) {
-    if (!bias->is_contiguous()) bias = torch::stable::contiguous(*bias);
     a.bias_dtype = float_dtype_of(op, "bias", *bias);
     FASTGPT_CHECK(a.bias_dtype == a.dtype || a.bias_dtype == DType::f32, op, "bias has the wrong dtype");
     check_flat(op, "bias", *bias, bias->scalar_type(), a.n_cols, x);
@@ -45,11 +45,9 @@ std::tuple<Tensor, OptTensor> bias_gelu_bwd(Tensor dy, Tensor x, OptTensor bias,
   check_same_shape(op, "dy", dy, x);
   const Device device(x);
   Tensor dx = allocate_like(x);
-  OptTensor dbias = bias ? OptTensor(allocate_like(*bias)) : std::nullopt, partials;
-  if (a.n_rows == 0) {
-    if (dbias) torch::stable::zero_(*dbias);
-    return {dx, dbias};
-  }
+  const OptTensor dbias = allocate_grad(bias, a.n_rows);
+  OptTensor partials;
+  if (a.n_rows == 0) return {dx, dbias};
   const Rows x_rows = rows_of(x), dy_rows = rows_of(dy);
   a.x = x_rows.data(), a.x_row = x_rows.step;
   a.dy = dy_rows.data(), a.dy_row = dy_rows.step;

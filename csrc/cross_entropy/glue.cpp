@@ -22,11 +22,10 @@ CrossEntropyArgs loss_args(const char* op, const Tensor& logits, Tensor& target,
   a.n_rows = logits.size(0), a.n_cols = logits.size(1), a.n_classes = o.vocab_size;
   FASTGPT_CHECK(o.vocab_size >= 1 && o.vocab_size <= a.n_cols, op, "vocab_size is ", o.vocab_size, ", expected 1 to ",
                 a.n_cols);
-  if (!target.is_contiguous()) target = torch::stable::contiguous(target);
+  make_contiguous(target), make_contiguous(weight);
   check_flat(op, "target", target, ScalarType::Long, a.n_rows, logits);
   a.target = static_cast<const int64_t*>(target.data_ptr());
   if (weight) {
-    if (!weight->is_contiguous()) weight = torch::stable::contiguous(*weight);
     check_flat(op, "weight", *weight, ScalarType::Float, o.vocab_size, logits);
     weight_sum = torch::stable::sum(*weight);
     a.weight = static_cast<const float*>(weight->data_ptr());
@@ -38,10 +37,12 @@ CrossEntropyArgs loss_args(const char* op, const Tensor& logits, Tensor& target,
   return a;
 }
 
-// Per-row factor: (1,) for all rows, or (N,).
-int64_t check_scale(const char* op, const char* name, const Tensor& scale, int64_t n_rows, const Tensor& like) {
-  check_flat(op, name, scale, ScalarType::Float, scale.numel() == 1 ? 1 : n_rows, like);
-  return scale.numel() == 1 ? 0 : 1;
+// Factors of rows: (1,) for all of them, or (N,).
+template <class Args>
+void set_scale(const char* op, const char* name, const Tensor& scale, const Tensor& like, Args& a) {
+  const bool one = scale.numel() == 1;
+  check_flat(op, name, scale, ScalarType::Float, one ? 1 : a.n_rows, like);
+  a.scale = static_cast<const float*>(scale.data_ptr()), a.scale_step = one ? 0 : 1;
 }
 
 template <class Device>
@@ -74,15 +75,14 @@ Tensor cross_entropy_bwd(Tensor dloss, Tensor logits, Tensor target, Tensor stat
   CrossEntropyArgs a = loss_args(op, logits, target, weight,
                                  {ignore_index, label_smoothing, z_loss, softcap, vocab_size}, weight_sum);
   check_flat(op, "stats", stats, ScalarType::Float, 2 * a.n_rows, logits);
-  if (!dloss.is_contiguous()) dloss = torch::stable::contiguous(dloss);
-  a.scale_step = check_scale(op, "dloss", dloss, a.n_rows, logits);
+  make_contiguous(dloss);
+  set_scale(op, "dloss", dloss, logits, a);
   Tensor dlogits = allocate_like(logits);
   if (a.n_rows > 0) {
     const Rows rows = rows_of(logits);
     a.logits = rows.data(), a.logits_row = rows.step;
     a.dlogits = dlogits.data_ptr(), a.dlogits_row = a.n_cols;
     a.max = static_cast<float*>(stats.data_ptr()), a.sum_exp = a.max + a.n_rows;
-    a.scale = static_cast<const float*>(dloss.data_ptr());
     cross_entropy_bwd(a, device.stream);
   }
   return dlogits;
@@ -98,12 +98,11 @@ void cross_entropy_fwd_bwd(Tensor logits, Tensor loss, Tensor target, OptTensor 
   CrossEntropyArgs a = loss_args(op, logits, target, weight,
                                  {ignore_index, label_smoothing, z_loss, softcap, vocab_size}, weight_sum);
   check_flat(op, "loss", loss, ScalarType::Float, a.n_rows, logits);
-  a.scale_step = check_scale(op, "scale", scale, a.n_rows, logits);
+  set_scale(op, "scale", scale, logits, a);
   a.logits_row = a.dlogits_row = writable_row_stride(op, "logits", logits);
   if (a.n_rows == 0) return;
   a.logits = a.dlogits = logits.data_ptr();
   a.loss = static_cast<float*>(loss.data_ptr());
-  a.scale = static_cast<const float*>(scale.data_ptr());
   cross_entropy_fwd_bwd(a, device.stream);
 }
 
@@ -114,10 +113,10 @@ void scale_rows(Tensor x, Tensor scale) {
   a.dtype = float_dtype_of(op, "x", x);
   a.x_row = writable_row_stride(op, "x", x);
   a.n_rows = x.size(0), a.n_cols = x.size(1);
-  a.scale_step = check_scale(op, "scale", scale, a.n_rows, x);
+  set_scale(op, "scale", scale, x, a);
   if (x.numel() == 0) return;
   const Device device(x);
-  a.x = x.data_ptr(), a.scale = static_cast<const float*>(scale.data_ptr());
+  a.x = x.data_ptr();
   scale_rows(a, device.stream);
 }
 

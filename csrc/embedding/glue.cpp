@@ -14,7 +14,7 @@ namespace {
 Indices indices_of(const char* op, const char* name, Tensor& t, const Tensor& like) {
   const ScalarType type = t.scalar_type();
   FASTGPT_CHECK(type == ScalarType::Long || type == ScalarType::Int, op, name, " must be int64 or int32");
-  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+  make_contiguous(t);
   check_device(op, name, t, like);
   return {t.data_ptr(), type == ScalarType::Long};
 }

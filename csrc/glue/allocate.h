@@ -2,6 +2,7 @@
 #pragma once
 #include <vector>
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -26,6 +27,14 @@ inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, Sc
 inline Tensor allocate_like(const Tensor& like) {
   const auto sizes = like.sizes();
   return allocate(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type());
+}
+
+// For the gradient of a parameter by n_rows rows; where there are none it is 0.
+inline OptTensor allocate_grad(const OptTensor& parameter, int64_t n_rows) {
+  if (!parameter) return std::nullopt;
+  Tensor grad = allocate_like(*parameter);
+  if (n_rows == 0) torch::stable::zero_(grad);
+  return grad;
 }
 
 }  // namespace fastgpt

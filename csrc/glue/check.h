@@ -60,7 +60,7 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t, 
   check_device(op, name, t, like);
 }
 
-inline const void* data_or_null(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
+inline void* data_or_null(const OptTensor& t) { return t ? t->data_ptr() : nullptr; }
 
 // Strides of a tensor that fills its memory without gaps or overlap (contiguous, or a permutation of it).
 inline bool is_dense(const Tensor& t) {

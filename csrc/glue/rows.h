@@ -20,6 +20,12 @@ inline int64_t row_stride(const Tensor& t) {
   return step < 0 ? t.size(last) : step;
 }
 
+// Rows of a (..., C) tensor, 0 where C is 0.
+inline int64_t row_count(const Tensor& t) {
+  const int64_t n_cols = t.size(t.dim() - 1);
+  return n_cols == 0 ? 0 : t.numel() / n_cols;
+}
+
 struct Rows {
   Tensor keep;  // owns the memory: the tensor itself, or a contiguous copy
   int64_t step;
@@ -31,6 +37,15 @@ inline Rows rows_of(const Tensor& t) {
   const int64_t step = row_stride(t);
   if (step >= 0) return {t, step};
   return {torch::stable::contiguous(t), t.size(t.dim() - 1)};
+}
+
+// Replaces a tensor by a contiguous copy if it is not contiguous.
+inline void make_contiguous(Tensor& t) {
+  if (!t.is_contiguous()) t = torch::stable::contiguous(t);
+}
+
+inline void make_contiguous(OptTensor& t) {
+  if (t) make_contiguous(*t);
 }
 
 // Row stride of a tensor that is written in place.

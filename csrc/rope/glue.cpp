@@ -20,14 +20,13 @@ RopeArgs rope_args(const char* op, const Tensor& x, Tensor& cos, Tensor& sin, Op
   a.dtype = float_dtype_of(op, "the tensor to turn", x);
   a.n_batch = x.size(0), a.n_time = x.size(1), a.n_cols = x.size(3);
   FASTGPT_CHECK(cos.dim() == 2 && 2 * cos.size(1) <= a.n_cols, op, "cos must be (T, rotary_dim / 2)");
-  if (!cos.is_contiguous()) cos = torch::stable::contiguous(cos);
-  if (!sin.is_contiguous()) sin = torch::stable::contiguous(sin);
+  make_contiguous(cos), make_contiguous(sin);
   check_flat(op, "cos", cos, ScalarType::Float, cos.numel(), x);
   check_flat(op, "sin", sin, ScalarType::Float, cos.numel(), x);
   a.n_positions = cos.size(0), a.half = cos.size(1);
   a.cos = static_cast<const float*>(cos.data_ptr()), a.sin = static_cast<const float*>(sin.data_ptr());
+  make_contiguous(positions);
   if (positions) {
-    if (!positions->is_contiguous()) positions = torch::stable::contiguous(*positions);
     const bool per_batch = positions->dim() == 2;
     FASTGPT_CHECK(per_batch || positions->dim() == 1, op, "positions must be (T) or (B, T)");
     check_flat(op, "positions", *positions, ScalarType::Long, (per_batch ? a.n_batch : 1) * a.n_time, x);

@@ -27,7 +27,7 @@ SwigluArgs swiglu_args(const char* op, const Tensor& gate, const OptTensor& up, 
   a.dtype = float_dtype_of(op, "gate", gate);
   a.activation = static_cast<Activation>(activation);
   a.n_cols = up ? width : width / 2;
-  a.n_rows = width == 0 ? 0 : gate.numel() / width;
+  a.n_rows = row_count(gate);
   a.grad_row = width;
   if (a.n_rows == 0) return a;
   const Rows gate_rows = rows_of(gate);
