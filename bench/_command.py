@@ -26,16 +26,22 @@ def options(bench: Bench) -> Parser:
     parser = command_line(bench.op, __doc__)
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 on a GPU, fp32 on a CPU")
     shape_type = functools.partial(parse_shape, bench.dims)
-    parser.add_argument("--shape", action="append", metavar=bench.dims, type=shape_type, help="may be repeated")
-    parser.add_argument("--phase", action="append", choices=bench.phases, help="may be repeated; default: all")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the baseline, too")
-    parser.add_argument("--max-autotune", action="store_true", help="the same in its mode max-autotune, too")
-    parser.add_argument("--seconds", type=number(float, 0), default=2.0, help="of samples per phase")
-    parser.add_argument("--backend", help="only this one of ours: cpu, cuda, triton")
     parser.add_argument(
-        "--calls", type=number(int, 1), help="time nothing: call our backends so often, for a profiler to watch"
+        "--shape", action="append", metavar=bench.dims, type=shape_type, help="shape to time; may be repeated"
     )
-    parser.add_argument("--ncu", action="store_true", help="print the command that profiles one kernel; run nothing")
+    parser.add_argument(
+        "--phase", action="append", choices=bench.phases, help="phase to time; may be repeated; default: all"
+    )
+    parser.add_argument("--compile", action="store_true", help="also time torch.compile of the baseline")
+    parser.add_argument("--max-autotune", action="store_true", help="also time torch.compile in its mode max-autotune")
+    parser.add_argument("--seconds", type=number(float, 0), default=2.0, help="seconds of samples per phase")
+    parser.add_argument("--backend", help="time only this backend of fastgpt: cpu, cuda, triton")
+    parser.add_argument(
+        "--calls", type=number(int, 1), help="only call each backend of fastgpt this often, for a profiler"
+    )
+    parser.add_argument(
+        "--ncu", action="store_true", help="print the command that profiles one kernel, without running it"
+    )
     return parser
 
 

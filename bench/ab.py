@@ -45,9 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     """Return 1 for a regression."""
     parser = Parser(prog="fastgpt bench ab", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--base", required=True, metavar="PYTHON", help="interpreter of the other install")
-    parser.add_argument("--runs", type=number(int, 1), default=5, help="processes of each side")
-    parser.add_argument("--floor", type=number(float, 0), default=compare.FLOOR, help="least change that counts")
-    parser.add_argument("--out", type=Path, default=Path("bench-ab"), help="folder of the rows (default: bench-ab)")
+    parser.add_argument("--runs", type=number(int, 1), default=5, help="number of processes per side")
+    parser.add_argument("--floor", type=number(float, 0), default=compare.FLOOR, help="smallest change that counts")
+    parser.add_argument("--out", type=Path, default=Path("bench-ab"), help="folder for the rows (default: bench-ab)")
     parser.add_argument("bench", nargs=argparse.REMAINDER, help="a benchmark and its arguments")
     args = parser.parse_args(argv)
     if not args.bench or args.runs < 1:

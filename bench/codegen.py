@@ -123,9 +123,9 @@ def triton_rows(only: str, every: bool) -> list[dict[str, Any]]:
 
         from fastgpt.checks import triton as triton_check
     except ImportError as e:
-        raise ToolMissing(f"triton is not there: {e}") from e
+        raise ToolMissing(f"triton cannot be imported: {e}") from e
     if triton.knobs.runtime.interpret:
-        raise ToolMissing("TRITON_INTERPRET is set, nothing would be compiled; run it without")
+        raise ToolMissing("TRITON_INTERPRET is set, so nothing would be compiled; unset it")
     wanted = [j for j in triton_check.jobs(None, False, quick=not every) if fnmatch.fnmatchcase(j.module, only)]
     wanted = wanted if every else some_of_each(wanted)
     about: dict[str, Any] = {"bench": "codegen", "language": "triton", "compiler": f"triton {triton.__version__}"}
@@ -187,9 +187,11 @@ def main(argv: list[str] | None = None) -> int:
     """Return 1 if a compilation failed; a missing compiler is reported in one line and is not a failure."""
     parser = Parser(prog="python -m fastgpt.bench.codegen", description=__doc__)
     parser.add_argument("--language", choices=LANGUAGES, help="default: both")
-    parser.add_argument("--only", default="*", metavar="OP", help="ops, as in 'attention*'")
-    parser.add_argument("--all", action="store_true", help="every configuration of the Triton kernels")
-    parser.add_argument("--source", type=Path, default=SOURCE, help="folder of the ops' folders (default: csrc)")
+    parser.add_argument("--only", default="*", metavar="OP", help="ops to compile, as in 'attention*'")
+    parser.add_argument("--all", action="store_true", help="compile every configuration of the Triton kernels")
+    parser.add_argument(
+        "--source", type=Path, default=SOURCE, help="folder that contains the folders of the ops (default: csrc)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     args = parser.parse_args(argv)
     halves: dict[str, Callable[[], list[dict[str, Any]]]] = {

@@ -12,18 +12,21 @@ from fastgpt.core.errors import UserError
 
 COMMANDS = {  # name -> (module, the question it answers)
     "throughput": ("throughput", "training steps against plain PyTorch: tokens/s, MFU, memory, losses overlaid"),
-    "roofline": ("roofline", "which share of a step is products, attention, memory-bound, idle"),
+    "roofline": ("roofline", "share of a step spent in matmuls, attention, memory-bound kernels, idle"),
     "host": ("host", "microseconds of an op call, launches of a step, import and compile times"),
     "codegen": ("codegen", "registers, spills, shared memory and occupancy of every kernel, without a GPU"),
     "memory": ("memory", "largest batch and longest context that fit a card"),
     "training": ("training", "a 60-step run of the trainer that is stopped and resumes"),
     "tiles": ("tiles", "launch shapes of attention's Triton kernels, by time"),
     "patching": ("patching", "a step of transformers' GPT-2 and Llama before and after fastgpt.patch"),
-    "all": ("cpu", "all of it that needs no GPU, in under 15 minutes, then the report"),
-    "gpu": ("gpu", "the GPU's half, in a checkout; the same as `make gpu`, with --check as `make gpu-check`"),
+    "all": ("cpu", "all benchmarks that need no GPU, in under 15 minutes, then the report"),
+    "gpu": (
+        "gpu",
+        "all benchmarks that need a GPU, in a checkout; same as `make gpu`, with --check as `make gpu-check`",
+    ),
     "report": ("report", "tables and plots of rows: REPORT.md and REPORT.html"),
     "compare": ("compare", "is B slower than A? Exit code 1 if so"),
-    "ab": ("ab", "is this install slower than another one? Both measure in turns"),
+    "ab": ("ab", "is this install slower than another one? Their runs alternate"),
 }
 
 

@@ -224,9 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     for side in ("A", "B"):
         parser.add_argument(side, help="a file of rows or a quoted glob; FILE@COMMIT for the rows of one commit")
     parser.add_argument(
-        "--floor", type=number(float, 0), default=FLOOR, help=f"least change that counts (default: {FLOOR})"
+        "--floor", type=number(float, 0), default=FLOOR, help=f"smallest change that counts (default: {FLOOR})"
     )
-    parser.add_argument("--all", action="store_true", help="show what did not change, too")
+    parser.add_argument("--all", action="store_true", help="also show what did not change")
     args = parser.parse_args(argv)
     pairs, alone = compare(read_rows([args.A]), read_rows([args.B]), args.floor)
     print(show(pairs, alone, args.all))

@@ -48,9 +48,9 @@ def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
 def main(argv: list[str] | None = None) -> int:
     """Run the plan or print it."""
     parser = Parser(prog="fastgpt bench all", description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--dry-run", action="store_true", help="print the plan with guessed times, run nothing")
-    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder of rows and report")
-    parser.add_argument("--only", action="append", metavar="STAGE", help="may be repeated")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with guessed times, without running it")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder for rows and report")
+    parser.add_argument("--only", action="append", metavar="STAGE", help="stage to run; may be repeated")
     args = parser.parse_args(argv)
     out = args.out.resolve()
     stages = plan(out / FRESH, out)

@@ -131,7 +131,7 @@ def probe() -> tuple[str, str]:
     It asks in a separate process, so this one holds no GPU memory.
     """
     if not (ROOT / "setup.py").is_file():
-        return "", f"{ROOT} is no checkout of fastgpt: run `python3 -m bench.gpu` in the root of one"
+        return "", f"{ROOT} is not a checkout of fastgpt: run `python3 -m bench.gpu` in the root of one"
     try:
         done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
@@ -166,12 +166,18 @@ def main(argv: list[str] | None = None) -> int:
     """Run the plan or print it."""
     start = time.monotonic()
     parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__)
-    parser.add_argument("--dry-run", action="store_true", help="print the plan with its limits, run nothing")
-    parser.add_argument("--check", action="store_true", help="compute-sanitizer over the CUDA kernels instead")
-    parser.add_argument("--table", action="store_true", help="print the table of the last run in --out, run nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan with its limits, without running it")
+    parser.add_argument("--check", action="store_true", help="run compute-sanitizer on the CUDA kernels instead")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the last run in --out, without running anything"
+    )
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "gpu-results"))
-    parser.add_argument("--commit", default=checkout_commit(ROOT), help="where the sources came without git's folder")
-    parser.add_argument("--only", action="append", metavar="STAGE", help="may be repeated; the build always runs")
+    parser.add_argument(
+        "--commit", default=checkout_commit(ROOT), help="commit of the sources, if they have no .git folder"
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="STAGE", help="stage to run; may be repeated; the build always runs"
+    )
     parser.add_argument("--small-cases", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     out = args.out.resolve()

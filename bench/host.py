@@ -264,7 +264,7 @@ def _said(measure: Callable[[], Any]) -> Any:
 def build_wheel(folder: Path) -> tuple[float, Path]:
     """Return the seconds of building the checkout's wheel into `folder`, from scratch; and the wheel."""
     if not (ROOT / "setup.py").is_file():
-        raise RuntimeError(f"{ROOT} is no checkout of fastgpt")
+        raise RuntimeError(f"{ROOT} is not a checkout of fastgpt")
     build = ["build", "--build-base", f"{folder}/build", "bdist_wheel", "--dist-dir", f"{folder}/dist"]
     seconds = _run([sys.executable, "setup.py", "-q", *build, "--bdist-dir", f"{folder}/wheel"], ROOT)
     return seconds, next((folder / "dist").glob("*.whl"))
@@ -316,12 +316,14 @@ def show(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Return 1 if a fastgpt provider was red."""
     parser = command_line("host", __doc__)
-    parser.add_argument("--figure", action="append", choices=FIGURES, help="may be repeated; default: all")
-    parser.add_argument("--op", action="append", choices=OPS, help="of calls; may be repeated; default: all")
-    parser.add_argument("--dtype", choices=DTYPES, help="of calls; default: bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--seconds", type=number(float, 0), default=0.2, help="of samples per op and phase")
-    parser.add_argument("--build", action="store_true", help="build the wheel of the checkout and install it, too")
-    parser.add_argument("--wheel", type=Path, metavar="FILE", help="size and installation of this wheel, too")
+    parser.add_argument(
+        "--figure", action="append", choices=FIGURES, help="figure to measure; may be repeated; default: all"
+    )
+    parser.add_argument("--op", action="append", choices=OPS, help="op to call; may be repeated; default: all")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the calls; default: bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--seconds", type=number(float, 0), default=0.2, help="seconds of samples per op and phase")
+    parser.add_argument("--build", action="store_true", help="also build the wheel of the checkout and install it")
+    parser.add_argument("--wheel", type=Path, metavar="FILE", help="also measure size and installation of this wheel")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     dtype = dtype_of(args.dtype or "auto", device.type)

@@ -154,15 +154,19 @@ def show(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Return 0; a card on which not even one sequence fits has batch 0."""
     parser = command_line("memory", __doc__)
-    parser.add_argument("--model", action="append", choices=MODELS, help="may be repeated; default: all")
+    parser.add_argument("--model", action="append", choices=MODELS, help="model to plan; may be repeated; default: all")
     parser.add_argument(
         "--gb",
         action="append",
         type=number(float, 0, open_least=True),
-        help=f"of a card; may be repeated; default: {CARDS_GB}",
+        help=f"memory of a card; may be repeated; default: {CARDS_GB}",
     )
-    parser.add_argument("--recompute", action="append", choices=LEVELS, help="may be repeated; default: all levels")
-    parser.add_argument("--measure", action="store_true", help="by real steps on this GPU, too (default: gpt2-124m)")
+    parser.add_argument(
+        "--recompute", action="append", choices=LEVELS, help="level to plan; may be repeated; default: all"
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="also measure real steps on this GPU (default: gpt2-124m)"
+    )
     args = parser.parse_args(argv)
     if args.measure and (device := device_of(parser, args.device)).type != "cuda":
         parser.error("--measure needs a GPU; without it the figures are planned")

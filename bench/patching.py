@@ -204,10 +204,12 @@ def show(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Return 1 if losses differed, so no speed was shown."""
     parser = command_line("patching", __doc__)
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated; default: gpt2 and llama")
-    parser.add_argument("--steps", type=number(int, 1), default=10, help="rounds that are timed")
-    parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
-    parser.add_argument("--ablation", action="store_true", help="each part patched alone, too")
+    parser.add_argument(
+        "--shape", action="append", choices=SHAPES, help="model to time; may be repeated; default: gpt2 and llama"
+    )
+    parser.add_argument("--steps", type=number(int, 1), default=10, help="number of timed rounds")
+    parser.add_argument("--compile", action="store_true", help="also time both under torch.compile")
+    parser.add_argument("--ablation", action="store_true", help="also time each part patched alone")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     shapes = SHAPES | GPU_SHAPES if device.type == "cuda" else SHAPES

@@ -306,8 +306,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run `fastgpt bench report`."""
     parser = Parser(prog="fastgpt bench report", description=__doc__.partition("\n\n")[0])
     parser.add_argument("rows", nargs="*", help="files of rows or globs (default: *.jsonl in the folder of results)")
-    parser.add_argument("--out", type=Path, help=f"folder (default: {HERE}, or {CHECKOUT} where only that is there)")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="write the tables between its markers anew, too")
+    parser.add_argument("--out", type=Path, help=f"folder (default: {HERE}, or {CHECKOUT} if only that exists)")
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="also rewrite the tables between the markers of this file"
+    )
     args = parser.parse_args(argv)
     out = args.out or (CHECKOUT if CHECKOUT.is_dir() and not HERE.is_dir() else HERE)
     rows = read_rows(args.rows or [str(out / "*.jsonl")])

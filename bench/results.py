@@ -86,9 +86,11 @@ def _rows_of(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as e:
-            raise UserError(f"results: {path}, line {number} is no JSON ({e.msg}), expected one row a line") from None
+            raise UserError(
+                f"results: {path}, line {number} is not JSON ({e.msg}), expected one row per line"
+            ) from None
         if not isinstance(row, dict) or "bench" not in row:
-            raise UserError(f"results: {path}, line {number} is no row: expected an object with a key 'bench'")
+            raise UserError(f"results: {path}, line {number} is not a row, expected an object with a key 'bench'")
         if missing := lacking(row):
             raise UserError(f"results: {path}, line {number}: a row of {row['bench']} without provenance: no {missing}")
         rows.append(row)

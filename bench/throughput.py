@@ -266,21 +266,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_line("throughput", __doc__)
     names = sorted(SHAPES | GPU_SHAPES)
     parser.add_argument("--shape", action="append", choices=names, help="default: small on a CPU, gpt2-124m on a GPU")
-    parser.add_argument("--batch", action="append", type=number(int, 1), help="sequences; may be repeated")
-    parser.add_argument("--sweep", action="store_true", help="batches 1, 2, 4, ... until memory ends (GPU)")
-    parser.add_argument("--steps", type=number(int, 1), help="rounds that are timed")
-    parser.add_argument("--compile", action="store_true", help="both under torch.compile, too")
-    parser.add_argument("--ablation", action="store_true", help="fastgpt with one op at a time on PyTorch, too")
-    parser.add_argument("--variant", action="append", metavar="NAME", help="torch and these alone; may be repeated")
-    parser.add_argument("--llmc", type=Path, metavar="DIR", help="a built checkout of llm.c, too (train_gpt2cu)")
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, too (train.py)")
+    parser.add_argument("--batch", action="append", type=number(int, 1), help="number of sequences; may be repeated")
+    parser.add_argument("--sweep", action="store_true", help="time batches 1, 2, 4, ... until memory runs out (GPU)")
+    parser.add_argument("--steps", type=number(int, 1), help="number of timed rounds")
+    parser.add_argument("--compile", action="store_true", help="also time both under torch.compile")
+    parser.add_argument("--ablation", action="store_true", help="also time fastgpt with one op at a time on PyTorch")
+    parser.add_argument("--variant", action="append", metavar="NAME", help="time only torch and these; may be repeated")
+    parser.add_argument("--llmc", type=Path, metavar="DIR", help="also time a built checkout of llm.c (train_gpt2cu)")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="also time a checkout of nanoGPT (train.py)")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     shapes, status = shapes_on(device), 0
     if absent := set(args.shape or []) - set(shapes):
         parser.error(f"--shape {', '.join(sorted(absent))} needs a GPU")
     if args.sweep and device.type != "cuda":
-        parser.error("--sweep needs a GPU, whose memory ends with an error; on a CPU give each --batch")
+        parser.error("--sweep needs a GPU, where running out of memory is an error; on a CPU pass each --batch")
     for name in args.shape or [default_shape(device)]:
         for shape in sweep(shapes[name], args.batch, args.sweep):
             shape = dataclasses.replace(shape, steps=args.steps or shape.steps)

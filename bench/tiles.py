@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return 0: a shape that does not run is a result."""
     parser = command_line("tiles", __doc__)
     parser.add_argument("--shape", default="64x1024x12x12x64", metavar=BENCH.dims)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of samples per kernel")
+    parser.add_argument("--seconds", type=float, default=0.5, help="seconds of samples per kernel")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     setting = Setting(tuple(map(int, args.shape.split("x"))), torch.bfloat16, device)

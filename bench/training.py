@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     """Return 1 if the run was red."""
     parser = command_line("training", __doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES | GPU_SHAPES), help="default: small, on a GPU gpt2-124m")
-    parser.add_argument("--batch", type=int, help="sequences")
+    parser.add_argument("--batch", type=int, help="number of sequences")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     name = args.shape or default_shape(device)

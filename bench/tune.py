@@ -88,7 +88,7 @@ def plan(
         refused = {b: why for b in here if (why := backend.refusal(bench.op, b, device, dtype))}
         runs = [b for b in here if b not in refused]
         if used is None:
-            skipped[bench.op] = "this model does without it"
+            skipped[bench.op] = "this model does not use it"
         elif runs == ["torch"]:
             skipped[bench.op] = "only torch: " + ("; ".join(refused.values()) or f"no kernel for {device} yet")
         else:
@@ -229,7 +229,7 @@ def remember(
             path = backend.write_tuned(device.type, found)
             print(f"{'':<22}written to {path}", flush=True)
         except OSError as e:
-            raise UserError(f"tune: the table cannot be written ({e}); XDG_CACHE_HOME names another folder") from e
+            raise UserError(f"tune: the table cannot be written ({e}); set XDG_CACHE_HOME to another folder") from e
     if json is not None:
         row: dict[str, Any] = {
             "bench": "tune",
@@ -249,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = command_line("tune", main.__doc__)
     parser.prog = "python -m fastgpt.bench.tune"  # `fastgpt tune` is a different command
     parser.add_argument("--shape", choices=sorted(SHAPES | GPU_SHAPES), help="default: small, on a GPU gpt2-124m")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of samples per op")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds of samples per op")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     name = args.shape or default_shape(device)

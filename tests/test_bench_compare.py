@@ -254,7 +254,7 @@ def test_rows_without_provenance_are_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(row()) + "\n" + json.dumps(lacking) + "\n")
         with pytest.raises(UserError, match=f"line 2: a row of layer_norm without provenance: no {key}$"):
             results.read_rows([str(path)])
-    for text, why in (("{", "line 1 is no JSON"), ("[]", "line 1 is no row"), ('{"ms": 1}', "line 1 is no row")):
+    for text, why in (("{", "line 1 is not JSON"), ("[]", "line 1 is not a row"), ('{"ms": 1}', "line 1 is not a row")):
         path.write_text(text)
         with pytest.raises(UserError, match=why):
             results.read_rows([str(path)])

@@ -139,7 +139,7 @@ def test_a_wheel_has_a_size_and_installs(tmp_path: Path, capsys: pytest.CaptureF
 def test_a_build_outside_a_checkout_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(host, "ROOT", tmp_path)
     (row,) = host.install_rows(None, CPU)
-    assert row["red"].endswith("is no checkout of fastgpt")
+    assert row["red"].endswith("is not a checkout of fastgpt")
 
 
 def test_rows_have_provenance_and_one_unit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

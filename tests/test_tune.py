@@ -236,7 +236,7 @@ def test_three_percent_displace_and_less_does_not() -> None:
 
 def test_the_plan_follows_the_model() -> None:
     tasks, skipped = tune.plan(GPT2, 2, 64, "cpu", FP32)
-    assert {"rms_norm", "swiglu", "rope"} <= {op for op, why in skipped.items() if why == "this model does without it"}
+    assert {"rms_norm", "swiglu", "rope"} <= {op for op, why in skipped.items() if why == "this model does not use it"}
     assert {t.op for t in tasks} | set(skipped) == set(backend.ops()) and not {t.op for t in tasks} & set(skipped)
     assert all(t.backends == ["cpu", "torch"] for t in tasks), "on a CPU Triton is left out, interpreter or not"
     by_op = {t.op: t for t in tune.plan(LLAMA, 2, 64, "cpu", FP32)[0]}
@@ -322,7 +322,7 @@ def test_the_command_from_end_to_end(
     quick(monkeypatch)
     assert run(monkeypatch, *"tune --config tiny --batch 1 --block 8 --seconds 0 --device cpu".split()) == 0
     out = capsys.readouterr().out
-    assert "tiny: B 1 x T 8, float32, on " in out and "swiglu                skipped: this model does without it" in out
+    assert "tiny: B 1 x T 8, float32, on " in out and "swiglu                skipped: this model does not use it" in out
     tasks, _ = tune.plan(ModelConfig(vocab_size=4096, block_size=8), 1, 8, "cpu", FP32)
     (path,) = cache.iterdir()
     written = json.loads(path.read_text())
