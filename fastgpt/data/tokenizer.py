@@ -106,11 +106,15 @@ class Tokenizer:
 
         Raises ValueError for an id outside [0, n_vocab).
         """
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of ids; a token may end within a character. Raises ValueError as `decode`."""
         checked = [int(i) for i in ids]
         for i in checked:
             if not 0 <= i < self.n_vocab:
                 raise ValueError(f"decode: ids must be in [0, {self.n_vocab}), got {i}")
-        return self._bpe.decode(checked, errors="replace")
+        return self._bpe.decode_bytes(checked)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:

@@ -1,1 +1,7 @@
 """Generate text from a trained model."""
+
+from fastgpt.inference.generate import generate
+from fastgpt.inference.generator import Generator
+from fastgpt.inference.requests import Piece, Request, Result
+
+__all__ = ["Generator", "Piece", "Request", "Result", "generate"]

@@ -26,28 +26,12 @@ from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
+from fastgpt.models.cache import KVCache
 from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.recompute import Level, MadeAgain
 from fastgpt.nn import Embedding, LayerNorm, Linear, RMSNorm, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
 from fastgpt.nn.mlp import product_and_bias
-
-
-class KVCache:
-    """Keys and values of the positions seen so far: k and v (L, B, size, G, D), the first `length` of them filled."""
-
-    def __init__(self, config: ModelConfig, batch: int, size: int, like: Tensor) -> None:
-        shape = (config.n_layers, batch, size, config.kv_heads, config.d_head)
-        self.k, self.v = like.new_empty(shape), like.new_empty(shape)
-        self.size, self.length = size, 0
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, T, G, D) to the cache; return all keys and values (B, S, G, D). A pass updates `length` at
-        its end."""
-        end = self.length + k.shape[1]
-        self.k[layer, :, self.length : end] = k
-        self.v[layer, :, self.length : end] = v
-        return self.k[layer, :, :end], self.v[layer, :, :end]
 
 
 class Pass(NamedTuple):
@@ -127,9 +111,13 @@ class SelfAttention(nn.Module):
             y = ops.attention_qkv(self._rotate(qkv, run), n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
         else:
             q, k, v = self._heads(qkv, run)
-            if self.window is not None and t == 1:  # one query sees the last keys, so no mask is needed
-                k, v = k[:, -self.window :], v[:, -self.window :]
-            options["window"] = None if self.window is None or self.window >= k.shape[1] else self.window
+            if run.cache is not None and run.cache.lens is not None:
+                options["window"] = None
+                options["kv_start"], options["kv_lens"] = run.cache.span(self.window)
+            else:
+                if self.window is not None and t == 1:  # one query sees the last keys, so no mask is needed
+                    k, v = k[:, -self.window :], v[:, -self.window :]
+                options["window"] = None if self.window is None or self.window >= k.shape[1] else self.window
             y = ops.attention(q, k, v, **options)
         return _dropout(self.proj(y.reshape(b, t, -1)), self.resid_dropout, self.training)
 
@@ -225,6 +213,7 @@ class GPT(nn.Module):
             raise ValueError("GPT: config.vocab_size or config.block_size is None, expected numbers")
         self.config, c = config, config
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
+        self.extended = 0  # positions beyond block_size: see `extend`
         self.recompute: Level = "none"  # what backward recomputes: fastgpt/models/recompute.py
         self.wte = _make(Embedding, c.padded_vocab_size, c.width)
         self.wpe = _make(Embedding, self.block_size, c.width) if c.positions == "learned" else None
@@ -264,14 +253,9 @@ class GPT(nn.Module):
         """Compute the input of the head, (B, T, C), from ids (B, T). Arguments as in `forward`."""
         if ids.dim() != 2:
             raise ValueError(f"GPT: ids has shape {tuple(ids.shape)}, expected (B, T)")
-        past, t = (0 if kv_cache is None else kv_cache.length), ids.shape[1]
-        room = self.block_size if kv_cache is None else min(self.block_size, kv_cache.size)
-        if past + t > room:
-            raise ValueError(f"GPT: ids reach position {past + t}, expected at most {room} (block_size or kv_cache)")
         if kv_cache is not None and doc_ids is not None:
             raise ValueError("GPT: got doc_ids and kv_cache, expected one of them")
-        if past and positions is None:
-            positions = torch.arange(past, past + t, device=ids.device)
+        positions = self._positions(ids, positions, kv_cache)
         kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
         again = MadeAgain() if kept == "norms" else None
         # restore the generator's state only for dropout: it costs host time and cannot be recorded in a CUDA graph
@@ -286,9 +270,43 @@ class GPT(nn.Module):
                     x, residual = block(x, residual, run)
             if self.norm_f is not None:
                 x, _ = add_norm(self.norm_f, x, residual, run)
-        if kv_cache is not None:
-            kv_cache.length += t
+        if kv_cache is not None and kv_cache.lens is None:
+            kv_cache.length += ids.shape[1]
         return x
+
+    def _positions(self, ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor | None:
+        """Return the positions of ids (B, T), or None for 0, 1, 2, ...; check that the model and the cache have them.
+        The lengths of `cache.lens` are on the device, so their values are the caller's responsibility."""
+        t, room = ids.shape[1], min(self.max_positions, self.max_positions if cache is None else cache.size)
+        if cache is not None and cache.lens is not None:
+            if t != 1:
+                raise ValueError(f"GPT: ids has shape {tuple(ids.shape)}, expected (B, 1) with kv_cache.lens")
+            return cache.lens[:, None] if positions is None else positions
+        past = 0 if cache is None else cache.length
+        if past + t > room:
+            raise ValueError(f"GPT: ids reach position {past + t}, expected at most {room} (block_size or kv_cache)")
+        return torch.arange(past, past + t, device=ids.device) if past and positions is None else positions
+
+    @property
+    def max_positions(self) -> int:
+        """Positions that the model can tell apart: block_size, or more after `extend`."""
+        return max(self.block_size, self.extended)
+
+    def extend(self, positions: int) -> None:
+        """Let the model read texts of `positions` tokens, beyond block_size: possible unless positions are learned.
+
+        Raises:
+            ValueError: the model's positions are learned.
+        """
+        if positions <= self.max_positions:
+            return
+        if self.wpe is not None:
+            raise ValueError(
+                f"GPT: {positions} positions, expected at most {self.block_size}, the size of the learned table"
+            )
+        if self.rotary is not None:
+            self.rotary.extend(positions)
+        self.extended = positions
 
     def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         """Add token and position embeddings in one op: (B, T, C)."""
@@ -327,7 +345,8 @@ class GPT(nn.Module):
             ids: (B, T) int64. targets: (B, T) int64, the token after each of ids; -100 does not count.
             positions: (T,) or (B, T) int64; default 0, 1, 2, ... after the positions in kv_cache.
             doc_ids: (B, T) int: tokens attend only within their own document.
-            kv_cache: keys and values of earlier calls; this call appends its keys and values.
+            kv_cache: keys and values of earlier calls; this call appends its keys and values. If kv_cache.lens is set,
+                T is 1.
             reduction: "mean" and "sum" return a 0-dim loss in fp32, "none" (B, T).
 
         Raises:

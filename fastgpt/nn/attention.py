@@ -55,6 +55,12 @@ class RotaryEmbedding(nn.Module):
         device = self.cos.device
         self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
 
+    def extend(self, max_positions: int) -> None:
+        """Enlarge the tables to `max_positions` rows; the rows they have do not change."""
+        if max_positions > self.max_positions:
+            self.max_positions = max_positions
+            self._fill()
+
     def _apply(self, fn: Any, recurse: bool = True) -> RotaryEmbedding:
         super()._apply(fn, recurse)  # moves the tables; a cast or a pass through the meta device loses their values
         self._fill()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastgpt.data import IGNORE, sequential, unigram_nats
 from fastgpt.data.shards import Tokens
-from fastgpt.inference.generate import generate
+from fastgpt.inference import Generator, Request
 from fastgpt.models.gpt import GPT
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import Log
@@ -52,16 +52,13 @@ def validate(run: Run, log: Log, batches: int | None) -> float:
 
 
 def sample(run: Run, prompt: str) -> str:
-    """Continue `prompt` with the model; the run's seed is used, so a repeated run returns the same text."""
+    """Continue `prompt`, or begin a document if it is empty; the run's seed is used, so a repeated run returns the same
+    text."""
     cfg, tokenizer = run.cfg, run.data.tokenizer
     if tokenizer is None:
         return "no samples: the data has no tokenizer (pass --tokenizer tokenizer.json)"
-    run.model.eval()
-    generator = torch.Generator(run.device).manual_seed(cfg.seed)
-    ids = torch.tensor(tokenizer.encode(prompt).tolist(), dtype=torch.int64, device=run.device)[None]
-    out = generate(run.model, ids, cfg.sample_tokens, temperature=0.8, top_k=50, eot=tokenizer.eot, generator=generator)
-    run.model.train()
-    return tokenizer.decode(out[0].tolist())
+    request = Request(prompt or [tokenizer.eot], cfg.sample_tokens, temperature=0.8, top_k=50, seed=cfg.seed)
+    return prompt + Generator(run.model, tokenizer).generate([request])[0].text
 
 
 def finish(run: Run, log: Log) -> int:

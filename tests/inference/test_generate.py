@@ -1,4 +1,4 @@
-"""Sampling: the cached path against a full recomputation, the filters, and the end of a text."""
+"""The model's cache against whole passes, and `generate` for tensors of ids."""
 
 from __future__ import annotations
 
@@ -6,34 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import CASES, model_of
 
-from fastgpt.inference.generate import context_start, generate, sample
-from fastgpt.models.config import ModelConfig
-from fastgpt.models.gpt import GPT, KVCache
-
-ROPE: dict[str, Any] = dict(norm="rms", activation="swiglu", mlp_width=48, positions="rope", tied=False)
-CASES: dict[str, dict[str, Any]] = {
-    "learned": {},
-    "rope, grouped heads": {**ROPE, "n_kv_heads": 2},
-    "rope, window": {**ROPE, "window": 3},
-    "alternating window": dict(window=[None, 3], attn_scale=1.0),
-    "multi-query, head norm": {**ROPE, "n_kv_heads": 1, "qk_norm": True},
-    "partial interleaved rope, parallel": dict(
-        positions="rope", rotary_dim=4, rope_interleaved=True, parallel="shared", head_bias=True
-    ),
-    "post-norm": dict(norm_placement="post"),
-    "softcaps": dict(attn_softcap=2.0, logit_softcap=3.0),
-}
-
-
-def model_of(**options: Any) -> GPT:
-    """Return a model in fp64, so the last bit of a sum decides no token; biases and norms are random too."""
-    shape: dict[str, Any] = dict(n_layers=2, n_heads=4, width=32, vocab_size=50, vocab_multiple=32, block_size=16)
-    model, g = GPT(ModelConfig(**{**shape, **options})).double(), torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * 0.3 + ("norm" in name))
-    return model
+from fastgpt.inference import generate
+from fastgpt.models.cache import KVCache
+from fastgpt.models.gpt import GPT
 
 
 def prompt(length: int = 4) -> torch.Tensor:
@@ -49,24 +26,24 @@ def test_logits_with_cache_equal_the_whole_pass(name: str) -> None:
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("length", [4, 16, 21])
 @pytest.mark.parametrize("name", CASES)
-def test_cache_changes_no_token(name: str, length: int) -> None:
-    model, ids = model_of(**CASES[name]), prompt(length)
-    out = [
-        generate(
-            model, ids, 30, temperature=0.9, top_k=20, generator=torch.Generator().manual_seed(3), use_cache=cached
-        )
-        for cached in (True, False)
-    ]
-    assert out[0].shape == (3, length + 30) and torch.equal(out[0][:, :length], ids)
-    assert torch.equal(*out)
+@torch.no_grad()
+def test_rows_of_different_lengths_equal_the_whole_pass(name: str) -> None:
+    model, ids = model_of(**CASES[name]).eval(), prompt(16)
+    whole, cache = model(ids), KVCache(model.config, 3, 16, model.wte.weight)
+    lens = torch.tensor([1, 5, 11])
+    model(ids[:, :11], kv_cache=cache.part(0, 3))  # slots 1 and 5 on hold what no later token may see
+    for _ in range(5):
+        z = model(ids.gather(1, lens[:, None]), kv_cache=cache.part(0, 3, lens))
+        torch.testing.assert_close(z[:, 0], whole[torch.arange(3), lens], rtol=1e-9, atol=1e-10)
+        lens += 1
 
 
-def test_context_moves_by_half_a_block() -> None:
-    starts = [context_start(n, 8) for n in range(1, 21)]
-    assert starts == [0] * 8 + [4] * 4 + [8] * 4 + [12] * 4
-    assert [context_start(n, 1) for n in (1, 2, 3)] == [0, 1, 2]
+def test_a_cache_of_lengths_takes_one_token() -> None:
+    model = model_of()
+    cache = KVCache(model.config, 3, 16, model.wte.weight).part(0, 3, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"ids has shape \(3, 4\), expected \(B, 1\) with kv_cache.lens"):
+        model(prompt(), kv_cache=cache)
 
 
 def test_a_long_text_fills_the_cache_anew_only_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,27 +65,6 @@ def test_temperature_zero_is_greedy_and_so_are_the_narrowest_filters() -> None:
         assert torch.equal(model(greedy[:, :t])[:, -1].argmax(-1), greedy[:, t])
     assert torch.equal(generate(model, ids, 8, top_k=1), greedy)
     assert torch.equal(generate(model, ids, 8, top_p=1e-9), greedy)
-
-
-def test_filters_and_temperature_give_the_right_distribution() -> None:
-    probabilities = torch.tensor([0.05, 0.5, 0.15, 0.3, 0.0])
-    logits = probabilities.log().expand(20000, 5)
-
-    def frequencies(**options: Any) -> torch.Tensor:
-        g = torch.Generator().manual_seed(0)
-        return torch.bincount(sample(logits, generator=g, **options), minlength=5) / 20000
-
-    def near(got: torch.Tensor, weights: list[float]) -> None:
-        expected = torch.tensor(weights) / sum(weights)
-        assert torch.equal(got > 0, expected > 0) and (got - expected).abs().max() < 0.02, got
-
-    near(frequencies(), [0.05, 0.5, 0.15, 0.3, 0])
-    near(frequencies(top_k=2), [0, 0.5, 0, 0.3, 0])
-    near(frequencies(top_k=99), [0.05, 0.5, 0.15, 0.3, 0])
-    near(frequencies(top_p=0.6), [0, 0.5, 0, 0.3, 0])  # 0.5 alone does not reach 0.6
-    near(frequencies(top_p=0.45), [0, 1.0, 0, 0, 0])
-    near(frequencies(top_p=1.0), [0.05, 0.5, 0.15, 0.3, 0])
-    near(frequencies(temperature=0.5), [0.05**2, 0.5**2, 0.15**2, 0.3**2, 0])
 
 
 def test_the_same_generator_gives_the_same_text() -> None:

@@ -1,0 +1,288 @@
+"""Generate from a model for many requests at once.
+
+A step is one pass of the model and adds a token to every row of the batch: it reads the prompts of new requests, or, if
+there are none, the last token of every row. The rows in use are always the first ones: if a request is finished, the
+last row moves to its place, so no pass computes what nobody asked for.
+
+If a text is longer than the context, its first tokens are dropped, half a context at a time, and the rest is read anew.
+So the model reads the same tokens with and without a cache.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from fastgpt.inference.requests import FinishReason, Piece, Request, Result, TextTokenizer
+from fastgpt.inference.rows import Rows, options_of
+from fastgpt.inference.sampling import Choice, Options
+from fastgpt.inference.stream import TextStream
+from fastgpt.models.gpt import GPT
+
+PREFILL_TOKENS = 4096  # in one pass, unless one text is longer
+
+
+def context_start(length: int, context: int) -> int:
+    """Return the first token that the model reads of a text of `length` tokens."""
+    half = max(1, context // 2)
+    return 0 if length <= context else -(-(length - context) // half) * half
+
+
+@dataclass
+class Running:
+    """A request and what came of it so far."""
+
+    number: int
+    request: Request
+    ids: list[int]  # of the prompt and the new text
+    prompt_tokens: int
+    seed: int
+    stream: TextStream
+    start: int = -1  # the first token in the cache; -1: nothing was read yet
+    logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+
+    @property
+    def wanted(self) -> int:
+        """Tokens of the text at its longest."""
+        return self.prompt_tokens + self.request.max_new_tokens
+
+    def result(self, reason: FinishReason) -> Result:
+        asked = self.request.logprobs is not None
+        return Result(
+            self.ids[self.prompt_tokens :],
+            self.stream.text,
+            reason,
+            self.prompt_tokens,
+            self.seed,
+            self.logprobs if asked else None,
+            self.top_logprobs if asked else None,
+        )
+
+
+class Generator:
+    """Generator of texts from a model.
+
+    Args:
+        model: on any device, in any dtype; it is in eval mode while tokens are generated.
+        tokenizer: for prompts that are texts, stop strings and the text of results; None: ids only.
+        max_batch: rows of a batch; further requests wait.
+        context: tokens of a text that the model reads at most; default its block_size. More is possible unless
+            positions are learned; the rotary tables are extended.
+        eos: id that ends a text; default the tokenizer's end-of-text token.
+
+    The cache is allocated for the requests that wait when no request runs; `reserve` allocates the largest one.
+
+    Raises:
+        ValueError: names the argument, its value and what is expected.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: TextTokenizer | None = None,
+        *,
+        max_batch: int = 16,
+        context: int | None = None,
+        eos: int | None = None,
+    ) -> None:
+        for name, value in (("max_batch", max_batch), ("context", context)):
+            if value is not None and value < 1:
+                raise ValueError(f"Generator: {name} is {value}, expected at least 1")
+        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self.context = model.block_size if context is None else context
+        model.extend(self.context)
+        self.eos = tokenizer.eot if eos is None and tokenizer is not None else eos
+        self.waiting: list[Running] = []
+        self.running: list[Running] = []  # in the order of the rows
+        self._rows: Rows | None = None
+        self._options: Options | None = None  # of the running requests
+        self._added = 0
+
+    def reserve(self) -> None:
+        """Allocate the cache for max_batch texts of the whole context, so that no request waits for memory."""
+        self._rows = Rows(self.model, self.max_batch, self.context)
+
+    def add(self, request: Request) -> int:
+        """Add a request; return its number.
+
+        Raises:
+            ValueError: the prompt is empty or has ids that the model lacks, or a text needs a tokenizer.
+        """
+        if self.tokenizer is None and (isinstance(request.prompt, str) or request.stop):
+            raise ValueError("Generator: a prompt or a stop string is a text, expected a tokenizer")
+        prompt = request.prompt
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and self.tokenizer is not None else prompt
+        ids = [int(i) for i in ids]
+        if not ids:
+            raise ValueError("Generator: the prompt is empty, expected at least one token")
+        if not 0 <= min(ids) <= max(ids) < self.model.vocab_size:
+            wrong = next(i for i in ids if not 0 <= i < self.model.vocab_size)
+            raise ValueError(f"Generator: the prompt has id {wrong}, expected 0 to {self.model.vocab_size - 1}")
+        seed = secrets.randbits(63) if request.seed is None else request.seed
+        number = self._added
+        self._added += 1
+        self.waiting.append(Running(number, request, ids, len(ids), seed, TextStream(request.stop)))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Drop a request that waits or runs; one that is finished is ignored."""
+        self.waiting = [r for r in self.waiting if r.number != number]
+        self._remove([row for row, r in enumerate(self.running) if r.number == number])
+
+    @torch.no_grad()
+    def step(self) -> list[Piece]:
+        """Run one pass of the model; return what it added, empty if there is nothing to do. The model must be in eval
+        mode.
+
+        Raises:
+            ValueError: the logits of a row are not finite; all running requests are dropped.
+        """
+        pieces = self._admit()
+        unread = [row for row, r in enumerate(self.running) if r.start != context_start(len(r.ids), self.context)]
+        if unread:
+            first, last = self._group(unread)
+            return pieces + self._prefill(first, last)
+        return pieces + self._decode() if self.running else pieces
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Piece]:
+        """Generate; yield the pieces of all requests as they come, numbered from 0. Leaving the loop cancels the rest.
+
+        Raises:
+            ValueError: as `add` and `step`; or requests of `add` are not finished.
+        """
+        if self.waiting or self.running:
+            raise ValueError("Generator: other requests are running, expected none (many callers share add and step)")
+        was_training = self.model.training
+        self.model.eval()
+        numbers: dict[int, int] = {}
+        try:
+            for i, request in enumerate(requests):
+                numbers[self.add(request)] = i
+            while self.waiting or self.running:
+                for p in self.step():
+                    yield Piece(numbers[p.number], p.id, p.text, p.result)
+        finally:
+            for number in numbers:
+                self.cancel(number)
+            self.model.train(was_training)
+
+    def generate(self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None = None) -> list[Result]:
+        """Generate; return the results in the order of the requests.
+
+        on_text: called with a request's place and each new piece of its text.
+
+        Raises:
+            ValueError: as `add` and `step`.
+        """
+        results: dict[int, Result] = {}
+        for piece in self.stream(requests):
+            if on_text is not None and piece.text:
+                on_text(piece.number, piece.text)
+            if piece.result is not None:
+                results[piece.number] = piece.result
+        return [results[i] for i in range(len(requests))]
+
+    def _admit(self) -> list[Piece]:
+        """Give rows to waiting requests, as long as they fit; return the results of requests for no tokens."""
+        pieces = [Piece(r.number, None, "", r.result("length")) for r in self.waiting if not r.request.max_new_tokens]
+        self.waiting = [r for r in self.waiting if r.request.max_new_tokens]
+        if not self.waiting:
+            return pieces
+        if not self.running:
+            count = min(self.max_batch, len(self.waiting))
+            size = min(self.context, max(r.wanted for r in self.waiting))
+            if self._rows is None or self._rows.count < count or self._rows.size < size:
+                self._rows = None  # free the old one first
+                self._rows = Rows(self.model, count, size)
+        rows = self._rows
+        assert rows is not None
+        new: list[Running] = []
+        while self.waiting and len(self.running) + len(new) < rows.count:
+            if min(self.context, self.waiting[0].wanted) > rows.size:
+                break  # it waits until a larger cache can be allocated
+            new.append(self.waiting.pop(0))
+        for r in sorted(new, key=lambda r: len(r.ids)):  # texts of similar length side by side need little padding
+            rows.set(len(self.running), r.request, r.ids)
+            self.running.append(r)
+            self._options = None
+        return pieces
+
+    def _group(self, unread: list[int]) -> tuple[int, int]:
+        """Return the first rows to read together: neighbours that need at most a quarter of padding."""
+        first = last = unread[0]
+        total = longest = 0
+        for row in unread:
+            text = self.running[row].ids
+            n = len(text) - context_start(len(text), self.context)
+            padded = max(longest, n) * (row - first + 1)
+            if row != last or (row > first and (padded > 1.25 * (total + n) or padded > PREFILL_TOKENS)):
+                break
+            total, longest, last = total + n, max(longest, n), row + 1
+        return first, last
+
+    def _prefill(self, first: int, last: int) -> list[Piece]:
+        group = self.running[first:last]
+        for r in group:
+            r.start = context_start(len(r.ids), self.context)
+        options = options_of([r.request for r in group])
+        u = [r.random.random() for r in group] if options.sampled else []
+        assert self._rows is not None
+        return self._take(self._rows.prefill(first, [r.ids[r.start :] for r in group], options, u), first, last)
+
+    def _decode(self) -> list[Piece]:
+        self._options = self._options or options_of([r.request for r in self.running])
+        rows, count = self._rows, len(self.running)
+        assert rows is not None
+        rows.draw(0, [r.random.random() for r in self.running] if self._options.sampled else [])
+        return self._take(rows.decode(count, self._options), 0, count)
+
+    def _take(self, choice: Choice, first: int, last: int) -> list[Piece]:
+        """Append the chosen tokens to the rows first to last - 1; the finished ones leave."""
+        tokens = choice.token.tolist()
+        if choice.logprob is not None and choice.top_logprobs is not None and choice.top_ids is not None:
+            tops = zip(choice.logprob.tolist(), choice.top_ids.tolist(), choice.top_logprobs.tolist())
+            for r, (logprob, ids, values) in zip(self.running[first:last], tops):
+                if (n := r.request.logprobs) is not None:
+                    r.logprobs.append(logprob)
+                    r.top_logprobs.append(list(zip(ids[:n], values[:n])))
+        if -1 in tokens:
+            length = len(self.running[first + tokens.index(-1)].ids)
+            self.running = []
+            raise ValueError(f"Generator: the logits after {length} tokens are not finite, expected finite numbers")
+        pieces = [self._append(r, token) for r, token in zip(self.running[first:last], tokens)]
+        self._remove([first + i for i, piece in enumerate(pieces) if piece.result is not None])
+        return pieces
+
+    def _append(self, r: Running, token: int) -> Piece:
+        r.ids.append(token)
+        reason: FinishReason | None = None
+        text = ""
+        if token == self.eos and not r.request.ignore_eos:
+            reason = "eos"
+        elif self.tokenizer is not None:
+            text = r.stream.push(self.tokenizer.decode_bytes([token]))
+            reason = "stop" if r.stream.stopped else None
+        if reason is None and len(r.ids) == r.wanted:
+            reason = "length"
+        if reason is None:
+            return Piece(r.number, token, text)
+        text += r.stream.end()
+        return Piece(r.number, token, text, r.result(reason))
+
+    def _remove(self, gone: list[int]) -> None:
+        """Remove rows; the last row moves to the place of each."""
+        for row in sorted(gone, reverse=True):
+            last = self.running.pop()
+            if row < len(self.running):
+                assert self._rows is not None
+                self._rows.move(len(self.running), row, len(last.ids) - last.start if last.start >= 0 else 0)
+                self.running[row] = last
+            self._options = None

@@ -1,0 +1,117 @@
+"""What is asked of a generator, and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["length", "stop", "eos"]
+
+
+class TextTokenizer(Protocol):
+    """What a generator needs of a tokenizer; fastgpt.data.Tokenizer has it."""
+
+    eot: int
+
+    def encode(self, text: str) -> Any:
+        """Return the ids of a text, a sequence of ints."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of ids; the bytes of a text are those of its tokens, one after the other."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue, with its settings.
+
+    Attributes:
+        prompt: a text, or its ids.
+        max_new_tokens: the largest number of tokens to add.
+        temperature: divides the logits; 0 selects the most likely token.
+        top_k: sample only from the k most likely tokens; None is all.
+        top_p: sample only from the most likely tokens whose probabilities sum to p; 1 is all.
+        min_p: sample only from tokens at least min_p times as likely as the most likely one; 0 is all.
+        repetition_penalty: divides positive logits and multiplies negative ones of tokens already in the text, prompt
+            included; 1 changes nothing.
+        stop: texts that end the result; they are not part of its text.
+        ignore_eos: whether an end-of-text token does not end the result.
+        seed: of the random numbers; None draws one. The same request with the same seed gives the same tokens whatever
+            else is in the batch, up to the rounding of the logits.
+        logprobs: None: no log-probabilities; n: those of the chosen tokens and of the n most likely ones.
+
+    Raises:
+        ValueError: names the setting, its value and what is expected.
+    """
+
+    prompt: str | Sequence[int]
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ValueError(f"Request: {name} is {getattr(self, name)!r}, expected {expected}")
+
+        inf = float("inf")
+        require(self.max_new_tokens >= 0, "max_new_tokens", "0 or more")
+        require(0 <= self.temperature < inf, "temperature", "0 or more")
+        require(self.top_k is None or self.top_k >= 1, "top_k", "at least 1")
+        require(0 < self.top_p <= 1, "top_p", "more than 0, at most 1")
+        require(0 <= self.min_p <= 1, "min_p", "0 to 1")
+        require(0 < self.repetition_penalty < inf, "repetition_penalty", "more than 0")
+        texts = not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop)
+        require(texts, "stop", "a sequence of texts that are not empty")
+        require(self.seed is None or self.seed >= 0, "seed", "0 or more")
+        require(self.logprobs is None or self.logprobs >= 0, "logprobs", "0 or more")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished request.
+
+    Attributes:
+        ids: the new tokens, with those of an end-of-text token or a stop string.
+        text: the new text, without them; empty without a tokenizer.
+        finish_reason: "length": max_new_tokens came; "stop": a stop string; "eos": an end-of-text token.
+        prompt_tokens: number of tokens of the prompt.
+        seed: of the random numbers.
+        logprobs: log-probability of each of ids by the model, before penalty, temperature and filters; None if not
+            asked for.
+        top_logprobs: for each of ids the most likely tokens, (id, log-probability), largest first; None if not asked
+            for.
+    """
+
+    ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    seed: int
+    logprobs: list[float] | None = None
+    top_logprobs: list[list[tuple[int, float]]] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step added to a request.
+
+    Attributes:
+        number: of the request, as `Generator.add` returned it; `stream` counts its requests from 0.
+        id: the new token; None for a request of no tokens.
+        text: text that is certain now, perhaps empty: characters may need several tokens, and what may become a stop
+            string is held back.
+        result: of a request that is finished; else None.
+    """
+
+    number: int
+    id: int | None
+    text: str
+    result: Result | None = None

@@ -1,0 +1,98 @@
+"""The state of a batch on the device, and the two passes over it: read prompts, and generate a token for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastgpt.inference.requests import Request
+from fastgpt.inference.sampling import Choice, Options, Settings, choose
+from fastgpt.models.cache import KVCache
+from fastgpt.models.gpt import GPT
+
+
+class Rows:
+    """Cache, last tokens and settings of up to `count` texts of up to `size` tokens; the first rows are in use.
+
+    All tensors are allocated here. `decode` has the same shapes in every step and reads no host numbers but `options`,
+    so it can be recorded in a CUDA graph, one for each number of rows and Options.
+    """
+
+    def __init__(self, model: GPT, count: int, size: int) -> None:
+        self.model, self.count, self.size = model, count, size
+        weight = model.wte.weight
+        self.device = weight.device
+        self.cache = KVCache(model.config, count, size, weight.detach())
+        self.lens = torch.zeros(count, dtype=torch.int64, device=self.device)  # tokens in the cache
+        self.tokens = torch.zeros(count, dtype=torch.int64, device=self.device)  # the last ones, not in the cache yet
+        self.settings = Settings.of_rows(count, self.device)
+        self.u = torch.zeros(count, dtype=torch.float64, device=self.device)
+        self.seen: Tensor | None = None  # (B, V), once a row has a repetition penalty
+
+    def set(self, row: int, request: Request, ids: Sequence[int]) -> None:
+        """Set up a row for a request whose text is ids."""
+        values = (request.temperature, request.top_k or self.model.vocab_size, request.top_p, request.min_p)
+        for t, value in zip(self.settings, (*values, request.repetition_penalty), strict=True):
+            t[row] = value
+        if request.repetition_penalty != 1:
+            if self.seen is None:
+                self.seen = torch.zeros(self.count, self.model.vocab_size, dtype=torch.bool, device=self.device)
+            self.seen[row] = False
+            self.seen[row, torch.tensor(ids, device=self.device)] = True
+
+    def move(self, source: int, to: int, length: int) -> None:
+        """Copy a row of `length` tokens over another."""
+        self.cache.move(source, to, length)
+        for t in (self.lens, self.tokens, *self.settings, *(() if self.seen is None else (self.seen,))):
+            t[to] = t[source]
+
+    def prefill(self, first: int, texts: Sequence[Sequence[int]], options: Options, u: Sequence[float]) -> Choice:
+        """Read texts into the rows from `first` on, padded on the right to the longest, and choose the next tokens.
+
+        No token sees the padding, because attention is causal; later tokens overwrite it in the cache.
+        """
+        last, longest = first + len(texts), max(map(len, texts))
+        ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts]).to(self.device)
+        lens = torch.tensor([len(text) for text in texts]).to(self.device)
+        h = self.model.hidden(ids, kv_cache=self.cache.part(first, last))
+        self.lens[first:last] = lens
+        self.draw(first, u)
+        return self._choose(h[torch.arange(len(texts), device=self.device), lens - 1], first, last, options)
+
+    def draw(self, first: int, u: Sequence[float]) -> None:
+        """Set the random numbers of the rows from `first` on."""
+        if u:
+            self.u[first : first + len(u)] = torch.tensor(u, dtype=torch.float64)
+
+    def decode(self, count: int, options: Options) -> Choice:
+        """Read the last tokens of the first `count` rows, and choose the next ones."""
+        h = self.model.hidden(self.tokens[:count, None], kv_cache=self.cache.part(0, count, self.lens[:count]))
+        self.lens[:count] += 1
+        return self._choose(h[:, 0], 0, count, options)
+
+    def _choose(self, h: Tensor, first: int, last: int, options: Options) -> Choice:
+        seen = self.seen[first:last] if options.penalised and self.seen is not None else None
+        settings = self.settings.rows(first, last)
+        choice = choose(self.model.logits(h), settings, options, self.u[first:last], seen)
+        self.tokens[first:last] = choice.token
+        if seen is not None:
+            seen.scatter_(1, choice.token.clamp(min=0)[:, None], True)
+        return choice
+
+
+def options_of(requests: Sequence[Request]) -> Options:
+    """Return what any of the requests needs."""
+    drawn = [r for r in requests if r.temperature > 0]
+    filtered = [r for r in drawn if r.top_p < 1]
+    alternatives = [r.logprobs for r in requests if r.logprobs is not None]
+    return Options(
+        sampled=bool(drawn),
+        penalised=any(r.repetition_penalty != 1 for r in requests),
+        top_k=max((r.top_k or 0 for r in drawn), default=0),
+        top_p=bool(filtered),
+        every_top_k=all(r.top_k is not None for r in filtered),
+        min_p=any(r.min_p > 0 for r in drawn),
+        logprobs=max(alternatives, default=None),
+    )

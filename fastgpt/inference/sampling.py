@@ -1,0 +1,120 @@
+"""Choose the next tokens of a batch, each row with settings of its own.
+
+    z = logits; of tokens already in the text: z / penalty if z > 0, z penalty else  (Keskar 2019, arXiv:1909.05858)
+    z = z / temperature
+    keep z >= the top_k-th largest                                                  (Fan 2018, arXiv:1805.04833)
+    keep the most likely tokens, until their probabilities sum to top_p             (Holtzman 2019, arXiv:1904.09751)
+    keep p >= min_p max p                                                           (Nguyen 2024, arXiv:2407.01082)
+    token = the first whose cumulated probability, in the order of ids, exceeds u;  temperature 0: the most likely
+
+The order and the definitions are those of transformers. Tokens as likely as the last one kept are kept, too, so the
+result does not depend on the order in which equal numbers are sorted. u is a number from 0 to 1 that the caller draws
+for each row, so a row's tokens do not depend on the other rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """What any row of a batch needs. These are host numbers, fixed in a recorded graph."""
+
+    sampled: bool = False  # a row with a temperature above 0
+    penalised: bool = False  # a row with a repetition penalty
+    top_k: int = 0  # the largest; 0: no row has one
+    top_p: bool = False
+    every_top_k: bool = False  # all sampled rows with top_p have a top_k, so no row needs all logits sorted
+    min_p: bool = False
+    logprobs: int | None = None  # most alternatives that a row returns; None: no row asks for log-probabilities
+
+
+class Settings(NamedTuple):
+    """Settings of the rows, on the model's device, each (B,)."""
+
+    temperature: Tensor  # fp32; 0 is greedy
+    top_k: Tensor  # int64; the vocabulary's size is off
+    top_p: Tensor  # fp32; 1 is off
+    min_p: Tensor  # fp32; 0 is off
+    penalty: Tensor  # fp32; 1 is off
+
+    @classmethod
+    def of_rows(cls, rows: int, device: torch.device) -> Settings:
+        """Allocate settings for greedy rows."""
+        zeros, ones = torch.zeros(rows, device=device), torch.ones(rows, device=device)
+        return cls(zeros, torch.ones(rows, dtype=torch.int64, device=device), ones, zeros.clone(), ones.clone())
+
+    def rows(self, first: int, last: int) -> Settings:
+        """Return the settings of rows first to last - 1, as views."""
+        return Settings(*(t[first:last] for t in self))
+
+
+class Choice(NamedTuple):
+    """The chosen tokens of B rows, and log-probabilities if asked for."""
+
+    token: Tensor  # (B,) int64; -1 where the logits are not finite
+    logprob: Tensor | None = None  # (B,) of the token, by the model: before penalty, temperature and filters
+    top_logprobs: Tensor | None = None  # (B, n), the most likely tokens, largest first
+    top_ids: Tensor | None = None  # (B, n) int64
+
+
+def penalise(z: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Apply penalty (B,) to the logits z (B, V) of the tokens `seen` (B, V) bool: divide positive ones, multiply
+    negative ones."""
+    factor = penalty[:, None]
+    return torch.where(seen, torch.where(z < 0, z * factor, z / factor), z)
+
+
+def keep_likely(z: Tensor, s: Settings, o: Options) -> Tensor:
+    """Set the logits z (B, V), already divided by the temperature, to -inf where a filter removes the token."""
+    size = z.shape[-1]
+    if o.top_k or o.top_p:
+        ordered = z.topk(size if o.top_p and not o.every_top_k else min(o.top_k, size)).values  # (B, n), largest first
+        ranks = torch.arange(ordered.shape[1], device=z.device)
+        kept = ranks < s.top_k[:, None]
+        if o.top_p:
+            p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+            before = p.cumsum(-1) - p
+            kept = kept & ((before < s.top_p[:, None]) | (s.top_p[:, None] >= 1))
+        lowest = ordered.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
+        whole = (s.top_k >= size) & (s.top_p >= 1)  # a row without these filters; `ordered` may not hold all its logits
+        z = z.masked_fill((z < lowest) & ~whole[:, None], -torch.inf)
+    if o.min_p:
+        z = z.masked_fill(z < z.amax(-1, keepdim=True) + s.min_p.log()[:, None], -torch.inf)
+    return z
+
+
+def draw(z: Tensor, u: Tensor) -> Tensor:
+    """Draw a token (B,) from softmax(z), z (B, V), with one number 0 <= u < 1 (B,) fp64 for each row."""
+    total = z.softmax(-1).cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
+
+
+def choose(logits: Tensor, s: Settings, o: Options, u: Tensor, seen: Tensor | None = None) -> Choice:
+    """Choose a token for each row of logits (B, V).
+
+    Args:
+        s, o: the settings of the rows, and what any of them needs.
+        u: (B,) fp64, 0 <= u < 1; not read for rows with temperature 0.
+        seen: (B, V) bool, the tokens of each row's text; read only with a repetition penalty.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wanted = z
+    if o.penalised and seen is not None:
+        z = penalise(z, seen, s.penalty)
+    best = z.max(-1)
+    token = best.indices
+    if o.sampled:
+        cold = s.temperature == 0
+        # a smaller temperature overflows; subtracting the maximum first keeps the largest at 0
+        warm = (z - best.values[:, None]) / s.temperature.clamp(min=1e-30).to(z.dtype)[:, None]
+        token = torch.where(cold, token, draw(keep_likely(warm, s, o), u))
+    token = torch.where(best.values.isfinite(), token, -1)
+    if o.logprobs is None:
+        return Choice(token)
+    logprobs = wanted.log_softmax(-1)
+    top = logprobs.topk(min(o.logprobs, logprobs.shape[-1]))
+    return Choice(token, logprobs.gather(1, token.clamp(min=0)[:, None])[:, 0], top.values, top.indices)

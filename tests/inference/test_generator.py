@@ -1,0 +1,243 @@
+"""The generator: each request as if it were alone and nothing were cached, how a text ends, and what is refused."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from small_models import CASES, ROPE, byte_tokenizer, model_of, model_that_says
+
+from fastgpt.inference import Generator, Piece, Request
+from fastgpt.inference.generator import context_start
+from fastgpt.inference.rows import Rows, options_of
+from fastgpt.models.gpt import GPT
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(50, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def plain(model: GPT, request: Request, context: int = 16) -> list[int]:
+    """Generate without a cache, alone: the model reads the whole context for each token."""
+    model.eval()
+    rows, ids = Rows(model, 1, 1), [int(i) for i in request.prompt]
+    drawn = random.Random(request.seed)
+    for _ in range(request.max_new_tokens):
+        rows.set(0, request, ids)
+        rows.draw(0, [drawn.random()])
+        h = model.hidden(torch.tensor([ids[context_start(len(ids), context) :]]))
+        ids.append(int(rows._choose(h[:, -1], 0, 1, options_of([request])).token))
+    return ids[len(request.prompt) :]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_request_does_not_depend_on_the_batch_or_the_cache(name: str) -> None:
+    """Prompts of different lengths, some beyond block_size, with different settings, that end at different times; of
+    five requests two wait until a row is free."""
+    model = model_of(**CASES[name])
+    requests = [
+        Request(prompt(4, 1), 22, temperature=0.9, top_k=20, seed=3),
+        Request(prompt(16, 2), 5, temperature=0.0),
+        Request(prompt(1, 3), 18, temperature=1.2, top_p=0.9, seed=4, logprobs=2),
+        Request(prompt(21, 4), 9, min_p=0.05, seed=3),
+        Request(prompt(5, 5), 7, temperature=0.8, repetition_penalty=1.3, seed=5),
+    ]
+    results = Generator(model, max_batch=3).generate(requests)
+    for request, result in zip(requests, results):
+        assert result.ids == plain(model, request)
+        assert result.finish_reason == "length" and result.prompt_tokens == len(request.prompt)
+    assert results[0].logprobs is None
+    assert results[2].logprobs is not None and results[2].top_logprobs is not None
+    assert len(results[2].logprobs) == 18 and all(len(top) == 2 for top in results[2].top_logprobs)
+
+
+def test_logprobs_score_the_text() -> None:
+    model = model_of().eval()
+    request = Request(prompt(4), 8, temperature=1.5, seed=1, logprobs=1)
+    result = Generator(model).generate([request])[0]
+    ids = torch.tensor([[*request.prompt, *result.ids]])  # type: ignore[list-item]
+    exact = model(ids).log_softmax(-1)[0, 3:-1]
+    assert result.logprobs == pytest.approx(exact.gather(1, ids[0, 4:, None])[:, 0].tolist())
+    assert result.top_logprobs is not None
+    assert [top[0][0] for top in result.top_logprobs] == exact.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_rotary_positions_beyond_block_size(window: int | None) -> None:
+    """With a larger context no token is dropped: the same as a model whose block_size is larger."""
+    small, large = (model_of(**ROPE, window=window, block_size=n) for n in (16, 64))
+    request = Request(prompt(12), 40, temperature=0.0)
+    assert Generator(small, context=64).generate([request])[0].ids == plain(large, request, 64)
+    if window is None:  # the windows of two layers reach back less far than the dropped tokens
+        assert plain(large, request, 64) != plain(large, request, 16)
+
+
+def test_seeds() -> None:
+    model = model_of()
+    a, b, c = (Generator(model).generate([Request(prompt(4), 12, seed=s)])[0] for s in (7, 7, 8))
+    assert a.ids == b.ids != c.ids
+    free = Generator(model).generate([Request(prompt(4), 12), Request(prompt(4), 12)])
+    assert free[0].ids != free[1].ids
+    assert Generator(model).generate([Request(prompt(4), 12, seed=free[0].seed)])[0].ids == free[0].ids
+    longer = Generator(model).generate([Request(prompt(4), 20, seed=7)])[0]
+    assert longer.ids[:12] == a.ids
+
+
+def said(text: str, **options: Any) -> tuple[list[Piece], Generator]:
+    """Return the pieces of a model that continues "> " with text, a token for each byte, and then <|endoftext|>."""
+    tokenizer = byte_tokenizer()
+    script = [0, *tokenizer.encode(text).tolist(), tokenizer.eot]
+    generator = Generator(model_that_says(script, tokenizer.n_vocab), tokenizer)
+    request = Request("> ", temperature=0, max_new_tokens=len(script) - 1, **options)
+    return list(generator.stream([request])), generator
+
+
+def test_characters_come_whole_and_eos_ends_the_text() -> None:
+    pieces, _ = said("a€ß")
+    assert [p.text for p in pieces] == ["a", "", "", "€", "", "ß", ""]
+    result = pieces[-1].result
+    assert result is not None and result.text == "a€ß" and result.finish_reason == "eos"
+    assert result.ids[-1] == byte_tokenizer().eot and result.prompt_tokens == 2
+    pieces, _ = said("a€ß", ignore_eos=True)
+    assert pieces[-1].result is not None and pieces[-1].result.text == "a€ß<|endoftext|>"
+    assert pieces[-1].result.finish_reason == "length"
+
+
+def test_a_stop_string_of_several_tokens() -> None:
+    pieces, _ = said("ab€c, €d.", stop=["€d", "x"])
+    assert [p.text for p in pieces] == ["a", "b", "", "", "", "€c", ",", " ", "", "", "", ""]
+    result = pieces[-1].result
+    assert result is not None and result.text == "ab€c, " and result.finish_reason == "stop"
+    assert byte_tokenizer().decode(result.ids) == "ab€c, €d"
+
+
+def test_text_held_back_comes_at_the_end() -> None:
+    pieces, _ = said("abc", stop=["bcd"])
+    assert [p.text for p in pieces] == ["a", "", "", "bc"]
+
+
+def test_requests_join_and_leave_while_others_run() -> None:
+    model = model_of().eval()
+    requests = [Request(prompt(n, n), 10, seed=n) for n in (3, 5, 7)]
+    generator = Generator(model, max_batch=2)
+    generator.reserve()
+    out: dict[int, list[int]] = {}
+
+    def steps(n: int) -> None:
+        for _ in range(n):
+            for piece in generator.step():
+                out.setdefault(piece.number, []).extend([] if piece.id is None else [piece.id])
+
+    first = generator.add(requests[0])
+    steps(3)
+    second, third = generator.add(requests[1]), generator.add(requests[2])
+    steps(2)
+    generator.cancel(first)
+    steps(40)
+    assert generator.step() == [] and not generator.running
+    assert out[first] == plain(model, requests[0])[:4]  # the second's prompt was read in a step of its own
+    assert out[second] == plain(model, requests[1]) and out[third] == plain(model, requests[2])
+
+
+def test_a_larger_request_waits_for_a_larger_cache() -> None:
+    model = model_of().eval()
+    generator, small, large = (
+        Generator(model, max_batch=4),
+        Request(prompt(3), 4, seed=0),
+        Request(prompt(9), 7, seed=1),
+    )
+    generator.add(small)
+    generator.step()
+    generator.add(large)
+    pieces = [p for _ in range(20) for p in generator.step()]
+    assert [p.result.ids for p in pieces if p.result] == [plain(model, small), plain(model, large)]
+
+
+def test_leaving_a_stream_leaves_nothing_behind() -> None:
+    model = model_of().train()
+    generator = Generator(model)
+    for _ in generator.stream([Request(prompt(3), 9), Request(prompt(4), 9)]):
+        break
+    assert model.training and not generator.running and not generator.waiting
+    assert len(generator.generate([Request(prompt(3), 2)])[0].ids) == 2
+
+
+def test_a_request_of_no_tokens() -> None:
+    result = Generator(model_of()).generate([Request(prompt(3), 0), Request(prompt(3), 1)])[0]
+    assert result.ids == [] and result.finish_reason == "length"
+
+
+def test_a_step_allocates_nothing_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step makes tensors of the same shapes, so a CUDA graph can replay it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Shapes(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[tuple[str, tuple[int, ...]]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.seen.append((str(func), tuple(out.shape)))
+            return out
+
+    model = model_of(**ROPE, window=[None, 3]).eval()
+    generator = Generator(model)
+    for n in (2, 5):
+        generator.add(Request(prompt(n), 9, top_k=5, top_p=0.9, repetition_penalty=1.1, seed=0))
+    generator.step()
+    assert generator._rows is not None
+    steps = []
+    for _ in range(4):
+        with Shapes() as shapes:
+            generator._rows.decode(2, options_of([r.request for r in generator.running]))
+        steps.append(shapes.seen)
+    assert all(step == steps[0] for step in steps[1:]) and not any("_local_scalar" in name for name, _ in steps[0])
+
+
+def test_logits_that_are_not_finite_end_the_call() -> None:
+    model = model_of()
+    with torch.no_grad():
+        model.wte.weight[7] = torch.nan
+    with pytest.raises(ValueError, match="the logits after 4 tokens are not finite"):
+        Generator(model).generate([Request([1, 2, 3, 7], 3)])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=float("nan")), "temperature is nan, expected 0 or more"),
+        (dict(min_p=1.5), "min_p is 1.5, expected 0 to 1"),
+        (dict(repetition_penalty=0.0), "repetition_penalty is 0.0, expected more than 0"),
+        (dict(stop="end"), "stop is 'end', expected a sequence of texts that are not empty"),
+        (dict(stop=[""]), r"stop is \[''\], expected a sequence of texts that are not empty"),
+        (dict(seed=-1), "seed is -1, expected 0 or more"),
+        (dict(logprobs=-1), "logprobs is -1, expected 0 or more"),
+    ],
+)
+def test_settings_that_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Request: {message}"):
+        Request([1], **options)
+
+
+def test_what_a_generator_refuses() -> None:
+    generator = Generator(model_of())
+    for request, message in (
+        (Request([]), "the prompt is empty, expected at least one token"),
+        (Request([3, 50]), "the prompt has id 50, expected 0 to 49"),
+        (Request("text"), "expected a tokenizer"),
+        (Request([3], stop=["x"]), "expected a tokenizer"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            generator.generate([request])
+    with pytest.raises(ValueError, match="17 positions, expected at most 16, the size of the learned table"):
+        Generator(model_of(), context=17)
+    with pytest.raises(ValueError, match="max_batch is 0, expected at least 1"):
+        Generator(model_of(), max_batch=0)
+    generator.add(Request([1]))
+    with pytest.raises(ValueError, match="other requests are running"):
+        generator.generate([Request([1])])
