@@ -3,7 +3,8 @@
 Triton's interpreter (TRITON_INTERPRET=1, tests without a GPU) truncates on a cast to bf16 and takes milliseconds per
 program whatever its width. So kernels round through `cast`, and shapes give the interpreter fewer, larger programs.
 Its products and exponentials are numpy's, whose last bits change with the BLAS and the instruction set. So kernels
-take `dot`, `exp`, `exp2` and `log` from here: in the interpreter fp64, rounded once, the same on every machine.
+take `dot`, `row_dot`, `exp`, `exp2` and `log` from here: in the interpreter they compute in fp64 and round once, the
+same on every machine.
 """
 
 from __future__ import annotations
@@ -64,6 +65,15 @@ def dot(a, b):
         return tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
     else:
         return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def row_dot(a, b):
+    """Sum of a b over axis 1 in fp32; rounded as `dot`, so a difference of the two cancels where it should."""
+    if INTERPRETED:
+        return tl.sum(a.to(tl.float64) * b.to(tl.float64), 1).to(tl.float32)
+    else:
+        return tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from ._attention import (
     visible,
 )
 from ._math import tanh
-from ._runtime import dot, jit_kernel
+from ._runtime import dot, jit_kernel, row_dot
 
 
 # fmt: off
@@ -52,7 +52,7 @@ def attention_delta_kernel(
     inside = (i < N)[:, None] & (d < D)
     out = tl.load(out_ptr + (b * out_batch + h * out_head + t * out_row)[:, None] + d, inside, other=0.0)
     dout = tl.load(dout_ptr + (b * dout_batch + h * dout_head + t * dout_row)[:, None] + d, inside, other=0.0)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    delta = row_dot(out, dout)  # as dp: a query with one key has ds = dp - delta = 0
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + i, i < N, other=0.0)
     lse = tl.load(lse_ptr + i, i < N, other=0.0)
