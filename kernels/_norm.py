@@ -1,10 +1,8 @@
 """The parts that the Triton kernels of LayerNorm and RMSNorm share: residual add, parameter gradients, launchers.
 
 A row stays in registers while it fits (forward C <= 16384, backward C <= 8192). Wider rows are read in column blocks,
-once from memory and again from L2. Each program of a backward kernel sums dweight (and dbias) of its rows in fp32 and
-writes one row of partials; a second kernel adds these in a fixed order. There are no atomics, so results are bitwise
-deterministic. That kernel replaces torch.sum because it sums both gradients and rounds them to the weight's dtype in
-one launch instead of four.
+once from memory and again from L2. dweight and dbias are sums of partials (_partials.py), so results are bitwise
+deterministic.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._partials import add_partials, add_partials_configuration
 from ._runtime import (
     Configuration,
     as_rows,
@@ -133,37 +132,9 @@ def norm_partials_wide_kernel(
         tl.store(out + C, tl.sum(dbias, axis=0, keep_dims=True), c < C)
 
 
-@jit_kernel(do_not_specialize=["P"])
-def norm_reduce_kernel(
-    partials_ptr,  # (P, sums, C): dweight, or dweight and dbias
-    dweight_ptr,  # (C) or None
-    dbias_ptr,  # (C) or None
-    P, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sum BLOCK columns of partials over P in a fixed order; axis 1 of the grid: 0 dweight, 1 dbias."""
-    which, sums = tl.program_id(1), tl.num_programs(1)
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
-    acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, P, ROWS):
-        p = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
-        acc += tl.load(partials_ptr + (sums * p + which) * C + c, (p < P) & (c < C), other=0.0)
-    total = tl.sum(acc, axis=0, keep_dims=True)
-    # not `(c < C) & (which == 0)`: the interpreter turns a scalar condition into an integer mask, refused by Triton 3.9
-    if which == 0:
-        if dweight_ptr is not None:
-            tl.store(dweight_ptr + c, cast(total, dweight_ptr.dtype.element_ty), c < C)
-    elif dbias_ptr is not None:
-        tl.store(dbias_ptr + c, cast(total, dbias_ptr.dtype.element_ty), c < C)
-
-
 def partials_meta() -> Meta:
     """Return the launch shape of the parameter gradients of wide rows."""
     return {"ROWS": 16, "BLOCK": 8192 if interpreted() else 128, "num_warps": 4}
-
-
-def reduce_meta() -> Meta:
-    """Return the launch shape of the reduce over programs."""
-    return {"ROWS": 8, "BLOCK": 8192, "num_warps": 4} if interpreted() else {"ROWS": 256, "BLOCK": 16, "num_warps": 8}
 
 
 def forward(
@@ -207,9 +178,7 @@ def backward(
         parameters = weight is not None or bias is not None
         partials = _launch_backward(norm, dy, dsum, h, weight, stats, dx, parameters, scalars)
         if partials is not None:
-            meta = reduce_meta()
-            P, sums, C = partials.shape
-            norm_reduce_kernel[(triton.cdiv(C, meta["BLOCK"]), sums)](partials, dweight, dbias, P, C, **meta)
+            add_partials(partials, dweight, dbias)
     return dx, dweight, dbias
 
 
@@ -256,10 +225,7 @@ def configurations(norm: Norm, dtype: torch.dtype, weight_dtype: torch.dtype | N
     types = pointers(dy_ptr=dtype, h_ptr=dtype, stats_ptr=f32, partials_ptr=f32)
     types |= dict.fromkeys(("dy_row", "h_row", "N", "C"), "i32")
     yield Configuration(norm_partials_wide_kernel, f"C=16384 {sums}", types, warps, meta)
-    meta, warps = split_meta(reduce_meta())
-    types = pointers(partials_ptr=f32, dweight_ptr=w, dbias_ptr=w if norm.mean else None)
-    types |= dict.fromkeys(("P", "C"), "i32")
-    yield Configuration(norm_reduce_kernel, f"any C, {sums}", types, warps, meta)
+    yield add_partials_configuration(sums, w, w if norm.mean else None)
 
 
 def _types(dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) -> dict[str, str | None]:

@@ -5,8 +5,7 @@
 Fused: add and activation in one pass; dx and dbias in one pass and a small reduce.
 Bytes an element: forward reads x, writes y; backward reads dy and x, writes dx.
 Saved for backward: x and bias.
-dbias: every program sums its rows in fp32 and writes one row of partials; a second kernel adds these in a fixed order.
-No atomics, so bitwise deterministic.
+dbias is a sum of partials (_partials.py), so results are bitwise deterministic.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._math import gelu, gelu_tanh
+from ._partials import add_partials, add_partials_configuration
 from ._runtime import (
     Configuration,
     as_rows,
@@ -72,7 +72,7 @@ def bias_gelu_bwd_kernel(
     x_ptr,  # (N, C), rows x_row apart
     bias_ptr,  # (C) or None
     dx_ptr,  # (N, C) contiguous
-    partials_ptr,  # (programs along axis 0, C): dbias; or None
+    partials_ptr,  # (programs along axis 0, 1, C): dbias; or None
     dy_row, x_row, N, C, TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK columns of row tiles p, p + programs, ... with their share of dbias in registers."""
@@ -94,22 +94,6 @@ def bias_gelu_bwd_kernel(
         tl.store(out, tl.sum(dbias, axis=0, keep_dims=True), c < C)
 
 
-@jit_kernel(do_not_specialize=["P"])
-def bias_gelu_reduce_kernel(
-    partials_ptr,  # (P, C)
-    dbias_ptr,  # (C)
-    P, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Sums BLOCK columns of partials over P in a fixed order."""
-    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
-    acc = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, P, ROWS):
-        p = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
-        acc += tl.load(partials_ptr + p * C + c, (p < P) & (c < C), other=0.0)
-    total = tl.sum(acc, axis=0, keep_dims=True)
-    tl.store(dbias_ptr + c, cast(total, dbias_ptr.dtype.element_ty), c < C)
-
-
 def tile_meta(C: int, elements: int) -> dict[str, int]:
     """A tile of up to `elements` elements, 8 a thread (interpreter: larger)."""
     if interpreted():
@@ -126,11 +110,6 @@ def fwd_meta(C: int) -> dict[str, int]:
 def bwd_meta(C: int) -> dict[str, int]:
     """Launch shape of the backward kernel."""
     return tile_meta(C, 1024)
-
-
-def reduce_meta() -> dict[str, int]:
-    """Launch shape of the reduce over programs."""
-    return {"ROWS": 8, "BLOCK": 8192, "num_warps": 4} if interpreted() else {"ROWS": 256, "BLOCK": 16, "num_warps": 8}
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
@@ -161,13 +140,12 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tup
     blocks = triton.cdiv(C, meta["BLOCK"])
     most = 2 if interpreted() else max(1, 16 * processors(x.device) // blocks)
     programs = min(triton.cdiv(N, meta["ROWS"]), most)
-    partials = None if bias is None else x.new_empty((programs, C), dtype=torch.float32)
+    partials = None if bias is None else x.new_empty((programs, 1, C), dtype=torch.float32)
     with on_device(x):
         strides = (dy2.stride(0), x2.stride(0))
         bias_gelu_bwd_kernel[(programs, blocks)](dy2, x2, bias, dx, partials, *strides, N, C, TANH=tanh, **meta)
         if partials is not None:
-            last = reduce_meta()
-            bias_gelu_reduce_kernel[(triton.cdiv(C, last["BLOCK"]),)](partials, dbias, programs, C, **last)
+            add_partials(partials, dbias)
     return dx, dbias
 
 
@@ -188,6 +166,4 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
                 grads = pointers(dy_ptr=dtype, x_ptr=dtype, bias_ptr=w, dx_ptr=dtype, partials_ptr=partial)
                 types = {**grads, **sizes, "dy_row": "i32", "TANH": tanh}
                 yield Configuration(bias_gelu_bwd_kernel, f"C={block} {case}", types, warps, meta, quick=quick)
-    meta, warps = split_meta(reduce_meta())
-    types = {**pointers(partials_ptr=f32, dbias_ptr=weight_dtype or dtype), "P": "i32", "C": "i32"}
-    yield Configuration(bias_gelu_reduce_kernel, "any C", types, warps, meta)
+    yield add_partials_configuration("dbias", weight_dtype or dtype)

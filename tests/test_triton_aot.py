@@ -35,7 +35,7 @@ def test_configurations_compile_without_spills(tmp_path: Path) -> None:
     reports = json.loads(out.read_text())
     assert {r["arch"] for r in reports} >= {80, 90}
     kernels = (
-        "layer_norm_fwd layer_norm_bwd rms_norm_fwd rms_norm_bwd norm_partials_wide norm_reduce rope_fwd rope_rows "
+        "layer_norm_fwd layer_norm_bwd rms_norm_fwd rms_norm_bwd norm_partials_wide add_partials rope_fwd rope_rows "
     )
     kernels += "cross_entropy_fwd_bwd adamw_prepare adamw_update embedding_fwd embedding_bwd"
     for kernel in kernels.split():
@@ -80,7 +80,7 @@ def test_every_kernel_is_launched_with_fp_fusion(monkeypatch: pytest.MonkeyPatch
     from fastgpt.checks import triton as triton_check
     from fastgpt.kernels._runtime import jit_kernel
 
-    names = (*triton_check.MODULES, "attention_bwd", "_norm")
+    names = (*triton_check.MODULES, "attention_bwd", "_norm", "_partials")
     modules = [importlib.import_module(f"fastgpt.kernels.{name}") for name in names]
     kernels = [
         (name, k) for m in modules for name, k in vars(m).items() if name.endswith("_kernel") and k is not jit_kernel
