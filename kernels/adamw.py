@@ -112,15 +112,9 @@ def adamw_prepare_kernel(
     chunks_ptr,  # (n_chunks) int32: the tensor of each chunk
     steps_ptr,  # fp32
     partials_ptr,  # fp32
-    n_tensors,
-    n_chunks,
-    offset,
-    NORM: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
+    n_tensors, n_chunks, offset, NORM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """steps += 1; program p writes the sum of squares of chunks p, p + programs, ..."""
     pid = tl.program_id(0)
     _add_to_steps(table_ptr, steps_ptr, n_tensors, 1.0)
@@ -217,21 +211,11 @@ def adamw_update_kernel(
     grad_scale_ptr,  # (1) fp32 or None
     found_inf_ptr,  # (1) fp32 or None
     grad_norm_ptr,  # (1) fp32
-    n_tensors,
-    n_chunks,
-    n_partials,
-    max_norm,
-    seed_low,
-    seed_high,
-    PARAM_TYPE: tl.constexpr,
-    GRAD_TYPE: tl.constexpr,
-    MOMENT_TYPE: tl.constexpr,
+    n_tensors, n_chunks, n_partials, max_norm, seed_low, seed_high,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, MOMENT_TYPE: tl.constexpr,
     MODE: tl.constexpr,  # 0 no master, 1 fp32 master, 2 remainder, 3 stochastic rounding
-    ALIGNED: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SUM_BLOCK: tl.constexpr,
-):
+    ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Program p updates chunks p, p + programs, ..."""
     factor, skip = _gradient_factor(
         partials_ptr, n_partials, max_norm, grad_scale_ptr, found_inf_ptr, grad_norm_ptr, SUM_BLOCK
