@@ -1,4 +1,4 @@
-// The Python module fastgpt._C. Importing it loads the library, and with it what every glue.cpp registers; it is empty.
+// The empty Python module fastgpt._C. Importing it loads the library, which registers the ops of every glue.cpp.
 #include <Python.h>
 
 PyMODINIT_FUNC PyInit__C() {

@@ -1,8 +1,9 @@
 // AdamW on the CPU; formulas in fastgpt/ops/adamw.py.
 //
-// All tensors together are one long row of elements, cut into blocks whose length follows from the total alone: the
-// unit of work for threads and of the norm's partial sums. Every element of p, g, m, v is read once and p, m, v written
-// once; what is not fp32 passes through a buffer in L1, so that one loop over floats serves every mix of dtypes.
+// All tensors together form one sequence of elements, cut into blocks whose length depends on the total alone. A block
+// is the unit of work of the threads and of the partial sums of the norm. Every element of p, g, m, v is read once and
+// p, m, v are written once. Values that are not fp32 pass through a buffer in L1, so one loop over floats serves every
+// mix of dtypes.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -24,8 +25,8 @@ static std::vector<int64_t> starts_of(const AdamWArgs& a) {
   return starts;
 }
 
-// Calls fn(tensor, begin, end) for the pieces of tensors that block `block` consists of. Cuts within a tensor fall on
-// whole vectors: straddling cache lines costs a quarter of the speed.
+// Calls fn(tensor, begin, end) for the pieces of tensors in block `block`. Tensors are cut at multiples of a vector:
+// vectors across two cache lines cost a quarter of the speed.
 template <class F>
 inline void for_pieces(const std::vector<int64_t>& starts, int64_t block, const F& fn) {
   const int64_t length = block_length(starts.back());
@@ -61,7 +62,7 @@ FASTGPT_CLONES static double sum_squares(const void* data, DType dtype, int64_t 
   return total;
 }
 
-// Elements [i, i + n) as floats: in place if they are, else converted into `buffer`.
+// Returns elements [i, i + n) as floats: in place if they are fp32, else converted into `buffer`.
 inline float* open(void* data, DType dtype, int64_t i, int64_t n, float* buffer) {
   if (dtype == DType::f32) return static_cast<float*>(data) + i;
   with_type(dtype, [&](auto tag) { to_floats(static_cast<decltype(tag)*>(data) + i, buffer, n); });
@@ -73,7 +74,7 @@ inline void close(void* data, DType dtype, int64_t i, int64_t n, const float* va
   with_type(dtype, [&](auto tag) { from_floats(values, static_cast<decltype(tag)*>(data) + i, n); });
 }
 
-// A parameter that is not its master's rounding was set from outside: the master takes its value.
+// Copies a parameter to its master if it is not the rounded master: then it was set from outside.
 inline void follow_param(const void* param, DType dtype, int64_t i, int64_t n, float* master) {
   with_type(dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -86,7 +87,7 @@ inline void follow_param(const void* param, DType dtype, int64_t i, int64_t n, f
   });
 }
 
-// The fp32 value of the parameter: the master, bf16 + remainder, or the parameter itself.
+// Returns the fp32 values of the parameter: the master, bf16 + remainder, or the parameter itself.
 inline float* open_param(const AdamWArgs& a, const AdamWTensor& t, int64_t i, int64_t n, float* buffer) {
   if (t.master == nullptr) return open(t.param, a.param_dtype, i, n, buffer);
   if (a.master_dtype == DType::f32) {
@@ -139,7 +140,7 @@ FASTGPT_CLONES static void update_piece(const AdamWArgs& a, const AdamWTensor& t
   }
 }
 
-// Clip coefficient / grad_scale; writes the norm. NaN or infinity if the step must be skipped.
+// Writes the norm and returns clip coefficient / grad_scale; NaN or infinity if the step must be skipped.
 static float grad_factor(const AdamWArgs& a) {
   const float scale = a.grad_scale == nullptr ? 1.0f : *a.grad_scale;
   float factor = 1.0f / scale;

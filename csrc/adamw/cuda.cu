@@ -1,19 +1,19 @@
-// AdamW over many tensors (Loshchilov, Hutter 2019, arXiv:1711.05101) in two launches; the formulas stand in
+// AdamW over many tensors (Loshchilov, Hutter 2019, arXiv:1711.05101) in two launches. Formulas are in
 // fastgpt/ops/adamw.py, those of one element in math.h.
 //
 //   prepare: step counters + 1; partial sums of squares of the gradients
 //   update:  norm, clip coefficient, bias corrections, moments, decay, parameter, master or remainder or rounding
 //
-// Every block of update adds all partials in the same order, so that there is no third launch and no host sync. Bytes
-// for each bf16 parameter: prepare 2 (grad); update with fp32 master and fp32 moments 30 (read grad 2, param 2, master
-// 4, m 4, v 4; write param 2, master 4, m 4, v 4), with a remainder 26 (param 2, remainder 2 each way), bf16 moments
-// and random rounding 14. Floor for 124e6 parameters, fp32 master (4.0 GB both launches): A100 1.9 ms, H100 1.2, H200
-// 0.83. The parameter is read beside its master to see whether it was set from outside since the last step.
+// Every block of update adds all partials in the same order, which avoids a third launch and a host sync. Bytes per
+// bf16 parameter: prepare 2 (grad); update with fp32 master and fp32 moments 30 (read grad 2, param 2, master 4, m 4, v
+// 4; write param 2, master 4, m 4, v 4), with a remainder 26 (param 2, remainder 2 each way), bf16 moments and
+// stochastic rounding 14. Floor for 124e6 parameters, fp32 master (4.0 GB both launches): A100 1.9 ms, H100 1.2, H200
+// 0.83. The parameter is read as well as its master to detect whether it was set from outside since the last step.
 //
-// How: tensors are cut into chunks of 32768 elements, one block each; the table of up to 512 tensors travels in the
-// kernel's parameters (< 32 KB, CUDA >= 12.1), so nothing is copied beforehand. A thread has 8 elements of every
-// array in flight, in 16-byte pieces; a tensor off 16-byte alignment goes element by element. Bias corrections in
-// double, once a block.
+// How: tensors are cut into chunks of 32768 elements, one block each. The table of up to 512 tensors is a parameter of
+// the kernel (< 32 KB, CUDA >= 12.1), so nothing has to be copied before. A thread has 8 elements of every array in
+// flight, in 16-byte pieces; a tensor that is not aligned to 16 bytes is processed element by element. Each block
+// computes the bias corrections once, in double.
 #include "adamw/op.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/reduce.cuh"
@@ -26,11 +26,11 @@ namespace fastgpt::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTensors = 512;        // of one launch
-constexpr int kGroups = 64;          // of one launch
-constexpr int64_t kChunk = 32768;    // elements of a block
-constexpr int64_t kPartials = 2048;  // at most, of one call (fastgpt/ops/adamw.py leaves that much room)
-constexpr int kLanesOfAll = 8;       // elements of a thread at a time
+constexpr int kTensors = 512;        // per launch
+constexpr int kGroups = 64;          // per launch
+constexpr int64_t kChunk = 32768;    // elements per block
+constexpr int64_t kPartials = 2048;  // maximum for one call (fastgpt/ops/adamw.py allocates as many)
+constexpr int kLanesOfAll = 8;       // elements per thread at a time
 
 // Chunks of tensor i: first_chunk[i] up to first_chunk[i + 1], or n_chunks.
 struct GradTable {
@@ -57,7 +57,7 @@ struct UpdateTable {
   int64_t numel[kTensors];
   int32_t first_chunk[kTensors];
   int32_t step[kTensors];
-  uint8_t group[kTensors];  // into groups
+  uint8_t group[kTensors];  // index into groups
   Group groups[kGroups];
   int32_t n_tensors, n_chunks, n_groups;
   const float* lr;
@@ -74,7 +74,7 @@ static_assert(sizeof(UpdateTable) <= 32764 && sizeof(GradTable) <= 32764, "kerne
 
 enum class Master { none, f32, remainder, stochastic };
 
-// The tensor that a chunk belongs to: the last one that starts at or before it.
+// Returns the tensor of a chunk: the last one that starts at or before it.
 template <typename Table>
 __device__ __forceinline__ int find_tensor(const Table& table, int chunk) {
   int low = 0, high = table.n_tensors;
@@ -107,14 +107,14 @@ __global__ void __launch_bounds__(kThreads) adamw_prepare_kernel(const __grid_co
   if (threadIdx.x == 0) table.partials[blockIdx.x] = sum;
 }
 
-// What a block needs to know before it touches an element.
+// Values that a block needs before it reads an element.
 struct Step {
   AdamWScalars scalars;
   RandomKey key;
   bool skip;
 };
 
-// By one thread. The step counter goes back on a skip; nobody reads it then.
+// Called by one thread. A skipped step decrements the step counter, which no other block reads then.
 __device__ __forceinline__ Step make_step(const UpdateTable& table, int i, bool first_chunk, float sum_of_squares) {
   const float grad_scale = table.grad_scale == nullptr ? 1.0f : *table.grad_scale;
   const float norm = sqrtf(sum_of_squares) / grad_scale;
@@ -144,7 +144,8 @@ struct Tensors {
   void* master;
 };
 
-// Elements e..e+L. fp32 masters and remainders as in the contract of adamw_update; L = 1 or 16-byte aligned arrays.
+// Updates elements e..e+L with their masters or remainders, see adamw_update in fastgpt/ops/adamw.py. L is 1, or the
+// arrays are aligned to 16 bytes.
 template <int L, typename P, typename G, typename M, Master kMaster>
 __device__ __forceinline__ void update(const Tensors<P, G, M, kMaster>& t, int64_t e, const Step& step) {
   float p[L], g[L], m[L], v[L];
@@ -158,7 +159,7 @@ __device__ __forceinline__ void update(const Tensors<P, G, M, kMaster>& t, int64
     float master[L];
     load(wide, master);
 #pragma unroll
-    for (int l = 0; l < L; ++l) p[l] = rounded<P>(master[l]) == p[l] ? master[l] : p[l];  // not its rounding: set outside
+    for (int l = 0; l < L; ++l) p[l] = rounded<P>(master[l]) == p[l] ? master[l] : p[l];  // set outside
   }
   if constexpr (kMaster == Master::remainder) {
     alignas(16) int16_t r[L];
@@ -215,7 +216,7 @@ int64_t n_chunks(int64_t numel) { return (numel + kChunk - 1) / kChunk; }
 
 int64_t n_launches(int64_t n_tensors) { return (n_tensors + kTensors - 1) / kTensors; }
 
-// Partials of one launch of prepare over some tensors.
+// Returns the number of partials of one launch of prepare.
 int64_t launch_partials(int64_t chunks, int64_t launches) {
   const int64_t room = kPartials / launches > 1 ? kPartials / launches : 1;
   return chunks < room ? chunks : room;
@@ -247,7 +248,7 @@ void with_grads(const AdamWArgs& a, const UpdateTable& table, Stream stream) {
 }
 
 void with_params(const AdamWArgs& a, const UpdateTable& table, Stream stream) {
-  bool master = false;  // of any: a tensor without elements may have no address
+  bool master = false;  // of any tensor: one without elements may have a null pointer
   for (int k = 0; k < table.n_tensors; ++k) master = master || table.master[k] != nullptr;
   const bool wide = master && a.master_dtype == DType::f32;
   if (a.param_dtype == DType::f32 && !master) with_grads<float, Master::none>(a, table, stream);
@@ -260,7 +261,7 @@ void with_params(const AdamWArgs& a, const UpdateTable& table, Stream stream) {
   else throw std::runtime_error("fastgpt: adamw_update: this dtype of parameters takes no such masters");
 }
 
-// The table's place for a group, entered if new; -1 if the table is full.
+// Returns the index of a group in the table, and adds it if it is new; -1 if the table is full.
 int find_group(UpdateTable& table, const AdamWArgs& a, int32_t group) {
   for (int k = 0; k < table.n_groups; ++k) {
     if (table.groups[k].lr == group) return k;
@@ -272,7 +273,7 @@ int find_group(UpdateTable& table, const AdamWArgs& a, int32_t group) {
 
 }  // namespace
 
-// A tensor without elements has one chunk of none: its step is counted, and set back, like the others'.
+// A tensor without elements has one empty chunk, so its step is counted, and decremented if skipped, like all others.
 int64_t adamw_partials(const int64_t* numels, int64_t n_tensors, Stream) {
   int64_t total = 0;
   for (int64_t first = 0; first < n_tensors; first += kTensors) {

@@ -1,4 +1,4 @@
-// adamw's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/adamw.py.
+// Raw ops of adamw: check, allocate, fill the struct of the launcher, launch. Schemas are in fastgpt/ops/adamw.py.
 #include "adamw/op.h"
 #include "glue/allocate.h"
 #include "glue/register.h"
@@ -63,7 +63,7 @@ AdamWTensor update_entry(const char* op, const Tensor& param, const Tensor& grad
   return t;
 }
 
-// Dtypes of the whole call: params, grads, moments and masters have one each.
+// Sets the dtypes of the call: one each for params, grads, moments and masters.
 void set_dtypes(const char* op, AdamWArgs& a, const Tensors& params, const Tensors& grads, const Tensors& ms,
                 const Tensors& vs, const Tensors& masters) {
   a.param_dtype = float_dtype_of(op, "params", params[0]);

@@ -1,4 +1,4 @@
-// AdamW's arguments and launchers; formulas in fastgpt/ops/adamw.py.
+// Arguments and launchers of AdamW; formulas in fastgpt/ops/adamw.py.
 #pragma once
 #include "core/dtype.h"
 #include "core/stream.h"
@@ -12,8 +12,8 @@ struct AdamWTensor {
   void* exp_avg_sq;  // (numel) moment_dtype
   void* master;      // (numel) fp32 master or int16 remainder, or null
   int64_t numel;
-  int32_t group;     // into AdamWArgs::groups and lr
-  int32_t step;      // into AdamWArgs::steps
+  int32_t group;     // index into AdamWArgs::groups and lr
+  int32_t step;      // index into AdamWArgs::steps
 };
 
 struct AdamWGroup {
@@ -27,15 +27,15 @@ struct AdamWArgs {
   int64_t n_groups;
   const float* lr;             // (n_groups), on the device
   float* steps;                // on the device, indexed by AdamWTensor::step
-  float* partials;             // on the device: prepare writes [offset, offset + adamw_partials()), update reads all n_partials
+  float* partials;             // on the device: prepare writes adamw_partials() at offset, update reads n_partials
   int64_t offset, n_partials;  // n_partials == 0: no norm, no clipping
-  float max_norm;              // <= 0: the norm is computed, nothing is clipped
+  float max_norm;              // <= 0: compute the norm, but do not clip
   const float* grad_scale;     // (1) on the device, or null
   const float* found_inf;      // (1) on the device, or null
   float* grad_norm;            // (1) on the device
-  bool stochastic;             // bf16 parameters without master: stochastic rounding
+  bool stochastic;             // stochastic rounding of bf16 parameters without master
   uint64_t seed;
-  DType param_dtype, grad_dtype, moment_dtype, master_dtype;  // master_dtype: f32 or i16, meaningful where master is set
+  DType param_dtype, grad_dtype, moment_dtype, master_dtype;  // master_dtype: f32 or i16, used if master is set
 };
 
 FASTGPT_ON_EACH_DEVICE(

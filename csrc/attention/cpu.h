@@ -1,9 +1,9 @@
-// What attention's forward and backward share on the CPU: tiles of 64 queries x 64 keys in fp32 scratch, which keys of a
-// tile its queries see, and the order of work.
+// Shared by forward and backward of attention on the CPU: tiles of 64 queries x 64 keys in fp32 scratch, the keys of a
+// tile that its queries see, and the distribution of work.
 //
-// Scores are held with one row per key, queries side by side: the softmax then runs across vectors, not within them, and
-// of all operands only the queries (backward: and dout) are transposed, once for all keys. Every operand is widened into
-// scratch, so that any strides and dtypes cost the same, rows lie densely in the cache and what is outside is 0.
+// Scores have one row per key and one column per query: the softmax runs across vectors, not within them, and only the
+// queries (in backward also dout) must be transposed, once for all keys. Every operand is converted to fp32 in scratch:
+// all strides and dtypes cost the same, rows are dense in the cache, and elements outside are 0.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -16,7 +16,7 @@
 
 namespace fastgpt::cpu {
 
-constexpr int64_t kTile = 64;   // queries, and keys, of a tile
+constexpr int64_t kTile = 64;   // number of queries, and of keys, in a tile
 constexpr int64_t kGroup = 8;   // rows or columns of a tile that are skipped or computed together
 constexpr int64_t kGroups = kTile / kGroup;
 
@@ -24,7 +24,7 @@ struct Span {
   int64_t begin, end;
 };
 
-// The same in whole vectors of kLanes.
+// Extends a span to whole vectors of kLanes.
 inline Span wide_of(Span s) { return {s.begin / kLanes * kLanes, (s.end + kLanes - 1) / kLanes * kLanes}; }
 
 #if defined(FASTGPT_LEVELS)
@@ -51,7 +51,7 @@ inline Span wide_of(Span s) { return {s.begin / kLanes * kLanes, (s.end + kLanes
 
 // ---- scratch ----
 
-// One thread's memory, uninitialised, handed out in multiples of a cache line.
+// Memory of one thread, uninitialised. Callers take multiples of a cache line.
 class Scratch {
  public:
   explicit Scratch(int64_t n_floats) : memory_(new float[n_floats + kLanes]) {
@@ -68,10 +68,10 @@ class Scratch {
   float* next_;
 };
 
-// Columns of a tile of rows: the head dimension in whole vectors.
+// Returns the columns of a tile of rows: the head dimension, rounded up to whole vectors.
 inline int64_t width_of(const AttentionArgs& a) { return ceil_div(a.head_dim, kLanes) * kLanes; }
 
-// Rows [rows.begin, rows.end) of 64 rows of x as fp32 (64, width); the other rows and columns 0.
+// Converts rows [rows.begin, rows.end) of 64 rows of x to fp32, (64, width); the other rows and columns are 0.
 inline void pack(const void* x, DType dtype, int64_t offset, int64_t row_step, Span rows, int64_t dim, int64_t width,
                  float* tile) {
   with_type(dtype, [&](auto tag) {
@@ -85,7 +85,7 @@ inline void pack(const void* x, DType dtype, int64_t offset, int64_t row_step, S
   });
 }
 
-// n rows of a tile times `factor`, or times factors[row], rounded to dtype.
+// Stores n rows of a tile, times `factor` or factors[row], rounded to dtype.
 inline void unpack(const float* tile, int64_t width, int64_t n, int64_t dim, const float* factors, float factor,
                    DType dtype, void* x, int64_t offset, int64_t row_step) {
   with_type(dtype, [&](auto tag) {
@@ -106,7 +106,7 @@ inline void unpack(const float* tile, int64_t width, int64_t n, int64_t dim, con
 #define FASTGPT_MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, Picks{i, j, k, l})
 #endif
 
-// (64, width) -> (width, 64), in blocks of 4 x 4.
+// Transposes (64, width) to (width, 64), in blocks of 4 x 4.
 inline void transpose(const float* tile, int64_t width, float* out) {
   typedef float Four __attribute__((vector_size(16)));
   typedef int32_t Picks __attribute__((vector_size(16), unused));
@@ -123,20 +123,20 @@ inline void transpose(const float* tile, int64_t width, float* out) {
   }
 }
 
-// ---- which keys queries see ----
+// ---- the keys that queries see ----
 
-// Keys [begin, end) of each of 64 queries, none where begin == end; and the documents, if that restricts them further.
+// Keys [begin, end) of each of 64 queries, none if begin == end, and their documents if these restrict them further.
 struct Ranges {
   int64_t n_keys;
-  int64_t n;  // queries that exist; those up to the next whole vector see what the last one sees, the rest nothing
+  int64_t n;  // queries that exist; up to the next whole vector, others see the keys of the last one, the rest none
   int64_t begin[kTile], end[kTile];
-  Span any, all;  // keys that some query sees; that all of the 64 see
+  Span any, all;  // keys that some query sees, and that all 64 see
   const int32_t* docs;   // of the batch, or null
   int32_t doc[kTile];    // of the queries
   int32_t doc_low, doc_high;
 };
 
-// `sequence`: of a query before this one, moved on to this one's.
+// sequence: the packed sequence of an earlier query, advanced to that of this query.
 inline Span range_of(const AttentionArgs& a, int64_t batch, int64_t query, int64_t& sequence) {
   while (a.cu_q != nullptr && sequence < a.n_sequences && a.cu_q[sequence + 1] <= query) ++sequence;
   const KeyRange keys = key_range(a, batch, query, sequence);
@@ -163,16 +163,16 @@ inline void find_ranges(const AttentionArgs& a, int64_t batch, int64_t query0, R
   }
 }
 
-// The same for one tile of keys.
+// The same for one tile of keys, relative to its first key.
 struct Sight {
   bool whole;                     // every query sees every key
-  bool docs;                      // documents have to be compared
-  int32_t begin[kTile], end[kTile];  // of each query, from the tile's first key on
-  Span keys[kGroups];             // that some query of a group of queries sees
-  Span queries[kGroups];          // that see some key of a group of keys
+  bool docs;                      // documents must be compared
+  int32_t begin[kTile], end[kTile];  // keys of each query
+  Span keys[kGroups];             // keys that some query of a group of queries sees
+  Span queries[kGroups];          // queries that see some key of a group of keys
 };
 
-// False if no query sees a key of the tile that begins at key0.
+// Sets s for the tile that begins at key0; returns false if no query sees one of its keys.
 inline bool look(const AttentionArgs& a, const Ranges& r, int64_t key0, Sight& s) {
   s.docs = false;
   if (r.docs != nullptr) {
@@ -209,8 +209,8 @@ inline bool look(const AttentionArgs& a, const Ranges& r, int64_t key0, Sight& s
 }
 
 // Calls fn(row, column) for the columns [column, column + kLanes) of the kGroup rows from `row` on of a tile of scores,
-// wherever `scores` filled it. What goes over rows should do so inside fn, in registers: through memory, each row would
-// wait for the one before.
+// wherever `scores` wrote to it. fn should keep values that it passes from row to row in registers: through memory,
+// each row would wait for the previous one.
 template <class F>
 inline void for_groups(const Sight& s, const F& fn) {
   for (int64_t g = 0; g < kGroups; ++g) {
@@ -219,7 +219,7 @@ inline void for_groups(const Sight& s, const F& fn) {
   }
 }
 
-// The same row by row.
+// Does the same row by row.
 template <class F>
 inline void for_scores(const Sight& s, const F& fn) {
   for_groups(s, [&](int64_t first, int64_t column) {
@@ -227,7 +227,7 @@ inline void for_scores(const Sight& s, const F& fn) {
   });
 }
 
-// -inf where a query does not see a key.
+// Sets scores to -inf where a query does not see a key.
 inline void mask_scores(const Ranges& r, const Sight& s, int64_t key0, float* z) {
   for_scores(s, [&](int64_t row, int64_t column) {
     const int32_t key = static_cast<int32_t>(row);
@@ -245,7 +245,7 @@ inline void mask_scores(const Ranges& r, const Sight& s, int64_t key0, float* z)
   });
 }
 
-// 0 where `scores` wrote nothing.
+// Sets entries to 0 where `scores` did not write.
 inline void clear_rest(const Sight& s, float* p) {
   for (int64_t g = 0; g < kGroups; ++g) {
     const Span queries = wide_of(s.queries[g]);
@@ -267,7 +267,7 @@ inline void cap_scores(const Sight& s, float softcap, float* z) {
 
 // ---- dropout ----
 
-// The random words of one head, and of a tile in it.
+// The counters and keys of the random words of a tile in one head.
 struct Dropout {
   uint32_t seed_low, seed_high, offset, head, query0, key0;
   uint32_t drop_below;
@@ -285,7 +285,7 @@ inline Dropout dropout_of(const AttentionArgs& a, int64_t batch_head, int64_t qu
   return d;
 }
 
-// What dropout multiplies kLanes entries of a row of scores with.
+// Stores the factors by which dropout multiplies kLanes entries of a row of scores.
 inline void keep_factors(const Dropout& d, int64_t row, int64_t column, float* factors) {
   const uint32_t key = d.key0 + static_cast<uint32_t>(row), query = d.query0 + static_cast<uint32_t>(column);
   FASTGPT_SIMD
@@ -298,7 +298,7 @@ inline void keep_factors(const Dropout& d, int64_t row, int64_t column, float* f
 
 // ---- work ----
 
-// Items [0, n), handed out one by one: causal items differ in size. Which thread gets one changes no result.
+// Hands out items [0, n) one by one, since causal items differ in size. No result depends on which thread gets an item.
 class Items {
  public:
   explicit Items(int64_t n) : n_(n) {}
@@ -318,7 +318,7 @@ inline void share(int64_t n_items, const Work& work) {
   parallel_for(n_items, 1, [&](int64_t, int64_t) { work(items); });
 }
 
-// name(args, items): of<Set>(args, items) for the best set that this CPU has.
+// Defines name(args, items), which calls of<Set>(args, items) for the best set that this CPU supports.
 #if defined(FASTGPT_LEVELS)
 #define FASTGPT_VERSIONS(name, of, Args)                                                                 \
   FASTGPT_FLAT FASTGPT_V4 static void name##_v4(const Args& a, Items& items) { of<SetV4>(a, items); }    \
@@ -334,13 +334,13 @@ inline void share(int64_t n_items, const Work& work) {
 
 // ---- keys and values ----
 
-// A head's keys and values of the tiles [tiles.begin, tiles.end) as rows in fp32, each packed when first asked for.
+// Keys and values of a head in the tiles [tiles.begin, tiles.end), as rows in fp32; each tile is packed on first use.
 struct Keys {
   const AttentionArgs& a;
   float *k = nullptr, *v = nullptr;  // (tiles * 64, width)
   Span tiles{0, 0};
   int64_t batch = 0, head = 0;
-  Span valid{0, 0};  // keys of the batch; what lies outside them may be uninitialised
+  Span valid{0, 0};  // keys of the batch; others may be uninitialised
   std::vector<uint8_t> packed{};
 
   void start(int64_t new_batch, int64_t new_head, Span new_tiles) {
@@ -352,7 +352,7 @@ struct Keys {
     packed.assign(tiles.end - tiles.begin, 0);
   }
 
-  // Where the tile lies in k and v.
+  // Packs the tile if needed and returns its offset in k and v.
   int64_t need(int64_t tile) {
     const int64_t width = width_of(a), at = (tile - tiles.begin) * kTile * width, key0 = tile * kTile;
     if (packed[tile - tiles.begin]) return at;

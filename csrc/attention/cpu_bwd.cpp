@@ -1,11 +1,12 @@
-// Attention's backward on the CPU; formulas in fastgpt/ops/attention.py.
+// Backward of attention on the CPU; formulas in fastgpt/ops/attention.py.
 //
-// A task owns the gradients of one key head's keys and values and goes over the queries that see them, head by head,
-// 64 x 64 entries at a time (FlashAttention-2, arXiv:2307.08691): probabilities again from lse, then five products in
-// scratch. Where there are too few key heads for many threads, their keys are cut into chunks; each chunk then has a dq
-// of its own, added up in order at the end. Cuts follow from the shape alone: no thread count changes a bit.
+// A task computes the gradients of the keys and values of one key head. It processes the queries that see them, head by
+// head, 64 x 64 entries at a time (FlashAttention-2, arXiv:2307.08691): it recomputes probabilities from lse, then
+// computes five products in scratch. If there are too few key heads for many threads, their keys are cut into chunks;
+// each chunk then has a separate dq, and these are added in order at the end. The chunks depend on the shape alone, so
+// results are bitwise the same for any number of threads.
 #if defined(__clang__)
-#pragma clang fp contract(fast)  // no formula here relies on a rounded product
+#pragma clang fp contract(fast)  // no formula here needs a product to be rounded
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=fast,no-tree-loop-distribute-patterns")
 #endif
@@ -15,13 +16,13 @@
 
 namespace fastgpt::cpu {
 
-// How a key head's keys are cut.
+// How the keys of a head are cut.
 struct Chunks {
-  int64_t n, tiles;  // chunks; tiles of keys of all of them
+  int64_t n, tiles;  // number of chunks, and of tiles in all of them
   Span tiles_of(int64_t chunk) const { return {tiles * chunk / n, tiles * (chunk + 1) / n}; }
 };
 
-// Enough tasks for many threads, but chunks of at least four tiles, and no more than 64 Mi floats of dq.
+// Chooses enough tasks for many threads, but chunks of at least four tiles and at most 64 Mi floats of dq.
 inline Chunks chunks_of(const AttentionArgs& a) {
   const int64_t tiles = ceil_div(a.n_keys, kTile);
   const int64_t room = (int64_t{64} << 20) / max_of(1, a.n_batch * a.n_queries * a.n_heads * a.head_dim);
@@ -32,15 +33,15 @@ inline Chunks chunks_of(const AttentionArgs& a) {
 struct BackwardArgs {
   AttentionArgs a;
   Chunks chunks;
-  float* dq_parts;  // (chunks, B, T, H, D) if there are several
+  float* dq_parts;  // (chunks, B, T, H, D) if there is more than one chunk
 };
 
-// One thread's memory.
+// Memory of one thread.
 struct BackwardScratch {
   Scratch memory;
   int64_t width;
   Keys keys;
-  float *dk, *dv;                             // as keys.k
+  float *dk, *dv;                             // like keys.k
   float *q, *dout, *dq;                       // (64, width)
   float *q_across, *dout_across, *out_across;  // (width, 64)
   float *p, *dz;                              // (64 keys, 64 queries)
@@ -58,13 +59,13 @@ struct BackwardScratch {
   }
 };
 
-// What is needed of 64 queries of one head.
+// Loads q, dout, lse and delta of 64 queries of one head.
 inline void load_queries(const AttentionArgs& a, int64_t batch, int64_t head, int64_t query0, BackwardScratch& w) {
   const Span rows{0, w.ranges.n};
   const int64_t at = (batch * a.n_heads + head) * a.n_queries + query0;
   const auto load = [&](const void* x, const AttentionStrides& s, float* tile, float* across) {
     pack(x, a.dtype, batch * s.batch + query0 * s.row + head * s.head, s.row, rows, a.head_dim, w.width, tile);
-    for (int64_t n = 0; n < w.ranges.n; ++n) {  // a query without keys may hold anything
+    for (int64_t n = 0; n < w.ranges.n; ++n) {  // a query without keys may be uninitialised
       if (a.lse[at + n] == -INFINITY) std::fill(tile + n * w.width, tile + (n + 1) * w.width, 0.0f);
     }
     transpose(tile, w.width, across);
@@ -73,7 +74,7 @@ inline void load_queries(const AttentionArgs& a, int64_t batch, int64_t head, in
   load(a.dout, a.dout_at, w.dout, w.dout_across);
   load(a.out, a.out_at, w.dq, w.out_across);
   std::fill(w.delta, w.delta + kTile, 0.0f);
-  // in the order in which `scores` sums dout v^T: where out is one key's v, their difference is 0
+  // in the order in which `scores` sums dout v^T: if out is v of one key, their difference is 0
   for (int64_t d = 0; d < a.head_dim; ++d) {
     const float *dout = w.dout_across + d * kTile, *out = w.out_across + d * kTile;
     FASTGPT_SIMD
@@ -87,7 +88,7 @@ inline void load_queries(const AttentionArgs& a, int64_t batch, int64_t head, in
   }
 }
 
-// z in p and dout v^T in dz become keep p and dz, in units of 1 / scale. Ready: sum_own was here.
+// Replaces z in p and dout v^T in dz by keep p and dz, in units of 1 / scale. Ready: sum_own was called before.
 template <bool Softcap, bool Dropped, bool Ready>
 inline void grad_scores(const BackwardScratch& w, const Dropout& dropout, float softcap) {
   const float inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
@@ -100,17 +101,17 @@ inline void grad_scores(const BackwardScratch& w, const Dropout& dropout, float 
     for (int64_t n = 0; n < kLanes; ++n) {
       const float k = Dropped ? keep[n] : 1.0f;
       const float e = Ready && !Softcap ? p[n] : exp_low(p[n] - lse[n]), g = Ready ? dz[n] : k * dz[n];
-      const float slope = Softcap ? at_least(softcap_slope(p[n], inv_softcap), 0.0f) : 1.0f;  // masked: of -inf
+      const float slope = Softcap ? at_least(softcap_slope(p[n], inv_softcap), 0.0f) : 1.0f;  // masked scores are -inf
       dz[n] = e * (g - delta[n]) * slope;
       p[n] = k * e;
     }
   });
 }
 
-// Queries whose keys all lie in this tile: delta = sum p keep dout v^T from what is here. Where there are few keys,
-// their gradients nearly cancel, and delta from `out` would leave its rounding. p is off by lse's rounding, for scores of
-// hundreds many units: divided by its sum, delta is not. dout v^T in dz becomes keep dout v^T, and z in p becomes p,
-// unless the softcap's slope will need z.
+// For queries whose keys are all in this tile, computes delta = sum p keep dout v^T from this tile. With few keys the
+// gradients nearly cancel, and delta from `out` would leave the rounding of `out`. p has the rounding error of lse,
+// many units for scores of hundreds; delta is divided by the sum of p to remove it. Replaces dout v^T in dz by keep
+// dout v^T and z in p by p, unless the slope of the softcap needs z later.
 inline bool sum_own(BackwardScratch& w, const Dropout& dropout, int64_t key0, bool dropped, bool softcap) {
   alignas(64) float sum[kTile] = {}, total[kTile] = {};
   bool some = false;
@@ -155,7 +156,7 @@ inline void grad_tile(const AttentionArgs& a, BackwardScratch& w, int64_t key0, 
   clear_rest(w.sight, w.dz);
 }
 
-// 64 queries of one head against the keys at hand: dq whole, dk and dv so far.
+// Processes 64 queries of one head with the keys of this task: computes their dq and adds to dk and dv.
 template <class Set>
 inline void bwd_queries(const AttentionArgs& a, int64_t batch, int64_t head, int64_t query0, BackwardScratch& w) {
   const int64_t begin = max_of(w.keys.tiles.begin, w.ranges.any.begin / kTile);
@@ -213,7 +214,7 @@ inline void bwd_items(const BackwardArgs& args, Items& items) {
 
 FASTGPT_VERSIONS(bwd_items_of, bwd_items, BackwardArgs)
 
-// dq of rows [begin, end) of B T H, the chunks' added up in order.
+// Sums dq of rows [begin, end) of B T H over the chunks, in order.
 FASTGPT_CLONES static void add_parts(const BackwardArgs& args, int64_t begin, int64_t end) {
   const AttentionArgs& a = args.a;
   const int64_t size = a.n_batch * a.n_queries * a.n_heads * a.head_dim;
@@ -234,7 +235,7 @@ FASTGPT_CLONES static void add_parts(const BackwardArgs& args, int64_t begin, in
 
 // ---- launchers ----
 
-int64_t attention_bwd_workspace(int64_t, int64_t, int64_t, Stream) { return 0; }  // its scratch is each thread's own
+int64_t attention_bwd_workspace(int64_t, int64_t, int64_t, Stream) { return 0; }  // each thread allocates its scratch
 
 void attention_bwd(const AttentionArgs& a, Stream) {
   BackwardArgs args{a, chunks_of(a), nullptr};

@@ -1,10 +1,10 @@
-// Attention's forward on the CPU; formulas in fastgpt/ops/attention.py.
+// Forward of attention on the CPU; formulas in fastgpt/ops/attention.py.
 //
-// A task takes some tiles of 64 queries of the heads that share one key head; keys and values are packed once per task.
-// Per tile of keys: scores, their softmax with the largest score so far (Milakov, Gimelshein 2018, arXiv:1805.02867),
-// the sum over values. Tiles that no query sees are skipped, rows of 16 queries within a tile too.
+// A task has some tiles of 64 queries of the heads that share one key head, and packs keys and values once. For each
+// tile of keys it computes the scores, their softmax with the largest score so far (Milakov, Gimelshein 2018,
+// arXiv:1805.02867) and the sum over values. It skips tiles that no query sees, and such rows of 16 queries in a tile.
 #if defined(__clang__)
-#pragma clang fp contract(fast)  // no formula here relies on a rounded product
+#pragma clang fp contract(fast)  // no formula here needs a product to be rounded
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=fast,no-tree-loop-distribute-patterns")
 #endif
@@ -12,15 +12,15 @@
 
 namespace fastgpt::cpu {
 
-// What a tile of queries has come to: of 64 queries, the largest score, the sum of exponentials around it, and the sum
-// of values weighted by them.
+// State of a tile of 64 queries: the largest score so far, the sum of exponentials shifted by it, and the sum of values
+// weighted by them.
 struct Softmax {
   alignas(64) float max[kTile];
   alignas(64) float sum[kTile];
   float* out;  // (64, width)
 };
 
-// z (64 keys, 64 queries) becomes exp(z - max), max and sum being brought up to date.
+// Replaces z (64 keys, 64 queries) by exp(z - max) and updates max and sum.
 inline void softmax_tile(const Sight& sight, float* z, int64_t width, Softmax& s) {
   alignas(64) float base[kTile], rescale[kTile];
   memcpy(base, s.max, sizeof base);
@@ -74,7 +74,7 @@ inline void drop_tile(const Sight& sight, const Dropout& dropout, float* p) {
   });
 }
 
-// One thread's memory.
+// Memory of one thread.
 struct ForwardScratch {
   Scratch memory;
   int64_t width;
@@ -106,7 +106,7 @@ inline void store_queries(const AttentionArgs& a, int64_t batch, int64_t head, i
   unpack(s.out, w.width, w.ranges.n, a.head_dim, inverse, 1.0f, a.dtype, a.out, offset, a.out_at.row);
 }
 
-// 64 queries of one head.
+// Processes 64 queries of one head.
 template <class Set>
 inline void fwd_queries(const AttentionArgs& a, int64_t batch, int64_t head, int64_t query0, ForwardScratch& w) {
   find_ranges(a, batch, query0, w.ranges);
@@ -134,8 +134,8 @@ inline void fwd_queries(const AttentionArgs& a, int64_t batch, int64_t head, int
   store_queries(a, batch, head, query0, w);
 }
 
-// Parts that the queries of the heads over one key head are cut into: enough tasks for many threads, but at least four
-// tiles of queries, so that packing the keys for them is little.
+// Returns the number of parts into which the queries of the heads of one key head are cut: enough tasks for many
+// threads, but at least four tiles of queries each, so packing their keys costs little in comparison.
 inline int64_t fwd_parts(const AttentionArgs& a) {
   const int64_t tiles = ceil_div(a.n_queries, kTile) * (a.n_heads / a.n_kv_heads);
   return max_of(1, min_of(ceil_div(256, a.n_batch * a.n_kv_heads), tiles / 4));
@@ -147,7 +147,7 @@ inline void fwd_items(const AttentionArgs& a, Items& items) {
   const int64_t tiles = ceil_div(a.n_queries, kTile) * group;
   ForwardScratch w(a);
   for (int64_t item; items.take(item);) {
-    const int64_t part = parts - 1 - item / heads;  // last queries first: they see the most keys
+    const int64_t part = parts - 1 - item / heads;  // last queries first, since they see the most keys
     const int64_t batch = item % heads / a.n_kv_heads, kv_head = item % a.n_kv_heads;
     w.keys.start(batch, kv_head, {0, ceil_div(a.n_keys, kTile)});
     for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {

@@ -1,4 +1,4 @@
-// What attention's CUDA kernels share: which keys a query sees, scores, dropout, the order of work.
+// Shared by the CUDA kernels of attention: the keys that a query sees, scores, dropout, the order of work.
 #pragma once
 #include "attention/mask.h"
 #include "core/cuda/launch.cuh"
@@ -10,29 +10,29 @@ namespace fastgpt::cuda {
 
 constexpr float kLog2e = 1.44269504f;
 
-// What kernels take: constants of a whole launch, which need no registers. A score is natural q k^T, softcapped
-// natural softcap tanh(inner q k^T); as an exponent of 2 it has `power` in the place of `natural`.
+// Argument of the kernels: constants of a launch, which need no registers. A score is natural q k^T or, softcapped,
+// natural softcap tanh(inner q k^T); as an exponent of 2 it has the factor `power` in place of `natural`.
 struct AttentionLaunch {
   AttentionArgs a;
   int n_queries, n_keys, dim;
-  int ahead;                  // with causal order alone query i sees the keys below i + ahead
+  int ahead;                  // with only causal order, query i sees the keys below i + ahead
   float power, natural, inner;
-  bool aligned, out_aligned;  // rows of all inputs (all outputs) begin at 16-byte boundaries and are whole pieces
+  bool aligned, out_aligned;  // all rows of inputs (outputs) are whole 16-byte pieces at aligned addresses
 };
 
-// ---- which keys a query sees ----
+// ---- the keys that a query sees ----
 
-// Keys [begin, end) of one query, none where begin >= end, and its document.
+// Keys [begin, end) of one query, none if begin >= end, and its document.
 struct alignas(16) KeySpan {
   int begin, end, doc, unused;
 };
 
-// Keys [low, high) that some of a tile's queries see, keys [from, to) that all of them see.
+// Keys [low, high) that some queries of a tile see, and keys [from, to) that all of them see.
 struct alignas(16) Sight {
   int low, high, from, to;
 };
 
-// The packed sequence of a query: the first whose end lies behind it; n_sequences if there is none.
+// Returns the packed sequence of a query: the first that ends after it, or n_sequences.
 __device__ __forceinline__ int64_t sequence_of(const AttentionArgs& a, int query) {
   int64_t low = 0, high = a.n_sequences;
   while (low < high) {
@@ -54,7 +54,7 @@ struct Bounds {
   int low, high;
 };
 
-// Smallest `low` and largest `high` over a block; `scratch` is used once.
+// Returns the smallest `low` and largest `high` over a block; `scratch` must not be used again.
 template <int THREADS>
 __device__ __forceinline__ Bounds block_bounds(Bounds b, Bounds (&scratch)[THREADS / 32]) {
 #pragma unroll
@@ -68,8 +68,9 @@ __device__ __forceinline__ Bounds block_bounds(Bounds b, Bounds (&scratch)[THREA
   return b;
 }
 
-// Spans of ROWS queries, those behind the last one as the last, and what they see together. With documents: the keys
-// between the smallest and the largest document of these queries; which of them each sees is left to be compared.
+// Finds the spans of ROWS queries and the keys that they see together; queries after the last one see its keys. With
+// documents, these are the keys between the smallest and the largest document of the queries; `hide` compares
+// documents.
 template <int ROWS, int THREADS>
 __device__ __forceinline__ Sight find_spans(const AttentionArgs& a, int64_t batch, int query0, KeySpan* spans) {
   __shared__ Bounds scratch[4][THREADS / 32];
@@ -100,13 +101,13 @@ __device__ __forceinline__ int causal_end(const AttentionLaunch& l, int query) {
   return max(0, min(query + l.ahead, l.n_keys));
 }
 
-// What queries query0 .. query0 + rows see.
+// Returns the keys that queries query0 .. query0 + rows see.
 __device__ __forceinline__ Sight causal_sight(const AttentionLaunch& l, int query0, int rows) {
   return {0, causal_end(l, min(query0 + rows, l.n_queries) - 1), 0, causal_end(l, query0)};
 }
 
-// `value` where a query (rows of z, from `query` on) does not see a key (columns, from `key0` on). spans: of the
-// queries from `query` on, not used without Full.
+// Sets z to `value` where a query (row, from `query` on) does not see a key (column, from `key0` on). spans: of the
+// queries from `query` on; used only if Full.
 template <bool Full, int M, int N>
 __device__ __forceinline__ void hide(const AttentionLaunch& l, int64_t batch, int query, const KeySpan* spans, int key0,
                                      float value, float (&z)[M][N][4]) {
@@ -143,7 +144,7 @@ __device__ __forceinline__ void hide(const AttentionLaunch& l, int64_t batch, in
 
 __device__ __forceinline__ float tanh_fast(float x) { return tanh_from_exp(x, ptx::ex2(-2.0f * kLog2e * fabsf(x))); }
 
-// Random words of one head.
+// Counters and keys of the random words of one head.
 struct Dropout {
   uint32_t seed_low, seed_high, offset, head, below;
   __device__ __forceinline__ bool keeps(int query, int key) const {
@@ -158,7 +159,7 @@ __device__ __forceinline__ Dropout dropout_of(const AttentionArgs& a, int64_t he
           static_cast<uint32_t>(head), a.drop_below};
 }
 
-// A block's queries: heads one after the other, the last queries of a head first, which see the most keys.
+// Queries of a block: head after head, the last queries of a head first, since they see the most keys.
 struct QueryTile {
   int batch, head, kv_head, query0;
   __device__ QueryTile(const AttentionLaunch& l, int rows) {
@@ -175,16 +176,16 @@ __device__ __forceinline__ int64_t offset_of(const AttentionStrides& s, int64_t 
   return batch * s.batch + head * s.head;
 }
 
-// ---- launchers' part ----
+// ---- for the launchers ----
 
 inline bool pieces_aligned(const void* x, const AttentionStrides& s, int64_t dim) {
   return reinterpret_cast<uintptr_t>(x) % 16 == 0 && (s.batch | s.row | s.head | dim) % 8 == 0;
 }
 
-// Everything but the alignment; `largest`: powers are taken after a search for the largest score, so that their factor
-// must be positive (the kernel turns the queries' signs) and keep -inf, which 0 would not.
+// Sets everything except the alignment. `largest`: the kernel subtracts the largest score before it takes powers, so
+// their factor must be positive (the kernel flips the signs of the queries) and not 0 (-inf must stay -inf).
 inline AttentionLaunch attention_launch(const AttentionArgs& a, bool largest) {
-  if (a.n_queries > INT_MAX / 4 || a.n_keys > INT_MAX / 4) {  // sums of both stay within 32 bits
+  if (a.n_queries > INT_MAX / 4 || a.n_keys > INT_MAX / 4) {  // keep sums of both within 32 bits
     throw std::runtime_error("fastgpt: attention: more than 2^29 queries or keys in a sequence");
   }
   if (a.dtype == DType::f32 || a.head_dim > 256) {
@@ -201,7 +202,7 @@ inline AttentionLaunch attention_launch(const AttentionArgs& a, bool largest) {
   return l;
 }
 
-// Whether anything beyond causal order and grouped heads is asked for.
+// Returns whether any option other than causal order and grouped heads is used.
 inline bool has_options(const AttentionArgs& a) {
   return a.window > 0 || a.softcap > 0.0f || a.rng != nullptr || a.cu_q != nullptr || a.doc_ids != nullptr ||
          a.kv_lens != nullptr || a.kv_start != nullptr;
@@ -210,7 +211,7 @@ inline bool has_options(const AttentionArgs& a) {
 template <int D>
 using Dim = std::integral_constant<int, D>;
 
-// Calls f(type, dim, full) with tags: the type, the tile that holds the head dimension, whether there are options.
+// Calls f(type, dim, full) with tags: the type, the tile for the head dimension, and whether there are options.
 template <typename F>
 void with_kernel(const AttentionArgs& a, F f) {
   const bool full = has_options(a);

@@ -1,18 +1,18 @@
-// Attention, backward (FlashAttention-2, arXiv:2307.08691): delta, dq, and the launcher of all; dk and dv are in
-// attention_dkdv.cu. Formulas in fastgpt/ops/attention.py.
+// Attention, backward (FlashAttention-2, arXiv:2307.08691): delta, dq, and the launcher of all kernels; dk and dv are
+// in cuda_dkdv.cu. Formulas in fastgpt/ops/attention.py.
 //
 //   p = exp(z - lse),  dp = keep / (1 - dropout_p) dout v^T,  delta = rowsum(dout out) - dlse,  dz = p (dp - delta)
 //   dv = (keep / (1 - dropout_p) p)^T dout,  dk = scale dz^T q,  dq = scale dz k;  softcapped: dz (1 - (z / softcap)^2)
 //
-// Scores are computed again in each of two kernels, one over keys (4 products), one over queries (3): every sum is one
-// block's, in one order, without atomics and without an fp32 dq in memory. Operations: 14 B H T S D, half of it under
-// causal order. Bytes: q, k, v read twice, dout three times, out once, dq, dk, dv written. Floor for B = 64, T = S =
-// 1024, H = 12, D = 64, causal, 16 bits: 361 GFLOP, A100 1156 us, H100 and H200 365 us, of which mma.sync reaches 63%:
-// 580 us; 1.3 GB, A100 642 us, H100 391, H200 273.
+// Each of two kernels recomputes the scores, one per tile of keys (4 products), one per tile of queries (3): one block
+// computes a sum, in a fixed order, without atomics and without an fp32 dq in memory. Operations: 14 B H T S D, half of
+// it with causal order. Bytes: q, k, v read twice, dout three times, out once, dq, dk, dv written. Floor for B = 64, T
+// = S = 1024, H = 12, D = 64, causal, 16 bits: 361 GFLOP, A100 1156 us, H100 and H200 365 us, of which mma.sync reaches
+// 63 %: 580 us; 1.3 GB, A100 642 us, H100 391, H200 273.
 //
-// delta and lse come from a pass of their own (201 MB there, 99 us on an A100) and a workspace of 8 bytes a row: to sum
-// dout out again for each tile of keys would read out as often as q. With options, so do the keys that each query sees
-// (16 bytes a query), found by bisection once instead of once for each tile.
+// A separate pass computes delta and lse (201 MB here, 99 us on an A100) in a workspace of 8 bytes per row: summing
+// dout out again for each tile of keys would read out as often as q. With options, another pass finds the keys that
+// each query sees (16 bytes per query) by bisection, once instead of once per tile.
 //
 //                     tile (queries x keys)   registers (sm_80)   shared   blocks on a multiprocessor of an A100
 //   D up to 64        128 x 48                224                 57 KB    2
@@ -27,7 +27,7 @@
 namespace fastgpt::cuda {
 namespace {
 
-// delta = rowsum(dout out) - dlse and lse, for both kernels below; 8 lanes a row.
+// Computes delta = rowsum(dout out) - dlse and lse for the kernels of dq and of dk and dv; 8 lanes per row.
 template <typename T>
 __global__ void __launch_bounds__(256) attention_rows_kernel(const __grid_constant__ BackwardLaunch l) {
   const AttentionArgs& a = l.a;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(256) attention_rows_kernel(const __grid_consta
   l.rows[row] = lse == -INFINITY ? RowScale{INFINITY, 0.0f} : RowScale{lse * kLog2e, sum - dlse};
 }
 
-// What each query sees, and each 64 of them together: one block for 64.
+// Finds the keys that each query sees, and those that each 64 of them see together; one block per 64.
 __global__ void __launch_bounds__(kBlock) attention_spans_kernel(const __grid_constant__ BackwardLaunch l) {
   const int64_t block = blockIdx.x, blocks = l.n_padded / kBlock;
   const int query0 = static_cast<int>(block % blocks) * kBlock;
@@ -69,14 +69,14 @@ __global__ void __launch_bounds__(kBlock) attention_spans_kernel(const __grid_co
 template <int D, bool Full>
 struct DqTile {
   static constexpr int kThreads = 128;
-  static constexpr int kM = D > (Full ? 96 : 128) ? 1 : 2;  // 16-query pieces of a warp
+  static constexpr int kM = D > (Full ? 96 : 128) ? 1 : 2;  // 16-query pieces per warp
   static constexpr int kRows = kThreads / 32 * 16 * kM;
   static constexpr int kKeys = D == 64 ? 48 : D == 128 && Full ? 64 : 32;  // at a time
   static constexpr int kStages = D > 96 ? 1 : 2;
   static constexpr int kBytes = (2 * kRows + kStages * 2 * kKeys) * D * 2;
 };
 
-// Spans of a tile's queries from the workspace, and what they see together.
+// Loads the spans of the queries of a tile from the workspace; returns the keys that they see together.
 template <int ROWS, int THREADS>
 __device__ __forceinline__ Sight load_spans(const BackwardLaunch& l, int64_t batch, int query0, KeySpan* spans) {
   const int64_t at = batch * l.n_padded + query0;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(DqTile<D, Full>::kThreads)
   if constexpr (Full) sight = load_spans<kRows, kThreads>(l, at.batch, at.query0, spans);
   else sight = causal_sight(l, at.query0, kRows);
   const int first = sight.low / kKeys * kKeys;
-  const auto seen = [&](int key) { return key >= sight.low && key < sight.high; };  // others may hold anything
+  const auto seen = [&](int key) { return key >= sight.low && key < sight.high; };  // others may be uninitialised
   const auto inside = [&](int row) { return row < l.n_queries; };
   const auto load = [&](int key0, int stage) {
     uint16_t* tile = k_tiles + stage * 2 * kKeys * D;
@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(DqTile<D, Full>::kThreads)
   int stage = 0;
   for (int key0 = first; key0 < sight.high; key0 += kKeys, stage ^= kStages - 1) {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // these keys have come, and those of the other stage are done with
+    __syncthreads();  // these keys have arrived, and those of the other stage are no longer needed
     if (kStages == 2 && key0 + kKeys < sight.high) load(key0 + kKeys, stage ^ 1);
     const uint16_t *k_tile = k_tiles + stage * 2 * kKeys * D, *v_tile = k_tile + kKeys * D;
     if (key0 < high) {
@@ -174,9 +174,9 @@ __global__ void __launch_bounds__(DqTile<D, Full>::kThreads)
     factor[i / 2][i % 2] = a.scale;
     if (rows[own + i * 8 + lane_id() / 4].lse != INFINITY) continue;  // NaN stays NaN
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) dq[i / 2][n][i % 2 * 2] = dq[i / 2][n][i % 2 * 2 + 1] = 0.0f;  // whatever it holds
+    for (int n = 0; n < D / 8; ++n) dq[i / 2][n][i % 2 * 2] = dq[i / 2][n][i % 2 * 2 + 1] = 0.0f;  // even if it is NaN
   }
-  write_tile<T, D>(q_tile, own, 0, dq, factor);  // over the warp's own queries
+  write_tile<T, D>(q_tile, own, 0, dq, factor);  // overwrites only the queries of this warp
   __syncthreads();
   store_tile<D, kRows, kThreads>(q_tile, a.dq, offset_of(a.dq_at, at.batch, at.head), a.dq_at.row, at.query0,
                                  l.n_queries, l.dim, l.out_aligned);

@@ -1,13 +1,13 @@
-// What the kernels of attention's backward share: the workspace, and the gradient of a score.
+// Shared by the kernels of backward of attention: the workspace, and the gradient of a score.
 #pragma once
 #include "attention/cuda.cuh"
 
 namespace fastgpt::cuda {
 
-constexpr int kBlock = 64;  // queries with a Sight of their own in the workspace
-constexpr int kPad = 128;   // rows of the workspace are filled up to a multiple of this
+constexpr int kBlock = 64;  // queries per Sight in the workspace
+constexpr int kPad = 128;   // rows of the workspace are padded to a multiple of this
 
-// Of one query: lse in base 2, +inf without keys and behind the last query, so that its powers are 0; delta.
+// lse in base 2 and delta of one query. lse is +inf without keys and after the last query, so all powers are 0.
 struct RowScale {
   float lse, delta;
 };
@@ -19,7 +19,7 @@ struct BackwardLaunch : AttentionLaunch {
   int64_t n_padded;
 };
 
-// q k^T in z and dout v^T in dz become keep p and dz, without the factors keep_scale and scale.
+// Replaces q k^T in z and dout v^T in dz by keep p and dz, without the factors keep_scale and scale.
 template <bool Full>
 __device__ __forceinline__ void grad_score(const BackwardLaunch& l, const Dropout& dropout, const RowScale& row,
                                            int query, int key, float& z, float& dz) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void grad_score(const BackwardLaunch& l, const Dropou
   z = keep ? p : 0.0f;
 }
 
-// Launches attention_dkdv_kernel (attention_dkdv.cu).
+// Launches attention_dkdv_kernel (cuda_dkdv.cu).
 void attention_dkdv(const BackwardLaunch& l, Stream stream);
 
 }  // namespace fastgpt::cuda

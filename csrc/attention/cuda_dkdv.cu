@@ -1,8 +1,8 @@
-// Attention, backward: dk and dv; formulas and cost at the head of attention_bwd.cu.
+// Attention, backward: dk and dv; formulas and cost at the head of cuda_bwd.cu.
 //
-// A block takes a tile of keys of one key head and goes over the queries that see them, head by head of the group, in
-// one order: no atomics, the same bits in every run. Early keys, which the most queries see, come first. q and dout are
-// loaded one step ahead (not for D = 256, where they would not fit 99 KB).
+// A block has a tile of keys of one key head and processes the queries that see them, head by head of the group, in a
+// fixed order: without atomics, every run gives the same bits. The first keys start first, since the most queries see
+// them. q and dout are loaded one step ahead (not for D = 256, where they would not fit in 99 KB).
 //
 //                     tile (keys x queries)   registers (sm_80)   shared   blocks on a multiprocessor of an A100
 //   D up to 64        128 x 32                255                 49 KB    2
@@ -19,7 +19,7 @@ namespace {
 
 template <int D, bool Full>
 struct DkdvTile {
-  static constexpr int kM = D > 64 || Full ? 1 : 2;  // 16-key pieces of a warp
+  static constexpr int kM = D > 64 || Full ? 1 : 2;  // 16-key pieces per warp
   static constexpr int kParts = D > 128 ? 2 : 1;     // warps that share the columns of dk and dv, each computing scores
   static constexpr int kWarps = 4 * kParts, kThreads = 32 * kWarps;
   static constexpr int kKeys = 4 * 16 * kM;
@@ -28,15 +28,15 @@ struct DkdvTile {
   static constexpr int kBytes = (2 * kKeys + kStages * 2 * kRows) * D * 2;
 };
 
-// Queries [begin, end) among which are all that see a block's keys, in whole tiles of ROWS; and the first query that
-// sees any key at all.
+// Queries [begin, end), in whole tiles of ROWS, that include all queries that see the keys of a block, and the first
+// query that sees any key at all.
 struct QueryRange {
   int begin, end, low;
 };
 
 template <int ROWS>
 __device__ __forceinline__ QueryRange causal_queries(const BackwardLaunch& l, int key0) {
-  const int begin = l.a.causal ? max(0, key0 + 1 - l.ahead) : 0;  // the first that sees key0
+  const int begin = l.a.causal ? max(0, key0 + 1 - l.ahead) : 0;  // the first query that sees key0
   return {begin / ROWS * ROWS, l.n_queries, l.a.causal ? max(0, 1 - l.ahead) : 0};
 }
 
@@ -56,7 +56,7 @@ __device__ __forceinline__ QueryRange seeing_queries(const BackwardLaunch& l, in
   return {first * kBlock, min(last * kBlock, l.n_queries), 0};
 }
 
-// What a step of the loop over queries needs beside q and dout.
+// Data for a step of the loop over queries, in addition to q and dout.
 template <int ROWS, bool Full>
 struct alignas(16) Step {
   RowScale rows[ROWS];
@@ -64,7 +64,7 @@ struct alignas(16) Step {
   Sight sight;
 };
 
-// 0 where a query (columns, from query0 on) does not see a key (rows, this lane's from `key` on).
+// Sets z and dz to 0 where a query (column, from query0 on) does not see a key (row, of this lane from `key` on).
 template <bool Full, int ROWS, int M, int N>
 __device__ __forceinline__ void hide_keys(const BackwardLaunch& l, const Step<ROWS, Full>& step, int query0, int key,
                                           const int (&docs)[M][2], float (&z)[M][N][4], float (&dz)[M][N][4]) {
@@ -109,7 +109,7 @@ __device__ __forceinline__ void grad_keys(const BackwardLaunch& l, const Dropout
   }
 }
 
-// Starts the loads of queries query0 .. of one head, and of what belongs to them.
+// Starts to load queries from query0 on of one head and the data of their step.
 template <int D, bool Full>
 __device__ __forceinline__ void load_queries(const BackwardLaunch& l, int64_t batch, int64_t head, int query0, int low,
                                              uint16_t* q_tile, uint16_t* dout_tile,
@@ -117,7 +117,7 @@ __device__ __forceinline__ void load_queries(const BackwardLaunch& l, int64_t ba
   constexpr int kRows = DkdvTile<D, Full>::kRows, kThreads = DkdvTile<D, Full>::kThreads;
   const AttentionArgs& a = l.a;
   const KeySpan* spans = l.spans + batch * l.n_padded;
-  const auto inside = [&](int row) {  // a query without keys may hold anything
+  const auto inside = [&](int row) {  // a query without keys may be uninitialised
     if constexpr (Full) return row < l.n_queries && spans[row].begin < spans[row].end;
     else return row >= low && row < l.n_queries;
   };
@@ -136,9 +136,9 @@ __device__ __forceinline__ void load_queries(const BackwardLaunch& l, int64_t ba
   ptx::cp_async_commit();
 }
 
-// One block's keys of one key head; the sum over the query heads that read it is taken here, in their order. Scores lie
-// transposed (keys x queries), so that keep p and dz are first operands of the products that follow without leaving
-// their registers.
+// One block per tile of keys of one key head; it also sums over the query heads that use this key head, in order.
+// Scores are transposed (keys x queries), so keep p and dz can stay in their registers as first operands of the next
+// products.
 template <typename T, int D, bool Full>
 __global__ void __launch_bounds__(DkdvTile<D, Full>::kThreads)
     attention_dkdv_kernel(const __grid_constant__ BackwardLaunch l) {
@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(DkdvTile<D, Full>::kThreads)
   QueryRange range;
   if constexpr (Full) range = seeing_queries<kRows>(l, batch, key0, kKeys);
   else range = causal_queries<kRows>(l, key0);
-  const int end_head = kv_head * group + group;  // of the loop over heads, and in each over queries
+  const int end_head = kv_head * group + group;  // of the loop over heads, which contains one over queries
   int head = range.begin < range.end ? kv_head * group : end_head, query0 = range.begin, stage = 0;
   const auto load = [&](int next_head, int next_query, int next_stage) {
     uint16_t* tile = q_tiles + next_stage * 2 * kRows * D;
@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(DkdvTile<D, Full>::kThreads)
                                 inside);
   ptx::cp_async_commit();
   if (head < end_head) load(head, query0, 0);
-  const int first = key0 + own, key = first + lane_id() / 4;  // of the warp, of this lane
+  const int first = key0 + own, key = first + lane_id() / 4;  // of the warp, and of this lane
   int docs[kM][2] = {};
 #pragma unroll
   for (int i = 0; i < 2 * kM; ++i) {
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(DkdvTile<D, Full>::kThreads)
   const Lane<D> k = rows_first<D>(k_tile + own * D), v = rows_first<D>(v_tile + own * D);
   while (head < end_head) {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // these queries have come, and those of the other stage are done with
+    __syncthreads();  // these queries have arrived, and those of the other stage are no longer needed
     const bool last = query0 + kRows >= range.end;
     const int next_head = last ? head + 1 : head, next_query = last ? range.begin : query0 + kRows;
     if (kStages == 2 && next_head < end_head) load(next_head, next_query, stage ^ 1);
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(DkdvTile<D, Full>::kThreads)
     head = next_head, query0 = next_query, stage ^= kStages - 1;
   }
   ptx::cp_async_wait<0>();
-  __syncthreads();  // keys and values are done with
+  __syncthreads();  // keys and values are no longer needed
   float factors[2][kM][2];
 #pragma unroll
   for (int i = 0; i < 2 * kM; ++i) factors[0][i / 2][i % 2] = a.scale, factors[1][i / 2][i % 2] = a.keep_scale;

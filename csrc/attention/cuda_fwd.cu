@@ -2,17 +2,18 @@
 //
 //   z = scale q k^T, softcapped softcap tanh(z / softcap), masked;  out = softmax(z) v,  lse = log sum exp(z)
 //
-// Fused: scores, masks, softmax, dropout, the sum over values; the T x S matrix is never in memory. Operations: 4 B H
-// T S D, half of it under causal order. Bytes: q, k, v read, out and lse written; k and v again, from L2, for each tile
-// of queries. Saved for backward: out, and lse in fp32. Floor for B = 64, T = S = 1024, H = 12, D = 64, causal, 16
-// bits: 103 GFLOP, A100 (312 TFLOP/s) 330 us, H100 and H200 (989) 104 us, of which mma.sync reaches 63%
+// Fused: scores, masks, softmax, dropout, the sum over values; the T x S matrix is never in memory. Operations: 4 B H T
+// S D, half of it with causal order. Bytes: q, k, v read, out and lse written; k and v are read again, from L2, for
+// each tile of queries. Saved for backward: out, and lse in fp32. Floor for B = 64, T = S = 1024, H = 12, D = 64,
+// causal, 16 bits: 103 GFLOP, A100 (312 TFLOP/s) 330 us, H100 and H200 (989) 104 us, of which mma.sync reaches 63 %
 // (arXiv:2402.13499): 165 us; 406 MB, A100 199 us, H100 121, H200 85.
 //
-// How: a block takes a tile of queries of one head, the last first, since they see the most keys, and streams tiles of
-// the keys and values that some of them see; the values come while scores are computed, the next keys during softmax
-// and the sum over values. A warp's 32 queries (16 for D = 256) share each fragment of keys and values that it reads:
-// with 16, an A100's shared memory would be slower than its tensor cores. Probabilities stay in registers, rounded to
-// 16 bits with the largest score taken off. exp is 2^x, log2 e being in the factor of the scores.
+// How: a block has a tile of queries of one head and streams tiles of the keys and values that some of them see. The
+// last queries start first, since they see the most keys. Values are loaded while scores are computed, the next keys
+// during softmax and the sum over values. The 32 queries of a warp (16 for D = 256) share each fragment of keys and
+// values that it reads: with 16, the shared memory of an A100 would be slower than its tensor cores. Probabilities stay
+// in registers, rounded to 16 bits after the largest score is subtracted. exp is computed as 2^x; the factor of the
+// scores includes log2 e.
 //
 //                     tile        registers (sm_80)   shared   blocks on a multiprocessor of an A100
 //   D up to 64        128 x 64    216                 32 KB    2
@@ -30,21 +31,21 @@ namespace {
 template <int D, bool Full>
 struct FwdTile {
   static constexpr int kThreads = 128;
-  static constexpr int kM = D > (Full ? 96 : 128) ? 1 : 2;  // 16-row pieces of a warp
+  static constexpr int kM = D > (Full ? 96 : 128) ? 1 : 2;  // 16-row pieces per warp
   static constexpr int kRows = kThreads / 32 * 16 * kM;    // queries
   static constexpr int kKeys = D > 128 || (D == 64 && Full) ? 32 : D == 128 && !Full ? 48 : 64;
-  static constexpr int kBlocks = !Full ? 1 : D == 128 ? 3 : 2;  // on a multiprocessor, at least
+  static constexpr int kBlocks = !Full ? 1 : D == 128 ? 3 : 2;  // minimum on a multiprocessor
   static constexpr int kBytes = (kRows + 2 * kKeys) * D * 2;
 };
 
-// What the queries of one lane have come to: largest score (not scaled), its own part of the sum of powers, the sum of
-// values weighted by them.
+// State of the queries of one lane: the largest score (not scaled), the part of this lane in the sum of powers, and the
+// sum of values weighted by the powers.
 template <int M, int W>
 struct Softmax {
   float top[M][2], total[M][2], out[M][W][4];
 };
 
-// z becomes 2^(c (z - top)); top, total and out are brought up to date.
+// Replaces z by 2^(c (z - top)) and updates top, total and out.
 template <int M, int N, int W>
 __device__ __forceinline__ void update(Softmax<M, W>& s, float (&z)[M][N][4], float c) {
 #pragma unroll
@@ -57,7 +58,7 @@ __device__ __forceinline__ void update(Softmax<M, W>& s, float (&z)[M][N][4], fl
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 1));
       top = fmaxf(top, __shfl_xor_sync(0xffffffffu, top, 2));
       const float base = top == -INFINITY ? 0.0f : top * c;  // no key yet: 2^-inf, not 2^(inf - inf)
-      const float shrink = ptx::ex2(__fmul_rn(s.top[m][h], c) - base);  // 1 where top stays; by an FMA, 2^(its residue)
+      const float shrink = ptx::ex2(__fmul_rn(s.top[m][h], c) - base);  // 1 if top stays; an FMA gives 2^residue
       s.top[m][h] = top;
       float sum = 0.0f;
 #pragma unroll
@@ -100,7 +101,7 @@ __device__ __forceinline__ void drop(const Dropout& dropout, int query, int key0
   }
 }
 
-// The signs of the pieces of a tile that this thread has loaded.
+// Flips the signs of the pieces of a tile that this thread has loaded.
 template <int D, int ROWS, int THREADS>
 __device__ __forceinline__ void negate_own(uint16_t* tile) {
   using P = Pieces<D, THREADS>;
@@ -113,7 +114,7 @@ __device__ __forceinline__ void negate_own(uint16_t* tile) {
   }
 }
 
-// lse, and factors of out's rows; `query`: of the warp's first row.
+// Stores lse and returns the factors of the rows of out; `query`: of the first row of the warp.
 template <int M, int W>
 __device__ __forceinline__ void finish(const AttentionLaunch& l, Softmax<M, W>& s, int64_t head, int query,
                                        float (&factor)[M][2]) {
@@ -147,19 +148,19 @@ __global__ void __launch_bounds__(FwdTile<D, Full>::kThreads, FwdTile<D, Full>::
   if constexpr (Full) sight = find_spans<kRows, kThreads>(a, at.batch, at.query0, spans);
   else sight = causal_sight(l, at.query0, kRows);
   const int64_t k_from = offset_of(a.k_at, at.batch, at.kv_head), v_from = offset_of(a.v_at, at.batch, at.kv_head);
-  const auto seen = [&](int key) { return key >= sight.low && key < sight.high; };  // others may hold anything
+  const auto seen = [&](int key) { return key >= sight.low && key < sight.high; };  // others may be uninitialised
   const int first = sight.low / kKeys * kKeys;
   if (first < sight.high) {
     load_tile<D, kRows, kThreads>(q_tile, a.q, offset_of(a.q_at, at.batch, at.head), a.q_at.row, at.query0, l.dim,
                                   l.aligned, [&](int row) { return row < l.n_queries; });
     load_tile<D, kKeys, kThreads>(k_tile, a.k, k_from, a.k_at.row, first, l.dim, l.aligned, seen);
     ptx::cp_async_commit();
-    if (a.scale < 0.0f) {  // the largest score is sought before it is scaled
+    if (a.scale < 0.0f) {  // the largest score is found before scaling
       ptx::cp_async_wait<0>();
       negate_own<D, kRows, kThreads>(q_tile);
     }
   }
-  // a warp computes up to the last key that its own queries see
+  // a warp stops after the last key that its queries see
   const int high = query >= l.n_queries ? 0 : Full ? sight.high : causal_end(l, query + 16 * kM - 1);
   Softmax<kM, D / 8> s = {};
 #pragma unroll
@@ -167,13 +168,13 @@ __global__ void __launch_bounds__(FwdTile<D, Full>::kThreads, FwdTile<D, Full>::
   const Lane<D> q = rows_first<D>(q_tile + own * D), k = columns_first<D>(k_tile), v = rows_first<D>(v_tile);
   for (int key0 = first; key0 < sight.high; key0 += kKeys) {
     ptx::cp_async_wait<0>();
-    __syncthreads();  // these keys have come, and the values before them are done with
+    __syncthreads();  // these keys have arrived, and the previous values are no longer needed
     load_tile<D, kKeys, kThreads>(v_tile, a.v, v_from, a.v_at.row, key0, l.dim, l.aligned, seen);
     ptx::cp_async_commit();
     float z[kM][kKeys / 8][4] = {};
     if (key0 < high) multiply_rows<T>(z, q, k);
     ptx::cp_async_wait<0>();
-    __syncthreads();  // these values have come, and the keys are done with
+    __syncthreads();  // these values have arrived, and the keys are no longer needed
     if (key0 + kKeys < sight.high) {
       load_tile<D, kKeys, kThreads>(k_tile, a.k, k_from, a.k_at.row, key0 + kKeys, l.dim, l.aligned, seen);
       ptx::cp_async_commit();
@@ -188,7 +189,7 @@ __global__ void __launch_bounds__(FwdTile<D, Full>::kThreads, FwdTile<D, Full>::
   }
   float factor[kM][2];
   finish(l, s, at.batch * a.n_heads + at.head, query, factor);
-  write_tile<T, D>(q_tile, own, 0, s.out, factor);  // over the warp's own queries
+  write_tile<T, D>(q_tile, own, 0, s.out, factor);  // overwrites only the queries of this warp
   __syncthreads();
   store_tile<D, kRows, kThreads>(q_tile, a.out, offset_of(a.out_at, at.batch, at.head), a.out_at.row, at.query0,
                                  l.n_queries, l.dim, l.out_aligned);

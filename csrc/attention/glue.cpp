@@ -1,4 +1,5 @@
-// attention's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/attention.py.
+// Raw ops of attention: check, allocate, fill the struct of the launcher, launch. Schemas are in
+// fastgpt/ops/attention.py.
 #include <algorithm>
 #include <array>
 
@@ -10,7 +11,7 @@
 namespace fastgpt {
 namespace {
 
-// Attention's options, in the order of its schemas.
+// Options, in the order of the schemas.
 struct AttentionOptions {
   const OptTensor &cu_seqlens_q, &cu_seqlens_k, &doc_ids, &kv_lens, &kv_start, &rng;
   bool causal;
@@ -24,14 +25,14 @@ struct AttentionOptions {
 #define FASTGPT_ATTENTION_PACK \
   {cu_seqlens_q, cu_seqlens_k, doc_ids, kv_lens, kv_start, rng, causal, scale, window, softcap, dropout_p}
 
-// (B, rows, heads, D) with a contiguous last dimension: the tensor itself, or a copy.
+// Returns a (B, rows, heads, D) tensor itself if its last dimension is contiguous, else a copy.
 Tensor with_dense_heads(const Tensor& t) {
   return t.stride(3) == 1 || t.size(3) == 1 ? t : torch::stable::contiguous(t);
 }
 
 AttentionStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
-// Where head `head` of a (B, rows, heads, D) tensor begins.
+// Returns the address of head `head` of a (B, rows, heads, D) tensor.
 void* head_of(const Tensor& t, int64_t head, DType dtype) {
   return static_cast<char*>(t.data_ptr()) + head * t.stride(2) * (dtype == DType::f32 ? 4 : 2);
 }
@@ -43,7 +44,7 @@ const int32_t* index_or_null(const char* op, const char* name, const OptTensor& 
   return static_cast<const int32_t*>(t->data_ptr());
 }
 
-// Shapes from q (B, T, H, D) and the keys' sizes; then the options. Memory is kept alive by the caller's tensors.
+// Sets shapes from q (B, T, H, D) and the sizes of the keys, and the options. The tensors of the caller own the memory.
 AttentionArgs attention_args(const char* op, const Tensor& q, int64_t n_heads, int64_t n_keys,
                              int64_t n_kv_heads, const AttentionOptions& o) {
   AttentionArgs a{};
@@ -75,7 +76,7 @@ AttentionArgs attention_args(const char* op, const Tensor& q, int64_t n_heads, i
   a.keep_scale = static_cast<float>(1.0 / (1.0 - o.dropout_p));
   a.causal = o.causal, a.scale = static_cast<float>(o.scale), a.softcap = static_cast<float>(o.softcap);
   FASTGPT_CHECK(o.window >= 0 && o.softcap >= 0.0, op, "window and softcap must not be negative");
-  a.window = std::min(o.window, a.n_queries + a.n_keys + 1);  // more changes nothing, and could overflow
+  a.window = std::min(o.window, a.n_queries + a.n_keys + 1);  // a larger window has the same effect, but could overflow
   return a;
 }
 
@@ -108,7 +109,7 @@ std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, FASTGPT_A
   return {out, lse};
 }
 
-// Scratch of backward; the caller keeps it.
+// Allocates the scratch of backward, which the caller must keep.
 template <class Device>
 Tensor workspace_of(const Device& device, AttentionArgs& a, const Tensor& like) {
   const int64_t n = attention_bwd_workspace(a.n_batch, a.n_queries, a.n_heads, device.stream);
@@ -117,7 +118,7 @@ Tensor workspace_of(const Device& device, AttentionArgs& a, const Tensor& like) 
   return t;
 }
 
-// What both backward ops have beside q, k, v and their gradients; the three tensors are made dense in place.
+// Sets what both backward ops have besides q, k, v and their gradients; replaces the three tensors by dense ones.
 void backward_args(const char* op, AttentionArgs& a, Tensor& dout, Tensor& out, const Tensor& lse,
                    const Tensor& like) {
   const std::array<int64_t, 4> sizes = {a.n_batch, a.n_queries, a.n_heads, a.head_dim};

@@ -1,18 +1,18 @@
-// Which keys a query sees: one formula for the CPU and the CUDA kernels. Documents restrict it further.
+// The keys that a query sees, for the CPU and the CUDA kernels. Documents restrict them further.
 #pragma once
 #include "attention/op.h"
 #include "core/math.h"
 
 namespace fastgpt {
 
-// Keys [begin, end), inside [0, n_keys]; none where begin >= end.
+// Keys [begin, end) within [0, n_keys]; none if begin >= end.
 struct KeyRange {
   int64_t begin, end;
 };
 
-// `sequence`: the packed sequence that the query lies in, n_sequences where it is in none; used with cu_q alone.
+// sequence: the packed sequence of the query, n_sequences if it is in none; used only with cu_q.
 FASTGPT_HD KeyRange key_range(const AttentionArgs& a, int64_t batch, int64_t query, int64_t sequence) {
-  int64_t begin = 0, end = a.n_keys, position = 0;  // the key that lies on the diagonal
+  int64_t begin = 0, end = a.n_keys, position = 0;  // the key on the diagonal
   if (a.cu_q != nullptr) {
     if (sequence == a.n_sequences) return {0, 0};
     begin = a.cu_k[sequence], end = a.cu_k[sequence + 1];

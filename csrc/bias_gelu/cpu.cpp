@@ -1,9 +1,9 @@
 // bias + GELU on the CPU; formulas in fastgpt/ops/bias_gelu.py and core/math.h.
 //
-// Forward reads x and writes y once. Backward reads dy and x and writes dx once, and sums dbias in the same pass per
+// Forward reads x and writes y once. Backward reads dy and x and writes dx once; in the same pass it sums dbias per
 // block of rows (core/cpu/partials.h).
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=fast")  // no formula here relies on a rounded product
+#pragma GCC optimize("fp-contract=fast")  // no formula here needs a product to be rounded
 #endif
 #include "bias_gelu/op.h"
 #include "core/cpu/parallel.h"
@@ -32,7 +32,7 @@ FASTGPT_CLONES static void fwd_rows(const BiasGeluArgs& a, const float* bias, in
   });
 }
 
-// One row of dx; dbias += dx before it is rounded.
+// Computes one row of dx; dbias += dx before rounding.
 template <bool Tanh, class T>
 inline void bwd_row(const BiasGeluArgs& a, const float* bias, float* dbias, int64_t n) {
   const T* dy = static_cast<const T*>(a.dy) + n * a.dy_row;
@@ -52,7 +52,7 @@ inline void bwd_row(const BiasGeluArgs& a, const float* bias, float* dbias, int6
   }
 }
 
-// dbias: sum over these rows, (C), or null.
+// dbias: receives the sum over these rows, (C), or null.
 FASTGPT_CLONES static void bwd_rows(const BiasGeluArgs& a, const float* bias, float* dbias, int64_t begin, int64_t end) {
   with_type(a.dtype, [&](auto tag) {
     for (int64_t n = begin; n < end; ++n) {

@@ -1,16 +1,16 @@
 // bias + GELU, forward and backward; formulas in fastgpt/ops/bias_gelu.py, core/math.h and activations.cuh.
 //
-//   y = gelu(x + bias);  dx = dy gelu'(x + bias);  dbias = sum_rows dx, of dx before it is rounded
+//   y = gelu(x + bias);  dx = dy gelu'(x + bias);  dbias = sum_rows dx, before dx is rounded
 //
-// Saved for backward: x and bias. Bytes for each element of 16 bits: forward 4 (read x, write y), backward 6 (read dy
+// Saved for backward: x and bias. Bytes per 16-bit element: forward 4 (read x, write y), backward 6 (read dy
 // and x, write dx). Floor for N = 65536, C = 3072: forward (805 MB) A100 395 us, H100 240, H200 168; backward (1208 MB)
 // 592, 361, 252.
 //
 // How: a thread has 8 columns (one 16-byte piece; their bias stays in registers) and 4 rows at a time, all requested
-// before the first is used. Forward: 48 registers, 1280 threads with 64 bytes each, 80 KB on their way to a
-// multiprocessor (norm/cuda.cuh says what it takes). Backward: 80 registers, 768 threads with 128 bytes each, 96 KB on an
-// A100; 324 blocks of 256 walk down the rows of their columns with dbias in registers, one fp32 partial each
-// (partials.cuh). Instructions for each element of 16 bits, sm_90: forward erf 26, tanh 17 (an H100 has time for 34,
+// before the first is used. Forward: 48 registers, 1280 threads with 64 bytes each, 80 KB in flight to a multiprocessor
+// (norm/cuda.cuh: how much is needed). Backward: 80 registers, 768 threads with 128 bytes each, 96 KB on an A100; 324
+// blocks of 256 threads go down the rows of their columns with dbias in registers and write one fp32 partial each
+// (partials.cuh). Instructions per 16-bit element on sm_90: forward erf 26, tanh 17 (an H100 has time for 34,
 // activations.cuh), backward 34 and 31 (51); fp32 at most 67 (69) and 86 (103).
 #include "bias_gelu/op.h"
 #include "core/cuda/activations.cuh"
@@ -20,7 +20,7 @@ namespace fastgpt::cuda {
 namespace {
 
 constexpr int kRows = 4;
-constexpr int kResident = 768;  // threads of a multiprocessor in backward: 80 registers each
+constexpr int kResident = 768;  // threads on a multiprocessor in backward: 80 registers each
 
 template <typename T, int L>
 __device__ __forceinline__ void load_bias(const BiasGeluArgs& a, int64_t c, float (&bias)[L]) {
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kTileThreads) bias_gelu_fwd_kernel(const BiasG
   }
 }
 
-// A block has the columns of one tile and every n-th group of rows.
+// A block has the columns of one tile and every n-th group of rows, where n is the number of such blocks.
 template <typename T, bool kTanh, int L>
 __global__ void __launch_bounds__(kTileThreads) bias_gelu_bwd_kernel(const BiasGeluArgs a, unsigned per_row) {
   FASTGPT_DYNAMIC_SHARED(float, shared);  // (blockDim.x L) if blockDim.y > 1
@@ -116,7 +116,7 @@ void bwd(const BiasGeluArgs& a, Stream stream) {
 
 }  // namespace
 
-// One wave on the 108 multiprocessors of an A100, tiles of 16-bit elements.
+// At most one wave on the 108 multiprocessors of an A100, with tiles of 16-bit elements.
 int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols, Stream) {
   if (n_rows == 0 || n_cols == 0) return 0;
   const Tiles t = tiles_of(n_rows, n_cols, kLanes<bf16>, kRows);

@@ -1,4 +1,5 @@
-// bias_gelu's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/bias_gelu.py.
+// Raw ops of bias_gelu: check, allocate, fill the struct of the launcher, launch. Schemas are in
+// fastgpt/ops/bias_gelu.py.
 #include "bias_gelu/op.h"
 #include "glue/allocate.h"
 #include "glue/register.h"
@@ -7,7 +8,7 @@
 namespace fastgpt {
 namespace {
 
-// Everything but dy and the outputs; `x_rows` and `bias` keep the memory alive.
+// Sets everything except x, dy and the outputs; `bias` owns its memory.
 BiasGeluArgs bias_gelu_args(const char* op, const Tensor& x, OptTensor& bias, bool tanh) {
   FASTGPT_CHECK(x.dim() >= 1, op, "x must have at least one dimension");
   BiasGeluArgs a{};

@@ -1,4 +1,4 @@
-// bias_gelu's arguments and launchers; formulas in fastgpt/ops/bias_gelu.py.
+// Arguments and launchers of bias_gelu; formulas in fastgpt/ops/bias_gelu.py.
 #pragma once
 #include "core/dtype.h"
 #include "core/stream.h"

@@ -1,9 +1,10 @@
-// Element types of the tensors that kernels read and write. Every <op>/op.h is a boundary between the torch glue
-// (<op>/glue.cpp) and the kernels (<op>/cpu.cpp, <op>/cuda.cu): raw pointers, sizes and a stream, no torch header. CPU
-// and CUDA take the same structs. Shapes and dtypes are checked by the caller.
+// Element types of the tensors that kernels read and write. Every <op>/op.h separates the torch glue (<op>/glue.cpp)
+// from the kernels (<op>/cpu.cpp, <op>/cuda.cu): it passes raw pointers, sizes and a stream, and includes no torch
+// header. CPU and CUDA kernels use the same structs. The caller checks shapes and dtypes.
 //
-// Rows are N = n_rows, columns C = n_cols. `*_row` is the distance between two rows in elements (0 for an expanded
-// tensor); columns are contiguous. Pointers need only element alignment: kernels choose their vector width from it.
+// N = n_rows is the number of rows, C = n_cols the number of columns. `*_row` is the distance between two rows in
+// elements (0 for an expanded tensor); columns are contiguous. Pointers need only element alignment: kernels choose
+// their vector width from it.
 #pragma once
 #include <cstdint>
 

@@ -1,6 +1,6 @@
-// Formulas that the CPU and the CUDA kernels share, one value at a time. Branch-free and free of libm calls unless
-// said, so that g++ -O3 -fno-trapping-math -fno-math-errno turns loops over them into vector code. Largest errors are what
-// tests/test_math.py holds them to; u is 2^-23.
+// Formulas that the CPU and CUDA kernels share, one value at a time. They have no branches and call no libm function
+// unless a comment says so: g++ -O3 -fno-trapping-math -fno-math-errno can vectorise loops over them. The largest
+// errors are given with u = 2^-23; tests/test_math.py checks them.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -38,7 +38,7 @@ FASTGPT_HD float bits_float(uint32_t b) {
 FASTGPT_HD float to_float(float x) { return x; }
 FASTGPT_HD float to_float(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 
-FASTGPT_HD float to_float(f16 x) {  // exponent rebias by an exact product; it takes subnormals along
+FASTGPT_HD float to_float(f16 x) {  // rebias the exponent by an exact product, which also handles subnormals
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
   const uint32_t finite = float_bits(bits_float(magnitude) * 0x1p112f);
@@ -52,11 +52,11 @@ FASTGPT_HD bf16 to_bf16(float x) {  // nearest, ties to even; NaN stays NaN
   return bf16{static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
 }
 
-FASTGPT_HD f16 to_f16(float x) {  // nearest, ties to even; beyond 65519 infinity; NaN stays NaN
+FASTGPT_HD f16 to_f16(float x) {  // nearest, ties to even; infinity beyond 65519; NaN stays NaN
   const uint32_t sign = (float_bits(x) >> 16) & 0x8000u;
   const uint32_t b = float_bits(x) & 0x7fffffffu;
   const uint32_t special = b > 0x7f800000u ? 0x7e00u : 0x7c00u;
-  const uint32_t subnormal = float_bits(bits_float(b) + 0.5f) - 0x3f000000u;  // the sum rounds at 2^-24
+  const uint32_t subnormal = float_bits(bits_float(b) + 0.5f) - 0x3f000000u;  // the sum rounds to multiples of 2^-24
   const uint32_t normal = (b - 0x38000000u + 0xfffu + ((b >> 13) & 1u)) >> 13;
   const uint32_t finite = b < 0x38800000u ? subnormal : normal;
   return f16{static_cast<uint16_t>(sign | (b >= 0x47800000u ? special : finite))};
@@ -79,10 +79,10 @@ FASTGPT_HD f16 from_float<f16>(float x) {
 
 // ---- exp, tanh ----
 
-// exp(x) for -87.33 <= x <= 87 (and NaN): relative error 0.7 u. x = n ln 2 + r, |r| <= ln(2)/2; polynomial in r, times
-// 2^n put together from bits.
+// exp(x) for -87.33 <= x <= 87 (and NaN): relative error 0.7 u. x = n ln 2 + r, |r| <= ln(2)/2; the result is a
+// polynomial in r times 2^n, which is assembled from bits.
 FASTGPT_HD float exp_near(float x) {
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits now hold n
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: n is now in the low bits
   const float n = shifted - 12582912.0f;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in n * part
   float p = 1.9875691500e-4f;
@@ -100,7 +100,7 @@ FASTGPT_HD float exp_low(float x) {
   return x < -87.33654f ? 0.0f : y;
 }
 
-// tanh(x) from e = exp(-2|x|): polynomial below 0.625, (1 - e) / (1 + e) above. Relative error 1.25 u with e from
+// tanh(x) from e = exp(-2|x|): a polynomial below 0.625, (1 - e) / (1 + e) above. Relative error 1.25 u if e is from
 // exp_low.
 FASTGPT_HD float tanh_from_exp(float x, float e) {
   const float a = bits_float(float_bits(x) & 0x7fffffffu);
@@ -128,7 +128,7 @@ FASTGPT_HD float layer_norm_y(float x, float mean, float rstd, float weight, flo
   return (x - mean) * rstd * weight + bias;
 }
 
-// One element of dx: wdy = weight dy, the two means taken over the row.
+// One element of dx: wdy = weight dy; the two means are over the row.
 FASTGPT_HD float layer_norm_dx(float wdy, float xhat, float mean_wdy, float mean_wdy_xhat, float rstd) {
   return (wdy - mean_wdy - xhat * mean_wdy_xhat) * rstd;
 }
@@ -145,8 +145,8 @@ FASTGPT_HD float softcap_slope(float z, float inv_softcap) {
   return 1.0f - t * t;
 }
 
-// Loss of a row. gap = lse - z_y and smooth_sum = sum_c w_c (lse - z_c), both taken from max-shifted values;
-// smooth_sum is 0 where smoothing is 0 (it may be infinite otherwise).
+// Loss of a row. gap = lse - z_y and smooth_sum = sum_c w_c (lse - z_c), both computed from max-shifted
+// values. smooth_sum must be 0 if smoothing is 0 (it could be infinite otherwise).
 FASTGPT_HD float cross_entropy_loss(float gap, float smooth_sum, float w_y, float lse, float smoothing, float z_loss,
                                     float n_classes) {
   return (1.0f - smoothing) * w_y * gap + smoothing / n_classes * smooth_sum + z_loss * lse * lse;
@@ -159,20 +159,21 @@ struct CrossEntropyGrad {
 
 FASTGPT_HD CrossEntropyGrad cross_entropy_grad_row(float scale, float w_y, float weight_sum, float lse, float smoothing,
                                                    float z_loss, float n_classes) {
-  // of one class p is 1, and what it and the target weigh is the same: left out, not subtracted
+  // with one class p is 1 and both terms have the same weight: omit them, since subtracting them would leave rounding
   const float hit = n_classes > 1.0f ? (1.0f - smoothing) * w_y : 0.0f;
   const float smooth = n_classes > 1.0f ? smoothing / n_classes : 0.0f;
   return CrossEntropyGrad{scale * (hit + smooth * weight_sum + 2.0f * z_loss * lse), scale * smooth, scale * hit};
 }
 
-// dl/dz_c without the target's `hit`.
+// dl/dz_c without `hit`, which the caller subtracts for the target.
 FASTGPT_HD float cross_entropy_dz(const CrossEntropyGrad& g, float p, float weight) {
   return p * g.p_scale - weight * g.smooth;
 }
 
 // ---- GELU, SiLU, squared ReLU: value and slope; bounds checked by tests/ops/test_bias_gelu.py, test_swiglu.py ----
 
-// x no less than low; |x| no more than limit. Beyond these limits nothing changes any more; NaN passes.
+// Clamp x from below, and |x| from above. Beyond these limits the functions below are constant or linear; NaN stays
+// NaN.
 FASTGPT_HD float at_least(float x, float low) { return x < low ? low : x; }
 
 FASTGPT_HD float clamp_to(float x, float limit) {
@@ -181,13 +182,13 @@ FASTGPT_HD float clamp_to(float x, float limit) {
 }
 
 struct NormalTail {
-  float a;        // |x|, at most 13.1: the tail is 0 to fp32 there
-  float tail;     // Phi(-a), Phi the normal distribution
+  float a;        // min(|x|, 13.1): in fp32 the tail is 0 from there on
+  float tail;     // Phi(-a); Phi is the standard normal CDF
   float density;  // exp(-a^2 / 2) / sqrt(2 pi)
 };
 
-// Phi(-a) = exp(-a^2 / 2) P(a t) t with t = 1 / (a + 2); P is a fit of degree 9 (relative error 0.45 u). Relative error
-// of the tail: (4 + a^2 / 2) u.
+// Phi(-a) = exp(-a^2 / 2) P(a t) t with t = 1 / (a + 2); P is a fit of degree 9 (relative error 0.45 u). The tail
+// has relative error (4 + a^2 / 2) u.
 FASTGPT_HD NormalTail normal_tail(float x) {
   const float size = bits_float(float_bits(x) & 0x7fffffffu);
   const float a = size > 13.1f ? 13.1f : size;
@@ -207,7 +208,7 @@ FASTGPT_HD NormalTail normal_tail(float x) {
   return NormalTail{a, p * t * e, 0.398942280f * e};
 }
 
-// x Phi(x) = max(x, 0) - a Phi(-a): relative error 4 u above 0, the tail's below.
+// x Phi(x) = max(x, 0) - a Phi(-a): relative error 4 u above 0, that of the tail below.
 FASTGPT_HD float gelu_f(float x) {
   const NormalTail n = normal_tail(x);
   return at_least(x, 0.0f) - n.a * n.tail;
@@ -216,7 +217,7 @@ FASTGPT_HD float gelu_f(float x) {
 // x sigmoid(v) with v = 2 sqrt(2 / pi) (x + 0.044715 x^3), which is 0.5 x (1 + tanh(v / 2)): relative error
 // 2 (1 + |v|) u; about 1e-36 below x = -9.9.
 FASTGPT_HD float gelu_tanh_f(float x) {
-  const float u = clamp_to(x, 9.9f);  // v stays within 86
+  const float u = clamp_to(x, 9.9f);  // keeps |v| below 86
   return at_least(x, -9.9f) / (1.0f + exp_near(-1.59576912f * u * (1.0f + 0.044715f * u * u)));
 }
 
@@ -228,7 +229,7 @@ FASTGPT_HD float relu2_f(float x) {
   return r * r;
 }
 
-// A function's value and slope at one point; slopes to an absolute 4 u.
+// Value and slope of a function at one point. Slopes have an absolute error of 4 u.
 struct ValueSlope {
   float value, slope;
 };
@@ -260,7 +261,8 @@ FASTGPT_HD ValueSlope relu2_both(float x) {
 
 // ---- AdamW ----
 
-// 1 - base^t in double for t >= 0 (0 for t = 0): cancels in fp32. Relative error of base^t: t 2^-52.
+// 1 - base^t for t >= 0 (0 for t = 0), in double because fp32 would lose it to cancellation. Relative error of base^t:
+// t 2^-52.
 FASTGPT_HD double one_minus_power(double base, int64_t t) {
   double power = 1.0;
   for (; t > 0; t >>= 1) {
@@ -270,7 +272,7 @@ FASTGPT_HD double one_minus_power(double base, int64_t t) {
   return 1.0 - power;
 }
 
-// What all elements of a tensor share in one step.
+// Factors that are the same for all elements of a tensor in one step.
 struct AdamWScalars {
   float grad_factor;  // clip coefficient / grad_scale
   float decay;        // 1 - lr weight_decay
@@ -281,7 +283,7 @@ struct AdamWScalars {
   float eps;
 };
 
-// Not vectorised; once per tensor (sqrt of a double).
+// Runs once per tensor and is not vectorised (sqrt of a double).
 FASTGPT_HD AdamWScalars adamw_scalars(double lr, double beta1, double beta2, double eps, double weight_decay, int64_t t,
                                       float grad_factor) {
   AdamWScalars s;
@@ -296,13 +298,13 @@ FASTGPT_HD AdamWScalars adamw_scalars(double lr, double beta1, double beta2, dou
   return s;
 }
 
-// min(1, max_norm / (norm + 1e-6)), torch.nn.utils.clip_grad_norm_'s; 1 where max_norm <= 0.
+// min(1, max_norm / (norm + 1e-6)), as in torch.nn.utils.clip_grad_norm_; 1 if max_norm <= 0.
 FASTGPT_HD float clip_coefficient(float norm, float max_norm) {
   const float c = max_norm / (norm + 1e-6f);
   return max_norm > 0.0f && c < 1.0f ? c : 1.0f;
 }
 
-// One element: p, m, v in fp32, updated in place.
+// Updates one element in place; p, m, v are fp32.
 FASTGPT_HD void adamw_element(float& p, float g, float& m, float& v, const AdamWScalars& s) {
   g *= s.grad_factor;
   m += s.one_minus_beta1 * (g - m);
@@ -313,12 +315,12 @@ FASTGPT_HD void adamw_element(float& p, float g, float& m, float& v, const AdamW
 // ---- fp32 master = bf16 parameter + 16-bit remainder, exact ----
 
 FASTGPT_HD float join_remainder(bf16 high, int16_t low) {
-  // a zero with negative low bits never came from a master: it was set from outside, and the sum would be a NaN
+  // no master gives a zero with negative low bits: the parameter was set from outside, and the sum would be a NaN
   const int32_t rest = (high.bits & 0x7fffu) == 0 && low < 0 ? 0 : low;
   return bits_float((static_cast<uint32_t>(high.bits) << 16) + static_cast<uint32_t>(rest));
 }
 
-FASTGPT_HD uint32_t remainder_bits(float master) {  // every NaN as the one that rounding leaves a NaN
+FASTGPT_HD uint32_t remainder_bits(float master) {  // replace every NaN by one that is still a NaN after rounding
   const uint32_t b = float_bits(master);
   return (b & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : b;
 }
@@ -328,12 +330,12 @@ FASTGPT_HD bf16 remainder_high(float master) {  // nearest, ties away from zero
 }
 
 FASTGPT_HD int16_t remainder_low(float master) {
-  return static_cast<int16_t>(remainder_bits(master) & 0xffffu);  // what is left after remainder_high, modulo 2^16
+  return static_cast<int16_t>(remainder_bits(master) & 0xffffu);  // the bits that remainder_high drops, modulo 2^16
 }
 
 // ---- stochastic rounding ----
 
-// Key of one tensor in one step; two words, mixed once (splitmix64's finaliser).
+// Key of one tensor in one step: two words from the finaliser of splitmix64.
 struct RandomKey {
   uint32_t a, b;
 };
@@ -352,7 +354,7 @@ FASTGPT_HD RandomKey random_key(uint64_t seed, int64_t t, int32_t index) {
   return RandomKey{static_cast<uint32_t>(k), static_cast<uint32_t>(k >> 32)};
 }
 
-// 32 random bits for one element: two rounds of a 32-bit finaliser, keyed before each.
+// 32 random bits for one element: two rounds of a 32-bit finaliser, with one word of the key before each.
 FASTGPT_HD uint32_t random_bits(const RandomKey& key, uint64_t element) {
   uint32_t x = static_cast<uint32_t>(element) ^ key.a;
   x ^= static_cast<uint32_t>(element >> 32) * 0x9e3779b9u;
@@ -364,7 +366,7 @@ FASTGPT_HD uint32_t random_bits(const RandomKey& key, uint64_t element) {
   return x ^ (x >> 16);
 }
 
-// Rounds up with the probability of the part that is cut off: unbiased. NaN stays NaN, infinity stays.
+// Rounds up with a probability equal to the discarded fraction, so the result is unbiased. NaN and infinity stay.
 FASTGPT_HD bf16 round_stochastic(float x, uint32_t random) {
   const uint32_t b = float_bits(x);
   const uint32_t rounded = (b + (random >> 16)) >> 16;
@@ -374,8 +376,8 @@ FASTGPT_HD bf16 round_stochastic(float x, uint32_t random) {
 
 // ---- attention; formulas in fastgpt/ops/attention.py ----
 
-// First word of Philox4x32-7 (Salmon et al. 2011) for a counter of four words and a key of two: dropout's random bits,
-// as `dropout_keep` in fastgpt/ops/_attention.py.
+// First word of Philox4x32-7 (Salmon et al. 2011) for a counter of four words and a key of two: the random bits of
+// dropout, the same as `dropout_keep` in fastgpt/ops/_attention.py.
 FASTGPT_HD uint32_t philox_first(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
   for (int round = 0; round < 7; ++round) {
     const uint64_t a = static_cast<uint64_t>(c0) * 0xd2511f53u, b = static_cast<uint64_t>(c2) * 0xcd9e8d57u;
@@ -390,11 +392,11 @@ FASTGPT_HD uint32_t philox_first(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t
 
 // ---- RMSNorm ----
 
-// One element of y; the weight with its offset.
+// One element of y; `weight` includes the offset.
 FASTGPT_HD float rms_norm_y(float x, float rstd, float weight) { return x * rstd * weight; }
 
-// What a row's dx is made of: dx = (wdy - xhat mean) factor, wdy = weight dy, xhat = x rstd. With one column the
-// difference, wdy (1 - xhat^2) = wdy eps rstd^2, would be lost to cancellation: the product is in the factor.
+// Computes dx of a row: dx = (wdy - xhat mean) factor, wdy = weight dy, xhat = x rstd. With one column the difference
+// wdy (1 - xhat^2) = wdy eps rstd^2 would be lost to cancellation, so `factor` contains this product instead.
 struct RmsNormDx {
   float mean, factor;
 

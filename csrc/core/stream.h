@@ -1,5 +1,6 @@
-// Where a launcher's work runs, its last argument. fastgpt::cpu and fastgpt::cuda have a Stream each and launchers of the
-// same names: a template that calls `layer_norm_fwd(a, stream)` finds those of the stream's namespace.
+// The last argument of every launcher says where the work runs. fastgpt::cpu and fastgpt::cuda each have a Stream, and
+// launchers of the same names: a template that calls `layer_norm_fwd(a, stream)` finds the one in the namespace of its
+// stream.
 #pragma once
 
 namespace fastgpt {
@@ -14,7 +15,7 @@ struct Stream {
 };
 }  // namespace cuda
 
-// Declares an op's launchers, and the sizes of their workspaces, for both.
+// Declares the launchers of an op, and the functions that give workspace sizes, in both namespaces.
 #define FASTGPT_ON_EACH_DEVICE(...) \
   namespace cpu {                   \
   __VA_ARGS__                       \

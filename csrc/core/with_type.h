@@ -1,4 +1,4 @@
-// Turns a DType, known when a launcher is called, into an element type, which a kernel template needs.
+// Converts a DType, known only at run time, into the element type that a kernel template needs.
 #pragma once
 #include "core/dtype.h"
 #include "core/math.h"

@@ -1,10 +1,11 @@
 // Cross-entropy on the CPU; formulas in fastgpt/ops/cross_entropy.py.
 //
-// A row goes by in chunks of 1024 columns: the largest z so far and the sum of exponentials around it (Milakov,
-// Gimelshein 2018, arXiv:1805.02867), then, if asked, the gradient while the row is still in cache, over the logits or
-// elsewhere. So logits are read from memory once and the gradient is written once. Padding columns get gradient 0.
+// A row is processed in chunks of 1024 columns: the largest z so far and the sum of exponentials shifted by it
+// (Milakov, Gimelshein 2018, arXiv:1805.02867), then, if needed, the gradient while the row is still in cache, in place
+// of the logits or elsewhere. Logits are read from memory once and the gradient is written once. Padding columns get
+// gradient 0.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=fast")  // no formula here relies on a rounded product
+#pragma GCC optimize("fp-contract=fast")  // no formula here needs a product to be rounded
 #endif
 #include <cmath>
 
@@ -14,7 +15,7 @@
 
 namespace fastgpt::cpu {
 
-// What a row's loss and gradient need, gathered chunk by chunk around the largest z so far.
+// Statistics for the loss and gradient of a row, collected chunk by chunk and shifted by the largest z so far.
 struct RowStats {
   float max = -INFINITY;
   double sum_exp = 0.0;   // sum exp(z - max)
@@ -27,8 +28,8 @@ inline float z_of(T logit, float softcap, float inv_softcap) {
   return Softcap ? softcap_f(to_float(logit), softcap, inv_softcap) : to_float(logit);
 }
 
-// z of n logits into `z`, laid out as for_vectors says; fewer than a vector of them are filled up with -inf. Returns
-// the length then.
+// Stores z of n logits into `z` in the layout of for_vectors; fewer than a vector are padded with -inf. Returns the
+// padded length.
 template <bool Softcap, class T>
 inline int64_t load_chunk(const T* logits, int64_t n, float softcap, float* z) {
   const float inv_softcap = Softcap ? 1.0f / softcap : 0.0f;
@@ -43,7 +44,7 @@ inline int64_t load_chunk(const T* logits, int64_t n, float softcap, float* z) {
   return n;
 }
 
-// What a chunk is worked on in: z, and exp(z - max).
+// Buffers for a chunk: z, and exp(z - max).
 struct Scratch {
   alignas(64) float z[kChunk];
   alignas(64) float e[kChunk];
@@ -56,11 +57,11 @@ inline void exp_chunk(Scratch& b, float max, int64_t n) {
   });
 }
 
-// Take a chunk into the statistics; a NaN among its z makes sum_exp NaN.
+// Adds a chunk to the statistics; a NaN in z makes sum_exp NaN.
 inline void add_exp(RowStats& s, Scratch& b, int64_t n) {
   const float top = max_of(b.z, n);
   if (top > s.max) {
-    const float step = top - s.max;  // infinite at first, when there is nothing to rescale
+    const float step = top - s.max;  // infinite for the first chunk, when there is nothing to rescale
     if (s.sum_exp != 0.0) s.sum_exp *= exp_low(-step);
     if (s.sum_weight > 0.0) s.sum_gap += s.sum_weight * step;
     s.max = top;
@@ -69,7 +70,8 @@ inline void add_exp(RowStats& s, Scratch& b, int64_t n) {
   s.sum_exp += sum_of(b.e, n);
 }
 
-// Smoothing's part of n columns: weight null means 1; classes of weight 0 do not count, even at z = -inf.
+// Adds the terms of label smoothing for n columns. weight is 1 if null; classes of weight 0 do not count, even at z =
+// -inf.
 inline void add_gaps(RowStats& s, const float* z, const float* weight, int64_t n) {
   const float max = s.max;
   float part = 0.0f, weights = 0.0f;
@@ -88,7 +90,7 @@ inline void add_gaps(RowStats& s, const float* z, const float* weight, int64_t n
   s.sum_weight += weights;
 }
 
-// Statistics of a row. A row of one chunk leaves its z and exp(z - max) behind.
+// Returns the statistics of a row. After a row of one chunk, b holds its z and exp(z - max).
 template <bool Softcap, class T>
 inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smooth, Scratch& b) {
   RowStats s;
@@ -96,7 +98,7 @@ inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smoot
     const int64_t n = min_of(kChunk, a.n_classes - first);
     add_exp(s, b, load_chunk<Softcap>(logits + first, n, a.softcap, b.z));
     if (!smooth) continue;
-    const int64_t whole = n < kLanes ? n : n / kLanes * kLanes;  // columns that are in order; then the rest
+    const int64_t whole = n < kLanes ? n : n / kLanes * kLanes;  // columns that are in order; the rest follows
     const float* weight = a.weight == nullptr ? nullptr : a.weight + first;
     add_gaps(s, b.z, weight, whole);
     if (whole < n) add_gaps(s, b.z + slot_of(whole, n), weight == nullptr ? nullptr : weight + whole, n - whole);
@@ -104,7 +106,7 @@ inline RowStats row_stats(const T* logits, const CrossEntropyArgs& a, bool smoot
   return s;
 }
 
-// dlogits of n columns: scale dl/dz dz/dlogit with p_c = e_c / sum_exp; the target's hit is missing.
+// Stores dlogits of n columns: scale dl/dz dz/dlogit with p_c = e_c / sum_exp, without `hit` of the target.
 template <bool Softcap, bool Weighted, class T>
 inline void store_chunk(const Scratch& b, const float* weight, T* dlogits, const CrossEntropyGrad& g, float inv_sum,
                         float inv_softcap, int64_t n) {
@@ -119,7 +121,7 @@ inline void store_chunk(const Scratch& b, const float* weight, T* dlogits, const
   for_vectors(n, [&](int64_t slot, int64_t column) { store(slot, column, kLanes); });
 }
 
-// Gradient of row n with target y. loaded: its z and exp(z - max) lie in `b` (a row of one chunk).
+// Stores the gradient of row n with target y. loaded: `b` holds its z and exp(z - max) (a row of one chunk).
 template <bool Softcap, class T>
 inline void store_grad(const T* logits, T* dlogits, float max, float sum_exp, int64_t n, int64_t y,
                        const CrossEntropyArgs& a, Scratch& b, bool loaded) {
@@ -150,7 +152,7 @@ inline void store_grad(const T* logits, T* dlogits, float max, float sum_exp, in
 
 enum class Pass { fwd, bwd, fwd_bwd };
 
-// A row without a target to learn from: ignored (loss 0), or out of range (loss NaN).
+// Handles a row without a valid target: ignored (loss 0), or out of range (loss NaN).
 template <Pass P, class T>
 inline void empty_row(const CrossEntropyArgs& a, T* dlogits, int64_t n, bool ignored) {
   if (P != Pass::bwd) a.loss[n] = ignored ? 0.0f : NAN;
@@ -158,7 +160,7 @@ inline void empty_row(const CrossEntropyArgs& a, T* dlogits, int64_t n, bool ign
   for (int64_t c = 0; P != Pass::fwd && c < a.n_cols; ++c) dlogits[c] = from_float<T>(0.0f);
 }
 
-// One row of one pass.
+// Processes one row in one pass.
 template <Pass P, bool Softcap, class T>
 inline void loss_row(const CrossEntropyArgs& a, int64_t n) {
   const T* logits = static_cast<const T*>(a.logits) + n * a.logits_row;

@@ -1,16 +1,16 @@
-// Softmax cross-entropy with its gradient; the formulas stand in fastgpt/ops/cross_entropy.py.
+// Softmax cross-entropy with its gradient; formulas in fastgpt/ops/cross_entropy.py.
 //
 //   m = max z, s = sum exp(z - m), lse = m + log s        online (Milakov, Gimelshein 2018, arXiv:1805.02867)
 //   dz_c = exp(z_c - m) / s * p_scale - w_c * smooth - [c == y] * hit
 //
 // Fused: softcap, class weights, label smoothing, z-loss, padding columns, ignored rows, the factor of each row.
-// fwd_bwd reads the logits from HBM once and writes the gradient in their place; its second sweep over a row finds it
-// in L2. Saved for a separate backward: m and s, so that it sweeps once. Bytes for each 16-bit logit: fwd 2, bwd 4,
+// fwd_bwd reads the logits from HBM once and overwrites them with the gradient; its second sweep over a row finds it in
+// L2. m and s are saved for a separate backward, which then needs only one sweep. Bytes per 16-bit logit: fwd 2, bwd 4,
 // fwd_bwd 4. Floor of fwd_bwd for 65536 rows of 50304 (13.2 GB): A100 6.5 ms, H100 3.9, H200 2.7; of fwd half as much.
 //
-// How: a row belongs to one block; four 16-byte loads of a thread are in flight; rows that start off a 16-byte
-// boundary (odd V) peel their first and last columns. 512 threads at two blocks a multiprocessor keep 2 * 132 rows of
-// 100 KB in flight: 26 MB, inside the L2 of an H100 (50 MB) and, with 22 MB, of an A100 (40 MB).
+// How: each row is processed by one block, and each thread has four 16-byte loads in flight. Rows that do not start at
+// a 16-byte boundary (odd V) peel their first and last columns. 512 threads at two blocks per multiprocessor keep 2 *
+// 132 rows of 100 KB in flight: 26 MB, inside the L2 of an H100 (50 MB) and, with 22 MB, of an A100 (40 MB).
 #include "core/cuda/launch.cuh"
 #include "core/cuda/reduce.cuh"
 #include "core/cuda/vec.cuh"
@@ -23,7 +23,7 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kUnroll = 4;
 
-// One row and what its class asks for. Plain: no softcap, no class weights, no smoothing.
+// One row and its options. Plain: no softcap, no class weights, no smoothing.
 template <typename T, bool kPlain>
 struct Row {
   const CrossEntropyArgs& a;
@@ -58,15 +58,15 @@ struct Row {
   }
 };
 
-// Max-shifted sum of a row, and sum_c w_c (z_c - z_ref) for label smoothing (0 without).
+// Maximum and max-shifted sum of a row, and sum_c w_c (z_c - z_ref) for label smoothing (else 0).
 struct Stats {
   float max, sum, weighted;
 };
 
 __device__ __forceinline__ float finite_shift(float max) { return max == -INFINITY ? 0.0f : max; }
 
-// One sweep over the classes. Every thread gets the same result. scratch: 3 * kMaxWarps, free to use on entry; on
-// return the whole block has passed a barrier.
+// Sweeps over the classes once. Every thread gets the same result. scratch: 3 * kMaxWarps, unused on entry; on return
+// the whole block has passed a barrier.
 template <typename T, bool kPlain>
 __device__ __forceinline__ Stats row_stats(const Row<T, kPlain>& row, float z_ref, float* scratch) {
   float max = -INFINITY, sum = 0.0f, weighted = 0.0f;
@@ -109,8 +109,8 @@ __device__ __forceinline__ float row_loss(const Row<T, kPlain>& row, const Stats
                             s.max + log_sum, a.label_smoothing, a.z_loss, static_cast<float>(row.n_classes));
 }
 
-// Writes the loss of a row that counts and returns its statistics. scratch: as for row_stats, whose barrier ensures that
-// every thread has read the target's logit before a gradient may overwrite it.
+// Writes the loss of a row that counts and returns its statistics. scratch: as for row_stats, whose barrier ensures
+// that every thread has read the logit of the target before a gradient may overwrite it.
 template <typename T, bool kPlain>
 __device__ __forceinline__ Stats write_loss(const Row<T, kPlain>& row, float* scratch) {
   const float z_y = row.z(widen(row.logits[row.target]));
@@ -120,7 +120,7 @@ __device__ __forceinline__ Stats write_loss(const Row<T, kPlain>& row, float* sc
   return s;
 }
 
-// Writes the row's gradient: p_c = exp(z_c - max) / sum. Each thread reads a column before it overwrites it.
+// Writes the gradient of the row: p_c = exp(z_c - max) / sum. Each thread reads a column before it overwrites it.
 template <typename T, bool kPlain>
 __device__ __forceinline__ void write_gradient(const Row<T, kPlain>& row, float max, float sum) {
   const CrossEntropyArgs& a = row.a;
@@ -144,7 +144,7 @@ __device__ __forceinline__ void write_gradient(const Row<T, kPlain>& row, float 
   for (int64_t c = row.n_classes + threadIdx.x; c < a.n_cols; c += blockDim.x) row.dlogits[c] = T{};
 }
 
-// Loss and gradient of a row that does not count: ignored, or a target that is no class.
+// Writes loss and gradient of a row that does not count: ignored, or with a target that is not a class.
 template <typename T, bool kPlain>
 __device__ __forceinline__ void write_uncounted(const Row<T, kPlain>& row, bool loss, bool gradient) {
   if (loss && threadIdx.x == 0) row.a.loss[row.index] = row.ignored() ? 0.0f : NAN;
@@ -205,14 +205,14 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const ScaleRowsArg
 
 // ---- launchers ----
 
-// Threads for a row: four of the widest loads for each, at least a warp.
+// Returns the threads for a row: four of the widest loads for each, at least a warp.
 dim3 row_block(int64_t n_cols) {
   int threads = 32;
   while (threads < kThreads && n_cols > threads * 32) threads *= 2;
   return dim3(threads);
 }
 
-// Picks the instance of a kernel for dtype and options; K names the kernel with its two template parameters.
+// Launches the instance of a kernel for dtype and options; K is the kernel, a template with two parameters.
 #define FASTGPT_LAUNCH_CROSS_ENTROPY(K)                                                              \
   if (a.n_rows == 0) return;                                                                         \
   with_type(a.dtype, [&](auto t) {                                                                   \

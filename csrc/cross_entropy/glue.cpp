@@ -1,4 +1,5 @@
-// cross_entropy's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/cross_entropy.py.
+// Raw ops of cross_entropy: check, allocate, fill the struct of the launcher, launch. Schemas are in
+// fastgpt/ops/cross_entropy.py.
 #include "cross_entropy/op.h"
 #include "glue/allocate.h"
 #include "glue/register.h"
@@ -13,7 +14,7 @@ struct LossOptions {
   int64_t vocab_size;
 };
 
-// Everything but logits' pointers and outputs; `weight_sum` keeps its memory alive.
+// Sets everything except the logits and the outputs; `weight_sum` owns the memory of the sum.
 CrossEntropyArgs loss_args(const char* op, const Tensor& logits, Tensor& target, OptTensor& weight,
                            const LossOptions& o, OptTensor& weight_sum) {
   FASTGPT_CHECK(logits.dim() == 2, op, "logits must be (N, V)");
@@ -37,7 +38,7 @@ CrossEntropyArgs loss_args(const char* op, const Tensor& logits, Tensor& target,
   return a;
 }
 
-// Factors of rows: (1,) for all of them, or (N,).
+// Sets the factors of rows: (1,) for all of them, or (N,).
 template <class Args>
 void set_scale(const char* op, const char* name, const Tensor& scale, const Tensor& like, Args& a) {
   const bool one = scale.numel() == 1;

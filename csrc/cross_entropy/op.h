@@ -1,11 +1,11 @@
-// Cross-entropy's arguments and launchers; formulas in fastgpt/ops/cross_entropy.py.
+// Arguments and launchers of cross-entropy; formulas in fastgpt/ops/cross_entropy.py.
 #pragma once
 #include "core/dtype.h"
 #include "core/stream.h"
 
 namespace fastgpt {
 
-// loss_i and its gradient by logits_i; formulas in fastgpt/ops/cross_entropy.py.
+// loss_i and its gradient with respect to logits_i; formulas in fastgpt/ops/cross_entropy.py.
 struct CrossEntropyArgs {
   const void* logits;       // (N, n_cols) dtype, rows logits_row apart
   void* dlogits;            // (N, n_cols) dtype, rows dlogits_row apart; may be the logits themselves
@@ -14,8 +14,8 @@ struct CrossEntropyArgs {
   const float* weight_sum;  // (1): sum of weight; null without weight
   const float* scale;       // (N) or (1): factor of each row's gradient
   float* loss;              // (N)
-  float* max;               // (N): of z; written by fwd, read by bwd, not used by fwd_bwd
-  float* sum_exp;           // (N): sum exp(z - max); as max
+  float* max;               // (N): maximum of z; written by fwd, read by bwd, not used by fwd_bwd
+  float* sum_exp;           // (N): sum exp(z - max); used like max
   int64_t logits_row, dlogits_row;
   int64_t scale_step;       // 1 for (N), 0 for (1)
   int64_t n_rows, n_cols, n_classes;

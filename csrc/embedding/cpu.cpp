@@ -1,8 +1,8 @@
 // Token and position embedding on the CPU; formulas in fastgpt/ops/embedding.py.
 //
-// Forward reads both rows and writes their sum once. Backward sorts the tokens by table row (a counting sort, stable)
-// and sums the gradients of each row in the tokens' order in fp32: one task per row, so no atomics, and the same sums
-// for any number of threads.
+// Forward reads both rows and writes their sum once. Backward sorts the tokens by table row (a stable counting sort)
+// and sums the gradients of each row in fp32, in the order of the tokens. One task sums all of a row: there are no
+// atomics, and the sums are the same for any number of threads.
 #include <cmath>
 #include <vector>
 
@@ -16,7 +16,7 @@ inline int64_t index_at(const Indices& indices, int64_t n) {
   return indices.wide ? static_cast<const int64_t*>(indices.data)[n] : static_cast<const int32_t*>(indices.data)[n];
 }
 
-// Row `at` of a table, or null outside it.
+// Returns row `at` of a table, or null if it is outside.
 template <class T>
 inline const T* row_at(const void* table, int64_t step, int64_t n_rows, int64_t at) {
   return at >= 0 && at < n_rows ? static_cast<const T*>(table) + at * step : nullptr;
@@ -47,9 +47,9 @@ FASTGPT_CLONES static void fwd_rows(const EmbeddingFwdArgs& a, int64_t begin, in
   with_type(a.dtype, [&](auto tag) { fwd_rows_of<decltype(tag)>(a, begin, end); });
 }
 
-// Tokens whose index is in the table, sorted by it; equal ones stay in order.
+// Returns the tokens whose index is in the table, sorted by it; equal ones stay in order.
 static std::vector<int64_t> tokens_by_row(const EmbeddingBwdArgs& a) {
-  std::vector<int64_t> next(a.n_rows + 1, 0);  // counts of the row before, then the place of a row's next token
+  std::vector<int64_t> next(a.n_rows + 1, 0);  // counts shifted by one row, later the place of the next token
   const auto known = [&](int64_t row) { return row >= 0 && row < a.n_rows; };
   for (int64_t n = 0; n < a.n_tokens; ++n) {
     if (const int64_t row = index_at(a.ids, n); known(row)) ++next[row + 1];
@@ -62,7 +62,7 @@ static std::vector<int64_t> tokens_by_row(const EmbeddingBwdArgs& a) {
   return order;
 }
 
-// dweight's row += the gradients of the tokens order[begin, end).
+// Adds the gradients of the tokens order[begin, end), which share a row, to this row of dweight.
 template <class T, class W>
 inline void add_tokens(const EmbeddingBwdArgs& a, const int64_t* order, int64_t begin, int64_t end) {
   float total[kChunk];
@@ -81,12 +81,12 @@ inline void add_tokens(const EmbeddingBwdArgs& a, const int64_t* order, int64_t 
   }
 }
 
-// The table rows whose first token is in [begin, end) of `order`.
+// Adds to the table rows whose first token is in [begin, end) of `order`.
 template <class T, class W>
 inline void add_rows_of(const EmbeddingBwdArgs& a, const int64_t* order, int64_t n, int64_t begin, int64_t end) {
   const auto row = [&](int64_t i) { return index_at(a.ids, order[i]); };
   int64_t i = begin;
-  while (i > 0 && i < end && row(i) == row(i - 1)) ++i;  // the task before has this row
+  while (i > 0 && i < end && row(i) == row(i - 1)) ++i;  // the task before this one has this row
   while (i < end) {
     int64_t next = i + 1;
     while (next < n && row(next) == row(i)) ++next;

@@ -2,18 +2,18 @@
 //
 //   y[n] = weight[ids[n]] + position_weight[positions[n]];   dweight[ids[n]] += dy[n], summed in fp32
 //
-// Bytes for each element of 16 bits: forward 4 (read the row, write y; position rows come from L2); backward reads dy
+// Bytes per 16-bit element: forward 4 (read the row, write y; position rows are read from L2); backward reads dy
 // (2) and reads and writes each row of dweight that has tokens once. Floor for N = 65536, C = 768: forward (201 MB)
 // A100 99 us, H100 60, H200 42; backward into a 16-bit table with 20000 rows in use (162 MB): 80, 48, 34, and the sort
 // before it (PyTorch's radix sort of 32-bit keys, four passes over 786 KB, bound by its launches).
 //
-// How: forward gives a row to a warp, with kFwdUnroll 16-byte pieces of both tables under way in each thread; rows of
-// one position lie side by side, so that its row is read into L1 once. Backward takes the tokens sorted by table row
-// (stable). A block sums kTile of them in their order: where the tokens of a table row all lie in its tile, the sum is
-// added to dweight at once; the sum of a run of tokens that crosses a border of the tile becomes a partial, two at most
-// a tile, and the same kernel adds the partials up, level by level (65536 tokens: 2048, 128, 8 tiles, 1). So a row
-// that half the tokens share costs no more than others, each row of dweight is written once, and there are no
-// atomics: the same bits in every run. Sizes depend on shapes alone.
+// How: in forward a warp has a row, and each thread has kFwdUnroll 16-byte pieces of both tables in flight. Rows of one
+// position are processed side by side, so the row of that position is read into L1 once. Backward gets the tokens
+// sorted by table row (stable). A block sums a tile of kTile tokens in order. If all tokens of a table row are in the
+// tile, the sum is added to dweight directly. The sum of a run of tokens that crosses a border of the tile becomes a
+// partial, at most two per tile, and the same kernel adds the partials, level by level (65536 tokens: 2048, 128, 8, 1
+// tiles). So a row that half the tokens share costs no more than others, each row of dweight is written once, and
+// without atomics every run gives the same bits. Sizes depend on shapes alone.
 #include "core/cuda/launch.cuh"
 #include "core/cuda/vec.cuh"
 #include "core/with_type.h"
@@ -25,13 +25,13 @@
 namespace fastgpt::cuda {
 namespace {
 
-constexpr int kFwdRows = 8;    // of a block, one for each warp
-constexpr int kFwdUnroll = 4;  // pieces of a thread in flight
+constexpr int kFwdRows = 8;    // in a block, one per warp
+constexpr int kFwdUnroll = 4;  // pieces in flight per thread
 constexpr int kKeyThreads = 256;
-constexpr int kTile = 32;         // rows that a block of backward adds up, one for each thread of its first warp
-constexpr int kBwdThreads = 256;  // at most; wider rows are cut
+constexpr int kTile = 32;         // rows that a block of backward sums, one per thread of its first warp
+constexpr int kBwdThreads = 256;  // maximum; wider rows are split
 
-// Rows in flight in a thread of backward: 128 bytes.
+// Rows in flight per thread of backward: 128 bytes.
 template <typename T, int L>
 constexpr int kBwdUnroll = L == 1 ? 8 : 128 / static_cast<int>(sizeof(T) * L);
 
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kFwdRows * 32) embedding_fwd_kernel(const Embe
   if (i >= a.n_tokens) return;
   const bool both = a.position_weight != nullptr;
   const int64_t period = both ? a.period : a.n_tokens, n_sequences = a.n_tokens / period;
-  const int64_t t = i / n_sequences, n = (i - t * n_sequences) * period + t;  // one position after the other
+  const int64_t t = i / n_sequences, n = (i - t * n_sequences) * period + t;  // ordered by position
   const int64_t v = index_at(a.ids, n);
   const int64_t p = a.positions.data == nullptr ? t : index_at(a.positions, t);
   const bool known = v >= 0 && v < a.n_rows && (!both || (p >= 0 && p < a.n_positions));
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kFwdRows * 32) embedding_fwd_kernel(const Embe
   }
 }
 
-// Table row of each token, n_rows where it is none of the table's.
+// Writes the table row of each token, n_rows if it is outside the table.
 __global__ void __launch_bounds__(kKeyThreads) embedding_keys_kernel(const EmbeddingBwdArgs a, int32_t* keys) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * kKeyThreads + threadIdx.x;
   if (n >= a.n_tokens) return;
@@ -84,22 +84,22 @@ __global__ void __launch_bounds__(kKeyThreads) embedding_keys_kernel(const Embed
   keys[n] = static_cast<int32_t>(v >= 0 && v < a.n_rows ? v : a.n_rows);
 }
 
-// What one launch adds up: dy's rows in the tokens' sorted order, then the partials of the level before.
+// Input of one launch: the rows of dy in the sorted order of the tokens, later the partials of the previous level.
 struct Level {
   const void* rows;        // (..., C): dy, or partials
   int64_t row_step;
-  const int64_t* order;    // (n_rows): which of `rows`; null: all, as they lie
-  const int32_t* keys;     // (n_rows): table row; equal ones lie side by side; the table's n_rows: adds nothing
+  const int64_t* order;    // (n_rows): indices into `rows`; null: all, in order
+  const int32_t* keys;     // (n_rows): table rows, equal ones adjacent; EmbeddingBwdArgs::n_rows: adds nothing
   int64_t n_rows;
-  float* partials;         // (n_tiles, 2, C): sum of the run that began before the tile, of the run that goes on behind
-  int32_t* partial_keys;   // (n_tiles, 2): their table rows
+  float* partials;         // (n_tiles, 2, C): sums of the run from before the tile, and of the run beyond it
+  int32_t* partial_keys;   // (n_tiles, 2): the table rows of these runs
 };
 
-// What becomes of the sum of rows once a row is added to it; else the table row that takes it.
+// Where the sum goes after a row is added to it, as one of these values or the number of a table row.
 constexpr int kGoesOn = -1, kToHead = -2, kToTail = -3, kNotAdded = -4;
 
-// For row i of a tile of n rows. A run that fills the tile and crosses both borders is cut in its middle, a half for
-// each partial.
+// Returns this for row i of a tile of n rows. A run that fills the tile and crosses both borders is split in the
+// middle, with one half for each partial.
 __device__ __forceinline__ int sum_goes_to(const Level& level, int64_t begin, int i, int n, int nothing,
                                            int32_t* partial_keys) {
   const auto key_at = [&](int64_t row) { return row >= 0 && row < level.n_rows ? level.keys[row] : -1; };
@@ -117,12 +117,12 @@ __device__ __forceinline__ int sum_goes_to(const Level& level, int64_t begin, in
   return goes_on && i + 1 == n ? kToTail : key;
 }
 
-// One tile a block, L columns a thread. Rows that are not added are read where one surely is: no branch is before a
-// load.
+// One tile per block, L columns per thread. For rows that are not added, the thread reads a row that exists instead, so
+// that no branch precedes a load.
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kBwdThreads) embedding_bwd_kernel(const EmbeddingBwdArgs a, const Level level) {
   constexpr int kUnroll = kBwdUnroll<T, L>;
-  __shared__ int64_t rows[kTile];  // in elements from level.rows
+  __shared__ int64_t rows[kTile];  // offset from level.rows in elements
   __shared__ int goes_to[kTile];
   const int64_t tile = blockIdx.x, begin = tile * kTile;
   const int n = static_cast<int>(level.n_rows - begin < kTile ? level.n_rows - begin : kTile);
@@ -214,7 +214,7 @@ void embedding_keys(const EmbeddingBwdArgs& a, int32_t* keys, Stream stream) {
 }
 
 int64_t embedding_partials(int64_t n_tokens, Stream) {
-  int64_t total = 2;  // of the last level's one tile
+  int64_t total = 2;  // for the single tile of the last level
   for (int64_t n = n_tokens; tiles_of(n) > 1; total += n) n = 2 * tiles_of(n);
   return total;
 }

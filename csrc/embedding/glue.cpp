@@ -1,4 +1,5 @@
-// embedding's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/embedding.py.
+// Raw ops of embedding: check, allocate, fill the struct of the launcher, launch. Schemas are in
+// fastgpt/ops/embedding.py.
 #include <array>
 #include <type_traits>
 
@@ -10,7 +11,7 @@
 namespace fastgpt {
 namespace {
 
-// int64 or int32 indices, contiguous; `t` keeps the memory alive.
+// Returns contiguous int64 or int32 indices; `t` owns the memory.
 Indices indices_of(const char* op, const char* name, Tensor& t, const Tensor& like) {
   const ScalarType type = t.scalar_type();
   FASTGPT_CHECK(type == ScalarType::Long || type == ScalarType::Int, op, name, " must be int64 or int32");
@@ -59,12 +60,12 @@ Tensor embedding_fwd(Tensor ids, Tensor weight, OptTensor position_weight, OptTe
   return y;
 }
 
-// Tokens in the order of their table rows, and room for partial sums: what backward on CUDA takes beside the ids.
+// Tokens in the order of their table rows, and memory for partial sums: the further arguments of backward on CUDA.
 struct SortedTokens {
   Tensor sorted, order, partials, partial_keys;
 };
 
-// Sorted by PyTorch (32-bit keys, stable, no synchronisation); fills `a`.
+// Sorts the tokens with PyTorch (32-bit keys, stable, no synchronisation) and sets the fields of `a`.
 template <class Device>
 SortedTokens sort_tokens(const Device& device, EmbeddingBwdArgs& a, const Tensor& like) {
   FASTGPT_CHECK(a.n_rows < INT32_MAX, "embedding_bwd_add", "dweight has ", a.n_rows, " rows, expected less than 2^31 - 1");
@@ -101,7 +102,7 @@ void embedding_bwd_add(Tensor dweight, Tensor dy, Tensor ids) {
   a.dy = dy_rows.data(), a.dy_row = dy_rows.step;
   a.dweight = dweight.data_ptr();
   SortedTokens kept;
-  if constexpr (!std::is_same_v<Device, Cpu>) kept = sort_tokens(device, a, dy);  // the CPU's launcher sorts by itself
+  if constexpr (!std::is_same_v<Device, Cpu>) kept = sort_tokens(device, a, dy);  // the CPU launcher sorts by itself
   embedding_bwd_add(a, device.stream);
 }
 

@@ -1,4 +1,4 @@
-// New tensors for outputs and workspaces.
+// Allocates outputs and workspaces.
 #pragma once
 #include <vector>
 
@@ -10,7 +10,7 @@
 
 namespace fastgpt {
 
-// Uninitialised, contiguous, on like's device.
+// Returns an uninitialised contiguous tensor on the device of `like`.
 inline Tensor allocate(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
   std::vector<int64_t> strides(sizes.size());
   int64_t step = 1;
@@ -29,7 +29,7 @@ inline Tensor allocate_like(const Tensor& like) {
   return allocate(like, std::vector<int64_t>(sizes.begin(), sizes.end()), like.scalar_type());
 }
 
-// For the gradient of a parameter by n_rows rows; where there are none it is 0.
+// Returns a tensor for the gradient of a parameter over n_rows rows, set to 0 if n_rows is 0.
 inline OptTensor allocate_grad(const OptTensor& parameter, int64_t n_rows) {
   if (!parameter) return std::nullopt;
   Tensor grad = allocate_like(*parameter);

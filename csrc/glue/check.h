@@ -1,5 +1,5 @@
-// What the glue checks before raw pointers leave it: dtype, shape, device, layout. Python has said it nicely before;
-// these repeat only what would corrupt memory.
+// Checks of dtype, shape, device and layout before the glue passes on raw pointers. Python has already raised readable
+// errors; these checks only repeat what would corrupt memory.
 #pragma once
 #include <optional>
 #include <vector>
@@ -43,7 +43,7 @@ inline void check_device(const char* op, const char* name, const Tensor& t, cons
                 " must be on the other tensors' device");
 }
 
-// A contiguous tensor of this dtype and number of elements on `like`'s device.
+// Checks that t is contiguous, of this dtype and number of elements, and on the device of `like`.
 inline void check_flat(const char* op, const char* name, const Tensor& t, ScalarType dtype, int64_t numel,
                        const Tensor& like) {
   FASTGPT_CHECK(t.scalar_type() == dtype, op, name, " has the wrong dtype");
@@ -62,7 +62,7 @@ inline void check_same_shape(const char* op, const char* name, const Tensor& t, 
 
 inline void* data_or_null(const OptTensor& t) { return t ? t->data_ptr() : nullptr; }
 
-// Strides of a tensor that fills its memory without gaps or overlap (contiguous, or a permutation of it).
+// Returns whether t fills its memory without gaps or overlap (contiguous, or a permutation of it).
 inline bool is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
   int64_t filled = 1, left = 0;
@@ -79,7 +79,7 @@ inline bool is_dense(const Tensor& t) {
   return left == 0;
 }
 
-// Same elements in the same places as `like`.
+// Checks that t has the shape and strides of `like`.
 inline void check_same_layout(const char* op, const char* name, const Tensor& t, const Tensor& like) {
   bool same = t.dim() == like.dim();
   for (int64_t d = 0; same && d < t.dim(); ++d) {

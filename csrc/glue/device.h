@@ -1,4 +1,5 @@
-// Devices of the raw ops: constructed from a tensor, alive during the launches, `stream` for the launchers.
+// The devices of raw ops. A device is constructed from a tensor and kept during the launches; `stream` is passed to the
+// launchers.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -8,7 +9,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/headeronly/util/Exception.h>
 
-// Lives in libtorch_cuda, which a CPU-only torch does not have: weak, so that one binary loads on both.
+// Defined in libtorch_cuda, which a CPU-only torch lacks. The weak symbol lets one binary load on both.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
@@ -21,7 +22,7 @@ struct Cpu {
 };
 
 #if defined(FASTGPT_EMULATED)
-struct Cuda {  // tests/cuda_on_cpu: launches run on the host, before they return
+struct Cuda {  // tests/cuda_on_cpu: launches run on the host and return when they are done
   cuda::Stream stream;
 
   explicit Cuda(const torch::stable::Tensor&) {}
@@ -36,7 +37,7 @@ inline void* current_stream(int32_t device) {
   return stream;
 }
 
-// The tensor's device is the current one while this lives; its stream is PyTorch's current one there.
+// Makes the device of the tensor current during its lifetime; `stream` is the current stream of PyTorch on it.
 struct Cuda {
   torch::stable::accelerator::DeviceGuard guard;
   cuda::Stream stream;

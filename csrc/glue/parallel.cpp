@@ -1,4 +1,4 @@
-// core/cpu/parallel.h on PyTorch's thread pool.
+// Implements core/cpu/parallel.h with the thread pool of PyTorch.
 #include <torch/csrc/stable/ops.h>
 
 #include "core/cpu/parallel.h"

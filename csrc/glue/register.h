@@ -1,5 +1,5 @@
-// Registers a raw op from its glue.cpp: FASTGPT_REGISTER(name) makes the function template fastgpt::name the overloads
-// name.cpu and, where this build has CUDA kernels, name.cuda. Schemas are in fastgpt/ops/<op>.py.
+// Registers a raw op from its glue.cpp: FASTGPT_REGISTER(name) registers the function template fastgpt::name as the
+// overloads name.cpu and, if this build has CUDA kernels, name.cuda. Schemas are in fastgpt/ops/<op>.py.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -8,7 +8,7 @@
 #define FASTGPT_REGISTER_FOR(name, key, Device, overload) \
   STABLE_TORCH_LIBRARY_IMPL(fastgpt, key, m) { m.impl(#name overload, TORCH_BOX(&fastgpt::name<fastgpt::Device>)); }
 
-#if defined(FASTGPT_EMULATED)  // tests/cuda_on_cpu: the CUDA kernels, built for the host, take CPU tensors
+#if defined(FASTGPT_EMULATED)  // tests/cuda_on_cpu: the CUDA kernels, built for the host, run on CPU tensors
 #define FASTGPT_REGISTER(name) FASTGPT_REGISTER_FOR(name, CPU, Cuda, ".cuda")
 #elif defined(FASTGPT_WITH_CUDA)
 #define FASTGPT_REGISTER(name)                   \

@@ -1,4 +1,4 @@
-// The row view: (..., C) as N rows, a fixed stride apart.
+// Views (..., C) tensors as N rows with a fixed stride.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -6,11 +6,11 @@
 
 namespace fastgpt {
 
-// Distance between the rows of a (..., C) tensor if there is one and columns are contiguous; -1 if not.
+// Returns the distance between the rows of a (..., C) tensor; -1 if it varies or columns are not contiguous.
 inline int64_t row_stride(const Tensor& t) {
   const int64_t last = t.dim() - 1;
   if (t.size(last) > 1 && t.stride(last) != 1) return -1;
-  int64_t step = -1, expected = 0;  // of the innermost leading dimension; of the next one outwards
+  int64_t step = -1, expected = 0;  // stride of the innermost leading dimension, and of the next one outwards
   for (int64_t d = last - 1; d >= 0; --d) {
     if (t.size(d) == 1) continue;
     if (step >= 0 && t.stride(d) != expected) return -1;
@@ -20,7 +20,7 @@ inline int64_t row_stride(const Tensor& t) {
   return step < 0 ? t.size(last) : step;
 }
 
-// Rows of a (..., C) tensor, 0 where C is 0.
+// Returns the number of rows of a (..., C) tensor, 0 if C is 0.
 inline int64_t row_count(const Tensor& t) {
   const int64_t n_cols = t.size(t.dim() - 1);
   return n_cols == 0 ? 0 : t.numel() / n_cols;
@@ -32,7 +32,7 @@ struct Rows {
   const void* data() const { return keep.data_ptr(); }
 };
 
-// A (..., C) tensor as rows: as it is where one stride describes them, else copied.
+// Returns the rows of a (..., C) tensor: of the tensor itself if one stride describes them, else of a copy.
 inline Rows rows_of(const Tensor& t) {
   const int64_t step = row_stride(t);
   if (step >= 0) return {t, step};
@@ -48,7 +48,7 @@ inline void make_contiguous(OptTensor& t) {
   if (t) make_contiguous(*t);
 }
 
-// Row stride of a tensor that is written in place.
+// Returns the row stride of a tensor that is written in place.
 inline int64_t writable_row_stride(const char* op, const char* name, const Tensor& t) {
   FASTGPT_CHECK(t.dim() == 2, op, name, " must be (N, V)");
   const int64_t step = row_stride(t);

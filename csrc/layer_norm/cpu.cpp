@@ -1,8 +1,8 @@
 // LayerNorm on the CPU; formulas in fastgpt/ops/layer_norm.py.
 //
-// Forward reads x (and residual) once, writes y (and their sum) once; variance in two passes over the row in cache, the
-// second of which also corrects the mean (Chan, Golub, LeVeque 1983). Backward reads dy and h once, writes dx once, and
-// sums dweight and dbias per block of rows (core/cpu/partials.h).
+// Forward reads x (and residual) once and writes y (and their sum) once. The variance takes two passes over the row in
+// cache; the second also corrects the mean (Chan, Golub, LeVeque 1983). Backward reads dy and h once, writes dx once,
+// and sums dweight and dbias per block of rows (core/cpu/partials.h).
 #include <cmath>
 
 #include "layer_norm/op.h"
@@ -14,7 +14,7 @@ struct Moments {
   float mean, var;
 };
 
-// Mean and variance of `row` from its sum, in one more pass.
+// Returns the mean and variance of `row`, given its sum, in one more pass.
 inline Moments moments_of(const float* row, double sum, int64_t n_cols) {
   const float guess = static_cast<float>(sum / static_cast<double>(n_cols));
   double off = 0.0, squares = 0.0;
@@ -59,7 +59,8 @@ struct BwdSums {
   double wdy = 0.0, wdy_xhat = 0.0;
 };
 
-// Columns [begin, end) of a row: dweight += dy xhat, dbias += dy (where asked), and sums of w dy and of w dy xhat.
+// For columns [begin, end) of a row: dweight += dy xhat, dbias += dy (unless null), and adds w dy and w dy xhat to
+// sums.
 template <class T>
 inline void add_columns(const T* dy, const T* h, const float* weight, float mean, float rstd, float* dweight,
                         float* dbias, int64_t begin, int64_t end, BwdSums& sums) {
@@ -102,7 +103,7 @@ inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweig
   });
 }
 
-// partial: sums of dweight and dbias over these rows, (2, C), or null.
+// partial: receives the sums of dweight and dbias over these rows, (2, C), or null.
 FASTGPT_CLONES static void bwd_rows(const LayerNormBwdArgs& a, const float* weight, float* partial, int64_t begin,
                                     int64_t end) {
   float* dbias = partial == nullptr ? nullptr : partial + a.n_cols;

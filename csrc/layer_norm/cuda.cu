@@ -4,13 +4,13 @@
 //   y = (h - mean) rstd w + b
 //   dx = rstd (w dy - mean(w dy) - xhat mean(w dy xhat)) + dsum;  dw = sum_rows dy xhat;  db = sum_rows dy
 //
-// Saved for backward: h and (mean, rstd) in fp32. Bytes for each element of 16 bits: forward 4 (read x, write y), 8
+// Saved for backward: h and (mean, rstd) in fp32. Bytes per 16-bit element: forward 4 (read x, write y), 8
 // with a residual; backward 6 (read dy and h, write dx), 8 with dsum. Floor for N = 65536, C = 768, forward with
 // residual (403 MB): A100 197 us, H100 120, H200 84; backward without dsum (302 MB): 148, 90, 63.
 //
-// How: norm/cuda.cuh, with the bytes that are on their way. Each tensor crosses HBM once, in 16-byte pieces. Instructions
-// for each element of 16 bits, sm_90: forward 24 without a residual (an H100 has time for 34, activations.cuh), 30 with
-// (68); backward 34 without dsum (51), 40 with (68). Partials add 2 C 8 bytes a block: 1.7 % at the shape above.
+// How: see norm/cuda.cuh, also for the bytes in flight. Each tensor crosses HBM once, in 16-byte pieces. Instructions
+// per 16-bit element on sm_90: forward 24 without a residual (an H100 has time for 34, activations.cuh), 30 with (68);
+// backward 34 without dsum (51), 40 with (68). Partials add 2 C 8 bytes per block: 1.7 % at the shape above.
 #include "layer_norm/op.h"
 #include "norm/cuda.cuh"
 
@@ -40,8 +40,7 @@ __device__ __forceinline__ void store_stats(const LayerNormFwdArgs& a, int64_t r
   a.stats[a.n_rows + row] = rstd;
 }
 
-// One row for each threadIdx.y, held in registers; more than one row in a block only where a row is one warp (no
-// barrier).
+// One row per threadIdx.y, held in registers. A block has more than one row only if a row is one warp (no barrier).
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kFwdThreads) layer_norm_fwd_kernel(const LayerNormFwdArgs a) {
   __shared__ float scratch[2][kMaxWarps];
@@ -57,7 +56,7 @@ __global__ void __launch_bounds__(kFwdThreads) layer_norm_fwd_kernel(const Layer
   store_y<W>(a, row, 0, h, mean, rstd);
 }
 
-// One block a row, three sweeps over its columns.
+// One block per row, three sweeps over its columns.
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kWideThreads) layer_norm_fwd_wide_kernel(const LayerNormFwdArgs a) {
   constexpr int kPacks = kFwdPacks<L>;
@@ -72,7 +71,7 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_fwd_wide_kernel(const
     sum += sum_of(h, first, n, [](float x) { return x; });
   }
   const float mean = row_sum(sum, scratch[0]) / n;
-  for (int first = 0; first < n; first += step) {  // each thread reads what it stored itself
+  for (int first = 0; first < n; first += step) {  // each thread reads what it has stored
     load_row(again, first, n, h);
     squares += sum_of(h, first, n, [&](float x) { return (x - mean) * (x - mean); });
   }
@@ -84,11 +83,11 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_fwd_wide_kernel(const
   }
 }
 
-// One row for each threadIdx.y at a time; the columns of a thread are the same in all its rows.
+// One row per threadIdx.y at a time; a thread has the same columns in all its rows.
 template <typename T, typename W, int kPacks, int L>
 __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks == 3 ? 4 : 2)
     layer_norm_bwd_kernel(const LayerNormBwdArgs a) {
-  __shared__ float scratch[2][2 * kMaxWarps];  // two sets, used in turn: one barrier a row
+  __shared__ float scratch[2][2 * kMaxWarps];  // two sets, used alternately: one barrier per row
   FASTGPT_DYNAMIC_SHARED(float, shared);
   const Ring<T, L, kPacks> ring(shared, a.dsum != nullptr);
   const int n = static_cast<int>(a.n_cols);
@@ -97,12 +96,12 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
   float dw[kPacks][L] = {}, db[kPacks][L] = {};
   ring.request_row(a, row, 0);
   float next_mean = row < a.n_rows ? a.stats[row] : 0.0f, next_rstd = row < a.n_rows ? a.stats[a.n_rows + row] : 0.0f;
-  int set = 0;  // of scratch, and stage of the ring
+  int set = 0;  // index of the set of scratch and of the stage of the ring
   for (int64_t first = row - threadIdx.y; first < a.n_rows; first += step, row += step, set ^= 1) {
     ring.request_row(a, row + step, set ^ 1);
-    ptx::cp_async_wait<1>();  // this row is there, the next may be on its way
+    ptx::cp_async_wait<1>();  // this row has arrived, the next may be in flight
     const int end = row < a.n_rows ? n : 0;
-    // of one column dx is 0, which wdy - mean_wdy is not where an FMA takes one of the two unrounded
+    // with one column dx is 0, but wdy - mean_wdy is not if an FMA uses one of the two unrounded
     const float mean = next_mean, rstd = n == 1 ? 0.0f : next_rstd;
     float sum = 0.0f, dot = 0.0f;
 #pragma unroll
@@ -140,15 +139,15 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
     }
   }
   if (a.partials == nullptr) return;
-  __syncthreads();  // the ring is free
+  __syncthreads();  // the ring is no longer in use
   float* partial = a.partials + static_cast<int64_t>(blockIdx.x) * 2 * n;
   write_partial(dw, n, shared, partial);
   write_partial(db, n, shared + n, partial + n);
 }
 
 // Wide rows, kWideRows at a time: first the two means of each row, then, column by column, dx and the sums over the
-// rows, which are kept in the block's partial between two groups of rows (each thread its own columns). dy and h are
-// read twice.
+// rows. Between two groups of rows the partial of the block holds the sums; each thread has its own columns there. dy
+// and h are read twice.
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const LayerNormBwdArgs a) {
   __shared__ float scratch[2][2 * kMaxWarps];

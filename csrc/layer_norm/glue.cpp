@@ -1,4 +1,5 @@
-// layer_norm's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/layer_norm.py.
+// Raw ops of layer_norm: check, allocate, fill the struct of the launcher, launch. Schemas are in
+// fastgpt/ops/layer_norm.py.
 #include "glue/register.h"
 #include "layer_norm/op.h"
 #include "norm/glue.h"

@@ -1,4 +1,4 @@
-// LayerNorm's arguments and launchers; formulas in fastgpt/ops/layer_norm.py.
+// Arguments and launchers of LayerNorm; formulas in fastgpt/ops/layer_norm.py.
 #pragma once
 #include "core/dtype.h"
 #include "core/stream.h"
@@ -21,14 +21,14 @@ struct LayerNormFwdArgs {
 
 struct LayerNormBwdArgs {
   const void* dy;      // (N, C) dtype
-  const void* dsum;    // (N, C) dtype, or null: gradient that reaches x + residual directly
-  const void* h;       // (N, C) dtype: what was normalised
+  const void* dsum;    // (N, C) dtype, or null: gradient of x + residual from its other uses
+  const void* h;       // (N, C) dtype: the input of the normalisation
   const void* weight;  // (C) weight_dtype, or null
   const float* stats;  // (2, N)
   void* dx;            // (N, C) dtype, contiguous
   void* dweight;       // (C) weight_dtype, or null
   void* dbias;         // (C) weight_dtype, or null
-  float* partials;     // (layer_norm_bwd_blocks(N, C), 2, C): dweight, dbias of each block; null if neither is asked
+  float* partials;     // (layer_norm_bwd_blocks(N, C), 2, C): dweight, dbias of each block; null if neither is needed
   int64_t dy_row, dsum_row, h_row;
   int64_t n_rows, n_cols;
   DType dtype, weight_dtype;

@@ -1,4 +1,4 @@
-// What LayerNorm and RMSNorm share on the CPU: how rows are read and summed, how dx is written.
+// Shared by LayerNorm and RMSNorm on the CPU: reads and sums rows, writes dx.
 #pragma once
 #include <vector>
 
@@ -8,7 +8,7 @@
 
 namespace fastgpt::cpu {
 
-// A float that came from a T, back to T: no rounding left to do.
+// Converts a float that holds a value of T back to T without rounding.
 template <class T>
 inline T exact(float x) {
   return from_float<T>(x);
@@ -18,8 +18,8 @@ inline bf16 exact<bf16>(float x) {
   return bf16{static_cast<uint16_t>(float_bits(x) >> 16)};
 }
 
-// Columns [begin, end) of x, or of x + residual rounded to T and stored in sum, as floats in `row`. Returns the sum of
-// term(float) over them.
+// Loads columns [begin, end) of x, or of x + residual, as floats into `row`, and returns the sum of term(float) over
+// them. x + residual is rounded to T and also stored in `sum`.
 template <class T, class Term>
 inline float load_columns(const T* x, const T* residual, T* sum, float* row, int64_t begin, int64_t end,
                           const Term& term) {
@@ -28,7 +28,7 @@ inline float load_columns(const T* x, const T* residual, T* sum, float* row, int
     FASTGPT_SUM(total)
     for (int64_t c = begin; c < end; ++c) {
       row[c] = to_float(from_float<T>(to_float(x[c]) + to_float(residual[c])));
-      sum[c] = exact<T>(row[c]);  // from row: a T in between would keep the loop scalar
+      sum[c] = exact<T>(row[c]);  // from row: a variable of type T would keep the loop scalar
       total += term(row[c]);
     }
     return total;
@@ -41,7 +41,7 @@ inline float load_columns(const T* x, const T* residual, T* sum, float* row, int
   return total;
 }
 
-// Row n in the same way, in chunks whose sums are added in double.
+// Does the same for row n, in chunks whose sums are added in double.
 template <class T, class Args, class Term>
 inline double load_row(const Args& a, int64_t n, float* row, const Term& term) {
   const T* x = static_cast<const T*>(a.x) + n * a.x_row;
@@ -54,7 +54,7 @@ inline double load_row(const Args& a, int64_t n, float* row, const Term& term) {
   return total;
 }
 
-// Calls fn(row, begin, end) for ranges of rows in forward, with scratch for one row: (C)
+// Calls fn(row, begin, end) for ranges of rows in forward; `row` is scratch for one row, (C).
 template <class Args, class F>
 inline void for_rows(const Args& a, const F& fn) {
   parallel_for(a.n_rows, row_grain(a.n_cols), [&](int64_t begin, int64_t end) {
@@ -63,7 +63,7 @@ inline void for_rows(const Args& a, const F& fn) {
   });
 }
 
-// Row n of dx: d(column), plus dsum where there is one.
+// Stores row n of dx: d(column), plus dsum if it is given.
 template <class T, class Args, class F>
 inline void store_dx(const Args& a, int64_t n, const F& d) {
   T* dx = static_cast<T*>(a.dx) + n * a.n_cols;

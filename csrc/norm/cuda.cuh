@@ -1,17 +1,18 @@
-// What LayerNorm and RMSNorm share on CUDA: which threads a row has, how its pieces come in, how dx goes out.
+// Shared by LayerNorm and RMSNorm on CUDA: assigns threads to rows, loads their pieces, stores dx, launches the
+// kernels.
 //
-// Forward: a row is held in registers as it lies in memory, four pieces of 16 bytes a thread, all requested before the
-// first is used. Backward: dy, h (and dsum) of the next row are copied to shared memory while this one is worked on, so
-// that they are on their way all the time; registers hold the sums of dweight (and dbias) and little else. One fp32
-// partial a block, added by partials.cuh. Rows of one warp (C <= 1024 of 16 bits) meet no barrier, others one a row,
-// LayerNorm's forward two. Rows of more than 16384 columns in forward, 8192 in backward (half of that in fp32, 4096 and
-// 2048 off alignment) do not fit: they are read again, from L2.
+// Forward: registers hold a row as it is in memory, four pieces of 16 bytes per thread, all requested before the first
+// is used. Backward: dy, h (and dsum) of the next row are copied to shared memory while this row is computed, so loads
+// are always in flight; registers hold little more than the sums of dweight (and dbias). Each block writes one fp32
+// partial, and partials.cuh adds them. Rows of one warp (C <= 1024 of 16 bits) need no barrier, others one per row,
+// LayerNorm's forward two. Rows of more than 16384 columns in forward or 8192 in backward (half of that in fp32; 4096
+// and 2048 if not aligned) do not fit: they are read again, from L2.
 //
-// Full bandwidth takes about 40 KB on their way to each multiprocessor of an A100, 64 of an H100. Forward: 64
-// registers, so 1024 threads with 64 bytes of each tensor, 96 KB with a residual at C = 768 (three of four pieces), 128
-// from 1024 on; half without. Backward at 16 bits, blocks of 128 threads (256 above C = 4096), one wave on 108
-// multiprocessors:
-//   C                  blocks each of an A100    KB on their way, A100    H100 (the same blocks on 132)
+// Full bandwidth requires about 40 KB in flight to each multiprocessor of an A100 and 64 KB of an H100. Forward uses 64
+// registers, so 1024 threads each have 64 bytes of each tensor: 96 KB in flight with a residual at C = 768 (three of
+// four pieces), 128 from 1024 on, and half without a residual. Backward at 16 bits, blocks of 128 threads (256 above C
+// = 4096), one wave on 108 multiprocessors:
+//   C                  blocks on each of an A100 KB in flight, A100       H100 (the same blocks on 132)
 //   768                4 (RMSNorm 5)             48 (60)                  39 (49)
 //   768 with dsum      4                         72                       59
 //   1024, 2048, 4096   4                         64                       52
@@ -30,23 +31,23 @@
 
 namespace fastgpt::cuda {
 
-constexpr int kFwdThreads = 512;   // at most, for one row in registers
-constexpr int kWideThreads = 512;  // of a block that sweeps over the columns of a wide row
-constexpr int kWideRows = 8;       // rows that a backward block of wide rows handles together
-constexpr int kBwdThreads = 256;   // at most, for one row in registers
-constexpr int kBwdBlock = 128;     // threads of several narrow rows
+constexpr int kFwdThreads = 512;   // maximum for one row in registers
+constexpr int kWideThreads = 512;  // in a block that sweeps over the columns of a wide row
+constexpr int kWideRows = 8;       // rows that a backward block of wide rows processes together
+constexpr int kBwdThreads = 256;   // maximum for one row in registers
+constexpr int kBwdBlock = 128;     // threads in a block of several narrow rows
 constexpr int kSmShared = 164 * 1024;
-constexpr int kMaxBwdBlocks = 6;  // on a multiprocessor
+constexpr int kMaxBwdBlocks = 6;  // maximum on a multiprocessor
 
 template <int L>
-constexpr int kFwdPacks = L == 1 ? 8 : 4;  // pieces of a thread in forward
+constexpr int kFwdPacks = L == 1 ? 8 : 4;  // pieces per thread in forward
 
 template <typename T>
 __device__ __forceinline__ const T* at_row(const void* base, int64_t row, int64_t stride) {
   return static_cast<const T*>(base) + row * stride;
 }
 
-// Pieces of columns first + column(i) < n of a row.
+// Loads the pieces of a row at columns first + column(i) < n.
 template <typename T, int L, int kPacks>
 __device__ __forceinline__ void load_row(const T* row, int first, int n, Raw<T, L> (&x)[kPacks]) {
 #pragma unroll
@@ -56,7 +57,7 @@ __device__ __forceinline__ void load_row(const T* row, int first, int n, Raw<T, 
   }
 }
 
-// h of the columns from `first` on; the sum is stored for backward where there is a residual.
+// Loads h from column `first` on; with a residual, also stores x + residual for backward.
 template <typename T, int L, int kPacks, typename Args>
 __device__ __forceinline__ void load_h(const Args& a, int64_t row, int first, Raw<T, L> (&h)[kPacks]) {
   const int n = static_cast<int>(a.n_cols);
@@ -78,7 +79,7 @@ __device__ __forceinline__ void load_h(const Args& a, int64_t row, int first, Ra
   }
 }
 
-// The sum of term(value) over the columns from `first` on.
+// Returns the sum of term(value) over the columns from `first` on.
 template <typename T, int L, int kPacks, typename F>
 __device__ __forceinline__ float sum_of(const Raw<T, L> (&h)[kPacks], int first, int n, F term) {
   float sum = 0.0f;
@@ -93,7 +94,7 @@ __device__ __forceinline__ float sum_of(const Raw<T, L> (&h)[kPacks], int first,
   return sum;
 }
 
-// Weight or bias from L1, `missing` where there is none.
+// Loads weight or bias through L1; `missing` if it is null.
 template <typename W, int L>
 __device__ __forceinline__ void load_affine(const void* values, int c, float missing, float (&w)[L]) {
 #pragma unroll
@@ -103,8 +104,8 @@ __device__ __forceinline__ void load_affine(const void* values, int c, float mis
 
 // ---- backward ----
 
-// Two rows in shared memory, one in use and one on its way: for each warp (3, 2, kPacks, 32) pieces of dy, h and (where
-// there is one) dsum. Each thread writes and reads its own, so no barrier is needed.
+// Two rows in shared memory, one in use and one in flight: for each warp (3, 2, kPacks, 32) pieces of dy, h and, if
+// given, dsum. Each thread reads only what it has written, so no barrier is needed.
 template <typename T, int L, int kPacks>
 struct Ring {
   Raw<T, L>* mine;
@@ -152,22 +153,22 @@ __device__ __forceinline__ void store_dx(const Args& a, int64_t row, int c, floa
 
 // ---- launchers ----
 
-// Threads of one row, a multiple of 32: each takes `packs` pieces of `lanes` columns.
+// Returns the threads for one row, a multiple of 32: each has `packs` pieces of `lanes` columns.
 inline int row_threads(int64_t n_cols, int packs, int lanes) {
   const int64_t columns = int64_t{32} * packs * lanes;
   return static_cast<int>((n_cols + columns - 1) / columns * 32);
 }
 
-// How a backward kernel covers rows: `packs` pieces a thread, 0 where a row is too wide for registers; `rows` side by
-// side; one wave of blocks on an A100.
+// How a backward kernel covers rows: `packs` pieces per thread, 0 if a row is too wide for registers; `rows` at the
+// same time in a block; n_blocks is at most one wave on an A100.
 struct BwdShape {
   int packs, threads, rows;
   size_t smem;
   int64_t n_blocks;
 };
 
-// 3 or 4 pieces a thread (8 single values where L is 1), whichever leaves fewer without work. `resident(packs)`:
-// threads on a multiprocessor that registers allow. `n_sums`: floats that the rows of a block add up.
+// Chooses 3 or 4 pieces per thread (8 single values if L is 1), whichever leaves fewer threads idle. `resident(packs)`:
+// threads on a multiprocessor that registers allow. `n_sums`: floats in the sums of a block.
 template <typename T, int L, typename F>
 BwdShape bwd_shape(int64_t n_rows, int64_t n_cols, bool dsum, int64_t n_sums, F resident) {
   BwdShape s{L == 1 ? 8 : 4, 0, 1, 0, 0};
@@ -194,8 +195,9 @@ BwdShape bwd_shape(int64_t n_rows, int64_t n_cols, bool dsum, int64_t n_sums, F 
 template <int N>
 using Constant = std::integral_constant<int, N>;
 
-// Forward. kernels(T{}, W{}, lanes): the kernel for rows of up to kFwdThreads threads, four to a block where a row is one
-// warp, and the one for wider rows. `aligned`: all pointers are at 16-byte boundaries.
+// Launches forward. kernels(T{}, W{}, lanes) returns the kernel for rows of up to kFwdThreads threads, which has four
+// rows in a block if a row is one warp, and the kernel for wider rows. `aligned`: all pointers are at 16-byte
+// boundaries.
 template <typename Args, typename F>
 void launch_fwd(const char* name, const char* wide_name, F kernels, const Args& a, bool aligned, Stream stream) {
   if (a.n_rows == 0 || a.n_cols == 0) return;
@@ -212,8 +214,8 @@ void launch_fwd(const char* name, const char* wide_name, F kernels, const Args& 
   });
 }
 
-// Backward, and the sums of parameter gradients: outs[i] (C), or null. kernel_of(T{}, W{}, lanes, packs): the kernel for
-// so many pieces a thread, 0: the one for wide rows. resident: as for bwd_shape.
+// Launches backward and the sums of the gradients of parameters; outs[i] is (C), or null. kernel_of(T{}, W{}, lanes,
+// packs) returns the kernel for `packs` pieces per thread, or for wide rows if packs is 0. resident: as for bwd_shape.
 template <int kOuts, typename Args, typename F, typename R>
 void launch_bwd(const char* name, const char* wide_name, F kernel_of, const Args& a, void* const (&outs)[kOuts],
                 R resident, Stream stream) {

@@ -1,11 +1,11 @@
-// What layer_norm and rms_norm share in their glue: checks, allocations, and the fields that both fill in.
+// Shared by the glue of layer_norm and rms_norm: checks, allocations, and the fields that both have.
 #pragma once
 #include "glue/allocate.h"
 #include "glue/rows.h"
 
 namespace fastgpt {
 
-// Checks x, called `name`, and its parameters, makes these contiguous, and fills in dtypes and sizes.
+// Checks x, called `name` in errors, and the parameters, makes the parameters contiguous, and sets dtypes and sizes.
 template <class Args>
 void check_norm(const char* op, const char* name, const Tensor& x, OptTensor& weight, OptTensor& bias, Args& a) {
   FASTGPT_CHECK(x.dim() >= 1, op, name, " must have at least one dimension");
@@ -19,14 +19,14 @@ void check_norm(const char* op, const char* name, const Tensor& x, OptTensor& we
   a.weight_dtype = weight ? float_dtype_of(op, "weight", *weight) : bias ? float_dtype_of(op, "bias", *bias) : DType::f32;
 }
 
-// Inputs and outputs of forward; they keep the memory of `a` alive.
+// Inputs and outputs of forward. They own the memory that `a` points to.
 struct NormFwd {
   Rows x, residual;
   Tensor y;
   OptTensor sum;
 };
 
-// All but the parameters and the statistics.
+// Sets all pointers and strides except those of the parameters and the statistics.
 template <class Args>
 NormFwd norm_fwd(const Tensor& x, const OptTensor& residual, Args& a) {
   const Rows x_rows = rows_of(x);
@@ -38,15 +38,15 @@ NormFwd norm_fwd(const Tensor& x, const OptTensor& residual, Args& a) {
   return t;
 }
 
-// Inputs and outputs of backward; they keep the memory of `a` alive.
+// Inputs and outputs of backward. They own the memory that `a` points to.
 struct NormBwd {
   Rows dy, dsum, h;
   Tensor dx;
   OptTensor partials;
 };
 
-// All but the parameters, their gradients and the statistics. n_blocks: blocks of rows, each with a partial of n_sums
-// parameter gradients, 0 where none is asked for.
+// Sets all pointers and strides except those of the parameters, their gradients and the statistics. n_blocks is the
+// number of blocks of rows, each with a partial for n_sums gradients of parameters; n_sums is 0 if none is needed.
 template <class Args>
 NormBwd norm_bwd(const Tensor& dy, const OptTensor& dsum, const Tensor& h, int64_t n_blocks, int64_t n_sums, Args& a) {
   const Rows dy_rows = rows_of(dy);

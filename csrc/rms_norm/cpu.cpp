@@ -1,6 +1,6 @@
 // RMSNorm on the CPU; formulas in fastgpt/ops/rms_norm.py.
 //
-// Forward reads x (and residual) once, writes y (and their sum) once; the squares are summed while the row is loaded.
+// Forward reads x (and residual) once, writes y (and their sum) once, and sums the squares while it loads the row.
 // Backward reads dy and h once, writes dx once, and sums dweight per block of rows (core/cpu/partials.h).
 #include <cmath>
 #include <vector>
@@ -10,7 +10,7 @@
 
 namespace fastgpt::cpu {
 
-// weight + offset in fp32, ones without weight: (C)
+// Returns weight + offset in fp32, (C), or ones if weight is null.
 static std::vector<float> widen_offset(const void* weight, DType dtype, int64_t n_cols, float offset) {
   std::vector<float> wide = widen(weight, dtype, n_cols, 1.0f);
   for (float& w : wide) w += weight != nullptr ? offset : 0.0f;
@@ -35,7 +35,7 @@ FASTGPT_CLONES static void fwd_rows(const RmsNormFwdArgs& a, const float* weight
   with_type(a.dtype, [&](auto tag) { fwd_rows_of<decltype(tag)>(a, weight, row, begin, end); });
 }
 
-// Columns [begin, end) of a row: dweight += dy xhat (where asked). Returns the sum of w dy xhat.
+// For columns [begin, end) of a row: dweight += dy xhat (unless null). Returns the sum of w dy xhat.
 template <class T>
 inline float add_columns(const T* dy, const T* h, const float* weight, float rstd, float* dweight, int64_t begin,
                          int64_t end) {
@@ -68,7 +68,7 @@ inline void bwd_row(const RmsNormBwdArgs& a, const float* weight, float* dweight
   store_dx<T>(a, n, [=](int64_t c) { return dx(to_float(dy[c]) * weight[c], to_float(h[c]) * rstd); });
 }
 
-// dweight: sum over these rows, (C), or null.
+// dweight: receives the sum over these rows, (C), or null.
 FASTGPT_CLONES static void bwd_rows(const RmsNormBwdArgs& a, const float* weight, float* dweight, int64_t begin,
                                     int64_t end) {
   with_type(a.dtype, [&](auto tag) {

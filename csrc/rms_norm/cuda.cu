@@ -3,20 +3,21 @@
 //   h = x + residual, rounded to x's dtype; rstd = 1 / sqrt(mean(h^2) + eps); y = h rstd (w + weight_offset)
 //   dx = rstd (w dy - xhat mean(w dy xhat)) + dsum with xhat = h rstd;  dw = sum_rows dy xhat
 //
-// Saved for backward: h and rstd in fp32. Bytes for each element of 16 bits: forward 4 (read x, write y), 8 with a
+// Saved for backward: h and rstd in fp32. Bytes per 16-bit element: forward 4 (read x, write y), 8 with a
 // residual; backward 6 (read dy and h, write dx), 8 with dsum. Floor for N = 65536, C = 768, forward with residual
 // (403 MB): A100 197 us, H100 120, H200 84; backward without dsum (302 MB): 148, 90, 63.
 //
-// How: norm/cuda.cuh, with the bytes that are on their way; one reduction a row in each direction. Instructions for each
-// element of 16 bits, sm_90: forward 16 without a residual (an H100 has time for 34, activations.cuh), 21 with (68);
-// backward 30 without dsum (51), 35 with (68). Partials add C 8 bytes a block: 1.1 % at the shape above.
+// How: see norm/cuda.cuh, also for the bytes in flight; forward and backward each need one reduction per row.
+// Instructions per 16-bit element on sm_90: forward 16 without a residual (an H100 has time for 34, activations.cuh),
+// 21 with (68); backward 30 without dsum (51), 35 with (68). Partials add C 8 bytes per block: 1.1 % at the shape
+// above.
 #include "norm/cuda.cuh"
 #include "rms_norm/op.h"
 
 namespace fastgpt::cuda {
 namespace {
 
-// weight + offset, ones without weight.
+// Loads weight + offset, or ones if weight is null.
 template <typename W, typename Args, int L>
 __device__ __forceinline__ void load_weight(const Args& a, int c, float (&w)[L]) {
   load_affine<W>(a.weight, c, 1.0f, w);
@@ -40,8 +41,7 @@ __device__ __forceinline__ void store_y(const RmsNormFwdArgs& a, int64_t row, in
   }
 }
 
-// One row for each threadIdx.y, held in registers; more than one row in a block only where a row is one warp (no
-// barrier).
+// One row per threadIdx.y, held in registers. A block has more than one row only if a row is one warp (no barrier).
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kFwdThreads) rms_norm_fwd_kernel(const RmsNormFwdArgs a) {
   __shared__ float scratch[kMaxWarps];
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kFwdThreads) rms_norm_fwd_kernel(const RmsNorm
   store_y<W>(a, row, 0, h, rstd);
 }
 
-// One block a row, two sweeps over its columns.
+// One block per row, two sweeps over its columns.
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kWideThreads) rms_norm_fwd_wide_kernel(const RmsNormFwdArgs a) {
   constexpr int kPacks = kFwdPacks<L>;
@@ -72,17 +72,17 @@ __global__ void __launch_bounds__(kWideThreads) rms_norm_fwd_wide_kernel(const R
   }
   const float rstd = 1.0f / sqrtf(row_sum(squares, scratch) / n + a.eps);
   if (threadIdx.x == 0) a.rstd[row] = rstd;
-  for (int first = 0; first < n; first += step) {  // each thread reads what it stored itself
+  for (int first = 0; first < n; first += step) {  // each thread reads what it has stored
     load_row(again, first, n, h);
     store_y<W>(a, row, first, h, rstd);
   }
 }
 
-// One row for each threadIdx.y at a time; the columns of a thread are the same in all its rows.
+// One row per threadIdx.y at a time; a thread has the same columns in all its rows.
 template <typename T, typename W, int kPacks, int L>
 __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks == 3 ? 5 : 2)
     rms_norm_bwd_kernel(const RmsNormBwdArgs a) {
-  __shared__ float scratch[2][kMaxWarps];  // two sets, used in turn: one barrier a row
+  __shared__ float scratch[2][kMaxWarps];  // two sets, used alternately: one barrier per row
   FASTGPT_DYNAMIC_SHARED(float, shared);
   const Ring<T, L, kPacks> ring(shared, a.dsum != nullptr);
   const int n = static_cast<int>(a.n_cols);
@@ -91,10 +91,10 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
   float dw[kPacks][L] = {};
   ring.request_row(a, row, 0);
   float next_rstd = row < a.n_rows ? a.rstd[row] : 0.0f;
-  int set = 0;  // of scratch, and stage of the ring
+  int set = 0;  // index of the set of scratch and of the stage of the ring
   for (int64_t first = row - threadIdx.y; first < a.n_rows; first += step, row += step, set ^= 1) {
     ring.request_row(a, row + step, set ^ 1);
-    ptx::cp_async_wait<1>();  // this row is there, the next may be on its way
+    ptx::cp_async_wait<1>();  // this row has arrived, the next may be in flight
     const int end = row < a.n_rows ? n : 0;
     const float rstd = next_rstd;
     float dot = 0.0f;
@@ -130,13 +130,13 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
     }
   }
   if (a.partials == nullptr) return;
-  __syncthreads();  // the ring is free
+  __syncthreads();  // the ring is no longer in use
   write_partial(dw, n, shared, a.partials + static_cast<int64_t>(blockIdx.x) * n);
 }
 
-// Wide rows, kWideRows at a time: first the mean of each row, then, column by column, dx and the sum over the rows,
-// which is kept in the block's partial between two groups of rows (each thread its own columns). dy and h are read
-// twice.
+// Wide rows, kWideRows at a time: first the mean of each row, then, column by column, dx and the sum over the rows.
+// Between two groups of rows the partial of the block holds the sum; each thread has its own columns there. dy and h
+// are read twice.
 template <typename T, typename W, int L>
 __global__ void __launch_bounds__(kWideThreads) rms_norm_bwd_wide_kernel(const RmsNormBwdArgs a) {
   __shared__ float scratch[2][kMaxWarps];

@@ -1,4 +1,5 @@
-// rms_norm's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/rms_norm.py.
+// Raw ops of rms_norm: check, allocate, fill the struct of the launcher, launch. Schemas are in
+// fastgpt/ops/rms_norm.py.
 #include "glue/register.h"
 #include "norm/glue.h"
 #include "rms_norm/op.h"

@@ -1,11 +1,11 @@
-// RMSNorm's arguments and launchers; formulas in fastgpt/ops/rms_norm.py.
+// Arguments and launchers of RMSNorm; formulas in fastgpt/ops/rms_norm.py.
 #pragma once
 #include "core/dtype.h"
 #include "core/stream.h"
 
 namespace fastgpt {
 
-// RMSNorm: as LayerNorm, without mean and bias; the weight counts as weight + weight_offset.
+// Like LayerNorm, but without mean and bias; y uses weight + weight_offset.
 struct RmsNormFwdArgs {
   const void* x;         // (N, C) dtype
   const void* residual;  // (N, C) dtype, or null
@@ -21,8 +21,8 @@ struct RmsNormFwdArgs {
 
 struct RmsNormBwdArgs {
   const void* dy;      // (N, C) dtype
-  const void* dsum;    // (N, C) dtype, or null: gradient that reaches x + residual directly
-  const void* h;       // (N, C) dtype: what was normalised
+  const void* dsum;    // (N, C) dtype, or null: gradient of x + residual from its other uses
+  const void* h;       // (N, C) dtype: the input of the normalisation
   const void* weight;  // (C) weight_dtype, or null
   const float* rstd;   // (N)
   void* dx;            // (N, C) dtype, contiguous

@@ -1,9 +1,9 @@
 // Rotary embedding on the CPU; formulas in fastgpt/ops/rope.py.
 //
-// One task takes some (batch, time) rows: their cos and sin are found once and used for every head of q and k. Each
-// element is read once and written once; in place, only the columns that turn are touched.
+// A task has some (batch, time) rows: it looks up their cos and sin once for all heads of q and k. Each element is read
+// and written once; in place, only the columns that rotate are accessed.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=fast")  // no formula here relies on a rounded product
+#pragma GCC optimize("fp-contract=fast")  // no formula here needs a product to be rounded
 #endif
 #include <cmath>
 #include <type_traits>
@@ -15,7 +15,7 @@
 
 namespace fastgpt::cpu {
 
-// One head's pairs, (i, i + half) or (2i, 2i + 1); y may be x.
+// Rotates the pairs of one head, (i, i + half) or (2i, 2i + 1); y may be x.
 template <bool Interleaved, class T>
 inline void turn_head(const T* x, T* y, const float* cos, const float* sin, float sign, int64_t half) {
   FASTGPT_SIMD
@@ -62,7 +62,7 @@ FASTGPT_CLONES static void turn_rows(const RopeArgs& a, const float* unknown, in
 // ---- launchers ----
 
 void rope(const RopeArgs& a, Stream) {
-  const std::vector<float> unknown(a.half, NAN);  // cos and sin of a position that the tables do not have
+  const std::vector<float> unknown(a.half, NAN);  // cos and sin of a position outside the tables
   const int64_t width = (a.parts[0].n_heads + a.parts[1].n_heads) * a.n_cols;
   parallel_for(a.n_batch * a.n_time, row_grain(width),
                [&](int64_t begin, int64_t end) { turn_rows(a, unknown.data(), begin, end); });

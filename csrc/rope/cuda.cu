@@ -2,16 +2,16 @@
 //
 //   (a, b) -> (a cos - s b, b cos + s a), s = sign sin; pairs (i, i + half) or (2i, 2i + 1) of the first 2 half columns
 //
-// Bytes: each element is read and written once, in place only those that turn; cos and sin (fp32) come from L2, once
-// for all heads that a thread turns. About 6 operations an element. Saved for backward: nothing but the tables.
-// Floor in place on a packed qkv of B = 64, T = 1024, H = 12, D = 64, 16 bits (403 MB): A100 197 us, H100 120, H200 84;
-// out of place from q and k the same.
+// Bytes: each element is read and written once, in place only those that rotate; cos and sin (fp32) are read from L2,
+// once for all heads of a thread. About 6 operations per element. Saved for backward: only the tables. Floor in place
+// on a packed qkv of B = 64, T = 1024, H = 12, D = 64, 16 bits (403 MB): A100 197 us, H100 120, H200 84; out of place
+// from q and k the same.
 //
-// How: a thread holds L pairs of up to kHeads heads of q, then of k, at one position: two 16-byte pieces a head, all
-// under way before the first is turned (128 bytes a thread, 512 threads on a multiprocessor: 64 KB), while its L
-// cosines and sines stay in registers. The heads of a row lie side by side over threadIdx.y. What is only copied
-// (columns behind the pairs, heads from n_turned on) goes the same way. A thread reads all it writes first, and nobody
-// else's: y may be x.
+// How: a thread holds L pairs of up to kHeads heads of q, then of k, at one position: two 16-byte pieces per head, all
+// requested before the first is rotated (128 bytes per thread, 512 threads on a multiprocessor: 64 KB), while its L
+// cosines and sines stay in registers. The heads of a row are spread over threadIdx.y. What is only copied (columns
+// after the pairs, heads from n_turned on) takes the same path. A thread reads all elements that it writes before it
+// writes them, and none that others write, so y may be x.
 #include "core/cuda/launch.cuh"
 #include "core/cuda/vec.cuh"
 #include "core/with_type.h"
@@ -23,10 +23,11 @@ namespace fastgpt::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kHeads = 4;  // of a thread, in flight together
+constexpr int kHeads = 4;  // per thread, in flight together
 
-// L pairs: `low` and `high` are the columns i and half + i, or, interleaved, 2 L columns in a row. The sign is taken in
-// here: before the tables' first use all heads are under way.
+// Rotates L pairs: `low` and `high` are the columns i and half + i or, if interleaved, 2 L consecutive columns. The
+// sign is applied here rather than when the tables are loaded: all heads are in flight before the tables are first
+// used.
 template <bool kInterleaved, int L>
 __device__ __forceinline__ void turn(float (&low)[L], float (&high)[L], const float (&cos)[L], const float (&sin)[L],
                                      float sign) {
@@ -41,7 +42,7 @@ __device__ __forceinline__ void turn(float (&low)[L], float (&high)[L], const fl
   }
 }
 
-// cos and sin of pairs i..i+L; NaN for a position that the tables do not have.
+// Loads cos and sin of pairs i..i+L; NaN for a position outside the tables.
 template <int L>
 __device__ __forceinline__ void load_tables(const RopeArgs& a, int64_t position, int i, float (&cos)[L],
                                             float (&sin)[L]) {
@@ -54,7 +55,7 @@ __device__ __forceinline__ void load_tables(const RopeArgs& a, int64_t position,
   }
 }
 
-// Unit u (threadIdx.x) of a head: L pairs, or 2 L columns that are copied. threadIdx.y: heads, threadIdx.z: positions.
+// Unit u (threadIdx.x) of a head is L pairs, or 2 L columns to copy. threadIdx.y: heads, threadIdx.z: positions.
 template <typename T, bool kInterleaved, int L>
 __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
   const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z;
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kThreads) rope_kernel(const RopeArgs a) {
 
 // ---- launchers ----
 
-// Whether every piece of L values that the kernel touches is 16-byte aligned.
+// Returns whether every piece of L values that the kernel accesses is 16-byte aligned.
 template <typename T>
 bool in_pieces(const RopeArgs& a) {
   constexpr int L = kLanes<T>;

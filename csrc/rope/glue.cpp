@@ -1,4 +1,4 @@
-// rope's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/rope.py.
+// Raw ops of rope: check, allocate, fill the struct of the launcher, launch. Schemas are in fastgpt/ops/rope.py.
 #include "glue/allocate.h"
 #include "glue/register.h"
 #include "glue/rows.h"
@@ -7,12 +7,12 @@
 namespace fastgpt {
 namespace {
 
-// A (B, T, H, D) tensor as it is where its columns are contiguous, else copied.
+// Returns a (B, T, H, D) tensor itself if its columns are contiguous, else a copy.
 Tensor whole_columns(const Tensor& t) {
   return t.size(3) <= 1 || t.stride(3) == 1 ? t : torch::stable::contiguous(t);
 }
 
-// Everything but the parts; cos, sin and positions keep the memory alive.
+// Sets everything except the parts; cos, sin and positions own the memory.
 RopeArgs rope_args(const char* op, const Tensor& x, Tensor& cos, Tensor& sin, OptTensor& positions,
                    bool interleaved, bool inverse) {
   FASTGPT_CHECK(x.dim() == 4, op, "queries and keys must be (B, T, H, D)");
@@ -70,9 +70,9 @@ void check_turned(const char* op, const Tensor& qkv, int64_t n_turned) {
                 qkv.size(2));
 }
 
-// Whether every element has an address of its own, by strides alone: each dimension steps over all smaller ones.
+// Returns whether all elements have different addresses, by strides alone: each dimension steps over all smaller ones.
 bool elements_apart(const Tensor& t) {
-  int64_t reach = 0;  // of the dimensions seen so far
+  int64_t reach = 0;  // largest offset within the dimensions seen so far
   std::vector<bool> seen(t.dim());
   for (int64_t i = 0; i < t.dim(); ++i) {
     int64_t next = -1;

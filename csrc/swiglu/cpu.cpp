@@ -2,7 +2,7 @@
 //
 // Forward reads gate and up and writes y once; backward reads dy, gate and up and writes both gradients once.
 #if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC optimize("fp-contract=fast")  // no formula here relies on a rounded product
+#pragma GCC optimize("fp-contract=fast")  // no formula here needs a product to be rounded
 #endif
 #include "core/cpu/parallel.h"
 #include "core/cpu/simd.h"

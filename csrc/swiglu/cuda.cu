@@ -2,15 +2,14 @@
 //
 //   y = act(gate) up;  dgate = dy up act'(gate);  dup = dy act(gate);  act: silu, gelu, gelu_tanh or relu^2
 //
-// Saved for backward: gate and up. Bytes for each element of y of 16 bits: forward 6 (read gate and up, write y),
+// Saved for backward: gate and up. Bytes per 16-bit element of y: forward 6 (read gate and up, write y),
 // backward 10 (read dy, gate, up, write dgate, dup). Floor for N = 65536, C = 2048: forward (805 MB) A100 395 us, H100
 // 240, H200 168; backward (1342 MB) 658, 401, 280.
 //
 // How: a thread has 8 columns (one 16-byte piece) of 2 rows, all requested before the first is used. Forward: 32
-// registers, 2048 threads with 64 bytes each, 128 KB on their way to a multiprocessor (norm/cuda.cuh says what it takes);
-// backward: 48, 1280 threads with 96 bytes, 120 KB. Instructions for each element of 16 bits, sm_90: forward silu 17,
-// gelu 30, relu^2 15 (an H100 has time for 51, activations.cuh), backward 27, 39, 21 (86); fp32 at most 75 (103), 84
-// (172).
+// registers, 2048 threads with 64 bytes each, 128 KB in flight to a multiprocessor (norm/cuda.cuh: how much is needed);
+// backward: 48, 1280 threads with 96 bytes, 120 KB. Instructions per 16-bit element on sm_90: forward silu 17, gelu 30,
+// relu^2 15 (an H100 has time for 51, activations.cuh), backward 27, 39, 21 (86); fp32 at most 75 (103), 84 (172).
 #include "core/cuda/activations.cuh"
 #include "swiglu/op.h"
 
@@ -96,7 +95,7 @@ __global__ void __launch_bounds__(kTileThreads) swiglu_bwd_kernel(const SwigluAr
 
 // ---- launchers ----
 
-// Calls f(T{}, activation as a constant, lanes as a constant); `in_pieces`(L): whether all rows are pieces of L columns.
+// Calls f(T{}, activation, lanes), the last two as constants. in_pieces(L): whether all rows are pieces of L columns.
 template <typename P, typename F>
 void with_kernel(const SwigluArgs& a, P in_pieces, F f) {
   if (a.n_rows == 0 || a.n_cols == 0) return;

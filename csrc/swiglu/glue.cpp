@@ -1,4 +1,4 @@
-// swiglu's raw ops: check, allocate, fill the launcher's struct, launch. Schemas are in fastgpt/ops/swiglu.py.
+// Raw ops of swiglu: check, allocate, fill the struct of the launcher, launch. Schemas are in fastgpt/ops/swiglu.py.
 #include "glue/allocate.h"
 #include "glue/register.h"
 #include "glue/rows.h"
@@ -15,7 +15,7 @@ struct GatedRows {
   Rows gate, up;
 };
 
-// Shapes, and where gate and up begin; `rows` keeps the memory alive.
+// Sets shapes and the pointers of gate and up; `rows` owns the memory.
 SwigluArgs swiglu_args(const char* op, const Tensor& gate, const OptTensor& up, int64_t activation,
                        std::optional<GatedRows>& rows) {
   FASTGPT_CHECK(gate.dim() >= 1, op, "gate must have at least one dimension");

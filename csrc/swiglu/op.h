@@ -1,4 +1,4 @@
-// swiglu's arguments and launchers; formulas in fastgpt/ops/swiglu.py.
+// Arguments and launchers of swiglu; formulas in fastgpt/ops/swiglu.py.
 #pragma once
 #include <type_traits>
 
@@ -9,7 +9,7 @@ namespace fastgpt {
 
 enum class Activation : int { silu = 0, gelu = 1, relu2 = 2, gelu_tanh = 3 };
 
-// Calls fn(activation) with the activation as a constant.
+// Calls fn with the activation as a constant.
 template <class F>
 inline void with_activation(Activation activation, const F& fn) {
   switch (activation) {
@@ -20,7 +20,7 @@ inline void with_activation(Activation activation, const F& fn) {
   }
 }
 
-// act(gate) * up; packed tensors are two halves of one, their rows twice as far apart.
+// act(gate) * up. If packed, gate and up are the halves of one tensor, so their rows are twice as far apart.
 struct SwigluArgs {
   const void* dy;    // (N, C) dtype; bwd only
   const void* gate;  // (N, C) dtype

@@ -14,12 +14,12 @@ ERRORS: Errors = [
 MUTATIONS: Mutations = {
     "barrier before the scores": (
         "attention/cuda_fwd.cu",
-        "    __syncthreads();  // these keys have come, and the values before them are done with\n",
+        "    __syncthreads();  // these keys have arrived, and the previous values are no longer needed\n",
         "",
     ),
     "barrier before the values": (
         "attention/cuda_fwd.cu",
-        "    __syncthreads();  // these values have come, and the keys are done with\n",
+        "    __syncthreads();  // these values have arrived, and the keys are no longer needed\n",
         "",
     ),
     "copies that nobody waits for": (
@@ -29,12 +29,12 @@ MUTATIONS: Mutations = {
     ),
     "barrier of the queries' stages": (
         "attention/cuda_dkdv.cu",
-        "    __syncthreads();  // these queries have come, and those of the other stage are done with\n",
+        "    __syncthreads();  // these queries have arrived, and those of the other stage are no longer needed\n",
         "",
     ),
     "barrier of the keys' stages": (
         "attention/cuda_bwd.cu",
-        "    __syncthreads();  // these keys have come, and those of the other stage are done with\n",
+        "    __syncthreads();  // these keys have arrived, and those of the other stage are no longer needed\n",
         "",
     ),
     "causal mask": (

@@ -1,5 +1,5 @@
-// parallel_for for the CPU kernels: PyTorch's own thread pool behind one function, so that kernel files need no torch
-// header. Which range a thread gets depends on their number: a result must not.
+// parallel_for for the CPU kernels. It hides the thread pool of PyTorch behind one function: kernel files include no
+// torch header. The ranges depend on the number of threads; results must not.
 #pragma once
 #include <cstdint>
 

@@ -1,6 +1,6 @@
-// Gradients of parameters that all rows share, on the CPU. Each block of rows is summed into its own fp32 partial, then
-// the partials are added in the order of the blocks. Blocks follow from the shape alone, so the number of threads
-// changes no bit.
+// Gradients of parameters that all rows share, on the CPU. Each block of rows is summed into one fp32 partial, then the
+// partials are added in the order of the blocks. Blocks depend on the shape alone, so results are bitwise the same for
+// any number of threads.
 #pragma once
 #include <algorithm>
 #include <initializer_list>
@@ -11,7 +11,7 @@
 
 namespace fastgpt::cpu {
 
-// A parameter in fp32, or `missing` in every column where there is none: (C)
+// Returns a parameter in fp32, (C), or `missing` in every column if data is null.
 inline std::vector<float> widen(const void* data, DType dtype, int64_t n_cols, float missing) {
   std::vector<float> wide(n_cols, missing);
   if (data != nullptr) {
@@ -20,13 +20,13 @@ inline std::vector<float> widen(const void* data, DType dtype, int64_t n_cols, f
   return wide;
 }
 
-// Rows of a block.
+// Returns the number of rows in a block.
 inline int64_t rows_per_block(int64_t n_rows) { return max_of(32, ceil_div(n_rows, 128)); }
 
 inline int64_t row_blocks(int64_t n_rows) { return ceil_div(n_rows, rows_per_block(n_rows)); }
 
-// Calls fn(partial, begin, end) for the rows of each block. partials: (row_blocks(n_rows), n_sums, C), or null; partial:
-// the block's (n_sums, C), set to 0, or null.
+// Calls fn(partial, begin, end) for the rows of each block. partials is (row_blocks(n_rows), n_sums, C), or null;
+// partial is the part of this block, (n_sums, C), set to 0, or null.
 template <class F>
 inline void for_row_blocks(int64_t n_rows, int64_t n_cols, float* partials, int64_t n_sums, const F& fn) {
   const int64_t rows = rows_per_block(n_rows), size = n_sums * n_cols;
@@ -39,7 +39,7 @@ inline void for_row_blocks(int64_t n_rows, int64_t n_cols, float* partials, int6
   });
 }
 
-// Columns [begin, end) of the sum over blocks, in their order: partials (n_blocks, C), blocks `step` floats apart.
+// Stores columns [begin, end) of the sum over the blocks, in order: partials (n_blocks, C), blocks `step` floats apart.
 FASTGPT_CLONES static void add_blocks(const float* partials, int64_t n_blocks, int64_t step, DType dtype, void* out,
                                       int64_t begin, int64_t end) {
   for (int64_t first = begin; first < end; first += 64) {
@@ -54,7 +54,7 @@ FASTGPT_CLONES static void add_blocks(const float* partials, int64_t n_blocks, i
   }
 }
 
-// partials (row_blocks(n_rows), outs.size(), C), or null -> outs[i] (C), where it is not null.
+// Sums partials (row_blocks(n_rows), outs.size(), C), unless null, into outs[i] (C), unless null.
 inline void add_partials(const float* partials, int64_t n_rows, int64_t n_cols, DType dtype,
                          std::initializer_list<void*> outs) {
   if (partials == nullptr) return;

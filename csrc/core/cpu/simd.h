@@ -1,8 +1,9 @@
-// How the CPU kernels get vector code without -march=native and without -ffast-math.
+// Vector code for the CPU kernels without -march=native and without -ffast-math.
 //
-// FASTGPT_CLONES: a function compiled for AVX-512, AVX2 and the baseline, picked when the library loads; `flatten`
-// brings the templates and formulas it calls into each copy. FASTGPT_SUM, FASTGPT_MAX: this loop may reduce in several
-// accumulators, no other reordering is allowed. Lane counts differ between CPUs, never between thread counts.
+// FASTGPT_CLONES: compile the function for AVX-512, AVX2 and the baseline; the library picks a copy when it loads.
+// `flatten` inlines the templates and formulas that it calls into each copy. FASTGPT_SUM, FASTGPT_MAX: the loop may
+// reduce in several accumulators; no other reordering is allowed. The number of lanes depends on the CPU, never on the
+// number of threads.
 #pragma once
 #include <cstdint>
 
@@ -18,9 +19,9 @@
 #define FASTGPT_CLONES
 #endif
 
-// For code whose blocks depend on the registers there are: the same kernel once per level, picked by level(). `flatten`
-// as above; what an explicit vector type computes must carry the level's attribute itself, since vectors are split into
-// what a function's own target has before anything is inlined.
+// For code whose block sizes depend on the number of registers: the kernel is compiled once per level, and level()
+// picks one. `flatten` is as above. Functions that use explicit vector types must carry the attribute of the level
+// themselves, since the compiler splits vectors for the target of the function before it inlines.
 #if defined(__GNUC__)
 #define FASTGPT_FLAT __attribute__((flatten))
 #define FASTGPT_INLINE __attribute__((always_inline)) inline
@@ -45,12 +46,12 @@
 
 namespace fastgpt::cpu {
 
-constexpr int64_t kChunk = 1024;  // floats that a pass keeps in L1; sums of chunks are added up in double
-constexpr int64_t kLanes = 16;    // of the widest vectors
+constexpr int64_t kChunk = 1024;  // floats that a pass keeps in L1; the sums of chunks are added in double
+constexpr int64_t kLanes = 16;    // floats in the widest vector
 
 #if defined(FASTGPT_LEVELS)
 #if !defined(FASTGPT_HIGHEST_LEVEL)
-#define FASTGPT_HIGHEST_LEVEL 4  // tests try the others
+#define FASTGPT_HIGHEST_LEVEL 4  // tests set lower ones
 #endif
 inline int level() {
   static const int found = __builtin_cpu_supports("x86-64-v4") ? 4 : __builtin_cpu_supports("x86-64-v3") ? 3 : 0;
@@ -62,12 +63,12 @@ inline int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Rows that one task should take at least, so that handing it out does not cost more than doing it.
+// Minimum number of rows in a task: fewer would cost more to schedule than to compute.
 inline int64_t row_grain(int64_t n_cols) { return max_of(1, 32768 / max_of(1, n_cols)); }
 
-// Columns [0, n), n >= kLanes, as whole vectors in a buffer: fn(slot, column) for each, slots kLanes apart. The last
-// vector holds the last kLanes columns, some of them a second time: no column is left over for slow scalar code, and
-// every later load of a vector finds exactly one earlier store (two would stall it).
+// Calls fn(slot, column) for each of the whole vectors in a buffer that hold the columns [0, n), n >= kLanes; slots are
+// kLanes apart. The last vector holds the last kLanes columns, some of them a second time: no column is left for slow
+// scalar code, and every later load of a vector reads exactly one earlier store (with two it would stall).
 template <class F>
 inline void for_vectors(int64_t n, const F& fn) {
   int64_t c = 0;
@@ -75,14 +76,14 @@ inline void for_vectors(int64_t n, const F& fn) {
   if (c < n) fn(c, n - kLanes);
 }
 
-// Where column c of n is in such a buffer.
+// The slot of column c of n in such a buffer.
 inline int64_t slot_of(int64_t c, int64_t n) {
   const int64_t whole = n / kLanes * kLanes;
   return c < whole ? c : c + whole + kLanes - n;
 }
 
-// Sum and maximum of n columns in such a buffer. By hand, since a compiler's own reduction adds up the lanes one after
-// another, which is half the time of a short row.
+// Sum and maximum of n columns in such a buffer. Written by hand: the reduction of a compiler adds the lanes one after
+// another, which takes half the time of a short row.
 #if defined(__GNUC__)
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
@@ -111,7 +112,7 @@ inline float sum_of(const float* x, int64_t n) {
   return combine_lanes(all, [](auto a, auto b) { return a + b; });
 }
 
-// NaN is passed over, unless it comes first.
+// Ignores NaN unless it is in the first vector.
 inline float max_of(const float* x, int64_t n) {
   Lanes all = *reinterpret_cast<const Lanes*>(x);
   for_vectors(n, [&](int64_t slot, int64_t) {

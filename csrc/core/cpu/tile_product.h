@@ -1,6 +1,7 @@
-// Products of fp32 tiles for one instruction set. No include guard: attention.h includes this file once per set, with
-// FASTGPT_SET its name, FASTGPT_TARGET its attribute, FASTGPT_LANES the floats of a vector, FASTGPT_ROWS the rows of a
-// block: rows x 2 vectors are summed in registers, from vectors of b and single values of a.
+// Products of fp32 tiles for one instruction set. No include guard: attention/cpu.h includes this file once per set.
+// FASTGPT_SET is its name, FASTGPT_TARGET its attribute, FASTGPT_LANES the number of floats in a vector and
+// FASTGPT_ROWS the number of rows in a block: rows x 2 vectors are summed in registers, from vectors of b and single
+// values of a.
 struct FASTGPT_SET {
   static constexpr int L = FASTGPT_LANES, R = FASTGPT_ROWS;
   static_assert(kGroup % R == 0 && kLanes % L == 0, "a block lies within a group");
@@ -12,8 +13,8 @@ struct FASTGPT_SET {
     return v;
   }
 
-  // c[m][n] = factor sum_k a(m, k) b[k][n], Add: +=, for R rows and N vectors. a(m, k) is at
-  // a[m * a_step + k], Across: at a[k * a_step + m].
+  // c[m][n] = factor sum_k a(m, k) b[k][n] for R rows and N vectors; += if Add. a(m, k) is at a[m * a_step + k], or at
+  // a[k * a_step + m] if Across.
   template <int N, bool Across, bool Add>
   FASTGPT_TARGET FASTGPT_INLINE static void block(const float* a, int64_t a_step, const float* b, int64_t b_step,
                                                   int64_t depth, float factor, float* c, int64_t c_step) {
@@ -42,8 +43,9 @@ struct FASTGPT_SET {
     }
   }
 
-  // c (64 keys, 64 queries) = factor keys queries, where wide_of(spans[key group]) reaches; keys (64, step) of which
-  // `depth` columns count, queries (depth, 64). In pieces of 64: they stay in the cache, and sums of sums err less.
+  // c (64 keys, 64 queries) = factor keys queries, in the columns wide_of(spans[key group]). keys is (64, step), of
+  // which the first `depth` columns are used; queries is (depth, 64). The depth is cut into pieces of 64, which stay in
+  // the cache and reduce the error of the sums.
   FASTGPT_TARGET FASTGPT_NOINLINE static void scores(const float* keys, int64_t step, const float* queries,
                                                      int64_t depth, float factor, const Span* spans, float* c) {
     score_piece<false>(keys, step, queries, min_of(depth, kTile), factor, spans, c);
@@ -69,8 +71,8 @@ struct FASTGPT_SET {
     }
   }
 
-  // c (64, width) += a b over the k in spans[group of c's row]; a (64, 64) with one row per row of c, Across: one
-  // column; b (64, width).
+  // c (64, width) += a b over the k in spans[group of the row of c]. a is (64, 64), with one row per row of c, or one
+  // column if Across; b is (64, width).
   template <bool Across>
   FASTGPT_TARGET FASTGPT_NOINLINE static void add(const float* a, const float* b, int64_t width, const Span* spans,
                                                   float* c) {

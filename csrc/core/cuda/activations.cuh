@@ -1,9 +1,9 @@
-// What bias_gelu and swiglu share on CUDA: the functions, and which columns and rows a block has.
+// Shared by bias_gelu and swiglu on CUDA: the activation functions, and the columns and rows of a block.
 //
-// fp32 takes math.h's formulas. 16-bit tensors leave fewer instructions for each element before a kernel is no longer
-// bound by memory (an H100 has 132 x 128 lanes at 1.7 GHz: 34 instructions in the time of 4 bytes, 51 in that of 6), so
-// they take shorter ones on ex2.approx and rcp.approx. Their errors, u = 2^-23: 3 u |x| in values, 3.2 u in slopes, with
-// ex2 and rcp at their worst.
+// fp32 tensors use the formulas of math.h. 16-bit tensors allow fewer instructions per element before a kernel is no
+// longer memory-bound (an H100 has 132 x 128 lanes at 1.7 GHz: 34 instructions in the time of 4 bytes, 51 in that of
+// 6), so they use shorter formulas with ex2.approx and rcp.approx. With u = 2^-23 and the largest errors of ex2 and
+// rcp, values have an error of 3 u |x| and slopes of 3.2 u.
 #pragma once
 #include "core/cuda/launch.cuh"
 #include "core/cuda/vec.cuh"
@@ -16,11 +16,11 @@ constexpr bool kShort = sizeof(T) == 2;
 
 __device__ __forceinline__ float short_sigmoid(float v) { return ptx::rcp(1.0f + ptx::ex2(v * -1.44269504f)); }
 
-// As normal_tail: Phi(-a) = exp(-a^2 / 2) P(a t) t, here with t = 1 / (a + 4) and P of degree 6 (relative error 1.1 u
+// Like normal_tail: Phi(-a) = exp(-a^2 / 2) P(a t) t, but with t = 1 / (a + 4) and P of degree 6 (relative error 1.1 u
 // for a <= 6, where the tail is 1e-9).
 __device__ __forceinline__ NormalTail short_tail(float x) {
   const float size = fabsf(x);
-  const float a = size > 15.0f ? 15.0f : size;  // NaN stays
+  const float a = size > 15.0f ? 15.0f : size;  // NaN stays NaN
   const float e = ptx::ex2(-0.721347520f * a * a);
   const float t = ptx::rcp(a + 4.0f);
   const float w = a * t;
@@ -80,9 +80,9 @@ __device__ __forceinline__ ValueSlope silu_and_slope(float x) {
 constexpr int kTileThreads = 256;  // at most
 
 struct Tiles {
-  unsigned per_row;  // tiles that a row is cut into; blockIdx.x counts them first
+  unsigned per_row;  // tiles in a row; they vary fastest in blockIdx.x
   dim3 block;
-  int64_t row_blocks;  // blocks that the rows are cut into, each `rows` rows of a thread
+  int64_t row_blocks;  // blocks along the rows; each thread has `rows` rows
 };
 
 inline Tiles tiles_of(int64_t n_rows, int64_t n_cols, int lanes, int rows) {
@@ -94,7 +94,7 @@ inline Tiles tiles_of(int64_t n_rows, int64_t n_cols, int lanes, int rows) {
   return Tiles{static_cast<unsigned>(per_row), dim3(threads, side_by_side), (n_rows + block_rows - 1) / block_rows};
 }
 
-// Launches kernel(a, per_row) with a block for each tile, of threads that have L columns and kRows rows.
+// Launches kernel(a, per_row) with one block per tile; each thread has L columns and kRows rows.
 template <int L, int kRows, typename Args>
 void launch_tiles(const char* name, void (*kernel)(Args, unsigned), const Args& a, Stream stream) {
   const Tiles t = tiles_of(a.n_rows, a.n_cols, L, kRows);

@@ -1,4 +1,4 @@
-// The one way to launch a kernel, and the one way to declare dynamic shared memory.
+// All kernels are launched by `launch` and declare dynamic shared memory by FASTGPT_DYNAMIC_SHARED.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,13 +19,14 @@
 
 namespace fastgpt::cuda {
 
-// Blocks of a launch. 64 bits, so that more than CUDA takes is an error and not another number.
+// Blocks of a launch. 64 bits, so more than CUDA allows is an error rather than a wrapped number.
 struct Grid {
   int64_t x, y = 1, z = 1;
 };
 
-// Lets the kernel's launches have as much dynamic shared memory as a block of this device can have. Once, and never
-// less: the limit is the kernel's, so that what one thread sets for a small launch would refuse another's large one.
+// Allows launches of the kernel to use as much dynamic shared memory as a block of this device can have. It does so
+// once and always with the maximum: the limit belongs to the kernel, so a thread that set less for a small launch would
+// make the large launch of another thread fail.
 inline cudaError_t allow_all_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> done;  // kernel, device
@@ -44,8 +45,8 @@ inline cudaError_t allow_all_shared_memory(const void* kernel) {
   return error;
 }
 
-// `smem` is at most what a block of the device may have: 163 KB on sm_80, 227 on sm_90, 99 on sm_86 and sm_89. A launch
-// that CUDA refuses throws std::runtime_error with the kernel's name.
+// `smem` must fit the limit of the device for a block: 163 KB on sm_80, 227 on sm_90, 99 on sm_86 and sm_89. Throws
+// std::runtime_error with the name of the kernel if CUDA refuses the launch.
 template <typename... Parameters, typename... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 block, size_t smem, Stream stream,
             const Arguments&... arguments) {
@@ -60,12 +61,12 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 blo
   config.dynamicSmemBytes = smem;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   cudaError_t error = cudaSuccess;
-  // more than 48 KB, with the static shared memory, has to be asked for
+  // more than 48 KB, including static shared memory, must be requested
   if (smem > 32 * 1024) error = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // clears it, so that it is not reported twice
-  // what a running kernel did is told by the next call, whoever makes it
+  cudaGetLastError();  // clear the error, or it would be reported twice
+  // an error of a running kernel is reported by the next call, which may be this one
   const bool ran = error >= cudaErrorIllegalAddress && error <= cudaErrorLaunchFailure;
   throw std::runtime_error(std::string("fastgpt: launching ") + name + ": " + cudaGetErrorString(error) +
                            (ran ? " (in this kernel or in one launched before it)" : ""));

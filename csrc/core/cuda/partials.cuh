@@ -1,5 +1,5 @@
-// Gradients of parameters that all rows share. Each block adds up its own rows in registers and writes one fp32
-// partial; a second kernel adds the partials in their order. No atomics: the same bits in every run.
+// Gradients of parameters that all rows share. Each block sums its rows in registers and writes one fp32 partial; a
+// second kernel adds the partials in order. Without atomics, every run gives the same bits.
 #pragma once
 #include "core/cuda/launch.cuh"
 #include "core/cuda/reduce.cuh"
@@ -7,15 +7,15 @@
 
 namespace fastgpt::cuda {
 
-// First column of piece i of this thread's share of a row: a warp has 32 kPacks neighbouring pieces, so that a thread's
-// own are a fixed distance apart.
+// First column of piece i of this thread in a row. A warp has 32 kPacks neighbouring pieces; those of a thread are a
+// fixed distance apart.
 template <int L, int kPacks>
 __device__ __forceinline__ int column(int i) {
   return ((threadIdx.x / 32 * kPacks + i) * 32 + threadIdx.x % 32) * L;
 }
 
-// Every thread's sums over its rows -> partial (n), the row groups added in the order of threadIdx.y. `shared`: n
-// floats that nothing else touches; not used where there is one row group. The whole block calls.
+// Adds the sums of all threads into partial (n), the row groups in the order of threadIdx.y. `shared`: n floats that
+// nothing else uses; not needed with one row group. The whole block must call this.
 template <int L, int kPacks>
 __device__ __forceinline__ void write_partial(const float (&sums)[kPacks][L], int n, float* shared, float* partial) {
   for (unsigned y = 0; y < blockDim.y; ++y) {
@@ -35,7 +35,7 @@ __device__ __forceinline__ void write_partial(const float (&sums)[kPacks][L], in
   }
 }
 
-// partials (n_blocks, gridDim.y, n) -> outs[blockIdx.y] (n), where it is not null: 32 columns a block, threadIdx.y
+// Sums partials (n_blocks, gridDim.y, n) into outs[blockIdx.y] (n) unless it is null: 32 columns per block, threadIdx.y
 // strides over the partials.
 struct Sums {
   const float* partials;

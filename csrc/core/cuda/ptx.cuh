@@ -1,4 +1,4 @@
-// Every instruction that has no C++ spelling, by name. tests/cuda_on_cpu has a second file of this name for the host.
+// Functions for the instructions that C++ cannot express. tests/cuda_on_cpu replaces this file for the host.
 #pragma once
 #include <cstdint>
 
@@ -18,14 +18,14 @@ __device__ __forceinline__ float rcp(float x) {
   return y;
 }
 
-// 16 bytes to global memory in one piece.
+// Stores 16 bytes to global memory at once.
 __device__ __forceinline__ void store16(void* p, uint4 v) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)
                : "memory");
 }
 
-// Two fp32 to two bf16, nearest even; `low` in the low half.
+// Converts two fp32 to two bf16, nearest even; `low` is in the low half.
 __device__ __forceinline__ uint32_t pack_bf16x2(float low, float high) {
   uint32_t d;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -53,8 +53,8 @@ __device__ __forceinline__ Shared shared_address(const void* p) {
   return static_cast<Shared>(__cvta_generic_to_shared(p));
 }
 
-// Four 8 x 8 matrices of 16 bits: lane l gives the address of row l % 8 of matrix l / 8, and gets of each matrix
-// columns 2 (l % 4) and the next of row l / 4; transposed, rows 2 (l % 4) and the next of column l / 4.
+// Loads four 8 x 8 matrices of 16-bit values. Lane l passes the address of row l % 8 of matrix l / 8. It receives
+// columns 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of each matrix; if transposed, these rows of column l / 4.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], Shared row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -67,8 +67,8 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row) 
                : "r"(row));
 }
 
-// c (16 x 8, fp32) += a (16 x 16) b (16 x 8). Of c lane l holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the
-// next; of a the same rows, columns 2 (l % 4), the next, and both + 8; of b these as rows, column l / 4.
+// c (16 x 8, fp32) += a (16 x 16) b (16 x 8). With k = 2 (l % 4), lane l holds rows l / 4 and l / 4 + 8 of c and a:
+// columns k and k + 1 of c, columns k, k + 1, k + 8 and k + 9 of a. It holds these four rows of column l / 4 of b.
 __device__ __forceinline__ void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
@@ -85,7 +85,7 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], u
 
 // ---- asynchronous copies from global to shared memory ----
 
-// 16 bytes, the last 16 - `bytes` of them 0; both addresses at multiples of 16. Nothing is read where `bytes` is 0.
+// Copies 16 bytes, the last 16 - `bytes` of them as 0; reads nothing if `bytes` is 0. Both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_16(Shared to, const void* from, int bytes) {
   const size_t global = __cvta_generic_to_global(from);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
@@ -94,7 +94,7 @@ __device__ __forceinline__ void cp_async_16(Shared to, const void* from, int byt
 // Closes this thread's group of copies.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Until all of this thread's groups but the last N have come.
+// Waits until all groups of this thread except the last N have arrived.
 template <int N>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");

@@ -8,7 +8,7 @@ namespace fastgpt::cuda {
 
 constexpr int kMaxWarps = 32;
 
-// exp(x) for x <= 0: absolute error at most 2^-24 (|x| 2^-23.5 relative); 0 for -inf.
+// exp(x) for x <= 0: absolute error at most 2^-24 (relative: |x| 2^-23.5); 0 for -inf.
 __device__ __forceinline__ float fast_exp(float x) { return ptx::ex2(x * 1.44269504f); }
 
 __device__ __forceinline__ float warp_sum(float v) {
@@ -23,8 +23,8 @@ __device__ __forceinline__ float warp_max(float v) {
   return v;
 }
 
-// The three below: `scratch` has kMaxWarps floats for each value reduced, shared memory that no other reduction
-// touches before the next barrier. With one warp in the row group there is no barrier.
+// For the three functions below, `scratch` is shared memory: kMaxWarps floats per reduced value, which no other
+// reduction may use before the next barrier. With one warp in the row group there is no barrier.
 __device__ __forceinline__ float row_sum(float v, float* scratch) {
   v = warp_sum(v);
   if (blockDim.x == 32) return v;
@@ -45,7 +45,7 @@ __device__ __forceinline__ float row_max(float v, float* scratch) {
   return warp_max(lane < n_warps ? mine[lane] : mine[0]);
 }
 
-// a and b summed behind one barrier; scratch: 2 * kMaxWarps.
+// Sums a and b with one barrier; scratch: 2 * kMaxWarps.
 __device__ __forceinline__ void row_sum2(float& a, float& b, float* scratch) {
   a = warp_sum(a);
   b = warp_sum(b);

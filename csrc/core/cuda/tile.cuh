@@ -1,8 +1,8 @@
-// Tiles of 16-bit rows in shared memory, and products of them on tensor cores.
+// Tiles of 16-bit rows in shared memory, and their products on tensor cores.
 //
-// A tile has D columns (64, 96, 128 or 256, the rest of a narrower matrix being 0), its rows lie side by side. The
-// 16-byte pieces of a row are permuted by the row's number (`tile_offset`), so that the 8 rows which ldmatrix reads at
-// once, and the 16-byte stores that fill them, meet all 32 banks.
+// A tile has D columns (64, 96, 128 or 256; a narrower matrix is padded with 0) and contiguous rows. The 16-byte pieces
+// of a row are permuted by the number of the row (`tile_offset`): the 8 rows that ldmatrix reads at once, and the
+// 16-byte stores that fill them, use all 32 banks.
 #pragma once
 #include "core/cuda/vec.cuh"
 
@@ -23,7 +23,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 
 // ---- tiles ----
 
-// Bytes from a tile's start to 16-byte piece `piece` of row `row`.
+// Offset in bytes of 16-byte piece `piece` of row `row` in a tile.
 template <int D>
 __device__ __forceinline__ int tile_offset(int row, int piece) {
   const int turn = D % 64 == 0 ? row & 7 : row >> 1 & 3;
@@ -35,7 +35,7 @@ __device__ __forceinline__ uint16_t* tile_piece(uint16_t* tile, int row, int pie
   return tile + tile_offset<D>(row, piece) / 2;
 }
 
-// Which pieces of a tile a thread loads: kDown rows apart, kAcross pieces apart.
+// The pieces of a tile that a thread loads: kDown rows apart, kAcross pieces apart.
 template <int D, int THREADS>
 struct Pieces {
   static constexpr int kAcross = D % 64 == 0 ? 8 : 4, kDown = THREADS / kAcross;
@@ -43,15 +43,15 @@ struct Pieces {
   __device__ Pieces() : row(threadIdx.x / kAcross), piece(threadIdx.x % kAcross) {}
 };
 
-// Rows first .. first + ROWS of x, `step` elements apart, those not inside(row) and columns from `dim` on as 0.
-// Aligned: asynchronously, to be committed by the caller.
+// Loads rows first .. first + ROWS of x, `step` elements apart. Rows that are not inside(row) and columns from `dim` on
+// are 0. If Aligned, the copies are asynchronous and the caller commits them.
 template <int D, int ROWS, int THREADS, typename Inside>
 __device__ __forceinline__ void load_tile(uint16_t* tile, const void* x, int64_t offset, int64_t step, int first,
                                           int dim, bool aligned, Inside inside) {
   using P = Pieces<D, THREADS>;
   const P own;
   const uint16_t* from = static_cast<const uint16_t*>(x) + offset + (first + own.row) * step + own.piece * 8;
-  uint16_t* to = tile_piece<D>(tile, own.row, own.piece);  // P::kDown is a multiple of 8: one turn for all rows
+  uint16_t* to = tile_piece<D>(tile, own.row, own.piece);  // P::kDown is a multiple of 8: one permutation for all rows
   static_assert(ROWS % P::kDown == 0 && P::kDown % 8 == 0);
   if (aligned) {
     const ptx::Shared at = ptx::shared_address(to);
@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_tile(uint16_t* tile, const void* x, int64_t
   }
 }
 
-// Rows of a tile to rows first .. end of x.
+// Stores rows of a tile to rows first .. end of x.
 template <int D, int ROWS, int THREADS>
 __device__ __forceinline__ void store_tile(uint16_t* tile, void* x, int64_t offset, int64_t step, int first, int end,
                                            int dim, bool aligned) {
@@ -98,36 +98,36 @@ __device__ __forceinline__ void store_tile(uint16_t* tile, void* x, int64_t offs
   }
 }
 
-// ---- fragments: of 16 x 8 values lane l of a warp holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and the next ----
+// ---- fragments of 16 x 8: lane l of a warp holds rows l / 4 and l / 4 + 8, columns 2 (l % 4) and 2 (l % 4) + 1 ----
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x % 32); }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x / 32); }
 
-// Where this lane reads 16 x 16 pieces of a tile for ldmatrix.
+// The address from which this lane reads 16 x 16 pieces of a tile with ldmatrix.
 template <int D>
 struct Lane {
   ptx::Shared at;
-  // Rows from `row` on (a multiple of 16), columns from 16 `k` on. The permutation is of whole pieces, so that a step
-  // of columns is an exclusive or.
+  // Rows from `row` on (a multiple of 16), columns from 16 `k` on. The permutation moves whole pieces, so a step along
+  // the columns is an exclusive or.
   __device__ __forceinline__ ptx::Shared operator()(int row, int k) const {
     constexpr int kTurned = D % 64 == 0 ? 127 : 63;
     return (at ^ (32 * k & kTurned)) + (32 * k & ~kTurned) + row * D * 2;
   }
 };
 
-// Pieces in the order of mma's first operand, and (transposed) of its second.
+// Pieces in the order of the first operand of mma or, transposed, of the second.
 template <int D>
 __device__ __forceinline__ Lane<D> rows_first(const uint16_t* tile) {
   return {ptx::shared_address(tile) + tile_offset<D>(lane_id() & 15, lane_id() >> 4)};
 }
 
-// Pieces in the order of mma's second operand, a tile's rows being its columns.
+// Pieces in the order of the second operand of mma, whose columns are the rows of the tile.
 template <int D>
 __device__ __forceinline__ Lane<D> columns_first(const uint16_t* tile) {
   return {ptx::shared_address(tile) + tile_offset<D>((lane_id() & 7) + (lane_id() >> 4) * 8, lane_id() >> 3 & 1)};
 }
 
-// c (16 M x 8 N) += a b^T over D columns: a of rows_first, b of columns_first.
+// c (16 M x 8 N) += a b^T over D columns; a is read by rows_first, b by columns_first.
 template <typename T, int D, int M, int N>
 __device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], Lane<D> a, Lane<D> b) {
 #pragma unroll
@@ -148,7 +148,8 @@ __device__ __forceinline__ void multiply_rows(float (&c)[M][N][4], Lane<D> a, La
   }
 }
 
-// c (16 M x 8 W) += p (16 M x 8 N, rounded to T) b, b the first 8 W columns of 8 N rows of a tile, of rows_first.
+// c (16 M x 8 W) += p (16 M x 8 N, rounded to T) b; b is the first 8 W columns of 8 N rows of a tile, read by
+// rows_first.
 template <typename T, int D, int M, int N, int W>
 __device__ __forceinline__ void multiply_scores(float (&c)[M][W][4], const float (&p)[M][N][4], Lane<D> b) {
 #pragma unroll
@@ -174,7 +175,8 @@ __device__ __forceinline__ void multiply_scores(float (&c)[M][W][4], const float
   }
 }
 
-// c (16 M x 8 W) times factors of its rows, rounded to T, to rows from `row` and columns from `column` on of a tile.
+// Stores c (16 M x 8 W) times a factor per row, rounded to T, at rows from `row` and columns from `column` on of a
+// tile.
 template <typename T, int D, int M, int W>
 __device__ __forceinline__ void write_tile(uint16_t* tile, int row, int column, const float (&c)[M][W][4],
                                            const float (&factor)[M][2]) {

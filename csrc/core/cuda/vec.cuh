@@ -1,4 +1,4 @@
-// Loads and stores of L values at a time as fp32, in pieces of up to 16 bytes; sweeps over rows of any alignment.
+// Loads and stores of L values at a time as fp32, in pieces of up to 16 bytes, and sweeps over rows of any alignment.
 #pragma once
 #include <cuda_runtime.h>
 #include "core/cuda/ptx.cuh"
@@ -9,7 +9,7 @@
 
 namespace fastgpt::cuda {
 
-// Values in one 16-byte piece.
+// Number of values in a 16-byte piece.
 template <typename T>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(T));
 
@@ -35,7 +35,7 @@ __device__ __forceinline__ T narrow(float x) {
   else return x;
 }
 
-// What x becomes in memory as a T.
+// x rounded to T, as it would be stored in memory.
 template <typename T>
 __device__ __forceinline__ float rounded(float x) {
   return widen(narrow<T>(x));
@@ -94,7 +94,7 @@ __device__ __forceinline__ void store(T* p, const float (&x)[L]) {
   }
 }
 
-// L values as they are in memory, L and p as for load: many can be under way before the first is widened.
+// L values as they are in memory; L and p are as for load. Many loads can be in flight before the first is widened.
 template <typename T, int L>
 struct Raw {
   uint4 pieces[L / kLanes<T>];
@@ -146,8 +146,7 @@ __device__ __forceinline__ void narrow(const float (&x)[L], Raw<T, L>& raw) {
   }
 }
 
-// As store and store_raw, to global memory, and in 16-byte pieces in any surroundings (nvcc splits the assignment in
-// some).
+// Like store and store_raw, but to global memory and always in 16-byte pieces (nvcc sometimes splits the assignment).
 template <typename T, int L>
 __device__ __forceinline__ void store_whole(T* p, const Raw<T, L>& raw) {
   if constexpr (L == 1) {
@@ -165,7 +164,7 @@ __device__ __forceinline__ void store_whole(T* p, const float (&x)[L]) {
   store_whole(p, raw);
 }
 
-// As load, for what no kernel writes while this one runs: such loads may overtake stores.
+// Like load, for data that no kernel writes while this one runs: such loads may be moved ahead of stores.
 template <typename T, int L>
 __device__ __forceinline__ void load_const(const T* p, float (&x)[L]) {
   if constexpr (L == 1) {
@@ -177,7 +176,7 @@ __device__ __forceinline__ void load_const(const T* p, float (&x)[L]) {
   }
 }
 
-// L 16-bit words as they are, between memory and a 16-byte aligned array; L = 1, or a multiple of 8 and p aligned.
+// Copies L 16-bit words between memory and a 16-byte aligned array; L is 1, or a multiple of 8 if p is aligned.
 template <int L>
 __device__ __forceinline__ void load_words(const int16_t* p, int16_t (&x)[L]) {
   if constexpr (L == 1) {
@@ -198,9 +197,8 @@ __device__ __forceinline__ void store_words(int16_t* p, const int16_t (&x)[L]) {
   }
 }
 
-// Calls f(c, x) for all columns of a row, x[0] being column c: x has kLanes<T> values, or one before the first
-// 16-byte boundary and behind the last. kUnroll loads are in flight at once. f may overwrite the columns it was
-// given.
+// Calls f(c, x) for all columns of a row; x[0] is column c. x has kLanes<T> values, or one before the first 16-byte
+// boundary and after the last. kUnroll loads are in flight at once. f may overwrite the columns that it receives.
 template <int kUnroll, typename T, typename F>
 __device__ __forceinline__ void sweep(const T* row, int n, F f) {
   constexpr int L = kLanes<T>;
@@ -232,7 +230,7 @@ __device__ __forceinline__ void sweep(const T* row, int n, F f) {
   }
 }
 
-// Stores x at p in one piece if `aligned`, one by one otherwise.
+// Stores x at p in one piece if `aligned`, else value by value.
 template <typename T, int L>
 __device__ __forceinline__ void store_any(T* p, const float (&x)[L], bool aligned) {
   if (L > 1 && aligned) {

@@ -1,8 +1,8 @@
-// What one wave of blocks is counted in. tests/cuda_on_cpu has a second file of this name for the host.
+// The number of multiprocessors that one wave of blocks fills. tests/cuda_on_cpu replaces this file for the host.
 #pragma once
 
 namespace fastgpt::cuda {
 
-constexpr int kSms = 108;  // multiprocessors of an A100; an H100 has 132. Grids follow from shapes, not from the device
+constexpr int kSms = 108;  // of an A100; an H100 has 132. Grids depend on shapes, not on the device
 
 }  // namespace fastgpt::cuda
