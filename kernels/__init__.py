@@ -1,2 +1,4 @@
-"""Triton kernels and their launchers, one file per op; installed as fastgpt.kernels. Nothing is imported here: an op's
-file is loaded at its first call, and needs Triton then."""
+"""Triton kernels and their launchers, one file per op; installed as fastgpt.kernels.
+
+Nothing is imported here. The file of an op is loaded at its first call, which needs Triton.
+"""

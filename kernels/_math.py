@@ -1,6 +1,6 @@
-"""Functions of one value that several kernel files share, in fp32: the formulas of csrc/core/math.h.
+"""Functions of one fp32 value that several kernel files share, by the formulas of csrc/core/math.h.
 
-Without libdevice, so that they run in the interpreter and compile anywhere. NaN comes through.
+They do not use libdevice, so they run in the interpreter and compile anywhere. They return NaN for NaN.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from ._runtime import exp
 
 @triton.jit
 def clamp_to(x, limit: tl.constexpr):
-    """x within [-limit, limit]; NaN stays."""
+    """Return x clamped to [-limit, limit]; NaN stays NaN."""
     low = tl.where(x < -limit, -limit, x)
     return tl.where(low > limit, limit, low)
 
 
 @triton.jit
 def normal(x):
-    """(density, cdf) of the normal distribution: cdf(-a) = exp(-a^2/2) P(a t) t with t = 1 / (a + 2), a = |x|."""
+    """Return density and cdf of the normal distribution: cdf(-a) = exp(-a^2/2) P(a t) t, t = 1 / (a + 2), a = |x|."""
     a = tl.abs(clamp_to(x, 13.1))
     e = exp(-0.5 * a * a)
     t = 1.0 / (a + 2.0)
@@ -36,15 +36,15 @@ def normal(x):
 
 @triton.jit
 def gelu(x):
-    """Value and slope of x cdf(x)."""
+    """Return value and slope of x cdf(x)."""
     density, cdf = normal(x)
     return x * cdf, cdf + clamp_to(x, 13.1) * density
 
 
 @triton.jit
 def gelu_tanh(x):
-    """Value and slope of x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
-    u = clamp_to(x, 10.0)  # beyond, the value is x or 0 and the slope 1 or 0
+    """Return value and slope of x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
+    u = clamp_to(x, 10.0)  # beyond this, the value is x or 0 and the slope 1 or 0
     s2 = 0.044715 * u * u
     e = exp(-1.59576912 * u * (1.0 + s2))
     s = 1.0 / (1.0 + e)
@@ -54,7 +54,7 @@ def gelu_tanh(x):
 
 @triton.jit
 def silu(x):
-    """Value and slope of x / (1 + exp(-x))."""
+    """Return value and slope of x / (1 + exp(-x))."""
     u = clamp_to(x, 87.0)
     e = exp(-u)
     s = 1.0 / (1.0 + e)
@@ -63,14 +63,17 @@ def silu(x):
 
 @triton.jit
 def relu2(x):
-    """Value and slope of relu(x)^2."""
+    """Return value and slope of relu(x)^2."""
     r = tl.where(x < 0.0, 0.0, x)
     return r * r, 2.0 * r
 
 
 @triton.jit
 def tanh(x):
-    """x + x^3 P(x^2) below 0.625, (1 - e) / (1 + e) with e = exp(-2 |x|) above; relative error 1.25 2^-23."""
+    """Return tanh(x), relative error 1.25 2^-23.
+
+    x + x^3 P(x^2) where |x| < 0.625, otherwise (1 - e) / (1 + e) with e = exp(-2 |x|) and the sign of x.
+    """
     a = tl.abs(x)
     s = x * x
     p = -0.0537397155531 + s * (0.0206390887954 - s * 0.00570498872745)

@@ -1,4 +1,4 @@
-"""The parts that the Triton kernels of LayerNorm and RMSNorm share: residual add, parameter gradients, launchers.
+"""The shared parts of the Triton kernels of LayerNorm and RMSNorm: residual add, parameter gradients, launchers.
 
 A row stays in registers while it fits (forward C <= 16384, backward C <= 8192). Wider rows are read in column blocks,
 once from memory and again from L2. dweight and dbias are sums of partials (_partials.py), so results are bitwise
@@ -41,16 +41,16 @@ Meta = dict[str, int]
 
 @dataclass(frozen=True)
 class Norm:
-    """The kernels of one norm, and where they differ from those of the other.
+    """The kernels of one norm and the parameters in which the two norms differ.
 
     Attributes:
         fwd, fwd_wide: kernels of (x, residual, parameters, y, sum, statistics, x_row, residual_row, N, C, scalars).
         bwd, dx_wide: kernels of (dy, dsum, h, weight, statistics, dx, partials (bwd only), dy_row, dsum_row, h_row, N,
             C, scalars).
-        mean: whether there are a mean and a bias. The statistics are then mean and rstd (2, N) and the partials dweight
-            and dbias; without, the statistics are rstd (N) and the partials dweight.
-        fwd_elements: elements of a program of `fwd`, at most.
-        wide_warps: warps of a program of `fwd_wide` and `dx_wide`.
+        mean: whether the norm has a mean and a bias. If so, the statistics are mean and rstd (2, N), and the partials
+            are dweight and dbias. Otherwise the statistics are rstd (N), and the partials are dweight.
+        fwd_elements: largest number of elements per program of `fwd`.
+        wide_warps: warps per program of `fwd_wide` and `dx_wide`.
     """
 
     fwd: Any
@@ -67,12 +67,12 @@ class Norm:
         return self.fwd if "ROWS" in meta else self.fwd_wide, meta
 
     def backward(self, C: int) -> tuple[Any, Meta]:
-        """Return the kernel of dx for C columns and its launch shape; with ROWS in it, it writes partials too."""
+        """Return the kernel of dx for C columns and its launch shape; if the shape has ROWS, it writes partials."""
         meta = self._meta(C, BWD_ONE_PIECE, rows=4, elements=1024, warps=16)
         return self.bwd if "ROWS" in meta else self.dx_wide, meta
 
     def _meta(self, C: int, one_piece: int, rows: int, elements: int, warps: int) -> Meta:
-        """Up to `rows` rows and `elements` elements a program (interpreter: more); column blocks above `one_piece`."""
+        """Allow `rows` rows and `elements` elements a program (interpreter: more); above `one_piece`, column blocks."""
         block = ceil_pow2(C)
         if block > one_piece:
             return {"BLOCK": 4096, "num_warps": self.wide_warps}
@@ -145,7 +145,7 @@ def forward(
     stats: Tensor,
     *scalars: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Fill the statistics; return y, and x + residual (None without)."""
+    """Fill the statistics; return y, and x + residual (None without a residual)."""
     h = as_rows(x)  # (N, C)
     r = None if residual is None else as_rows(residual)
     parameters = tuple(None if t is None else t.contiguous() for t in parameters)
@@ -165,7 +165,7 @@ def backward(
     norm: Norm, dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor,
     *scalars: float,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return dx (the residual's gradient too), dweight and dbias (None where the parameter is absent)."""
+    """Return dx, which is also the gradient of the residual, dweight and dbias (None if the parameter is None)."""
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     if dx.numel() == 0:
@@ -210,7 +210,7 @@ def _launch_backward(
 
 
 def configurations(norm: Norm, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> Iterator[Configuration]:
-    """Yield every launch shape with all options on (the largest register count), and without options."""
+    """Yield every launch shape with all options, which needs most registers, and without options."""
     w = weight_dtype or dtype
     for full in (True, False):
         types = _types(dtype, w, full)
@@ -229,7 +229,7 @@ def configurations(norm: Norm, dtype: torch.dtype, weight_dtype: torch.dtype | N
 
 
 def _types(dtype: torch.dtype, weight_dtype: torch.dtype, full: bool) -> dict[str, str | None]:
-    """Return the signature types of the arguments of every kernel in a Norm, by name."""
+    """Return the signature types of all arguments of the kernels in a Norm, by name."""
     option, weight, partials = (dtype, weight_dtype, torch.float32) if full else (None, None, None)
     types = pointers(**dict.fromkeys(("x_ptr", "y_ptr", "dy_ptr", "h_ptr", "dx_ptr"), dtype))
     types |= pointers(**dict.fromkeys(("residual_ptr", "sum_ptr", "dsum_ptr"), option))

@@ -1,10 +1,10 @@
-"""What every Triton kernel file needs: rounding that holds in the interpreter too, row views, device facts.
+"""Helpers of all Triton kernel files: rounding that is right in the interpreter too, row views, device properties.
 
-Triton's interpreter (TRITON_INTERPRET=1, tests without a GPU) truncates on a cast to bf16 and takes milliseconds per
-program whatever its width. So kernels round through `cast`, and shapes give the interpreter fewer, larger programs.
-Its products and exponentials are numpy's, whose last bits change with the BLAS and the instruction set. So kernels
-take `dot`, `row_dot`, `exp`, `exp2` and `log` from here: in the interpreter they compute in fp64 and round once, the
-same on every machine.
+Triton's interpreter (TRITON_INTERPRET=1, for tests without a GPU) truncates when it casts to bf16, so kernels round
+with `cast`. It needs milliseconds for each program, whatever its width, so launchers give it fewer and larger programs.
+It computes products and exponentials with numpy, whose last bits change with the BLAS and the instruction set. Kernels
+therefore use `dot`, `row_dot`, `exp`, `exp2` and `log` from here: the interpreter computes them in fp64 and rounds
+once, so results are the same on every machine.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from triton import knobs
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
-# torch dtype -> name in a Triton signature and type inside a kernel
+# torch dtype -> name in a Triton signature, and type inside a kernel
 TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int16: "i16"}
 TYPE_NAMES |= {torch.int32: "i32", torch.int64: "i64"}
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.int16: tl.int16}
 
-# How every kernel is compiled. FP fusion, a product and a sum rounded once (FMA), is said outright: Triton 3.9 warns
-# where it is not, 3.10 leaves it off.
+# The options that every kernel is compiled with. FP fusion (a product and a sum rounded once, FMA) is set explicitly,
+# because Triton 3.9 warns where it is not set and 3.10 turns it off by default.
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 
 
 def jit_kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
-    """`triton.jit` for what launchers call (not for functions of kernels): every launch takes COMPILE_OPTIONS."""
+    """Return `triton.jit` with COMPILE_OPTIONS at every launch, as a decorator of kernels, not of their functions."""
 
     def decorate(function: Callable[..., None]) -> Any:
         jitted: Any = triton.jit(**options)(function)
@@ -48,7 +48,7 @@ def jit_kernel(**options: Any) -> Callable[[Callable[..., None]], Any]:
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """fp32 to `dtype`, to nearest, ties to even: the hardware's conversion; integer steps in the interpreter."""
+    """Round fp32 to `dtype`, to nearest, ties to even: by the hardware, or by integer steps in the interpreter."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         odd = (bits >> 16) & 1
@@ -60,7 +60,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def dot(a, b):
-    """a b in fp32: tensor cores for 16 bits, plain fp32 otherwise (Triton's default would be TF32)."""
+    """Return a b in fp32: by tensor cores for 16 bits, in plain fp32 otherwise (the default of Triton is TF32)."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float64), b.to(tl.float64)).to(tl.float32)
     else:
@@ -69,7 +69,7 @@ def dot(a, b):
 
 @triton.jit
 def row_dot(a, b):
-    """Sum of a b over axis 1 in fp32; rounded as `dot`, so a difference of the two cancels where it should."""
+    """Return the sum of a b over axis 1 in fp32, rounded like `dot`, so their difference cancels where it should."""
     if INTERPRETED:
         return tl.sum(a.to(tl.float64) * b.to(tl.float64), 1).to(tl.float32)
     else:
@@ -78,7 +78,7 @@ def row_dot(a, b):
 
 @triton.jit
 def exp(x):
-    """e^x of fp32."""
+    """Return e^x of fp32."""
     if INTERPRETED:
         return tl.exp(x.to(tl.float64)).to(tl.float32)
     else:
@@ -87,7 +87,7 @@ def exp(x):
 
 @triton.jit
 def exp2(x):
-    """2^x of fp32."""
+    """Return 2^x of fp32."""
     if INTERPRETED:
         return tl.exp2(x.to(tl.float64)).to(tl.float32)
     else:
@@ -96,7 +96,7 @@ def exp2(x):
 
 @triton.jit
 def log(x):
-    """Natural logarithm of fp32."""
+    """Return the natural logarithm of fp32."""
     if INTERPRETED:
         return tl.log(x.to(tl.float64)).to(tl.float32)
     else:
@@ -104,17 +104,17 @@ def log(x):
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    """Return whether kernels run in the interpreter of Triton, on CPU tensors."""
     return INTERPRETED.value
 
 
 def ceil_pow2(n: int) -> int:
-    """The smallest power of two >= n (>= 1): what tl.arange takes."""
+    """Return the smallest power of two >= n and >= 1; tl.arange accepts only powers of two."""
     return 1 << max(0, n - 1).bit_length()
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """x (..., C) as (N, C), contiguous columns, any distance between rows: a view where one exists, else a copy."""
+    """Return x (..., C) as (N, C), columns contiguous, rows any distance apart: a view if there is one, else a copy."""
     if x.dim() != 2:
         x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
@@ -122,12 +122,12 @@ def as_rows(x: Tensor) -> Tensor:
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; 1 in the interpreter, where programs run one after another."""
+    """Return the number of streaming multiprocessors; 1 in the interpreter, which runs programs one after another."""
     return 1 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it x's, at no cost where it already is."""
+    """Make the device of x current, because Triton launches there; this costs nothing if it already is."""
     if x.device.type == "cpu" or x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
@@ -135,13 +135,19 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One specialisation that a launcher may pick, for the ahead-of-time check.
+    """One specialisation that a launcher may choose, for the ahead-of-time check.
 
-    arguments: name -> signature type ("*bf16", "i64", "fp32"), or the constexpr's value. archs: the chips (80: sm_80)
-    on which the launcher may pick it, None for every one. num_stages, maxnreg (registers a
-    thread at most): as in the launch, None for Triton's default.
-    quick: compiled in every `make test`, as no options, all options and some of the widths should be; the rest is for
-    `make triton-check` and `make test-all`.
+    Attributes:
+        kernel: the decorated kernel.
+        case: the options and the width, as the report prints them.
+        arguments: name -> signature type ("*bf16", "i64", "fp32"), or the value of a constexpr.
+        num_warps: as in the launch.
+        constexprs: name -> value.
+        archs: the chips (80: sm_80) on which the launcher may choose it; None for all.
+        num_stages: as in the launch; None for the default of Triton.
+        maxnreg: at most this many registers per thread, as in the launch; None for the default of Triton.
+        quick: whether every `make test` compiles it. It should be set without options, with all options, and for some
+            of the widths; `make triton-check` and `make test-all` compile the rest.
     """
 
     kernel: Any
@@ -156,27 +162,27 @@ class Configuration:
 
     @property
     def name(self) -> str:
-        """Kernel and case, as the report and the list of allowed spills name it."""
+        """Kernel and case, the name in the report and in the list of allowed spills."""
         return f"{self.kernel.__name__}[{self.case}]"
 
 
 def pointers(**dtypes: torch.dtype | None) -> dict[str, str | None]:
-    """Signature types of pointer arguments; None stays None (an absent tensor is a constexpr)."""
+    """Return the signature types of pointer arguments; None stays None (an absent tensor is a constexpr)."""
     return {name: None if t is None else f"*{TYPE_NAMES[t]}" for name, t in dtypes.items()}
 
 
 def split_meta(meta: dict[str, int]) -> tuple[dict[str, int], int]:
-    """A launch shape as (constexprs, num_warps)."""
+    """Split a launch shape into (constexprs, num_warps)."""
     return {k: v for k, v in meta.items() if k != "num_warps"}, meta["num_warps"]
 
 
 def quick_width(block: int) -> bool:
-    """Whether a block of this width is compiled in every `make test`: 16, 64, ... 65536."""
+    """Return whether every `make test` compiles a block of this width: 16, 64, ... 65536."""
     return block.bit_length() % 2 == 1
 
 
 def powers_of_two(low: int, high: int) -> Iterator[int]:
-    """low, 2 low, ... high."""
+    """Yield low, 2 low, ... high."""
     while low <= high:
         yield low
         low *= 2

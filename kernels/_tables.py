@@ -1,8 +1,8 @@
 """Small tables of numbers on a device (addresses, sizes, hyperparameters), uploaded once per content.
 
-Uploads are asynchronous, from pinned memory. A table that is first seen while a CUDA graph is captured goes into a pair
-of buffers set aside at an earlier upload of the same shape: allocating pinned memory then is not allowed. Its copy is a
-node of the graph, runs at each replay, and so the pair belongs to that graph from then on.
+Uploads are asynchronous, from pinned memory. Pinned memory cannot be allocated during the capture of a CUDA graph, so
+a table that is first seen then uses a pair of buffers that an earlier upload of the same shape set aside. The copy
+becomes a node of the graph and runs at each replay, so the pair belongs to that graph from then on.
 """
 
 from __future__ import annotations
@@ -14,28 +14,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ENTRIES = 64  # the oldest is dropped; its memory is reused only after the kernels that read it
-SPARES = 4  # of each shape, for captures
+ENTRIES = 64  # the oldest is dropped; its memory is reused only after the kernels that read it have run
+SPARES = 4  # pairs of buffers for each shape, for captures
 
-Built = tuple[Tensor, Any]  # a table on the host, and anything to remember with it
+Built = tuple[Tensor, Any]  # a table, and any note to keep with it
 
 
 class Tables:
-    """The tables of one device."""
+    """The cached tables of one device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         # key -> (table, note), stream and event of its upload
         self.entries: OrderedDict[Hashable, tuple[Built, Any, Any]] = OrderedDict()
         self.spares: dict[Hashable, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        self.captured: list[Any] = []  # read or written by graphs, and so kept for good
+        self.captured: list[Any] = []  # read or written by graphs, so never freed
 
     def get(self, key: Hashable, build: Callable[[], Built], moves: bool = False) -> Built:
-        """The table of this key on the device, and its note. moves: it may change between warm-up and capture."""
+        """Return the table of this key on the device, and its note; build and upload it if it is new.
+
+        moves: whether the table may change between warm-up and capture, so that spare buffers are set aside.
+        """
         capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if key in self.entries:
             built, stream, event = self.entries[key]
-            if event is not None and not capturing:  # a capture begins after a synchronisation
+            if event is not None and not capturing:  # a capture starts after a synchronisation, so it need not wait
                 current = torch.cuda.current_stream(self.device)
                 if stream != current:
                     current.wait_event(event)

@@ -35,12 +35,12 @@ from ._runtime import (
     split_meta,
 )
 
-MAX_BLOCK = 1024  # columns a program takes; wider rows are cut
+MAX_BLOCK = 1024  # columns per program; wider rows are divided
 
 
 @triton.jit
 def _load(x_ptr, bias_ptr, row, x_row, c, mask, in_row):
-    """x + bias of one tile in fp32."""
+    """Load one tile; return x + bias in fp32."""
     u = tl.load(x_ptr + row * x_row + c, mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         u += tl.load(bias_ptr + c, in_row, other=0.0).to(tl.float32)
@@ -54,7 +54,7 @@ def bias_gelu_fwd_kernel(
     y_ptr,  # (N, C) contiguous
     x_row, N, C, TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of (ROWS, BLOCK) a program."""
+    """Compute one tile of (ROWS, BLOCK) per program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     mask = (row < N) & (c < C)
@@ -75,7 +75,7 @@ def bias_gelu_bwd_kernel(
     partials_ptr,  # (programs along axis 0, 1, C): dbias; or None
     dy_row, x_row, N, C, TANH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK columns of row tiles p, p + programs, ... with their share of dbias in registers."""
+    """Program p computes BLOCK columns of row tiles p, p + programs, ... and keeps its partial dbias in registers."""
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     dbias = tl.zeros([ROWS, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
@@ -88,14 +88,14 @@ def bias_gelu_bwd_kernel(
             _, slope = gelu(u)
         d = tl.load(dy_ptr + row * dy_row + c, mask, other=0.0).to(tl.float32) * slope
         tl.store(dx_ptr + row * C + c, cast(d, dx_ptr.dtype.element_ty), mask)
-        dbias += tl.where(mask, d, 0.0)  # a slope of a masked bias may be NaN
+        dbias += tl.where(mask, d, 0.0)  # the slope at a masked bias may be NaN
     if partials_ptr is not None:
         out = partials_ptr + tl.program_id(0).to(tl.int64) * C + c
         tl.store(out, tl.sum(dbias, axis=0, keep_dims=True), c < C)
 
 
 def tile_meta(C: int, elements: int) -> dict[str, int]:
-    """A tile of up to `elements` elements, 8 a thread (interpreter: larger)."""
+    """Return a tile of up to `elements` elements, 8 per thread (interpreter: larger)."""
     if interpreted():
         return {"ROWS": 64, "BLOCK": min(ceil_pow2(C), 8192), "num_warps": 4}
     block = min(ceil_pow2(C), MAX_BLOCK)
@@ -103,17 +103,17 @@ def tile_meta(C: int, elements: int) -> dict[str, int]:
 
 
 def fwd_meta(C: int) -> dict[str, int]:
-    """Launch shape of the forward kernel."""
+    """Return the launch shape of the forward kernel."""
     return tile_meta(C, 2048)
 
 
 def bwd_meta(C: int) -> dict[str, int]:
-    """Launch shape of the backward kernel."""
+    """Return the launch shape of the backward kernel."""
     return tile_meta(C, 1024)
 
 
 def bias_gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
-    """y, contiguous."""
+    """Return y, contiguous."""
     rows = as_rows(x)  # (N, C)
     bias = None if bias is None else bias.contiguous()
     N, C = rows.shape
@@ -128,7 +128,7 @@ def bias_gelu_fwd(x: Tensor, bias: Tensor | None, tanh: bool) -> Tensor:
 
 
 def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor | None]:
-    """dx, and dbias (None without bias)."""
+    """Return dx and dbias (None without bias)."""
     bias = None if bias is None else bias.contiguous()
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if dx.numel() == 0:
@@ -150,7 +150,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tup
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:
-    """Every launch shape of this file, with and without bias, by erf and by tanh."""
+    """Yield every launch shape of this file, with and without bias, by erf and by tanh."""
     f32 = torch.float32
     sizes = {"x_row": "i32", "N": "i32", "C": "i32"}
     for tanh in (False, True):

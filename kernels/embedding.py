@@ -4,8 +4,9 @@
     dweight[v] (+)= sum of dy[n] over ids[n] = v, in fp32, in the order of n
 
 Bytes an element: forward reads both rows, writes y; backward reads dy and writes dweight once, zeros included, or adds
-to the rows that have tokens. Tokens are sorted by id first (stable), so a table row's gradient is one program's sum: no
-atomics, bitwise deterministic. An id outside its table gives NaN forward and adds nothing backward.
+to the rows that have tokens. Tokens are first sorted by id (stable), so one program sums the gradient of a table row.
+There are no atomics, so results are bitwise deterministic. An id outside its table gives NaN in forward and adds
+nothing in backward.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ._runtime import (
     split_meta,
 )
 
-MIN_BLOCK, FWD_BLOCK, BWD_BLOCK = 16, 1024, 256  # columns a program takes; wider rows are cut
+MIN_BLOCK, FWD_BLOCK, BWD_BLOCK = 16, 1024, 256  # columns per program; wider rows are divided
 
 
 @jit_kernel(do_not_specialize=["N", "V", "P", "period"])
@@ -42,7 +43,7 @@ def embedding_fwd_kernel(
     y_ptr,  # (N, C) contiguous
     weight_row, position_row, N, V, P, period, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of (ROWS, BLOCK) a program."""
+    """Compute one tile of (ROWS, BLOCK) per program."""
     n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     inside = n < N
@@ -63,11 +64,11 @@ def embedding_fwd_kernel(
 def embedding_bwd_kernel(
     dy_ptr,  # (N, C), rows dy_row apart
     order_ptr,  # (N) int64: tokens sorted by id
-    starts_ptr,  # (V + 1) int64: where each table row's tokens begin in order
+    starts_ptr,  # (V + 1) int64: where the tokens of each table row start in order
     dweight_ptr,  # (V, C), rows dweight_row apart
     dy_row, dweight_row, V, C, ADD: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS table rows a program, TOKENS of each at a time; ADD: to what is there, rows without tokens untouched."""
+    """Sum ROWS table rows per program, TOKENS of each at a time. ADD: add to dweight, only where a row has tokens."""
     v = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # (ROWS)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # (BLOCK)
     begin = tl.load(starts_ptr + v, v < V, other=0)
@@ -89,7 +90,7 @@ def embedding_bwd_kernel(
 
 
 def fwd_meta(C: int) -> dict[str, int]:
-    """A tile of up to 1024 elements, 8 a thread (interpreter: larger)."""
+    """Return a tile of up to 1024 elements, 8 per thread (interpreter: larger)."""
     if interpreted():
         return {"ROWS": 64, "BLOCK": min(ceil_pow2(C), 8192), "num_warps": 4}
     block = max(MIN_BLOCK, min(ceil_pow2(C), FWD_BLOCK))
@@ -97,14 +98,14 @@ def fwd_meta(C: int) -> dict[str, int]:
 
 
 def bwd_meta(C: int) -> dict[str, int]:
-    """One table row a program, 16 tokens at a time: a frequent token's many rows are what takes longest."""
+    """Return one table row per program, 16 tokens at a time, because the row of a frequent token takes longest."""
     if interpreted():
         return {"ROWS": 64, "TOKENS": 4, "BLOCK": min(ceil_pow2(C), 1024), "num_warps": 4}
     return {"ROWS": 1, "TOKENS": 16, "BLOCK": max(MIN_BLOCK, min(ceil_pow2(C), BWD_BLOCK)), "num_warps": 4}
 
 
 def embedding_fwd(ids: Tensor, weight: Tensor, position_weight: Tensor | None, positions: Tensor | None) -> Tensor:
-    """y (..., C), contiguous."""
+    """Return y (..., C), contiguous."""
     (V, C), N = weight.shape, ids.numel()
     y = torch.empty((*ids.shape, C), dtype=weight.dtype, device=weight.device)
     if y.numel() == 0:
@@ -142,20 +143,20 @@ def _sum_rows(dweight: Tensor, dy: Tensor, ids: Tensor, add: bool) -> None:
 
 
 def embedding_bwd(dy: Tensor, ids: Tensor, num_rows: int) -> Tensor:
-    """dweight (num_rows, C) in dy's dtype."""
+    """Return dweight (num_rows, C) in the dtype of dy."""
     dweight = torch.empty((num_rows, dy.shape[-1]), dtype=dy.dtype, device=dy.device)
     _sum_rows(dweight, dy, ids, False)
     return dweight
 
 
 def embedding_bwd_add(dweight: Tensor, dy: Tensor, ids: Tensor) -> None:
-    """dweight (V, C), dy's dtype or fp32, += the rows' gradients."""
+    """Add the gradients of the rows to dweight (V, C), which has the dtype of dy or is fp32."""
     if ids.numel():
         _sum_rows(dweight, dy, ids, True)
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:
-    """Every launch shape: plain and with positions; into a new gradient and added to one."""
+    """Yield every launch shape: without and with positions; into a new gradient and added to an existing one."""
     i64 = torch.int64
     for block in powers_of_two(MIN_BLOCK, FWD_BLOCK):
         meta, warps = split_meta(fwd_meta(block))

@@ -29,7 +29,7 @@ from ._runtime import Configuration, cast, jit_kernel
 
 @triton.jit
 def _affine(n, weight_ptr, bias_ptr, c, mask):
-    """n * weight + bias in fp32, either of them optional."""
+    """Return n * weight + bias in fp32; weight and bias may be None."""
     if weight_ptr is not None:
         n *= tl.load(weight_ptr + c, mask, other=0.0).to(tl.float32)
     if bias_ptr is not None:
@@ -48,7 +48,7 @@ def layer_norm_fwd_kernel(
     stats_ptr,  # (2, N): mean, rstd
     x_row, residual_row, N, C, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, each in one piece of BLOCK >= C columns."""
+    """Normalise ROWS rows per program, each in one piece of BLOCK >= C columns."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     in_row = c < C
@@ -75,7 +75,7 @@ def layer_norm_fwd_wide_kernel(
     stats_ptr,  # (2, N): mean, rstd
     x_row, residual_row, N, C, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in blocks of BLOCK columns, three times over: mean, variance, output."""
+    """Normalise one row per program in blocks of BLOCK columns, in three passes: mean, variance, output."""
     row = tl.program_id(0).to(tl.int64)
     acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
@@ -101,7 +101,7 @@ def layer_norm_fwd_wide_kernel(
 
 @triton.jit
 def _load_grads(dy_ptr, h_ptr, weight_ptr, row, dy_row, h_row, c, mask, in_row, mean, rstd):
-    """One tile of dy, n and g = dy * weight in fp32, zero where masked."""
+    """Load one tile; return dy, n and g = dy * weight in fp32, zero where masked."""
     dy = tl.load(dy_ptr + row * dy_row + c, mask, other=0.0).to(tl.float32)
     h = tl.load(h_ptr + row * h_row + c, mask, other=0.0).to(tl.float32)
     n = tl.where(mask, (h - mean) * rstd, 0.0)
@@ -122,7 +122,7 @@ def layer_norm_bwd_kernel(
     partials_ptr,  # (programs, 2, C): dweight, dbias; or None
     dy_row, dsum_row, h_row, N, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: program p takes row tiles p, p + programs, ... with its share of dweight and dbias in registers."""
+    """Program p computes row tiles p, p + programs, ... and keeps its partial dweight and dbias in registers."""
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     in_row = c < C
     dweight = tl.zeros([1, BLOCK], tl.float32)
@@ -159,7 +159,7 @@ def layer_norm_dx_wide_kernel(
     dx_ptr,  # (N, C) contiguous
     dy_row, dsum_row, h_row, N, C, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in blocks of BLOCK columns, twice over: the two sums, then dx."""
+    """Compute dx of one row per program in blocks of BLOCK columns, in two passes: the two sums, dx."""
     row = tl.program_id(0).to(tl.int64)
     mean = tl.load(stats_ptr + row)
     rstd = tl.load(stats_ptr + N + row)
@@ -193,7 +193,7 @@ LAYER_NORM = _norm.Norm(
 def layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return y, x + residual (None without) and (mean, rstd) of shape (2, N)."""
+    """Return y, x + residual (None without a residual) and (mean, rstd) of shape (2, N)."""
     stats = torch.empty((2, math.prod(x.shape[:-1])), dtype=torch.float32, device=x.device)
     y, total = _norm.forward(LAYER_NORM, x, residual, (weight, bias), stats, eps)
     return y, total, stats
@@ -202,7 +202,7 @@ def layer_norm_fwd(
 def layer_norm_bwd(
     dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return dx (the residual's gradient too), dweight and dbias (None where the parameter is absent)."""
+    """Return dx, which is also the gradient of the residual, dweight and dbias (None if the parameter is None)."""
     return _norm.backward(LAYER_NORM, dy, dsum, h, weight, bias, stats)
 
 

@@ -27,7 +27,7 @@ from ._runtime import Configuration, cast, jit_kernel
 
 @triton.jit
 def _weighted(n, weight_ptr, weight_offset, c, mask):
-    """n * (weight + offset) in fp32; n without weight."""
+    """Return n * (weight + offset) in fp32; n if there is no weight."""
     if weight_ptr is not None:
         n *= tl.load(weight_ptr + c, mask, other=0.0).to(tl.float32) + weight_offset
     return n
@@ -43,7 +43,7 @@ def rms_norm_fwd_kernel(
     rstd_ptr,  # (N)
     x_row, residual_row, N, C, eps, weight_offset, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, each in one piece of BLOCK >= C columns."""
+    """Normalise ROWS rows per program, each in one piece of BLOCK >= C columns."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     in_row = c < C
@@ -65,7 +65,7 @@ def rms_norm_fwd_wide_kernel(
     rstd_ptr,  # (N)
     x_row, residual_row, N, C, eps, weight_offset, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in blocks of BLOCK columns, twice over: mean of squares, output."""
+    """Normalise one row per program in blocks of BLOCK columns, in two passes: mean of squares, output."""
     row = tl.program_id(0).to(tl.int64)
     acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
@@ -84,14 +84,17 @@ def rms_norm_fwd_wide_kernel(
 
 @triton.jit
 def _dx_terms(sum_gn, rstd, C, eps):
-    """mean and factor of dx = factor * (g - n * mean). With one column the difference, g * (1 - n^2), is
-    g * eps * rstd^2, and would be lost to cancellation: the product is in the factor."""
+    """Return mean and factor of dx = factor * (g - n * mean).
+
+    With one column the difference is g * (1 - n^2) = g * eps * rstd^2, which cancellation would destroy; the factor
+    contains this product instead.
+    """
     return tl.where(C == 1, 0.0, sum_gn / C), tl.where(C == 1, eps * rstd * rstd * rstd, rstd)
 
 
 @triton.jit
 def _load_grads(dy_ptr, h_ptr, row, dy_row, h_row, c, mask, rstd):
-    """One tile of dy and n in fp32, zero where masked."""
+    """Load one tile; return dy and n in fp32, zero where masked."""
     dy = tl.load(dy_ptr + row * dy_row + c, mask, other=0.0).to(tl.float32)
     return dy, tl.load(h_ptr + row * h_row + c, mask, other=0.0).to(tl.float32) * rstd
 
@@ -107,7 +110,7 @@ def rms_norm_bwd_kernel(
     partials_ptr,  # (programs, 1, C): dweight; or None
     dy_row, dsum_row, h_row, N, C, eps, weight_offset, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Persistent: program p takes row tiles p, p + programs, ... with its share of dweight in registers."""
+    """Program p computes row tiles p, p + programs, ... and keeps its partial dweight in registers."""
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     in_row = c < C
     dweight = tl.zeros([1, BLOCK], tl.float32)
@@ -119,7 +122,7 @@ def rms_norm_bwd_kernel(
         dyn = dy * n
         if partials_ptr is not None:
             dweight += tl.sum(dyn, axis=0, keep_dims=True)
-        gn = _weighted(dyn, weight_ptr, weight_offset, c, in_row)  # g * n spills 8 bytes on sm_80
+        gn = _weighted(dyn, weight_ptr, weight_offset, c, in_row)  # computing it as g * n spills 8 bytes on sm_80
         mean_gn, factor = _dx_terms(tl.sum(gn, axis=1, keep_dims=True), rstd, C, eps)
         g = _weighted(dy, weight_ptr, weight_offset, c, in_row)
         dx = factor * (g - n * mean_gn)
@@ -138,7 +141,7 @@ def rms_norm_dx_wide_kernel(
     dx_ptr,  # (N, C) contiguous
     dy_row, dsum_row, h_row, N, C, eps, weight_offset, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row a program, in blocks of BLOCK columns, twice over: the sum, then dx."""
+    """Compute dx of one row per program in blocks of BLOCK columns, in two passes: the sum, dx."""
     row = tl.program_id(0).to(tl.int64)
     rstd = tl.load(rstd_ptr + row)
     acc = tl.zeros([BLOCK], tl.float32)
@@ -168,7 +171,7 @@ RMS_NORM = _norm.Norm(
 def rms_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return y, x + residual (None without) and rstd (N)."""
+    """Return y, x + residual (None without a residual) and rstd (N)."""
     rstd = torch.empty((math.prod(x.shape[:-1]),), dtype=torch.float32, device=x.device)
     y, total = _norm.forward(RMS_NORM, x, residual, (weight,), rstd, eps, weight_offset)
     return y, total, rstd
@@ -177,7 +180,7 @@ def rms_norm_fwd(
 def rms_norm_bwd(
     dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Return dx (the residual's gradient too) and dweight (None without weight)."""
+    """Return dx, which is also the gradient of the residual, and dweight (None without weight)."""
     dx, dweight, _ = _norm.backward(RMS_NORM, dy, dsum, h, weight, None, rstd, eps, weight_offset)
     return dx, dweight
 

@@ -3,7 +3,7 @@
     y = act(gate) up,  dgate = dy up act'(gate),  dup = dy act(gate);  act: silu, gelu, relu2, gelu_tanh (_math.py)
 
 Bytes an element: forward reads gate and up, writes y; backward reads dy, gate and up, writes both gradients.
-Saved for backward: gate and up. A packed tensor is two views of one, its gradient too.
+Saved for backward: gate and up. A packed tensor and its gradient are two views of one tensor each.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ._runtime import (
     split_meta,
 )
 
-MAX_BLOCK = 1024  # columns a program takes; wider rows are cut
-SILU, GELU, RELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # else: gelu_tanh
+MAX_BLOCK = 1024  # columns per program; wider rows are divided
+SILU, GELU, RELU2 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # any other number: gelu_tanh
 
 
 @triton.jit
 def _activation(x, ACT: tl.constexpr):
-    """Value and slope of activation number ACT."""
+    """Return value and slope of activation number ACT."""
     if ACT == SILU:
         return silu(x)
     elif ACT == GELU:
@@ -54,7 +54,7 @@ def swiglu_fwd_kernel(
     y_ptr,  # (N, C) contiguous
     gate_row, up_row, N, C, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of (ROWS, BLOCK) a program."""
+    """Compute one tile of (ROWS, BLOCK) per program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     mask = (row < N) & (c < C)
@@ -73,7 +73,7 @@ def swiglu_bwd_kernel(
     dup_ptr,  # (N, C), rows grad_row apart
     dy_row, gate_row, up_row, grad_row, N, C, ACT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of (ROWS, BLOCK) a program."""
+    """Compute one tile of (ROWS, BLOCK) per program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     mask = (row < N) & (c < C)
@@ -86,7 +86,7 @@ def swiglu_bwd_kernel(
 
 
 def tile_meta(C: int) -> dict[str, int]:
-    """A tile of up to 1024 elements, 8 a thread (interpreter: larger)."""
+    """Return a tile of up to 1024 elements, 8 per thread (interpreter: larger)."""
     if interpreted():
         return {"ROWS": 64, "BLOCK": min(ceil_pow2(C), 8192), "num_warps": 4}
     block = min(ceil_pow2(C), MAX_BLOCK)
@@ -94,7 +94,7 @@ def tile_meta(C: int) -> dict[str, int]:
 
 
 def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    """gate and up as rows (N, C): two views of a packed tensor, or two tensors."""
+    """Return gate and up as rows (N, C): two views of a packed tensor, or two tensors."""
     rows = as_rows(gate)
     if up is not None:
         return rows, as_rows(up)
@@ -103,7 +103,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def swiglu_fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
-    """y, contiguous."""
+    """Return y, contiguous."""
     width = gate.shape[-1] // 2 if up is None else gate.shape[-1]
     y = torch.empty((*gate.shape[:-1], width), dtype=gate.dtype, device=gate.device)
     if y.numel() == 0:
@@ -118,7 +118,7 @@ def swiglu_fwd(gate: Tensor, up: Tensor | None, activation: int) -> Tensor:
 
 
 def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor | None, activation: int) -> tuple[Tensor, Tensor | None]:
-    """dgate, packed as gate, and dup (None for a packed gate)."""
+    """Return dgate, packed like gate, and dup (None for a packed gate)."""
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = None if up is None else torch.empty_like(dgate)
     if dgate.numel() == 0:
@@ -134,7 +134,7 @@ def swiglu_bwd(dy: Tensor, gate: Tensor, up: Tensor | None, activation: int) -> 
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:
-    """Every launch shape of this file for every activation."""
+    """Yield every launch shape of this file for every activation."""
     sizes = {"gate_row": "i32", "up_row": "i32", "N": "i32", "C": "i32"}
     grads = {"dy_row": "i32", "grad_row": "i32"}
     for act, name in enumerate(("silu", "gelu", "relu2", "gelu_tanh")):
