@@ -1,14 +1,14 @@
-"""What attention's forward and backward kernels share: tiles, scores, masks, dropout, and which keys a query sees.
+"""The shared parts of the attention kernels: tiles, scores, masks, dropout, and the keys that a query sees.
 
-Causal order, window, key lengths and starts and packed sequences all come down to one range of keys [lo, hi) a query:
+Causal order, windows, key lengths, key starts and packed sequences all give each query i one range of keys [lo, hi):
 
     NONE    every key
-    CAUSAL  [0, i + ahead), a number
+    CAUSAL  [0, i + ahead), one number
     BAND    [i + back, i + ahead), two numbers: a window, with or without causal order
-    ROWS    a range of its own for each query, from `attention_ranges_kernel`; document ids come on top
+    ROWS    a separate range for each query, from `attention_ranges_kernel`; document ids are compared as well
 
-cut to [0, S). Key blocks that all queries of a block see whole are computed without a mask. Ranges come from the
-device: no sync, no maximum length.
+Ranges are clipped to [0, S). A key block that every query of a block sees completely is computed without a mask. Ranges
+are computed on the device, so there is no synchronisation and no maximum length.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def operand(x, dtype: tl.constexpr):
-    """x rounded to `dtype` for a tl.dot; the interpreter multiplies the rounded values in fp32."""
+    """Round x to `dtype` for a tl.dot; the interpreter multiplies the rounded values in fp32."""
     if INTERPRETED:
         return cast(x, dtype).to(tl.float32)
     else:
@@ -34,15 +34,20 @@ def operand(x, dtype: tl.constexpr):
 
 @triton.jit
 def power(x, dtype: tl.constexpr):
-    """2^x for 16 bits, whose scores are in base 2: log2 e is in their scale. e^x for fp32: near 0, where p is large, x
-    is exact only if lse is subtracted before log2 e is multiplied."""
+    """Return 2^x for 16 bits and e^x for fp32.
+
+    16-bit scores are in base 2: their scale contains log2 e. In fp32, x near 0, where p is large, is exact only if lse
+    is subtracted before the product with log2 e.
+    """
     return exp(x) if dtype == tl.float32 else exp2(x)
 
 
 @triton.jit
 def _addresses(ptr, start, stride, SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Pointers to (SIZE, BLOCK_D) rows from `start` on, 32-bit offsets inside the tile. Launchers see to it that every
-    row begins at a multiple of 16 bytes."""
+    """Return pointers to (SIZE, BLOCK_D) rows from `start` on, with 32-bit offsets inside the tile.
+
+    Launchers ensure that every row starts at a multiple of 16 bytes.
+    """
     r, d = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK_D)[None, :]
     UNIT: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
     base = tl.multiple_of(ptr + tl.cast(start, tl.int64) * stride, 16)
@@ -51,7 +56,7 @@ def _addresses(ptr, start, stride, SIZE: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, start, stride, inside, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(SIZE, BLOCK_D) rows from `start` on; zero from column D on and where not `inside` (SIZE; None: all)."""
+    """Load (SIZE, BLOCK_D) rows from `start` on; zero from column D on and where not `inside` (SIZE; None: all)."""
     at, d = _addresses(ptr, start, stride, SIZE, BLOCK_D), tl.arange(0, BLOCK_D)[None, :]
     if inside is not None:
         x = tl.load(at, inside[:, None] & (d < D), other=0.0)
@@ -64,14 +69,14 @@ def load_tile(ptr, start, stride, inside, SIZE: tl.constexpr, D: tl.constexpr, B
 
 @triton.jit
 def store_tile(ptr, x, start, stride, high, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows start .. of x (SIZE, BLOCK_D) below `high`, columns below D."""
+    """Store x (SIZE, BLOCK_D) at rows from `start` on, only rows below `high` and columns below D."""
     at, d = _addresses(ptr, start, stride, SIZE, BLOCK_D), tl.arange(0, BLOCK_D)[None, :]
     tl.store(at, cast(x, ptr.dtype.element_ty), (start + tl.arange(0, SIZE)[:, None] < high) & (d < D))
 
 
 @triton.jit
 def kept(rng_ptr, rows, cols, head, threshold):
-    """Where dropout keeps (row, col) of this head (its number among B H): dropout_keep of fastgpt/ops/_attention.py."""
+    """Return where dropout keeps (row, col) of head 0 to B H - 1, like dropout_keep of fastgpt/ops/_attention.py."""
     offset = tl.load(rng_ptr + 1).to(tl.uint32)
     word, _, _, _ = tl.philox(tl.load(rng_ptr), cols, rows, head, offset, n_rounds=7)
     return word >= threshold.to(tl.uint32)
@@ -79,7 +84,7 @@ def kept(rng_ptr, rows, cols, head, threshold):
 
 @triton.jit
 def row_range(rows, ranges_ptr, T, S, back, ahead, RANGE: tl.constexpr):
-    """[lo, hi) of these queries (a vector or one), those from T on as the last; ranges_ptr: this batch's, ROWS only."""
+    """Return [lo, hi) of one or more queries, those from T on like the last. ranges_ptr: of this batch, ROWS only."""
     at = tl.minimum(rows, T - 1)
     if RANGE == ROWS:
         return tl.load(ranges_ptr + 2 * at), tl.load(ranges_ptr + 2 * at + 1)
@@ -94,11 +99,14 @@ def row_range(rows, ranges_ptr, T, S, back, ahead, RANGE: tl.constexpr):
 def key_blocks(
     lo, hi, start, T, S, back, ahead, RANGE: tl.constexpr, WHOLE: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):
-    """Blocks of N keys for the M queries from `start` on: masked in [first, left), whole in [left, right), masked in
-    [right, last); and `low`, below which no query of the block sees a key. Not WHOLE: all masked."""
+    """Return first, left, right, last and low: the blocks of N keys for the M queries from `start` on.
+
+    Blocks in [first, left) and [right, last) need a mask, blocks in [left, right) do not; without WHOLE all need one.
+    No query of the block sees a key below `low`.
+    """
     if RANGE == ROWS:
         low, some, every, last = tl.min(lo, 0), tl.max(lo, 0), tl.min(hi, 0), tl.max(hi, 0)
-    else:  # ranges rise with the query
+    else:  # ranges increase with the query
         low, every = row_range(start, None, T, S, back, ahead, RANGE)
         some, last = row_range(start + M - 1, None, T, S, back, ahead, RANGE)
     first = low // N * N
@@ -111,7 +119,7 @@ def key_blocks(
 
 @triton.jit
 def visible(cols, lo, hi, doc_q, doc_k, RANGE: tl.constexpr):
-    """The mask of a block from its queries' ranges and (not None) documents; any shapes that broadcast."""
+    """Return the mask of a block from the ranges and (if not None) documents of its queries; shapes are broadcast."""
     seen = cols < hi
     if RANGE == BAND or RANGE == ROWS:
         seen = seen & (cols >= lo)
@@ -122,7 +130,7 @@ def visible(cols, lo, hi, doc_q, doc_k, RANGE: tl.constexpr):
 
 @triton.jit
 def _segments(cu_q_ptr, i, n, steps):
-    """How many of cu_q[1:] are <= i: the packed sequence of row i, n behind the last one. Bisection."""
+    """Count by bisection how many of cu_q[1:] are <= i: the packed sequence of row i, n after the last one."""
     low, high = i * 0, i * 0 + n
     for _ in range(steps):
         middle = (low + high) // 2
@@ -133,7 +141,7 @@ def _segments(cu_q_ptr, i, n, steps):
 
 @triton.jit
 def _same_documents(docs_ptr, i, T, CHUNK: tl.constexpr):
-    """First key and end of the keys whose document lies between the smallest and the largest of the rows i."""
+    """Return first and end of the keys whose document is between the smallest and the largest of the rows i."""
     own = tl.load(docs_ptr + i, i < T, other=0)
     low, high = tl.min(tl.where(i < T, own, 0x7FFFFFFF), 0), tl.max(tl.where(i < T, own, -0x80000000), 0)
     first, end = T + 0, T * 0
@@ -153,11 +161,11 @@ def attention_ranges_kernel(
     docs_ptr,  # (B, T) or None
     kv_lens_ptr,  # (B) or None
     kv_start_ptr,  # (B) or None
-    ranges_ptr,  # (B, T, 2): lo and hi of each query; S and 0 of one without keys
+    ranges_ptr,  # (B, T, 2): lo and hi of each query; S and 0 for one without keys
     blocks_ptr,  # (B, blocks, 2): smallest lo and largest hi of each block of BLOCK queries
     n, steps, T, S, causal, window, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one batch a program: blocks along axis 0, batches along axis 1."""
+    """Compute one block of queries of one batch per program: blocks along axis 0, batches along axis 1."""
     b = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     lo, hi, shift = i * 0, i * 0 + S, i * 0 + (S - T)

@@ -1,7 +1,7 @@
-"""Launch shapes of the attention kernels: by head dimension, type, options and the shared memory that a chip has.
+"""Launch shapes of the attention kernels by head dimension, dtype, options and shared memory of the chip.
 
-The shapes are what compiles without spills and with tensor cores for sm_80, 86, 89 and 90 (fastgpt/checks/triton.py);
-none was chosen by time yet.
+These shapes compile without spills and with tensor cores for sm_80, 86, 89 and 90 (fastgpt/checks/triton.py). None has
+been chosen by timing yet.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import torch
 from ._attention import CAUSAL
 from ._runtime import TRITON, ceil_pow2, interpreted
 
-RANGE_BLOCK, CHUNK = 64, 1024  # queries a block of attention_ranges_kernel; elements a step of what it scans
-DELTA_TILE = 2048  # elements a program of attention_delta_kernel, 16 a thread: more spill where strides are odd
+RANGE_BLOCK, CHUNK = 64, 1024  # queries per block of attention_ranges_kernel; elements per step of its scans
+DELTA_TILE = 2048  # elements per program of attention_delta_kernel, 16 per thread: more spill where strides are odd
 
-# BLOCK_M queries, BLOCK_N keys, warps, stages, and where one more program fits a multiprocessor: registers a thread.
+# BLOCK_M queries, BLOCK_N keys, warps, stages, and a limit of registers per thread if one more program then fits a
+# multiprocessor.
 Tile = tuple[int, ...]
-Tiles = dict[str, dict[int, Tile]]  # kernel -> BLOCK_D up to which it holds -> tile
-PLAIN: dict[int, Tiles] = {  # shared memory in KB -> 16 bits, no mask but causal order
+Tiles = dict[str, dict[int, Tile]]  # kernel -> largest BLOCK_D -> tile
+PLAIN: dict[int, Tiles] = {  # shared memory in KB -> tiles of 16 bits with no mask but causal order
     227: {
         "fwd": {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
         "dkdv": {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 2)},
@@ -54,14 +55,14 @@ OPTIONS[99] = {
     "dkdv": {**OPTIONS[163]["dkdv"], 64: (32, 32, 8, 2)},
     "dq": {**OPTIONS[163]["dq"], 256: (32, 32, 8, 2)},
 }
-if TRITON >= (3, 9):  # which allots more registers: the tiles above would spill 8 to 240 bytes
+if TRITON >= (3, 9):  # it allocates more registers, and the tiles above would spill 8 to 240 bytes
     PLAIN[227]["fwd"][64] = (128, 64, 4, 3)
     for kb in (163, 99):
         PLAIN[kb]["fwd"][128] = (128, 32, 8, 3)
     OPTIONS[227]["fwd"][256] = (32, 32, 4, 2)
     for kb in OPTIONS:
         OPTIONS[kb]["dq"][256] = (32, 32, 4, 2)
-FLOAT32: Tiles = {  # any options, any chip; exact products run outside the tensor cores
+FLOAT32: Tiles = {  # any options and chip; exact products run outside the tensor cores
     "fwd": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     "dkdv": {64: (32, 32, 8, 1), 128: (16, 32, 8, 1), 256: (16, 16, 8, 1)},
     "dq": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
@@ -70,13 +71,13 @@ CHIPS = {227: (90,), 163: (80,), 99: (86, 89)}  # for the ahead-of-time check
 
 
 def columns(D: int) -> int:
-    """BLOCK_D: the power of two that holds a head dimension; tl.dot takes 16 at least."""
+    """Return BLOCK_D, the power of two that holds a head dimension; tl.dot needs at least 16."""
     return max(16, ceil_pow2(D))
 
 
 @functools.cache
 def shared_memory(device: torch.device) -> int:
-    """The class of a chip: the KB of shared memory that it has at least and for which there are tiles."""
+    """Return the class of a chip: the largest KB of shared memory that it has and that the tables contain."""
     if interpreted():
         return 99
     properties: Any = torch.cuda.get_device_properties(device)
@@ -85,13 +86,13 @@ def shared_memory(device: torch.device) -> int:
 
 
 def options_on(o: dict[str, Any]) -> bool:
-    """Whether a launch has more than causal order."""
+    """Return whether a launch has more options than causal order."""
     return o["RANGE"] > CAUSAL.value or o["DOCS"] or o["SOFTCAP"] or o["DROPOUT"]
 
 
 @functools.cache
 def tile(kernel: str, D: int, dtype: torch.dtype, options: bool, kb: int) -> dict[str, Any]:
-    """The launch shape of one kernel; in the interpreter few and large programs."""
+    """Return the launch shape of one kernel; in the interpreter, few and large programs."""
     if interpreted():
         return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1}
     table = FLOAT32 if dtype == torch.float32 else (OPTIONS if options else PLAIN)[kb]

@@ -1,4 +1,4 @@
-"""AdamW over all tensors in two launches: gradient norm, then unscale, clip, decay, update and write-back.
+"""AdamW of all tensors in two launches: gradient norm, then unscale, clip, decay, update and write-back.
 
     g = grad / grad_scale * min(1, max_norm / (norm + 1e-6)),  norm = sqrt(sum over all tensors of grad^2) / grad_scale
     t = steps[index],  p *= 1 - lr wd,  m += (1 - b1) (g - m),  v = b2 v + (1 - b2) g^2
@@ -7,14 +7,14 @@
 Loshchilov, Hutter 2017 (arXiv:1711.05101). fp32 maths on fp32 or bf16 moments. Parameters: fp32, or 16-bit with an fp32
 master, with the master's low 16 bits (bf16; exact), rounded stochastically (bf16), or rounded to nearest.
 1 - b^t cancels in fp32 where b^t is near 1; -expm1(t log b) with log b rounded once from double does not (2e-7).
-A parameter that is not its fp32 master's rounding was set from outside: the master takes its value before the update.
+A parameter that is not the rounding of its fp32 master was set from outside, so it is copied to the master first.
 Bytes an element, bf16 with fp32 master and moments: 2 (norm) + 30. No synchronisation with the host.
 
-Addresses, sizes and hyperparameters travel as tables on the device, cached by their content: an unchanged set of
-tensors uploads nothing. Under CUDA graph capture a table that is already cached is used as it is; gradients that moved
-into the graph's memory need a new one, whose upload from pinned memory set aside beforehand is captured as a copy and
-is never reused. A found_inf or a norm that is not finite skips the update and takes prepare's step back.
-Deterministic: every program adds the same partial sums in the same order; no atomics.
+Addresses, sizes and hyperparameters are passed as tables on the device, cached by their content, so an unchanged set of
+tensors uploads nothing. During the capture of a CUDA graph a cached table is used as it is. Gradients that moved into
+the memory of the graph need a new table; its upload, from pinned memory that was set aside, is captured as a copy and
+never reused. If found_inf is set or the norm is not finite, the update is skipped and the step of prepare is undone.
+Deterministic: every program adds the same partial sums in the same order, without atomics.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ from ._runtime import (
 )
 from ._tables import Tables
 
-CHUNK = 4096  # elements that one program takes at a time, all of one tensor
-# update: 4 elements a thread, so that 16- and 32-bit tensors get one layout (more: conversions through shared memory)
+CHUNK = 4096  # elements per program at a time, all of one tensor
+# update: 4 elements per thread give 16- and 32-bit tensors one layout; more need conversions through shared memory
 UPDATE = {"BLOCK": CHUNK if interpreted() else 512, "num_warps": 4}
 PREPARE = {"BLOCK": CHUNK if interpreted() else 2048, "num_warps": 8}
-MAX_PARTIALS = 4 if interpreted() else 1024  # partial sums of one prepare; every program of update reads all
+MAX_PARTIALS = 4 if interpreted() else 1024  # partial sums of one prepare; every program of update reads them all
 SUM_BLOCK = 1024
 MASTERS = {None: 0, torch.float32: 1, torch.int16: 2}
 STOCHASTIC = 3
@@ -62,7 +62,7 @@ LOG_BETA1, LOG_BETA2, ONE_MINUS_BETA1, BETA2, ONE_MINUS_BETA2, EPS, DECAY, GROUP
 
 @triton.jit
 def _pointer(table_ptr, tensor, column: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    """Address in one column of the table of tensors."""
+    """Return the address in one column of the table of tensors."""
     p = tl.load(table_ptr + tensor * COLUMNS + column).to(tl.pointer_type(dtype))
     if ALIGNED:
         p = tl.multiple_of(p, 16)
@@ -71,7 +71,7 @@ def _pointer(table_ptr, tensor, column: tl.constexpr, dtype: tl.constexpr, ALIGN
 
 @triton.jit
 def _size(table_ptr, tensor, ALIGNED: tl.constexpr):
-    """Number of elements of a tensor; known to be a multiple of 16, a mask made from it allows vector loads."""
+    """Return the number of elements of a tensor; a known multiple of 16 allows vector loads under a mask."""
     numel = tl.load(table_ptr + tensor * COLUMNS + NUMEL)
     if ALIGNED:
         numel = tl.multiple_of(numel, 16)
@@ -80,7 +80,7 @@ def _size(table_ptr, tensor, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _one_minus_power(log_beta, t):
-    """1 - beta^t = -expm1(t log beta), relative error 2e-7: a polynomial near 0, where 1 - exp cancels."""
+    """Return 1 - beta^t = -expm1(t log beta), relative error 2e-7: a polynomial near 0, where 1 - exp cancels."""
     x = log_beta * t
     near = 0.008325044065713882 + x * (0.0013637071242555976 + x * 0.0001599568931851536)
     near = x + x * x * (0.5 + x * (0.16666655242443085 + x * (0.041665270924568176 + x * near)))
@@ -89,7 +89,7 @@ def _one_minus_power(log_beta, t):
 
 @triton.jit
 def _mix(x):
-    """A bijective hash of 32 bits (two multiply-xorshift rounds)."""
+    """Return a bijective hash of 32 bits (two multiply-xorshift rounds)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
@@ -97,7 +97,7 @@ def _mix(x):
 
 @triton.jit
 def _round_stochastic(p, key, element):
-    """fp32 to bf16 bits (int16), up with the probability of the fraction that is cut off; not finite: as it is."""
+    """Round fp32 to bf16 bits (int16), up with the probability of the dropped fraction; keep infinities and NaN."""
     bits = p.to(tl.uint32, bitcast=True)
     key += (element >> 32).to(tl.uint32) * 0x9E3779B9
     noise = _mix(_mix(key ^ (element & 0xFFFFFFFF).to(tl.uint32)) + key) & 0xFFFF
@@ -115,7 +115,7 @@ def adamw_prepare_kernel(
     n_tensors, n_chunks, offset, NORM: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """steps += 1; program p writes the sum of squares of chunks p, p + programs, ..."""
+    """Add 1 to steps; program p writes the sum of squares of chunks p, p + programs, ..."""
     pid = tl.program_id(0)
     _add_to_steps(table_ptr, steps_ptr, n_tensors, 1.0)
     if NORM:
@@ -134,7 +134,7 @@ def adamw_prepare_kernel(
 
 @triton.jit
 def _add_to_steps(table_ptr, steps_ptr, n_tensors, value):
-    """steps[slot] += value for every tensor; 256 tensors a program."""
+    """Add value to steps[slot] of every tensor; 256 tensors per program at a time."""
     for start in range(tl.program_id(0) * 256, n_tensors, tl.num_programs(0) * 256):
         i = start + tl.arange(0, 256)
         slot = tl.load(table_ptr + i * COLUMNS + SLOT, i < n_tensors, other=0)
@@ -145,7 +145,7 @@ def _add_to_steps(table_ptr, steps_ptr, n_tensors, value):
 def _gradient_factor(
     partials_ptr, n_partials, max_norm, grad_scale_ptr, found_inf_ptr, grad_norm_ptr, SUM_BLOCK: tl.constexpr
 ):
-    """What gradients are multiplied by (1 / grad_scale, clipping), and whether this step is skipped."""
+    """Return the factor of the gradients (1 / grad_scale and clipping) and whether this step is skipped."""
     factor = 1.0
     skip = n_partials < 0  # False, as a tensor
     if grad_scale_ptr is not None:
@@ -168,7 +168,7 @@ def _gradient_factor(
 
 @triton.jit
 def _load_param(table_ptr, tensor, i, mask, PARAM_TYPE: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr):
-    """fp32 value of the parameters: the parameter, its master, or its bits above the remainder's."""
+    """Return the fp32 value of the parameters: the parameter, its master, or its bits above those of the remainder."""
     if MODE == 1:
         master = tl.load(_pointer(table_ptr, tensor, MASTER, tl.float32, ALIGNED) + i, mask, other=0.0)
         p = tl.load(_pointer(table_ptr, tensor, PARAM, PARAM_TYPE, ALIGNED) + i, mask, other=0.0).to(tl.float32)
@@ -176,7 +176,7 @@ def _load_param(table_ptr, tensor, i, mask, PARAM_TYPE: tl.constexpr, MODE: tl.c
     elif MODE == 2:
         high = tl.load(_pointer(table_ptr, tensor, PARAM, tl.int16, ALIGNED) + i, mask, other=0).to(tl.int32)
         low = tl.load(_pointer(table_ptr, tensor, MASTER, tl.int16, ALIGNED) + i, mask, other=0).to(tl.int32)
-        low = tl.where(((high & 0x7FFF) == 0) & (low < 0), 0, low)  # a zero set from outside: the sum would be a NaN
+        low = tl.where(((high & 0x7FFF) == 0) & (low < 0), 0, low)  # a zero set from outside would become NaN
         return ((high << 16) + low).to(tl.float32, bitcast=True)
     else:
         return tl.load(_pointer(table_ptr, tensor, PARAM, PARAM_TYPE, ALIGNED) + i, mask, other=0.0).to(tl.float32)
@@ -186,9 +186,9 @@ def _load_param(table_ptr, tensor, i, mask, PARAM_TYPE: tl.constexpr, MODE: tl.c
 def _store_param(
     p, table_ptr, tensor, i, mask, key, PARAM_TYPE: tl.constexpr, MODE: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Write fp32 value p back: rounded, with its master or remainder, or rounded stochastically."""
+    """Store the fp32 value p: rounded, with its master or remainder, or rounded stochastically."""
     if MODE == 2:
-        bits = tl.where(p == p, p.to(tl.int32, bitcast=True), 0x7FC00000)  # the GPU's own NaN would round to -0
+        bits = tl.where(p == p, p.to(tl.int32, bitcast=True), 0x7FC00000)  # the NaN of the GPU would round to -0
         high = (bits + 0x8000) >> 16
         tl.store(_pointer(table_ptr, tensor, PARAM, tl.int16, ALIGNED) + i, high.to(tl.int16), mask)
         tl.store(_pointer(table_ptr, tensor, MASTER, tl.int16, ALIGNED) + i, (bits - (high << 16)).to(tl.int16), mask)
@@ -216,7 +216,7 @@ def adamw_update_kernel(
     MODE: tl.constexpr,  # 0 no master, 1 fp32 master, 2 remainder, 3 stochastic rounding
     ALIGNED: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program p updates chunks p, p + programs, ..."""
+    """Update chunks p, p + programs, ... in program p."""
     factor, skip = _gradient_factor(
         partials_ptr, n_partials, max_norm, grad_scale_ptr, found_inf_ptr, grad_norm_ptr, SUM_BLOCK
     )
@@ -268,19 +268,19 @@ def _n_chunks(numels: Sequence[int]) -> int:
 
 
 def adamw_partials(numels: Sequence[int]) -> int:
-    """How many partial sums prepare writes for tensors of these sizes."""
+    """Return how many partial sums prepare writes for tensors of these sizes."""
     return max(1, min(MAX_PARTIALS, _n_chunks(numels))) if len(numels) else 0
 
 
 def _chunk_map(numels: tuple[int, ...]) -> tuple[Tensor, int]:
-    """The tensor of each chunk, and the number of chunks."""
-    counts = torch.tensor([triton.cdiv(n, CHUNK) for n in numels], device="cpu")  # whatever the default device is
+    """Return the tensor of each chunk, and the number of chunks."""
+    counts = torch.tensor([triton.cdiv(n, CHUNK) for n in numels], device="cpu")  # regardless of the default device
     of_chunk = torch.repeat_interleave(torch.arange(len(numels), dtype=torch.int32, device="cpu"), counts)
     return of_chunk, of_chunk.numel()
 
 
 def _tensor_table(addresses: Sequence[tuple[int, ...]], rest: Sequence[tuple[int, ...]]) -> tuple[Tensor, bool]:
-    """The table of tensors, and whether all addresses and sizes are multiples of 16. rest: numels, index, group."""
+    """Return the table of tensors and whether addresses and sizes are multiples of 16. rest: numels, index, group."""
     numels, index, group = rest
     first = [0, *itertools.accumulate(triton.cdiv(n, CHUNK) for n in numels)][:-1]
     columns = [*(a or (0,) * len(numels) for a in addresses), numels, first, index, group]
@@ -291,7 +291,11 @@ def _tensor_table(addresses: Sequence[tuple[int, ...]], rest: Sequence[tuple[int
 def _upload(
     lists: Sequence[Sequence[Tensor]], index: Sequence[int], group: Sequence[int]
 ) -> tuple[Tensor, bool, Tensor, int]:
-    """Tables of params, grads, exp_avgs, exp_avg_sqs, masters: tensors, whether aligned, chunks, number of chunks."""
+    """Upload the tables of params, grads, exp_avgs, exp_avg_sqs and masters.
+
+    Returns:
+        The table of tensors, whether all are aligned, the table of chunks, and the number of chunks.
+    """
     device = lists[1][0].device
     tables = _tables.setdefault(device, Tables(device))
     addresses = tuple(tuple(t.data_ptr() for t in column) for column in lists)
@@ -303,7 +307,7 @@ def _upload(
 
 
 def _group_table(groups: Sequence[tuple[float, float, float, float]]) -> tuple[Tensor, None]:
-    """Per group: constants of the update, computed in double, rounded once."""
+    """Return the constants of the update for each group, computed in double and rounded once."""
     rows = [(_log(b1), _log(b2), 1 - b1, b2, 1 - b2, eps, decay) for b1, b2, eps, decay in groups]
     return torch.tensor(rows, dtype=torch.float64, device="cpu").to(torch.float32), None
 
@@ -315,7 +319,7 @@ def _log(x: float) -> float:
 def adamw_prepare(
     grads: list[Tensor], steps: Tensor, index: list[int], partials: Tensor, offset: int, norm: bool
 ) -> None:
-    """Count the step of every tensor; with `norm` write adamw_partials() sums of squares from partials[offset] on."""
+    """Count a step of every tensor; with `norm` write adamw_partials() sums of squares from partials[offset] on."""
     if not grads:
         return
     table, aligned, chunks, n_chunks = _upload(((), grads, (), (), ()), index, ())
@@ -333,7 +337,7 @@ def adamw_update(
     beta2: list[float], eps: list[float], weight_decay: list[float], partials: Tensor, max_norm: float,
     grad_scale: Tensor | None, found_inf: Tensor | None, grad_norm: Tensor, stochastic: bool, seed: int,
 ) -> None:  # fmt: skip
-    """One AdamW step of all tensors, in place; norm, clipping, skipping as the file's head says."""
+    """Run one AdamW step of all tensors in place; the head of this file describes norm, clipping and skipping."""
     if not params:
         return
     table, aligned, chunks, n_chunks = _upload((params, grads, exp_avgs, exp_avg_sqs, masters), index, group)
@@ -352,7 +356,7 @@ def adamw_update(
 def _types(
     params: list[Tensor], grads: list[Tensor], moments: list[Tensor], masters: list[Tensor], stochastic: bool
 ) -> dict[str, object]:
-    """The kernel's compile-time types and its way of writing parameters back."""
+    """Return the compile-time types of the kernel and the mode in which it stores parameters."""
     dtype = params[0].dtype
     mode = MASTERS[masters[0].dtype if masters else None]
     if not masters and stochastic and dtype == torch.bfloat16:
@@ -362,12 +366,12 @@ def _types(
 
 
 def _int32(x: int) -> int:
-    """The low 32 bits as a signed number, so that the argument's type does not depend on its value."""
+    """Return the low 32 bits as a signed number, so the type of the argument does not depend on its value."""
     return ((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:
-    """Every way of writing parameters of this dtype back, with gradients of either dtype and fp32 or bf16 moments."""
+    """Yield every mode of storing parameters of this dtype, with gradients of either dtype and fp32 or bf16 moments."""
     f32, i64, sizes = torch.float32, torch.int64, {"n_tensors": "i32", "n_chunks": "i32"}
     tables = pointers(table_ptr=i64, chunks_ptr=torch.int32, steps_ptr=f32, partials_ptr=f32)
     prepare, update = split_meta(PREPARE), split_meta(UPDATE)

@@ -2,10 +2,10 @@
 
     z = scale q k^T, softcapped: softcap tanh(z / softcap);  out = softmax(z) v,  lse = log sum exp(z)
 
-Fused: scores, mask, online softmax, dropout, product with v; the T x S matrix is never in memory. A program takes
-BLOCK_M queries of one head and goes over the keys that they see (_attention.py); a query without any gives out = 0,
-lse = -inf. Query blocks are taken last to first, so that the long ones of causal order start first.
-Bytes: q, k, v read, out and lse written, k and v again from L2 for each query block. Saved: q, k, v, out, lse.
+Fused: scores, mask, online softmax, dropout, product with v; the T x S matrix is never in memory. A program loads
+BLOCK_M queries of one head and loops over the keys that they see (_attention.py). A query without keys gives out = 0
+and lse = -inf. Query blocks run from last to first, so the long ones of causal order start first.
+Bytes: q, k, v read, out and lse written, k and v read from L2 again for each query block. Saved: q, k, v, out, lse.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _fwd_blocks(
     scale, cap, threshold, T, RANGE: tl.constexpr, DOCS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Online softmax over the keys from start to stop. acc: (M, BLOCK_D); top, total: (M)."""
+    """Add the keys from start to stop by online softmax. acc: (M, BLOCK_D); top, total: (M)."""
     dtype: tl.constexpr = v_ptr.dtype.element_ty
     doc_q = tl.load(docs_ptr + tl.minimum(rows, T - 1))[:, None] if DOCS else None
     for n in tl.range(start, stop, BLOCK_N):
@@ -65,9 +65,9 @@ def _fwd_blocks(
             z = tl.where(visible(cols[None, :], lo[:, None], hi[:, None], doc_q, doc_k, RANGE), z, -float("inf"))
         if SOFTCAP or MASKED:
             peak = tl.maximum(top, tl.max(z, 1))
-            base = tl.where(peak == -float("inf"), 0.0, peak)  # nothing seen so far: a power of -inf - 0, which is 0
+            base = tl.where(peak == -float("inf"), 0.0, peak)  # no key seen yet: the power of -inf - 0 is 0
             p = power(z - base[:, None], dtype)
-        else:  # scale >= 0: one multiplication less an element
+        else:  # scale >= 0 saves one multiplication per element
             peak = tl.maximum(top, tl.max(z, 1) * scale)
             base = peak
             p = power(z * scale - base[:, None], dtype)
@@ -95,7 +95,10 @@ def attention_fwd_kernel(
     scale, cap, threshold, keep_scale, RANGE: tl.constexpr, DOCS: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M queries of one head a program; scale: as a score's, or over the softcap; cap: softcap as a score."""
+    """Compute BLOCK_M queries of one head per program.
+
+    scale: of the scores, in the base of `power`; with SOFTCAP, scale / softcap. cap: softcap, in the base of `power`.
+    """
     blocks = tl.cdiv(T, BLOCK_M)
     start = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
     head = tl.program_id(0) // blocks  # among B H
@@ -107,7 +110,7 @@ def attention_fwd_kernel(
         ranges_ptr += b * T * 2
     if DOCS:
         docs_ptr += b * T
-    WHOLE: tl.constexpr = not (DOCS or SOFTCAP or DROPOUT)  # beside those a mask costs nothing
+    WHOLE: tl.constexpr = not (DOCS or SOFTCAP or DROPOUT)  # compared with these, a mask costs nothing
     rows = start + tl.arange(0, BLOCK_M)
     q = load_tile(q_ptr, start, q_row, rows < T, BLOCK_M, D, BLOCK_D)
     q = operand(tl.where(scale < 0, -1.0, 1.0) * q.to(tl.float32), q_ptr.dtype.element_ty)
@@ -138,8 +141,11 @@ def attention_fwd_kernel(
 
 
 def _tiled(x: Tensor) -> Tensor:
-    """x (B, T, H, D) itself where its rows are contiguous, begin at multiples of 16 bytes and are near enough for 32
-    bits to address a tile; else a copy, its rows filled up with zeros to 16 bytes."""
+    """Return x (B, T, H, D), or a copy whose rows are padded with zeros to 16 bytes.
+
+    x itself is returned if its rows are contiguous, start at multiples of 16 bytes and are close enough to address a
+    tile with 32 bits.
+    """
     unit, strides = 16 // x.element_size(), x.stride()
     if x.shape[3] % unit:
         return torch.nn.functional.pad(x, (0, -x.shape[3] % unit))
@@ -149,7 +155,7 @@ def _tiled(x: Tensor) -> Tensor:
 
 
 def _ranges(q: Tensor, k: Tensor, index: tuple[Tensor | None, ...], causal: bool, window: int) -> dict[str, Any]:
-    """Which keys queries see, as the kernels take it: numbers, or ranges computed on the device."""
+    """Return the arguments that say which keys queries see: numbers, or ranges computed on the device."""
     (B, T), S = q.shape[:2], k.shape[1]
     window = 0 if window >= S else window
     back, ahead = S - T - window + 1, S - T + 1 if causal else S
@@ -171,8 +177,8 @@ def _ranges(q: Tensor, k: Tensor, index: tuple[Tensor | None, ...], causal: bool
 
 
 def _scores(q: Tensor, k: Tensor, rng: Tensor | None, scale: float, softcap: float, dropout_p: float) -> dict[str, Any]:
-    """Scale, softcap and dropout, as the kernels take them."""
-    base = 1.0 if q.dtype == torch.float32 else LOG2E.value  # as `power` expects
+    """Return the arguments of the kernels for scale, softcap, dropout and sizes."""
+    base = 1.0 if q.dtype == torch.float32 else LOG2E.value  # the base of `power`
     inner = scale / softcap if softcap > 0 else scale * base
     dropout = {"rng_ptr": rng, "threshold": int(dropout_p * 2**32), "keep_scale": 1.0 / (1.0 - dropout_p)}
     sizes = {"H": q.shape[2], "G": q.shape[2] // k.shape[2], "T": q.shape[1], "S": k.shape[1]}
@@ -186,7 +192,7 @@ def attention_fwd(
     kv_lens: Tensor | None, kv_start: Tensor | None, rng: Tensor | None, causal: bool, scale: float, window: int,
     softcap: float, dropout_p: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """out (B, T, H, D), contiguous, and lse (B, H, T)."""
+    """Return out (B, T, H, D), contiguous, and lse (B, H, T)."""
     (B, T, H, width), device = q.shape, q.device
     q, k, v = _tiled(q), _tiled(k), _tiled(v)
     D = q.shape[3]
@@ -207,7 +213,7 @@ def attention_fwd(
 
 def _backward(grads: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
               out: Tensor, lse: Tensor, *o: Any) -> None:  # fmt: skip
-    """Fill dq, dk, dv (dk and dv of one layout)."""
+    """Fill dq, dk and dv; dk and dv have the same layout."""
     (B, T, H, width), (S, heads), device = q.shape, k.shape[1:3], q.device
     if q.numel() == 0 or S == 0:
         for t in grads:
@@ -244,14 +250,14 @@ def _backward(grads: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, q: T
 def attention_bwd(
     dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, contiguous."""
+    """Return dq, dk and dv, contiguous."""
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     _backward((dq, dk, dv), dout, dlse, q, k, v, out, lse, *options)
     return dq, dk, dv
 
 
 def attention_qkv_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *options: Any) -> Tensor:
-    """dqkv, contiguous; the kernels write into its three parts."""
+    """Return dqkv, contiguous; the kernels write into its three parts."""
     *options, n_heads, n_kv_heads = options  # type: ignore[assignment]
     sizes = [n_heads, n_kv_heads, n_kv_heads]
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -259,7 +265,7 @@ def attention_qkv_bwd(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *opti
     return dqkv
 
 
-# what a launch may have on: with each flag alone, and with all of them (the largest register count)
+# options of a launch: each alone, and all of them, which need most registers
 CASES: dict[str, dict[str, Any]] = {
     "causal": {"RANGE": CAUSAL.value},
     "full": {"RANGE": NONE.value},
@@ -294,7 +300,7 @@ def _configuration(kernel: Any, which: str, D: int, dtype: torch.dtype, case: st
 
 
 def _small_configurations(dtype: torch.dtype) -> Iterator[Configuration]:
-    """The kernels beside the three: delta, and the ranges of queries."""
+    """Yield the launch shapes of the two small kernels: delta, and the ranges of queries."""
     f32, i32 = torch.float32, torch.int32
     sizes = dict.fromkeys(
         ("out_batch", "out_row", "out_head", "dout_batch", "dout_row", "dout_head", "H", "T", "N"), "i32"
@@ -316,7 +322,7 @@ def _small_configurations(dtype: torch.dtype) -> Iterator[Configuration]:
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:
-    """Every launch shape, by head dimension, chip and options; a head dimension between two of those is padded."""
+    """Yield every launch shape by head dimension, chip and options; head dimensions in between are padded."""
     if weight_dtype not in (None, dtype):
         return
     kernels = {"fwd": attention_fwd_kernel, "dkdv": attention_dkdv_kernel, "dq": attention_dq_kernel}

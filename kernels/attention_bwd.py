@@ -4,10 +4,10 @@
     ds = p (dp - delta), softcapped: times 1 - (z / softcap)^2
     dv = (keep / (1 - dropout_p) * p)^T dout,  dk = scale ds^T q,  dq = scale ds k
 
-Scores are computed again from q, k and lse, once in each kernel. A program of the first takes BLOCK_N keys of one key
-head and goes over the queries of all its heads that see them; one of the second takes BLOCK_M queries and goes over the
-keys that they see: every sum has one order, so that gradients are bitwise the same from run to run.
-Bytes: q, k, v, dout read twice, out once, dq, dk, dv written; delta (B, H, T) in fp32 between.
+Each kernel recomputes the scores from q, k and lse. A program of the first loads BLOCK_N keys of one key head and loops
+over the queries of all its heads that see them. A program of the second loads BLOCK_M queries and loops over the keys
+that they see. Every sum has a fixed order, so gradients are bitwise the same from run to run.
+Bytes: q, k, v, dout read twice, out once, dq, dk, dv written; delta (B, H, T) in fp32 written and read.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def attention_delta_kernel(
     out_batch, out_row, out_head, dout_batch, dout_row, dout_head, H, T, N, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """delta of BLOCK of the N = B H T rows a program; 0 for a query without keys."""
+    """Compute delta of BLOCK of the N = B H T rows per program; 0 for a query without keys."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b, h, t = i // T // H, i // T % H, i % T
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -61,7 +61,7 @@ def attention_delta_kernel(
 
 @triton.jit
 def _load_lse(lse_ptr, rows, T, dtype: tl.constexpr):
-    """lse of these queries as `power` expects; +inf, so that p is 0, for those without keys and from T on."""
+    """Load lse of these queries in the base of `power`; +inf, which makes p 0, for those without keys and from T on."""
     lse = tl.load(lse_ptr + rows, rows < T, other=float("inf"))
     return tl.where(lse == -float("inf"), float("inf"), lse if dtype == tl.float32 else lse * LOG2E)
 
@@ -74,14 +74,14 @@ def _dkdv_blocks(
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Add what the queries from start to stop give to dk and dv (N, BLOCK_D); scores transposed: (N, M)."""
+    """Add the contributions of the queries from start to stop to dk and dv (N, BLOCK_D); scores are (N, M)."""
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     doc_k = tl.load(docs_ptr + tl.minimum(cols, T - 1))[:, None] if DOCS else None
     rows = start + tl.arange(0, BLOCK_M)
     lse, delta = _load_lse(lse_ptr, rows, T, dtype), tl.load(delta_ptr + rows, rows < T, other=0.0)
     for m in tl.range(start, stop, BLOCK_M):
         rows = m + tl.arange(0, BLOCK_M)
-        inside = (lse != float("inf")) if RANGE == ROWS else (rows < T)  # what queries without keys hold must not count
+        inside = (lse != float("inf")) if RANGE == ROWS else (rows < T)  # values of queries without keys must not count
         q = load_tile(q_ptr, m, q_row, inside, BLOCK_M, D, BLOCK_D)
         z = dot(k, tl.trans(q)) * scale
         if SOFTCAP:
@@ -104,7 +104,7 @@ def _dkdv_blocks(
         if SOFTCAP:
             ds *= 1.0 - t * t
         if MASKED:
-            ds = tl.where(seen, ds, 0.0)  # 0 * NaN of a key that nobody sees
+            ds = tl.where(seen, ds, 0.0)  # 0 * NaN of a key that no query sees
         dk += dot(operand(ds, dtype), q)
         rows += BLOCK_M
         lse, delta = _load_lse(lse_ptr, rows, T, dtype), tl.load(delta_ptr + rows, rows < T, other=0.0)
@@ -114,8 +114,11 @@ def _dkdv_blocks(
 @triton.jit
 def _query_blocks(start, blocks_ptr, blocks, T, S, back, ahead, RANGE: tl.constexpr, WHOLE: tl.constexpr,
                   M: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Blocks of M queries for the N keys from `start` on: masked in [first, left), whole in [left, right), masked in
-    [right, last). Not WHOLE: all masked; ROWS, too: from the ranges of BLOCK queries each."""
+    """Return first, left, right and last: the blocks of M queries for the N keys from `start` on.
+
+    Blocks in [first, left) and [right, last) need a mask, blocks in [left, right) do not. Without WHOLE all need one.
+    ROWS finds the blocks from the ranges of BLOCK queries each; all need a mask.
+    """
     if RANGE == ROWS:
         first, last = blocks, 0
         for c in range(0, blocks, CHUNK):
@@ -130,7 +133,7 @@ def _query_blocks(start, blocks_ptr, blocks, T, S, back, ahead, RANGE: tl.conste
         return start * 0, start * 0, T if WHOLE else start * 0, T
     else:
         stop = tl.minimum(start + N, S)
-        first = tl.maximum(start + 1 - ahead, 0)  # the first that sees a key, so that all from here on see one
+        first = tl.maximum(start + 1 - ahead, 0)  # the first query that sees a key; all later ones see one too
         last = T
         if RANGE == BAND:
             last = tl.minimum(stop - back, T)
@@ -162,7 +165,7 @@ def attention_dkdv_kernel(
     RANGE: tl.constexpr, DOCS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """BLOCK_N keys of one key head a program: the sum over the G heads that read it is taken here, in their order."""
+    """Compute BLOCK_N keys of one key head per program, summed over the G heads that read it, in their order."""
     tiles = tl.cdiv(S, BLOCK_N)
     start = tl.program_id(0) % tiles * BLOCK_N
     kv = tl.program_id(0) // tiles  # key head among B H / G
@@ -213,7 +216,7 @@ def _dq_blocks(
     scale, cap, threshold, keep_scale, T, RANGE: tl.constexpr, DOCS: tl.constexpr, SOFTCAP: tl.constexpr,
     DROPOUT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):
-    """Add what the keys from start to stop give to dq (M, BLOCK_D)."""
+    """Add the contributions of the keys from start to stop to dq (M, BLOCK_D)."""
     dtype: tl.constexpr = k_ptr.dtype.element_ty
     doc_q = tl.load(docs_ptr + tl.minimum(rows, T - 1))[:, None] if DOCS else None
     for n in tl.range(start, stop, BLOCK_N):
@@ -257,7 +260,7 @@ def attention_dq_kernel(
     RANGE: tl.constexpr, DOCS: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
-    """BLOCK_M queries of one head a program, over keys as in forward."""
+    """Compute BLOCK_M queries of one head per program, over the same keys as in forward."""
     tiles = tl.cdiv(T, BLOCK_M)
     start = (tiles - 1 - tl.program_id(0) % tiles) * BLOCK_M
     head = tl.program_id(0) // tiles  # among B H
@@ -290,6 +293,6 @@ def attention_dq_kernel(
     dq = _dq_blocks(
         dq, q, dout, lse, delta, k_ptr, v_ptr, k_row, v_row, right, last, low, last, rows, lo, hi, docs_ptr, rng_ptr,
         head, scale, cap, threshold, keep_scale, T, RANGE, DOCS, SOFTCAP, DROPOUT, D, BLOCK_D, BLOCK_N, True)
-    dq = tl.where((lse == float("inf"))[:, None], 0.0, dq * factor)  # whatever a query without keys holds
+    dq = tl.where((lse == float("inf"))[:, None], 0.0, dq * factor)  # 0 for queries without keys
     store_tile(dq_ptr + b * dq_batch + h * dq_head, dq, start, dq_row, T, BLOCK_M, D, BLOCK_D)
 # fmt: on

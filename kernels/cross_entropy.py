@@ -1,4 +1,4 @@
-"""Cross-entropy over rows of logits: loss, gradient, or both at once with the gradient written in the logits' place.
+"""Cross-entropy over rows of logits: loss, gradient, or both at once with the gradient written over the logits.
 
 K = vocab_size, z = softcap * tanh(logits / softcap) (or the logits), lse = log sum_c exp(z_c), y the target:
     l = (1 - ls) w_y (lse - z_y) + (ls / K) sum_c w_c (lse - z_c) + z_loss lse^2
@@ -6,11 +6,11 @@ K = vocab_size, z = softcap * tanh(logits / softcap) (or the logits), lse = log 
     dl/dlogits_c = dl/dz_c (1 - (z_c / softcap)^2)
 Label smoothing: arXiv:1512.00567; z-loss: arXiv:2204.02311; online softmax: arXiv:1805.02867.
 
-Fused: softmax, loss and every option; columns >= K (padding) count for nothing and get gradient 0. A row with target
-ignore_index has loss and gradient 0 and its logits are not read for a gradient; another target outside [0, K) gives NaN
-loss and gradient 0. Everything is taken relative to the row's maximum or to z_y, so that a large common offset does not
+Fused: softmax, loss and every option. Columns >= K (padding) are ignored and get gradient 0. A row with target
+ignore_index has loss and gradient 0, and its logits are not read for a gradient. Another target outside [0, K) gives
+loss NaN and gradient 0. All values are relative to the maximum of the row or to z_y, so a large common offset does not
 cancel.
-Bytes an element: fwd reads once; bwd reads and writes once; fwd_bwd the same, its second pass over a row reads L2.
+Bytes an element: fwd reads once; bwd reads and writes once, and so does fwd_bwd, whose second pass over a row reads L2.
 Saved for backward: m = max_c z_c and s = sum_c exp(z_c - m) of each row in fp32, and the logits.
 """
 
@@ -43,7 +43,7 @@ from ._runtime import (
 
 @triton.jit
 def _capped(x, softcap, CAP: tl.constexpr):
-    """z of logits x (fp32)."""
+    """Return z of logits x (fp32)."""
     if CAP:
         return softcap * tanh(x / softcap)
     else:
@@ -52,7 +52,7 @@ def _capped(x, softcap, CAP: tl.constexpr):
 
 @triton.jit
 def _row_terms(target_ptr, logits_ptr, offset, weight_ptr, row, in_batch, K, ignore_index, softcap, CAP: tl.constexpr):
-    """Per row (ROWS, 1): target, whether it is ignored, whether it is in [0, K) and not ignored, z_y, w_y."""
+    """Return per row (ROWS, 1): target, whether it is ignored, whether it is in [0, K) and not ignored, z_y, w_y."""
     y = tl.load(target_ptr + row, in_batch, other=0)
     ignored = y == ignore_index
     valid = in_batch & (y >= 0) & (y < K) & (ignored == 0)
@@ -68,14 +68,14 @@ def _softmax_sums(
     logits_ptr, offset, rows_mask, weight_ptr, shift, softcap, K, V,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Per row (ROWS, 1), online over blocks: m = max z, s = sum exp(z - m), for SMOOTH also sum w_c (z_c - shift)."""
+    """Return per row (ROWS, 1), online: m = max z, s = sum exp(z - m) and, if SMOOTH, sum w_c (z_c - shift)."""
     m = tl.full([ROWS, 1], float("-inf"), tl.float32)
     s = tl.zeros([ROWS, 1], tl.float32)
     weighted = tl.zeros([ROWS, 1], tl.float32)
     for start in range(0, K, BLOCK):
         c = start + tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
         mask = rows_mask & (c < K)
-        # read up to V, not K: an odd K would break up the vector loads
+        # read up to V instead of K, because an odd K would break up the vector loads
         x = tl.load(logits_ptr + offset + c, rows_mask & (c < V), other=0.0).to(tl.float32)
         z = _capped(x, softcap, CAP)
         if SMOOTH:
@@ -93,7 +93,7 @@ def _softmax_sums(
 
 @triton.jit
 def _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH: tl.constexpr):
-    """Loss of each row from its sums."""
+    """Return the loss of each row from its sums."""
     log_s = log(s)
     lse = m + log_s
     loss = (1.0 - label_smoothing) * w_y * ((m - z_y) + log_s)
@@ -108,8 +108,8 @@ def _store_gradient(
     logits_ptr, offset, dlogits_ptr, d_offset, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, scale,
     label_smoothing, z_loss, softcap, K, V, SMOOTH: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write all V columns of the gradient; p = exp(z - m) / s."""
-    # of one class p is 1, and what it and the target weigh is the same: left out, not subtracted
+    """Store all V columns of the gradient; p = exp(z - m) / s."""
+    # with one class p is 1 and its terms cancel those of the target: leave both out instead of subtracting them
     at_target = tl.where(K > 1, (1.0 - label_smoothing) * w_y, 0.0)  # (ROWS, 1)
     smooth = tl.where(K > 1, label_smoothing / K, 0.0)
     of_p = at_target + 2.0 * z_loss * (m + log(s))
@@ -146,7 +146,7 @@ def cross_entropy_fwd_kernel(
     ignore_index, label_smoothing, z_loss, softcap,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss, maximum and sum of ROWS rows a program."""
+    """Compute loss, maximum and sum of ROWS rows per program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     in_batch = row < N
     offset = row * logits_row
@@ -177,7 +177,7 @@ def cross_entropy_bwd_kernel(
     ignore_index, label_smoothing, z_loss, softcap,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of ROWS rows a program."""
+    """Compute the gradient of ROWS rows per program."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     in_batch = row < N
     offset = row * logits_row
@@ -206,7 +206,7 @@ def cross_entropy_fwd_bwd_kernel(
     ignore_index, label_smoothing, z_loss, softcap,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Loss and gradient of ROWS rows a program; ignored rows are written but not read."""
+    """Compute loss and gradient of ROWS rows per program; ignored rows are written but not read."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]  # (ROWS, 1)
     in_batch = row < N
     offset = row * logits_row
@@ -221,7 +221,7 @@ def cross_entropy_fwd_bwd_kernel(
     w_sum = tl.load(weight_sum_ptr) if weight_ptr is not None else K * 1.0
     loss = _loss(m, s, weighted, shift, z_y, w_y, w_sum, ignored, valid, label_smoothing, z_loss, K, SMOOTH)
     tl.store(loss_ptr + row, loss, in_batch)
-    tl.debug_barrier()  # every thread has its z_y before one is overwritten
+    tl.debug_barrier()  # every thread must have read its z_y before one is overwritten
     _store_gradient(
         logits_ptr, offset, logits_ptr, offset, in_batch, valid, y, w_y, w_sum, weight_ptr, m, s, scale,
         label_smoothing, z_loss, softcap, K, V, SMOOTH, CAP, BLOCK,
@@ -238,7 +238,7 @@ def scale_rows_kernel(
     V,
     BLOCK: tl.constexpr,
 ):
-    """Persistent over rows; a row with scale 1 is not touched."""
+    """Program p scales rows p, p + programs, ...; rows with scale 1 are skipped."""
     for i in range(tl.program_id(0), N, tl.num_programs(0)):
         row = i + tl.zeros([1], tl.int64)
         scale = tl.load(scale_ptr + row * scale_step)  # (1)
@@ -251,7 +251,7 @@ def scale_rows_kernel(
 
 
 def rows_meta(K: int) -> dict[str, int]:
-    """Launch shape for K classes: several short rows a program, long rows in column blocks."""
+    """Return the launch shape for K classes: several short rows per program, long rows in column blocks."""
     most, elements, rows = (4096, 1 << 17, 64) if interpreted() else (4096, 512, 4)
     block = min(max(32, ceil_pow2(K)), most)
     rows = max(1, min(rows, elements // block))
@@ -259,7 +259,7 @@ def rows_meta(K: int) -> dict[str, int]:
 
 
 def scale_meta() -> dict[str, int]:
-    """Launch shape of scale_rows."""
+    """Return the launch shape of scale_rows."""
     return {"BLOCK": 4096, "num_warps": 8}
 
 
@@ -271,7 +271,7 @@ def cross_entropy_fwd(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, z_loss: float,
     softcap: float, vocab_size: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss (N,) and, for backward, each row's maximum and sum (2, N); fp32."""
+    """Return loss (N,) and, for backward, maximum and sum of each row (2, N); fp32."""
     N = logits.shape[0]
     loss, stats = (torch.empty(s, dtype=torch.float32, device=logits.device) for s in ((N,), (2, N)))
     weight = None if weight is None else weight.contiguous()
@@ -290,7 +290,7 @@ def cross_entropy_bwd(
     dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor, weight: Tensor | None, ignore_index: int,
     label_smoothing: float, z_loss: float, softcap: float, vocab_size: int,
 ) -> Tensor:  # fmt: skip
-    """Gradient (N, Vp) of sum(dloss * loss), contiguous, in the logits' dtype; dloss (1,) or (N,)."""
+    """Return the gradient (N, Vp) of sum(dloss * loss), contiguous, in the dtype of the logits; dloss (1,) or (N,)."""
     N, V = logits.shape
     dlogits = torch.empty((N, V), dtype=logits.dtype, device=logits.device)
     weight = None if weight is None else weight.contiguous()
@@ -309,7 +309,7 @@ def cross_entropy_fwd_bwd(
     logits: Tensor, loss: Tensor, target: Tensor, weight: Tensor | None, scale: Tensor, ignore_index: int,
     label_smoothing: float, z_loss: float, softcap: float, vocab_size: int,
 ) -> None:  # fmt: skip
-    """Write loss (N,); replace logits by the gradient of sum(scale * loss); scale (1,) or (N,)."""
+    """Write loss (N,) and overwrite logits with the gradient of sum(scale * loss); scale (1,) or (N,)."""
     N, V = logits.shape
     weight = None if weight is None else weight.contiguous()
     if N:
@@ -323,7 +323,7 @@ def cross_entropy_fwd_bwd(
 
 
 def scale_rows(x: Tensor, scale: Tensor) -> None:
-    """x (N, Vp) *= scale[row] in place; scale (1,) or (N,)."""
+    """Multiply x (N, Vp) by scale[row] in place; scale (1,) or (N,)."""
     N, V = x.shape
     if N and V:
         programs = min(N, 2 if interpreted() else 8 * processors(x.device))
@@ -336,7 +336,7 @@ def _step(scale: Tensor) -> int:
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:
-    """Every launch shape, with all options and with none."""
+    """Yield every launch shape, with all options and without options."""
     f32 = torch.float32
     scalars = {"ignore_index": "i32", "label_smoothing": "fp32", "z_loss": "fp32", "softcap": "fp32"}
     sizes = {"logits_row": "i32", "N": "i32", "K": "i32", "V": "i32"}

@@ -1,10 +1,10 @@
 """Rotary position embedding, forward and backward (Su et al. 2021, arXiv:2104.09864).
 
-    (a, b) -> (a cos - sign b sin, b cos + sign a sin) for each pair; sign -1 turns back: that is the backward
+    (a, b) -> (a cos - sign b sin, b cos + sign a sin) for each pair; backward is the inverse rotation, sign -1
 
-Pairs are (i, i + half) or, interleaved, (2i, 2i + 1) of a head's first 2 half columns; the others stay as they are.
-Bytes: each element is read and written once, cos and sin once a head (from cache); in place, only what turns is
-touched. Saved for backward: nothing but the tables. A position outside the tables gives NaN.
+Pairs are (i, i + half) or, interleaved, (2i, 2i + 1) of the first 2 half columns of a head; the other columns stay
+unchanged. Bytes: each element is read and written once, cos and sin once per head (from cache); in place, only the
+rotated elements are read and written. Saved for backward: only the tables. A position outside the tables gives NaN.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ._runtime import (
     split_meta,
 )
 
-MIN_BLOCK, MAX_BLOCK = 8, 256  # pairs of a head that a program takes at once; wider heads in several steps
+MIN_BLOCK, MAX_BLOCK = 8, 256  # pairs of a head per step; wider heads need several steps
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def _turn(
     x_ptr, y_ptr, x_batch, x_time, x_head, H, turned, cos_ptr, sin_ptr, positions_ptr, positions_batch, tile, N, T, D,
     half, P, sign, INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads from number tile * HEADS on, of the N * H there are; y None: in place, else contiguous."""
+    """Rotate HEADS of the N * H heads, from number tile * HEADS on. y is contiguous; None rotates in place."""
     if WIDE:
         v = tile.to(tl.int64) * HEADS + tl.arange(0, HEADS)[:, None]  # (HEADS, 1)
     else:
@@ -57,7 +57,7 @@ def _turn(
         mask = inside & (i < half)
         cos = tl.load(cos_ptr + at * half + i, mask & known, other=float("nan"))
         sin = tl.load(sin_ptr + at * half + i, mask & known, other=float("nan")) * sign
-        if INTERLEAVED:  # both of a pair in one wide load
+        if INTERLEAVED:  # load both elements of a pair at once
             j = 2 * start + tl.arange(0, 2 * BLOCK)[None, :]
             both = tl.load(x + j, inside & (j < 2 * half), other=0.0).to(tl.float32)
             u, w = tl.split(tl.reshape(both, [HEADS, BLOCK, 2]))
@@ -79,7 +79,7 @@ def _turn(
             tl.store(y + i, tl.load(x + i, inside & (i < D)), inside & (i < D))
 
 
-_FREE = ["N", "T", "P", "sign", "positions_batch"]  # not worth a compilation each
+_FREE = ["N", "T", "P", "sign", "positions_batch"]  # not worth a compilation for each value
 
 
 @jit_kernel(do_not_specialize=[*_FREE, "q_tiles"])
@@ -94,7 +94,7 @@ def rope_fwd_kernel(
     q_batch, q_time, q_head, k_batch, k_time, k_head, positions_batch, q_tiles, N, T, H, G, D, half, P, sign,
     INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first q_tiles programs turn q, the others k."""
+    """Rotate q in the first q_tiles programs and k in the others."""
     tile = tl.program_id(0)
     if tile < q_tiles:
         _turn(
@@ -118,7 +118,7 @@ def rope_rows_kernel(
     x_batch, x_time, x_head, positions_batch, N, T, H, turned, D, half, P, sign,
     INTERLEAVED: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first `turned` of H heads turn; the others are copied where y is another tensor."""
+    """Rotate the first `turned` of H heads; copy the others if y is another tensor."""
     _turn(
         x_ptr, y_ptr, x_batch, x_time, x_head, H, turned, cos_ptr, sin_ptr, positions_ptr, positions_batch,
         tl.program_id(0), N, T, D, half, P, sign, INTERLEAVED, WIDE, HEADS, BLOCK,
@@ -126,7 +126,7 @@ def rope_rows_kernel(
 
 
 def tile_meta(half: int) -> dict[str, int]:
-    """A tile of 512 pairs, 4 a thread: twice as many spill, in fp16 or unaligned (interpreter: larger)."""
+    """Return a tile of 512 pairs, 4 per thread (interpreter: larger). 8 per thread spill in fp16 or unaligned."""
     block = min(max(ceil_pow2(half), MIN_BLOCK), MAX_BLOCK)
     return {"HEADS": (1 << 16 if interpreted() else 512) // block, "BLOCK": block, "num_warps": 4}
 
@@ -136,13 +136,13 @@ def _whole_columns(x: Tensor) -> Tensor:
 
 
 def _launch(heads: int, N: int, half: int) -> tuple[dict[str, int], int, bool]:
-    """(launch shape, programs for N * heads heads, whether counting those takes 64 bits)."""
+    """Return the launch shape, the programs for N * heads heads, and whether to count these in 64 bits."""
     meta = tile_meta(half)
     return meta, triton.cdiv(N * heads, meta["HEADS"]), N * heads + meta["HEADS"] >= 2**31
 
 
 def _tables(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[tuple[Tensor, Tensor, Tensor | None], int]:
-    """cos, sin and positions contiguous, and the distance between two batches' positions (0: they share them)."""
+    """Return cos, sin and positions, contiguous, and the distance between the positions of two batches (0: shared)."""
     if positions is None:
         return (cos.contiguous(), sin.contiguous(), None), 0
     return (cos.contiguous(), sin.contiguous(), positions.contiguous()), positions.shape[-1] * (positions.dim() - 1)
@@ -151,7 +151,7 @@ def _tables(cos: Tensor, sin: Tensor, positions: Tensor | None) -> tuple[tuple[T
 def rope_fwd(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, interleaved: bool, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    """q and k turned (inverse: back), contiguous."""
+    """Return q and k rotated (inverse: rotated back), contiguous."""
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     if q.numel() + k.numel() == 0:
         return q_out, k_out
@@ -188,7 +188,11 @@ def _rows(
 def rope_rows(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_turned: int, interleaved: bool, inverse: bool
 ) -> None:
-    """Turn the first n_turned heads of qkv (B, T, H, D) in place."""
+    """Rotate the first n_turned heads of qkv (B, T, H, D) in place.
+
+    Raises:
+        ValueError: the columns of qkv are not contiguous.
+    """
     if _whole_columns(qkv) is not qkv:
         raise ValueError(f"rope_rows: qkv has strides {qkv.stride()}, expected contiguous columns")
     _rows(qkv, None, cos, sin, positions, n_turned, interleaved, inverse)
@@ -197,14 +201,14 @@ def rope_rows(
 def rope_copy(
     qkv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, n_turned: int, interleaved: bool, inverse: bool
 ) -> Tensor:
-    """As rope_rows, into a new contiguous tensor."""
+    """Return a new contiguous tensor with what `rope_rows` would write."""
     out = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     _rows(_whole_columns(qkv), out, cos, sin, positions, n_turned, interleaved, inverse)
     return out
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:
-    """Every launch shape, both pairings; with positions and without, counted in 32 and in 64 bits."""
+    """Yield every launch shape with both pairings, with positions and without, counted in 32 and in 64 bits."""
     f32, i64 = torch.float32, torch.int64
     sizes = {n: "i32" for n in ("positions_batch", "N", "T", "H", "D", "half", "P")} | {"sign": "fp32"}
     for block in powers_of_two(MIN_BLOCK, MAX_BLOCK):
