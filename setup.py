@@ -64,7 +64,7 @@ class Facts:
         utc = datetime.timezone.utc
         when = datetime.datetime.fromtimestamp(int(epoch), utc) if epoch else datetime.datetime.now(utc)
         lines = [
-            '"""What setup.py built here; written by it, read by fastgpt.native."""',
+            '"""What setup.py built here; setup.py writes this file, and fastgpt.core.native reads it."""',
             f"TORCH = {self.torch!r}",
             f"NVCC = {self.nvcc!r}",
             f"ARCHS = {self.archs!r}",
@@ -125,7 +125,7 @@ def find_cuda_home() -> Path:
     top = re.search(r"^#\$ TOP=(.+)$", dryrun, re.M)
     home_path = Path(top.group(1).strip()).resolve() if top else Path(nvcc).resolve().parent.parent
     if not (home_path / "bin" / "nvcc").is_file():
-        raise Unbuildable(f"{nvcc} does not tell its toolkit's folder; {remedy}")
+        raise Unbuildable(f"{nvcc} does not report its toolkit's folder; {remedy}")
     return home_path
 
 
@@ -155,7 +155,7 @@ def choose_archs(known: set[int]) -> tuple[str, str]:
         (kept if number >= LEAST_ARCH and (not known or number in known) else dropped).append(arch)
     if not dropped:
         return ";".join(kept) or DEFAULT_ARCHS, ""
-    why = f"not {', '.join(dropped)} of TORCH_CUDA_ARCH_LIST (the kernels need 8.0, and an nvcc that knows the card)"
+    why = f"not {', '.join(dropped)} of TORCH_CUDA_ARCH_LIST (the kernels need 8.0 or newer, supported by nvcc)"
     return (";".join(kept), why) if kept else (DEFAULT_ARCHS, f"{why}: {DEFAULT_ARCHS} instead")
 
 
@@ -220,7 +220,7 @@ class BuildNative(build_ext):
             find_compiler()
         except Unbuildable as why:
             facts.leave_out("cpu", str(why))
-            facts.leave_out("cuda", "as cpu")
+            facts.leave_out("cuda", "for the same reason as cpu")
             return None
         facts.torch = torch.__version__
         if wanted("FASTGPT_CUDA", "auto") == "0":

@@ -16,7 +16,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "host": ("host", "microseconds of an op call, launches of a step, import and compile times"),
     "codegen": ("codegen", "registers, spills, shared memory and occupancy of every kernel, without a GPU"),
     "memory": ("memory", "largest batch and longest context that fit a card"),
-    "training": ("training", "a 60-step run of the trainer that is stopped and resumes"),
+    "training": ("training", "a 60-step run of the trainer that is stopped and resumed"),
     "tiles": ("tiles", "launch shapes of attention's Triton kernels, by time"),
     "patching": ("patching", "a step of transformers' GPT-2 and Llama before and after fastgpt.patch"),
     "all": ("cpu", "all benchmarks that need no GPU, in under 15 minutes, then the report"),
@@ -37,7 +37,7 @@ def listing() -> str:
     example = "fastgpt bench layer_norm --dtype bf16 --shape 8192x768"
     return "\n".join(
         [
-            f"usage: fastgpt bench COMMAND ..., as in\n  {example}\n\nan op, by every backend and baseline:",
+            f"usage: fastgpt bench COMMAND ..., as in\n  {example}\n\none op, on every backend and baseline:",
             ops,
             "",
             *lines,

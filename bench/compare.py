@@ -95,7 +95,7 @@ def compare(a: list[Row], b: list[Row], floor: float = FLOOR) -> tuple[list[Pair
     common = [key for key in left if key in right]
     if not common:
         where = (", ".join(sorted({hardware(row) for row in side})) for side in (a, b))
-        raise UserError("compare: no row of fastgpt is in both: A was measured on {}, B on {}".format(*where))
+        raise UserError("compare: A and B have no fastgpt row in common: A was measured on {}, B on {}".format(*where))
     pairs = [p for key in common for p in _pairs(key, left[key], right[key], floor, len(common))]
     order = (SLOWER, FASTER, UNJUDGED, SAME)
     alone = [
@@ -219,7 +219,7 @@ def exit_code(pairs: list[Pair]) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Run `fastgpt bench compare A B`."""
-    about = "Is B slower than A? Several rows of one figure on a side are runs of it; docs/benchmarks.md says how."
+    about = "Is B slower than A? Several rows of one figure on a side count as runs; docs/benchmarks.md explains how."
     parser = Parser(prog="fastgpt bench compare", description=about)
     for side in ("A", "B"):
         parser.add_argument(side, help="a file of rows or a quoted glob; FILE@COMMIT for the rows of one commit")

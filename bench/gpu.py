@@ -135,7 +135,7 @@ def probe() -> tuple[str, str]:
     try:
         done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, timeout=120)
     except subprocess.TimeoutExpired:
-        return "", "the GPU does not answer: torch.cuda.is_available() took more than 120 s"
+        return "", "the GPU does not respond: torch.cuda.is_available() took more than 120 s"
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return "", f"{sys.executable} cannot import torch, which the build and every stage need ({last})"

@@ -38,7 +38,7 @@ def steps(rows: list[Row]) -> list[str]:
         cells += [(against[0] if against else None, ".3f"), (r["loss_gap"], ".1e")]
         lines.append(f"{name:<42}{_numbers(cells)}")
     joules = [f"{r['variant']} {1e3 * r['joules_per_token']:.3f}" for r in rows if r["bench"] == "energy"]
-    return lines + ([f"mJ a token: {', '.join(joules)}"] if joules else [])
+    return lines + ([f"mJ per token: {', '.join(joules)}"] if joules else [])
 
 
 def ops(rows: list[Row]) -> list[str]:

@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     if args.measure and (device := device_of(parser, args.device)).type != "cuda":
-        parser.error("--measure needs a GPU; without it the figures are planned")
+        parser.error("--measure needs a GPU; leave it out for planned figures")
     levels, cards = args.recompute or LEVELS, args.gb or CARDS_GB
     rows = [
         row(model, level, gb, planned(model, level, gb), torch.device("cpu"))

@@ -191,7 +191,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     served = ", ".join(f"{op} {b}" for op, b in rows[0]["kernels"].items() if b != "torch") or "all torch"
     lines = [f"kernels: {served}; losses {rows[0]['loss_gap']:.1e} apart, {rows[0]['loss_tolerance']:g} allowed"]
     lines.append(
-        f"{'variant':<24}{'ms a step (20 .. 80 %)':<30}{'peak MB':>9}  speed (20 .. 80 %), memory: before / after"
+        f"{'variant':<24}{'ms/step (20 .. 80 %)':<30}{'peak MB':>9}  speed (20 .. 80 %), memory: before / after"
     )
     for r in rows:
         times = f"{r['ms']:.1f} ({r['ms_q20']:.1f} .. {r['ms_q80']:.1f})"

@@ -28,7 +28,7 @@ OTHERS = {
     "roofline": ("Where a step's time goes", "Shares of a training step by class of kernel; `fastgpt bench roofline`."),
     "memory": ("Memory", "The largest batch and the longest context that fit; `fastgpt bench memory`."),
     "host": ("Host", "Microseconds per call, launches, import, compile and install; `fastgpt bench host`."),
-    "codegen": ("Codegen", "What the compilers made of each kernel; `fastgpt bench codegen`. No GPU is needed."),
+    "codegen": ("Codegen", "Compiler output for each kernel; `fastgpt bench codegen`. No GPU is needed."),
 }
 HIDDEN = (
     "bench",
@@ -121,13 +121,13 @@ def summary(rows: list[Row]) -> Table:
             best = min(here, key=lambda r: r["ms"], default=None)
             cells.append(f"{times(speed(best, there))} {best['provider']}" if best else NOT_MEASURED)
         lines.append([OPS[op], shape, dtype, *cells])
-    return Table("PyTorch's time over ours, forward and backward (over 1: fastgpt is faster), with its backend", lines)
+    return Table("PyTorch / fastgpt, forward and backward (over 1: fastgpt is faster), with the backend", lines)
 
 
 def details(name: str, rows: list[Row]) -> Table:
     """Return every figure of the ops on one device."""
     head = ["op", "shape", "dtype", "phase", "provider", "ms (20 .. 80 %)", "GB/s", "TFLOP/s", "% datasheet", "% copy"]
-    lines = [[*head, "% matmul", "PyTorch / it", "peak MB", "host us"]]
+    lines = [[*head, "% matmul", "PyTorch / this", "peak MB", "host us"]]
     for r in rows:
         start = [r["bench"], dims(r), r["dtype"], r["phase"], r["provider"]]
         if "red" in r:
@@ -143,7 +143,7 @@ def ops_section(rows: list[Row]) -> Section:
     """Return the section on ops."""
     rows = [r for r in rows if r["bench"] in OPS]
     section = Section(
-        "Ops", ["One op against PyTorch and other libraries in turns; `fastgpt bench OP`.", *sources_of(rows)]
+        "Ops", ["One op against PyTorch and other libraries, interleaved; `fastgpt bench OP`.", *sources_of(rows)]
     )
     if not rows:
         section.about.append(f"Ops: {NOT_MEASURED}.")
@@ -182,13 +182,13 @@ def steps_section(rows: list[Row]) -> Section:
     """Return the section on training steps."""
     rows = [r for r in rows if r["bench"] == "throughput"]
     about = (
-        "The trainer's step against a nanoGPT-class model in plain PyTorch, same weights, tokens, seed and schedule; "
+        "The trainer's step against a nanoGPT-class model in plain PyTorch; same weights, tokens, seed and schedule; "
     )
     section = Section("Training steps", [about + "`fastgpt bench throughput`.", *sources_of(rows)])
     absent = [name for name, there in devices(rows).items() if not there]
     section.about += [f"{', '.join(absent)}: {NOT_MEASURED}."] * bool(absent)
     if any(max(r.get("mfu_full", 0), r.get("mfu_causal", 0)) > 1 for r in rows):
-        section.about.append("MFU over 100 % is left out: the peak was measured while the machine was busy otherwise.")
+        section.about.append("MFU over 100 % is left out: the peak was measured while the machine was otherwise busy.")
     for name, there in ((name, there) for name, there in devices(rows).items() if there):
         section.tables.append(Table(f"On {name}", step_rows(there)))
         fast = [(f"{r['shape']} B {r['batch']} {r['variant']}", r.get("speed_vs_torch")) for r in there if "ms" in r]
@@ -316,8 +316,8 @@ def main(argv: list[str] | None = None) -> int:
     sections = sections_of(rows)
     made = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     title, about = (
-        "fastgpt: what was measured",
-        f"Made {made} by `fastgpt bench report`; docs/benchmarks.md is the protocol.",
+        "fastgpt: measurements",
+        f"Written on {made} by `fastgpt bench report`; docs/benchmarks.md describes the method.",
     )
     out.mkdir(parents=True, exist_ok=True)
     (out / "REPORT.md").write_text(markdown(title, about, sections, out / "plots"), encoding="utf-8")

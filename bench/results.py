@@ -45,7 +45,7 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
     rows = list(rows)
     for row in rows:
         if missing := lacking(row):
-            raise ValueError(f"append_rows: a row of {row.get('bench')} has no {missing} in its machine")
+            raise ValueError(f"append_rows: a row of {row.get('bench')} has no {missing} in 'machine'")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in rows)

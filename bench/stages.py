@@ -228,4 +228,4 @@ def show_plan(stages: list[Stage], budget: float) -> str:
     lines = [f"{'stage':<21}{'guess':>6}{'limit':>7}  command (seconds; guesses, not measured)"]
     lines += [f"{s.name:<21}{s.guess:>6.0f}{s.limit:>7.0f}  {' '.join(s.command)}" for s in stages]
     total = sum(s.guess for s in stages)
-    return "\n".join([*lines, f"{'together':<21}{total:>6.0f}{budget:>7.0f}  a stage gets what is left at most"])
+    return "\n".join([*lines, f"{'total':<21}{total:>6.0f}{budget:>7.0f}  a stage gets at most the time that is left"])

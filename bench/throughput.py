@@ -135,7 +135,7 @@ def compare(names: list[str], shape_name: str, shape: Shape, device: torch.devic
         samples, late = time_steps(variants, cfg, shape.steps, block)
         failed |= late
     if why := failed.get(names[0]):
-        failed = {name: f"{why} (of {names[0]}, whose losses show who is right)" for name in names} | failed
+        failed = {name: f"{why} ({names[0]} is the reference for the losses)" for name in names} | failed
     about |= {"loss_tolerance": TOLERANCE[cfg.dtype], "steps_per_sample": block, "gpu": gpu_state(device)}
     gaps = judge(variants, names[0], TOLERANCE[cfg.dtype], failed)
     right = [v for v in variants if v.name in gaps]
@@ -216,12 +216,12 @@ def show(rows: list[dict[str, Any]]) -> str:
         gap = max(r.get("loss_gap", 0.0) for r in good)
         lines.append(f"losses agree: {gap:.1e} apart, {first['loss_tolerance']:g} allowed")
         lines.append(
-            f"{'variant':<24}{'ms a step (20 .. 80 %)':<28}{'tokens/s':>10}{'MFU full':>10}{'causal':>8}{'peak MB':>10}"
+            f"{'variant':<24}{'ms/step (20 .. 80 %)':<28}{'tokens/s':>10}{'MFU full':>10}{'causal':>8}{'peak MB':>10}"
             f"{'mJ/token':>10}"
             "  speed (20 .. 80 %) against"
         )
     if any(max(r.get("mfu_full", 0), r.get("mfu_causal", 0)) > 1 for r in good):
-        lines.insert(1, "the measured peak is under the steps' own rate (a busy machine?): MFU means nothing here")
+        lines.insert(1, "the measured peak is below the steps' rate (a busy machine?), so MFU is meaningless here")
     for r in good:
         times = f"{r['ms']:.1f} ({r['ms_q20']:.1f} .. {r['ms_q80']:.1f})"
         peak = "-" if r["peak_mb"] is None else f"{r['peak_mb']:,.0f}"

@@ -74,7 +74,7 @@ def wrong(kernel: str, shape: tuple[int, ...], setting: Setting, right: list[tor
     except Exception as e:  # too much shared memory or too many registers: other shapes keep their figures
         return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
     worst = max(float((a - b).norm() / b.norm()) for a, b in zip(found, right, strict=True))
-    return "" if worst <= NEAR else f"results are {worst:.1e} from the usual ones, {NEAR:g} allowed"
+    return "" if worst <= NEAR else f"results differ by {worst:.1e} from those of the shape in use, {NEAR:g} allowed"
 
 
 def measure(kernel: str, setting: Setting, seconds: float) -> list[dict[str, Any]]:

@@ -85,9 +85,9 @@ def judge(rows: list[dict[str, Any]], codes: list[int], graphs: bool) -> str:
     if numbers != list(range(1, STEPS + 1)):
         return f"{len(numbers)} steps in the log, the last {numbers[-1:]}, expected 1 to {STEPS}"
     if not all(map(math.isfinite, losses)) or statistics.mean(losses[:10]) - statistics.mean(losses[-10:]) < FELL:
-        return f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}, expected {FELL} less at least"
+        return f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}, expected a fall of at least {FELL}"
     if [r["step"] for r in rows if "val_loss" in r] != [STOP_AT, STEPS]:
-        return "validations are not where they are due"
+        return "validations are not at the expected steps"
     return "" if graphs else "a step could not be recorded as a CUDA graph"
 
 

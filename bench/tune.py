@@ -142,7 +142,7 @@ def compare(samples: dict[str, Samples], name: str) -> str:
     """Compare the choice with torch, or with the next best if torch itself was chosen: '1.31x torch'."""
     others = {o: speedup(samples, name, o) for o in samples if o != name}
     if not others:
-        return "the only one that is right"
+        return "the only correct one"
     other = "torch" if "torch" in others else min(others, key=lambda o: others[o])
     return f"{others[other]:.2f}x {other}"
 
@@ -168,7 +168,7 @@ def entries(results: list[Result], dtype: torch.dtype, model: str) -> dict[str, 
 def line(r: Result) -> str:
     """Return one op's line of the table, then one for each backend that was refused."""
     times = "  ".join(f"{b} {ms:.4g}" for b, ms in r.ms.items())
-    picked = f"{r.chosen} ({r.note})" if r.chosen else "nothing: the prior stays"
+    picked = f"{r.chosen} ({r.note})" if r.chosen else "nothing: the prior is kept"
     shape = "x".join(map(str, r.task.shape))
     lines = [f"{r.task.op:<22}{shape:<20}{times:<44}{picked}"]
     return "\n".join([*lines, *(f"{'':<22}{b} is left out: {why}" for b, why in r.refused.items())])
@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{t.op:<22}{'x'.join(map(str, t.shape)):<20}would time {', '.join(t.backends)}")
         return 0
     wrong = [remember(task, device, dtype, args.seconds, name) for task in tasks]
-    print("`fastgpt doctor` shows what is in use")
+    print("`fastgpt doctor` shows the backends in use")
     return int(any(wrong))
 
 

@@ -326,7 +326,7 @@ def test_rows_carry_provenance_or_are_refused(tmp_path: Path) -> None:
     _harness.append_rows(tmp_path / "a.jsonl", [{"bench": "y", "machine": machine}])
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [r["bench"] for r in rows] == ["x", "y"] and rows[0]["machine"]["date"] == machine["date"]
-    with pytest.raises(ValueError, match="a row of x has no device_name, date in its machine"):
+    with pytest.raises(ValueError, match="a row of x has no device_name, date in 'machine'"):
         lacking = {k: v for k, v in machine.items() if k not in ("date", "device_name")}
         _harness.append_rows(tmp_path / "a.jsonl", [{"bench": "x", "machine": lacking}])
 
@@ -408,7 +408,7 @@ def test_a_variant_that_fails_costs_itself_alone(
     why = "RuntimeError: no such kernel" if at == "build" else "ZeroDivisionError: division by zero"
     assert "ms" not in found[name] and found[name]["red"] == why and len(found) == 3
     if name == "torch":
-        assert found["fastgpt"]["red"] == f"{why} (of torch, whose losses show who is right)"
+        assert found["fastgpt"]["red"] == f"{why} (torch is the reference for the losses)"
     else:
         assert found["torch"]["ms"] > 0 and found["fastgpt -adamw"]["speed_vs_torch"]
 

@@ -124,7 +124,7 @@ def test_gpus_need_fewer_runs() -> None:
     ids=["device", "threads", "dtype", "shape", "a baseline"],
 )
 def test_what_is_not_the_same_thing_is_never_compared(other: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="no row of fastgpt is in both: A was measured on Some CPU, 2 threads"):
+    with pytest.raises(UserError, match="A and B have no fastgpt row in common: A was measured on Some CPU, 2 threads"):
         compare.compare([row()], [other])
     pairs, alone = compare.compare([row(), row(phase="forward")], [row(), other])
     assert len(pairs) == 1 and pairs[0].verdict == compare.SAME

@@ -149,7 +149,7 @@ def test_benchmarks_run_from_a_wheel(pure_wheel: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "fastgpt.cli", "bench", *arguments]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         if arguments[:1] == ["compare"]:  # a pure wheel has no compiled backend
-            assert done.returncode == 2 and "compare: no row of fastgpt is in both" in done.stderr
+            assert done.returncode == 2 and "compare: A and B have no fastgpt row in common" in done.stderr
         else:
             assert done.returncode == 0, done.stdout + done.stderr
     assert '"commit": null' in (tmp_path / "rows.jsonl").read_text()

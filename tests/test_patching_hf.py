@@ -601,19 +601,19 @@ def matrix() -> str:
                 bad = [k for k in ("plain", "left padding", "packed") if broken(family, torch.float32, k, only=part)]
                 cells.append(", ".join(f"`{op}`" for op in ops) + (f" ({'; '.join(bad)}: PARITY FAILS)" if bad else ""))
             else:
-                cells.append(", ".join(f"left [{notes.index(r) + 1}]" for r in reasons) or "none there")
+                cells.append(", ".join(f"left [{notes.index(r) + 1}]" for r in reasons) or "not used")
         rows.append(f"| {family} | {' | '.join(cells)} |")
     head = f"| family | {' | '.join(PARTS)} |\n|{'---|' * (len(PARTS) + 1)}"
     about = (
         "# Families\n\n"
         "What `fastgpt.patch(model)` replaces in Hugging Face models, and by which op. Written by\n"
-        "tests/test_patching_hf.py (`python tests/test_patching_hf.py > docs/families.md`), which fails when this\n"
-        "page differs from what it finds. Each part is patched alone; logits, losses and every gradient are held\n"
-        "against transformers' own code in fp64, plain, left-padded and packed: error at most 2 (outputs) or 3\n"
-        "(gradients) times that of the unpatched model plus one unit in the last place.\n"
+        "tests/test_patching_hf.py (`python tests/test_patching_hf.py > docs/families.md`), which fails if this\n"
+        "page differs from its results. Each part is patched alone; logits, losses and every gradient are\n"
+        "compared with transformers' own code in fp64, plain, left-padded and packed: error at most 2 (outputs)\n"
+        "or 3 (gradients) times that of the unpatched model plus one unit in the last place.\n"
     )
     ends = "".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1))
-    return f"{about}\n{head}\n" + "\n".join(rows) + (f"\n\nLeft as they are, because\n\n{ends}" if notes else "\n")
+    return f"{about}\n{head}\n" + "\n".join(rows) + (f"\n\nLeft unchanged, because\n\n{ends}" if notes else "\n")
 
 
 def test_family_matrix() -> None:

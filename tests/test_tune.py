@@ -287,7 +287,7 @@ def test_a_wrong_backend_is_kept_out_however_fast(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setitem(parity.SUBJECTS, "layer_norm", dataclasses.replace(subject, ours=wrong))
     result = tune.measure(task("layer_norm"), CPU, FP32, 0.0)
-    assert result.chosen == "torch" and list(result.ms) == ["torch"] and result.note == "the only one that is right"
+    assert result.chosen == "torch" and list(result.ms) == ["torch"] and result.note == "the only correct one"
     assert result.refused["cpu"].startswith("wrong: ") and "allowed" in result.refused["cpu"]
     assert "cpu is left out: wrong: " in tune.line(result)
     backend.write_tuned("cpu", tune.entries([result], FP32, "tiny"))
@@ -310,7 +310,7 @@ def test_one_that_does_not_run_is_left_out(monkeypatch: pytest.MonkeyPatch) -> N
     assert result.chosen == "torch" and result.refused == {"cpu": "does not run: RuntimeError: out of memory"}
     broken = ["cpu", "torch"]
     result = tune.measure(task("layer_norm"), CPU, FP32, 0.0)
-    assert result.chosen is None and "the prior stays" in tune.line(result)
+    assert result.chosen is None and "the prior is kept" in tune.line(result)
     assert tune.entries([result], FP32, "tiny") == {}
 
 

@@ -120,8 +120,8 @@ def with_row(text: str, pair: str, line: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="run the suite on a pair of torch and Triton")
     parser.add_argument("pair", choices=PAIRS)
-    parser.add_argument("--env", type=Path, help="an environment that has the packages, in place of .versions/PAIR")
-    parser.add_argument("--sample", action="store_true", help="a choice of tests in three minutes, and no row")
+    parser.add_argument("--env", type=Path, help="an environment with the packages, used in place of .versions/PAIR")
+    parser.add_argument("--sample", action="store_true", help="run a sample in three minutes, write no row")
     options = parser.parse_args()
     env = options.env.resolve() if options.env else install(options.pair)
     with tempfile.TemporaryDirectory() as folder:
