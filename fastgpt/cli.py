@@ -5,56 +5,48 @@ from __future__ import annotations
 import sys
 
 from fastgpt.core.command import Parser, number, run_command
-from fastgpt.core.errors import UserError
 
 
 def sample(argv: list[str]) -> int:
     """Run `fastgpt sample`: continue a prompt with a trained model."""
+    from fastgpt.inference import terminal
+
     parser = Parser(prog="fastgpt sample", description="Continue a prompt with a trained model.")
     parser.add_argument("--run", default="runs/tiny", help="run folder or checkpoint (default: runs/tiny)")
     parser.add_argument("--prompt", default="def ", help="text to continue")
-    parser.add_argument("--tokens", type=number(int, 0), default=200, help="largest number of tokens to add")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.8, help="0: always the most likely token")
+    terminal.add_options(parser, "largest number of tokens to add (default: 200)")
+    parser.add_argument("--n", type=number(int, 1), default=1, help="samples, with seeds from --seed on (default: 1)")
     parser.add_argument(
-        "--top-k", type=number(int, 0), default=50, help="sample from the k most likely tokens; 0: from all"
+        "--logprobs",
+        type=number(int, 0),
+        metavar="N",
+        help="print the log-probability of each token, and the N most likely tokens",
     )
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the sampled text")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
     args = parser.parse_args(argv)
 
-    import torch
+    from fastgpt.core.device import default_device
+    from fastgpt.training.load import load_run
+
+    model, tokenizer, _ = load_run(args.run, default_device(args.device))
+    return terminal.sample(model, tokenizer, args)
+
+
+def chat(argv: list[str]) -> int:
+    """Run `fastgpt chat`: hold a conversation with a trained model."""
+    from fastgpt.inference import terminal
+
+    parser = Parser(prog="fastgpt chat", description="Hold a conversation with a trained model, in the terminal.")
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint; its chat_template.jinja is used, if any")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system message (default: none)")
+    terminal.add_options(parser, "largest number of tokens of a reply (default: 200)")
+    args = parser.parse_args(argv)
 
     from fastgpt.core.device import default_device
-    from fastgpt.data import Tokenizer
-    from fastgpt.inference.generate import generate
-    from fastgpt.models.config import model_from_dict
-    from fastgpt.models.gpt import GPT
-    from fastgpt.training import checkpoint
+    from fastgpt.inference.chat import Template
+    from fastgpt.training.load import load_run
 
-    device = default_device(args.device)
-    path = checkpoint.find(args.run)
-    state = checkpoint.read_state(path)
-    tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
-    if tokenizer.fingerprint != state["tokenizer"]:
-        raise UserError(f"sample: {path.parent / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
-    model = GPT(model_from_dict(state["model"]))
-    model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
-    model = model.to(device).eval()
-    ids = torch.tensor(tokenizer.encode(args.prompt).tolist(), dtype=torch.int64, device=device)[None]
-    if ids.numel() == 0:
-        raise UserError("sample: --prompt is empty, expected at least one token")
-    generator = torch.Generator(device).manual_seed(args.seed)
-    out = generate(
-        model,
-        ids,
-        args.tokens,
-        temperature=args.temperature,
-        top_k=args.top_k or None,
-        eot=tokenizer.eot,
-        generator=generator,
-    )
-    print(tokenizer.decode(out[0].tolist()))
-    return 0
+    model, tokenizer, path = load_run(args.run, default_device(args.device))
+    return terminal.chat(model, tokenizer, Template.of_run(path, tokenizer.decode([tokenizer.eot])), args)
 
 
 def doctor(argv: list[str]) -> int:
@@ -129,7 +121,15 @@ def bench(argv: list[str]) -> int:
     return bench_main(argv)
 
 
-COMMANDS = {"train": train, "sample": sample, "doctor": doctor, "tune": tune, "parity": parity, "bench": bench}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "chat": chat,
+    "doctor": doctor,
+    "tune": tune,
+    "parity": parity,
+    "bench": bench,
+}
 
 
 def main() -> int:

@@ -1,5 +1,10 @@
 """The console commands: sample, doctor, parity, and how errors are reported to the user."""
 
+import io
+import os
+import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import get_args
 
@@ -24,12 +29,22 @@ def run(monkeypatch: pytest.MonkeyPatch, *argv: str) -> int:
     return cli.main()
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a short run, for `trained` to copy."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        Path("text.txt").write_text(Path(train.__file__).read_text())
+        assert run(monkeypatch, "train", *SMALL, "--data", "text.txt") == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trained(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder `run` of a short run, in the current folder."""
     monkeypatch.chdir(tmp_path)
-    Path("text.txt").write_text(Path(train.__file__).read_text())
-    assert run(monkeypatch, "train", *SMALL, "--data", "text.txt") == 0
-    return tmp_path / "run"
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def test_sample_continues_the_prompt(
@@ -58,9 +73,83 @@ def test_sample_refuses_a_foreign_tokenizer_and_missing_runs(
     assert run(monkeypatch, "sample", "--run", "run", "--prompt", "") == 2
 
 
+def test_sample_prints_several_texts_and_logprobs(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    words = ["--run", "run", "--prompt", "import ", "--tokens", "3"]
+    assert run(monkeypatch, "sample", *words, "--seed", "4", "--n", "2") == 0
+    first, second = capsys.readouterr().out.split("--- sample 2, seed 5 ---\n")
+    assert first.startswith("--- sample 1, seed 4 ---\nimport ")
+    assert run(monkeypatch, "sample", *words, "--seed", "5", "--logprobs", "2") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(second) and re.search(r"\n +-\d+\.\d{4}  '.+'  of '.+' -\d\.\d{4}, '.+' -\d\.\d{4}\n", out)
+
+
+def test_sample_refuses_what_the_model_cannot_do(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, said in (
+        (["--context", "17"], "--context: GPT: 17 positions, expected at most 16, the size of the learned table"),
+        (["--stop", ""], "--stop is an empty text"),
+    ):
+        capsys.readouterr()
+        assert run(monkeypatch, "sample", "--run", "run", *words) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("fastgpt: error: ") and said in err and err.count("\n") == 1
+
+
+def test_the_commands_of_the_page_on_generation(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(trained, "runs/tiny")
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    page = (Path(__file__).parent.parent / "docs" / "generation.md").read_text(encoding="utf-8")
+    commands = re.findall("^fastgpt (.*)", page, re.M)
+    assert len(commands) == 3
+    for command in commands:
+        assert run(monkeypatch, *shlex.split(command)) == 0, command
+
+
+def test_chat_reads_a_pipe(trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A message too long for a block of 16 tokens, commands, a conversation that outgrows it, the end of input."""
+    (trained / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}")
+    capsys.readouterr()
+    end, source = os.pipe()
+    os.write(source, "\n".join(["x " * 40, "a", "/reset", "/now", "b", "", "c", "d", "e"]).encode())
+    os.close(source)
+    with open(end, encoding="utf-8") as stdin:
+        monkeypatch.setattr("sys.stdin", stdin)
+        assert run(monkeypatch, "chat", "run", "--tokens", "4", "--device", "cpu") == 0
+    out = capsys.readouterr()
+    remarks = [line for line in out.err.splitlines() if not line.startswith("(cut")]
+    assert remarks[0].startswith("(the message needs ") and remarks[0].endswith("tokens, expected at most 12)")
+    assert remarks[1] == "(the conversation is forgotten)" and remarks[2].startswith("(/now is not a command, expected")
+    dropped = "(the oldest turn was dropped, because the conversation exceeds the context of 16 tokens)"
+    assert dropped in remarks[3:] and set(remarks[3:]) == {dropped}
+    assert len(out.out.splitlines()) >= 5
+
+
+def test_chat_refuses_a_wrong_template_and_other_input(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for template, said in (("{% for %}", "is not a valid chat template"), ("{{ raise_exception('no') }}", ": no")):
+        (trained / "chat_template.jinja").write_text(template)
+        capsys.readouterr()
+        assert run(monkeypatch, "chat", "run") == 2
+        err = capsys.readouterr().err
+        assert "chat_template.jinja" in err and said in err and err.count("\n") == 1
+    (trained / "chat_template.jinja").unlink()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert run(monkeypatch, "chat", "run") == 2
+    assert "chat: the input is not UTF-8" in capsys.readouterr().err
+
+
 NOT_NUMBERS = ["many", "nan", "inf", "1e400", "-1", "", "null", "10%", "4m", "1,5", "9" * 400]
 NUMBERS = {  # command -> options with a number, and numbers out of range for each
-    ("sample",): {"--tokens": ["1e3"], "--temperature": ["-0.1"], "--top-k": ["2.5"], "--seed": [str(2**63), "1.5"]},
+    ("sample",): {
+        "--tokens": ["1e3"], "--temperature": ["-0.1"], "--top-k": ["2.5"], "--seed": [str(2**63), "1.5"], "--n": ["0"],
+        "--top-p": ["0", "1.1"], "--min-p": ["1.1"], "--repetition-penalty": ["0"], "--logprobs": ["1.5"],
+        "--context": ["0"],
+    },
     ("tune", "--dry-run"): {"--batch": ["0", "1e3"], "--block": ["0"], "--seconds": ["-0.5"]},
     ("train", "--plan", "--tokens", "1e9"): {
         "--gpus": ["0", "1.5"], "--tokens": ["0"], "--price": ["-0.01"], "--mfu": ["0", "1.01", "40"],

@@ -14,11 +14,11 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAINING, MODULES, PATCHING, BENCHMARKS = (
+TRAINING, MODULES, PATCHING, BENCHMARKS, GENERATION = (
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("training", "modules", "patching", "benchmarks")
+    for name in ("training", "modules", "patching", "benchmarks", "generation")
 )
-PAGES = (README, TRAINING, MODULES, PATCHING, BENCHMARKS)
+PAGES = (README, TRAINING, MODULES, PATCHING, BENCHMARKS, GENERATION)
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -51,7 +51,8 @@ def test_fastgpt_commands(folder: Path, page: str) -> None:
     run = [c for c in commands(page) if c.startswith("fastgpt ")]
     assert run
     for command in run:
-        done = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True, env=env)
+        words, nothing = shlex.split(command), subprocess.DEVNULL
+        done = subprocess.run(words, cwd=folder, stdin=nothing, capture_output=True, text=True, env=env)
         assert done.returncode == 0, command + done.stdout[-2000:] + done.stderr[-2000:]
 
 

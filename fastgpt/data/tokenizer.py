@@ -34,10 +34,11 @@ _SEAM = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 class Tokenizer:
-    """A byte-level BPE with one special token, `<|endoftext|>`.
+    """A byte-level BPE with special tokens, `<|endoftext|>` among them.
 
-    n_vocab: number of ids, specials included; eot: the id of `<|endoftext|>`; fingerprint: sha256 over what decides
-    ids (not over the file's layout): a checkpoint stores it to detect another tokenizer.
+    n_vocab: number of ids, specials included; eot: the id of `<|endoftext|>`; specials: special token -> id;
+    fingerprint: sha256 over what decides ids (not over the file's layout): a checkpoint stores it to detect another
+    tokenizer.
     """
 
     def __init__(self, text: str, where: str = "tokenizer.json") -> None:
@@ -48,6 +49,7 @@ class Tokenizer:
         if EOT not in specials:
             raise UserError(f"{where} has no {EOT} token")
         self.text = text
+        self.specials: dict[str, int] = specials
         self.eot: int = specials[EOT]
         self.n_vocab: int = len(ranks) + len(specials)
         digest = hashlib.sha256(PATTERN.encode())
@@ -76,13 +78,26 @@ class Tokenizer:
         with atomic_file(Path(path)) as f:
             f.write(self.text.encode("utf-8"))
 
-    def encode(self, text: str) -> npt.NDArray[np.uint32]:
-        """Return ids (n,) uint32; a literal `<|endoftext|>` is ordinary text. Raises UserError for lone surrogates."""
+    def encode(self, text: str, specials: bool = False) -> npt.NDArray[np.uint32]:
+        """Return ids (n,) uint32; a literal `<|endoftext|>` is ordinary text, or with `specials` the special token.
+
+        Raises UserError for lone surrogates.
+        """
+        if specials:
+            return self._encode_specials(text)
         try:
             ids = [self._encode_piece(piece) for piece in pieces(text)]
         except UnicodeEncodeError as e:
             raise UserError(f"text is not Unicode: character {text.index(e.object[e.start])} is a surrogate") from None
         return ids[0] if len(ids) == 1 else np.concatenate([np.empty(0, np.uint32), *ids])
+
+    def _encode_specials(self, text: str) -> npt.NDArray[np.uint32]:
+        longest_first = sorted(self.specials, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)  # text, special, text, ...
+        ids = [
+            np.array([self.specials[part]], np.uint32) if i % 2 else self.encode(part) for i, part in enumerate(parts)
+        ]
+        return np.concatenate(ids)
 
     def _encode_piece(self, piece: str) -> npt.NDArray[np.uint32]:
         try:

@@ -166,9 +166,9 @@ def damaged(text: str, how: str) -> str:
         ("hole", "is damaged"),
         ("merges shuffled", "merges in id order"),
         ("merge lost", "merges in id order"),
-        ("normalizer", "has a normalizer other than"),
-        ("prefix space", "has a pre_tokenizer other than"),
-        ("not bpe", "has a model.type other than"),
+        ("normalizer", "has another normalizer than"),
+        ("prefix space", "has another pre_tokenizer than"),
+        ("not bpe", "has another model.type than"),
     ],
 )
 def test_damaged_tokenizer_file(tokenizer: Tokenizer, tmp_path: Path, how: str, said: str):

@@ -1,0 +1,148 @@
+"""Conversations as prompts: a template turns messages into text, and the oldest turns go when they do not fit.
+
+A template is a Jinja template as transformers uses them (chat_template.jinja): it gets `messages`, a list of
+{"role", "content"}, `add_generation_prompt`, `eos_token` and an empty `bos_token`, and runs in Jinja's sandbox. Special
+tokens that it writes become their ids; a message may not contain their text.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+from fastgpt.core.errors import UserError
+from fastgpt.inference.requests import TextTokenizer
+
+FILE = "chat_template.jinja"
+# "User: ...\nAssistant: ...\nUser: ...\nAssistant:"
+DEFAULT = """\
+{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}
+{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"""
+
+Message = dict[str, str]
+
+
+class ChatTokenizer(TextTokenizer, Protocol):
+    """A tokenizer that knows special tokens."""
+
+    specials: dict[str, int]
+
+    def encode(self, text: str, specials: bool = False) -> Any:
+        """Return the ids of a text; specials: special tokens in it become their ids."""
+
+
+class Template:
+    """A chat template.
+
+    Attributes:
+        where: its file, or "the default template".
+        stop: what the template writes after a reply, where a reply therefore ends; empty if it writes nothing.
+
+    Raises:
+        UserError: the template is not valid, refuses a plain conversation, or Jinja is not installed.
+    """
+
+    def __init__(self, text: str = DEFAULT, where: str = "the default template", eos_token: str = "") -> None:
+        try:
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise UserError("chat templates need Jinja, expected `pip install jinja2`") from None
+
+        def refuse(message: str) -> NoReturn:
+            raise UserError(f"{where}: {message}")
+
+        env = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form))
+        env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+        self.where, self._eos_token = where, eos_token
+        self._template = self._guard(lambda: env.from_string(text))
+        self.stop = self._end_of_reply()
+
+    @classmethod
+    def of_run(cls, checkpoint: Path, eos_token: str) -> Template:
+        """Return the template in the folder of a checkpoint, or of its run, or the default one."""
+        for file in (checkpoint / FILE, checkpoint.parent / FILE):
+            if file.is_file():
+                try:
+                    return cls(file.read_text(encoding="utf-8"), str(file), eos_token)
+                except (OSError, UnicodeDecodeError) as e:
+                    raise UserError(f"{file} cannot be read ({e})") from None
+        return cls(eos_token=eos_token)
+
+    def _guard(self, function: Callable[[], Any]) -> Any:
+        """Return function(); an error of the template becomes one sentence."""
+        try:
+            return function()
+        except UserError:
+            raise
+        except Exception as e:  # a template can raise anything
+            raise UserError(f"{self.where} is not a valid chat template ({' '.join(str(e).split())})") from None
+
+    def render(self, messages: list[Message], ask: bool = True) -> str:
+        """Return the text of a conversation; ask: followed by what begins a reply."""
+        names = dict(bos_token="", eos_token=self._eos_token, add_generation_prompt=ask)
+        return str(self._guard(lambda: self._template.render(messages=messages, **names)))
+
+    def _end_of_reply(self) -> str:
+        """Return what follows a reply: a mark, as in "<|im_end|>", or else what begins the next message."""
+        marks = ("FIRSTREPLY", "NEXTMESSAGE")
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": marks[0]}]
+        after = self.render(turns, ask=False).partition(marks[0])[2]
+        if not after.strip():
+            text = self.render([*turns, {"role": "user", "content": marks[1]}], ask=False)
+            after = text.partition(marks[0])[2].partition(marks[1])[0].rstrip()
+            return after if after.strip() else ""
+        return after.strip()
+
+
+class Conversation:
+    """The messages of a conversation that fit into a model's context.
+
+    Args:
+        template: turns messages into text.
+        tokenizer: encodes that text.
+        room: the most tokens that a prompt may have.
+        system: content of a system message that always comes first; empty: none.
+    """
+
+    def __init__(self, template: Template, tokenizer: ChatTokenizer, room: int, system: str = "") -> None:
+        self.template, self.tokenizer, self.room = template, tokenizer, room
+        self.system = [{"role": "system", "content": self._checked(system)}] if system else []
+        self.messages: list[Message] = []
+
+    def _checked(self, content: str) -> str:
+        special = next((s for s in self.tokenizer.specials if s in content), None)
+        if special is not None:
+            raise UserError(f"the message contains {special}, expected text without special tokens")
+        return content
+
+    def ask(self, content: str) -> tuple[list[int], int]:
+        """Append a message of the user; return the prompt's ids and how many of the oldest turns were dropped to fit
+        them. The conversation is unchanged if this raises.
+
+        Raises:
+            UserError: the message does not fit even alone, contains a special token, or the template refuses it.
+        """
+        messages = [*self.messages, {"role": "user", "content": self._checked(content)}]
+        dropped = 0
+        while True:
+            ids = self.tokenizer.encode(self.template.render([*self.system, *messages]), specials=True)
+            if len(ids) <= self.room:
+                self.messages = messages
+                return [int(i) for i in ids], dropped
+            if len(messages) == 1:
+                raise UserError(f"the message needs {len(ids)} tokens, expected at most {self.room}")
+            messages, dropped = messages[2:], dropped + 1
+
+    def answer(self, content: str) -> None:
+        """Append the reply to the last message."""
+        self.messages.append({"role": "assistant", "content": content})
+
+    def reset(self) -> None:
+        """Forget all messages but the system's."""
+        self.messages = []

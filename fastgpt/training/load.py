@@ -1,0 +1,30 @@
+"""Load the model and the tokenizer of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fastgpt.core.errors import UserError
+from fastgpt.data import Tokenizer
+from fastgpt.models.config import model_from_dict
+from fastgpt.models.gpt import GPT
+from fastgpt.training import checkpoint
+
+
+def load_run(path: str | Path, device: torch.device) -> tuple[GPT, Tokenizer, Path]:
+    """Return model (in eval mode, on `device`), tokenizer and checkpoint folder of `path`, a run or a checkpoint.
+
+    Raises:
+        UserError: there is none, it is damaged, or the run's tokenizer.json is not the one it was trained with.
+    """
+    found = checkpoint.find(path)
+    state = checkpoint.read_state(found)
+    file = found.parent / "tokenizer.json"
+    tokenizer = Tokenizer.load(file)
+    if tokenizer.fingerprint != state["tokenizer"]:
+        raise UserError(f"{file} is not the tokenizer that {found} was trained with")
+    model = GPT(model_from_dict(state["model"]))
+    model.load_state_dict(checkpoint.read_tensors(found, checkpoint.MODEL, state))
+    return model.to(device).eval(), tokenizer, found
