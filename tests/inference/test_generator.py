@@ -12,7 +12,7 @@ from small_models import CASES, ROPE, byte_tokenizer, model_of, model_that_says
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from fastgpt.inference import Generator, Piece, Request
+from fastgpt.inference import Generator, Piece, Request, Result
 from fastgpt.inference.generator import context_start
 from fastgpt.inference.rows import Rows, options_of
 from fastgpt.models.gpt import GPT
@@ -23,17 +23,27 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 
 
 @torch.no_grad()
-def plain(model: GPT, request: Request, context: int = 16) -> list[int]:
-    """Generate without a cache, alone: the model reads the whole context for each token."""
+def plain(model: GPT, request: Request, context: int = 16) -> tuple[list[int], list[float]]:
+    """Generate without a cache, alone: the model reads the whole context for each token. Returns ids and logprobs."""
     model.eval()
-    rows, ids = Rows(model, 1, 1), [int(i) for i in request.prompt]
-    drawn = random.Random(request.seed)
+    rows, ids, logprobs = Rows(model, 1, 1), [int(i) for i in request.prompt], []
+    drawn, options = random.Random(request.seed), options_of([request])._replace(logprobs=0)
     for _ in range(request.max_new_tokens):
         rows.set(0, request, ids)
         rows.draw(0, [drawn.random()])
         h = model.hidden(torch.tensor([ids[context_start(len(ids), context) :]]))
-        ids.append(int(rows._choose(h[:, -1], 0, 1, options_of([request])).token))
-    return ids[len(request.prompt) :]
+        choice = rows._choose(h[:, -1], 0, 1, options)
+        assert choice.logprob is not None
+        ids.append(int(choice.token))
+        logprobs.append(float(choice.logprob))
+    return ids[len(request.prompt) :], logprobs
+
+
+def assert_plain(model: GPT, request: Request, result: Result, context: int = 16) -> None:
+    """Check ids and, as they say more about what the model read, log-probabilities."""
+    ids, logprobs = plain(model, request, context)
+    assert result.ids == ids and result.finish_reason == "length" and result.prompt_tokens == len(request.prompt)
+    assert result.logprobs == pytest.approx(logprobs, rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -42,19 +52,39 @@ def test_a_request_does_not_depend_on_the_batch_or_the_cache(name: str) -> None:
     five requests two wait until a row is free."""
     model = model_of(**CASES[name])
     requests = [
-        Request(prompt(4, 1), 22, temperature=0.9, top_k=20, seed=3),
-        Request(prompt(16, 2), 5, temperature=0.0),
+        Request(prompt(4, 1), 22, temperature=0.9, top_k=20, seed=3, logprobs=0),
+        Request(prompt(16, 2), 5, temperature=0.0, logprobs=0),
         Request(prompt(1, 3), 18, temperature=1.2, top_p=0.9, seed=4, logprobs=2),
-        Request(prompt(21, 4), 9, min_p=0.05, seed=3),
-        Request(prompt(5, 5), 7, temperature=0.8, repetition_penalty=1.3, seed=5),
+        Request(prompt(21, 4), 9, min_p=0.05, seed=3, logprobs=0),
+        Request(prompt(5, 5), 7, temperature=0.8, repetition_penalty=1.3, seed=5, logprobs=0),
     ]
     results = Generator(model, max_batch=3).generate(requests)
     for request, result in zip(requests, results):
-        assert result.ids == plain(model, request)
-        assert result.finish_reason == "length" and result.prompt_tokens == len(request.prompt)
-    assert results[0].logprobs is None
-    assert results[2].logprobs is not None and results[2].top_logprobs is not None
-    assert len(results[2].logprobs) == 18 and all(len(top) == 2 for top in results[2].top_logprobs)
+        assert_plain(model, request, result)
+    assert [[len(top) for top in r.top_logprobs or ()] for r in results[1:3]] == [[0] * 5, [2] * 18]
+
+
+def test_prompts_of_similar_length_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padded on the right, in one pass, unless the padding is more than a quarter; with the tokens of each alone."""
+    model, shapes, hidden = model_of(), [], GPT.hidden
+
+    def spy(self: GPT, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        shapes.append(tuple(ids.shape))
+        return hidden(self, ids, **kwargs)
+
+    requests = [Request(prompt(n, n), 3, seed=n, temperature=2.0, logprobs=0) for n in (8, 2, 9, 7)]
+    monkeypatch.setattr(GPT, "hidden", spy)
+    results = Generator(model).generate(requests)
+    assert shapes == [(1, 2), (3, 9), (4, 1), (4, 1)]
+    for request, result in zip(requests, results):
+        assert_plain(model, request, result)
+
+
+def test_a_row_forgets_the_text_before() -> None:
+    model = model_of()
+    requests = [Request(prompt(9, n), 9, temperature=0, repetition_penalty=2.0, logprobs=0) for n in (1, 2)]
+    for request, result in zip(requests, Generator(model, max_batch=1).generate(requests)):
+        assert_plain(model, request, result)
 
 
 def test_logprobs_score_the_text() -> None:
@@ -72,10 +102,8 @@ def test_logprobs_score_the_text() -> None:
 def test_rotary_positions_beyond_block_size(window: int | None) -> None:
     """With a larger context no token is dropped: the same as a model whose block_size is larger."""
     small, large = (model_of(**ROPE, window=window, block_size=n) for n in (16, 64))
-    request = Request(prompt(12), 40, temperature=0.0)
-    assert Generator(small, context=64).generate([request])[0].ids == plain(large, request, 64)
-    if window is None:  # the windows of two layers reach back less far than the dropped tokens
-        assert plain(large, request, 64) != plain(large, request, 16)
+    request = Request(prompt(12), 40, temperature=0.0, logprobs=0)
+    assert_plain(large, request, Generator(small, context=64).generate([request])[0], 64)
 
 
 def test_seeds() -> None:
@@ -83,7 +111,7 @@ def test_seeds() -> None:
     a, b, c = (Generator(model).generate([Request(prompt(4), 12, seed=s)])[0] for s in (7, 7, 8))
     assert a.ids == b.ids != c.ids
     free = Generator(model).generate([Request(prompt(4), 12), Request(prompt(4), 12)])
-    assert free[0].ids != free[1].ids
+    assert free[0].ids != free[1].ids and free[0].logprobs is None
     assert Generator(model).generate([Request(prompt(4), 12, seed=free[0].seed)])[0].ids == free[0].ids
     longer = Generator(model).generate([Request(prompt(4), 20, seed=7)])[0]
     assert longer.ids[:12] == a.ids
@@ -124,15 +152,18 @@ def test_text_held_back_comes_at_the_end() -> None:
 
 def test_requests_join_and_leave_while_others_run() -> None:
     model = model_of().eval()
-    requests = [Request(prompt(n, n), 10, seed=n) for n in (3, 5, 7)]
+    requests = [Request(prompt(n, n), 10, seed=n, logprobs=0) for n in (3, 5, 7)]
     generator = Generator(model, max_batch=2)
     generator.reserve()
     out: dict[int, list[int]] = {}
+    results: dict[int, Result] = {}
 
     def steps(n: int) -> None:
         for _ in range(n):
             for piece in generator.step():
                 out.setdefault(piece.number, []).extend([] if piece.id is None else [piece.id])
+                if piece.result is not None:
+                    results[piece.number] = piece.result
 
     first = generator.add(requests[0])
     steps(3)
@@ -141,8 +172,11 @@ def test_requests_join_and_leave_while_others_run() -> None:
     generator.cancel(first)
     steps(40)
     assert generator.step() == [] and not generator.running
-    assert out[first] == plain(model, requests[0])[:4]  # the second's prompt was read in a step of its own
-    assert out[second] == plain(model, requests[1]) and out[third] == plain(model, requests[2])
+    assert out[first] == plain(model, requests[0])[0][:4]  # the second's prompt was read in a step of its own
+    assert results.keys() == {second, third}
+    for number, request in ((second, requests[1]), (third, requests[2])):
+        assert_plain(model, request, results[number])
+        assert out[number] == results[number].ids
 
 
 def test_a_larger_request_waits_for_a_larger_cache() -> None:
@@ -156,7 +190,7 @@ def test_a_larger_request_waits_for_a_larger_cache() -> None:
     generator.step()
     generator.add(large)
     pieces = [p for _ in range(20) for p in generator.step()]
-    assert [p.result.ids for p in pieces if p.result] == [plain(model, small), plain(model, large)]
+    assert [p.result.ids for p in pieces if p.result] == [plain(model, small)[0], plain(model, large)[0]]
 
 
 def test_leaving_a_stream_leaves_nothing_behind() -> None:
