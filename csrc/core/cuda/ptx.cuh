@@ -85,7 +85,7 @@ __device__ __forceinline__ void mma_f16(float (&c)[4], const uint32_t (&a)[4], u
 
 // ---- asynchronous copies from global to shared memory ----
 
-// Copies 16 bytes, the last 16 - `bytes` of them as 0; reads nothing if `bytes` is 0. Both addresses are multiples of 16.
+// Copies 16 bytes, the last 16 - `bytes` as 0; reads nothing if `bytes` is 0. Both addresses are multiples of 16.
 __device__ __forceinline__ void cp_async_16(Shared to, const void* from, int bytes) {
   const size_t global = __cvta_generic_to_global(from);
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes) : "memory");
