@@ -7,9 +7,10 @@ user choose, `explain` says what was picked and why. No op chooses a kernel by d
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fastgpt.core import cache, native
 from fastgpt.core.errors import UserError
@@ -137,6 +139,29 @@ def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0
     return _verdict(op, backend) if device == "cuda" and backend != "torch" else None
 
 
+@contextlib.contextmanager
+def _default_settings(device: torch.device) -> Iterator[None]:
+    """Run with PyTorch's default settings, whatever the caller's are, and restore those.
+
+    Gradients are on; inference mode, autocast and dispatch modes (fake tensors, FLOP counters) are off; the default
+    dtype is fp32 and the seed 0. The random state of the caller does not change.
+    """
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            _disable_current_modes(),
+            torch.random.fork_rng([device]),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cuda", enabled=False),
+        ):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
 def _verdict(op: str, backend: str) -> str | None:
     """Return why the self-check of a kernel failed on this device; None if it passed.
 
@@ -156,8 +181,7 @@ def _verdict(op: str, backend: str) -> str | None:
     _verdicts[name] = None  # the check itself calls the op
     device = torch.device("cuda", torch.cuda.current_device())
     try:
-        with torch.random.fork_rng([device]), torch.enable_grad(), torch.autocast("cuda", enabled=False):
-            torch.manual_seed(0)  # inside the fork: the caller's random state is not touched
+        with _default_settings(device):
             error = _self_checks[op](backend, device)
         why = None if error <= SELF_CHECK_BOUND else f"it is wrong on this device (relative error {error:.1e})"
     except Exception as e:  # whatever a broken kernel or driver raises, the op must still run elsewhere

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from contract import DEVICE, rand
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastgpt import ops, parity
 from fastgpt.core import backend, fallback
@@ -269,6 +270,31 @@ def test_self_checks_pass_and_can_fail(op: str, name: str, monkeypatch: pytest.M
     monkeypatch.setitem(getattr(module, first), name, lambda *args: None)
     with pytest.raises((TypeError, AttributeError)) if op != "adamw" else contextlib.nullcontext():
         assert backend._self_checks[op](name, torch.device(DEVICE)) > backend.SELF_CHECK_BOUND
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [torch.no_grad, torch.inference_mode, FakeTensorMode, lambda: default_dtype(torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "fake tensors", "default dtype"],
+)
+def test_self_checks_ignore_the_settings_of_the_caller(
+    settings: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first call under these must not make working kernels look wrong."""
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: real_fork([]))
+    for op, check in backend._self_checks.items():
+        for name in sorted(parity.backends_here(op))[:1]:  # cpu, the fastest, if it is built
+            with settings(), backend._default_settings(torch.device(DEVICE)):
+                error = check(name, torch.device(DEVICE))
+            assert error <= backend.SELF_CHECK_BOUND, op
 
 
 def test_autocast_casts_products_and_keeps_norms_wide() -> None:
