@@ -73,10 +73,11 @@ class Generator:
     Args:
         model: on any device, in any dtype; it is in eval mode while tokens are generated.
         tokenizer: for prompts that are texts, stop strings and the text of results; None: ids only.
-        max_batch: rows of a batch; further requests wait.
+        max_batch: rows of a batch; further requests wait. A model with dynamic rotary scaling has one row, because its
+            frequencies depend on the length of the text.
         context: tokens of a text that the model reads at most; default its block_size. More is possible unless
             positions are learned; the rotary tables are extended.
-        eos: id that ends a text; default the tokenizer's end-of-text token.
+        eos: id or ids that end a text; default the tokenizer's end-of-text token.
 
     The cache is allocated for the requests that wait when no request runs; `reserve` allocates the largest one.
 
@@ -91,15 +92,18 @@ class Generator:
         *,
         max_batch: int = 16,
         context: int | None = None,
-        eos: int | None = None,
+        eos: int | Sequence[int] | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("context", context)):
             if value is not None and value < 1:
                 raise ValueError(f"Generator: {name} is {value}, expected at least 1")
+        if (model.config.rope_scaling or {}).get("rope_type") == "dynamic":
+            max_batch = 1
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.context = model.block_size if context is None else context
         model.extend(self.context)
-        self.eos = tokenizer.eot if eos is None and tokenizer is not None else eos
+        eos = tokenizer.eot if eos is None and tokenizer is not None else eos
+        self.eos = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
         self.waiting: list[Running] = []
         self.running: list[Running] = []  # in the order of the rows
         self._rows: Rows | None = None
@@ -265,7 +269,7 @@ class Generator:
         r.ids.append(token)
         reason: FinishReason | None = None
         text = ""
-        if token == self.eos and not r.request.ignore_eos:
+        if token in self.eos and not r.request.ignore_eos:
             reason = "eos"
         elif self.tokenizer is not None:
             text = r.stream.push(self.tokenizer.decode_bytes([token]))

@@ -10,6 +10,7 @@ from small_models import byte_tokenizer, model_that_says
 
 from fastgpt.core.errors import UserError
 from fastgpt.data import Tokenizer
+from fastgpt.inference import Generator, Piece
 from fastgpt.inference.chat import Conversation, Template
 from fastgpt.inference.terminal import add_options, chat
 
@@ -87,6 +88,21 @@ def test_replies_end_before_the_next_message(
     out = capsys.readouterr()
     assert len(out.out.splitlines()) == 2 and all(line.endswith("ok") for line in out.out.splitlines())
     assert out.err == ""
+
+
+def test_a_reply_can_be_interrupted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    calls, step = [], Generator.step
+
+    def interrupted(self: Generator) -> list[Piece]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(Generator, "step", interrupted)
+    assert talk(["hello", "again"], monkeypatch, byte_tokenizer()) == 0
+    out = capsys.readouterr()
+    assert out.err == "(interrupted)\n" and len(out.out.splitlines()) == 2 and out.out.endswith("k\n")
 
 
 def test_replies_are_cut_and_that_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

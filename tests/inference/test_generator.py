@@ -137,6 +137,12 @@ def test_characters_come_whole_and_eos_ends_the_text() -> None:
     assert pieces[-1].result.finish_reason == "length"
 
 
+def test_several_ids_may_end_a_text() -> None:
+    model = model_that_says([1, 2, 3, 4, 5], 6)
+    for eos, ids in (((3, 4), [1, 2, 3]), (2, [1, 2]), ((), [1, 2, 3, 4, 5]), (None, [1, 2, 3, 4, 5])):
+        assert Generator(model, eos=eos).generate([Request([0], 5, temperature=0)])[0].ids == ids
+
+
 def test_a_stop_string_of_several_tokens() -> None:
     pieces, _ = said("ab€c, €d.", stop=["€d", "x"])
     assert [p.text for p in pieces] == ["a", "b", "", "", "", "€c", ",", " ", "", "", "", ""]
