@@ -288,9 +288,9 @@ def attention(
         doc_ids: (B, T) int; a query sees keys of its own document only.
         kv_lens: (B,) end of the valid keys of each sequence (padding on the right). It excludes keys and shifts
             nothing: causal and window still count from i + S - T. In a KV cache whose sequences have different lengths
-            L, one query each needs kv_lens alone. For several queries or a window, view the cache as one row
-            (1, B S, Hkv, D) and pass cu_seqlens, with a sequence without queries over each gap:
-            cu_seqlens_q = (0, T, T, 2 T, 2 T, ...), cu_seqlens_k = (0, L0, S, S + L1, 2 S, ...).
+            L, one query each needs kv_lens alone, with a window of W keys also kv_start = max(0, L - W) in its place.
+            For several queries, view the cache as one row (1, B S, Hkv, D) and pass cu_seqlens, with a sequence without
+            queries over each gap: cu_seqlens_q = (0, T, T, 2 T, 2 T, ...), cu_seqlens_k = (0, L0, S, S + L1, 2 S, ...).
         kv_start: (B,) start of the valid keys of each sequence (padding on the left); it shifts nothing either.
         deterministic: exclude a library whose backward is not deterministic; fastgpt's kernels always are.
         return_lse: also return log-sum-exp (B, H, T), fp32, differentiable.
