@@ -232,8 +232,8 @@ WRONG_OPTIONS: list[tuple[list[str], str]] = [
         "model.rotary_dim is 7, expected an even number from 2 to the head dimension 32",
     ),
     (
-        ["--model.rope-scaling", "{rope_type: yarn}"],
-        "model.rope_scaling.rope_type is 'yarn', expected linear or llama3",
+        ["--model.rope-scaling", "{rope_type: longrope}"],
+        "model.rope_scaling.rope_type is 'longrope', expected linear or dynamic or yarn or llama3",
     ),
     (
         ["--model.rope-scaling", "{rope_type: linear, by: 2}"],

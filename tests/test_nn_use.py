@@ -294,8 +294,8 @@ def test_rotary_tables_stay_exact_and_take_positions() -> None:
     assert all(torch.equal(a[:, 5:], b) for a, b in zip(whole, last))
     stretched = fnn.RotaryEmbedding(8, 9, theta=500.0, scaling={"rope_type": "linear", "factor": 2.0})
     torch.testing.assert_close(stretched.cos[::2], turn.cos.cpu()[:5])
-    with pytest.raises(ValueError, match="rope_type is 'yarn', expected 'linear' or 'llama3'"):
-        fnn.RotaryEmbedding(8, 9, scaling={"rope_type": "yarn"})
+    with pytest.raises(ValueError, match="rope_type is 'longrope', expected one of linear, dynamic"):
+        fnn.RotaryEmbedding(8, 9, scaling={"rope_type": "longrope"})
 
 
 WRONG: list[tuple[Callable[[], Any], str]] = [

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fastgpt.core import options
 from fastgpt.core.errors import UserError
+from fastgpt.ops._rope_scaling import ROPE_TYPES
 
 # model.activation -> ops.swiglu's activation
 GATED = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu2": "relu2"}
@@ -51,8 +52,8 @@ class ModelConfig:
         rotary_dim: leading columns of each head that rotate; null is all.
         rope_theta: base of the rotary frequencies.
         rope_interleaved: pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2).
-        rope_scaling: {rope_type: linear, factor: F} or {rope_type: llama3, factor, low_freq_factor, high_freq_factor,
-            original_max_position_embeddings}.
+        rope_scaling: {rope_type: linear, factor: F}, or the rope_type dynamic, yarn or llama3 with the keys that
+            transformers gives it (and original_max_position_embeddings).
         qk_norm: norm over each head of queries and keys.
         qkv_bias: bias of the query, key and value projection.
         proj_bias: bias of attention's output projection.
@@ -141,21 +142,21 @@ class ModelConfig:
             require(0 < r <= d and r % 2 == 0, key, r, f"an even number from 2 to the head dimension {d}")
         if self.rope_scaling is None:
             return
-        kind, need = self.rope_scaling.get("rope_type"), {"factor"}
-        require(kind in ("linear", "llama3"), "model.rope_scaling.rope_type", kind, "linear or llama3")
-        if kind == "llama3":
-            need |= {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
+        kind = self.rope_scaling.get("rope_type")
+        require(kind in ROPE_TYPES, "model.rope_scaling.rope_type", kind, " or ".join(ROPE_TYPES))
+        need, may = ROPE_TYPES[str(kind)]
         keys = set(self.rope_scaling) - {"rope_type"}
-        require(
-            keys == need,
-            "model.rope_scaling",
-            sorted(keys),
-            f"the keys {', '.join(sorted(need))} in addition to rope_type",
-        )
-        for name in sorted(need):
+        known = need <= keys <= need | may
+        optional = f" (and optionally {', '.join(sorted(may))})" if may else ""
+        expected = f"the keys {', '.join(sorted(need))}{optional} in addition to rope_type"
+        require(known, "model.rope_scaling", sorted(keys), expected)
+        for name in sorted(keys - {"truncate"}):
             value = self.rope_scaling[name]
             ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
             require(ok, f"model.rope_scaling.{name}", value, "a number more than 0")
+        truncate = self.rope_scaling.get("truncate", True)
+        require(isinstance(truncate, bool), "model.rope_scaling.truncate", truncate, "true or false")
+        require(kind != "dynamic" or r > 2, "model.rotary_dim", r, "more than 2 with dynamic scaling")
 
     def _check_window(self) -> None:
         if not isinstance(self.window, list):

@@ -256,6 +256,8 @@ class GPT(nn.Module):
         if kv_cache is not None and doc_ids is not None:
             raise ValueError("GPT: got doc_ids and kv_cache, expected one of them")
         positions = self._positions(ids, positions, kv_cache)
+        if isinstance(self.rotary, RotaryEmbedding):
+            self.rotary.adapt(ids.shape[1], positions)
         kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
         again = MadeAgain() if kept == "norms" else None
         # restore the generator's state only for dropout: it costs host time and cannot be recorded in a CUDA graph

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt.core.fallback import leave_to_torch
-from fastgpt.ops.rope import rope_frequencies
+from fastgpt.ops._rope_scaling import rope_frequencies, rope_magnitude
 
 
 class RotaryEmbedding(nn.Module):
@@ -24,7 +24,8 @@ class RotaryEmbedding(nn.Module):
         interleaved: rotate pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2) as in Llama and NeoX.
 
     Attributes:
-        cos, sin: (max_positions, rotary_dim / 2) fp32; not in the state_dict.
+        cos, sin: (max_positions, rotary_dim / 2) fp32; not in the state_dict. Tables of dynamic scaling are those of a
+            sequence of the length that `adapt` got last.
 
     Shape: q (B, T, H, D), k (B, T, Hkv, D), positions (T,) or (B, T) int64, default 0, 1, 2, ... -> q and k rotated.
     """
@@ -45,15 +46,29 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.rotary_dim, self.max_positions = rotary_dim, max_positions
         self.theta, self.scaling, self.interleaved = theta, scaling, interleaved
+        self._length = 0  # positions that dynamic scaling stretches the tables for
         self.register_buffer("cos", torch.empty(0, device=device), persistent=False)
         self.register_buffer("sin", torch.empty(0, device=device), persistent=False)
         self._fill()
 
     def _fill(self) -> None:
         rows = torch.arange(self.max_positions, dtype=torch.float64, device="cpu")
-        angle = torch.outer(rows, rope_frequencies(self.rotary_dim, self.theta, self.scaling))
-        device = self.cos.device
-        self.cos, self.sin = angle.cos().float().to(device), angle.sin().float().to(device)
+        angle = torch.outer(rows, rope_frequencies(self.rotary_dim, self.theta, self.scaling, self._length))
+        device, size = self.cos.device, rope_magnitude(self.scaling)
+        self.cos, self.sin = (size * angle.cos()).float().to(device), (size * angle.sin()).float().to(device)
+
+    def adapt(self, length: int, positions: Tensor | None = None) -> None:
+        """Set the tables for a sequence of `length` positions, or as many as `positions` reach.
+
+        Only dynamic scaling past the original context depends on it. There, a device waits for `positions`.
+        """
+        if self.scaling is None or self.scaling["rope_type"] != "dynamic":
+            return
+        length = length if positions is None else int(positions.max()) + 1
+        length = 0 if length <= self.scaling["original_max_position_embeddings"] else length
+        if length != self._length:
+            self._length = length
+            self._fill()
 
     def extend(self, max_positions: int) -> None:
         """Enlarge the tables to `max_positions` rows; the rows they have do not change."""
@@ -67,6 +82,7 @@ class RotaryEmbedding(nn.Module):
         return self
 
     def forward(self, q: Tensor, k: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self.adapt(q.shape[1], positions)
         return ops.rope(q, k, self.cos, self.sin, interleaved=self.interleaved, positions=positions)
 
     def extra_repr(self) -> str:

@@ -17,7 +17,6 @@ Limits: cos and sin are constants and get no gradient. First derivatives only.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from fastgpt.ops._common import (
     no_outputs,
     relative_error,
 )
+from fastgpt.ops._rope_scaling import rope_frequencies as rope_frequencies
 
 
 def _fwd_fake(
@@ -246,33 +246,6 @@ def _error(backend: str, device: torch.device, dtype: torch.dtype, dim: int, hal
 
 
 register("rope", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
-
-
-def rope_frequencies(rotary_dim: int, theta: float = 10000.0, scaling: dict[str, Any] | None = None) -> Tensor:
-    """Return the radians per position of each pair: theta^(-2i / rotary_dim), scaled.
-
-    Args:
-        rotary_dim: columns of a head that rotate; even.
-        theta: base of the frequencies.
-        scaling: None, {"rope_type": "linear", "factor"} (arXiv:2306.15595), or {"rope_type": "llama3", "factor",
-            "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, which divides long wavelengths
-            by factor, keeps short ones, and interpolates between.
-
-    Returns:
-        (rotary_dim / 2,) fp64, on the CPU.
-    """
-    f = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu") / rotary_dim)
-    if scaling is None:
-        return f
-    kind = scaling.get("rope_type")
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"rope: scaling's rope_type is {kind!r}, expected 'linear' or 'llama3'")
-    if kind == "linear":
-        return f / scaling["factor"]
-    turns = scaling["original_max_position_embeddings"] * f / (2 * math.pi)  # turns in the original context
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * f + (1 - keep) * f / scaling["factor"]
 
 
 def rope(

@@ -1,0 +1,32 @@
+"""Folders that appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastgpt.core.errors import UserError
+
+
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Return a folder to write into, which becomes `final` when the block ends, and is removed if it raises.
+
+    Raises:
+        UserError: `final` exists and is not an empty folder, or cannot be written.
+    """
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise UserError(f"{final} exists, expected a new or empty folder")
+    aside = final.with_name(f".{final.name}.writing")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
+        os.replace(aside, final)
+    except OSError as e:
+        raise UserError(f"{final} could not be written ({e})") from e
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

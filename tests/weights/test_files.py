@@ -1,0 +1,202 @@
+"""Files of weights: every form that is read, and one sentence for each that is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import OLD_SIZES, distance, ids, logits, make
+from safetensors.torch import load_file, save_file
+
+from fastgpt.core.errors import UserError
+from fastgpt.models.weights import load_pretrained, open_pretrained, save_pretrained
+from fastgpt.models.weights.files import FILE, INDEX, OLD_FILE
+
+transformers = pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a GPT-2 of transformers."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    make("gpt2").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(gpt2: Path, tmp_path: Path) -> Path:
+    """A copy of that folder, to change."""
+    return Path(shutil.copytree(gpt2, tmp_path / "copy"))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE)
+
+
+def without_prefix(tensors: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+    tensors["h.0.attn.bias"] = torch.ones(1, 1, 32, 32)
+    tensors["h.1.attn.masked_bias"] = torch.tensor(-1e4)
+
+
+def test_old_names_and_mask_buffers_are_read(copy: Path, gpt2: Path) -> None:
+    rewrite(copy, without_prefix)
+    assert torch.equal(logits(load_pretrained(copy), ids()), logits(load_pretrained(gpt2), ids()))
+
+
+def test_a_tied_head_may_be_in_the_file_if_it_is_the_embedding(copy: Path) -> None:
+    rewrite(copy, lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
+    load_pretrained(copy)
+    rewrite(copy, lambda t: t["lm_head.weight"].add_(1))
+    with pytest.raises(UserError, match="has a lm_head.weight other than transformer.wte.weight"):
+        load_pretrained(copy)
+
+
+def test_the_memory_name_of_neox_head_is_read(tmp_path: Path) -> None:
+    model = make("gpt_neox")
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t.pop("embed_out.weight")}))
+    assert distance(logits(load_pretrained(tmp_path), ids()), logits(model, ids())) < 1e-5
+
+
+def test_a_pickle_is_read_as_weights_only(copy: Path, gpt2: Path) -> None:
+    torch.save(load_file(copy / FILE), copy / OLD_FILE)
+    (copy / FILE).unlink()
+    assert torch.equal(logits(load_pretrained(copy), ids()), logits(load_pretrained(gpt2), ids()))
+    torch.save({"transformer.wte.weight": Path("x")}, copy / OLD_FILE)
+    with pytest.raises(UserError, match="holds more than weights"):
+        load_pretrained(copy)
+
+
+def test_shards_are_read_and_written(gpt2: Path, tmp_path: Path) -> None:
+    ours = load_pretrained(gpt2)
+    save_pretrained(ours, tmp_path / "out", shard_bytes=20_000)
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    shards = sorted(p.name for p in (tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) > 3 and set(index["weight_map"].values()) == set(shards)
+    count = sum(p.numel() for p in make("gpt2").parameters())
+    assert index["metadata"] == {"total_parameters": count, "total_size": 4 * count}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert distance(logits(theirs, ids()), logits(ours, ids())) < 1e-5
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert torch.equal(logits(load_pretrained(tmp_path / "theirs"), ids()), logits(ours, ids()))
+
+
+def test_mixed_dtypes_come_in_as_the_wider_one(copy: Path) -> None:
+    rewrite(copy, lambda t: t.update({"transformer.wpe.weight": t["transformer.wpe.weight"].bfloat16()}))
+    assert load_pretrained(copy).wpe.weight.dtype == torch.float32
+
+
+def edit(folder: Path, **settings: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | settings))
+
+
+def cut(folder: Path) -> None:
+    content = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(content[:-100])
+
+
+def shard(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+    """Make two shards with an index that `change` spoils."""
+    tensors = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[:9], "b.safetensors": names[8:]}  # the ninth is in both
+    for file, some in halves.items():
+        save_file({name: tensors[name] for name in some}, folder / file)
+    places = {name: file for file, some in halves.items() for name in some}
+    change(places)
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+
+
+def three_faults(tensors: dict[str, Any]) -> None:
+    tensors["transformer.more.weight"] = tensors.pop("transformer.ln_f.bias")
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"][:5].clone()
+    tensors["transformer.ln_f.weight"] = torch.ones(32, dtype=torch.int32)
+
+
+BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "tensors": (
+        lambda f: rewrite(f, three_faults),
+        r"misses transformer.ln_f.bias; has beyond the model's transformer.more.weight; has in another shape "
+        r"transformer.wpe.weight \[5, 32\] for \[32, 32\]; has in another type than .* transformer.ln_f.weight \(I32\)",
+    ),
+    "truncated": (cut, r"model.safetensors is truncated: it has \d+ bytes, its header describes \d+"),
+    "header": (lambda f: (f / FILE).write_bytes(b"\x05\0\0\0\0\0\0\0hello"), "header is not that of a tensor file"),
+    "empty": (lambda f: (f / FILE).write_bytes(b""), "truncated or no tensor file"),
+    "none": (lambda f: (f / FILE).unlink(), "has no weights, expected model.safetensors"),
+    "absent shard": (lambda f: shard(f, lambda p: p.update(x="c.safetensors")), "c.safetensors, which is not there"),
+    "two shards": (lambda f: shard(f, len), r"in two shards, a.safetensors and b.safetensors"),
+    "outside": (lambda f: shard(f, lambda p: p.update(x="../a.safetensors")), "no weight_map of tensors to files"),
+    "nan": (lambda f: rewrite(f, lambda t: t["transformer.ln_f.bias"].fill_(float("nan"))), "has NaN or infinite values in transformer.ln_f.bias"),
+    "model_type": (lambda f: edit(f, model_type="gemma"), "has model_type 'gemma', expected one of gpt2, gpt_neo"),
+    "activation": (lambda f: edit(f, activation_function="mish"), "has activation_function 'mish'"),
+    "quantized": (lambda f: edit(f, quantization_config={"bits": 4}), "has quantization_config"),
+    "values": (lambda f: edit(f, n_head="many"), "config.json is damaged"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "broken config": (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_file_is_one_sentence(fault: str, copy: Path) -> None:
+    spoil, message = BAD[fault]
+    spoil(copy)
+    with pytest.raises(UserError, match=message) as error:
+        load_pretrained(copy)
+    assert "\n" not in str(error.value)
+
+
+def test_rope_types_that_the_model_lacks_are_refused_by_name(tmp_path: Path) -> None:
+    make("llama").save_pretrained(tmp_path)
+    for parameters, message in [
+        ({"rope_type": "longrope", "factor": 2.0}, "rope_type 'longrope', expected default, linear, dynamic"),
+        ({"rope_type": "linear"}, "rope_type 'linear' without factor"),
+        ({"full_attention": {"rope_type": "default"}}, "rope_parameters by kind of layer"),
+    ]:
+        edit(tmp_path, rope_parameters=parameters)
+        with pytest.raises(UserError, match=message):
+            open_pretrained(tmp_path)
+
+
+def test_weights_that_a_dtype_cannot_hold_are_not_written(gpt2: Path, tmp_path: Path) -> None:
+    model = load_pretrained(gpt2)
+    with torch.no_grad():
+        model.wte.weight[3, 3] = 1e30
+    with pytest.raises(UserError, match="wte.weight has values that float16 cannot hold"):
+        save_pretrained(model, tmp_path / "out", dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+MEASURE = """
+import resource, sys, torch
+from pathlib import Path
+from fastgpt.models.weights import open_pretrained, write_pretrained
+weights = open_pretrained(sys.argv[1])
+out = Path(sys.argv[2]); out.mkdir()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+write_pretrained(out, weights.config, weights.read, dtype=torch.float32, shard_bytes=8_000_000)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+def test_a_conversion_holds_a_shard_and_a_tensor_at_most(tmp_path: Path) -> None:
+    """24 MB of weights in shards of 8 MB: memory grows by less than 1.2 times a shard and the largest tensor."""
+    config = transformers.GPT2Config(**OLD_SIZES | dict(n_embd=256, n_layer=7, vocab_size=1000))
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "in", max_shard_size="8MB")
+    largest, shard_bytes = 4 * 256 * 1024, 8_000_000
+    assert sum(p.stat().st_size for p in (tmp_path / "in").glob("*.safetensors")) > 23_000_000
+    command = [sys.executable, "-c", MEASURE, str(tmp_path / "in"), str(tmp_path / "out")]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown < 1.2 * (shard_bytes + largest), f"{grown / 1e6:.1f} MB"
