@@ -139,7 +139,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "absent shard": (lambda f: shard(f, lambda p: p.update(x="c.safetensors")), "c.safetensors, which is not there"),
     "two shards": (lambda f: shard(f, len), r"in two shards, a.safetensors and b.safetensors"),
     "outside": (lambda f: shard(f, lambda p: p.update(x="../a.safetensors")), "no weight_map of tensors to files"),
-    "nan": (lambda f: rewrite(f, lambda t: t["transformer.ln_f.bias"].fill_(float("nan"))), "has NaN or infinite values in transformer.ln_f.bias"),
+    "nan": (
+        lambda f: rewrite(f, lambda t: t["transformer.ln_f.bias"].fill_(float("nan"))),
+        "has NaN or infinite values in transformer.ln_f.bias",
+    ),
     "model_type": (lambda f: edit(f, model_type="gemma"), "has model_type 'gemma', expected one of gpt2, gpt_neo"),
     "activation": (lambda f: edit(f, activation_function="mish"), "has activation_function 'mish'"),
     "quantized": (lambda f: edit(f, quantization_config={"bits": 4}), "has quantization_config"),
