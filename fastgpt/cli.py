@@ -107,6 +107,20 @@ def train(argv: list[str]) -> int:
     return train_main(argv)
 
 
+def import_(argv: list[str]) -> int:
+    """Run `fastgpt import`; see fastgpt/convert/importing.py."""
+    from fastgpt.convert.importing import main as import_main
+
+    return import_main(argv)
+
+
+def export(argv: list[str]) -> int:
+    """Run `fastgpt export`; see fastgpt/convert/exporting.py."""
+    from fastgpt.convert.exporting import main as export_main
+
+    return export_main(argv)
+
+
 def parity(argv: list[str]) -> int:
     """Run `fastgpt parity`; see fastgpt/parity."""
     from fastgpt.parity import main as parity_main
@@ -125,6 +139,8 @@ COMMANDS = {
     "train": train,
     "sample": sample,
     "chat": chat,
+    "import": import_,
+    "export": export,
     "doctor": doctor,
     "tune": tune,
     "parity": parity,

@@ -19,7 +19,7 @@ LAYERS = (
     {"data", "inference", "checks"},
     {"training"},
     {"config", "errors"},
-    {"train"},
+    {"train", "convert"},
     {"bench"},
     {"cli"},
 )

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.core.errors import UserError
-from fastgpt.core.tensorfile import load_file, save_file
+from fastgpt.core.tensorfile import Deferred, load_file, save_file
 
 FORMAT = 2  # format 1 names the optimizer's state by the numbers of the parameters, not by their names
 READS = (1, FORMAT)
@@ -157,8 +157,8 @@ class Writer:
 def save(
     run: Path,
     step: int,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
+    weights: Mapping[str, Tensor | Deferred],
+    optimizer: Mapping[str, Tensor],
     state: dict[str, Any],
     keep: int,
     stays: Container[int] = (),
@@ -175,7 +175,7 @@ def save(
         aside.mkdir(parents=True)
         files = {}
         for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
-            save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, aside / name)
+            save_file(tensors, aside / name)
             files[name] = {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)}
         text = json.dumps({"format": FORMAT, "step": step, "files": files, **state}, indent=1)
         (aside / STATE).write_text(text, encoding="utf-8")
@@ -233,8 +233,8 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def read_tensors(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Read one of a checkpoint's tensor files and verify it against state.json.
+def verified(path: Path, name: str, state: dict[str, Any]) -> Path:
+    """Return one of a checkpoint's tensor files, after comparing it with state.json.
 
     Raises:
         UserError: the file is missing, truncated or altered.
@@ -249,7 +249,16 @@ def read_tensors(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tens
         )
     if _sha256(file) != expected["sha256"]:
         raise UserError(f"checkpoint {path} is damaged: the content of {name} has changed{_before(path)}")
-    return load_file(file)
+    return file
+
+
+def read_tensors(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+    """Read one of a checkpoint's tensor files, as `verified` finds it.
+
+    Raises:
+        UserError: the file is missing, truncated or altered.
+    """
+    return load_file(verified(path, name, state))
 
 
 def _before(path: Path) -> str:

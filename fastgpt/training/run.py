@@ -111,6 +111,8 @@ class Run:
         cfg, state = self.cfg, checkpoint.read_state(path)
         self._check(path, state)
         self.model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
+        if "source" in state:  # imported weights, with which a new run starts
+            return []
         extra = checkpoint.read_tensors(path, checkpoint.OPTIMIZER, state)
         rng = {name: extra.pop(name) for name in list(extra) if name.startswith("rng.")}
         seen: dict[str, Tensor] = {name: extra.pop(name) for name in ("guard", "scaling") if name in extra}
@@ -145,6 +147,8 @@ class Run:
         for name, value in dataclasses.asdict(self.model.config).items():
             if state["model"].get(name) != value:
                 raise UserError(f"checkpoint {path} has model.{name} {state['model'].get(name)!r}, expected {value!r}")
+        if "source" in state:
+            return
         fixed = ("optimizer", "lr_ratios") if state["format"] == 1 else ("optimizer",)  # format 1: groups set the order
         for name in fixed:
             if state["config"].get(name) != (value := to_dict(self.cfg)[name]):

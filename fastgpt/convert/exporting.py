@@ -1,0 +1,160 @@
+"""`fastgpt export`: the weights of a run in the form of another project, with tokenizer and model card."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.convert.card import model_card
+from fastgpt.convert.importing import DTYPES
+from fastgpt.core import tensorfile
+from fastgpt.core.command import Parser
+from fastgpt.core.errors import UserError
+from fastgpt.core.folders import new_folder
+from fastgpt.data import Tokenizer
+from fastgpt.models.config import ModelConfig, model_from_dict
+from fastgpt.models.weights import llmc, nanogpt, write_pretrained
+from fastgpt.models.weights.huggingface import read_json
+from fastgpt.models.weights.tokenizer import tokenizer_files
+from fastgpt.training import checkpoint
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint whose weights are read one at a time.
+
+    Attributes:
+        state: its state.json. dtype: of its weights.
+        tokenizer: None where the run has none that fastgpt reads.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    config: ModelConfig
+    dtype: torch.dtype
+    read: Callable[[str], Tensor]
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def open(cls, run: str | Path) -> Exported:
+        """Open the newest checkpoint of a run, or a checkpoint.
+
+        Raises:
+            UserError: there is none, it is damaged, or its tokenizer is another one.
+        """
+        path = checkpoint.find(run)
+        state = checkpoint.read_state(path)
+        entries = tensorfile.read_header(checkpoint.verified(path, checkpoint.MODEL, state))
+        dtypes = {tensorfile.DTYPES[entry.dtype] for entry in entries.values()}
+        tokenizer = None
+        if state["tokenizer"] is not None:
+            tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
+            if tokenizer.fingerprint != state["tokenizer"]:
+                raise UserError(f"{path.parent / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
+        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+        return cls(path, state, model_from_dict(state["model"]), dtype, lambda name: entries[name].read(), tokenizer)
+
+    @property
+    def token_ids(self) -> dict[str, Any]:
+        """Ids that begin and end a text, as config.json names them."""
+        if "source" in self.state:
+            given = self.state["source"]["config"]
+            return {k: given[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in given}
+        eot = None if self.tokenizer is None else self.tokenizer.eot
+        return {"bos_token_id": eot, "eos_token_id": eot}
+
+
+def main(argv: list[str]) -> int:
+    """Run `fastgpt export`."""
+    parser = Parser(prog="fastgpt export", description="Write the weights of a run in the form of another project.")
+    parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
+    parser.add_argument("--format", choices=FORMATS, default="hf", help="hf: what transformers loads (default)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of the run)")
+    parser.add_argument("--max-shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="as in 5GB (default)")
+    parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub (private)")
+    args = parser.parse_args(argv)
+    source = Exported.open(args.run)
+    dtype = DTYPES.get(args.dtype, source.dtype)
+    with new_folder(args.out) as aside:
+        FORMATS[args.format](source, aside, dtype, args.max_shard_size)
+        (aside / "README.md").write_text(model_card(source.path, source.state, args.format, dtype), encoding="utf-8")
+    print(f"{args.out}: {source.path} as {args.format} in {str(dtype).removeprefix('torch.')}")
+    if args.push:
+        print(push(args.out, args.push))
+    return 0
+
+
+def _bytes(text: str) -> int:
+    """Read a size like 5GB, 200MB or 1000 (bytes), in decimal units."""
+    import argparse
+
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    digits, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
+    if not digits.isdecimal() or int(digits) < 1:
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected a size like 5GB or 200MB")
+    return int(digits) * unit
+
+
+def _hf(source: Exported, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    given = source.state.get("source", {}).get("config", {})
+    model_type, extra = given.get("model_type"), source.token_ids
+    write_pretrained(
+        folder, source.config, source.read, dtype=dtype, model_type=model_type, extra=extra, shard_bytes=shard_bytes
+    )
+    run, text = source.path.parent, None
+    if (run / "tokenizer.json").is_file():
+        text = (run / "tokenizer.json").read_text(encoding="utf-8")
+    if text is None:
+        return
+    eos = None if source.tokenizer is None else source.tokenizer.decode([source.tokenizer.eot])
+    settings = read_json(run / "tokenizer_config.json") if (run / "tokenizer_config.json").is_file() else None
+    template = run / "chat_template.jinja"
+    files = tokenizer_files(
+        text,
+        eos=eos,
+        bos=eos,
+        max_length=source.config.block_size,
+        chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
+        settings=settings,
+    )
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
+def _nanogpt(source: Exported, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    nanogpt.write(folder, source.config, source.read, dtype, step=int(source.state["step"]))
+
+
+def _llmc(source: Exported, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    llmc.write(folder, source.config, source.read, dtype)
+
+
+FORMATS: dict[str, Callable[[Exported, Path, torch.dtype, int], None]] = {
+    "hf": _hf,
+    "nanogpt": _nanogpt,
+    "llmc": _llmc,
+}
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload a folder to the hub as a private model; return its address.
+
+    Raises:
+        UserError: huggingface_hub is not installed, or the upload fails.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError:
+        raise UserError("--push needs huggingface_hub, expected `pip install fastgpt[hf]`") from None
+    try:
+        api = HfApi()
+        api.create_repo(name, private=True, exist_ok=True)
+        return str(api.upload_folder(folder_path=str(folder), repo_id=name))
+    except Exception as e:  # the hub's errors have no common class
+        raise UserError(f"export: {name} was not uploaded ({str(e).splitlines()[0]}); {folder} is complete") from e

@@ -1,0 +1,45 @@
+"""The tokenizer's files as transformers and its older readers load them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def tokenizer_files(
+    text: str,
+    *,
+    eos: str | None,
+    bos: str | None = None,
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    settings: dict[str, Any] | None = None,
+) -> dict[str, str]:
+    """Return name -> content of the files of a tokenizer.
+
+    Args:
+        text: content of its tokenizer.json.
+        eos, bos: special tokens that end and begin a text.
+        max_length: positions of the model.
+        settings: a tokenizer_config.json to keep, whose own values count before the arguments.
+
+    A byte-level BPE like GPT-2's is a GPT2Tokenizer with its vocab.json and merges.txt, any other one a
+    PreTrainedTokenizerFast: both are known to every version of transformers that reads tokenizer.json.
+    """
+    spec = json.loads(text)
+    like_gpt2 = spec["model"]["type"] == "BPE" and (spec.get("pre_tokenizer") or {}).get("type") == "ByteLevel"
+    kept = {k: v for k, v in (settings or {}).items() if k not in ("tokenizer_class", "chat_template", "backend")}
+    kind = "GPT2Tokenizer" if like_gpt2 else "PreTrainedTokenizerFast"
+    known = {"eos_token": eos, "bos_token": bos, "unk_token": eos if like_gpt2 else None}
+    config: dict[str, Any] = {"tokenizer_class": kind, "model_max_length": max_length, "add_prefix_space": False}
+    config = {k: v for k, v in (config | known).items() if v is not None} | kept
+    files = {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
+    if like_gpt2:
+        merges = [" ".join(m) if isinstance(m, list) else m for m in spec["model"]["merges"]]
+        vocabulary = spec["model"]["vocab"] | {t["content"]: t["id"] for t in spec["added_tokens"]}
+        files["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
+        files["merges.txt"] = "\n".join(["#version: 0.2", *merges]) + "\n"
+    template = chat_template or (settings or {}).get("chat_template")
+    if isinstance(template, str):
+        files["chat_template.jinja"] = template
+    return files

@@ -1,0 +1,171 @@
+"""fastgpt import and fastgpt export: runs, tokenizers, cards, other formats, and errors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hf_models import OLD_SIZES, distance, ids, logits
+
+from fastgpt.convert import exporting, importing
+from fastgpt.core.command import run_command
+from fastgpt.core.errors import UserError
+from fastgpt.data import Tokenizer, train_tokenizer
+from fastgpt.models.config import ModelConfig
+from fastgpt.models.gpt import GPT
+from fastgpt.train import train
+from fastgpt.training import checkpoint
+from fastgpt.training.config import load_config
+from fastgpt.training.load import load_run
+
+transformers = pytest.importorskip("transformers")
+TEXT = "the cat sat on the mat; the dog's 12 cats ran  to it\nand on. "
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer([TEXT * 20], 280)
+
+
+@pytest.fixture
+def run(tokenizer: Tokenizer, tmp_path: Path) -> Path:
+    """A run folder with an untrained GPT-2 of fastgpt, as train writes it."""
+    c = ModelConfig(n_layers=2, n_heads=4, width=32, vocab_size=tokenizer.n_vocab, block_size=32)
+    model = GPT(c, generator=torch.Generator().manual_seed(2))
+    state = {"progress": {"tokens": 640}, "model": dataclasses.asdict(c), "tokenizer": tokenizer.fingerprint}
+    checkpoint.save(tmp_path / "run", 5, model.state_dict(), {}, {**state, "config": {}, "loader": {}}, keep=0)
+    tokenizer.save(tmp_path / "run" / "tokenizer.json")
+    (tmp_path / "run" / "chat_template.jinja").write_text("{{ messages }}")
+    return tmp_path / "run"
+
+
+def test_a_run_goes_out_with_its_tokenizer_and_comes_back(run: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert exporting.main([str(run), "--out", str(tmp_path / "hf")]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ours = load_run(run, CPU)[0]
+    assert distance(logits(theirs, ids()), logits(ours, ids())) < 1e-5
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    for text in (TEXT, "  two  spaces ", "ünïcödé 漢字 \U0001f600", ""):
+        assert read(text)["input_ids"] == tokenizer.encode(text).tolist()
+    assert (read.eos_token_id, read.bos_token_id, read.model_max_length) == (tokenizer.eot, tokenizer.eot, 32)
+    assert read.chat_template == "{{ messages }}"
+    settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "GPT2Tokenizer"
+    assert theirs.config.eos_token_id == tokenizer.eot and theirs.config.n_ctx == 32
+
+    assert importing.main([str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
+    back, kept, path = load_run(tmp_path / "back", CPU)
+    assert torch.equal(logits(back, ids()), logits(ours, ids()))
+    assert kept.fingerprint == tokenizer.fingerprint
+    assert checkpoint.read_state(path)["source"]["revision"] is None
+    assert exporting.main([str(tmp_path / "back"), "--out", str(tmp_path / "again"), "--dtype", "bf16"]) == 0
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == "bfloat16" and config["eos_token_id"] == tokenizer.eot
+
+
+def test_training_starts_from_imported_weights(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exporting.main([str(run), "--out", "hf"])
+    importing.main(["hf", "start"])
+    np.arange(600, dtype=np.uint16).__mod__(97).tofile("data.bin")
+    options = "--data data.bin --block-size 16 --batch-tokens 16 --max-steps 1 --lr 1e-30 --out trained"
+    options += " --device cpu --dtype fp32 --warmup-steps 0"
+    cfg = load_config(["--config", "start/config.yaml", *options.split()])
+    assert train(cfg) == 0
+    trained = load_run("trained", CPU)[0]
+    assert distance(logits(trained, ids()), logits(load_run("start", CPU)[0], ids())) < 1e-6
+
+
+def test_the_card_says_what_is_not_known(run: Path, tmp_path: Path) -> None:
+    rows = [{"step": 4, "loss": 5.25}, {"step": 5, "val_loss": 5.5}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 6, "lo')
+    exporting.main([str(run), "--out", str(tmp_path / "hf")])
+    card = (tmp_path / "hf" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["library_name"] == "transformers"
+    assert "| trained on | 640 tokens in 5 steps |" in card and "| last validation loss | 5.5000 |" in card
+    assert "| licences of the data | not known |" in card and "| training data | not known |" in card
+    assert all(f"## {part}" in card for part in ("Intended use", "Out-of-scope use", "Limits"))
+
+
+def test_nanogpt_gets_linear_weights(run: Path, tmp_path: Path) -> None:
+    exporting.main([str(run), "--format", "nanogpt", "--out", str(tmp_path / "out")])
+    content = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)
+    ours = load_run(run, CPU)[0].state_dict()
+    tensors = content["model"]
+    assert torch.equal(tensors["transformer.h.1.attn.c_attn.weight"], ours["blocks.1.attn.qkv.weight"])
+    assert torch.equal(tensors["lm_head.weight"], tensors["transformer.wte.weight"])
+    assert content["model_args"] | {"bias": 1} == dict(
+        n_layer=2,
+        n_head=4,
+        n_embd=32,
+        block_size=32,
+        vocab_size=tensors["lm_head.weight"].shape[0],
+        bias=1,
+        dropout=0.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_llmc_gets_a_header_and_all_layers_of_each_kind(dtype: str, run: Path, tmp_path: Path) -> None:
+    exporting.main([str(run), "--format", "llmc", "--dtype", dtype, "--out", str(tmp_path / "out")])
+    content = (tmp_path / "out" / "gpt2.bin").read_bytes()
+    model = load_run(run, CPU)[0]
+    version, rows = {"fp32": 3, "bf16": 5}[dtype], 384
+    header = np.frombuffer(content[:1024], "<i4")
+    assert header[:8].tolist() == [20240326, version, 32, model.vocab_size, 2, 4, 32, rows]
+    kind = torch.float32 if dtype == "fp32" else torch.bfloat16
+    values = torch.frombuffer(bytearray(content[1024:]), dtype=kind)
+    ours = model.state_dict()
+    first = rows * 32 + 32 * 32 + 2 * 32 + 2 * 32  # wte, wpe, norm1
+    qkv = torch.stack([ours[f"blocks.{i}.attn.qkv.weight"] for i in range(2)]).to(kind)
+    assert torch.equal(values[first : first + qkv.numel()], qkv.view(-1))
+    count = sum(p.numel() for p in model.parameters()) + (rows - ours["wte.weight"].shape[0]) * 32
+    assert len(values) == count
+    assert torch.equal(values[-32:], ours["norm_f.bias"].to(kind))
+
+
+def test_bad_calls_are_one_sentence_with_exit_code_2(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    used = tmp_path / "used"
+    used.mkdir()
+    (used / "file").touch()
+    for main, argv, message in [
+        (importing.main, ["./nowhere", str(tmp_path / "x")], "./nowhere is no folder"),
+        (importing.main, [str(used), str(tmp_path / "x")], "config.json does not exist"),
+        (exporting.main, [str(tmp_path), "--out", "x"], "neither a checkpoint nor a run folder"),
+        (exporting.main, [str(run), "--out", str(used)], "exists, expected a new or empty folder"),
+        (exporting.main, [str(run), "--out", "x", "--max-shard-size", "5 apples"], "expected a size like 5GB"),
+        (exporting.main, [str(run), "--out", "x", "--format", "onnx"], "invalid choice: 'onnx'"),
+    ]:
+        assert run_command(lambda main=main, argv=argv: main(argv)) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**OLD_SIZES))
+    model.save_pretrained(tmp_path / "hf")
+    tokenizer.save(tmp_path / "hf" / "tokenizer.json")
+    with pytest.raises(UserError, match=r"tokenizer.json has \d+ tokens, but the model's vocab_size is 97"):
+        importing.import_model(tmp_path / "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_kind_is_kept_and_said(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as Plain
+    from tokenizers import models
+
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**OLD_SIZES)).save_pretrained(tmp_path / "hf")
+    Plain(models.WordLevel({"a": 0, "b": 1}, unk_token="a")).save(str(tmp_path / "hf" / "tokenizer.json"))
+    assert "sample and chat cannot read text, because" in importing.import_model(tmp_path / "hf", tmp_path / "run")
+    exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")])
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode("b") == [1]
