@@ -6,12 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 UNKNOWN = "not known"
 
 
-def model_card(path: Path, state: dict[str, Any], form: str, dtype: torch.dtype) -> str:
+def model_card(path: Path, state: dict[str, Any], form: str, dtype: str) -> str:
     """Return README.md for the export of checkpoint `path`, whose state.json is `state`."""
     source, run = state.get("source"), _json(path.parent / "run.json")
     c, losses = state["model"], _losses(path.parent / "metrics.jsonl")
@@ -22,7 +20,7 @@ def model_card(path: Path, state: dict[str, Any], form: str, dtype: torch.dtype)
         "layers, heads, width": f"{c['n_layers']}, {c['n_heads']}, {c['width']}",
         "context": f"{c['block_size']} tokens",
         "vocabulary": f"{c['vocab_size']} tokens",
-        "weights": f"{str(dtype).removeprefix('torch.')}, format {form}",
+        "weights": f"{dtype}, format {form}",
         "training data": run.get("data") or UNKNOWN,
         "licences of the data": UNKNOWN,
         "trained on": trained,

@@ -18,7 +18,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
 from fastgpt.data import Tokenizer
 from fastgpt.models.config import ModelConfig, model_from_dict
-from fastgpt.models.weights import llmc, nanogpt, write_pretrained
+from fastgpt.models.weights import gguf, llmc, nanogpt, write_pretrained
 from fastgpt.models.weights.huggingface import read_json
 from fastgpt.models.weights.tokenizer import tokenizer_files
 from fastgpt.training import checkpoint
@@ -75,16 +75,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("--format", choices=FORMATS, default="hf", help="hf: what transformers loads (default)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of the run)")
+    parser.add_argument(
+        "--dtype", choices=gguf.TYPES, help="type of the weights (default: that of the run); q8_0: gguf only"
+    )
     parser.add_argument("--max-shard-size", type=_bytes, default=5 * 10**9, metavar="SIZE", help="as in 5GB (default)")
     parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to the Hugging Face Hub (private)")
     args = parser.parse_args(argv)
+    if args.dtype == "q8_0" and args.format != "gguf":
+        raise UserError("export: --dtype q8_0 needs --format gguf")
     source = Exported.open(args.run)
-    dtype = DTYPES.get(args.dtype, source.dtype)
+    dtype = args.dtype or next((name for name, dtype in DTYPES.items() if dtype == source.dtype), "fp32")
     with new_folder(args.out) as aside:
         FORMATS[args.format](source, aside, dtype, args.max_shard_size)
         (aside / "README.md").write_text(model_card(source.path, source.state, args.format, dtype), encoding="utf-8")
-    print(f"{args.out}: {source.path} as {args.format} in {str(dtype).removeprefix('torch.')}")
+    print(f"{args.out}: {source.path} as {args.format} in {dtype}")
     if args.push:
         print(push(args.out, args.push))
     return 0
@@ -101,12 +105,11 @@ def _bytes(text: str) -> int:
     return int(digits) * unit
 
 
-def _hf(source: Exported, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def _hf(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
     given = source.state.get("source", {}).get("config", {})
     model_type, extra = given.get("model_type"), source.token_ids
-    write_pretrained(
-        folder, source.config, source.read, dtype=dtype, model_type=model_type, extra=extra, shard_bytes=shard_bytes
-    )
+    options: dict[str, Any] = dict(model_type=model_type, extra=extra, shard_bytes=shard_bytes)
+    write_pretrained(folder, source.config, source.read, dtype=DTYPES[dtype], **options)
     run, text = source.path.parent, None
     if (run / "tokenizer.json").is_file():
         text = (run / "tokenizer.json").read_text(encoding="utf-8")
@@ -127,16 +130,23 @@ def _hf(source: Exported, folder: Path, dtype: torch.dtype, shard_bytes: int) ->
         (folder / name).write_text(content, encoding="utf-8")
 
 
-def _nanogpt(source: Exported, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    nanogpt.write(folder, source.config, source.read, dtype, step=int(source.state["step"]))
+def _nanogpt(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
+    nanogpt.write(folder, source.config, source.read, DTYPES[dtype], step=int(source.state["step"]))
 
 
-def _llmc(source: Exported, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
-    llmc.write(folder, source.config, source.read, dtype)
+def _llmc(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
+    llmc.write(folder, source.config, source.read, DTYPES[dtype])
 
 
-FORMATS: dict[str, Callable[[Exported, Path, torch.dtype, int], None]] = {
+def _gguf(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
+    if source.tokenizer is None:
+        raise UserError(f"export: {source.path.parent} has no tokenizer that fastgpt reads, which gguf needs")
+    gguf.write(folder, source.config, source.read, dtype, source.tokenizer.text, source.tokenizer.eot)
+
+
+FORMATS: dict[str, Callable[[Exported, Path, str, int], None]] = {
     "hf": _hf,
+    "gguf": _gguf,
     "nanogpt": _nanogpt,
     "llmc": _llmc,
 }
