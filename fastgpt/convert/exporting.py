@@ -17,6 +17,7 @@ from fastgpt.core.command import Parser
 from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
 from fastgpt.data import Tokenizer
+from fastgpt.data.byte_level import ByteLevelTokenizer, load_tokenizer
 from fastgpt.models.config import ModelConfig, model_from_dict
 from fastgpt.models.weights import gguf, llmc, nanogpt, write_pretrained
 from fastgpt.models.weights.huggingface import read_json
@@ -53,7 +54,7 @@ class Exported:
         dtypes = {tensorfile.DTYPES[entry.dtype] for entry in entries.values()}
         tokenizer = None
         if state["tokenizer"] is not None:
-            tokenizer = Tokenizer.load(path.parent / "tokenizer.json")
+            tokenizer = load_tokenizer(path.parent)
             if tokenizer.fingerprint != state["tokenizer"]:
                 raise UserError(f"{path.parent / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -139,8 +140,8 @@ def _llmc(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
 
 
 def _gguf(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
-    if source.tokenizer is None:
-        raise UserError(f"export: {source.path.parent} has no tokenizer that fastgpt reads, which gguf needs")
+    if source.tokenizer is None or isinstance(source.tokenizer, ByteLevelTokenizer):
+        raise UserError(f"export: {source.path.parent} has no tokenizer like GPT-2's, which --format gguf needs")
     gguf.write(folder, source.config, source.read, dtype, source.tokenizer.text, source.tokenizer.eot)
 
 

@@ -14,6 +14,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
 from fastgpt.core.tensorfile import Deferred
 from fastgpt.data import Tokenizer
+from fastgpt.data.byte_level import load_tokenizer
 from fastgpt.models.weights import Weights, open_pretrained
 from fastgpt.models.weights.huggingface import read_json
 from fastgpt.training import checkpoint
@@ -97,7 +98,7 @@ def _tokenizer(folder: Path, weights: Weights) -> tuple[Tokenizer | None, str]:
     if not path.is_file():
         return None, "; it has no tokenizer.json, so sample and chat cannot read text"
     try:
-        tokenizer = Tokenizer.load(path)
+        tokenizer = load_tokenizer(folder)
     except UserError as e:
         return None, f"; sample and chat cannot read text, because {e}"
     if tokenizer.n_vocab > (weights.config.vocab_size or 0):

@@ -12,6 +12,7 @@ import numpy as np
 
 from fastgpt.core import progress
 from fastgpt.core.errors import UserError
+from fastgpt.data.byte_level import load_tokenizer
 from fastgpt.data.prepare import Dataset, prepare
 from fastgpt.data.shards import Tokens, open_split, open_tokens
 from fastgpt.data.tokenizer import Tokenizer
@@ -75,7 +76,7 @@ def open_source(
             n_ids = 1 + max(int(ids.max()) for tokens in (train, val) for _, _, ids in tokens.chunks() if len(ids))
             n_vocab, said = _vocabulary(train, n_ids)
             return Source(data, train, val, n_vocab, None, n_ids, said)
-        loaded = Tokenizer.load(tokenizer)
+        loaded = load_tokenizer(tokenizer)
         for tokens in (train, val):
             tokens.check_ids(loaded.n_vocab, limit=1 << 24)
         return Source(data, train, val, loaded.n_vocab, loaded, loaded.n_vocab)

@@ -178,7 +178,7 @@ def _parse(text: str, where: str) -> tuple[dict[bytes, int], dict[str, int]]:
         spec = json.loads(text)
         specials = {t["content"]: int(t["id"]) for t in spec["added_tokens"]}
         _check_kind(spec, where)
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         ranks = {
             bytes(alphabet[c] for c in token): int(i)
             for token, i in spec["model"]["vocab"].items()
@@ -208,7 +208,7 @@ def _check_kind(spec: dict[str, Any], where: str) -> None:
             raise UserError(f"{where} has another {what} than a GPT-2 style byte-level BPE")
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Return GPT-2's stand-in for each byte -> the byte: printable Latin-1 is itself, the rest starts at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]

@@ -8,6 +8,7 @@ import torch
 
 from fastgpt.core.errors import UserError
 from fastgpt.data import Tokenizer
+from fastgpt.data.byte_level import load_tokenizer
 from fastgpt.models.config import model_from_dict
 from fastgpt.models.gpt import GPT
 from fastgpt.training import checkpoint
@@ -22,7 +23,7 @@ def load_run(path: str | Path, device: torch.device) -> tuple[GPT, Tokenizer, Pa
     found = checkpoint.find(path)
     state = checkpoint.read_state(found)
     file = found.parent / "tokenizer.json"
-    tokenizer = Tokenizer.load(file)
+    tokenizer = load_tokenizer(file)
     if tokenizer.fingerprint != state["tokenizer"]:
         raise UserError(f"{file} is not the tokenizer that {found} was trained with")
     model = GPT(model_from_dict(state["model"]))

@@ -169,3 +169,30 @@ def test_a_tokenizer_of_another_kind_is_kept_and_said(tmp_path: Path) -> None:
     settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").encode("b") == [1]
+
+
+def test_another_byte_level_bpe_is_read(tmp_path: Path) -> None:
+    """As in Llama 3 and Qwen: another word pattern, NFC, special tokens behind the others."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Plain
+
+    plain = Plain(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\p{N}{1,3}| ?\p{L}+|[^\p{L}\p{N}]+"), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    plain.pre_tokenizer = pre_tokenizers.Sequence([split, as_bytes])
+    plain.normalizer, plain.decoder = normalizers.NFC(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    plain.train_from_iterator([TEXT * 20], trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet))
+    plain.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    options = OLD_SIZES | dict(vocab_size=300)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**options)).save_pretrained(tmp_path / "hf")
+    plain.save(str(tmp_path / "hf" / "tokenizer.json"))
+    (tmp_path / "hf" / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|im_end|>"}}')
+    assert "cannot read" not in importing.import_model(tmp_path / "hf", tmp_path / "run")
+    tokenizer = load_run(tmp_path / "run", CPU)[1]
+    for text in (TEXT, "12345 \u00fc \U0001f600"):
+        got = tokenizer.encode(text)
+        assert got.tolist() == plain.encode(text).ids and tokenizer.decode(got) == text
+    assert tokenizer.eot == tokenizer.specials["<|im_end|>"]
+    assert tokenizer.encode("a<|im_end|>", specials=True)[-1] == tokenizer.eot
+    assert tokenizer.eot not in tokenizer.encode("a<|im_end|>")
