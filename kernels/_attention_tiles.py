@@ -55,6 +55,8 @@ OPTIONS[99] = {
     "dkdv": {**OPTIONS[163]["dkdv"], 64: (32, 32, 8, 2)},
     "dq": {**OPTIONS[163]["dq"], 256: (32, 32, 8, 2)},
 }
+if TRITON < (3, 7):  # (128, 64, 8, 2) would spill 8 bytes
+    OPTIONS[163]["dq"][64] = (128, 32, 8, 2)
 if TRITON >= (3, 9):  # it allocates more registers, and the tiles above would spill 8 to 240 bytes
     PLAIN[227]["fwd"][64] = (128, 64, 4, 3)
     for kb in (163, 99):

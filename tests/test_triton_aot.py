@@ -19,8 +19,6 @@ import torch
 
 pytest.importorskip("triton")
 
-import triton.language as tl
-
 
 def _check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
@@ -75,7 +73,7 @@ def test_chips_stages_and_the_quick_selection_are_as_the_configuration_says(monk
     assert all("far enough" in triton_check.problem(r) for r in reports)
 
 
-def test_every_kernel_is_launched_with_fp_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_kernel_is_launched_with_fp_fusion() -> None:
     """Whatever Triton's default is: on from 3.6 to 3.9, off from 3.10 on."""
     from fastgpt.checks import triton as triton_check
     from fastgpt.kernels._runtime import jit_kernel
@@ -88,23 +86,36 @@ def test_every_kernel_is_launched_with_fp_fusion(monkeypatch: pytest.MonkeyPatch
     assert len(kernels) > 30
     assert [name for name, k in kernels if getattr(k.run, "keywords", None) != {"enable_fp_fusion": True}] == []
 
-    class Driver:
-        get_current_device = get_current_stream = get_device_capability = staticmethod(lambda *_: 0)
-        get_current_target = staticmethod(lambda: triton_check.GPUTarget("cuda", 90, 32))
 
-    importlib.import_module("triton.experimental.gluon")  # Triton 3.9's binder would fail to, with `interpret` off
-    monkeypatch.setattr(triton_check.triton.knobs.runtime, "interpret", False)
-    monkeypatch.setattr(triton_check.triton.runtime.driver, "_active", Driver)
-    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "0")
-    compiled = jit_kernel(do_not_specialize=["N"])(multiply_and_add).warmup(torch.float32, 1, grid=(1,))
-    assert compiled.metadata.enable_fp_fusion
-    assert "fma.rn" in compiled.asm["ptx"]
+LAUNCH = """
+import torch
+import triton
+import triton.language as tl
+from fastgpt.kernels._runtime import jit_kernel
 
+class Driver:
+    get_current_device = get_current_stream = get_device_capability = staticmethod(lambda *_: 0)
+    get_current_target = staticmethod(lambda: triton.backends.compiler.GPUTarget("cuda", 90, 32))
 
-def multiply_and_add(x_ptr, N):  # type: ignore[no-untyped-def]
+def multiply_and_add(x_ptr, N):
     i = tl.arange(0, 32)
     x = tl.load(x_ptr + i, i < N)
     tl.store(x_ptr + i, x * x + 1.0, i < N)
+
+triton.runtime.driver._active = Driver
+compiled = jit_kernel(do_not_specialize=["N"])(multiply_and_add).warmup(torch.float32, 1, grid=(1,))
+assert compiled.metadata.enable_fp_fusion
+assert "fma.rn" in compiled.asm["ptx"]
+"""
+
+
+def test_fp_fusion_reaches_the_compiler(tmp_path: Path) -> None:
+    """In a separate process: where the interpreter has run, Triton 3.6 does not compile any more."""
+    script = tmp_path / "launch.py"  # Triton reads a kernel's source from its file
+    script.write_text(LAUNCH)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_DEFAULT_FP_FUSION": "0"}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 def test_interpreter_is_refused() -> None:

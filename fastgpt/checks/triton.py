@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from fastgpt import ops  # noqa: F401 (fills the registry)
 from fastgpt.core import backend
 from fastgpt.core.command import Parser, run_command
+from fastgpt.core.errors import UserError
 from fastgpt.kernels._runtime import COMPILE_OPTIONS, TRITON
 
 # one kernel file for each op that has a Triton cell and does not only call kernels of another op
@@ -241,7 +242,10 @@ def main(arguments: list[str] | None = None) -> int:
         print("triton_check: TRITON_INTERPRET is set, nothing would be compiled; run it without", file=sys.stderr)
         return 2
     found = jobs(options.arch, options.all, options.quick)
-    reports = check([job for job in found if re.search(options.only, _configuration(job).name)])
+    found = [job for job in found if re.search(options.only, _configuration(job).name)]
+    if not found:
+        raise UserError(f"triton_check: --only {options.only!r} is found in no configuration, expected part of a name")
+    reports = check(found)
     if options.json:
         options.json.write_text(json.dumps([asdict(r) | {"problem": problem(r)} for r in reports], indent=1))
     return 1 if _print(reports) else 0

@@ -167,7 +167,7 @@ def test_loading_refuses_parts_of_another_data_set(folder: Path, tmp_path: Path)
     a = prepare(folder / "a01.txt", tmp_path / "a", 260)
     b = prepare(folder / "a02.txt", tmp_path / "b", 270)
     assert load_dataset(a.path).meta == a.meta
-    for name, said in (("val.bin", "tokens, meta.json says"), ("tokenizer.json", "not the one its tokens")):
+    for name, said in (("val.bin", "tokens, meta.json says"), ("tokenizer.json", "not the tokenizer that encoded")):
         kept = (a.path / name).read_bytes()
         (a.path / name).write_bytes((b.path / name).read_bytes())
         with pytest.raises(UserError, match=said):
