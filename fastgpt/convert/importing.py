@@ -16,7 +16,7 @@ from fastgpt.core.tensorfile import Deferred
 from fastgpt.data import Tokenizer
 from fastgpt.data.byte_level import load_tokenizer
 from fastgpt.models.weights import Weights, open_pretrained
-from fastgpt.models.weights.huggingface import read_json
+from fastgpt.models.weights.huggingface import read_settings
 from fastgpt.training import checkpoint
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,7 +75,7 @@ def import_model(
         "model": dataclasses.asdict(weights.config),
         "loader": {},
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint,
-        "source": {"name": source or str(folder), "revision": revision, "config": read_json(folder / "config.json")},
+        "source": {"name": source or str(folder), "revision": revision, "config": read_settings(folder)},
     }
     tensors = {name: Deferred(dtype, p.shape, _reader(weights, name, dtype)) for name, p in weights.parameters.items()}
     with new_folder(out) as aside:

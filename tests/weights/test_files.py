@@ -78,6 +78,34 @@ def test_a_pickle_is_read_as_weights_only(copy: Path, gpt2: Path) -> None:
         load_pretrained(copy)
 
 
+def test_metas_llama_rotates_adjacent_pairs(tmp_path: Path) -> None:
+    """A Llama of transformers, renamed and reordered as Meta publishes it, has the same logits, and goes out again."""
+    model = make("llama")
+    names = {"self_attn.q_proj": "attention.wq", "self_attn.k_proj": "attention.wk", "self_attn.v_proj": "attention.wv"}
+    names |= {
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.down_proj": "feed_forward.w2",
+    }
+    names |= {"mlp.up_proj": "feed_forward.w3", "input_layernorm": "attention_norm", "lm_head": "output"}
+    names |= {"post_attention_layernorm": "ffn_norm", "embed_tokens": "tok_embeddings", "model.": ""}
+    tensors = {"rope.freqs": torch.ones(4)}
+    for name, t in model.state_dict().items():
+        if "q_proj" in name or "k_proj" in name:
+            t = t.view(-1, 2, 4, 32).transpose(1, 2).reshape(t.shape)
+        for theirs, metas in names.items():
+            name = name.replace(theirs, metas)
+        tensors[name] = t
+    torch.save(tensors, tmp_path / "consolidated.00.pth")
+    params = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, norm_eps=1e-6, rope_theta=500.0, vocab_size=-1)
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    ours = load_pretrained(tmp_path)
+    assert distance(logits(ours, ids()), logits(model, ids())) < 1e-5
+    save_pretrained(ours, tmp_path / "out")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(p, model.state_dict()[key]) for key, p in back.state_dict().items())
+
+
 def test_shards_are_read_and_written(gpt2: Path, tmp_path: Path) -> None:
     ours = load_pretrained(gpt2)
     save_pretrained(ours, tmp_path / "out", shard_bytes=20_000)

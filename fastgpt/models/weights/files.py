@@ -47,7 +47,7 @@ def open_folder(folder: Path) -> dict[str, FileTensor]:
     if (folder / INDEX).is_file():
         return _open_shards(folder / INDEX)
     if (folder / OLD_FILE).is_file():
-        return _open_pickle(folder / OLD_FILE)
+        return open_pickle(folder / OLD_FILE)
     if (folder / OLD_INDEX).is_file():
         return _open_shards(folder / OLD_INDEX)
     raise UserError(f"{folder} has no weights, expected {FILE}, {INDEX} or {OLD_FILE}")
@@ -58,7 +58,7 @@ def _open(path: Path) -> dict[str, FileTensor]:
     return {name: FileTensor(path, entry.dtype, entry.shape, entry.read) for name, entry in found.items()}
 
 
-def _open_pickle(path: Path) -> dict[str, FileTensor]:
+def open_pickle(path: Path) -> dict[str, FileTensor]:
     """Open a file of torch.save, mapped into memory and without running any code in it."""
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -83,7 +83,7 @@ def _open_shards(index: Path) -> dict[str, FileTensor]:
         raise UserError(f"{index} is damaged: it has no weight_map of tensors to files ({e})") from e
     if absent := [name for name in names if not (index.parent / name).is_file()]:
         raise UserError(f"{index} names {some(absent)}, which {'is' if len(absent) == 1 else 'are'} not there")
-    shards = {name: (_open if name.endswith(".safetensors") else _open_pickle)(index.parent / name) for name in names}
+    shards = {name: (_open if name.endswith(".safetensors") else open_pickle)(index.parent / name) for name in names}
     counts = Counter(name for shard in shards.values() for name in shard)
     if twice := sorted(name for name, n in counts.items() if n > 1):
         where = [shard for shard, tensors in shards.items() if twice[0] in tensors]

@@ -17,6 +17,7 @@ from fastgpt.models.gpt import GPT
 from fastgpt.models.weights.convert import Weights, file_tensors, parameters
 from fastgpt.models.weights.families import family_for, family_of
 from fastgpt.models.weights.files import SHARD_BYTES, open_folder, write_folder
+from fastgpt.models.weights.meta_llama import META_LLAMA, PARAMS, open_meta
 
 CONFIG = "config.json"
 
@@ -38,6 +39,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return the content of config.json, or of params.json in a folder as Meta publishes them.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    return read_json(folder / (CONFIG if (folder / CONFIG).is_file() or not (folder / PARAMS).is_file() else PARAMS))
+
+
 def open_pretrained(folder: str | Path) -> Weights:
     """Check the model in a folder, without reading its weights; the result has its `config` and reads parameters.
 
@@ -45,7 +55,10 @@ def open_pretrained(folder: str | Path) -> Weights:
         UserError: files that are missing or damaged, a model that fastgpt's is not, or tensors that do not fit it.
     """
     folder = Path(folder)
-    settings = read_json(folder / CONFIG)
+    settings = read_settings(folder)
+    if not (folder / CONFIG).is_file():
+        found, config = open_meta(folder, settings)
+        return Weights(found, META_LLAMA, config, str(folder))
     family = family_of(settings, str(folder / CONFIG))
     config = family.model_config(settings, str(folder / CONFIG))
     return Weights(open_folder(folder), family, config, str(folder))
