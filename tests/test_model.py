@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastgpt import ops
+from fastgpt.models.cache import KVCache
 from fastgpt.models.config import ModelConfig
-from fastgpt.models.gpt import GPT, KVCache
+from fastgpt.models.gpt import GPT
 from fastgpt.ops.rope import rope_frequencies
 
 SMALL = ModelConfig(n_layers=2, n_heads=4, width=32, vocab_size=50, vocab_multiple=32, block_size=24)

@@ -6,180 +6,28 @@
     parallel    x = x + attn(norm1(x)) + mlp(norm1(x) or norm2(x))
     logits = norm_f(x) head^T, loss = cross-entropy in the same op
 
-The residual add is fused into the norm after it: a block returns (branch, residual), two tensors whose sum is x.
-Dims: B, T, C width, H query heads, G key/value heads, D head, F MLP, S keys, V vocabulary (rows padded to Vp).
+The blocks are in block.py. Dims: B, T, C width, V vocabulary (rows padded to Vp).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
+from fastgpt.models.block import Block, Pass, add_norm, dropout, make_module, norm_of
 from fastgpt.models.cache import KVCache
-from fastgpt.models.config import GATED, ModelConfig
+from fastgpt.models.config import ModelConfig
 from fastgpt.models.recompute import Level, MadeAgain
-from fastgpt.nn import Embedding, LayerNorm, Linear, RMSNorm, RotaryEmbedding
+from fastgpt.nn import Embedding, Linear, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
-from fastgpt.nn.mlp import product_and_bias
-
-
-class Pass(NamedTuple):
-    """Inputs that all blocks of a forward pass share."""
-
-    rotary: RotaryEmbedding | None
-    positions: Tensor | None  # (T,) or (B, T)
-    doc_ids: Tensor | None  # (B, T)
-    cache: KVCache | None
-    again: MadeAgain | None  # records what backward recomputes
-
-    def note(self, t: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
-        """Return t, which backward may recompute as make(*inputs)."""
-        return t if self.again is None else self.again.note(t, make, *inputs)
-
-
-def _make(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
-    """Create a module without drawing initial values, which init_weights sets; the global generator stays unused."""
-    return skip_init(kind, *args, device=torch.get_default_device(), **options)
-
-
-def _norm(c: ModelConfig, size: int) -> LayerNorm | RMSNorm:
-    return LayerNorm(size, c.norm_eps, bias=c.norm_bias) if c.norm == "layer" else RMSNorm(size, c.norm_eps)
-
-
-class SelfAttention(nn.Module):
-    """Causal self-attention over one packed projection (query heads, key heads, value heads)."""
-
-    def __init__(self, c: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.layer, self.window, self.scale, self.softcap = layer, c.window_of(layer), c.attn_scale, c.attn_softcap
-        self.n_heads, self.kv_heads, self.d_head = c.n_heads, c.kv_heads, c.d_head
-        self.attn_dropout, self.resid_dropout = c.attn_dropout, c.resid_dropout
-        self.qkv = _make(Linear, c.width, (c.n_heads + 2 * c.kv_heads) * c.d_head, bias=c.qkv_bias)
-        self.proj = _make(Linear, c.n_heads * c.d_head, c.width, bias=c.proj_bias)
-        self.q_norm = _norm(c, c.d_head) if c.qk_norm else None
-        self.k_norm = _norm(c, c.d_head) if c.qk_norm else None
-
-    def _rotate(self, qkv: Tensor, run: Pass) -> Tensor:
-        """Rotate the query and key heads of qkv (B, T, H + 2G, D) by position."""
-        rotary = run.rotary
-        if rotary is None:
-            return qkv
-        if fusable(rotary, RotaryEmbedding) and fusable(self.qkv, Linear):  # the op overwrites what qkv returned
-            options: dict[str, Any] = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads, positions=run.positions)
-            return ops.rope_qkv(qkv, rotary.cos, rotary.sin, interleaved=rotary.interleaved, **options)
-        q, k, v = qkv.split([self.n_heads, self.kv_heads, self.kv_heads], dim=2)
-        return torch.cat((*rotary(q, k, run.positions), v), dim=2)
-
-    def _heads(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """Split (B, T, H + 2G, D) into q (B, T, H, D), k and v (B, S, G, D): normalised, rotated, with cached keys."""
-        sizes = [self.n_heads, self.kv_heads, self.kv_heads]
-        if self.q_norm is None or self.k_norm is None:
-            q, k, v = self._rotate(qkv, run).split(sizes, dim=2)
-        else:
-            q, k, v = qkv.split(sizes, dim=2)
-            q, k = self.q_norm(q), self.k_norm(k)
-            if run.rotary is not None:
-                q, k = run.rotary(q, k, run.positions)
-        if run.cache is not None:
-            k, v = run.cache.append(self.layer, k, v)
-        return q, k, v
-
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        b, t, _ = x.shape
-        qkv = self.qkv(x).view(b, t, -1, self.d_head)
-        options: dict[str, Any] = dict(
-            causal=t > 1,
-            scale=self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            dropout_p=self.attn_dropout if self.training else 0.0,
-            doc_ids=run.doc_ids,
-        )
-        if self.q_norm is None and run.cache is None:
-            options["window"] = None if self.window is None or self.window >= t else self.window
-            y = ops.attention_qkv(self._rotate(qkv, run), n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
-        else:
-            q, k, v = self._heads(qkv, run)
-            if run.cache is not None and run.cache.lens is not None:
-                options["window"] = None
-                options["kv_start"], options["kv_lens"] = run.cache.span(self.window)
-            else:
-                if self.window is not None and t == 1:  # one query sees the last keys, so no mask is needed
-                    k, v = k[:, -self.window :], v[:, -self.window :]
-                options["window"] = None if self.window is None or self.window >= k.shape[1] else self.window
-            y = ops.attention(q, k, v, **options)
-        return _dropout(self.proj(y.reshape(b, t, -1)), self.resid_dropout, self.training)
-
-
-class FeedForward(nn.Module):
-    """MLP: down(activation(up(x))); for gated activations `up` is packed, gate first."""
-
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        self.activation, self.dropout = c.activation, c.resid_dropout
-        self.up = _make(Linear, c.width, c.d_mlp * (2 if c.activation in GATED else 1), bias=c.mlp_bias)
-        self.down = _make(Linear, c.d_mlp, c.width, bias=c.mlp_bias)
-
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        if self.activation in GATED:
-            u = self.up(x)  # (B, T, 2F)
-            gate = partial(ops.swiglu, activation=GATED[self.activation])
-            h = run.note(gate(u), gate, u)
-        elif self.activation == "relu2":
-            h = F.relu(self.up(x)).square()  # fastgpt.ops has this only with a gate
-        else:
-            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            u, bias = product_and_bias(self.up, x)
-            gelu = partial(ops.bias_gelu, approximate=approximate)
-            h = run.note(gelu(u, bias), gelu, u, bias)
-        return _dropout(self.down(h), self.dropout, self.training)
-
-
-def _dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    return F.dropout(x, p) if training and p > 0 else x
-
-
-class Block(nn.Module):
-    """Attention and MLP with their norms: (branch, residual or None) -> the same; their sum is the stream x."""
-
-    def __init__(self, c: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self.post, self.parallel = c.norm_placement == "post", c.parallel != "none"
-        self.norm1 = _norm(c, c.width)
-        self.attn = SelfAttention(c, layer)
-        self.norm2 = _norm(c, c.width) if c.parallel != "shared" else None
-        self.mlp = FeedForward(c)
-
-    def forward(self, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
-        if self.post and self.norm2 is not None:
-            x, _ = self.norm1(self.attn(x, run), x)
-            x, _ = self.norm2(self.mlp(x, run), x)
-            return x, None
-        h, residual = add_norm(self.norm1, x, residual, run)
-        a = self.attn(h, run)
-        if self.parallel:
-            return a + self.mlp(
-                h if self.norm2 is None else add_norm(self.norm2, residual, None, run)[0], run
-            ), residual
-        h, residual = add_norm(self.norm2, a, residual, run)
-        return self.mlp(h, run), residual
-
-
-def add_norm(norm: Any, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + residual), x + residual), computed in one op."""
-    y, total = (norm(x), x) if residual is None else norm(x, residual)
-    return run.note(y, norm, total), total
 
 
 class Head(Linear):
@@ -215,13 +63,13 @@ class GPT(nn.Module):
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
         self.extended = 0  # positions beyond block_size: see `extend`
         self.recompute: Level = "none"  # what backward recomputes: fastgpt/models/recompute.py
-        self.wte = _make(Embedding, c.padded_vocab_size, c.width)
-        self.wpe = _make(Embedding, self.block_size, c.width) if c.positions == "learned" else None
+        self.wte = make_module(Embedding, c.padded_vocab_size, c.width)
+        self.wpe = make_module(Embedding, self.block_size, c.width) if c.positions == "learned" else None
         rope: dict[str, Any] = dict(theta=c.rope_theta, scaling=c.rope_scaling, interleaved=c.rope_interleaved)
         self.rotary = RotaryEmbedding(c.rotary, self.block_size, **rope) if c.positions == "rope" else None
         self.blocks = nn.ModuleList(Block(c, i) for i in range(c.n_layers))
-        self.norm_f = _norm(c, c.width) if c.norm_placement == "pre" else None
-        self.head = _make(Head, self.vocab_size, c.width, c.padded_vocab_size, bias=c.head_bias)
+        self.norm_f = norm_of(c, c.width) if c.norm_placement == "pre" else None
+        self.head = make_module(Head, self.vocab_size, c.width, c.padded_vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.register_parameter("weight", None)
         self.init_weights(generator)
@@ -263,7 +111,7 @@ class GPT(nn.Module):
         # restore the generator's state only for dropout: it costs host time and cannot be recorded in a CUDA graph
         random = max(self.config.attn_dropout, self.config.resid_dropout) > 0
         run = Pass(self.rotary, positions, doc_ids, kv_cache, again)
-        x, residual = _dropout(self._embed(ids, positions), self.config.embed_dropout, self.training), None
+        x, residual = dropout(self._embed(ids, positions), self.config.embed_dropout, self.training), None
         with again or nullcontext():
             for block in self.blocks:
                 if kept == "block":
