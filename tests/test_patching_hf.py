@@ -606,11 +606,13 @@ def matrix() -> str:
     head = f"| family | {' | '.join(PARTS)} |\n|{'---|' * (len(PARTS) + 1)}"
     about = (
         "# Families\n\n"
-        "What `fastgpt.patch(model)` replaces in Hugging Face models, and by which op. Written by\n"
-        "tests/test_patching_hf.py (`python tests/test_patching_hf.py > docs/families.md`), which fails if this\n"
-        "page differs from its results. Each part is patched alone; logits, losses and every gradient are\n"
-        "compared with transformers' own code in fp64, plain, left-padded and packed: error at most 2 (outputs)\n"
-        "or 3 (gradients) times that of the unpatched model plus one unit in the last place.\n"
+        "What `fastgpt.patch(model)` replaces in Hugging Face models, and by which op. Each part is patched alone.\n"
+        "Logits, losses and every gradient are compared with transformers' own code in fp64, on plain, left-padded\n"
+        "and packed batches. The error may be at most 2 (outputs) or 3 (gradients) times that of the unpatched\n"
+        "model, plus one unit in the last place.\n"
+        "\n"
+        "`python tests/test_patching_hf.py > docs/families.md` writes this page, and the test fails if it differs\n"
+        "from the results.\n"
     )
     ends = "".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1))
     return f"{about}\n{head}\n" + "\n".join(rows) + (f"\n\nLeft unchanged, because\n\n{ends}" if notes else "\n")
