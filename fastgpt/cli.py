@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 from fastgpt.core.command import Parser, number, run_command
@@ -146,12 +147,30 @@ COMMANDS = {
     "parity": parity,
     "bench": bench,
 }
+HELP = """commands:
+  train   train a model, resume a run, or plan one (--plan)
+  sample  continue a prompt with a trained model
+  chat    hold a conversation with a trained model
+  import  make a run from a model of another project
+  export  write a run in the format of another project
+  doctor  print what is built, which backend serves each op, and why
+  tune    time every backend and use the fastest from then on
+  parity  print the errors of the ops against fp64
+  bench   measure ops and training steps
+
+`fastgpt COMMAND --help` explains a command."""
 
 
 def main() -> int:
     """Run the console command."""
-    parser = Parser(prog="fastgpt", description=__doc__)
-    parser.add_argument("command", choices=COMMANDS, help="subcommand; see `fastgpt COMMAND --help`")
+    about = "Train GPT models, use them, and check the kernels."
+    parser = Parser(
+        prog="fastgpt",
+        usage="fastgpt [-h] COMMAND ...",
+        description=f"{about}\n\n{HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, help=argparse.SUPPRESS)
     argv = sys.argv[1:]
 
     def command() -> int:

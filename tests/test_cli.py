@@ -262,3 +262,9 @@ def test_unknown_commands_and_user_errors_exit_2(
         raise KeyboardInterrupt
 
     assert run_command(fails) == 2 and run_command(interrupted) == 130
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help")
+    assert re.findall("^  ([a-z]+) ", capsys.readouterr().out, re.M) == list(cli.COMMANDS)

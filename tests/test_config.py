@@ -345,7 +345,7 @@ def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     text = " ".join(capsys.readouterr().out.split())
     assert done.value.code == 0
     for key in options.key_types(TrainConfig):
-        assert f"--{key}" in text, key
+        assert f"--{key.replace('_', '-')}" in text, key
     for cls in (TrainConfig, ModelConfig):
         documented = options.descriptions(cls)
         for f in dataclasses.fields(cls):

@@ -162,7 +162,7 @@ def push(folder: Path, name: str) -> str:
     try:
         from huggingface_hub import HfApi
     except ImportError:
-        raise UserError("--push needs huggingface_hub, expected `pip install fastgpt[hf]`") from None
+        raise UserError("--push needs huggingface_hub, expected `pip install huggingface_hub`") from None
     try:
         api = HfApi()
         api.create_repo(name, private=True, exist_ok=True)

@@ -50,7 +50,7 @@ def locate(source: str, revision: str = "main") -> tuple[Path, str | None]:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise UserError("models of the hub need huggingface_hub, expected `pip install fastgpt[hf]`") from None
+        raise UserError("models of the hub need huggingface_hub, expected `pip install huggingface_hub`") from None
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
     except Exception as e:  # the hub's errors have no common class

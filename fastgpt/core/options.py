@@ -250,7 +250,8 @@ def describe(hint: Any) -> str:
     if hint in WORDS:
         return WORDS[hint]
     if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
+        values = list(map(str, get_args(hint)))
+        return values[0] if len(values) == 1 else "one of " + ", ".join(values)
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(describe(a) for a in get_args(hint))
     if get_origin(hint) is list:
@@ -279,7 +280,9 @@ def _help_of(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def _entry(key: str, kind: str, text: str) -> str:
-    return f"  --{key}  ({kind})\n{textwrap.fill(text, 100, initial_indent=' ' * 8, subsequent_indent=' ' * 8)}"
+    indent = " " * 8
+    described = textwrap.fill(text, 100, initial_indent=indent, subsequent_indent=indent)
+    return f"  --{key.replace('_', '-')}  ({kind})\n{described}"
 
 
 def descriptions(cls: type) -> dict[str, str]:

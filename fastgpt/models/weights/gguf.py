@@ -80,7 +80,7 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], kind: str
     try:
         gguf: Any = importlib.import_module("gguf")
     except ImportError:
-        raise UserError("--format gguf needs the gguf package, expected `pip install fastgpt[gguf]`") from None
+        raise UserError("--format gguf needs the gguf package, expected `pip install gguf`") from None
     family = family_in_gguf(c)
     writer = gguf.GGUFWriter(str(folder / "model.gguf"), family.model_type)
     _settings(writer, gguf, c, family.model_type, TYPES[kind][1])
