@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -138,7 +139,8 @@ def ops_index() -> str:
     rows = [f"| [{op}]({op}.md) | {split_head(head(ROOT / 'fastgpt' / 'ops' / f'{op}.py'))[0]} |" for op in op_names()]
     names = "\n".join(op_names())
     intro = (
-        "Each op is a differentiable function of PyTorch tensors that works under `torch.compile`, on several backends."
+        "Each op is a differentiable function of PyTorch tensors that works under `torch.compile`, on several "
+        "backends. Two differ: `adamw` is the step of an optimizer, and `linear` runs on PyTorch alone."
     )
     choose = "```{eval-rst}\n.. autoclass:: fastgpt.ops.use\n```"
     table = "\n".join(["| op | what it computes |", "|---|---|", *rows])
@@ -152,14 +154,19 @@ def settings_page() -> str:
     from fastgpt.models.config import ModelConfig
     from fastgpt.training.config import TrainConfig
 
-    out = ["# Settings", "[Training](../training.md) says how they work together. In a YAML file `-` becomes `_`."]
+    out = [
+        "# Settings",
+        "Every setting of a training run and of its model. [Training](../training.md) says how they work together. "
+        "In a YAML file `-` becomes `_`. An option that is true or false needs no value: `--compile` is true, "
+        "`--no-compile` false.",
+    ]
     for title, cls, prefix in (("The run", TrainConfig, ""), ("The model", ModelConfig, "model.")):
         hints, texts = get_type_hints(cls), options.descriptions(cls)
         rows = ["| option | values | default | meaning |", "|---|---|---|---|"]
         for f in dataclasses.fields(cls):
             if f.name != "model":
                 default = f.default if f.default is not dataclasses.MISSING else "{}"
-                shown = "null" if default is None else str(default)
+                shown = default if isinstance(default, str) else json.dumps(default)
                 cells = [
                     f"`--{prefix}{f.name.replace('_', '-')}`",
                     options.describe(hints[f.name]),
@@ -186,6 +193,8 @@ def adapted(text: str, folder: str) -> str:
         if page:
             return f"[{words}]({page}{'#' + anchor if anchor else ''})"
         name = words.strip("`")
+        if name == f"{os.path.dirname(place)}/":  # a folder that links to its README
+            return f"`{name}`"
         return f"`{place}`" if name in (place, path) else f"{words} (`{place}`)"
 
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#|mailto:)([^)\s]+)\)", link, text)

@@ -1,6 +1,6 @@
 """Train a GPT, to be read from top to bottom: settings, data, model, optimizer, then the loop.
 
-    fastgpt train --config tiny --data my.txt          (or: python -m fastgpt.train ...)
+Run it with `fastgpt train --config tiny --data my.txt`, or with `python -m fastgpt.train` and the same options.
 
 A copy of this file runs unchanged with the installed package: `python train.py --data tokens.bin`.
 """
@@ -157,7 +157,7 @@ def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
         command: the command that resumes the run; it is printed when a signal stops it.
 
     Returns:
-        The exit code: 0, or 1 if check_baseline is set and the model is too close to a unigram model.
+        0 as the exit code, or 1 if check_baseline is set and the model is too close to a unigram model.
     """
     backend.use(**backend.parse_choices(cfg.kernels))
     run = prepare(cfg)
@@ -183,8 +183,8 @@ def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run `fastgpt train` with settings from `argv` (default: the command line); the default --config depends on
-    whether the machine has a GPU."""
+    """Run `fastgpt train` with settings from `argv` (default: the command line); the default `--config` depends
+    on whether the machine has a GPU."""
     default = "gpt2-124m-demo" if torch.cuda.is_available() else "tiny"
     arguments = sys.argv[1:] if argv is None else argv
     if "--plan" in arguments:

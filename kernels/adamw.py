@@ -4,7 +4,7 @@
     t = steps[index],  p *= 1 - lr wd,  m += (1 - b1) (g - m),  v = b2 v + (1 - b2) g^2
     p -= lr / (1 - b1^t) m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-Loshchilov, Hutter 2017 (arXiv:1711.05101). fp32 maths on fp32 or bf16 moments. Parameters: fp32, or 16-bit with an fp32
+Loshchilov, Hutter 2019 (arXiv:1711.05101). fp32 maths on fp32 or bf16 moments. Parameters: fp32, or 16-bit with an fp32
 master, with the master's low 16 bits (bf16; exact), rounded stochastically (bf16), or rounded to nearest.
 1 - b^t cancels in fp32 where b^t is near 1; -expm1(t log b) with log b rounded once from double does not (2e-7).
 A parameter that is not the rounding of its fp32 master was set from outside, so it is copied to the master first.

@@ -181,7 +181,9 @@ class Generator:
     def generate(self, requests: Sequence[Request], on_text: Callable[[int, str], None] | None = None) -> list[Result]:
         """Generate; return the results in the order of the requests.
 
-        on_text: called with a request's place and each new piece of its text.
+        Args:
+            requests: prompts with their settings.
+            on_text: called with a request's place and each new piece of its text.
 
         Raises:
             ValueError: as `add` and `step`.

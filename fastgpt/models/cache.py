@@ -20,7 +20,9 @@ class KVCache:
     pass has the same shapes whatever the lengths are, so it can be recorded in a CUDA graph.
 
     Args:
-        config: shape of the model. batch: rows B. size: slots of a row.
+        config: shape of the model.
+        batch: rows B.
+        size: slots of a row, one for each token.
         like: tensor whose device and dtype the cache gets.
     """
 

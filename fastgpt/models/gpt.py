@@ -192,7 +192,8 @@ class GPT(nn.Module):
         """Return the loss of predicting `targets`, or logits (B, T, vocab_size) without targets.
 
         Args:
-            ids: (B, T) int64. targets: (B, T) int64, the token after each of ids; -100 does not count.
+            ids: (B, T) int64.
+            targets: (B, T) int64, the token after each of ids; -100 does not count.
             positions: (T,) or (B, T) int64; default 0, 1, 2, ... after the positions in kv_cache.
             doc_ids: (B, T) int: tokens attend only within their own document.
             kv_cache: keys and values of earlier calls; this call appends its keys and values. If kv_cache.lens is set,
@@ -237,10 +238,11 @@ class GPT(nn.Module):
         """Group the parameters for an optimizer: weight decay on tensors of two or more dimensions (embeddings too),
         none on norms and biases.
 
-        muon: put the matrices of the blocks in separate groups, with "muon": True.
-
-        lr_ratios: regular expression -> ratio; the first expression found in a parameter's name sets the "lr_ratio" of
-        its group, which is 1.0 otherwise.
+        Args:
+            weight_decay: that of the groups that have any.
+            lr_ratios: regular expression -> ratio; the first expression found in a parameter's name sets the "lr_ratio"
+                of its group, which is 1.0 otherwise.
+            muon: put the matrices of the blocks in separate groups, with "muon": True.
 
         Raises:
             ValueError: an expression is found in no parameter's name.

@@ -24,8 +24,9 @@ class RotaryEmbedding(nn.Module):
         interleaved: rotate pairs (2i, 2i + 1) as in GPT-J instead of (i, i + rotary_dim / 2) as in Llama and NeoX.
 
     Attributes:
-        cos, sin: (max_positions, rotary_dim / 2) fp32; not in the state_dict. Tables of dynamic scaling are those of a
+        cos: (max_positions, rotary_dim / 2) fp32; not in the state_dict. Tables of dynamic scaling are those of a
             sequence of the length that `adapt` got last.
+        sin: as cos.
 
     Shape: q (B, T, H, D), k (B, T, Hkv, D), positions (T,) or (B, T) int64, default 0, 1, 2, ... -> q and k rotated.
     """

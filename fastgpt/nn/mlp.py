@@ -23,7 +23,7 @@ class BiasGELU(nn.Module):
     """GELU with a bias, gelu(x + bias) in one pass, for use after a linear layer without a bias.
 
     Args:
-        num_features: F.
+        num_features: size F of the last dimension of x.
         approximate: "none" (erf) or "tanh" (GPT-2).
 
     Shape: x (..., F) -> (..., F) in the dtype of x. Keys: bias (F,), initialised to 0.
@@ -59,7 +59,8 @@ class MLP(nn.Sequential):
     """torch.nn.Sequential(Linear, GELU, Linear) that adds the first bias in the same pass as GELU.
 
     Args:
-        in_features, hidden_features: C and F.
+        in_features: size C of the last dimension of x.
+        hidden_features: size F between the layers.
         out_features: None means in_features.
         bias: whether both linear layers have a bias.
         approximate: "none" (erf) or "tanh" (GPT-2).
@@ -101,7 +102,8 @@ class SwiGLU(nn.Module):
     """Gated MLP of Llama, down_proj(act(gate_proj(x)) * up_proj(x)), with activation and product in one pass.
 
     Args:
-        in_features, hidden_features: C and F.
+        in_features: size C of the last dimension of x.
+        hidden_features: size F between the layers.
         out_features: None means in_features.
         bias: whether all three layers have a bias.
         activation: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU), "relu2".

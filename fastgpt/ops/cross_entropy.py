@@ -296,7 +296,7 @@ def cross_entropy(
     reduction: str = "mean",
     inplace: bool = False,
 ) -> Tensor:
-    """Compute softmax cross-entropy with integer targets; the head of this file has the formula and the sources.
+    """Compute softmax cross-entropy with integer targets; the module's docstring has the formula and the sources.
 
     Args:
         logits: (N, V) fp32, bf16, fp16 (fp64 on the reference).

@@ -303,8 +303,8 @@ def linear_cross_entropy(
     reduction: str = "mean",
     chunk: int | str = "auto",
 ) -> Tensor:
-    """Compute the cross-entropy of the logits of a linear layer; the heads of this file and of `cross_entropy` have the
-    formula and the sources.
+    """Compute the cross-entropy of the logits of a linear layer; the docstrings of the modules of this op and of
+    `cross_entropy` have the formula and the sources.
 
     Args:
         x: (N, C) fp32, bf16, fp16 (fp64 on the reference). Under autocast, x, linear_weight and linear_bias are cast to
