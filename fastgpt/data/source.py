@@ -27,8 +27,8 @@ class Source:
     Attributes:
         n_vocab: size of the vocabulary unless the model's is set.
         tokenizer: None for shards without one.
-        n_ids: the least that a model's vocabulary may have: the tokenizer's, or the largest id of all and 1.
-        said: where n_vocab is from, if not from a tokenizer.
+        n_ids: the smallest vocabulary that a model may have: that of the tokenizer, or the largest id plus 1.
+        said: where n_vocab comes from, if not from a tokenizer.
     """
 
     name: str

@@ -183,7 +183,7 @@ class Generator:
 
         Args:
             requests: prompts with their settings.
-            on_text: called with a request's place and each new piece of its text.
+            on_text: called with the position of a request in `requests` and each new piece of its text.
 
         Raises:
             ValueError: as `add` and `step`.

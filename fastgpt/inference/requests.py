@@ -35,7 +35,7 @@ class Request:
         repetition_penalty: divides positive logits and multiplies negative ones of tokens already in the text, prompt
             included; 1 changes nothing.
         stop: texts that end the result; they are not part of its text.
-        ignore_eos: whether an end-of-text token does not end the result.
+        ignore_eos: continue after an end-of-text token.
         seed: of the random numbers; None draws one. The same request with the same seed gives the same tokens whatever
             else is in the batch, up to the rounding of the logits.
         logprobs: None: no log-probabilities; n: those of the chosen tokens and of the n most likely ones.
@@ -81,7 +81,7 @@ class Result:
     Attributes:
         ids: the new tokens, with those of an end-of-text token or a stop string.
         text: the new text, without them; empty without a tokenizer.
-        finish_reason: "length": max_new_tokens came; "stop": a stop string; "eos": an end-of-text token.
+        finish_reason: "length": max_new_tokens was reached; "stop": a stop string; "eos": an end-of-text token.
         prompt_tokens: number of tokens of the prompt.
         seed: of the random numbers.
         logprobs: log-probability of each of ids by the model, before penalty, temperature and filters; None if not
@@ -105,7 +105,7 @@ class Piece:
 
     Attributes:
         number: of the request, as `Generator.add` returned it; `stream` counts its requests from 0.
-        id: the new token; None for a request of no tokens.
+        id: the new token; None if max_new_tokens is 0.
         text: text that is certain now, perhaps empty: characters may need several tokens, and what may become a stop
             string is held back.
         result: of a request that is finished; else None.

@@ -282,7 +282,7 @@ def attention(
         scale: default 1 / sqrt(D).
         window: keys that a query sees, counted back from its own and including it; None is all.
         softcap: scores become softcap * tanh(score / softcap); 0 is off.
-        dropout_p: probability that a score is dropped, 0 to less than 1.
+        dropout_p: probability that an attention weight is dropped, 0 to less than 1.
         cu_seqlens_q, cu_seqlens_k: (n + 1,) int32 starts of packed sequences; then B = 1 and T, S are totals, and
             causal and window align each sequence at its own bottom right.
         doc_ids: (B, T) int; a query sees keys of its own document only.
@@ -292,7 +292,7 @@ def attention(
             For several queries, view the cache as one row (1, B S, Hkv, D) and pass cu_seqlens, with a sequence without
             queries over each gap: cu_seqlens_q = (0, T, T, 2 T, 2 T, ...), cu_seqlens_k = (0, L0, S, S + L1, 2 S, ...).
         kv_start: (B,) start of the valid keys of each sequence (padding on the left); it shifts nothing either.
-        deterministic: exclude a library whose backward is not deterministic; fastgpt's kernels always are.
+        deterministic: exclude PyTorch's fused backward, which is not deterministic; fastgpt's kernels always are.
         return_lse: also return log-sum-exp (B, H, T), fp32, differentiable.
 
     Returns:

@@ -4,8 +4,8 @@
     dweight[v] = sum of dy[n] over ids[n] = v,  dposition_weight[p] = sum of dy[n] over positions[n] = p
 
 Forward reads both rows and writes their sum once. Backward sorts the tokens by table row and sums the gradients of each
-row in fp32, in the order of the tokens. If a weight has a gradient buffer (gradient_place), the rows are added to it,
-so a head that shares the weight needs no second table.
+row in fp32, in the order of the tokens. If a weight has a `grad_buffer` (fastgpt.nn.keep_gradients), the rows are added
+to it, so a head that shares the weight needs no second table.
 
 Saved for backward: ids and positions only.
 

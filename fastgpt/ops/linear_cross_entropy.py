@@ -5,7 +5,7 @@
 
 In one piece (the N V logits fit the budget): z is computed once and replaced by dz in one pass; backward is two
 products. dz is kept unscaled: the upstream gradient scales the rows of dx and of a copy of x (N C elements each, not
-N V), so backward may run again, and the gradient of a weight may be written or added to its buffer (`gradient_place`).
+N V), so backward may run again, and the gradient of a weight may be written or added to its `grad_buffer`.
 
 In chunks: one buffer of (chunk, V) logits is reused. For "mean" and "sum", forward also computes the gradients, dW in
 fp32 over all chunks for every dtype, and backward multiplies them by the upstream gradient. For "none", forward
