@@ -22,59 +22,25 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 from draws import generator
+from launchers import DEVICE, canaries_intact, guarded, randn, within
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgpt.kernels import cross_entropy, layer_norm, rms_norm
 from fastgpt.kernels._math import tanh
 from fastgpt.ops.rms_norm import rms_norm_ref, rms_norm_torch
-from fastgpt.parity import allowed_error, sensitivities
+from fastgpt.parity import sensitivities
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy, of infinities
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [F32, BF16, F16]
-CANARY = 7.0
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def within(name: str, ours: Tensor | None, torchs: Tensor, exact: Tensor, sensitivity: float) -> None:
-    """Check one tensor by the parity rule; NaN and infinities must stand in the same places.
-
-    A name that begins with d is a gradient. sensitivity: of the exact result; it counts for fp32 outputs.
-    """
-    assert ours is not None and ours.shape == exact.shape
-    assert torch.equal(torch.isnan(ours), torch.isnan(exact)), f"{name}: NaN in other places"
-    keep, infinite = torch.isfinite(exact), torch.isinf(exact)
-    assert torch.equal(ours[infinite].double(), exact[infinite]), f"{name}: infinities"
-    if keep.any():
-        exact = exact[keep]
-        error, baseline = ((t[keep].double() - exact).abs().max().item() for t in (ours, torchs))
-        baseline = max(baseline, sensitivity) if ours.dtype == F32 else baseline
-        allowed = allowed_error(name, exact, baseline, ours.dtype)
-        assert error <= allowed, f"{name}: error {error:.3g}, torch {baseline:.3g}, allowed {allowed:.3g}"
-
-
-def guarded(t: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of t inside a larger buffer of canaries, misaligned by one element; and the buffer."""
-    buffer = torch.full((t.numel() + 64 + 1,), CANARY, device=t.device).to(t.dtype)
-    inside = buffer[33 : 33 + t.numel()].view(t.shape)
-    inside.copy_(t)
-    return inside, buffer
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Bitwise equality, NaN included."""
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
-
-
-def canaries_intact(*buffers: Tensor) -> bool:
-    return all(bool((b[:33] == CANARY).all()) and bool((b[-32:] == CANARY).all()) for b in buffers)
-
-
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = F32) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed)).to(DEVICE, dtype)
 
 
 # layer_norm

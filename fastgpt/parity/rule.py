@@ -84,10 +84,11 @@ class Row:
         self.ratio = math.inf if math.isnan(self.error) else self.error / self.allowed if self.allowed else self.error
 
 
-def allowed_error(name: str, truth: Tensor, baseline: float, dtype: torch.dtype) -> float:
-    """Return the allowed error of one output, by the rule at the head of this file."""
+def allowed_error(name: str, truth: Tensor, torch_error: float, dtype: torch.dtype, sensitivity: float = 0.0) -> float:
+    """Return the allowed error of one output, by the rule at the head of this file; sensitivity counts in fp32."""
     eps, scale = torch.finfo(dtype).eps, float(truth.detach().abs().max()) if truth.numel() else 0.0
     unit = 32 * eps if scale < FP64_NOISE else eps * 2.0 ** math.floor(math.log2(scale))
+    baseline = max(torch_error, sensitivity) if dtype == torch.float32 else torch_error
     return (BACKWARD if name.startswith("d") else FORWARD) * baseline + unit
 
 

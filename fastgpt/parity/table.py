@@ -47,27 +47,29 @@ def expected(case: Case, device: str = "cpu") -> Expected:
     Raises:
         AssertionError: the reference and the baseline differ in their outputs.
     """
-    subject, torch_backend = SUBJECTS[case.op], {case.op: "torch"}
     truth, baseline = _truth_and_baseline(case, device)
     errors = {name: largest_error(t, truth[name]) for name, t in baseline.items()}
     if {case.layout, case.grad_layout} & set(REPEATED) and case.dtype != torch.float32:
         for draw in range(1, REDRAWS + 1):
             _redraw(errors, truth, dataclasses.replace(case, seed=case.seed + 1000 * draw), device)
-    with backend.use(**torch_backend):  # type: ignore[arg-type]
-        single = [name for name, t in baseline.items() if t.dtype == torch.float32 and t.numel()]
-        sensitivities = dict.fromkeys(truth, 0.0)
-        for shift in range(1, SHIFTS + 1 if single else 1):
-            moved = subject.run(case, subject.reference, Inputs(case, device, wide=True, shift=shift))
-            for name in single:
-                sensitivities[name] = max(sensitivities[name], largest_error(moved[name], truth[name]))
+    single = [name for name, t in baseline.items() if t.dtype == torch.float32 and t.numel()]
+    sensitivities = dict.fromkeys(truth, 0.0)
+    for shift in range(1, SHIFTS + 1 if single else 1):
+        moved = _reference(case, device, shift)
+        for name in single:
+            sensitivities[name] = max(sensitivities[name], largest_error(moved[name], truth[name]))
     return Expected(truth, errors, sensitivities)
 
 
-def _truth_and_baseline(case: Case, device: str) -> tuple[Outputs, Outputs]:
+def _reference(case: Case, device: str, shift: int = 0) -> Outputs:
     subject, torch_backend = SUBJECTS[case.op], {case.op: "torch"}
-    baseline = subject.run(case, subject.torch, Inputs(case, device, wide=False))
     with backend.use(**torch_backend):  # type: ignore[arg-type]
-        truth = subject.run(case, subject.reference, Inputs(case, device, wide=True))
+        return subject.run(case, subject.reference, Inputs(case, device, wide=True, shift=shift))
+
+
+def _truth_and_baseline(case: Case, device: str) -> tuple[Outputs, Outputs]:
+    subject = SUBJECTS[case.op]
+    baseline, truth = subject.run(case, subject.torch, Inputs(case, device, wide=False)), _reference(case, device)
     assert truth.keys() == baseline.keys(), (baseline.keys(), truth.keys())
     return truth, baseline
 
@@ -101,7 +103,7 @@ def compare(case: Case, name: str, wanted: Expected, device: str = "cpu") -> lis
     for output, exact in wanted.truth.items():
         got, torch_error, sensitivity = ours[output], wanted.torch_errors[output], wanted.sensitivities[output]
         assert got.shape == exact.shape, f"{case} {output}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
-        limit = allowed_error(output, exact, max(torch_error, sensitivity), got.dtype)
+        limit = allowed_error(output, exact, torch_error, got.dtype, sensitivity)
         error = largest_error(got, exact)
         rows.append(Row(case.op, name, dtype, case.layouts, str(case), output, error, torch_error, limit, sensitivity))
     return rows
