@@ -31,6 +31,7 @@ class KVCache:
         self.k, self.v = like.new_zeros(shape), like.new_zeros(shape)
         self.size, self.length = size, 0
         self.lens: Tensor | None = None  # (B,) int64
+        self._rows: Tensor | None = None  # (B,) int64, 0 to B - 1, with lens
         self._spans: dict[int | None, tuple[Tensor | None, Tensor]] = {}  # of the current pass, by window
 
     def part(self, first: int, last: int, lens: Tensor | None = None) -> KVCache:
@@ -39,6 +40,7 @@ class KVCache:
         part = object.__new__(KVCache)
         part.k, part.v = self.k[:, first:last], self.v[:, first:last]
         part.size, part.length, part.lens, part._spans = self.size, 0, lens, {}
+        part._rows = None if lens is None else torch.arange(last - first, device=lens.device)
         return part
 
     def move(self, source: int, to: int, length: int) -> None:
@@ -50,9 +52,9 @@ class KVCache:
         """Write the keys and values of a pass, k and v (B, T, G, D), and return all of them, (B, S, G, D). A pass
         updates `length` at its end."""
         if self.lens is not None:
-            rows = torch.arange(k.shape[0], device=k.device)
-            self.k[layer].index_put_((rows, self.lens), k[:, 0])
-            self.v[layer].index_put_((rows, self.lens), v[:, 0])
+            assert self._rows is not None
+            self.k[layer].index_put_((self._rows, self.lens), k[:, 0])
+            self.v[layer].index_put_((self._rows, self.lens), v[:, 0])
             return self.k[layer], self.v[layer]
         end = self.length + k.shape[1]
         self.k[layer, :, self.length : end] = k
