@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,18 +12,19 @@ import torch
 from torch import Tensor
 
 from fastgpt.convert.card import model_card
-from fastgpt.convert.importing import DTYPES
 from fastgpt.core import tensorfile
 from fastgpt.core.command import Parser
+from fastgpt.core.device import DTYPES
 from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
 from fastgpt.data import Tokenizer
-from fastgpt.data.byte_level import ByteLevelTokenizer, load_tokenizer
+from fastgpt.data.byte_level import ByteLevelTokenizer
 from fastgpt.models.config import ModelConfig, model_from_dict
 from fastgpt.models.weights import gguf, llmc, nanogpt, write_pretrained
 from fastgpt.models.weights.huggingface import read_json
 from fastgpt.models.weights.tokenizer import tokenizer_files
 from fastgpt.training import checkpoint
+from fastgpt.training.load import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,7 @@ class Exported:
         state = checkpoint.read_state(path)
         entries = tensorfile.read_header(checkpoint.verified(path, checkpoint.MODEL, state))
         dtypes = {tensorfile.DTYPES[entry.dtype] for entry in entries.values()}
-        tokenizer = None
-        if state["tokenizer"] is not None:
-            tokenizer = load_tokenizer(path.parent)
-            if tokenizer.fingerprint != state["tokenizer"]:
-                raise UserError(f"{path.parent / 'tokenizer.json'} is not the tokenizer that {path} was trained with")
+        tokenizer = None if state["tokenizer"] is None else tokenizer_of(path, state)
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
         return cls(path, state, model_from_dict(state["model"]), dtype, lambda name: entries[name].read(), tokenizer)
 
@@ -97,8 +95,6 @@ def main(argv: list[str]) -> int:
 
 def _bytes(text: str) -> int:
     """Read a size like 5GB, 200MB or 1000 (bytes), in decimal units."""
-    import argparse
-
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     digits, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
     if not digits.isdecimal() or int(digits) < 1:
@@ -111,16 +107,14 @@ def _hf(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
     model_type, extra = given.get("model_type"), source.token_ids
     options: dict[str, Any] = dict(model_type=model_type, extra=extra, shard_bytes=shard_bytes)
     write_pretrained(folder, source.config, source.read, dtype=DTYPES[dtype], **options)
-    run, text = source.path.parent, None
-    if (run / "tokenizer.json").is_file():
-        text = (run / "tokenizer.json").read_text(encoding="utf-8")
-    if text is None:
+    run = source.path.parent
+    if not (run / "tokenizer.json").is_file():
         return
     eos = None if source.tokenizer is None else source.tokenizer.decode([source.tokenizer.eot])
     settings = read_json(run / "tokenizer_config.json") if (run / "tokenizer_config.json").is_file() else None
     template = run / "chat_template.jinja"
     files = tokenizer_files(
-        text,
+        (run / "tokenizer.json").read_text(encoding="utf-8"),
         eos=eos,
         bos=eos,
         max_length=source.config.block_size,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastgpt.core.command import Parser
+from fastgpt.core.device import DTYPES
 from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
 from fastgpt.core.tensorfile import Deferred
@@ -19,7 +20,6 @@ from fastgpt.models.weights import Weights, open_pretrained
 from fastgpt.models.weights.huggingface import read_settings
 from fastgpt.training import checkpoint
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER)
 
@@ -112,7 +112,7 @@ def _settings(weights: Weights, out: Path, tokenizer: bool) -> str:
     """Return a configuration with which `fastgpt train` starts from the imported weights."""
     import yaml
 
-    model = {k: v for k, v in dataclasses.asdict(weights.config).items()}
+    model = dataclasses.asdict(weights.config)
     settings: dict[str, Any] = {"model": model, "resume": str(out), "block_size": min(1024, model["block_size"])}
     settings |= {"micro_batch": 1, "batch_tokens": settings["block_size"]}
     if tokenizer:

@@ -101,6 +101,21 @@ def _full_name(name: str, family: Family) -> str:
     return name if name.startswith((family.prefix, head)) else family.prefix + name
 
 
+def exported(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a parameter on the CPU in `dtype`.
+
+    Raises:
+        UserError: values are not finite, or not in `dtype`.
+    """
+    t = t.detach().cpu()
+    if not bool(torch.isfinite(t).all()):
+        raise UserError(f"export: the weights have NaN or infinite values in {name}")
+    t = t.to(dtype)
+    if not bool(torch.isfinite(t).all()):
+        raise UserError(f"export: {name} has values that {dtype} cannot hold".replace("torch.", ""))
+    return t
+
+
 def file_tensors(
     family: Family, c: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
@@ -110,14 +125,9 @@ def file_tensors(
         read: returns a parameter by fastgpt's name.
 
     Raises:
-        UserError: values are not finite, or not in `dtype`.
+        UserError: as `exported`.
     """
     for p in parameters(family, c):
-        t = read(p.name).detach().cpu()
-        if not bool(torch.isfinite(t).all()):
-            raise UserError(f"export: the weights have NaN or infinite values in {p.name}")
-        t = t.to(dtype)
-        if not bool(torch.isfinite(t).all()):
-            raise UserError(f"export: {p.name} has values that {dtype} cannot hold".replace("torch.", ""))
+        t = exported(p.name, read(p.name), dtype)
         for file, part in zip(p.files, p.layout.unpack(t, c), strict=True):
             yield file, part.contiguous()

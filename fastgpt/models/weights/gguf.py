@@ -23,6 +23,7 @@ from fastgpt.models.weights.convert import file_tensors, parameters
 from fastgpt.models.weights.families import FAMILIES
 from fastgpt.models.weights.family import Family
 from fastgpt.models.weights.layouts import adjacent_pairs
+from fastgpt.models.weights.tokenizer import merges_of
 from fastgpt.ops._rope_scaling import rope_frequencies
 
 # types of matrices -> gguf's name, llama.cpp's number of the file's type
@@ -163,7 +164,7 @@ def _tokens(writer: Any, spec: dict[str, Any], vocab_size: int, eot: int) -> Non
     special = set(specials.values())
     kinds = [CONTROL if i in special else NORMAL if i in known else UNUSED for i in range(vocab_size)]
     writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(m) if isinstance(m, list) else m for m in spec["model"]["merges"]])
+    writer.add_token_merges(merges_of(spec))
     writer.add_bos_token_id(eot)
     writer.add_eos_token_id(eot)
     writer.add_add_bos_token(False)

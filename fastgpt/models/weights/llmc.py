@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
+from fastgpt.models.weights.convert import exported
 from fastgpt.models.weights.nanogpt import require_gpt2
 
 MAGIC, VERSIONS = 20240326, {torch.float32: 3, torch.bfloat16: 5}
@@ -27,7 +28,7 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], dtype: to
     Raises:
         UserError: the model is no GPT-2, its GELU is not tanh's, or llm.c has no such dtype.
     """
-    require_gpt2(c, "llm.c", biased=True)
+    require_gpt2(c, "llm.c")
     if c.activation != "gelu_tanh" or dtype not in VERSIONS:
         raise UserError(f"export: llm.c has gelu_tanh in fp32 or bf16, but got {c.activation} in {dtype}")
     rows = -(-(c.vocab_size or 0) // 128) * 128
@@ -37,12 +38,10 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], dtype: to
     with (folder / "gpt2.bin").open("wb") as f:
         f.write(header.tobytes())
         for name in _names(c):
-            t = read(name)
+            t = exported(name, read(name), dtype)
             if name == "wte.weight":
                 t = torch.cat((t[: c.vocab_size], t.new_zeros(rows - (c.vocab_size or 0), c.width)))
-            if not bool(torch.isfinite(t).all()):
-                raise UserError(f"export: the weights have NaN or infinite values in {name}")
-            f.write(t.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            f.write(t.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _names(c: ModelConfig) -> Iterator[str]:

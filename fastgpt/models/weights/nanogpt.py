@@ -21,8 +21,8 @@ from fastgpt.models.weights.gpt_families import GPT2
 LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
-def require_gpt2(c: ModelConfig, what: str, *, biased: bool) -> None:
-    """Refuse a model that is not a GPT-2 with 4C in its MLP and a tied head.
+def require_gpt2(c: ModelConfig, what: str) -> None:
+    """Refuse a model that is not a GPT-2 with 4C in its MLP, a tied head and biases in its norms.
 
     Raises:
         UserError: names what differs.
@@ -30,7 +30,7 @@ def require_gpt2(c: ModelConfig, what: str, *, biased: bool) -> None:
     differs = GPT2.differences(c)
     differs += [] if c.d_mlp == 4 * c.width else [f"model.mlp_width {c.d_mlp}"]
     differs += [] if c.tied else ["model.tied False"]
-    differs += [] if c.norm_bias or not biased else ["model.norm_bias False"]
+    differs += [] if c.norm_bias else ["model.norm_bias False"]
     if differs:
         raise UserError(f"export: {what} has only GPT-2's shape, but the run has {', '.join(differs)}")
 
@@ -41,7 +41,7 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], dtype: to
     Raises:
         UserError: the model is no GPT-2.
     """
-    require_gpt2(c, "nanoGPT", biased=True)
+    require_gpt2(c, "nanoGPT")
     tensors: dict[str, Tensor] = {}
     for name, t in file_tensors(GPT2, c, read, dtype):
         tensors[name] = t.t().contiguous() if name.endswith(LINEAR) else t

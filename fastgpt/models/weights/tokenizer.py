@@ -6,6 +6,11 @@ import json
 from typing import Any
 
 
+def merges_of(spec: dict[str, Any]) -> list[str]:
+    """Return the merges of a tokenizer.json, "left right" each: newer files have them as pairs."""
+    return [" ".join(m) if isinstance(m, list) else m for m in spec["model"]["merges"]]
+
+
 def tokenizer_files(
     text: str,
     *,
@@ -35,10 +40,9 @@ def tokenizer_files(
     config = {k: v for k, v in (config | known).items() if v is not None} | kept
     files = {"tokenizer.json": text, "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False) + "\n"}
     if like_gpt2:
-        merges = [" ".join(m) if isinstance(m, list) else m for m in spec["model"]["merges"]]
         vocabulary = spec["model"]["vocab"] | {t["content"]: t["id"] for t in spec["added_tokens"]}
         files["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
-        files["merges.txt"] = "\n".join(["#version: 0.2", *merges]) + "\n"
+        files["merges.txt"] = "\n".join(["#version: 0.2", *merges_of(spec)]) + "\n"
     template = chat_template or (settings or {}).get("chat_template")
     if isinstance(template, str):
         files["chat_template.jinja"] = template
