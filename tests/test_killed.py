@@ -36,9 +36,14 @@ def finish(process: subprocess.Popen[bytes]) -> None:
 
 def rows(folder: Path, name: str) -> list[tuple[int, float, float]]:
     """Return (step, loss or validation loss, gradient norm) of every line."""
-    path = folder / name / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
     return [(r["step"], r.get("loss", r.get("val_loss")), r.get("grad_norm", 0.0)) for r in lines]
+
+
+def written(folder: Path, name: str) -> int:
+    """Return the number of complete lines; a run in progress may be writing one more."""
+    path = folder / name / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def kill_at_random(folder: Path, arguments: list[str], kills: int, steps: int, seed: int) -> None:
@@ -47,7 +52,7 @@ def kill_at_random(folder: Path, arguments: list[str], kills: int, steps: int, s
     for number in range(kills):
         process = start(folder, "killed", arguments)
         goal, deadline = steps * (number + 1) // (kills + 2), time.time() + 120
-        while time.time() < deadline and process.poll() is None and len(rows(folder, "killed")) < goal:
+        while time.time() < deadline and process.poll() is None and written(folder, "killed") < goal:
             time.sleep(0.02)
         time.sleep(chance.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
