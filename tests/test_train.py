@@ -66,6 +66,12 @@ def rows(run: str = "run") -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
 
 
+def written() -> int:
+    """Return the number of complete lines; a run in progress may be writing one more."""
+    path = Path("run/metrics.jsonl")
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def losses(run: str = "run") -> list[tuple[int, float]]:
     return [(int(r["step"]), r["loss"]) for r in rows(run) if "loss" in r]
 
@@ -406,7 +412,7 @@ def test_signal_ends_with_a_checkpoint_and_exit_0(text: Path) -> None:
     command += ["--max-steps", "100000", "--save-every", "0", "--eval-every", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.time() + 60
-    while time.time() < deadline and (not Path("run/metrics.jsonl").exists() or len(rows()) < 3):
+    while time.time() < deadline and written() < 3:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
