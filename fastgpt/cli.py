@@ -108,6 +108,13 @@ def train(argv: list[str]) -> int:
     return train_main(argv)
 
 
+def tokenizer(argv: list[str]) -> int:
+    """Run `fastgpt tokenizer`; see fastgpt/data/tokenizer_command.py."""
+    from fastgpt.data.tokenizer_command import main as tokenizer_main
+
+    return tokenizer_main(argv)
+
+
 def import_(argv: list[str]) -> int:
     """Run `fastgpt import`; see fastgpt/convert/importing.py."""
     from fastgpt.convert.importing import main as import_main
@@ -140,6 +147,7 @@ COMMANDS = {
     "train": train,
     "sample": sample,
     "chat": chat,
+    "tokenizer": tokenizer,
     "import": import_,
     "export": export,
     "doctor": doctor,
@@ -148,15 +156,16 @@ COMMANDS = {
     "bench": bench,
 }
 HELP = """commands:
-  train   train a model, resume a run, or plan one (--plan)
-  sample  continue a prompt with a trained model
-  chat    hold a conversation with a trained model
-  import  make a run from a model of another project
-  export  write a run in the format of another project
-  doctor  print what is built, which backend serves each op, and why
-  tune    time every backend and use the fastest from then on
-  parity  print the errors of the ops against fp64
-  bench   measure ops and training steps
+  train      train a model, resume a run, or plan one (--plan)
+  sample     continue a prompt with a trained model
+  chat       hold a conversation with a trained model
+  tokenizer  train, show and check tokenizers
+  import     make a run from a model of another project
+  export     write a run in the format of another project
+  doctor     print what is built, which backend serves each op, and why
+  tune       time every backend and use the fastest from then on
+  parity     print the errors of the ops against fp64
+  bench      measure ops and training steps
 
 `fastgpt COMMAND --help` explains a command."""
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.corpus import EOT
+from fastgpt.data.encoder import Encode, fastest
 from fastgpt.data.shards import atomic_file
 
 # GPT-2's word pattern; possessive where that cannot change a match, so that long runs never backtrack
@@ -40,6 +41,8 @@ class Tokenizer:
     fingerprint: sha256 over what decides ids (not over the file's layout): a checkpoint stores it to detect another
     tokenizer.
     """
+
+    _fastest: tuple[str, Encode] | None = None
 
     def __init__(self, text: str, where: str = "tokenizer.json") -> None:
         """`text` is the content of a tokenizer.json. Raises UserError that names `where` and what is wrong with it."""
@@ -112,9 +115,19 @@ class Tokenizer:
             return np.array(HFTokenizer.from_str(json.dumps(spec)).encode(piece).ids, np.uint32)
 
     def encode_documents(self, texts: Sequence[str], threads: int | None = None) -> list[npt.NDArray[np.uint32]]:
-        """Encode each text with `encode`, on `threads` threads (default: the cores this process may use, at most 8)."""
+        """Encode each text with the fastest encoder that gives the ids of `encode`.
+
+        threads: default the cores this process may use, at most 8. Raises UserError for lone surrogates.
+        """
+        _, encode = self.fastest()
         with ThreadPoolExecutor(threads or min(8, available_cores())) as pool:
-            return list(pool.map(self.encode, texts))
+            return list(pool.map(encode, texts))
+
+    def fastest(self) -> tuple[str, Encode]:
+        """Return the name of the encoder for data sets, with the reason if it is not the fast one, and the encoder."""
+        if self._fastest is None:
+            self._fastest = fastest(self.text, self.encode)
+        return self._fastest
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids (any iterable of ints, arrays included); bytes that form no character become U+FFFD.
@@ -132,22 +145,29 @@ class Tokenizer:
         return self._bpe.decode_bytes(checked)
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, specials: Sequence[str] = ()) -> Tokenizer:
     """Train a BPE of at most `vocab_size` ids (fewer where the texts have no more pairs to merge).
 
-    Raises UserError for a vocab_size below 257 (256 bytes and `<|endoftext|>`).
+    specials: special tokens beside `<|endoftext|>`, e.g. the marks of a chat template.
+    Raises UserError for a vocab_size below 256 bytes and the special tokens, or an empty or repeated special token.
     """
     from tokenizers import Tokenizer as HFTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
-    if vocab_size < 257:
-        raise UserError(f"vocab_size is {vocab_size}; a byte-level BPE has at least 257 ids (256 bytes and {EOT})")
+    every = [EOT, *specials]
+    if len(set(every)) < len(every) or "" in every:
+        raise UserError(f"special tokens {list(specials)} are empty, repeated, or {EOT}, which is always there")
+    least = 256 + len(every)
+    if vocab_size < least:
+        raise UserError(
+            f"vocab_size is {vocab_size}; a byte-level BPE has at least {least} ids (256 bytes and {', '.join(every)})"
+        )
     bpe = HFTokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[EOT],
+        special_tokens=every,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
