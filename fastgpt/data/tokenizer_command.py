@@ -71,7 +71,7 @@ def show(args: Namespace) -> int:
     tokenizer = open_tokenizer(args.tokenizer)
     if args.text is not None:
         for i in tokenizer.encode(args.text).tolist():
-            print(f"{i:>7}  {tokenizer.decode_bytes([i])!r:.80}"[:90])
+            print(f"{i:>7}  {tokenizer.decode_bytes([i])[:40]!r}")
         return 0
     names = {i: token for token, i in tokenizer.specials.items()}
     sizes = {i: len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab) if i not in names}
@@ -81,7 +81,8 @@ def show(args: Namespace) -> int:
     print(f"end of text  {tokenizer.eot}")
     print(f"fingerprint  {tokenizer.fingerprint}")
     print(f"encoder      {tokenizer.fastest()[0]}")
-    print("longest      " + ", ".join(f"{tokenizer.decode_bytes([i])!r} = {i}" for i in longest))
+    for i in longest:
+        print(f"longest      {i:>7}, {sizes[i]} bytes: {tokenizer.decode_bytes([i])[:40]!r}")
     return 0
 
 
