@@ -47,7 +47,8 @@ def chat(argv: list[str]) -> int:
     from fastgpt.training.load import load_run
 
     model, tokenizer, path = load_run(args.run, default_device(args.device))
-    return terminal.chat(model, tokenizer, Template.of_run(path, tokenizer.decode([tokenizer.eot])), args)
+    eos = tokenizer.decode_bytes([tokenizer.eot]).decode()
+    return terminal.chat(model, tokenizer, Template.of_run(path, eos, tokenizer.bos), args)
 
 
 def doctor(argv: list[str]) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from fastgpt.core.device import DTYPES
 from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
 from fastgpt.data import Tokenizer
-from fastgpt.data.byte_level import ByteLevelTokenizer
+from fastgpt.data.load import GENERATION, MODEL, SETTINGS, SPECIALS
 from fastgpt.models.config import ModelConfig, model_from_dict
 from fastgpt.models.weights import gguf, llmc, nanogpt, write_pretrained
 from fastgpt.models.weights.huggingface import read_json
@@ -64,8 +66,10 @@ class Exported:
         if "source" in self.state:
             given = self.state["source"]["config"]
             return {k: given[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in given}
-        eot = None if self.tokenizer is None else self.tokenizer.eot
-        return {"bos_token_id": eot, "eos_token_id": eot}
+        if (t := self.tokenizer) is None:
+            return {"bos_token_id": None, "eos_token_id": None}
+        bos = t.specials.get(t.bos, t.eot)  # without a BOS token, documents of training data begin with eot
+        return {"bos_token_id": bos, "eos_token_id": list(t.ends) if len(t.ends) > 1 else t.ends[0]}
 
 
 def main(argv: list[str]) -> int:
@@ -107,19 +111,24 @@ def _hf(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
     model_type, extra = given.get("model_type"), source.token_ids
     options: dict[str, Any] = dict(model_type=model_type, extra=extra, shard_bytes=shard_bytes)
     write_pretrained(folder, source.config, source.read, dtype=DTYPES[dtype], **options)
-    run = source.path.parent
+    run, tokenizer = source.path.parent, source.tokenizer
+    for name in (GENERATION, SPECIALS, MODEL):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    if not (run / GENERATION).is_file():
+        (folder / GENERATION).write_text(json.dumps(source.token_ids, indent=2) + "\n", encoding="utf-8")
     if not (run / "tokenizer.json").is_file():
         return
-    eos = None if source.tokenizer is None else source.tokenizer.decode([source.tokenizer.eot])
-    settings = read_json(run / "tokenizer_config.json") if (run / "tokenizer_config.json").is_file() else None
+    eos = None if tokenizer is None else tokenizer.decode_bytes([tokenizer.eot]).decode()
     template = run / "chat_template.jinja"
     files = tokenizer_files(
         (run / "tokenizer.json").read_text(encoding="utf-8"),
+        gpt2=type(tokenizer) is Tokenizer,
         eos=eos,
-        bos=eos,
+        bos=eos if tokenizer is None else tokenizer.bos or eos,
         max_length=source.config.block_size,
         chat_template=template.read_text(encoding="utf-8") if template.is_file() else None,
-        settings=settings,
+        settings=read_json(run / SETTINGS) if (run / SETTINGS).is_file() else None,
     )
     for name, content in files.items():
         (folder / name).write_text(content, encoding="utf-8")
@@ -134,7 +143,7 @@ def _llmc(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
 
 
 def _gguf(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
-    if source.tokenizer is None or isinstance(source.tokenizer, ByteLevelTokenizer):
+    if type(source.tokenizer) is not Tokenizer:
         raise UserError(f"export: {source.path.parent} has no tokenizer like GPT-2's, which --format gguf needs")
     gguf.write(folder, source.config, source.read, dtype, source.tokenizer.text, source.tokenizer.eot)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
 from fastgpt.core.tensorfile import Deferred
 from fastgpt.data import Tokenizer
-from fastgpt.data.byte_level import load_tokenizer
+from fastgpt.data.load import COMPANIONS, FILE, GENERATION, MODEL, OLD, has_tokenizer, load_tokenizer
 from fastgpt.models.weights import Weights, open_pretrained
 from fastgpt.models.weights.huggingface import read_settings
 from fastgpt.training import checkpoint
 
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER = (FILE, MODEL, *OLD, "added_tokens.json", *COMPANIONS)
 PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER)
 
 
@@ -80,9 +81,7 @@ def import_model(
     tensors = {name: Deferred(dtype, p.shape, _reader(weights, name, dtype)) for name, p in weights.parameters.items()}
     with new_folder(out) as aside:
         checkpoint.save(aside, 0, tensors, {}, state, keep=0)
-        for name in TOKENIZER:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, aside / name)
+        _write_tokenizer(folder, aside, tokenizer)
         (aside / "config.yaml").write_text(_settings(weights, out, tokenizer is not None), encoding="utf-8")
     count = sum(torch.Size(p.shape).numel() for p in weights.parameters.values())
     return f"{out}: {count:,} parameters of {source or folder}" + (f" at {revision}" if revision else "") + note
@@ -94,18 +93,29 @@ def _reader(weights: Weights, name: str, dtype: torch.dtype) -> Any:
 
 def _tokenizer(folder: Path, weights: Weights) -> tuple[Tokenizer | None, str]:
     """Return the tokenizer, or None and a sentence that says why there is none."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        return None, "; it has no tokenizer.json, so sample and chat cannot read text"
+    if not has_tokenizer(folder):
+        return None, "; it has no tokenizer, so sample and chat cannot read text"
     try:
         tokenizer = load_tokenizer(folder)
     except UserError as e:
         return None, f"; sample and chat cannot read text, because {e}"
     if tokenizer.n_vocab > (weights.config.vocab_size or 0):
-        raise UserError(
-            f"{path} has {tokenizer.n_vocab} tokens, but the model's vocab_size is {weights.config.vocab_size}"
-        )
+        found, most = tokenizer.n_vocab, weights.config.vocab_size
+        raise UserError(f"the tokenizer in {folder} has {found} tokens, but the model's vocab_size is {most}")
     return tokenizer, ""
+
+
+def _write_tokenizer(folder: Path, out: Path, tokenizer: Tokenizer | None) -> None:
+    """Write the tokenizer's files and what ends a text; one that fastgpt does not read is copied as it is."""
+    for name in TOKENIZER if tokenizer is None else (MODEL, *COMPANIONS):
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+    if tokenizer is not None:
+        tokenizer.save(out / FILE)
+    given = read_settings(folder)
+    ids = {k: given[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if given.get(k) is not None}
+    if ids and not (out / GENERATION).is_file():
+        (out / GENERATION).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
 
 
 def _settings(weights: Weights, out: Path, tokenizer: bool) -> str:

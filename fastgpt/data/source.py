@@ -12,7 +12,7 @@ import numpy as np
 
 from fastgpt.core import progress
 from fastgpt.core.errors import UserError
-from fastgpt.data.byte_level import load_tokenizer
+from fastgpt.data.load import load_tokenizer
 from fastgpt.data.prepare import Dataset, prepare
 from fastgpt.data.shards import Tokens, open_split, open_tokens
 from fastgpt.data.tokenizer import Tokenizer

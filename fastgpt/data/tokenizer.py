@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -39,10 +39,16 @@ class Tokenizer:
 
     n_vocab: number of ids, specials included; eot: the id of `<|endoftext|>`; specials: special token -> id;
     fingerprint: sha256 over what decides ids (not over the file's layout): a checkpoint stores it to detect another
-    tokenizer.
+    tokenizer; prefix: ids before every prompt, a BOS token where tokenizer.json says so; bos: text of the token that
+    chat templates call bos_token, perhaps empty; ends: ids that end a text;
+    companions: name -> content of the files that belong beside tokenizer.json, such as tokenizer_config.json.
     """
 
     _fastest: tuple[str, Encode] | None = None
+    prefix: tuple[int, ...] = ()
+    bos: str = ""
+    ends: tuple[int, ...] = ()
+    companions: Mapping[str, str] = {}
 
     def __init__(self, text: str, where: str = "tokenizer.json") -> None:
         """`text` is the content of a tokenizer.json. Raises UserError that names `where` and what is wrong with it."""
@@ -54,6 +60,7 @@ class Tokenizer:
         self.text = text
         self.specials: dict[str, int] = specials
         self.eot: int = specials[EOT]
+        self.prefix, self.ends = prefix_of(json.loads(text)), (self.eot,)
         self.n_vocab: int = len(ranks) + len(specials)
         digest = hashlib.sha256(PATTERN.encode())
         for token, i in sorted([*ranks.items(), *((s.encode(), i) for s, i in specials.items())], key=lambda ti: ti[1]):
@@ -77,9 +84,16 @@ class Tokenizer:
             raise UserError(f"tokenizer file {path} is damaged: not UTF-8 at byte {e.start}") from None
 
     def save(self, path: str | Path) -> None:
-        """Write tokenizer.json, completely or not at all; `tokenizers.Tokenizer.from_file` reads it too."""
-        with atomic_file(Path(path)) as f:
-            f.write(self.text.encode("utf-8"))
+        """Write tokenizer.json, completely or not at all, after its companions; `tokenizers.Tokenizer.from_file` reads
+        it too."""
+        files = {Path(path).with_name(name): content for name, content in self.companions.items()}
+        for file, content in (files | {Path(path): self.text}).items():
+            with atomic_file(file) as f:
+                f.write(content.encode("utf-8"))
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the ids of a prompt: those of `prefix`, then those of the text. Raises UserError as `encode`."""
+        return [*self.prefix, *(int(i) for i in self.encode(text))]
 
     def encode(self, text: str, specials: bool = False) -> npt.NDArray[np.uint32]:
         """Return ids (n,) uint32; a literal `<|endoftext|>` is ordinary text, or with `specials` the special token.
@@ -223,9 +237,25 @@ def _check_kind(spec: dict[str, Any], where: str) -> None:
         "normalizer": spec["normalizer"] is None,
         "model.ignore_merges": not spec["model"].get("ignore_merges"),
         "model.dropout": not spec["model"].get("dropout"),
+        "added_tokens": all(t.get("special", True) for t in spec["added_tokens"]),
     }.items():
         if not ok:
             raise UserError(f"{where} has another {what} than a GPT-2 style byte-level BPE")
+
+
+def prefix_of(spec: dict[str, Any]) -> tuple[int, ...]:
+    """Return the ids that a tokenizer.json puts before every text."""
+    step = spec.get("post_processor") or {"type": "none"}
+    if step["type"] == "Sequence":
+        return tuple(i for inner in step["processors"] for i in prefix_of({"post_processor": inner}))
+    if step["type"] in ("BertProcessing", "RobertaProcessing"):
+        return (int(step["cls"][1]),)
+    ids: list[int] = []
+    for item in step["single"] if step["type"] == "TemplateProcessing" else ():
+        if "SpecialToken" not in item:
+            break
+        ids += step["special_tokens"][item["SpecialToken"]["id"]]["ids"]
+    return tuple(ids)
 
 
 def byte_alphabet() -> dict[str, int]:

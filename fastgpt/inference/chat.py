@@ -1,8 +1,8 @@
 """Conversations as prompts: a template turns messages into text, and the oldest turns go when they do not fit.
 
 A template is a Jinja template as transformers uses them (chat_template.jinja): it gets `messages`, a list of
-{"role", "content"}, `add_generation_prompt`, `eos_token` and an empty `bos_token`, and runs in Jinja's sandbox. Special
-tokens that it writes become their ids; a message may not contain their text.
+{"role", "content"}, `add_generation_prompt`, `eos_token` and `bos_token`, and runs in Jinja's sandbox. Special tokens
+that it writes become their ids; a message may not contain their text.
 """
 
 from __future__ import annotations
@@ -39,13 +39,20 @@ class Template:
 
     Attributes:
         where: its file, or "the default template".
+        default: whether it is the default one.
         stop: what the template writes after a reply, where a reply therefore ends; empty if it writes nothing.
 
     Raises:
         UserError: the template is not valid, refuses a plain conversation, or Jinja is not installed.
     """
 
-    def __init__(self, text: str = DEFAULT, where: str = "the default template", eos_token: str = "") -> None:
+    def __init__(
+        self,
+        text: str = DEFAULT,
+        where: str = "the default template",
+        eos_token: str = "",
+        bos_token: str = "",
+    ) -> None:
         try:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ImportError:
@@ -59,17 +66,18 @@ class Template:
         )
         env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form))
         env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-        self.where, self._eos_token = where, eos_token
+        self.where, self._names = where, {"eos_token": eos_token, "bos_token": bos_token}
+        self.default = text == DEFAULT
         self._template = self._guard(lambda: env.from_string(text))
         self.stop = self._end_of_reply()
 
     @classmethod
-    def of_run(cls, checkpoint: Path, eos_token: str) -> Template:
+    def of_run(cls, checkpoint: Path, eos_token: str, bos_token: str = "") -> Template:
         """Return the template in the folder of a checkpoint, or of its run, or the default one."""
         for file in (checkpoint / FILE, checkpoint.parent / FILE):
             if file.is_file():
                 try:
-                    return cls(file.read_text(encoding="utf-8"), str(file), eos_token)
+                    return cls(file.read_text(encoding="utf-8"), str(file), eos_token, bos_token)
                 except (OSError, UnicodeDecodeError) as e:
                     raise UserError(f"{file} cannot be read ({e})") from None
         return cls(eos_token=eos_token)
@@ -85,8 +93,8 @@ class Template:
 
     def render(self, messages: list[Message], ask: bool = True) -> str:
         """Return the text of a conversation; ask: followed by what begins a reply."""
-        names = dict(bos_token="", eos_token=self._eos_token, add_generation_prompt=ask)
-        return str(self._guard(lambda: self._template.render(messages=messages, **names)))
+        names = self._names | {"messages": messages, "add_generation_prompt": ask}
+        return str(self._guard(lambda: self._template.render(**names)))
 
     def _end_of_reply(self) -> str:
         """Return what follows a reply: a mark, as in "<|im_end|>", or else what begins the next message."""
@@ -130,8 +138,9 @@ class Conversation:
         """
         messages = [*self.messages, {"role": "user", "content": self._checked(content)}]
         dropped = 0
+        prefix = self.tokenizer.prefix if self.template.default else ()  # another template writes its bos_token
         while True:
-            ids = self.tokenizer.encode(self.template.render([*self.system, *messages]), specials=True)
+            ids = [*prefix, *self.tokenizer.encode(self.template.render([*self.system, *messages]), specials=True)]
             if len(ids) <= self.room:
                 self.messages = messages
                 return [int(i) for i in ids], dropped

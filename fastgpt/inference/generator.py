@@ -77,7 +77,7 @@ class Generator:
             frequencies depend on the length of the text.
         context: tokens of a text that the model reads at most; default its block_size. More is possible unless
             positions are learned; the rotary tables are extended.
-        eos: id or ids that end a text; default the tokenizer's end-of-text token.
+        eos: id or ids that end a text; default those of the tokenizer.
 
     The cache is allocated for the requests that wait when no request runs; `reserve` allocates the largest one.
 
@@ -102,7 +102,7 @@ class Generator:
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.context = model.block_size if context is None else context
         model.extend(self.context)
-        eos = tokenizer.eot if eos is None and tokenizer is not None else eos
+        eos = tokenizer.ends if eos is None and tokenizer is not None else eos
         self.eos = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
         self.waiting: list[Running] = []
         self.running: list[Running] = []  # in the order of the rows
@@ -123,7 +123,7 @@ class Generator:
         if self.tokenizer is None and (isinstance(request.prompt, str) or request.stop):
             raise ValueError("Generator: a prompt or a stop string is a text, expected a tokenizer")
         prompt = request.prompt
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) and self.tokenizer is not None else prompt
+        ids = self.tokenizer.prompt(prompt) if isinstance(prompt, str) and self.tokenizer is not None else prompt
         ids = [int(i) for i in ids]
         if not ids:
             raise ValueError("Generator: the prompt is empty, expected at least one token")

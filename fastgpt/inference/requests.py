@@ -13,9 +13,14 @@ class TextTokenizer(Protocol):
     """What a generator needs of a tokenizer; fastgpt.data.Tokenizer has it."""
 
     eot: int
+    prefix: tuple[int, ...]  # before every prompt
+    ends: tuple[int, ...]  # end a text
 
     def encode(self, text: str) -> Any:
         """Return the ids of a text, a sequence of ints."""
+
+    def prompt(self, text: str) -> list[int]:
+        """Return `prefix` and the ids of a text."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids; the bytes of a text are those of its tokens, one after the other."""

@@ -79,7 +79,7 @@ def generator_of(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace,
 
 def sample(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace) -> int:
     """Print --n continuations of --prompt; a single one as it comes."""
-    if not len(tokenizer.encode(args.prompt)):
+    if not tokenizer.prompt(args.prompt):
         raise UserError("sample: --prompt is empty, expected at least one token")
     generator = generator_of(model, tokenizer, args, max_batch=min(args.n, 16))
     requests = [

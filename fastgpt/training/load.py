@@ -9,7 +9,7 @@ import torch
 
 from fastgpt.core.errors import UserError
 from fastgpt.data import Tokenizer
-from fastgpt.data.byte_level import load_tokenizer
+from fastgpt.data.load import load_tokenizer
 from fastgpt.models.config import model_from_dict
 from fastgpt.models.gpt import GPT
 from fastgpt.training import checkpoint

@@ -153,7 +153,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tokenizer: Token
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**OLD_SIZES))
     model.save_pretrained(tmp_path / "hf")
     tokenizer.save(tmp_path / "hf" / "tokenizer.json")
-    with pytest.raises(UserError, match=r"tokenizer.json has \d+ tokens, but the model's vocab_size is 97"):
+    with pytest.raises(UserError, match=r"the tokenizer in .* has \d+ tokens, but the model's vocab_size is 97"):
         importing.import_model(tmp_path / "hf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
