@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from fastgpt.core.errors import UserError
-from fastgpt.data.byte_level import ByteLevelTokenizer, load_tokenizer
+from fastgpt.data.byte_level import ByteLevelTokenizer
 from fastgpt.data.corpus import EOT
 from fastgpt.data.encoder import sample
+from fastgpt.data.load import load_tokenizer
 from fastgpt.data.tokenizer import Tokenizer, byte_alphabet
 
 GPT2_MERGES = Path(__file__).with_name("files") / "gpt2.bpe.xz"

@@ -114,7 +114,7 @@ def check(args: Namespace) -> int:
 def _wrong(tokenizer: Tokenizer, text: str) -> str:
     """Return what is wrong with the ids of a text, or ''."""
     ids = tokenizer.encode(text)
-    if tokenizer.decode_bytes(ids) != text.encode():
+    if tokenizer.decode(ids) != text:
         return "decoding its ids does not give the text"
     if not np.array_equal(ids, tokenizer.fastest()[1](text)):
         return f"{tokenizer.fastest()[0]} gives other ids"

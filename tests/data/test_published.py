@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
 from fastgpt.data import EOT, Tokenizer, encoder, published, train_tokenizer
-from fastgpt.data.byte_level import load_tokenizer
 from fastgpt.data.encoder import Renewed, sample
+from fastgpt.data.load import load_tokenizer
 from fastgpt.data.tokenizer import _parse
 from fastgpt.data.tokenizer_command import main
 
