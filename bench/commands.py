@@ -19,6 +19,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "training": ("training", "a 60-step run of the trainer that is stopped and resumed"),
     "tiles": ("tiles", "launch shapes of attention's Triton kernels, by time"),
     "patching": ("patching", "a step of transformers' GPT-2 and Llama before and after fastgpt.patch"),
+    "generate": ("generate", "generated tokens/s against transformers and llama.cpp; share of what memory allows"),
     "all": ("cpu", "all benchmarks that need no GPU, in under 15 minutes, then the report"),
     "gpu": (
         "gpu",

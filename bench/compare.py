@@ -49,6 +49,7 @@ COUNTS = {  # noise-free figure -> how much it may grow
     "operators": 0.0,
     "mb": 0.02,  # of a wheel
 }
+THEIRS = ("torch", "copy", "gemm", "floor", "transformers", "llama.cpp")  # how baselines' names start
 SLOWER, FASTER, SAME, UNJUDGED = "SLOWER", "faster", "same", "not judged"
 Key = tuple[tuple[str, str], ...]
 
@@ -71,7 +72,7 @@ def ours(row: Row) -> bool:
     if "backend" in row:
         return row["backend"] is not None
     name = str(row.get("provider", row.get("variant", "fastgpt")))
-    return "fastgpt" in name or not name.startswith(("torch", "copy", "gemm", "floor"))
+    return "fastgpt" in name or not name.startswith(THEIRS)
 
 
 def groups(rows: Iterable[Row]) -> dict[Key, list[Row]]:
