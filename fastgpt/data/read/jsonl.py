@@ -1,0 +1,144 @@
+"""JSON: lines of it, or files with one record, a list of records, or several records after each other.
+
+orjson reads a record; where it refuses, or where a number or a repeated key needs care, Python's own json says more.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from fastgpt.data.document import Document
+from fastgpt.data.read.defects import need
+from fastgpt.data.read.fields import KINDS, Fields
+from fastgpt.data.read.lines import line_blocks
+from fastgpt.data.read.reading import SURROGATE, Reading
+
+KEY = re.compile(rb'"\s*:')
+KEY_NOT_QUOTED = re.compile(rb'(?<!\\)"\s*:')
+
+
+def read_jsonl(reading: Reading) -> Iterator[Document]:
+    """Yield the documents of JSON lines. Blank lines are no records; ids count bytes, so parts give the same ids."""
+    records = Records(reading)
+    for at, lines in line_blocks(reading):
+        for line in lines:
+            if line and not line.isspace() and (document := records.document(line, at, at)) is not None:
+                yield document
+            at += len(line) + 1
+
+
+class Records:
+    """From the bytes of one JSON object to a document."""
+
+    def __init__(self, reading: Reading) -> None:
+        orjson = need("orjson", f"reading {reading.file}")
+        self.loads, self.error = orjson.loads, orjson.JSONDecodeError
+        self.reading = reading
+        self.fields = Fields(reading)
+
+    def document(self, raw: bytes, number: int, byte: int) -> Document | None:
+        """Return the document of a record that begins at `byte`; None, with a report, if it is broken."""
+        try:
+            record = self.loads(raw)
+        except self.error:
+            record = self._careful(raw, byte)
+            if record is None:
+                return None
+        if type(record) is not dict:
+            problem = f"the record is {_kind(record)}, expected an object with named fields"
+            self.reading.report("wrong type", problem, 'write it as {"text": ...}', byte)
+            return None
+        if len(KEY.findall(raw)) != len(record) and (key := _repeated(raw, record)) is not None:
+            self.reading.report("key twice", f"the key {key!r} is there twice", "keep one of them", byte)
+            return None
+        return self.fields.document(record, number, byte, lambda: _exact(raw))
+
+    def _careful(self, raw: bytes, byte: int) -> Any:
+        """Return a record that orjson refused: repaired in mode "replace", else None; report what is wrong."""
+        text = self.reading.decode(raw, byte, "record")
+        if text is None:
+            return None
+        text = text.removeprefix("\ufeff")  # files joined by `cat`
+        try:
+            record = json.loads(text, parse_constant=_refuse)
+        except json.JSONDecodeError as e:
+            problem = f"the JSON is broken: {e.msg[0].lower()}{e.msg[1:]} at column {e.colno}"
+            offset = len(text[: e.pos].encode("utf-8", "surrogatepass"))
+            self.reading.report("broken JSON", problem, "repair or remove the record", byte + min(offset, len(raw)))
+            return None
+        except (RecursionError, ValueError) as e:
+            problem = "it is nested too deeply" if isinstance(e, RecursionError) else str(e)
+            self.reading.report("broken JSON", f"the JSON is broken: {problem}", "repair or remove the record", byte)
+            return None
+        lone = _lone(record)
+        if lone:
+            found = re.search(rb"\\u[dD][89a-fA-F]", raw)
+            remedy = "write the character itself, or use mode replace"
+            place = byte + (found.start() if found else 0)
+            self.reading.report("lone surrogate", "the JSON holds the escape of a lone surrogate", remedy, place)
+            return _mended(record) if self.reading.format.mode == "replace" else None
+        return record
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else KINDS.get(type(value), "something else")
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _exact(raw: bytes) -> Any:
+    """Return a record with its numbers as text, digit by digit."""
+    return json.loads(raw, parse_float=str, parse_int=str)
+
+
+def _repeated(raw: bytes, record: dict[str, Any]) -> str | None:
+    """Return a key that an object of the record has twice.
+
+    The keys of the parsed record are counted against the quotes followed by a colon; quotes inside texts are escaped
+    and do not count. Only where the numbers differ does the slow parser look.
+    """
+    if _keys(record) == len(KEY_NOT_QUOTED.findall(raw)):
+        return None
+    twice: list[str] = []
+
+    def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [key for key, _ in pairs]
+            twice.append(next(key for key in names if names.count(key) > 1))
+        return found
+
+    try:
+        json.loads(raw, object_pairs_hook=note)
+    except RecursionError:
+        return None
+    return twice[0] if twice else None
+
+
+def _keys(value: Any) -> int:
+    if type(value) is dict:
+        return len(value) + sum(_keys(v) for v in value.values() if type(v) is dict or type(v) is list)
+    return sum(_keys(v) for v in value if type(v) is dict or type(v) is list)
+
+
+def _lone(value: Any) -> bool:
+    """Return whether any text or key inside a value holds a lone surrogate."""
+    if isinstance(value, str):
+        return not value.isascii() and SURROGATE.search(value) is not None
+    if isinstance(value, dict):
+        return any(_lone(k) or _lone(v) for k, v in value.items())
+    return isinstance(value, list) and any(map(_lone, value))
+
+
+def _mended(value: Any) -> Any:
+    """Return a value with U+FFFD in place of lone surrogates."""
+    if isinstance(value, str):
+        return SURROGATE.sub("\ufffd", value)
+    if isinstance(value, dict):
+        return {_mended(k): _mended(v) for k, v in value.items()}
+    return [_mended(v) for v in value] if isinstance(value, list) else value
