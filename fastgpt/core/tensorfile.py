@@ -48,11 +48,20 @@ class Entry:
     end: int
 
     def read(self) -> Tensor:
-        """Return the tensor, in memory of its own."""
+        """Return the tensor, in memory of its own.
+
+        Raises:
+            UserError: the file cannot be read, or is shorter than when it was opened.
+        """
         raw = torch.empty(self.end - self.start, dtype=torch.uint8)
-        with self.path.open("rb") as f:
-            f.seek(self.start)
-            f.readinto(raw.numpy().data)
+        try:
+            with self.path.open("rb") as f:
+                f.seek(self.start)
+                size = f.readinto(raw.numpy().data)
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be read ({e.strerror})") from e
+        if size != len(raw):
+            raise UserError(f"{self.path} was truncated while it was read")
         return raw.view(DTYPES[self.dtype]).view(self.shape)
 
 

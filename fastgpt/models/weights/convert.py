@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from fastgpt.core.tensorfile import DTYPES
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.models.weights.family import Family
-from fastgpt.models.weights.files import FileTensor, check_tensors
+from fastgpt.models.weights.files import FileTensor, check_tensors, some
 from fastgpt.models.weights.layouts import Layout
 
 # Masks and rotary tables that older files hold, and that a model makes itself
@@ -75,17 +76,19 @@ class Weights:
         """Return a parameter, by fastgpt's name, in `dtype` (default: `self.dtype`).
 
         Raises:
-            UserError: it has values that are not finite.
+            UserError: it has values that are not finite; all tensors of the files that have any are listed.
         """
         p = self.parameters[name]
-        parts = [self._finite(file) for file in p.files]
+        parts = [self.found[file].read() for file in p.files]
+        if not all(map(finite, parts)):
+            bad = [f for p in self.parameters.values() for f in p.files if not finite(self.found[f].read())]
+            raise UserError(f"{self.where} has NaN or infinite values in {some(bad)}")
         return p.layout.pack([part.to(self.dtype) for part in parts], self.config).to(dtype or self.dtype).contiguous()
 
-    def _finite(self, file: str) -> Tensor:
-        t = self.found[file].read()
-        if not bool(torch.isfinite(t).all()):
-            raise UserError(f"{self.where} has NaN or infinite values in {file}")
-        return t
+
+def finite(t: Tensor) -> bool:
+    """Return whether all values are finite; unlike torch.isfinite it needs no memory of the size of t."""
+    return t.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(t))
 
 
 def expected_head(family: Family, c: ModelConfig) -> tuple[int, ...]:
@@ -101,17 +104,22 @@ def _full_name(name: str, family: Family) -> str:
     return name if name.startswith((family.prefix, head)) else family.prefix + name
 
 
-def exported(name: str, t: Tensor, dtype: torch.dtype) -> Tensor:
+def exported(name: str, read: Callable[[str], Tensor], dtype: torch.dtype, names: Iterable[str]) -> Tensor:
     """Return a parameter on the CPU in `dtype`.
 
+    Args:
+        name: its name. read: returns a parameter by its name.
+        names: of all parameters that are exported.
+
     Raises:
-        UserError: values are not finite, or not in `dtype`.
+        UserError: values are not finite, which lists the parameters with such values, or not in `dtype`.
     """
-    t = t.detach().cpu()
-    if not bool(torch.isfinite(t).all()):
-        raise UserError(f"export: the weights have NaN or infinite values in {name}")
+    t = read(name).detach().cpu()
+    if not finite(t):
+        bad = [other for other in names if not finite(read(other).detach())]
+        raise UserError(f"export: the weights have NaN or infinite values in {some(bad)}")
     t = t.to(dtype)
-    if not bool(torch.isfinite(t).all()):
+    if not finite(t):
         raise UserError(f"export: {name} has values that {dtype} cannot hold".replace("torch.", ""))
     return t
 
@@ -127,7 +135,8 @@ def file_tensors(
     Raises:
         UserError: as `exported`.
     """
-    for p in parameters(family, c):
-        t = exported(p.name, read(p.name), dtype)
+    found = parameters(family, c)
+    for p in found:
+        t = exported(p.name, read, dtype, [other.name for other in found])
         for file, part in zip(p.files, p.layout.unpack(t, c), strict=True):
             yield file, part.contiguous()

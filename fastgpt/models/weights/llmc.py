@@ -38,7 +38,7 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], dtype: to
     with (folder / "gpt2.bin").open("wb") as f:
         f.write(header.tobytes())
         for name in _names(c):
-            t = exported(name, read(name), dtype)
+            t = exported(name, read, dtype, _names(c))
             if name == "wte.weight":
                 t = torch.cat((t[: c.vocab_size], t.new_zeros(rows - (c.vocab_size or 0), c.width)))
             f.write(t.contiguous().view(-1).view(torch.uint8).numpy().data)
