@@ -22,7 +22,7 @@ from fastgpt.core.device import default_device, keep_freed_memory
 from fastgpt.data import IGNORE, TokenLoader
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
-from fastgpt.training import plan
+from fastgpt.training import initial, plan
 from fastgpt.training.build import build_model, build_optimizer, open_data
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.evaluation import EVALUATIONS, finish, sample, validate
@@ -40,6 +40,7 @@ __all__ = ["EVALUATIONS", "Run", "forward_backward", "loop", "main", "optimizer_
 
 def prepare(cfg: TrainConfig) -> Run:
     """Prepare data, model and optimizer of a new run, without writing to the run's folder."""
+    cfg = initial.settle(cfg)
     device = default_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for calls without a device: events, streams, kernels of other libraries

@@ -108,7 +108,7 @@ def test_a_limit_in_ones_own_file_holds(tmp_path: Path) -> None:
         ("momentum 0.9", "optimizer muon", "optimizer muon"),
         ("decay-fraction 0.1", "schedule wsd", "schedule wsd"),
         ("min-lr-ratio 0.2", "a schedule other than constant", "schedule linear"),
-        ("vocab-size 300", "text data (model.vocab_size sets the size for the model)", "data a.txt"),
+        ("vocab-size 300", "text data and no tokenizer (model.vocab_size sets the size for the model)", "data a.txt"),
         ("val-fraction 0.1", "no val_data", "val-data null"),
         ("profiler nsys", "profile", "profile 1:2"),
         ("graphs true", "optimizer adamw on a GPU", "device cuda"),

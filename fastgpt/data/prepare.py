@@ -1,6 +1,7 @@
 """Prepare a data set on disk from text: train.bin, val.bin, tokenizer.json, meta.json.
 
-Every document is preceded by `<|endoftext|>`. The tokenizer is trained on the training split alone. A data set appears
+Every document is preceded by `<|endoftext|>`, or by what ends and begins a text of a given tokenizer. A tokenizer that
+is trained sees the training split alone. A data set appears
 whole or not at all (built in a temporary folder, then renamed), and is reused if it was built from the same inputs.
 """
 
@@ -21,12 +22,13 @@ import numpy.typing as npt
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.corpus import Corpus, Part, default_corpus, documents, split_files, text_files
+from fastgpt.data.load import COMPANIONS, load_tokenizer
 from fastgpt.data.shards import ShardWriter, Tokens, open_tokens
 from fastgpt.data.tokenizer import Tokenizer, train_tokenizer
 
 VERSION = 1
 TRAINER_BYTES = 64 << 20  # text the BPE is trained on at most; more changes few merges and costs memory
-FILES = {"train.bin", "val.bin", "tokenizer.json", "meta.json"}
+FILES = {"train.bin", "val.bin", "tokenizer.json", "meta.json", *COMPANIONS}
 _BATCH = 1 << 23  # characters encoded between two reports of progress
 Progress = Callable[[str, int, int], None]
 
@@ -48,12 +50,14 @@ def prepare(
     out_dir: str | Path,
     vocab_size: int = 4096,
     *,
+    tokenizer: Tokenizer | None = None,
     val_fraction: float = 0.05,
     stdlib_tests: bool = False,
     progress: Progress | None = None,
 ) -> Dataset:
     """Prepare the data set `out_dir` from the user's text file or folder, or (None) from Python's standard library.
 
+    tokenizer: encodes the text; by default one of `vocab_size` ids is trained on the training split.
     stdlib_tests: with data None, train on the standard library's test suite too, where it is installed; the validation
     files stay the same. progress(stage, done, total) is called with stages "tokenizer", "train", "val", in bytes.
     Raises UserError for bad input (see corpus.py), an `out_dir` that holds something else, a disk that cannot be
@@ -64,7 +68,7 @@ def prepare(
         raise UserError(f"data set folder {out} lies inside the data folder {data}; name a folder outside")
     corpus = default_corpus() if data is None else text_files(data)
     extra = default_corpus(tests=True) if data is None and stdlib_tests else Corpus("", [], [])
-    inputs = _inputs_hash(corpus, extra, vocab_size, val_fraction)
+    inputs = _inputs_hash(corpus, extra, vocab_size if tokenizer is None else tokenizer.fingerprint, val_fraction)
     if out.exists():
         if not _is_ours(out):
             raise UserError(f"{out} exists and is not a data set that fastgpt prepared; name another folder")
@@ -75,15 +79,15 @@ def prepare(
     known = {f.sha256 for f in corpus.files}
     train += [Part(f) for f in extra.files if f.sha256 not in known]
     about = {"inputs": inputs, "source": corpus.source, "skipped": corpus.skipped + extra.skipped}
-    return _make(out, train, val, vocab_size, about, progress or (lambda stage, done, total: None))
+    return _make(out, train, val, tokenizer or vocab_size, about, progress or (lambda stage, done, total: None))
 
 
 def _make(
-    out: Path, train: list[Part], val: list[Part], vocab_size: int, about: dict[str, Any], progress: Progress
+    out: Path, train: list[Part], val: list[Part], tokenizer: Tokenizer | int, about: dict[str, Any], progress: Progress
 ) -> Dataset:
     aside = _make_aside(out)
     try:
-        meta = {"version": VERSION, **_build(aside, train, val, vocab_size, progress), **about}
+        meta = {"version": VERSION, **_build(aside, train, val, tokenizer, progress), **about}
         (aside / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
         _put_in_place(aside, out)
     except OSError as e:
@@ -107,7 +111,7 @@ def load_dataset(path: str | Path) -> Dataset:
         raise UserError(f"data set {path} is damaged: meta.json ({type(e).__name__}: {e})") from None
     if version != VERSION:
         raise UserError(f"data set {path} has version {version}, expected {VERSION}; prepare it again")
-    tokenizer = Tokenizer.load(path)
+    tokenizer = load_tokenizer(path)
     if tokenizer.fingerprint != fingerprint:
         raise UserError(f"data set {path} is damaged: tokenizer.json is not the tokenizer that encoded its tokens")
     train, val = open_tokens(path / "train.bin"), open_tokens(path / "val.bin")
@@ -141,8 +145,12 @@ def _counts(tokens: Tokens | npt.NDArray[Any], n_vocab: int) -> npt.NDArray[np.i
     return total
 
 
-def _build(aside: Path, train: list[Part], val: list[Part], vocab_size: int, progress: Progress) -> dict[str, Any]:
-    tokenizer = train_tokenizer(_trainer_texts(train, progress), vocab_size)
+def _build(
+    aside: Path, train: list[Part], val: list[Part], tokenizer: Tokenizer | int, progress: Progress
+) -> dict[str, Any]:
+    """Write a data set with a tokenizer, or one of so many ids that is trained; return meta.json's content."""
+    if isinstance(tokenizer, int):
+        tokenizer = train_tokenizer(_trainer_texts(train, progress), tokenizer)
     tokenizer.save(aside / "tokenizer.json")
     meta: dict[str, Any] = {"tokenizer": tokenizer.fingerprint, "n_vocab": tokenizer.n_vocab, "eot": tokenizer.eot}
     for name, parts in (("train", train), ("val", val)):
@@ -171,7 +179,7 @@ def _encode(path: Path, stage: str, parts: list[Part], tokenizer: Tokenizer, pro
     """Write one split and return its counts. bytes counts the documents' UTF-8, without the marks between them."""
     counts = {"tokens": 0, "bytes": 0, "documents": 0, "files": len(parts)}
     total, read = sum(p.file.size for p in parts), 0
-    eot = np.array([tokenizer.eot], np.uint32)
+    eot = np.array([tokenizer.eot, *(i for i in tokenizer.prefix if i != tokenizer.eot)], np.uint32)
     batch: list[str] = []
     with ShardWriter(path, tokenizer.n_vocab) as out:
         for i, part in enumerate(parts):
@@ -190,9 +198,9 @@ def _encode(path: Path, stage: str, parts: list[Part], tokenizer: Tokenizer, pro
     return counts
 
 
-def _inputs_hash(corpus: Corpus, extra: Corpus, vocab_size: int, val_fraction: float) -> str:
+def _inputs_hash(corpus: Corpus, extra: Corpus, tokenizer: int | str, val_fraction: float) -> str:
     files = [[(f.name, f.sha256) for f in c.files] for c in (corpus, extra)]
-    return hashlib.sha256(json.dumps([VERSION, vocab_size, val_fraction, files]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, tokenizer, val_fraction, files]).encode()).hexdigest()
 
 
 def _is_ours(out: Path) -> bool:

@@ -62,10 +62,10 @@ def open_source(
 ) -> Source:
     """Open `data`: None (the Python standard library's source), a text file or folder, or .bin shards (globs allowed).
 
-    Text gets a tokenizer of `vocab_size`, trained on its training split, and is prepared once, below `folder`.
-    Shards are read as they are, raw ones as ids of `data_dtype`; `tokenizer` names the tokenizer.json they were made
-    with. Without it their vocabulary is that of a meta.pkl beside them (nanoGPT's character-level data), else GPT-2's,
-    else the largest id decides.
+    Text is prepared once, below `folder`, with `tokenizer` or else one of `vocab_size` trained on its training split.
+    Shards are read as they are, raw ones as ids of `data_dtype`; `tokenizer` names the tokenizer they were made with (a
+    tokenizer.json or its folder). Without it their vocabulary is that of a meta.pkl beside them (nanoGPT's
+    character-level data), else GPT-2's, else the largest id decides.
 
     Raises:
         UserError: missing, empty, damaged or too short data, or settings that do not go together.
@@ -77,6 +77,7 @@ def open_source(
             n_vocab, said = _vocabulary(train, n_ids)
             return Source(data, train, val, n_vocab, None, n_ids, said)
         loaded = load_tokenizer(tokenizer)
+        _check_beside(train, loaded, tokenizer)
         for tokens in (train, val):
             tokens.check_ids(loaded.n_vocab, limit=1 << 24)
         return Source(data, train, val, loaded.n_vocab, loaded, loaded.n_vocab)
@@ -84,16 +85,28 @@ def open_source(
         raise UserError(f"data_dtype is {data_dtype!r}, but data is text: only .bin files are read as ids")
     if val_data is not None:
         raise UserError(f"val_data is {val_data!r}, but text data holds out its own validation files (val_fraction)")
-    if tokenizer is not None:
-        raise UserError(f"tokenizer is {tokenizer!r}, but a new tokenizer is trained on text data (vocab_size)")
+    given = None if tokenizer is None else load_tokenizer(tokenizer)
     stem = "stdlib" if data is None else re.sub(r"\W+", "-", Path(data).resolve().stem).strip("-") or "text"
-    out = Path(folder) / f"{stem}-{vocab_size}"
+    out = Path(folder) / f"{stem}-{vocab_size if given is None else given.fingerprint[:12]}"
     with _Bars() as bars:
         made: Dataset = prepare(
-            data, out, vocab_size, val_fraction=val_fraction, stdlib_tests=data is None, progress=bars.report
+            data,
+            out,
+            vocab_size,
+            tokenizer=given,
+            val_fraction=val_fraction,
+            stdlib_tests=data is None,
+            progress=bars.report,
         )
     n_vocab = made.tokenizer.n_vocab
     return Source(str(made.path), made.train, made.val, n_vocab, made.tokenizer, n_vocab)
+
+
+def _check_beside(tokens: Tokens, tokenizer: Tokenizer, name: str) -> None:
+    """Refuse shards beside which another tokenizer than `tokenizer` lies."""
+    file = Path(tokens.names[0]).with_name("tokenizer.json")
+    if file.is_file() and load_tokenizer(file).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{file} is another tokenizer than {name}, and the ids beside it are its own")
 
 
 def open_validation(sources: dict[str, str], source: Source, data_dtype: str = "auto") -> dict[str, Tokens]:

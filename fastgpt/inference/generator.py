@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from fastgpt.inference.requests import FinishReason, Piece, Request, Result, TextTokenizer
+from fastgpt.inference.requests import FinishReason, Piece, Request, Result, TextTokenizer, bytes_of
 from fastgpt.inference.rows import Rows, options_of
 from fastgpt.inference.sampling import Choice, Options
 from fastgpt.inference.stream import TextStream
@@ -274,7 +274,7 @@ class Generator:
         if token in self.eos and not r.request.ignore_eos:
             reason = "eos"
         elif self.tokenizer is not None:
-            text = r.stream.push(self.tokenizer.decode_bytes([token]))
+            text = r.stream.push(bytes_of(self.tokenizer, token))
             reason = "stop" if r.stream.stopped else None
         if reason is None and len(r.ids) == r.wanted:
             reason = "length"

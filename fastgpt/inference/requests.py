@@ -13,6 +13,7 @@ class TextTokenizer(Protocol):
     """What a generator needs of a tokenizer; fastgpt.data.Tokenizer has it."""
 
     eot: int
+    n_vocab: int
     prefix: tuple[int, ...]  # before every prompt
     ends: tuple[int, ...]  # end a text
 
@@ -24,6 +25,11 @@ class TextTokenizer(Protocol):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids; the bytes of a text are those of its tokens, one after the other."""
+
+
+def bytes_of(tokenizer: TextTokenizer, token: int) -> bytes:
+    """Return the bytes of a token; none if the model's vocabulary is larger than the tokenizer's and has it alone."""
+    return tokenizer.decode_bytes([token]) if token < tokenizer.n_vocab else b""
 
 
 @dataclass(frozen=True)

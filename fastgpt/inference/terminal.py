@@ -11,7 +11,7 @@ from fastgpt.core.command import number
 from fastgpt.core.errors import UserError
 from fastgpt.inference.chat import ChatTokenizer, Conversation, Template
 from fastgpt.inference.generator import Generator
-from fastgpt.inference.requests import Request, Result, TextTokenizer
+from fastgpt.inference.requests import Request, Result, TextTokenizer, bytes_of
 
 
 def add_options(parser: argparse.ArgumentParser, tokens_help: str) -> None:
@@ -105,7 +105,7 @@ def _show_logprobs(tokenizer: TextTokenizer, result: Result) -> None:
     """Print a line for each token: its log-probability, the token, the most likely ones."""
 
     def name(token: int) -> str:
-        return repr(tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace"))
+        return repr(bytes_of(tokenizer, token).decode("utf-8", errors="backslashreplace"))
 
     for token, logprob, top in zip(result.ids, result.logprobs or (), result.top_logprobs or ()):
         others = ", ".join(f"{name(i)} {value:.4f}" for i, value in top)

@@ -33,11 +33,13 @@ class TrainConfig:
         data_dtype: type of ids in .bin files without a header; auto is uint16, or uint32 if the name has u32 or uint32.
         val_data: validation data, like data; null splits val_fraction off the training data.
         val_sources: name -> text file or .bin shards whose validation loss is also reported, as in {web: web_val.bin}.
-        tokenizer: tokenizer.json of .bin data (for samples).
+        tokenizer: tokenizer.json, or a folder with a tokenizer, of .bin data (for samples), or to encode text with.
         vocab_size: size of the tokenizer trained on text data (model.vocab_size is the vocabulary size of the model).
         val_fraction: share of text files held out for validation.
         out: folder of the run; empty is runs/ and the name of the configuration.
         resume: auto (from the newest checkpoint in the run folder), never (start a new run) or a checkpoint's path.
+        init: run, checkpoint or folder of a model (config.json and weights) whose weights and tokenizer a new run
+            starts with; it also decides model.*, except the dropouts.
         seed: seed of initial weights, data order and dropout.
         device: auto, cpu, cuda, cuda:1, ...
         dtype: type of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU; fp16 scales the loss.
@@ -94,6 +96,7 @@ class TrainConfig:
     val_fraction: float = 0.05
     out: str = ""
     resume: str = "auto"
+    init: str = ""
     seed: int = 1337
     device: str = "auto"
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -240,8 +243,8 @@ COUNTS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
     "min_lr_ratio": (lambda c: c.schedule != "constant", "a schedule other than constant"),
     "val_fraction": (lambda c: c.val_data is None, "no val_data"),
     "vocab_size": (
-        lambda c: not (c.data or "").endswith(".bin"),
-        "text data (model.vocab_size sets the size for the model)",
+        lambda c: not ((c.data or "").endswith(".bin") or c.tokenizer or c.init),
+        "text data and no tokenizer (model.vocab_size sets the size for the model)",
     ),
     "profiler": (lambda c: bool(c.profile), "profile"),
     "graphs": (lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),

@@ -21,6 +21,7 @@ from fastgpt.core import backend
 from fastgpt.core.cards import CARDS, datasheet_peak
 from fastgpt.core.device import DTYPES, default_device, dtype_of, total_memory
 from fastgpt.core.errors import UserError
+from fastgpt.training import initial
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
 
@@ -29,7 +30,7 @@ log = logging.getLogger("fastgpt")
 MFU = 0.4
 # Settings that a plan depends on, in addition to the model's settings
 PLANNED = {"model", "out", "device", "dtype", "kernels", "compile", "graphs", "recompute", "optimizer", "master"}
-PLANNED |= {"vocab_size", "block_size", "micro_batch", "batch_tokens"}
+PLANNED |= {"init", "vocab_size", "block_size", "micro_batch", "batch_tokens"}
 DEVICES = "auto, cpu, cuda, cuda:N or a card"
 
 
@@ -305,6 +306,6 @@ def main(argv: Sequence[str], default: str) -> int:
     typed = {word[2:].partition("=")[0].replace("-", "_") for word in rest if word.startswith("--")}
     if idle := sorted(typed & ({f.name for f in fields(TrainConfig)} - PLANNED)):
         log.warning("no effect on a plan: --%s", ", --".join(idle))
-    lines, fits = report(load_config(rest, default), args)
+    lines, fits = report(initial.settle(load_config(rest, default)), args)
     print("\n".join(lines))
     return 0 if fits else 1

@@ -19,6 +19,7 @@ from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import checkpoint
 from fastgpt.training.config import TrainConfig, to_dict
 from fastgpt.training.graphs import Graphs
+from fastgpt.training.initial import load_initial
 from fastgpt.training.stability import LossScale, SpikeGuard
 
 
@@ -97,7 +98,7 @@ class Run:
         self.writer.save(self.folder, step, self.model.state_dict(), extra, state, cfg.keep, stays)
 
     def resume(self) -> list[str]:
-        """Resume from the newest checkpoint of the run folder, or from cfg.resume; do nothing in a new folder.
+        """Resume from the newest checkpoint of the run folder, or from cfg.resume; in a new folder load cfg.init.
 
         Returns:
             The settings that differ from those in the checkpoint, each with both values; the new ones apply from here.
@@ -107,6 +108,8 @@ class Run:
         """
         path = self._checkpoint()
         if path is None:
+            if self.cfg.init:
+                load_initial(self.model, self.cfg.init)
             return []
         cfg, state = self.cfg, checkpoint.read_state(path)
         self._check(path, state)

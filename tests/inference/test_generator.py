@@ -143,6 +143,15 @@ def test_several_ids_may_end_a_text() -> None:
         assert Generator(model, eos=eos).generate([Request([0], 5, temperature=0)])[0].ids == ids
 
 
+def test_a_token_that_only_the_model_has_is_no_text() -> None:
+    """As in Qwen, whose vocabulary is padded."""
+    tokenizer = byte_tokenizer()
+    script = [0, *tokenizer.encode("a").tolist(), tokenizer.n_vocab + 2, *tokenizer.encode("b").tolist()]
+    generator = Generator(model_that_says(script, tokenizer.n_vocab + 3), tokenizer)
+    result = generator.generate([Request("> ", 3, temperature=0)])[0]
+    assert result.text == "ab" and result.ids == script[1:]
+
+
 def test_a_stop_string_of_several_tokens() -> None:
     pieces, _ = said("ab€c, €d.", stop=["€d", "x"])
     assert [p.text for p in pieces] == ["a", "b", "", "", "", "€c", ",", " ", "", "", "", ""]

@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hf_models import OLD_SIZES, distance, ids, logits
+from hf_models import GQA, OLD_SIZES, distance, ids, logits
+from sentencepiece_models import MODELS, sentencepiece_folder
 
 from fastgpt.convert import exporting, importing
 from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
 from fastgpt.data import Tokenizer, train_tokenizer
+from fastgpt.data.load import load_tokenizer
+from fastgpt.inference import Generator
+from fastgpt.inference.chat import Conversation, Template
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.train import train
@@ -26,6 +30,9 @@ from fastgpt.training.load import load_run
 transformers = pytest.importorskip("transformers")
 TEXT = "the cat sat on the mat; the dog's 12 cats ran  to it\nand on. "
 CPU = torch.device("cpu")
+BRIEF = (
+    "--data text.txt --block-size 16 --micro-batch 1 --batch-tokens 16 --max-steps 1 --device cpu --dtype fp32".split()
+)
 
 
 @pytest.fixture(scope="module")
@@ -196,3 +203,72 @@ def test_another_byte_level_bpe_is_read(tmp_path: Path) -> None:
     assert tokenizer.eot == tokenizer.specials["<|im_end|>"]
     assert tokenizer.encode("a<|im_end|>", specials=True)[-1] == tokenizer.eot
     assert tokenizer.eot not in tokenizer.encode("a<|im_end|>")
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    """A Llama with SentencePiece's tokenizer, a BOS, two EOS tokens and a chat template, as it lies on the hub."""
+    folder = tmp_path / "llama"
+    options = GQA | dict(vocab_size=324, max_position_embeddings=64)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
+    model.generation_config.eos_token_id = [2, 5]
+    model.save_pretrained(folder)
+    sentencepiece_folder(folder, **MODELS["bpe, as Llama 2"])
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    return folder
+
+
+def test_several_eos_tokens_and_a_bos_go_through(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Import, sample, chat, training and export know them; transformers gets the same ids from the export."""
+    monkeypatch.chdir(tmp_path)
+    assert "cannot read" not in importing.import_model(llama, tmp_path / "run")
+    (tmp_path / "text.txt").write_text(TEXT * 50)
+    cfg = load_config(["--init", "run", "--out", "tuned", *BRIEF])
+    assert train(cfg) == 0 and train(cfg) == 0  # the second one resumes
+    for name in ("run", "tuned"):
+        model, tokenizer, path = load_run(name, CPU)
+        assert Generator(model, tokenizer).eos == {2, 5} and tokenizer.prompt("cat")[0] == 1
+        template = Template.of_run(path, "</s>", tokenizer.bos)
+        assert Conversation(template, tokenizer, 60).ask("cat")[0] == [*tokenizer.prompt("cat"), 2]
+        assert Conversation(Template(), tokenizer, 60).ask("cat")[0] == tokenizer.prompt("User: cat\nAssistant:")
+        exporting.main([name, "--out", f"{name}-out"])
+        theirs = transformers.AutoTokenizer.from_pretrained(f"{name}-out")
+        for text in (TEXT, "  two  spaces ", "\u00fcn\u00efc 漢字 \U0001f600\n\n\tx", "a</s>b"):
+            ids = theirs(text)["input_ids"]
+            assert ids == [1, *tokenizer.encode(text, specials=True).tolist()]
+            assert theirs.decode(ids) == tokenizer.decode(ids) and ("</s>" in text or theirs.decode(ids[1:]) == text)
+        assert (theirs.eos_token_id, theirs.bos_token_id) == (2, 1) and "bos_token" in theirs.chat_template
+        assert transformers.GenerationConfig.from_pretrained(f"{name}-out").eos_token_id == [2, 5]
+        settings = json.loads((tmp_path / f"{name}-out" / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_a_run_starts_with_the_weights_of_another(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run, a checkpoint or a folder of transformers; text is encoded with the tokenizer that comes along."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT * 50)
+    exporting.main([str(run), "--out", "hf"])
+    before, tokenizer, _ = load_run(run, CPU)
+    for i, init in enumerate((run, run / "step_00000005", tmp_path / "hf")):
+        extra = f"--lr 1e-30 --warmup-steps 0 --init {init} --out new{i}"
+        assert train(load_config([*BRIEF, *extra.split()])) == 0
+        after, kept, path = load_run(f"new{i}", CPU)
+        assert (
+            distance(logits(after, ids()), logits(before, ids())) < 1e-6 and kept.fingerprint == tokenizer.fingerprint
+        )
+        assert checkpoint.read_state(path)["progress"]["step"] == 1
+    data = next((tmp_path / "data").iterdir())
+    assert load_tokenizer(data).fingerprint == tokenizer.fingerprint
+    train_tokenizer([TEXT], 260).save(tmp_path / "other.json")
+    tokenizer.save(tmp_path / "tokenizer.json")
+    np.arange(600, dtype=np.uint16).__mod__(97).tofile("data.bin")
+    for more, message in [
+        (f"--init {run} --tokenizer other.json", "tokenizer is 'other.json', expected that of init"),
+        ("--init nowhere", "init is 'nowhere', expected a run, a checkpoint or a folder with a model"),
+        (f"--init {tmp_path}", "config.json does not exist"),
+        (f"--init {run} --block-size 64 --batch-tokens 64", "block_size is 64, expected at most model.block_size 32"),
+        ("--data data.bin --tokenizer other.json", "tokenizer.json is another tokenizer than other.json"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            train(load_config([*BRIEF, "--out", "x", *more.split()]))
