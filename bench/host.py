@@ -97,7 +97,7 @@ def call_rows(bench: Bench, dtype: torch.dtype, device: torch.device, seconds: f
     found = providers(bench, setting)
     red = {p.name: why for p in found if p.backend and (why := gate(bench, p, setting))}
     red |= without_a_device(bench, setting)
-    phases = PHASES if "forward" in bench.phases else bench.phases
+    phases = PHASES if "both" in bench.phases else ["no_grad" if p == "forward" else p for p in bench.phases]
     return [row for phase in phases for row in _call_phase(bench, setting, phase, found, seconds, red)]
 
 

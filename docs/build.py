@@ -26,7 +26,6 @@ from typing import get_type_hints
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "docs"
 LABELS = ("Saved for backward", "Determinism", "Limits")  # labelled paragraphs in the docstring of every op's module
-OTHER_OPS = ("linear",)  # without kernels, so not in the registry
 BACKENDS = {"cuda": "CUDA (C++)", "triton": "Triton", "cpu": "CPU (C++)", "torch": "PyTorch (reference)"}
 EXTRA = {"rope": ["fastgpt.ops.rope.rope_frequencies"]}  # functions that users of an op need too
 CLASSES = {"adamw": "fastgpt.optim.AdamW"}  # ops whose public interface is a class
@@ -44,7 +43,7 @@ def op_names() -> list[str]:
     from fastgpt import ops  # noqa: F401 (ops fill the registry)
     from fastgpt.core import backend
 
-    return sorted([*backend.ops(), *OTHER_OPS])
+    return sorted(backend.ops())
 
 
 def functions(op: str) -> list[str]:
@@ -94,7 +93,7 @@ def backends_table(op: str) -> Iterator[str]:
     """Return the registry's row of this op as a table."""
     from fastgpt.core import backend
 
-    cells = backend.ops().get(op, {})
+    cells = backend.ops()[op]
     heads = any(cell.max_dim for cell in cells.values())
     yield f"| backend | dtypes |{' head dimension |' if heads else ''}"
     yield f"|---|---|{'---|' if heads else ''}"
@@ -103,8 +102,6 @@ def backends_table(op: str) -> Iterator[str]:
             dtypes = ", ".join(str(d).removeprefix("torch.") for d in cell.dtypes)
             limit = f"up to {cell.max_dim}" if cell.max_dim else "any"
             yield f"| {title} | {dtypes} |{f' {limit} |' if heads else ''}"
-    if not cells:
-        yield f"| {BACKENDS['torch']} | as torch.nn.functional.{op} |"
 
 
 def op_page(op: str) -> str:
@@ -140,7 +137,8 @@ def ops_index() -> str:
     names = "\n".join(op_names())
     intro = (
         "Each op is a differentiable function of PyTorch tensors that works under `torch.compile`, on several "
-        "backends. Two differ: `adamw` is the step of an optimizer, and `linear` runs on PyTorch alone."
+        "backends. Two differ: `adamw` is the step of an optimizer, and `linear` has a kernel only for generation on a "
+        "CPU."
     )
     choose = "```{eval-rst}\n.. autoclass:: fastgpt.ops.use\n```"
     table = "\n".join(["| op | what it computes |", "|---|---|", *rows])

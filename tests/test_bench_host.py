@@ -16,7 +16,7 @@ from fastgpt.bench._harness import Setting
 
 CPU = torch.device("cpu")
 MICRO = variants.Shape(layers=2, heads=2, width=32, vocab=65, block=16, batch=4, steps=3)
-GRAPHED = [b for b in _op.every() if "forward" in b.phases]
+GRAPHED = [b for b in _op.every() if "both" in b.phases]
 
 
 @pytest.mark.parametrize("bench", GRAPHED, ids=lambda b: b.op)
@@ -50,6 +50,8 @@ def test_calls_are_measured_against_the_floor(monkeypatch: pytest.MonkeyPatch) -
     assert "1.00 x floor" in host.show(rows)
     (step, *_) = host.call_rows(_op.bench_of("adamw"), torch.float32, CPU, 0.0)
     assert step["phase"] == "step" and "times_floor" not in step
+    rows = host.call_rows(_op.bench_of("linear"), torch.float32, CPU, 0.0)
+    assert {r["phase"] for r in rows} == {"no_grad"} and all("times_floor" in r for r in rows)
 
 
 def test_a_red_op_shows_no_call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 // Registers a raw op from its glue.cpp: FASTGPT_REGISTER(name) registers the function template fastgpt::name as the
-// overloads name.cpu and, if this build has CUDA kernels, name.cuda. Schemas are in fastgpt/ops/<op>.py.
+// overloads name.cpu and, if this build has CUDA kernels, name.cuda; FASTGPT_REGISTER_CPU(name) only as name.cpu. Schemas
+// are in fastgpt/ops/<op>.py.
 #pragma once
 #include <torch/csrc/stable/library.h>
 
@@ -10,10 +11,14 @@
 
 #if defined(FASTGPT_EMULATED)  // tests/cuda_on_cpu: the CUDA kernels, built for the host, run on CPU tensors
 #define FASTGPT_REGISTER(name) FASTGPT_REGISTER_FOR(name, CPU, Cuda, ".cuda")
+#define FASTGPT_REGISTER_CPU(name)
 #elif defined(FASTGPT_WITH_CUDA)
 #define FASTGPT_REGISTER(name)                   \
   FASTGPT_REGISTER_FOR(name, CPU, Cpu, ".cpu") \
   FASTGPT_REGISTER_FOR(name, CUDA, Cuda, ".cuda")
 #else
 #define FASTGPT_REGISTER(name) FASTGPT_REGISTER_FOR(name, CPU, Cpu, ".cpu")
+#endif
+#if !defined(FASTGPT_EMULATED)
+#define FASTGPT_REGISTER_CPU(name) FASTGPT_REGISTER_FOR(name, CPU, Cpu, ".cpu")
 #endif

@@ -1,18 +1,26 @@
-"""Linear layer with PyTorch's matrix products, whose weight gradient is computed directly in the buffer that keeps it.
+"""Linear layer: a kernel for the few rows of a generation step on a CPU, and a weight gradient that keeps its buffer.
 
-    y = x W^T + b;  dx = dy W,  dW = dy^T x,  db = sum over the rows of dy
+    y = x (s W)^T + b;  dx = dy W,  dW = dy^T x,  db = sum over the rows of dy
 
-If the weight has a `grad_buffer`, the matrix product writes dW there: the first backward of a step overwrites the
-buffer, later ones add to it (gradient accumulation fusion, as in Megatron-LM). For each weight and step this saves a
-new tensor (on a CPU its page faults cost as much as the product at small batches) and, with accumulation, one read and
-two writes.
+W is in the dtype of x; or, for inference, x is fp32 and W bf16 or fp16, or W is int8 with one fp32 scale s for each
+output (symmetric quantisation: W = round(w / s), s = max |w| / 127 of a row).
+
+Where nothing needs a gradient, the CPU kernel computes up to MAX_ROWS rows. It reads the weight once, in the layout of
+torch.nn.Linear, converts it in registers and sums in fp32; products of more rows are PyTorch's, with narrower weights
+converted a block at a time.
+
+If the weight has a `grad_buffer`, the matrix product of the backward writes dW there: the first backward of a step
+overwrites the buffer, later ones add to it (gradient accumulation fusion, as in Megatron-LM). For each weight and step
+this saves a new tensor (on a CPU its page faults cost as much as the product at small batches) and, with accumulation,
+one read and two writes.
 
 Saved for backward: x and W, as in torch.nn.functional.linear.
 
-Determinism: that of torch.mm.
+Determinism: the kernel's results depend neither on the number of threads nor on the other rows. Other products have the
+determinism of torch.mm.
 
-Limits: under torch.compile or autocast, or without a `grad_buffer`, the call is torch.nn.functional.linear. With a
-buffer, first derivatives only.
+Limits: the kernel is forward only, and not used under torch.compile, torch.func or autocast, which get
+torch.nn.functional.linear. With a `grad_buffer`, first derivatives only.
 """
 
 from __future__ import annotations
@@ -21,9 +29,52 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastgpt.ops._common import gradient_place, needs_grad
+from fastgpt.core.backend import Cell, register, select
+from fastgpt.ops._common import check_float, check_like, define, flop_formula, gradient_place, needs_grad
+
+MAX_ROWS = 64  # beyond them the kernel would read the weight again
+BLOCK_NUMEL = 2**20  # of a narrower weight, converted at a time
+PLAIN = (Tensor, nn.Parameter)  # a subclass has its own F.linear
+
+
+def _fwd_fake(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+LINEAR_FWD = define(
+    "linear", "linear_fwd", "(Tensor x, Tensor weight, Tensor? scale, Tensor? bias) -> Tensor", _fwd_fake
+)
+flop_formula("linear_fwd", lambda x, weight, *args, **kwargs: 2 * torch.Size(x).numel() * weight[0])
+register("linear", cpu=Cell())
+
+
+def linear_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None) -> Tensor:
+    """Compute the formula at the head of this file, in fp32 (fp64 for fp64 input). The parity tests take it as the
+    truth."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide) @ weight.to(wide).t()
+    y = y if scale is None else y * scale
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None) -> Tensor:
+    """Serve the `torch` backend and the parity baseline: PyTorch's product, of a narrower weight block by block."""
+    if scale is None and weight.dtype == x.dtype:
+        return F.linear(x, weight, bias)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, n_out = x.reshape(-1, x.shape[-1]).to(wide), weight.shape[0]
+    y = rows.new_empty(rows.shape[0], n_out)
+    step = max(1, BLOCK_NUMEL // max(1, weight.shape[1]))
+    for first in range(0, n_out, step):
+        block = weight[first : first + step].to(wide)
+        torch.mm(rows, block.t(), out=y[:, first : first + step])
+    if scale is not None:
+        y *= scale
+    if bias is not None:
+        y += bias
+    return y.to(x.dtype).view(*x.shape[:-1], n_out)
 
 
 def weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
@@ -59,20 +110,62 @@ class LinearFn(torch.autograd.Function):
         return dx, dweight, dbias
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _check_narrow(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:
+    """Raise unless the arguments fit a weight that is narrower than x."""
+    check_float("linear", "x", x)
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"linear: weight has shape {tuple(weight.shape)}, expected (F, C) with x {tuple(x.shape)} as (..., C)"
+        )
+    if (scale is None) == (weight.dtype == torch.int8):
+        found = "no scale" if scale is None else "a scale"
+        raise TypeError(f"linear: weight is {weight.dtype} with {found}, expected torch.int8 with a scale or none")
+    n = (weight.shape[0],)
+    check_like("linear", "scale", scale, n, x, (torch.float32,), "as weight has rows")
+    check_like("linear", "bias", bias, n, x, (x.dtype,), "as weight has rows")
+    if needs_grad(x, weight, bias, scale):
+        raise ValueError(
+            f"linear: an input needs a gradient and weight is {weight.dtype}, expected torch.no_grad() or a weight in "
+            f"{x.dtype}"
+        )
+
+
+def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Compute the product with a weight that is narrower than x."""
+    _check_narrow(x, weight, bias, scale)
+    backend = "torch" if torch.compiler.is_compiling() or not _few(x, weight, bias) else select("linear", x)
+    if backend == "torch":
+        return linear_torch(x, weight, bias, scale=scale)
+    return LINEAR_FWD[backend](x, weight, scale, bias)  # type: ignore[no-any-return]
+
+
+def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the kernel computes this call."""
+    if type(x) not in PLAIN or type(weight) not in PLAIN or not x.dim():
+        return False
+    n = x.shape[-1]
+    if not 0 < x.numel() <= MAX_ROWS * n or weight.shape[1:] != (n,) or weight.device != x.device:
+        return False
+    fits = bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.device == x.device)
+    return fits and not torch._C._are_functorch_transforms_active()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None) -> Tensor:
     """Compute torch.nn.functional.linear; the gradient of a weight with a `grad_buffer` (fastgpt.nn.keep_gradients) is
     written there.
 
     Args:
         x: (..., C).
-        weight: (F, C).
-        bias: (F,), or None.
+        weight: (F, C), of x's dtype; for inference also bf16 or fp16 with fp32 x, or int8 with a scale.
+        bias: (F,), of x's dtype, or None.
+        scale: (F,) fp32, of an int8 weight.
 
     Returns:
-        (..., F).
+        (..., F), of x's dtype.
 
     Raises:
         RuntimeError: as torch.nn.functional.linear, for shapes or dtypes that do not fit.
+        ValueError, TypeError: the same, for a weight that is narrower than x; or something needs a gradient there.
 
     Example:
         >>> import torch
@@ -83,8 +176,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         >>> layer.weight.grad is layer.weight.grad_buffer
         True
     """
-    kept = getattr(weight, "grad_buffer", None) is not None and not torch.compiler.is_compiling()
-    if not kept or not needs_grad(weight) or torch.is_autocast_enabled(x.device.type):
+    if scale is not None:
+        return _narrow(x, weight, bias, scale)
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
-    y: Tensor = LinearFn.apply(x, weight, bias)
-    return y
+    if needs_grad(x, weight, bias):
+        if getattr(weight, "grad_buffer", None) is None or not weight.requires_grad:
+            return F.linear(x, weight, bias)
+        y: Tensor = LinearFn.apply(x, weight, bias)
+        return y
+    if weight.dtype != x.dtype and x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16):
+        return _narrow(x, weight, bias, None)
+    if weight.dtype == x.dtype and _few(x, weight, bias):
+        backend = select("linear", x)
+        if backend != "torch":
+            return LINEAR_FWD[backend](x, weight, None, bias)  # type: ignore[no-any-return]
+    return F.linear(x, weight, bias)

@@ -58,6 +58,16 @@ def test_logits_far_apart_are_replaced_by_their_gradient(name: str, tmp_path: Pa
     assert torch.equal(far, near)
 
 
+@pytest.mark.parametrize("name", parity.backends_here("linear"))
+def test_rows_and_weights_far_apart(name: str, tmp_path: Path) -> None:
+    """The kernel runs only where nothing needs a gradient."""
+    near = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    far = far_rows(tmp_path, near)
+    with use(strict=True, linear=name):
+        assert torch.equal(ops.linear(far, near[:2]), ops.linear(near, near[:2]))
+        assert torch.equal(ops.linear(near[:2], far), ops.linear(near[:2], near))
+
+
 @pytest.mark.parametrize("name", parity.backends_here("rope"))
 def test_heads_far_apart_turn_in_place(name: str, tmp_path: Path) -> None:
     near = torch.randn(3, 32, generator=torch.Generator().manual_seed(0)).bfloat16()

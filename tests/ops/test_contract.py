@@ -265,6 +265,8 @@ real_fork = torch.random.fork_rng
 @pytest.mark.parametrize("op,name", KERNELS)
 def test_self_checks_pass_and_can_fail(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = sys.modules[f"fastgpt.ops.{op}"]
+    if not {"cuda", "triton"} & set(backend.ops()[op]):  # only a GPU needs them
+        return
     assert backend._self_checks[op](name, torch.device(DEVICE)) <= backend.SELF_CHECK_BOUND
     first = f"{op.upper()}_{'PREPARE' if op == 'adamw' else 'FWD'}"
     monkeypatch.setitem(getattr(module, first), name, lambda *args: None)

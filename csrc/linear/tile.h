@@ -1,0 +1,139 @@
+// Products of a few rows with the rows of a weight, for one instruction set. No include guard: linear/cpu.cpp includes
+// this file once per set. FASTGPT_SET is its name, FASTGPT_TARGET its attribute, FASTGPT_LANES the number of floats in
+// a vector, FASTGPT_TILE the most input rows of a tile, and FASTGPT_BF16(p), FASTGPT_F16(p) and FASTGPT_I8(p) load a
+// vector of weights as fp32.
+//
+// Every output has one vector of sums, over the columns in order, whatever tile computes it: its bits do not depend on
+// the number of rows.
+struct FASTGPT_SET {
+  static constexpr int L = FASTGPT_LANES;
+  typedef float Vector __attribute__((vector_size(4 * L)));
+
+  FASTGPT_TARGET FASTGPT_INLINE static Vector load(const float* p) {
+    Vector v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  FASTGPT_TARGET FASTGPT_INLINE static Vector load(const bf16* p) { return FASTGPT_BF16(p); }
+  FASTGPT_TARGET FASTGPT_INLINE static Vector load(const f16* p) { return FASTGPT_F16(p); }
+  FASTGPT_TARGET FASTGPT_INLINE static Vector load(const int8_t* p) { return FASTGPT_I8(p); }
+
+  template <int R, int N, class W>
+  FASTGPT_TARGET FASTGPT_INLINE static void step(const W* w, int64_t w_row, const float* x, int64_t x_row,
+                                                 Vector* sum) {
+    Vector a[R];
+    FASTGPT_UNROLL
+    for (int r = 0; r < R; ++r) a[r] = load(w + r * w_row);
+    FASTGPT_UNROLL
+    for (int n = 0; n < N; ++n) {
+      const Vector b = load(x + n * x_row);
+      FASTGPT_UNROLL
+      for (int r = 0; r < R; ++r) sum[n * R + r] += a[r] * b;
+    }
+  }
+
+  // sums[n][r] += the product of input row n and weight row r over n_cols columns, a multiple of L. Each cache line of
+  // weights is prefetched `ahead` bytes before it is used; 0: not at all.
+  template <int R, int N, class W>
+  FASTGPT_TARGET FASTGPT_INLINE static void tile(const W* w, int64_t w_row, const float* x, int64_t x_row,
+                                                 int64_t n_cols, int64_t ahead, Vector* sums) {
+    constexpr int kLine = 64 / sizeof(W);
+    Vector sum[R * N];
+    FASTGPT_UNROLL
+    for (int i = 0; i < R * N; ++i) sum[i] = sums[i];
+    int64_t k = 0;
+    for (; k + kLine <= n_cols; k += kLine) {
+      if (ahead != 0) {
+        FASTGPT_UNROLL
+        for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(w + r * w_row + k) + ahead);
+      }
+      FASTGPT_UNROLL
+      for (int i = 0; i < kLine; i += L) step<R, N>(w + k + i, w_row, x + k + i, x_row, sum);
+    }
+    for (; k < n_cols; k += L) step<R, N>(w + k, w_row, x + k, x_row, sum);
+    FASTGPT_UNROLL
+    for (int i = 0; i < R * N; ++i) sums[i] = sum[i];
+  }
+
+  // The same for n input rows, in tiles of up to FASTGPT_TILE.
+  template <int R, class W>
+  FASTGPT_TARGET FASTGPT_INLINE static void tiles(int64_t n, const W* w, int64_t w_row, const float* x, int64_t x_row,
+                                                  int64_t n_cols, int64_t ahead, Vector* sums) {
+    const int64_t count = ceil_div(n, FASTGPT_TILE);
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t first = n * t / count, rows = n * (t + 1) / count - first;
+      const float* from = x + first * x_row;
+      Vector* to = sums + first * R;
+      const int64_t early = t == 0 ? ahead : 0;
+      if (rows == 1) tile<R, 1>(w, w_row, from, x_row, n_cols, early, to);
+      if (rows == 2) tile<R, 2>(w, w_row, from, x_row, n_cols, early, to);
+      if (rows == 3) tile<R, 3>(w, w_row, from, x_row, n_cols, early, to);
+#if FASTGPT_TILE > 3
+      if (rows == 4) tile<R, 4>(w, w_row, from, x_row, n_cols, early, to);
+      if (rows == 5) tile<R, 5>(w, w_row, from, x_row, n_cols, early, to);
+      if (rows == 6) tile<R, 6>(w, w_row, from, x_row, n_cols, early, to);
+#endif
+    }
+  }
+
+  FASTGPT_TARGET FASTGPT_INLINE static float total(Vector v) {
+    float part[L];
+    memcpy(part, &v, sizeof v);
+    FASTGPT_UNROLL
+    for (int half = L / 2; half > 0; half /= 2) {
+      FASTGPT_UNROLL
+      for (int i = 0; i < half; ++i) part[i] += part[i + half];
+    }
+    return part[0];
+  }
+
+  // y[n][f] for R weight rows from f on and n <= kInputRows input rows.
+  template <int R, class W>
+  FASTGPT_TARGET FASTGPT_INLINE static void outputs(const LinearArgs& a, const float* x, int64_t first, int64_t n,
+                                                    int64_t f) {
+    const W* w = static_cast<const W*>(a.weight) + f * a.weight_row;
+    const int64_t whole = a.n_in / L * L, ahead = R * a.weight_row * static_cast<int64_t>(sizeof(W));
+    Vector sums[R * kInputRows];
+    alignas(64) float wide[sizeof(W) == 4 ? 1 : R * kDepth];
+    for (int64_t i = 0; i < R * n; ++i) sums[i] = Vector{};
+    for (int64_t k = 0; k < whole; k += kDepth) {
+      const int64_t depth = min_of(kDepth, whole - k);
+      if (sizeof(W) == 4 || n <= FASTGPT_TILE) {
+        tiles<R>(n, w + k, a.weight_row, x + k, a.x_row, depth, ahead, sums);
+        continue;
+      }
+      for (int64_t r = 0; r < R; ++r) {  // several tiles read these weights
+        const W* row = w + r * a.weight_row + k;
+        for (int64_t j = 0; j < depth; j += L) {
+          __builtin_prefetch(reinterpret_cast<const char*>(row + j) + ahead);
+          const Vector v = load(row + j);
+          memcpy(wide + r * depth + j, &v, sizeof v);
+        }
+      }
+      tiles<R>(n, wide, depth, x + k, a.x_row, depth, 0, sums);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t r = 0; r < R; ++r) {
+        float sum = total(sums[i * R + r]);
+        for (int64_t k = whole; k < a.n_in; ++k) sum += to_float(w[r * a.weight_row + k]) * x[i * a.x_row + k];
+        finish(a, (first + i), f + r, sum);
+      }
+    }
+  }
+
+  // The same for the weight rows [begin, end).
+  template <class W>
+  FASTGPT_TARGET FASTGPT_NOINLINE static void rows(const LinearArgs& a, const float* x, int64_t first, int64_t n,
+                                                   int64_t begin, int64_t end) {
+    int64_t f = begin;
+    for (; f + kWeightRows <= end; f += kWeightRows) outputs<kWeightRows, W>(a, x, first, n, f);
+    for (; f < end; ++f) outputs<1, W>(a, x, first, n, f);
+  }
+};
+#undef FASTGPT_SET
+#undef FASTGPT_TARGET
+#undef FASTGPT_LANES
+#undef FASTGPT_TILE
+#undef FASTGPT_BF16
+#undef FASTGPT_F16
+#undef FASTGPT_I8
