@@ -118,3 +118,11 @@ def test_what_llama_cpp_does_not_host_is_refused(options: dict[str, Any], tokeni
     with pytest.raises(UserError, match="gguf does not host this model, expected one of gpt2, llama"):
         write(model_of("llama", tokenizer, **options), tmp_path, "fp32", tokenizer)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_without_merges_is_refused(tmp_path: Path) -> None:
+    """llama.cpp: "cannot find tokenizer merges in model file"."""
+    bytes_only = train_tokenizer(["text"], 257)
+    with pytest.raises(UserError, match="the tokenizer has no merges"):
+        write(model_of("gpt2", bytes_only), tmp_path, "fp32", bytes_only)
+    assert not list(tmp_path.iterdir())

@@ -82,10 +82,12 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], kind: str
         gguf: Any = importlib.import_module("gguf")
     except ImportError:
         raise UserError("--format gguf needs the gguf package, expected `pip install gguf`") from None
-    family = family_in_gguf(c)
+    family, spec = family_in_gguf(c), json.loads(tokenizer)
+    if not merges_of(spec):
+        raise UserError("export: the tokenizer has no merges, expected one at least; llama.cpp loads no file without")
     writer = gguf.GGUFWriter(str(folder / "model.gguf"), family.model_type)
     _settings(writer, gguf, c, family.model_type, TYPES[kind][1])
-    _tokens(writer, json.loads(tokenizer), c.vocab_size or 0, eot)
+    _tokens(writer, spec, c.vocab_size or 0, eot)
     extra = {} if (freqs := _stretch(c)) is None else {"rope_freqs.weight": freqs}
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
