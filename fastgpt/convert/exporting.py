@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.convert.card import model_card
+from fastgpt.convert.hub import hub, upload
 from fastgpt.core import tensorfile
 from fastgpt.core.command import Parser
 from fastgpt.core.device import DTYPES
@@ -86,6 +87,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.dtype == "q8_0" and args.format != "gguf":
         raise UserError("export: --dtype q8_0 needs --format gguf")
+    if args.push:
+        hub("--push")
     source = Exported.open(args.run)
     dtype = args.dtype or next((name for name, dtype in DTYPES.items() if dtype == source.dtype), "fp32")
     with new_folder(args.out) as aside:
@@ -93,7 +96,7 @@ def main(argv: list[str]) -> int:
         (aside / "README.md").write_text(model_card(source.path, source.state, args.format, dtype), encoding="utf-8")
     print(f"{args.out}: {source.path} as {args.format} in {dtype}")
     if args.push:
-        print(push(args.out, args.push))
+        print(upload(args.out, args.push))
     return 0
 
 
@@ -154,21 +157,3 @@ FORMATS: dict[str, Callable[[Exported, Path, str, int], None]] = {
     "nanogpt": _nanogpt,
     "llmc": _llmc,
 }
-
-
-def push(folder: Path, name: str) -> str:
-    """Upload a folder to the hub as a private model; return its address.
-
-    Raises:
-        UserError: huggingface_hub is not installed, or the upload fails.
-    """
-    try:
-        from huggingface_hub import HfApi
-    except ImportError:
-        raise UserError("--push needs huggingface_hub, expected `pip install huggingface_hub`") from None
-    try:
-        api = HfApi()
-        api.create_repo(name, private=True, exist_ok=True)
-        return str(api.upload_folder(folder_path=str(folder), repo_id=name))
-    except Exception as e:  # the hub's errors have no common class
-        raise UserError(f"export: {name} was not uploaded ({str(e).splitlines()[0]}); {folder} is complete") from e

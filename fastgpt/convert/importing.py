@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from fastgpt.convert.hub import download
 from fastgpt.core.command import Parser
 from fastgpt.core.device import DTYPES
 from fastgpt.core.errors import UserError
-from fastgpt.core.folders import new_folder
+from fastgpt.core.folders import new_folder, require_new
 from fastgpt.core.tensorfile import Deferred
 from fastgpt.data import Tokenizer
 from fastgpt.data.load import COMPANIONS, FILE, GENERATION, MODEL, OLD, has_tokenizer, load_tokenizer
@@ -22,7 +23,6 @@ from fastgpt.models.weights.huggingface import read_settings
 from fastgpt.training import checkpoint
 
 TOKENIZER = (FILE, MODEL, *OLD, "added_tokens.json", *COMPANIONS)
-PATTERNS = ("*.safetensors", "*.safetensors.index.json", "config.json", *TOKENIZER)
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the hub (default: main)")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: that of the files)")
     args = parser.parse_args(argv)
+    require_new(args.out)
     folder, revision = locate(args.source, args.revision)
     print(import_model(folder, args.out, DTYPES.get(args.dtype), source=args.source, revision=revision))
     return 0
@@ -48,15 +49,7 @@ def locate(source: str, revision: str = "main") -> tuple[Path, str | None]:
         return Path(source), None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise UserError(f"import: {source} is no folder")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise UserError("models of the hub need huggingface_hub, expected `pip install huggingface_hub`") from None
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(PATTERNS)))
-    except Exception as e:  # the hub's errors have no common class
-        raise UserError(f"import: {source} is no folder, and not on the hub ({str(e).splitlines()[0]})") from e
-    return folder, folder.name
+    return download(source, revision, ("config.json", *TOKENIZER))
 
 
 def import_model(

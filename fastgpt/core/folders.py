@@ -11,6 +11,16 @@ from pathlib import Path
 from fastgpt.core.errors import UserError
 
 
+def require_new(folder: Path) -> None:
+    """Refuse a path where something is.
+
+    Raises:
+        UserError: `folder` exists and is not an empty folder.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists, expected a new or empty folder")
+
+
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Return a folder to write into, which becomes `final` when the block ends, and is removed if it raises.
@@ -18,8 +28,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     Raises:
         UserError: `final` exists and is not an empty folder, or cannot be written.
     """
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-        raise UserError(f"{final} exists, expected a new or empty folder")
+    require_new(final)
     aside = final.with_name(f".{final.name}.writing")
     try:
         shutil.rmtree(aside, ignore_errors=True)
