@@ -136,8 +136,11 @@ class GopherRepetition(Step):
         total = np.concatenate(([0], np.cumsum(features.lengths)))
         for n, limit in sorted(self.dup_n_grams.items()):
             grams = features.n_grams(n)
-            at = not_unique(grams) if at is None else at[at < len(grams)]
-            at = at[not_unique(grams[at])]
+            if at is None:
+                at = not_unique(grams)
+            else:
+                at = at[at < len(grams)]
+                at = at[not_unique(grams[at])]
             if not len(at):
                 return None
             characters = repeated_characters(grams[at], at, total, n)

@@ -19,28 +19,29 @@ _DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[
 _RESERVED = re.compile(
     r"(?:.*\.)?(?:example\.(?:com|org|net|edu)|example|test|invalid|localhost|local)", re.I
 )  # RFC 2606
-_IPV4 = re.compile(r"(?<![\w.])(?:[0-9]{1,3}\.){3}[0-9]{1,3}(?![\w]|\.[0-9])")
-_IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])")
+# A pattern begins with a set of characters, which the search skips to quickly; what must stand before comes after it.
+_IPV4 = re.compile(r"[0-9](?<![\w.][0-9])[0-9]{0,2}(?:\.[0-9]{1,3}){3}(?![\w]|\.[0-9])")
+_IPV6 = re.compile(r"[23](?<![\w:.][23])[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,34}(?![\w:])")
 # A number after one of these is a version or a section.
 _VERSION = re.compile(
-    r"(?:\b(?:version|versions|ver|v|release|rev|revision|build|section|sect|chapter|update|patch)[.:]? *|§ "
-    r"*|[=><~!]= *|[~^]"
-    r"|[A-Za-z0-9]/|[A-Za-z]-)\Z",
+    r"(?:\b(?:version|versions|ver|v|release|rev|revision|build|section|sect|chapter|update|patch)[.:]? *"
+    r"|§ *|[=><~!]= *|[~^]|[A-Za-z0-9]/|[A-Za-z]-)\Z",
     re.I,
 )
 _PHONE = re.compile(
-    r"(?<![\w+./-])(?:"
-    r"\+[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,5}\)?){2,6}"  # +44 20 7946 0958
-    r"|(?:1[-. ])?(?:\([2-9][0-9]{2}\) ?|[2-9][0-9]{2}(?P<sep>[-. ]))[2-9][0-9]{2}(?(sep)(?P=sep)|[-. ])[0-9]{4}"
+    r"[+(0-9](?<![\w+./-][+(0-9])(?:"
+    r"(?<=\+)[1-9][0-9]{0,2}(?:[ .-]?\(?[0-9]{1,5}\)?){2,6}"  # +44 20 7946 0958
+    r"|(?<=\()[2-9][0-9]{2}\) ?[2-9][0-9]{2}[-. ][0-9]{4}"  # (212) 736-5000
+    r"|(?:(?<=[2-9])|(?<=1)[-. ][2-9])[0-9]{2}(?P<sep>[-. ])[2-9][0-9]{2}(?P=sep)[0-9]{4}"  # 212-736-5000
     r")(?![\w]|[-.][0-9])"
 )
-_NAMED_PHONE = re.compile(
-    r"\b(?P<name>(?:tele)?(?:phone|fax)|tel|mobile|cell|call)(?P<gap>(?: (?:no|number))?[.:]{0,2} ?)"
-    r"(?P<number>\(?[0-9+](?:[ ./()-]{0,2}[0-9]){6,14})(?![\w]|[-.][0-9])",
-    re.I,
+_NUMBER = re.compile(r"[(+0-9](?<![\w.][(+0-9])(?:[ ./()-]{0,2}[0-9]){6,14}(?![\w]|[-.][0-9])")
+_NAME = re.compile(  # what makes a number a phone number
+    r"\b(?:(?:tele)?(?:phone|fax)|tel|mobile|cell|call)(?: (?:no|number))?[.:]{0,2} ?\Z", re.I
 )
 _CARD = re.compile(
-    r"(?<![\w.+/-])(?:[0-9]{13,19}|[0-9]{4}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{1,7}|[0-9]{4}([ -])[0-9]{6}\2[0-9]{4,5})"
+    r"[0-9](?<![\w.+/-][0-9])"
+    r"(?:[0-9]{12,18}|[0-9]{3}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{1,7}|[0-9]{3}([ -])[0-9]{6}\2[0-9]{4,5})"
     r"(?![\w]|[-.][0-9])"
 )
 _ISSUER = re.compile(  # leading digits and lengths of the card networks
@@ -149,11 +150,13 @@ def scrub_phone(text: str, placeholder: str) -> tuple[str, int]:
     """Return the text without phone numbers, and their number."""
 
     def is_phone(found: re.Match[str]) -> bool:
-        digits = sum(map(str.isdigit, found[0]))
-        return 10 <= digits <= 15 if found[0][0] != "+" else 9 <= digits <= 15
+        return found[0][0] != "+" or 9 <= sum(map(str.isdigit, found[0])) <= 15
+
+    def is_named(found: re.Match[str]) -> bool:
+        return bool(_NAME.search(text, max(0, found.start() - 24), found.start()))
 
     text, number = replace(_PHONE, text, placeholder, is_phone)
-    text, named = _NAMED_PHONE.subn(lambda f: f"{f['name']}{f['gap']}{placeholder}", text)
+    text, named = replace(_NUMBER, text, placeholder, is_named)
     return text, number + named
 
 
