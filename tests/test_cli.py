@@ -56,6 +56,8 @@ def test_sample_continues_the_prompt(
         assert run(monkeypatch, "sample", "--run", "run", "--prompt", "import ", "--tokens", "12", "--seed", seed) == 0
         texts.append(capsys.readouterr().out)
     assert all(t.startswith("import ") for t in texts) and texts[0] == texts[1] != texts[2]
+    words = ("sample", "--run", "run", "--prompt", "import ", "--tokens", "4", "--device", "cpu")
+    assert run(monkeypatch, *words, "--weights", "int8") == 0 and capsys.readouterr().out.startswith("import ")
 
 
 def test_sample_refuses_a_foreign_tokenizer_and_missing_runs(

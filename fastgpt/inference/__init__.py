@@ -3,5 +3,6 @@
 from fastgpt.inference.generate import generate
 from fastgpt.inference.generator import Generator
 from fastgpt.inference.requests import Piece, Request, Result
+from fastgpt.inference.weights import convert_weights
 
-__all__ = ["Generator", "Piece", "Request", "Result", "generate"]
+__all__ = ["Generator", "Piece", "Request", "Result", "convert_weights", "generate"]

@@ -21,6 +21,7 @@ from fastgpt.inference.requests import FinishReason, Piece, Request, Result, Tex
 from fastgpt.inference.rows import Rows, options_of
 from fastgpt.inference.sampling import Choice, Options
 from fastgpt.inference.stream import TextStream
+from fastgpt.inference.weights import convert_weights
 from fastgpt.models.gpt import GPT
 
 PREFILL_TOKENS = 4096  # in one pass, unless one text is longer
@@ -78,6 +79,7 @@ class Generator:
         context: tokens of a text that the model reads at most; default its block_size. More is possible unless
             positions are learned; the rotary tables are extended.
         eos: id or ids that end a text; default those of the tokenizer.
+        weights: "fp32", "bf16" or "int8" converts the model itself (`convert_weights`); None leaves it as it is.
 
     The cache is allocated for the requests that wait when no request runs; `reserve` allocates the largest one.
 
@@ -93,12 +95,15 @@ class Generator:
         max_batch: int = 16,
         context: int | None = None,
         eos: int | Sequence[int] | None = None,
+        weights: str | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("context", context)):
             if value is not None and value < 1:
                 raise ValueError(f"Generator: {name} is {value}, expected at least 1")
         if (model.config.rope_scaling or {}).get("rope_type") == "dynamic":
             max_batch = 1
+        if weights is not None:
+            convert_weights(model, weights)
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.context = model.block_size if context is None else context
         model.extend(self.context)

@@ -22,9 +22,9 @@ class Rows:
 
     def __init__(self, model: GPT, count: int, size: int) -> None:
         self.model, self.count, self.size = model, count, size
-        weight = model.wte.weight
-        self.device = weight.device
-        self.cache = KVCache(model.config, count, size, weight.detach())
+        activations: Tensor = model.get_parameter("blocks.0.norm1.weight")  # other weights may be narrower than they
+        self.device = activations.device
+        self.cache = KVCache(model.config, count, size, activations.detach())
         self.lens = torch.zeros(count, dtype=torch.int64, device=self.device)  # tokens in the cache
         self.tokens = torch.zeros(count, dtype=torch.int64, device=self.device)  # the last ones, not in the cache yet
         self.settings = Settings.of_rows(count, self.device)

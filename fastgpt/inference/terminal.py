@@ -12,6 +12,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.inference.chat import ChatTokenizer, Conversation, Template
 from fastgpt.inference.generator import Generator
 from fastgpt.inference.requests import Request, Result, TextTokenizer, bytes_of
+from fastgpt.inference.weights import KINDS, convert_weights
 
 
 def add_options(parser: argparse.ArgumentParser, tokens_help: str) -> None:
@@ -41,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser, tokens_help: str) -> None:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the sampled text (default: 0)")
     add("--context", type=number(int, 1), help="tokens that the model reads at most (default: its block_size)")
+    add("--weights", choices=KINDS, help="convert the weights, on a CPU: fewer bits are faster (default: as stored)")
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
 
 
@@ -69,8 +71,13 @@ def generator_of(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace,
     """Return a generator.
 
     Raises:
-        UserError: the model cannot read --context tokens.
+        UserError: the model cannot read --context tokens, or --weights needs a model on a CPU.
     """
+    try:
+        if args.weights is not None:
+            convert_weights(model, args.weights)
+    except ValueError as e:
+        raise UserError(f"--{e}") from None
     try:
         return Generator(model, tokenizer, max_batch=max_batch, context=args.context)
     except ValueError as e:

@@ -22,6 +22,7 @@ from fastgpt.models.recompute import MadeAgain
 from fastgpt.nn import LayerNorm, Linear, RMSNorm, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
 from fastgpt.nn.mlp import product_and_bias
+from fastgpt.nn.narrow import NarrowLinear
 
 
 class Pass(NamedTuple):
@@ -65,7 +66,8 @@ class SelfAttention(nn.Module):
         rotary = run.rotary
         if rotary is None:
             return qkv
-        if fusable(rotary, RotaryEmbedding) and fusable(self.qkv, Linear):  # the op overwrites what qkv returned
+        fresh = fusable(self.qkv, Linear) or fusable(self.qkv, NarrowLinear)  # the op overwrites what qkv returned
+        if fresh and fusable(rotary, RotaryEmbedding):
             options: dict[str, Any] = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads, positions=run.positions)
             return ops.rope_qkv(qkv, rotary.cos, rotary.sin, interleaved=rotary.interleaved, **options)
         q, k, v = qkv.split([self.n_heads, self.kv_heads, self.kv_heads], dim=2)

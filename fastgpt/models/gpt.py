@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -42,7 +41,7 @@ class Head(Linear):
     def forward(self, input: Tensor, tied: Tensor | None = None) -> Tensor:
         weight = self.weight if tied is None else tied
         bias = None if self.bias is None else self.bias[: self.vocab_size]
-        return F.linear(input, weight[: self.vocab_size], bias)
+        return ops.linear(input, weight[: self.vocab_size], bias)
 
 
 class GPT(nn.Module):

@@ -133,7 +133,9 @@ def _check_narrow(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor 
 def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> Tensor:
     """Compute the product with a weight that is narrower than x."""
     _check_narrow(x, weight, bias, scale)
-    backend = "torch" if torch.compiler.is_compiling() or not _few(x, weight, bias) else select("linear", x)
+    if torch.compiler.is_compiling():
+        return linear_ref(x, weight, bias, scale=scale)
+    backend = select("linear", x) if _few(x, weight, bias) else "torch"
     if backend == "torch":
         return linear_torch(x, weight, bias, scale=scale)
     return LINEAR_FWD[backend](x, weight, scale, bias)  # type: ignore[no-any-return]
@@ -178,15 +180,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tens
     """
     if scale is not None:
         return _narrow(x, weight, bias, scale)
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    if weight.dtype != x.dtype and x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16):
+        return _narrow(x, weight, bias, None)
+    if torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     if needs_grad(x, weight, bias):
         if getattr(weight, "grad_buffer", None) is None or not weight.requires_grad:
             return F.linear(x, weight, bias)
         y: Tensor = LinearFn.apply(x, weight, bias)
         return y
-    if weight.dtype != x.dtype and x.dtype == torch.float32 and weight.dtype in (torch.bfloat16, torch.float16):
-        return _narrow(x, weight, bias, None)
     if weight.dtype == x.dtype and _few(x, weight, bias):
         backend = select("linear", x)
         if backend != "torch":

@@ -1,4 +1,9 @@
-"""ops.linear: results of F.linear, with the gradient of the weight in the buffer that keep_gradients allocated."""
+"""ops.linear: results of F.linear, the gradient of the weight in the buffer that keep_gradients allocated, and the CPU
+kernel for few rows without gradients."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -6,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt import nn, ops
+from fastgpt.core import backend
+from fastgpt.ops.linear import LINEAR_FWD, MAX_ROWS, linear_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -111,3 +118,89 @@ def test_a_buffer_from_before_a_cast_is_ignored() -> None:
     torch.testing.assert_close(linear.weight.grad, x.detach().sum((0, 1)).expand(5, 8))
     for weight in (table.weight, linear.weight, head):
         assert weight.grad is not None and weight.grad is not weight.grad_buffer
+
+
+needs_kernel = pytest.mark.skipif(
+    DEVICE != "cpu" or backend.missing("cpu") is not None, reason="needs the compiled CPU kernels"
+)
+
+
+def weight_of(kind: torch.dtype, f: int, c: int) -> tuple[Tensor, Tensor | None]:
+    """Return a weight and, if it is int8, its scale."""
+    if kind != torch.int8:
+        return rand(f, c, seed=1, dtype=kind), None
+    draws = torch.randint(-127, 128, (f, c), generator=torch.Generator().manual_seed(1))
+    return draws.to(torch.int8), rand(f, seed=2).abs() / 100
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.int8], ids=str)
+def test_a_row_does_not_depend_on_the_other_rows_or_the_threads(kind: torch.dtype) -> None:
+    x, (weight, scale) = rand(130, 700), weight_of(kind, 210, 700)
+    whole = LINEAR_FWD["cpu"](x, weight, scale, None)
+    threads = torch.get_num_threads()
+    try:
+        for n in (*range(1, 15), 64, 65, 130):
+            torch.set_num_threads(1 + n % 3)
+            assert torch.equal(LINEAR_FWD["cpu"](x[:n], weight, scale, None), whole[:n]), n
+    finally:
+        torch.set_num_threads(threads)
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Return a list that receives the shape of x in each call of the kernel."""
+    calls, real = [], LINEAR_FWD["cpu"]
+    monkeypatch.setitem(LINEAR_FWD, "cpu", lambda x, *rest: calls.append(tuple(x.shape)) or real(x, *rest))
+    return calls
+
+
+@needs_kernel
+def test_few_rows_without_gradients_are_the_kernel_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, weight, bias = spied(monkeypatch), rand(5, 8, seed=1), rand(5, seed=2)
+    for rows in ((1,), (2, 3), (MAX_ROWS,), ()):
+        x = rand(*rows, 8)
+        torch.testing.assert_close(ops.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert calls == [(1, 8), (2, 3, 8), (MAX_ROWS, 8), (8,)]
+    calls.clear()
+    leaf = rand(2, 8).requires_grad_()
+    ops.linear(leaf, weight, bias).sum().backward()
+    torch.testing.assert_close(leaf.grad, weight.sum(0).expand(2, 8))
+    ops.linear(rand(MAX_ROWS + 1, 8), weight)
+    ops.linear(rand(2, 8).double(), weight.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.linear(rand(2, 8), weight).dtype == torch.bfloat16
+    with backend.use(linear="torch"):
+        ops.linear(rand(2, 8), weight)
+    torch.testing.assert_close(
+        torch.vmap(ops.linear, (0, None))(rand(3, 2, 8), weight), F.linear(rand(3, 2, 8), weight)
+    )
+    assert not calls
+    with torch.no_grad():
+        ops.linear(leaf, weight)
+    assert calls == [(2, 8)]
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.int8], ids=str)
+@pytest.mark.parametrize("rows", [(3,), (2, MAX_ROWS)])
+def test_narrow_weights_on_every_path(
+    kind: torch.dtype, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few rows, more rows, blocks of the weight, compiled: the values of the widened weight."""
+    monkeypatch.setattr(sys.modules["fastgpt.ops.linear"], "BLOCK_NUMEL", 100)
+    x, bias, (weight, scale) = rand(*rows, 33), rand(10, seed=4), weight_of(kind, 10, 33)
+    weight, scale = weight.to(DEVICE), None if scale is None else scale.to(DEVICE)
+    wanted = linear_ref(x, weight, bias, scale=scale)
+    compiled: Callable[..., Any] = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
+    for fn in (ops.linear, compiled):
+        torch.testing.assert_close(fn(x, weight, bias, scale=scale), wanted)
+
+
+@pytest.mark.parametrize(
+    "weight,x", [(rand(4, 9), rand(2, 8)), (rand(8), rand(2, 8)), (rand(4, 8), rand(2, 8).double())]
+)
+def test_what_does_not_fit_is_pytorch_s_error(weight: Tensor, x: Tensor) -> None:
+    if weight.dim() == 1:
+        torch.testing.assert_close(ops.linear(x, weight), F.linear(x, weight))
+        return
+    with pytest.raises(RuntimeError):
+        ops.linear(x, weight)
