@@ -44,7 +44,14 @@ __all__ = [
 READERS = {
     "text": "text.read_text",
     "markdown": "text.read_text",
+    "html": "html.read_html",
     "jsonl": "jsonl.read_jsonl",
+    "json": "jsonl.read_json",
+    "csv": "tables.read_csv",
+    "parquet": "tables.read_parquet",
+    "warc": "warc.read_warc",
+    "mediawiki": "xml.read_mediawiki",
+    "stackexchange": "xml.read_stackexchange",
 }
 
 

@@ -19,12 +19,13 @@ class Defect:
 
     Attributes:
         file: path of the file.
-        line: physical line from 1, None where lines mean nothing (parquet) or the file could not be read.
-        byte: offset from 0, None as above. Both count in the decompressed text if `decompressed`.
+        line: physical line from 1; None in parquet, or if the file as a whole is meant.
+        byte: offset from 0; None as above. Both count in the decompressed text if `decompressed`.
         problem: what is wrong.
         remedy: how to repair it.
         kind: short name of the problem, to count by.
         decompressed: whether the file is compressed.
+        row: in parquet, from 0.
     """
 
     file: str
@@ -34,9 +35,12 @@ class Defect:
     remedy: str
     kind: str
     decompressed: bool = False
+    row: int | None = None
 
     def __str__(self) -> str:
         place = self.file
+        if self.row is not None:
+            place += f", row {self.row}"
         if self.line is not None:
             place += f", line {self.line}"
         if self.byte is not None:

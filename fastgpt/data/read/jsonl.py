@@ -142,3 +142,96 @@ def _mended(value: Any) -> Any:
     if isinstance(value, dict):
         return {_mended(k): _mended(v) for k, v in value.items()}
     return [_mended(v) for v in value] if isinstance(value, list) else value
+
+
+TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|["{}\[\]]', re.DOTALL)
+
+
+def read_json(reading: Reading) -> Iterator[Document]:
+    """Yield the documents of a file with one record, with a list of records, or with several after each other.
+
+    Only the record in progress is in memory. Ids count records from 0.
+    """
+    records = Records(reading)
+    for number, (at, raw) in enumerate(_values(reading)):
+        if (document := records.document(raw, number, at)) is not None:
+            yield document
+
+
+class _Scan:
+    """The place in a stream of JSON: how deep, and where the record in progress begins."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.at = 0  # offset of the buffer
+        self.buffer = bytearray()
+        self.scanned = self.end = 0  # in the buffer: searched up to, end of the last record
+        self.depth = self.records = 0
+        self.inside = self.closed = False  # of the list around the records
+        self.begin = 0
+
+    def between(self, stop: int, last: bool = False) -> None:
+        """Report what stands between two records, unless it is white space and, in a list, one comma."""
+        found = bytes(self.buffer[self.end : stop]).strip()
+        if found != (b"," if self.inside and self.records and not last else b""):
+            expected = "one comma" if self.inside and not self.closed and self.records else "nothing"
+            problem = f"the JSON is broken: expected {expected} between two records, or before and after them"
+            self.reading.report("broken JSON", problem, "repair the place", self.at + self.end)
+
+    def values(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the records that end in the buffer."""
+        while (token := TOKEN.search(self.buffer, self.scanned)) is not None:
+            byte = self.buffer[token.start()]
+            if byte == 34 and token.end() - token.start() == 1:  # a text that has not ended yet
+                self.scanned = token.start()
+                return
+            self.scanned = token.end()
+            base = int(self.inside)
+            if byte == 91 and not self.depth and not self.records and not self.closed:
+                self.between(token.start())
+                self.inside, self.depth, self.end = True, 1, token.end()
+            elif byte in b"{[":
+                if self.depth == base:
+                    self.between(token.start())
+                    self.begin = token.start()
+                self.depth += 1
+            elif byte in b"}]" and self.depth > base:
+                self.depth -= 1
+                if self.depth == base:
+                    if token.end() - self.begin > self.reading.format.max_bytes:
+                        self.reading.giant(self.at + self.begin)
+                    else:
+                        yield self.at + self.begin, bytes(self.buffer[self.begin : token.end()])
+                    self.records += 1
+                    self.end = token.end()
+            elif byte == 93 and self.inside:
+                self.between(token.start(), last=True)
+                self.inside, self.closed, self.depth, self.end = False, True, 0, token.end()
+
+
+def _values(reading: Reading) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of each record."""
+    scan = _Scan(reading)
+    begun = False
+    for chunk in reading.text_chunks():
+        if not begun:
+            scan.at, begun = reading.first, True
+        scan.buffer += chunk
+        yield from scan.values()
+        keep = scan.begin if scan.depth > scan.inside else min(scan.end, scan.scanned)
+        del scan.buffer[:keep]
+        scan.at += keep
+        scan.scanned, scan.end, scan.begin = scan.scanned - keep, scan.end - keep, scan.begin - keep
+        if len(scan.buffer) > reading.format.max_bytes:
+            reading.giant(scan.at, remedy="raise max_bytes, or write one record a line (jsonl); the rest is not read")
+            return
+    if reading.damaged or not begun:
+        return
+    if scan.depth:
+        what = "a record" if scan.depth > scan.inside else "the list of records"
+        place = scan.at + len(scan.buffer)
+        reading.report("broken JSON", f"the JSON is broken: the file ends inside {what}", "fetch it again", place)
+        return
+    scan.between(len(scan.buffer), last=True)
+    if not scan.records and not scan.closed:
+        reading.report("empty file", "the file holds no record", "remove it, or fill it", reading.first)

@@ -39,6 +39,7 @@ class Reading:
     Attributes:
         file: the path, for messages. name: the first part of ids.
         first: offset of the first byte of text, once text_chunks() has begun: 3 after a UTF-8 mark.
+        row: set by readers of rows, whose defects have no line and byte.
         damaged: whether compressed data ended early; the record in progress is then incomplete.
     """
 
@@ -57,6 +58,7 @@ class Reading:
         self.name = path.name if name is None else name
         self.damaged = False
         self.first = start
+        self.row: int | None = None
         self._on_defect = on_defect
         self._progress = progress
         self._lines = LineCounter(path)
@@ -74,6 +76,22 @@ class Reading:
         except Damaged as e:
             self.damaged = True
             self.report("damaged", f"{e}", "fetch or compress it again; the text before this place can be read", at)
+
+    def advance(self, size: int) -> None:
+        """Add to the progress the bytes that were read in another way than by chunks()."""
+        if self._progress is not None:
+            self._progress(size)
+
+    def whole(self, stream: Iterator[bytes], what: str) -> bytes | None:
+        """Return all bytes of a file; None, with a report, if it is empty, damaged, no text, or above max_bytes."""
+        pieces, size = [], 0
+        for chunk in stream:
+            size += len(chunk)
+            if size > self.format.max_bytes:
+                self.giant(0, what)
+                return None
+            pieces.append(chunk)
+        return b"".join(pieces) if size and not self.damaged else None
 
     def text_chunks(self) -> Iterator[bytes]:
         """Yield the chunks of a file of text without its UTF-8 mark: none if it is empty, binary, UTF-16 or UTF-32."""
@@ -115,8 +133,11 @@ class Reading:
 
     def report(self, kind: str, problem: str, remedy: str, byte: int | None) -> None:
         """Report a defect at an offset in the decompressed file; in mode "fail" this raises DefectError."""
+        if self.row is not None:
+            byte = None
         line = None if byte is None else self._lines.line(byte)
-        defect = Defect(self.file, line, byte, problem, remedy, kind, compression_of(self.path) is not None)
+        packed = compression_of(self.path) is not None
+        defect = Defect(self.file, line, byte, problem, remedy, kind, packed, self.row)
         if self._on_defect is not None:
             self._on_defect(defect)
         if self.format.mode == "fail":
