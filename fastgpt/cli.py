@@ -109,6 +109,13 @@ def train(argv: list[str]) -> int:
     return train_main(argv)
 
 
+def data(argv: list[str]) -> int:
+    """Run `fastgpt data`; see fastgpt/data/command.py."""
+    from fastgpt.data.command import main as data_main
+
+    return data_main(argv)
+
+
 def tokenizer(argv: list[str]) -> int:
     """Run `fastgpt tokenizer`; see fastgpt/data/tokenizer_command.py."""
     from fastgpt.data.tokenizer_command import main as tokenizer_main
@@ -148,6 +155,7 @@ COMMANDS = {
     "train": train,
     "sample": sample,
     "chat": chat,
+    "data": data,
     "tokenizer": tokenizer,
     "import": import_,
     "export": export,
@@ -160,6 +168,7 @@ HELP = """commands:
   train      train a model, resume a run, or plan one (--plan)
   sample     continue a prompt with a trained model
   chat       hold a conversation with a trained model
+  data       make token shards from raw text, and check it
   tokenizer  train, show and check tokenizers
   import     make a run from a model of another project
   export     write a run in the format of another project

@@ -75,7 +75,7 @@ def broken() -> Iterator[tuple[bytes, str, int | None, int | None, str]]:
     yield good + b'{"text": NaN}', "broken JSON", 2, at, "NaN is no JSON number"
     yield good + b"[" * 5000, "broken JSON", 2, at, "nested too deeply"
     yield good + b'{"text": "a", "text": "b"}', "key twice", 2, at, "'text' is there twice"
-    yield good + b'{"text": "\\":\\":", "a": {"b": 1, "\\u0062": 2}}', "key twice", 2, at, "'b' is there twice"
+    yield good + b'{"text": "\\":\\":", "a": {"b": 1, "\\u0062": 2}}', "key twice", 2, at, "a key is there twice"
     yield good + b'{"body": "a"}', "missing field", 2, at, "'text' is missing"
     yield good + b'{"text": null}', "missing field", 2, at, "'text' is null"
     yield good + b'{"text": 7}', "wrong type", 2, at, "'text' is a number, expected text"

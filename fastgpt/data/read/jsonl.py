@@ -38,6 +38,9 @@ class Records:
         self.loads, self.error = orjson.loads, orjson.JSONDecodeError
         self.reading = reading
         self.fields = Fields(reading)
+        format = reading.format
+        fields = (*format.text_fields, *format.meta, *([format.id] if format.id else []))
+        self.names = {part for name in fields for part in (name, *name.split("."))}
 
     def document(self, raw: bytes, number: int, byte: int) -> Document | None:
         """Return the document of a record that begins at `byte`; None, with a report, if it is broken."""
@@ -52,7 +55,8 @@ class Records:
             self.reading.report("wrong type", problem, 'write it as {"text": ...}', byte)
             return None
         if len(KEY.findall(raw)) != len(record) and (key := _repeated(raw, record)) is not None:
-            self.reading.report("key twice", f"the key {key!r} is there twice", "keep one of them", byte)
+            named = f"the key {key!r}" if key in self.names else "a key"  # others may be contents
+            self.reading.report("key twice", f"{named} is there twice", "keep one of them", byte)
             return None
         return self.fields.document(record, number, byte, lambda: _exact(raw))
 
@@ -65,7 +69,8 @@ class Records:
         try:
             record = json.loads(text, parse_constant=_refuse)
         except json.JSONDecodeError as e:
-            problem = f"the JSON is broken: {e.msg[0].lower()}{e.msg[1:]} at column {e.colno}"
+            message = e.msg.removesuffix(" starting at").removesuffix(" at")
+            problem = f"the JSON is broken: {message[0].lower()}{message[1:]} at column {e.colno}"
             offset = len(text[: e.pos].encode("utf-8", "surrogatepass"))
             self.reading.report("broken JSON", problem, "repair or remove the record", byte + min(offset, len(raw)))
             return None

@@ -102,9 +102,10 @@ def read_csv(reading: Reading) -> Iterator[Document]:
 def _has_columns(reading: Reading, columns: list[str], at: int) -> bool:
     """Return whether a header is usable; report it if it is not."""
     names = reading.format.text_fields + ((reading.format.id,) if reading.format.id else ())
-    twice = next((c for c in columns if columns.count(c) > 1), None)
-    if twice is not None:
-        reading.report("key twice", f"the header has the column {twice!r} twice", "rename one of them", at)
+    if len(set(columns)) < len(columns):
+        first, second = next((columns.index(c), i) for i, c in enumerate(columns) if columns.index(c) < i)
+        problem = f"columns {first + 1} and {second + 1} have the same name"
+        reading.report("key twice", problem, "rename one, or set columns if the file has no header", at)
         return False
     missing = next((n for n in names if n not in columns), None)
     if missing is not None:
