@@ -21,7 +21,7 @@ class Hub:
 
     Attributes:
         uploaded: repository -> file -> content, of commits.
-        cut: file whose first download ends after this share of it.
+        cut: file whose first download ends after this share of it. failing: files whose downloads fail.
         ranges: the Range headers of downloads. requests: method and path of every request.
     """
 
@@ -31,6 +31,7 @@ class Hub:
         self.uploaded: dict[str, dict[str, bytes]] = {}
         self.private: dict[str, bool] = {}
         self.cut: dict[str, float] = {}
+        self.failing: set[str] = set()
         self.ranges: list[str] = []
         self.requests: list[str] = []
 
@@ -120,6 +121,9 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range")
         if self.command == "HEAD":
             self.answer(200, content, **headers)
+            return
+        if name in self.hub.failing:
+            self.answer(410)
             return
         first = int(asked.removeprefix("bytes=").split("-")[0]) if asked else 0
         if asked and first:

@@ -29,7 +29,7 @@ def hub(why: str) -> Any:
 def download(name: str, revision: str, others: Sequence[str]) -> tuple[Path, str]:
     """Download the weights of a model and the files `others`, or take them from huggingface_hub's cache.
 
-    A download that was interrupted is resumed by the next call.
+    If a connection breaks, the download of the file continues; files that came whole are not downloaded again.
 
     Returns:
         The folder, and the commit that `revision` (a branch, tag or commit) names.

@@ -64,6 +64,18 @@ def test_a_download_that_was_cut_resumes(hub: Hub) -> None:
     assert hub.ranges == ["bytes=49152-"]  # three whole chunks of the half that came
 
 
+def test_a_second_import_downloads_only_what_is_missing(hub: Hub) -> None:
+    hub.failing.add("model.safetensors")
+    with pytest.raises(UserError, match="the hub failed .HfHubHTTPError"):
+        importing.main(["someone/tiny", "run"])
+    assert not Path("run").exists()
+    hub.failing.clear()
+    hub.requests.clear()
+    assert importing.main(["someone/tiny", "run"]) == 0
+    got = [request.rpartition("/")[2] for request in hub.requests if request.startswith("GET /someone/tiny/resolve")]
+    assert got == ["model.safetensors"]
+
+
 def test_copies_of_the_weights_are_left_and_old_ones_are_read(hub: Hub, model: Path, tmp_path: Path) -> None:
     files = hub.repos["someone/tiny"][COMMITS["main"]]
     files |= {"consolidated.safetensors": b"a copy", "model.fp16.safetensors": b"a copy", "pytorch_model.bin": b"too"}
