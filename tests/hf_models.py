@@ -63,6 +63,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | dict(head_dim=16, attention_bias=True, use_sliding_window=True, sliding_window=8)
         | dict(layer_types=["sliding_attention", "full_attention"]),
     ),
+    "gemma": ("Gemma", GQA | dict(head_dim=16)),
     "llama dynamic": ("Llama", GQA | dict(max_position_embeddings=16) | rope(rope_type="dynamic", factor=2.0)),
 }
 

@@ -45,7 +45,9 @@ def make_module(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
 
 
 def norm_of(c: ModelConfig, size: int) -> LayerNorm | RMSNorm:
-    return LayerNorm(size, c.norm_eps, bias=c.norm_bias) if c.norm == "layer" else RMSNorm(size, c.norm_eps)
+    if c.norm == "layer":
+        return LayerNorm(size, c.norm_eps, bias=c.norm_bias)
+    return RMSNorm(size, c.norm_eps, weight_offset=c.norm_offset)
 
 
 class SelfAttention(nn.Module):

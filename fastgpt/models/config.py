@@ -45,6 +45,7 @@ class ModelConfig:
         norm_placement: pre as in GPT-2, post as in GPT-1 (without a final norm).
         norm_eps: added to the variance.
         norm_bias: whether LayerNorm has a bias.
+        norm_offset: added to the weight of RMSNorm; Gemma uses 1.0.
         parallel: attention and MLP in parallel, after one norm (shared, GPT-J) or two (separate, GPT-NeoX).
         activation: activation of the MLP; swiglu, geglu, geglu_tanh and reglu2 are gated (silu, gelu, tanh's gelu or
             squared ReLU of the gate, times up).
@@ -64,6 +65,7 @@ class ModelConfig:
         attn_scale: factor of q k^T; null is 1 / sqrt(head_dim), GPT-Neo uses 1.0.
         attn_softcap: attention scores become cap tanh(score / cap); 0 is off.
         logit_softcap: the same for the logits; 0 is off.
+        embed_scale: factor of the token embeddings, in the dtype of the model; Gemma uses sqrt(width).
         embed_dropout: dropout of the embeddings.
         attn_dropout: dropout of the attention weights.
         resid_dropout: dropout of a block's output to the residual stream.
@@ -83,6 +85,7 @@ class ModelConfig:
     norm_placement: Literal["pre", "post"] = "pre"
     norm_eps: float = 1e-5
     norm_bias: bool = True
+    norm_offset: float = 0.0
     parallel: Literal["none", "shared", "separate"] = "none"
     activation: Literal["gelu_tanh", "gelu", "relu2", "swiglu", "geglu", "geglu_tanh", "reglu2"] = "gelu_tanh"
     positions: Literal["learned", "rope", "none"] = "learned"
@@ -100,6 +103,7 @@ class ModelConfig:
     attn_scale: float | None = None
     attn_softcap: float = 0.0
     logit_softcap: float = 0.0
+    embed_scale: float = 1.0
     embed_dropout: float = 0.0
     attn_dropout: float = 0.0
     resid_dropout: float = 0.0
@@ -125,6 +129,10 @@ class ModelConfig:
             cap = getattr(self, name)
             require(0.0 <= cap < math.inf, f"model.{name}", cap, "0 (off) or more")
         self._positive("attn_scale")
+        self._positive("embed_scale")
+        offset = self.norm_offset
+        require(abs(offset) < math.inf, "model.norm_offset", offset, "a finite number")
+        require(not offset or self.norm == "rms", "model.norm_offset", offset, "0 with model.norm layer")
         parallel_post = self.parallel != "none" and self.norm_placement == "post"
         require(not parallel_post, "model.parallel", self.parallel, "none with model.norm_placement post")
         self._check_rope()

@@ -1,6 +1,6 @@
-"""A decoder-only transformer on fastgpt.ops: its settings make it GPT-2, GPT-Neo, GPT-J, NeoX, Llama, Mistral or Qwen.
+"""A decoder-only transformer on fastgpt.ops: its settings make it any family that docs/weights.md lists.
 
-    x = wte[ids] + wpe[positions]
+    x = embed_scale wte[ids] + wpe[positions]
     pre-norm    x = x + attn(norm1(x));  x = x + mlp(norm2(x))
     post-norm   x = norm1(x + attn(x));  x = norm2(x + mlp(x))
     parallel    x = x + attn(norm1(x)) + mlp(norm1(x) or norm2(x))
@@ -27,6 +27,8 @@ from fastgpt.models.config import ModelConfig
 from fastgpt.models.recompute import Level, MadeAgain
 from fastgpt.nn import Embedding, Linear, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Head(Linear):
@@ -71,6 +73,8 @@ class GPT(nn.Module):
         self.head = make_module(Head, self.vocab_size, c.width, c.padded_vocab_size, bias=c.head_bias)
         if c.tied:
             self.head.register_parameter("weight", None)
+        scale = torch.tensor(c.embed_scale, dtype=torch.float64, device="cpu")
+        self.scales = {dtype: float(scale.to(dtype)) for dtype in FLOATS}  # as a tensor of the model's dtype has it
         self.init_weights(generator)
 
     @torch.no_grad()
@@ -79,7 +83,7 @@ class GPT(nn.Module):
         std, small = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.n_layers)
         for name, p in self.named_parameters():
             if p.dim() == 1:
-                p.fill_(1.0 if name.endswith("weight") else 0.0)
+                p.fill_(1.0 - self.config.norm_offset if name.endswith("weight") else 0.0)
             elif not p.is_meta:
                 s = small if name.endswith(("proj.weight", "down.weight")) else std
                 p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, s, generator=generator))
@@ -160,13 +164,17 @@ class GPT(nn.Module):
     def _embed(self, ids: Tensor, positions: Tensor | None) -> Tensor:
         """Add token and position embeddings in one op: (B, T, C)."""
         if self.wpe is None:
-            x: Tensor = self.wte(ids)
-            return x
-        if fusable(self.wte, Embedding) and fusable(self.wpe, Embedding):
+            return self._tokens(ids)
+        if self.config.embed_scale == 1.0 and fusable(self.wte, Embedding) and fusable(self.wpe, Embedding):
             return ops.embedding(ids, self.wte.weight, self.wpe.weight, positions=positions)
         positions = torch.arange(ids.shape[1], device=ids.device) if positions is None else positions
-        x = self.wte(ids) + self.wpe(positions)
+        x: Tensor = self._tokens(ids) + self.wpe(positions)
         return x
+
+    def _tokens(self, ids: Tensor) -> Tensor:
+        """Return the token embeddings, scaled: (B, T, C)."""
+        x: Tensor = self.wte(ids)
+        return x if self.config.embed_scale == 1.0 else x * self.scales[x.dtype]
 
     def _head(self, h: Tensor) -> Tensor:
         """Compute logits (..., vocab_size) before the softcap from (..., C), the output of `hidden`."""

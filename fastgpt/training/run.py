@@ -13,6 +13,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.data import TokenLoader
 from fastgpt.data.shards import Tokens
 from fastgpt.data.source import Source
+from fastgpt.models.config import model_from_dict
 from fastgpt.models.gpt import GPT
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
@@ -147,9 +148,10 @@ class Run:
         """Refuse a checkpoint of another tokenizer, model or optimizer."""
         if state["tokenizer"] != self.data.fingerprint:
             raise UserError(f"checkpoint {path} was trained with another tokenizer than that of {self.data.name}")
+        there = dataclasses.asdict(model_from_dict(state["model"]))  # with defaults for settings that came later
         for name, value in dataclasses.asdict(self.model.config).items():
-            if state["model"].get(name) != value:
-                raise UserError(f"checkpoint {path} has model.{name} {state['model'].get(name)!r}, expected {value!r}")
+            if there[name] != value:
+                raise UserError(f"checkpoint {path} has model.{name} {there[name]!r}, expected {value!r}")
         if "source" in state:
             return
         fixed = ("optimizer", "lr_ratios") if state["format"] == 1 else ("optimizer",)  # format 1: groups set the order

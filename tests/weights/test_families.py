@@ -41,6 +41,18 @@ def test_a_model_of_transformers_comes_in_and_goes_out(name: str, tmp_path: Path
     assert config["dtype"] == config["torch_dtype"] == "float32"
 
 
+def test_gemmas_embedding_is_scaled_as_bf16_rounds_it(tmp_path: Path) -> None:
+    theirs = make("gemma").bfloat16()
+    theirs.save_pretrained(tmp_path)
+    ours = load_pretrained(tmp_path)
+    assert ours.wte.weight.dtype == torch.bfloat16
+    assert torch.equal(ours._tokens(ids()), theirs.model.embed_tokens(ids()))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for act in ("gelu", None):  # the first releases say so, and mean tanh's
+        (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_act": act}))
+        assert load_pretrained(tmp_path).config.activation == "geglu_tanh"
+
+
 @pytest.mark.parametrize("length", [12, 17, 31])
 def test_dynamic_scaling_follows_the_length_past_the_context(length: int, tmp_path: Path) -> None:
     make("llama dynamic").save_pretrained(tmp_path / "in")

@@ -190,7 +190,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: rewrite(f, two_not_finite),
         "has NaN or infinite values in transformer.h.1.mlp.c_fc.weight, transformer.ln_f.bias$",
     ),
-    "model_type": (lambda f: edit(f, model_type="gemma"), "has model_type 'gemma', expected one of gpt2, gpt_neo"),
+    "model_type": (lambda f: edit(f, model_type="gemma2"), "has model_type 'gemma2', expected one of gpt2, gpt_neo"),
     "activation": (lambda f: edit(f, activation_function="mish"), "has activation_function 'mish'"),
     "quantized": (lambda f: edit(f, quantization_config={"bits": 4}), "has quantization_config"),
     "values": (lambda f: edit(f, n_head="many"), "config.json is damaged"),

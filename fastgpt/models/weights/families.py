@@ -12,9 +12,9 @@ from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.weights.family import Config, Family
 from fastgpt.models.weights.gpt_families import GPT2, GPT_NEO, GPT_NEOX, GPTJ
-from fastgpt.models.weights.llama_families import LLAMA, MISTRAL, QWEN2, QWEN3
+from fastgpt.models.weights.llama_families import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
 
-FAMILIES = {f.model_type: f for f in (GPT2, GPT_NEO, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = {f.model_type: f for f in (GPT2, GPT_NEO, GPTJ, GPT_NEOX, LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA)}
 
 
 def family_of(config: Config, where: str = "config.json") -> Family:

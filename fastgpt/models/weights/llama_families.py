@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastgpt.core.errors import UserError
@@ -107,6 +108,38 @@ LLAMA = Family(
     OF_RMS,
     _read_llama_itself,
     lambda c: _write_llama(c) | {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias},
+)
+GEMMA_ACT = {"gelu": "gelu_pytorch_tanh", None: "gelu_pytorch_tanh"}  # what the first releases mean
+
+
+def _read_gemma(config: Config, where: str) -> dict[str, Any]:
+    if config.get("use_bidirectional_attention"):
+        raise UserError(f"{where} has use_bidirectional_attention, which fastgpt's model does not have")
+    act = config.get("hidden_act")
+    known = config | {"hidden_act": GEMMA_ACT.get(act, act)}
+    scale = math.sqrt(config.get("hidden_size", 3072))
+    return _read_llama(known, where, 8192) | _biases(config) | {"embed_scale": scale}
+
+
+GEMMA = Family(
+    "gemma",
+    "GemmaForCausalLM",
+    "model.",
+    LLAMA_LAYOUTS,
+    OF_LLAMA
+    | {
+        "n_layers": ("num_hidden_layers", 28),
+        "n_heads": ("num_attention_heads", 16),
+        "n_kv_heads": ("num_key_value_heads", 16),
+        "head_dim": ("head_dim", 256),
+        "width": ("hidden_size", 3072),
+        "mlp_width": ("intermediate_size", 24576),
+        "vocab_size": ("vocab_size", 256000),
+        "tied": ("tie_word_embeddings", True),
+    },
+    OF_RMS | NO_BIAS | {"norm_offset": 1.0},
+    _read_gemma,
+    lambda c: _write_llama(c) | {"attention_bias": c.qkv_bias, "hidden_activation": written(c, GATES)},
 )
 MISTRAL = Family(
     "mistral",
