@@ -18,13 +18,12 @@ from dataclasses import dataclass, field
 import torch
 
 from fastgpt.inference.requests import FinishReason, Piece, Request, Result, TextTokenizer, bytes_of
-from fastgpt.inference.rows import Rows, options_of
+from fastgpt.inference.rows import PREFILL_TOKENS, Rows, options_of
 from fastgpt.inference.sampling import Choice, Options
+from fastgpt.inference.scoring import Scores
 from fastgpt.inference.stream import TextStream
 from fastgpt.inference.weights import convert_weights
 from fastgpt.models.gpt import GPT
-
-PREFILL_TOKENS = 4096  # in one pass, unless one text is longer
 
 
 def context_start(length: int, context: int) -> int:
@@ -46,6 +45,7 @@ class Running:
     start: int = -1  # the first token in the cache; -1: nothing was read yet
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
+    scores: Scores | None = None  # of the prompt
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -65,6 +65,8 @@ class Running:
             self.seed,
             self.logprobs if asked else None,
             self.top_logprobs if asked else None,
+            None if self.scores is None else [None, *self.scores.logprobs],
+            None if self.scores is None else [[], *self.scores.top],
         )
 
 
@@ -123,7 +125,8 @@ class Generator:
         """Add a request; return its number.
 
         Raises:
-            ValueError: the prompt is empty or has ids that the model lacks, or a text needs a tokenizer.
+            ValueError: the prompt is empty, has ids that the model lacks, or is longer than the context although its
+                log-probabilities are asked for; or a text needs a tokenizer.
         """
         if self.tokenizer is None and (isinstance(request.prompt, str) or request.stop):
             raise ValueError("Generator: a prompt or a stop string is a text, expected a tokenizer")
@@ -135,6 +138,8 @@ class Generator:
         if not 0 <= min(ids) <= max(ids) < self.model.vocab_size:
             wrong = next(i for i in ids if not 0 <= i < self.model.vocab_size)
             raise ValueError(f"Generator: the prompt has id {wrong}, expected 0 to {self.model.vocab_size - 1}")
+        if request.prompt_logprobs is not None and len(ids) > self.context:
+            raise ValueError(f"Generator: the prompt has {len(ids)} tokens, expected at most {self.context}")
         seed = secrets.randbits(63) if request.seed is None else request.seed
         number = self._added
         self._added += 1
@@ -201,10 +206,23 @@ class Generator:
                 results[piece.number] = piece.result
         return [results[i] for i in range(len(requests))]
 
+    def score(self, texts: Sequence[str | Sequence[int]]) -> list[list[float]]:
+        """Return the log-probability of each token of each text, given those before it; the first token has none.
+
+        Args:
+            texts: texts, which get the tokenizer's prefix, or ids.
+
+        Raises:
+            ValueError: as `add` and `step`; a text is longer than the context.
+        """
+        results = self.generate([Request(text, 0, prompt_logprobs=0) for text in texts])
+        return [[p for p in result.prompt_logprobs or () if p is not None] for result in results]
+
     def _admit(self) -> list[Piece]:
         """Give rows to waiting requests, as long as they fit; return the results of requests for no tokens."""
-        pieces = [Piece(r.number, None, "", r.result("length")) for r in self.waiting if not r.request.max_new_tokens]
-        self.waiting = [r for r in self.waiting if r.request.max_new_tokens]
+        idle = [r for r in self.waiting if not r.request.max_new_tokens and r.request.prompt_logprobs is None]
+        pieces = [Piece(r.number, None, "", r.result("length")) for r in idle]
+        self.waiting = [r for r in self.waiting if r not in idle]
         if not self.waiting:
             return pieces
         if not self.running:
@@ -241,12 +259,16 @@ class Generator:
 
     def _prefill(self, first: int, last: int) -> list[Piece]:
         group = self.running[first:last]
+        scored = [r.request.prompt_logprobs if r.start < 0 else None for r in group]
         for r in group:
             r.start = context_start(len(r.ids), self.context)
         options = options_of([r.request for r in group])
         u = [r.random.random() for r in group] if options.sampled else []
         assert self._rows is not None
-        return self._take(self._rows.prefill(first, [r.ids[r.start :] for r in group], options, u), first, last)
+        choice, scores = self._rows.prefill(first, [r.ids[r.start :] for r in group], options, u, scored)
+        for r, found in zip(group, scores):
+            r.scores = found or r.scores
+        return self._take(choice, first, last)
 
     def _decode(self) -> list[Piece]:
         self._options = self._options or options_of([r.request for r in self.running])
@@ -273,6 +295,8 @@ class Generator:
         return pieces
 
     def _append(self, r: Running, token: int) -> Piece:
+        if not r.request.max_new_tokens:  # only the prompt was asked for
+            return Piece(r.number, None, "", r.result("length"))
         r.ids.append(token)
         reason: FinishReason | None = None
         text = ""

@@ -50,6 +50,7 @@ class Request:
         seed: of the random numbers; None draws one. The same request with the same seed gives the same tokens whatever
             else is in the batch, up to the rounding of the logits.
         logprobs: None: no log-probabilities; n: those of the chosen tokens and of the n most likely ones.
+        prompt_logprobs: the same for the tokens of the prompt, which then has to fit into the context.
 
     Raises:
         ValueError: names the setting, its value and what is expected.
@@ -66,6 +67,7 @@ class Request:
     ignore_eos: bool = False
     seed: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:
@@ -82,7 +84,8 @@ class Request:
         texts = not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop)
         require(texts, "stop", "a sequence of texts that are not empty")
         require(self.seed is None or self.seed >= 0, "seed", "0 or more")
-        require(self.logprobs is None or self.logprobs >= 0, "logprobs", "0 or more")
+        for name in ("logprobs", "prompt_logprobs"):
+            require(getattr(self, name) is None or getattr(self, name) >= 0, name, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Result:
             asked for.
         top_logprobs: for each of ids the most likely tokens, (id, log-probability), largest first; None if not asked
             for.
+        prompt_logprobs, prompt_top_logprobs: the same for the tokens of the prompt; the first one has no
+            log-probability (None) and no alternatives. None if not asked for.
     """
 
     ids: list[int]
@@ -108,6 +113,8 @@ class Result:
     seed: int
     logprobs: list[float] | None = None
     top_logprobs: list[list[tuple[int, float]]] | None = None
+    prompt_logprobs: list[float | None] | None = None
+    prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fastgpt.inference.requests import Request
 from fastgpt.inference.sampling import Choice, Options, Settings, choose
+from fastgpt.inference.scoring import Scores, score
 from fastgpt.models.cache import KVCache
 from fastgpt.models.gpt import GPT
+
+PREFILL_TOKENS = 4096  # in one pass
 
 
 class Rows:
@@ -48,18 +51,45 @@ class Rows:
         for t in (self.lens, self.tokens, *self.settings, *(() if self.seen is None else (self.seen,))):
             t[to] = t[source]
 
-    def prefill(self, first: int, texts: Sequence[Sequence[int]], options: Options, u: Sequence[float]) -> Choice:
+    def prefill(
+        self,
+        first: int,
+        texts: Sequence[Sequence[int]],
+        options: Options,
+        u: Sequence[float],
+        scored: Sequence[int | None] = (),
+    ) -> tuple[Choice, list[Scores | None]]:
         """Read texts into the rows from `first` on, padded on the right to the longest, and choose the next tokens.
 
-        No token sees the padding, because attention is causal; later tokens overwrite it in the cache.
+        No token sees the padding, because attention is causal; later tokens overwrite it in the cache. A pass reads
+        PREFILL_TOKENS at most, so the memory for activations does not grow with the texts. Dynamic rotary scaling
+        depends on the length of a text, which is then read in one pass.
+
+        Args:
+            scored: for each text how many of the most likely tokens the scores of its tokens list; None: no scores.
+
+        Returns:
+            The choice, and for each of `scored` the scores of the text's tokens but the first, or None.
         """
         last, longest = first + len(texts), max(map(len, texts))
         ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts]).to(self.device)
-        lens = torch.tensor([len(text) for text in texts]).to(self.device)
-        h = self.model.hidden(ids, kv_cache=self.cache.part(first, last))
-        self.lens[first:last] = lens
+        ends = [len(text) for text in texts]
+        scores = [None if n is None else Scores([], []) for n in scored]
+        dynamic = (self.model.config.rope_scaling or {}).get("rope_type") == "dynamic"
+        size = longest if dynamic else max(1, PREFILL_TOKENS // len(texts))
+        part, final = self.cache.part(first, last), self.cache.k.new_empty(len(texts), self.model.config.width)
+        for start in range(0, longest, size):
+            h = self.model.hidden(ids[:, start : start + size], kv_cache=part)
+            for row, end in enumerate(ends):
+                if start < end <= start + size:
+                    final[row] = h[row, end - 1 - start]
+            for row, (n, into) in enumerate(zip(scored, scores, strict=True)):
+                count = min(ends[row] - 1 - start, h.shape[1])  # of tokens with a next one
+                if n is not None and into is not None and count > 0:
+                    score(self.model, h[row, :count], ids[row, start + 1 : start + 1 + count], n, into)
+        self.lens[first:last] = torch.tensor(ends).to(self.device)
         self.draw(first, u)
-        return self._choose(h[torch.arange(len(texts), device=self.device), lens - 1], first, last, options)
+        return self._choose(final, first, last, options), scores
 
     def draw(self, first: int, u: Sequence[float]) -> None:
         """Set the random numbers of the rows from `first` on."""

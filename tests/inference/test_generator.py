@@ -12,7 +12,8 @@ from small_models import CASES, ROPE, byte_tokenizer, model_of, model_that_says
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from fastgpt.inference import Generator, Piece, Request, Result
+from fastgpt.inference import Generator, Piece, Request, Result, scoring
+from fastgpt.inference import rows as rows_module
 from fastgpt.inference.generator import context_start
 from fastgpt.inference.rows import Rows, options_of
 from fastgpt.models.gpt import GPT
@@ -96,6 +97,43 @@ def test_logprobs_score_the_text() -> None:
     assert result.logprobs == pytest.approx(exact.gather(1, ids[0, 4:, None])[:, 0].tolist())
     assert result.top_logprobs is not None
     assert [top[0][0] for top in result.top_logprobs] == exact.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("tokens", [5, 4096])
+def test_a_prompt_is_scored_in_one_reading(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By passes of 5 tokens for all rows and logits of 3 tokens, or at once; with and without further tokens."""
+    model = model_of(**CASES[name]).eval()
+    monkeypatch.setattr(rows_module, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(scoring, "LOGITS", 3 * 50)
+    passes, logits, hidden, head = [], [], GPT.hidden, GPT.logits
+
+    def spy(self: GPT, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        passes.append(ids.numel())
+        return hidden(self, ids, **kwargs)
+
+    def spy_logits(self: GPT, h: torch.Tensor) -> torch.Tensor:
+        logits.append(h.shape[:-1].numel())
+        return head(self, h)
+
+    requests = [Request(prompt(n, n), new, seed=0, prompt_logprobs=2) for n, new in ((13, 0), (12, 2), (1, 1))]
+    requests.append(Request(prompt(11), 2, temperature=0, logprobs=0))
+    with monkeypatch.context() as patched:
+        patched.setattr(GPT, "hidden", spy)
+        patched.setattr(GPT, "logits", spy_logits)
+        results = Generator(model).generate(requests)
+    assert max(passes) <= tokens and max(logits) <= 3
+    assert results[3].prompt_logprobs is None
+    assert_plain(model, requests[3], results[3])
+    for request, result in zip(requests[:3], results):
+        ids = torch.tensor([list(request.prompt)])  # type: ignore[arg-type]
+        exact = model(ids).log_softmax(-1)[0, :-1]
+        expected = exact.gather(1, ids[0, 1:, None])[:, 0].tolist()
+        assert result.prompt_logprobs is not None and result.prompt_top_logprobs is not None
+        assert result.prompt_logprobs[0] is None and result.prompt_logprobs[1:] == pytest.approx(expected, rel=1e-9)
+        assert [[i for i, _ in top] for top in result.prompt_top_logprobs[1:]] == exact.topk(2).indices.tolist()
+        assert len(result.ids) == request.max_new_tokens and len(result.prompt_top_logprobs) == ids.numel()
+    assert Generator(model).score([prompt(13, 13)])[0] == pytest.approx(results[0].prompt_logprobs[1:])  # type: ignore
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -274,6 +312,7 @@ def test_logits_that_are_not_finite_end_the_call() -> None:
         (dict(stop=[""]), r"stop is \[''\], expected a sequence of texts that are not empty"),
         (dict(seed=-1), "seed is -1, expected 0 or more"),
         (dict(logprobs=-1), "logprobs is -1, expected 0 or more"),
+        (dict(prompt_logprobs=-1), "prompt_logprobs is -1, expected 0 or more"),
     ],
 )
 def test_settings_that_are_refused(options: dict[str, Any], message: str) -> None:
@@ -287,6 +326,7 @@ def test_what_a_generator_refuses() -> None:
         (Request([]), "the prompt is empty, expected at least one token"),
         (Request([3, 50]), "the prompt has id 50, expected 0 to 49"),
         (Request("text"), "expected a tokenizer"),
+        (Request([3] * 17, prompt_logprobs=0), "the prompt has 17 tokens, expected at most 16"),
         (Request([3], stop=["x"]), "expected a tokenizer"),
     ):
         with pytest.raises(ValueError, match=message):
