@@ -4,10 +4,11 @@ A text of n characters becomes an array of code points, a byte of class flags fo
 tokens, and a 64-bit hash for each token. Rules about repetition then sort integers instead of counting tuples of
 strings, so their cost is a few nanoseconds a character.
 
-Tokens follow spaCy's English rules, which the thresholds of the published filters were set with: a token is a run of
-letters and digits with the marks inside it ("3.14", "covid-19", "o'clock", "x@y.org"), or one mark of punctuation.
-Words that a hyphen or a comma joins are separate tokens, and so are "do" and "n't", "it" and "'s". The exceptions of
-spaCy (abbreviations, emoticons) are not followed.
+Tokens follow spaCy's English rules, which datatrove counts words with. Spaces separate chunks. Marks of punctuation at
+both ends of a chunk are tokens of one character. Inside, a mark belongs to the word ("3.14", "covid-19", "foo(bar")
+unless it stands between letters that it joins ("well-known", "and/or", "a,b", "End.Next"): then it is a token too. A
+run of dots and a URL are one token; "don't" is "do" and "n't", "it's" is "it" and "'s". spaCy's lists of exceptions
+(abbreviations, emoticons, units) are not followed.
 
 The hash of a token of code points c_0..c_k-1 is sum((c_i + 1) * B**i) mod 2**64 for an odd constant B, mixed by the
 finalizer of splitmix64 (Steele et al. 2014). Two tokens of a text share a hash with probability about 2**-64.
@@ -21,23 +22,40 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-WORD, ALPHA, SPACE, DIGIT, UPPER, LOWER, FILLED = 1, 2, 4, 8, 16, 32, 128
+WORD, ALPHA, SPACE, DIGIT, UPPER, LOWER, MARK, FILLED = 1, 2, 4, 8, 16, 32, 64, 128
+# Kinds of marks: cut from both ends of a chunk, from its start only, full stops, never cut; and where they split a
+# word.
+EDGE, PREFIX, DOT, STICK, BETWEEN_LETTERS, BETWEEN_DIGITS, BEFORE_LETTERS = 1, 2, 3, 4, 8, 16, 32
 U64 = NDArray[np.uint64]
 
 _BASE = 0x9E3779B97F4A7C15 | 1
 _BLOCK = 1 << 18  # characters hashed at a time, which bounds the memory of long texts
+_OPENING = "([{<\"'`*_#&"
 _CONTRACTIONS = ("s", "d", "m", "ll", "re", "ve")
 
 
 def _flags(char: str) -> int:
     """Return the class flags of a character."""
-    mark = unicodedata.category(char)[0] == "M"
-    word = char.isalnum() or char == "_" or mark or char == "\u200d"
-    kinds = ((word, WORD), (char.isalpha(), ALPHA), (char.isspace(), SPACE), (char.isdigit(), DIGIT))
-    cases = ((char.isupper(), UPPER), (char.islower(), LOWER))
-    return FILLED | sum(flag for holds, flag in (*kinds, *cases) if holds)
+    category = unicodedata.category(char)
+    if category == "So":
+        _KINDS[ord(char)] = EDGE
+    word = char.isalnum() or char == "\u200d" or category[0] == "M"
+    flags = ((word, WORD), (char.isalpha(), ALPHA), (char.isspace(), SPACE), (char.isdigit(), DIGIT))
+    more = ((char.isupper(), UPPER), (char.islower(), LOWER), (_KINDS[ord(char)], MARK))
+    return FILLED | sum(flag for holds, flag in (*flags, *more) if holds)
 
 
+_KINDS = np.zeros(0x110000, dtype=np.uint8)  # kind of each mark
+for _kind, _marks in (
+    (EDGE, ",:;!?¿؟¡()[]{}<>_#*&。？！，、；：～·।،۔؛٪…'\"”“`‘´’‚„»«「」『』（）〔〕【】《》〈〉"),
+    (PREFIX, "§%=—–+$£€¥₹"),
+    (DOT, "."),
+    (STICK, "-/~^"),
+    (BETWEEN_LETTERS, "-–—~,"),
+    (BETWEEN_DIGITS, "-+*^"),
+    (BEFORE_LETTERS, ":<>=/"),
+):
+    _KINDS[[ord(_mark) for _mark in _marks]] |= _kind
 _CLASSES = np.zeros(0x110000, dtype=np.uint8)  # flags of each code point; filled at its first use
 _CLASSES[:128] = [_flags(chr(code)) for code in range(128)]
 _LOWERED = np.array([ord(chr(code).lower()) for code in range(128)], dtype=np.uint8)
@@ -93,17 +111,68 @@ class Features:
             classes = _CLASSES[self.codes]
         return classes
 
-    def _joins(self, at: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Return which marks, at positions (m,) between two word characters, belong to the word around them."""
-        codes, left, right = self.codes[at], self.classes[at - 1], self.classes[at + 1]
-        letters = (left & right & ALPHA) != 0
-        digits = (left & right & DIGIT) != 0
-        hyphen = (codes == ord("-")) | (codes == ord("~")) | (codes == 0x2013) | (codes == 0x2014)
-        splits = hyphen & (letters | digits)
-        splits |= (codes == ord(",")) & letters
+    def _infixes(self, at: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Return which marks, at positions (m,), are tokens between the parts of a word that they join."""
+        codes, last = self.codes[at], len(self.codes) - 1
+        left, right, kinds = self.classes[np.maximum(at - 1, 0)], self.classes[np.minimum(at + 1, last)], _KINDS[codes]
+        both = left & right
+        splits = ((both & ALPHA) != 0) & ((kinds & BETWEEN_LETTERS) != 0)
+        splits |= ((both & DIGIT) != 0) & ((kinds & BETWEEN_DIGITS) != 0)
+        splits |= ((left & (ALPHA | DIGIT)) != 0) & ((right & ALPHA) != 0) & ((kinds & BEFORE_LETTERS) != 0)
         splits |= (codes == ord(".")) & ((left & LOWER) != 0) & ((right & UPPER) != 0)
-        splits |= np.isin(codes, _BEFORE_LETTERS) & ((right & ALPHA) != 0)
-        return ~(splits | (codes == 0x2026))
+        splits |= (codes == ord("+")) & ((left & DIGIT) != 0) & ((right & SPACE) != 0)
+        if urls := self._urls():
+            splits &= ~np.isin(self._chunks[at], self._chunks[urls])
+        return splits
+
+    def _urls(self) -> list[int]:
+        """Return the positions of "://" in chunks that begin with the scheme of a URL, leading marks apart."""
+        found, at = [], self.text.find("://")
+        while at >= 0:
+            before = self.text[max(at - 40, 0) : at].split()
+            if before and before[-1].lstrip(_OPENING).isalpha():
+                found.append(at)
+            at = self.text.find("://", at + 3)
+        return found
+
+    def _dots(self, at: NDArray[np.intp], core: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Return which full stops, at positions (m,), belong to words: inside one, before one, or after one letter."""
+        codes, n = self.codes, len(self.codes)
+        after = (at + 1 < n) & core[np.minimum(at + 1, n - 1)]
+        left, second = np.maximum(at - 1, 0), np.maximum(at - 2, 0)
+        initial = ((self.classes[left] & UPPER) != 0) & ((self.classes[second] & UPPER) == 0) | (left == 0)
+        initial |= (self.classes[left] & ALPHA != 0) & (codes[second] == ord(".")) & (at > 1)
+        run = ((codes[left] == ord(".")) & (at > 0)) | ((codes[np.minimum(at + 1, n - 1)] == ord(".")) & (at + 1 < n))
+        return (after | (initial & core[left])) & ~run
+
+    @cached_property
+    def _chunks(self) -> NDArray[np.int32]:
+        """Number of spaces before each character (n,), equal within a chunk."""
+        return np.cumsum((self.classes & SPACE) != 0, dtype=np.int32)
+
+    @cached_property
+    def _core(self) -> NDArray[np.bool_]:
+        """Which characters (n,) belong to tokens of several characters."""
+        classes, chunks = self.classes, self._chunks
+        core = (classes & (SPACE | MARK)) == 0
+        at = np.flatnonzero(classes & MARK)
+        if not len(at):
+            return core
+        kinds = _KINDS[self.codes[at]] & 7
+        core[at[kinds == STICK]] = True
+        runs = np.flatnonzero(core[1:] & ~core[:-1]) + 1
+        runs = np.concatenate(([0], runs)) if core[0] else runs
+        inner = np.zeros(len(at), dtype=np.bool_)
+        if len(runs):
+            after = np.searchsorted(runs, at)
+            before = (after > 0) & (chunks[runs[after - 1]] == chunks[at])
+            follows = (after < len(runs)) & (chunks[runs[np.minimum(after, len(runs) - 1)]] == chunks[at])
+            inner = before & (follows | (kinds == PREFIX))
+        inner &= self.codes[at] != ord("…")
+        dots = kinds == DOT
+        inner[dots] = self._dots(at[dots], core)
+        core[at] = (inner | (kinds == STICK)) & ~self._infixes(at)
+        return core
 
     def _contractions(self) -> list[int]:
         """Return the positions where "'s", "'ll" or "n't" start inside words."""
@@ -128,17 +197,12 @@ class Features:
         classes = self.classes
         if not classes.size:
             return np.zeros(0, np.intp), np.zeros(0, np.intp)
-        word = (classes & WORD) != 0
-        space = (classes & SPACE) != 0
-        marks = np.flatnonzero(~(word | space))
-        inner = marks[(marks > 0) & (marks < len(classes) - 1)]
-        inner = inner[word[inner - 1] & word[inner + 1]]
-        word[inner[self._joins(inner)]] = True
+        space, core = (classes & SPACE) != 0, self._core
         start = ~space
-        start[1:] &= ~(word[1:] & word[:-1])
+        start[1:] &= ~(core[1:] & core[:-1])
         if ".." in self.text:  # a run of dots is one token
-            dots = self.codes == ord(".")
-            start[1:] &= ~(dots[1:] & dots[:-1] & ~word[1:] & ~word[:-1])
+            dots = (self.codes == ord(".")) & ~core
+            start[1:] &= ~(dots[1:] & dots[:-1])
         if contractions := self._contractions():
             start[contractions] = True
         last = ~space  # ends lie before a space or the next start
@@ -200,9 +264,6 @@ class Features:
     def n_grams(self, n: int) -> U64:
         """Return the hash of each run of n tokens, (max(w - n + 1, 0),)."""
         return n_grams(self.hashes, n)
-
-
-_BEFORE_LETTERS = np.array([ord(c) for c in ":<>=/"])
 
 
 def n_grams(hashes: U64, n: int) -> U64:
