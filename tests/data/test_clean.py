@@ -166,7 +166,7 @@ CLEANERS = {name: Cleaner.of(name) for name in PRESETS} | {"transforms": Cleaner
 
 
 @pytest.mark.parametrize("name", CLEANERS)
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=TEXTS)
 def test_any_text(name: str, text: str) -> None:
     """No text gives an error or a lone surrogate; a cleaned text stays as it is; the result is the same each time."""
