@@ -168,7 +168,7 @@ HELP = """commands:
   train      train a model, resume a run, or plan one (--plan)
   sample     continue a prompt with a trained model
   chat       hold a conversation with a trained model
-  data       make token shards from raw text, and check it
+  data       make data sets from raw text, check and inspect them, erase documents
   tokenizer  train, show and check tokenizers
   import     make a run from a model of another project
   export     write a run in the format of another project

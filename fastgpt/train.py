@@ -54,7 +54,7 @@ def prepare(cfg: TrainConfig) -> Run:
     with plan.explain_out_of_memory(cfg, vocab_size, device):
         model = build_model(cfg, vocab_size, device)
         optimizer = build_optimizer(cfg, model)
-    loader = TokenLoader(data.train, cfg.sequences, cfg.block_size, seed=cfg.seed, device=device)
+    loader = TokenLoader(data.train, cfg.sequences, cfg.block_size, seed=cfg.seed, device=device, shuffle=data.shuffle)
     return Run(cfg, device, data, val_sources, model, optimizer, loader)
 
 

@@ -13,7 +13,7 @@ import logging
 import re
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -27,7 +27,7 @@ WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 BOOLS = {"true": True, "false": False}
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 NULLS = ("null", "~", "")
-WRONG = object()  # what `_convert` returns for a value that is not of the type
+WRONG = object()  # what `convert` returns for a value that is not of the type
 
 
 def names() -> list[str]:
@@ -185,7 +185,7 @@ def _flat(settings: Mapping[str, Any], types_of: dict[str, Any], source: str, pr
         if is_dataclass(types_of[key]) and isinstance(value, Mapping):
             flat |= _flat(value, types_of, source, key + ".")
             continue
-        flat[key] = _convert(value, types_of[key])
+        flat[key] = convert(value, types_of[key])
         if flat[key] is WRONG:
             got = value if isinstance(value, str) else json.dumps(value).replace('"', "")
             raise UserError(f"{key} is {got!r}, expected {describe(types_of[key])}")
@@ -203,17 +203,17 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _convert(value: Any, hint: Any) -> Any:
+def convert(value: Any, hint: Any) -> Any:
     """Convert `value`, text or a plain value, to the type `hint`; return WRONG if it does not fit."""
     inner = get_args(hint)
     if get_origin(hint) in (Union, types.UnionType):  # text last: everything typed is text
-        found = (_convert(value, kind) for kind in sorted(inner, key=lambda kind: kind is str))
+        found = (convert(value, kind) for kind in sorted(inner, key=lambda kind: kind is str))
         return next((v for v in found if v is not WRONG), WRONG)
     if get_origin(hint) is list and isinstance(value, list):
-        items = [_convert(v, inner[0]) for v in value]
+        items = [convert(v, inner[0]) for v in value]
         return WRONG if any(v is WRONG for v in items) else items
     if get_origin(hint) is dict and isinstance(value, Mapping):
-        entries = {k: _convert(v, inner[1]) for k, v in value.items()}
+        entries = {k: convert(v, inner[1]) for k, v in value.items()}
         return WRONG if any(v is WRONG for v in entries.values()) else entries
     if get_origin(hint) is Literal:
         return value if isinstance(value, str) and value in inner else WRONG
@@ -241,8 +241,13 @@ def unknown(key: str, types_of: dict[str, Any]) -> str:
     """Return the error text for a key that does not exist."""
     if key.partition(".")[0] not in types_of:
         key = key.partition(".")[0]
-    near = difflib.get_close_matches(key, [*types_of, "config"], n=1)
-    return f"{key} is not a setting" + (f" (did you mean {near[0]}?)" if near else " (--help lists them)")
+    return f"{key} is not a setting" + (did_you_mean(key, [*types_of, "config"]) or " (--help lists them)")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean ...?)" with the known name nearest to `name`, or "" if none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def describe(hint: Any) -> str:

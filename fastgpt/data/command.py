@@ -7,8 +7,11 @@ import importlib
 
 from fastgpt.core.command import Parser
 
-# name -> module whose main(argv) runs it, and what it does
+# name -> module and function that runs it (default: main), and what it does
 SUBCOMMANDS = {
+    "build": ("fastgpt.data.pipeline.command:build_main", "build a data set from a recipe"),
+    "inspect": ("fastgpt.data.pipeline.command:inspect_main", "print what is in a data set, and samples of its texts"),
+    "forget": ("fastgpt.data.pipeline.command:forget_main", "erase documents from a data set"),
     "validate": (
         "fastgpt.data.read.validate",
         "list the defects of files: line, byte, what is wrong, how to repair it",
@@ -29,4 +32,5 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("command", choices=SUBCOMMANDS, help=argparse.SUPPRESS)
     module, _ = SUBCOMMANDS[parser.parse_args(argv[:1]).command]
-    return int(importlib.import_module(module).main(argv[1:]))
+    name, _, function = module.partition(":")
+    return int(getattr(importlib.import_module(name), function or "main")(argv[1:]))

@@ -65,6 +65,7 @@ class TokenLoader:
     tokens: a Tokens, or one array of ids (n,). Windows start at multiples of block from an offset that changes each
     epoch, so that repeated epochs cut the text elsewhere. rank r of world takes every world-th batch. Batches may span
     two epochs, so any batch size works on any corpus of at least one window.
+    shuffle=False reads the windows as they lie, for a corpus that is a mixture which changes during training.
     On CUDA a thread gathers the next batches in pinned memory and the copy does not block; elsewhere nothing runs ahead
     (prefetch=n > 0 forces the thread). Iterate, or call next().
     Raises UserError when the corpus is shorter than one window, ValueError for sizes that make no sense.
@@ -81,9 +82,11 @@ class TokenLoader:
         world: int = 1,
         device: torch.device | str = "cpu",
         prefetch: int | None = None,
+        shuffle: bool = True,
     ) -> None:
         self.tokens: TokenSource = Tokens([tokens]) if isinstance(tokens, np.ndarray) else tokens
         self.batch, self.block, self.seed, self.rank, self.world = batch, block, seed, rank, world
+        self.shuffle = shuffle
         self.device = _numbered(torch.device(device))
         _check_sizes(batch, block, rank, world)
         n = len(self.tokens)
@@ -94,6 +97,7 @@ class TokenLoader:
         self._prefetch = (2 if self.device.type == "cuda" else 0) if prefetch is None else prefetch
         self._ahead: _Ahead | None = None
         self._identity = {"seed": seed, "block": block, "n_tokens": n, "tokens": self.tokens.fingerprint()}
+        self._identity["order"] = "shuffled" if shuffle else "sequential"
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -118,7 +122,8 @@ class TokenLoader:
             here = min(n, self.windows - position)
             key = _hash(_hash(self.seed) ^ epoch)
             slack = len(self.tokens) - self.windows * self.block  # offsets 0 .. slack - 1 keep the last target inside
-            order = permute(np.arange(position, position + here, dtype=np.int64), self.windows, key)
+            order = np.arange(position, position + here, dtype=np.int64)
+            order = permute(order, self.windows, key) if self.shuffle else order
             out += [key % slack + int(w) * self.block for w in order]
             sample, n = sample + here, n - here
         return out
@@ -135,8 +140,9 @@ class TokenLoader:
         Raises UserError where seed, block or tokens are not those of the saved run.
         """
         for key, here in {"version": STATE_VERSION, **self._identity}.items():
-            if state.get(key) != here:
-                raise UserError(f"cannot resume the data order: {key} was {state.get(key)}, now it is {here}")
+            before = state.get(key, "shuffled" if key == "order" else None)  # older states have no order
+            if before != here:
+                raise UserError(f"cannot resume the data order: {key} was {before}, now it is {here}")
         self.close()
         self._samples = int(state["epoch"]) * self.windows + int(state["position"])
 

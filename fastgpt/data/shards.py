@@ -134,14 +134,14 @@ def _pick(tokens: Tokens, keep: list[bool]) -> Tokens:
 
 
 class ShardWriter:
-    """A writer of one llm.c shard, uint16 for n_vocab <= 65536, else uint32; a context manager.
+    """A writer of one llm.c shard, uint16 for n_vocab <= 65536, else uint32 (or as `dtype` says); a context manager.
 
     The complete file appears under its name when the block ends, and not at all if the block raises.
     """
 
-    def __init__(self, path: str | Path, n_vocab: int) -> None:
+    def __init__(self, path: str | Path, n_vocab: int, dtype: str | None = None) -> None:
         self.path, self.n_vocab, self.n_tokens = Path(path), n_vocab, 0
-        self._magic = 20240520 if n_vocab <= 1 << 16 else 20240801
+        self._magic = 20240520 if (dtype or dtype_for(n_vocab)) == "uint16" else 20240801
         self._version, self.dtype = FORMATS[self._magic]
         self._stack = contextlib.ExitStack()
 
@@ -167,6 +167,11 @@ class ShardWriter:
         self._stack.__exit__(*exc)
 
 
+def dtype_for(n_vocab: int) -> str:
+    """Return the smallest type of ids below n_vocab: uint16 or uint32."""
+    return "uint16" if n_vocab <= 1 << 16 else "uint32"
+
+
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a binary file that appears at `path` complete and synced when the block ends, or not at all.
@@ -184,6 +189,18 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         raise UserError(f"cannot write {path}: {e.strerror}") from e
     finally:
         tmp.unlink(missing_ok=True)
+
+
+def file_hash(path: Path) -> str:
+    """Return the sha256 of a file. Raises UserError if it cannot be read."""
+    try:
+        with open(path, "rb") as f:
+            digest = hashlib.sha256()
+            while block := f.read(1 << 20):
+                digest.update(block)
+            return digest.hexdigest()
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
 
 
 def _open_shard(path: Path, dtype: str | None) -> Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickletools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from fastgpt.core import progress
 from fastgpt.core.errors import UserError
+from fastgpt.data.built import is_built, open_built
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.prepare import Dataset, prepare
 from fastgpt.data.shards import Tokens, open_split, open_tokens
@@ -29,6 +30,8 @@ class Source:
         tokenizer: None for shards without one.
         n_ids: the smallest vocabulary that a model may have: that of the tokenizer, or the largest id plus 1.
         said: where n_vocab comes from, if not from a tokenizer.
+        val_sources: validation tokens by source, where the data set has several.
+        shuffle: whether training may read windows in any order.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Source:
     tokenizer: Tokenizer | None
     n_ids: int
     said: str = ""
+    val_sources: dict[str, Tokens] = field(default_factory=dict)
+    shuffle: bool = True
 
     @property
     def fingerprint(self) -> str | None:
@@ -60,7 +65,8 @@ def open_source(
     val_fraction: float = 0.05,
     folder: str | Path = "data",
 ) -> Source:
-    """Open `data`: None (the Python standard library's source), a text file or folder, or .bin shards (globs allowed).
+    """Open `data`: None (the Python standard library's source), a data set of `fastgpt data build`, a text file or
+    folder, or .bin shards (globs allowed).
 
     Text is prepared once, below `folder`, with `tokenizer` or else one of `vocab_size` trained on its training split.
     Shards are read as they are, raw ones as ids of `data_dtype`; `tokenizer` names the tokenizer they were made with (a
@@ -70,6 +76,10 @@ def open_source(
     Raises:
         UserError: missing, empty, damaged or too short data, or settings that do not go together.
     """
+    if data is not None and is_built(data):
+        if data_dtype != "auto":
+            raise UserError(f"data_dtype is {data_dtype!r}, but {data} is a data set, whose manifest says its dtype")
+        return _open_built(data, val_data, tokenizer)
     if data is not None and data.endswith(".bin"):
         train, val = open_split(data, val_data, val_fraction, None if data_dtype == "auto" else data_dtype)
         if tokenizer is None:
@@ -100,6 +110,22 @@ def open_source(
         )
     n_vocab = made.tokenizer.n_vocab
     return Source(str(made.path), made.train, made.val, n_vocab, made.tokenizer, n_vocab)
+
+
+def _open_built(data: str, val_data: str | None, tokenizer: str | None) -> Source:
+    """Open a data set of `fastgpt data build`; its sources are validated one by one, too."""
+    built = open_built(data)
+    if tokenizer is not None and load_tokenizer(tokenizer).fingerprint != built.tokenizer.fingerprint:
+        raise UserError(f"tokenizer is {tokenizer!r}, but {data} was encoded with another one, its own tokenizer.json")
+    held = list(built.val.values())
+    val = Tokens([p for t in held for p in t.parts], [n for t in held for n in t.names])
+    if val_data is not None:
+        val = open_tokens(val_data)
+        val.check_ids(built.tokenizer.n_vocab, limit=1 << 24)
+    n_vocab = built.tokenizer.n_vocab
+    several = {name: t for name, t in built.val.items() if len(t) > 1} if len(built.val) > 1 else {}
+    found = Source(data, built.train, val, n_vocab, built.tokenizer, n_vocab)
+    return replace(found, val_sources=several, shuffle=built.shuffle)
 
 
 def _check_beside(tokens: Tokens, tokenizer: Tokenizer, name: str) -> None:

@@ -20,7 +20,7 @@ from fastgpt.training.config import TrainConfig
 
 
 def open_data(cfg: TrainConfig) -> tuple[Source, dict[str, Tokens]]:
-    """Open the training and validation tokens, and those of val_sources by name.
+    """Open the training and validation tokens, and by name those of the data set's sources and of val_sources.
 
     Raises:
         UserError: unreadable data, fewer than two validation tokens, or more token ids than model.vocab_size.
@@ -40,7 +40,7 @@ def open_data(cfg: TrainConfig) -> tuple[Source, dict[str, Tokens]]:
         data = dataclasses.replace(data, n_vocab=min(vocab_size, data.n_vocab), said="")
     if len(data.val) < 2:
         raise UserError(f"{data.name} has {len(data.val)} validation tokens, expected at least 2")
-    return data, open_validation(cfg.val_sources, data, cfg.data_dtype)
+    return data, {**data.val_sources, **open_validation(cfg.val_sources, data, cfg.data_dtype)}
 
 
 def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:

@@ -1,0 +1,120 @@
+"""The commands `fastgpt data build`, `inspect` and `forget`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastgpt.core.command import Parser, number
+from fastgpt.core.errors import UserError
+from fastgpt.core.options import did_you_mean
+from fastgpt.data.built import BuiltDataset, open_built, verify
+from fastgpt.data.pipeline import report as reports
+from fastgpt.data.pipeline.forget import forget as erase
+from fastgpt.data.pipeline.stages import ALONE, Share, build, dry_run
+from fastgpt.data.pipeline.store import read_json
+from fastgpt.data.pipeline.write import documents_of
+from fastgpt.data.recipe import load_recipe
+
+SAMPLE = 300  # characters of a document that `inspect` prints
+
+
+def build_main(argv: list[str]) -> int:
+    """Run `fastgpt data build`."""
+    about = "Build a data set: read, clean, deduplicate, mix and tokenize texts, write shards, a manifest and a report."
+    parser = Parser(prog="fastgpt data build", description=about)
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file that names the sources and the settings")
+    parser.add_argument("--out", help="folder of the data set (default: as in the recipe, else data/RECIPE)")
+    parser.add_argument("--workers", type=number(int, 1), help="processes (default: as in the recipe, else all cores)")
+    parser.add_argument("--keep", action="store_true", help="keep OUT/work: the next build redoes only what changed")
+    parser.add_argument("--dry-run", action="store_true", help="report what would be dropped; write no data set")
+    parser.add_argument("--only", metavar="STAGE", help=f"do one stage and stop: {', '.join(ALONE)}")
+    parser.add_argument("--task", type=_share, metavar="I/N", help="with --only: the share I of N of its parts, from 0")
+    args = parser.parse_args(argv)
+    if args.only is not None and args.only not in ALONE:
+        expected = f"expected one of {', '.join(ALONE)}{did_you_mean(args.only, ALONE)}"
+        raise UserError(f"--only is {args.only!r}, {expected}")
+    if args.task is not None and args.only not in ("clean", "tokenize"):
+        raise UserError("--task divides the parts of one stage: give --only clean or --only tokenize")
+    recipe = load_recipe(args.recipe)
+    out = Path(args.out or recipe.out or Path("data") / Path(args.recipe).stem)
+    if args.dry_run:
+        print(reports.describe(dry_run(recipe, out, workers=args.workers)))
+        return 0
+    share = args.task or Share()
+    made = build(recipe, out, workers=args.workers, keep=args.keep, only=args.only, share=share)
+    if made is not None:
+        print(reports.describe(made))
+        print(f"{out} is ready: fastgpt train --data {out}")
+    return 0
+
+
+def inspect_main(argv: list[str]) -> int:
+    """Run `fastgpt data inspect`."""
+    parser = Parser(prog="fastgpt data inspect", description="Print what is in a data set, and samples of its texts.")
+    parser.add_argument("out", metavar="OUT", help="folder of the data set")
+    parser.add_argument("--samples", type=number(int, 0), default=1, help="documents of each source (default: 1)")
+    parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file with the manifest")
+    args = parser.parse_args(argv)
+    data = open_built(args.out)
+    if args.verify:
+        verify(data.path)
+        print("every file has the sha256 that was written")
+    print(
+        "\n".join([*_head(data), reports.describe(read_json(data.path / "report.json")), *_samples(data, args.samples)])
+    )
+    return 0
+
+
+def forget_main(argv: list[str]) -> int:
+    """Run `fastgpt data forget`."""
+    about = "Erase documents from a data set. Later builds leave them out."
+    parser = Parser(prog="fastgpt data forget", description=about)
+    parser.add_argument("out", metavar="OUT", help="folder of the data set")
+    parser.add_argument("--doc-id", action="append", default=[], metavar="ID", help="id of a document; repeat for more")
+    parser.add_argument(
+        "--match", action="append", default=[], metavar="TEXT", help="all documents that hold this text"
+    )
+    parser.add_argument("--workers", type=number(int, 1), default=1, help="processes (default: 1)")
+    args = parser.parse_args(argv)
+    if not args.doc_id and not args.match:
+        raise UserError("forget got neither --doc-id nor --match, expected at least one document")
+    entries = erase(args.out, args.doc_id, args.match, workers=args.workers)
+    for entry in entries:
+        print(f"erased {entry['source']} {entry['id']}: {entry['tokens']:,} tokens in {', '.join(entry['shards'])}")
+    return 0
+
+
+def _share(text: str) -> Share:
+    index, _, of = text.partition("/")
+    if not index.isdigit() or not of.isdigit() or int(index) >= int(of):
+        raise argparse.ArgumentTypeError(f"is {text!r}, expected I/N with I from 0 to N - 1, such as 0/16")
+    return Share(int(index), int(of))
+
+
+def _head(data: BuiltDataset) -> Iterator[str]:
+    m = data.manifest
+    train, last = m["train"], m["generations"][-1]
+    held = sum(map(len, data.val.values()))
+    yield f"{data.path}: generation {m['generation']} of {last['date']}, {len(m['shards'])} shards"
+    yield f"{train['tokens']:,} training tokens in {train['documents']:,} documents, {held:,} tokens held out"
+    yield f"tokenizer of {m['tokenizer']['n_vocab']:,} ids, fingerprint {m['tokenizer']['fingerprint'][:16]}"
+    yield "licenses: " + ", ".join(f"{name} {facts['license']}" for name, facts in m["sources"].items())
+    yield ""
+
+
+def _samples(data: BuiltDataset, n: int) -> Iterator[str]:
+    """Yield the beginnings of the first n training documents of each source in the first shard."""
+    name = data.manifest["shards"][0]["name"]
+    starts, ids = documents_of(data.path, name)
+    left = dict.fromkeys(data.manifest["sources"], n)
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
+    for row, (source, identity) in enumerate(ids):
+        if left[source]:
+            left[source] -= 1
+            start, stop = int(starts[row]) + 1, int(starts[row + 1])
+            text = data.tokenizer.decode(data.train.read(start, min(stop - start, SAMPLE)).tolist())
+            yield f"{'-' * width}\n{source} {identity} ({stop - start:,} tokens)\n{text[:SAMPLE]}"

@@ -1,0 +1,141 @@
+"""Gather: the files of every source, and the parts that workers read independently of one another."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastgpt.core.errors import UserError
+from fastgpt.core.options import WRONG, convert
+from fastgpt.data.pipeline.store import hash64
+from fastgpt.data.pipeline.workers import Workers
+from fastgpt.data.read import DefectError, Format, Part, SourceFile, find_files, parts_of
+from fastgpt.data.read.files import glob_pattern
+from fastgpt.data.recipe import Recipe, SourceRecipe
+
+log = logging.getLogger("fastgpt")
+
+BATCH = 256 << 20  # bytes that a worker hashes in one task
+RUN = 64  # small files of a part, on average
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one worker cleans: parts of large files, or several small files.
+
+    Attributes:
+        facts: plain values that name its content: (name, start, stop, digest) of each part.
+    """
+
+    source: str
+    parts: tuple[Part, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(part.size for part in self.parts)
+
+    @property
+    def facts(self) -> list[tuple[str, int, int, str]]:
+        return [(part.name, part.start, part.stop, part.digest) for part in self.parts]
+
+
+def format_for(name: str, source: SourceRecipe) -> Format:
+    """Return a source's format. Raises UserError that names the key."""
+    given = {"name": source.format} if isinstance(source.format, str) else dict(source.format)
+    known = {f.name for f in fields(Format)} - {"mode", "license", "source"}
+    for key in given:
+        if key not in known:
+            raise UserError(f"sources.{name}.format.{key} is not a key, expected {', '.join(sorted(known))}")
+    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    for key in {"piece_bytes", "max_bytes"} & settings.keys():
+        settings[key] = convert(settings[key], int)
+        if settings[key] is WRONG:
+            raise UserError(f"sources.{name}.format.{key} is {given[key]!r}, expected a whole number")
+    try:
+        return Format(**settings, mode=source.defects)  # type: ignore[arg-type]
+    except UserError as e:
+        raise UserError(f"sources.{name}.format: {e}") from None
+
+
+def gather(recipe: Recipe, work: Path, workers: Workers) -> list[Unit]:
+    """Return the units of all sources, in the order of the recipe and of the files' names.
+
+    Raises:
+        UserError: a source has no files, or a file cannot be read.
+    """
+    tasks: list[tuple[tuple[SourceFile, ...], Format, int]] = []
+    owners: list[str] = []
+    for name, source in recipe.sources.items():
+        format = format_for(name, source)
+        for batch in _batches(_files(name, source, format, work)):
+            tasks.append((batch, format, recipe.part_megabytes << 20))
+            owners.append(name)
+    sizes = [sum(file.size for file in batch) for batch, _, _ in tasks]
+    found: dict[str, list[Part]] = {name: [] for name in recipe.sources}
+    for name, parts in zip(owners, workers.run("scan", _scan, tasks, sizes), strict=True):
+        found[name] += parts
+    return [unit for name, parts in found.items() for unit in _units(name, parts, recipe.part_megabytes << 20)]
+
+
+def _scan(task: tuple[tuple[SourceFile, ...], Format, int]) -> list[Part]:
+    files, format, size = task
+    return [part for file in files for part in parts_of(file, format, size)]
+
+
+def _files(name: str, source: SourceRecipe, format: Format, work: Path) -> list[SourceFile]:
+    """Return a source's files, each with a name that no other one has; none if the source is optional and missing."""
+    try:
+        found = [file for pattern in _patterns(name, source, work) for file in find_files(pattern, format).files]
+    except UserError as e:
+        if not source.optional or isinstance(e, DefectError):
+            raise UserError(f"sources.{name}: {e}") from None
+        log.warning("source %s is left out: %s", name, e)
+        return []
+    unwanted = re.compile("|".join(f"(?:{glob_pattern(p).pattern})" for p in source.exclude) or r"(?!)", re.DOTALL)
+    unique = {file.path: file for file in found if not unwanted.fullmatch(file.name)}.values()
+    times = Counter(file.name for file in unique)
+    named = [file if times[file.name] == 1 else replace(file, name=file.path.as_posix()) for file in unique]
+    if not named:
+        raise UserError(f"sources.{name}: exclude leaves out all {len(found)} files")
+    return sorted(named, key=lambda file: file.name)
+
+
+def _patterns(name: str, source: SourceRecipe, work: Path) -> Sequence[str]:
+    return source.path
+
+
+def _batches(files: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, ...]]:
+    batch: list[SourceFile] = []
+    for file in files:
+        batch.append(file)
+        if sum(f.size for f in batch) >= BATCH or len(batch) == 1000:
+            yield tuple(batch)
+            batch = []
+    if batch:
+        yield tuple(batch)
+
+
+def _units(source: str, parts: Sequence[Part], size: int) -> Iterator[Unit]:
+    """Group parts of small files. Where a group ends depends on the hashes of names, so that a new file changes the
+    groups near it and no others."""
+    group: list[Part] = []
+    for part in parts:
+        if group and sum(p.size for p in group) + part.size > size:
+            yield Unit(source, tuple(group))
+            group = []
+        group.append(part)
+        if part.size >= size or hash64(part.name) % RUN == 0:
+            yield Unit(source, tuple(group))
+            group = []
+    if group:
+        yield Unit(source, tuple(group))
+
+
+def facts_of(format: Format) -> dict[str, Any]:
+    """Return a format as plain values."""
+    return asdict(format)

@@ -1,0 +1,196 @@
+"""Select: which documents of every chunk are kept, after deduplication, decontamination, erasures and limits.
+
+A held-out document stays where a training document is its duplicate, so that no copy of it is trained on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastgpt.core.errors import UserError
+from fastgpt.data.pipeline import duplicates
+from fastgpt.data.pipeline.clean import EXAMPLES, PRINTS
+from fastgpt.data.pipeline.manifest import ERASED
+from fastgpt.data.pipeline.store import Chunk, key_of, new_result, read_json, write_json
+from fastgpt.data.recipe import Recipe
+from fastgpt.data.shards import file_hash
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class LeakTask:
+    """Find the documents of a chunk that overlap evaluation files; `contents` is their digest."""
+
+    chunk: Chunk
+    files: tuple[str, ...]
+    contents: str
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / key_of("leaks", self.chunk.key, self.contents)
+
+
+def contents_of(files: Sequence[str]) -> str:
+    """Return a digest of evaluation files. Raises UserError if one is missing."""
+    for path in files:
+        if not Path(path).is_file():
+            raise UserError(f"decontaminate names {path}, expected a file")
+    return key_of([file_hash(Path(path)) for path in files])
+
+
+def find_leaks(task: LeakTask) -> None:
+    """Write which documents of a chunk overlap the evaluation files: leaks.npy, (n,) bool."""
+    if task.path.exists():
+        return
+    index = _index(task.files, task.contents)
+    leaks = [index.overlap(text) for texts in task.chunk.texts() for text in texts]
+    with new_result(task.path) as aside:
+        np.save(aside / "leaks.npy", np.array(leaks, bool))
+
+
+@functools.lru_cache(1)
+def _index(files: tuple[str, ...], contents: str) -> Any:
+    return duplicates.package().NgramIndex.from_files(list(files))
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is kept: a mask file for each chunk, (n,) bool, and the report of what was dropped."""
+
+    masks: list[Path]
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Erased:
+    """Documents that `fastgpt data forget` erased: (source, id), and the sha256 of their texts."""
+
+    ids: frozenset[tuple[str, str]]
+    hashes: frozenset[str]
+
+
+class Selector:
+    """Decides about all chunks of a build.
+
+    Args:
+        leaks: for each chunk its folder from `find_leaks`; empty without evaluation files.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        dedup: duplicates.Settings | None,
+        chunks: Sequence[Chunk],
+        leaks: Sequence[Path],
+        erased: Erased,
+    ) -> None:
+        self.recipe, self.dedup, self.chunks, self.leaks, self.erased = recipe, dedup, chunks, leaks, erased
+        self.dropped: dict[str, Counter[str]] = {name: Counter() for name in recipe.sources}
+        self.examples: dict[str, dict[str, list[str]]] = {name: {} for name in recipe.sources}
+
+    def key(self) -> str:
+        dedup = None if self.dedup is None else asdict(self.dedup)
+        limits = {name: source.max_documents for name, source in self.recipe.sources.items()}
+        erased = [sorted(self.erased.ids), sorted(self.erased.hashes)]
+        names = [chunk.key for chunk in self.chunks], [path.name for path in self.leaks]
+        return key_of("select", list(limits.items()), dedup, erased, *names)
+
+    def run(self, folder: Path) -> Selection:
+        """Return the selection, from the folder of an earlier call if there is one."""
+        place = folder / self.key()
+        if not place.exists():
+            with new_result(place) as aside:
+                found = self._duplicates()
+                left = {name: s.max_documents for name, s in self.recipe.sources.items()}
+                for i, chunk in enumerate(self.chunks):
+                    np.save(aside / f"{i:06}.npy", self._mask(i, chunk, found, left))
+                write_json(aside / "report.json", self._report(found))
+        return Selection([place / f"{i:06}.npy" for i in range(len(self.chunks))], read_json(place / "report.json"))
+
+    def _duplicates(self) -> Any:
+        if self.dedup is None or not self.chunks:
+            return None
+        dedup = duplicates.package()
+        order = {name: i for i, name in enumerate(self.recipe.sources)}
+        parts = [
+            dedup.DedupPart(
+                f"{order[chunk.source]:05}/{i:09}",
+                chunk.source,
+                "val" if chunk.held else "train",
+                chunk.folder / PRINTS,
+            )
+            for i, chunk in enumerate(self.chunks)
+        ]
+        by_name = {part.name: chunk for part, chunk in zip(parts, self.chunks, strict=True)}
+
+        def texts_of(part: Any, rows: npt.NDArray[Any]) -> list[str]:
+            return [text for texts in by_name[part.name].texts(rows) for text in texts]
+
+        return dedup.find(parts, texts_of, self.dedup)
+
+    def _mask(self, i: int, chunk: Chunk, found: Any, left: dict[str, int | None]) -> Mask:
+        keep: Mask = np.ones(chunk.documents, bool)
+        if self.leaks:
+            self._drop(chunk, keep, ~np.load(self.leaks[i] / "leaks.npy"), "contaminated")
+        if found is not None:
+            self._drop(chunk, keep, np.asarray(found.outcomes[i].keep), "duplicate")
+        if self.erased.ids or self.erased.hashes:
+            self._drop(chunk, keep, ~self._erased(chunk), "erased")
+        limit = left[chunk.source]
+        if limit is not None:
+            self._drop(chunk, keep, np.cumsum(keep) <= limit, "beyond max_documents")
+            left[chunk.source] = limit - int(keep.sum())
+        return keep
+
+    def _drop(self, chunk: Chunk, keep: Mask, right: Mask, rule: str) -> None:
+        """Clear `keep` where `right` is false, and count it under the rule."""
+        rows = np.flatnonzero(keep & ~right)
+        keep &= right
+        if len(rows):
+            self.dropped[chunk.source][rule] += len(rows)
+            named = self.examples[chunk.source].setdefault(rule, [])
+            if len(named) < EXAMPLES:
+                ids = chunk.ids()
+                named += [ids[row] for row in rows[: EXAMPLES - len(named)]]
+
+    def _erased(self, chunk: Chunk) -> Mask:
+        by_id = np.array([(chunk.source, identity) in self.erased.ids for identity in chunk.ids()], bool)
+        texts = (text for batch in chunk.texts() for text in batch) if self.erased.hashes else ()
+        by_text = [hashlib.sha256(text.encode()).hexdigest() in self.erased.hashes for text in texts]
+        return by_id | np.array(by_text, bool) if by_text else by_id
+
+    def _report(self, found: Any) -> dict[str, Any]:
+        report: dict[str, Any] = {"dropped": {n: dict(c) for n, c in self.dropped.items()}, "examples": self.examples}
+        if found is not None:
+            report["duplicates"] = {
+                "clusters": found.clusters,
+                "counts": [[*sources, asdict(counts)] for sources, counts in sorted(found.counts.items())],
+                "pairs": [asdict(pair) for pair in found.pairs],
+                "work": asdict(found.work),
+            }
+        return report
+
+
+def read_erased(out: Path) -> Erased:
+    """Return what OUT/erased.jsonl lists. Raises UserError if it is damaged."""
+    path = out / ERASED
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        entries = [json.loads(line) for line in lines]
+        ids = frozenset((e["source"], e["id"]) for e in entries)
+        return Erased(ids, frozenset(e["sha256"] for e in entries))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        what = f"{type(e).__name__}: {e}"
+        raise UserError(f"{path} is damaged ({what}), expected lines of `fastgpt data forget`") from None

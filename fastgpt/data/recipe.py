@@ -1,0 +1,403 @@
+"""Recipes: the YAML files that say how a data set is built, read into dataclasses by the types of their fields.
+
+Paths are relative to the recipe's folder, and `{stdlib}` in a path is the folder of the standard library. Each error
+names the file, the line and the key, the value found and the value expected.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sysconfig
+import types
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from fastgpt.core.errors import UserError
+from fastgpt.core.options import NULLS, WRONG, convert, describe, did_you_mean
+from fastgpt.data.clean import Cleaner, SettingError
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+MAX_EPOCHS = 4  # repeating text more often helps little (Muennighoff et al. 2023)
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """One source of text.
+
+    Attributes:
+        path: files, folders and glob patterns.
+        exclude: glob patterns of files to leave out, relative to the folder or the fixed part of the pattern.
+        url: addresses of files to download.
+        hub: name of a data set for the `datasets` library.
+        debian: names of Debian packages to download with apt-get; `path` then names files within them.
+        optional: leave the source out with a warning if it cannot be had (no network, no apt-get, no such files).
+        format: how records are read: a format's name, or its settings ({name: jsonl, text: body, id: url}).
+        license: license of the texts, copied to the manifest.
+        clean: preset of rules (web, prose, docs, code, none), or its changes, such as {preset: web, language: null}.
+        defects: what happens to a broken record: fail, skip or replace.
+        sample: share of the documents to use, chosen by the hash of their ids.
+        max_documents: use the first documents only.
+        validation: share of documents held out, instead of the recipe's.
+        weight: share of the training tokens, relative to the other weights.
+        epochs: how often the source is repeated, instead of a weight; may be a fraction.
+    """
+
+    path: list[str] = field(default_factory=list)
+    exclude: list[str] = field(default_factory=list)
+    url: list[str] = field(default_factory=list)
+    hub: str | None = None
+    debian: list[str] = field(default_factory=list)
+    optional: bool = False
+    format: str | dict[str, str | list[str]] = "auto"
+    license: str = "unknown"
+    clean: str | dict[str, Any] = "none"
+    defects: str = "fail"
+    sample: float = 1.0
+    max_documents: int | None = None
+    validation: float | None = None
+    weight: float | None = None
+    epochs: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainedTokenizer:
+    """A byte-level BPE to train on the data set's training text.
+
+    Attributes:
+        vocab_size: number of ids, `<|endoftext|>` included.
+        bytes: text to learn from at most; the documents are chosen by the hash of their ids.
+    """
+
+    vocab_size: int = 4096
+    bytes: int = 64 << 20
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """Settings of a tokenizer to train.
+
+    Attributes:
+        train: vocabulary and text of the training.
+    """
+
+    train: TrainedTokenizer = TrainedTokenizer()
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Sources that keep a fixed share, so that a model does not forget them while it learns another domain.
+
+    Attributes:
+        sources: names of the sources.
+        share: their share of the training tokens, together.
+    """
+
+    sources: list[str] = field(default_factory=list)
+    share: float = 0.1
+
+
+@dataclass(frozen=True)
+class StageRecipe:
+    """One stage of training.
+
+    Attributes:
+        share: share of the training tokens, relative to the other stages.
+        weights: source -> share of the stage's tokens; without them, the weights of the sources.
+    """
+
+    share: float = 1.0
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MixRecipe:
+    """How sources are mixed.
+
+    Attributes:
+        tokens: length of the mixture in tokens; without it, all sources together.
+        temperature: shares are tokens ** (1 / temperature), instead of weights: 1 keeps the sizes, more evens them out.
+        replay: sources with a fixed share.
+        stages: mixtures that follow one another; each source continues where the stage before stopped.
+    """
+
+    tokens: int | None = None
+    temperature: float | None = None
+    replay: Replay | None = None
+    stages: list[StageRecipe] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ShardsRecipe:
+    """Shards of the training split.
+
+    Attributes:
+        tokens: tokens of a shard; documents are never cut, so that a shard may hold more by less than a document.
+        dtype: auto (uint16 where the vocabulary allows it), uint16 or uint32.
+    """
+
+    tokens: int = 100_000_000
+    dtype: str = "auto"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a data set is built.
+
+    Attributes:
+        sources: name -> source.
+        out: folder of the data set; without it, data/ and the recipe's name, below the current folder.
+        seed: decides the split, the order and every sample.
+        validation: share of documents held out, chosen by the hash of seed and id.
+        dedup: true, false, or settings of deduplication.
+        decontaminate: files of evaluation texts; documents that share 13 words in a row with them are dropped.
+        tokenizer: gpt2, another published name, a tokenizer.json, or {train: {vocab_size: 4096}}.
+        mix: how sources are mixed.
+        shards: size and dtype of the shards.
+        workers: processes; without it, the cores.
+        part_megabytes: input per part. A part is what one worker processes at a time.
+    """
+
+    sources: dict[str, SourceRecipe]
+    out: str | None = None
+    seed: int = 0
+    validation: float = 0.005
+    dedup: bool | dict[str, Any] = False
+    decontaminate: list[str] = field(default_factory=list)
+    tokenizer: str | TokenizerRecipe = "gpt2"
+    mix: MixRecipe = MixRecipe()
+    shards: ShardsRecipe = ShardsRecipe()
+    workers: int | None = None
+    part_megabytes: int = 32
+
+    def settings(self) -> dict[str, Any]:
+        """Return the recipe as plain values, for the manifest."""
+        return dataclasses.asdict(self)
+
+
+@dataclass
+class _Node:
+    """A value in YAML with its line: text, None, a list of nodes or a mapping of nodes."""
+
+    value: Any
+    line: int
+
+    def plain(self) -> Any:
+        if isinstance(self.value, dict):
+            return {k: v.plain() for k, v in self.value.items()}
+        return [v.plain() for v in self.value] if isinstance(self.value, list) else self.value
+
+
+class _Reader:
+    """Converts the nodes of one recipe; remembers the line of every key for the checks that follow."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.lines: dict[str, int] = {}
+
+    def fail(self, key: str, text: str) -> NoReturn:
+        line = next((n for k in _parents(key) if (n := self.lines.get(k))), 1)
+        raise UserError(f"{self.where}, line {line}: {text}")
+
+    def read(self, node: _Node, hint: Any, key: str) -> Any:
+        """Return the value of a node in the type `hint`. Raises UserError."""
+        self.lines[key] = node.line
+        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+        for kind in kinds:
+            if is_dataclass(kind) and isinstance(kind, type) and isinstance(node.value, dict):
+                return self._fields(node, kind, key)
+            if kind is Any and isinstance(node.value, list):
+                return [self.read(v, Any, f"{key}[{i}]") for i, v in enumerate(node.value)]
+            if kind is Any and isinstance(node.value, dict):
+                return {k: self.read(v, Any, f"{key}.{k}") for k, v in node.value.items()}
+            if get_origin(kind) is dict and isinstance(node.value, dict):
+                inner = get_args(kind)[1]
+                return {k: self.read(v, inner, f"{key}.{k}" if key else k) for k, v in node.value.items()}
+            scalar = node.value is None or isinstance(node.value, str)
+            if get_origin(kind) is list and not isinstance(node.value, dict) and not (scalar and str in kinds):
+                items = node.value if isinstance(node.value, list) else [node] if node.value is not None else []
+                return [self.read(v, get_args(kind)[0], f"{key}[{i}]") for i, v in enumerate(items)]
+        plain = node.plain()
+        found = convert(plain, hint)
+        if found is WRONG:
+            got = plain if isinstance(plain, str) else json.dumps(plain).replace('"', "")
+            self.fail(key, f"{key} is {got!r}, expected {_expected(hint)}")
+        return found
+
+    def _fields(self, node: _Node, cls: type, key: str) -> Any:
+        hints = get_type_hints(cls)
+        prefix = f"{key}." if key else ""
+        for name, value in node.value.items():
+            if name not in hints:
+                self.lines[prefix + name] = value.line
+                self.fail(prefix + name, f"{prefix}{name} is not a key{did_you_mean(name, hints)}")
+        for f in fields(cls):
+            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            if required and f.name not in node.value:
+                self.fail(key, f"{prefix}{f.name} is missing")
+        return cls(**{name: self.read(v, hints[name], prefix + name) for name, v in node.value.items()})
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and check a recipe; its paths come back absolute.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a key or value is not allowed; names file, line and key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"cannot read recipe {path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"recipe {path} is not UTF-8 at byte {e.start}") from None
+    reader = _Reader(str(path))
+    root = _compose(text, str(path))
+    if not isinstance(root.value, dict):
+        reader.fail("", f"the recipe is {root.plain()!r}, expected a mapping with the key sources")
+    recipe: Recipe = reader.read(root, Recipe, "")
+    _check(recipe, reader)
+    return _located(recipe, path.resolve().parent)
+
+
+def _compose(text: str, where: str) -> _Node:
+    try:
+        import yaml
+    except ImportError as e:
+        raise UserError("reading a recipe needs PyYAML: pip install PyYAML") from e
+
+    def read(node: Any) -> _Node:
+        line = node.start_mark.line + 1
+        if isinstance(node, yaml.SequenceNode):
+            return _Node([read(item) for item in node.value], line)
+        if not isinstance(node, yaml.MappingNode):
+            return _Node(None if node.style is None and node.value.lower() in NULLS else node.value, line)
+        found: dict[str, _Node] = {}
+        for key, value in node.value:
+            name = str(key.value)
+            if name in found:
+                raise UserError(f"{where}, line {key.start_mark.line + 1}: {name} is given twice, expected once")
+            found[name] = read(value)
+            found[name].line = key.start_mark.line + 1
+        return _Node(found, line)
+
+    try:
+        node = yaml.compose(text, yaml.BaseLoader)
+    except (yaml.YAMLError, RecursionError) as e:
+        mark = getattr(e, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        raise UserError(f"{where}, line {line}: not valid YAML ({getattr(e, 'problem', None) or e})") from None
+    return _Node(None, 1) if node is None else read(node)
+
+
+def _check(recipe: Recipe, reader: _Reader) -> None:
+    """Check what types cannot say. Raises UserError."""
+    positive = "more than 0"
+    for name, source in recipe.sources.items():
+        key = f"sources.{name}"
+        if not NAME.fullmatch(name):
+            reader.fail(key, f"source name is {name!r}, expected letters, digits, - and _")
+        places = [k for k in ("path", "url", "hub", "debian") if getattr(source, k)]
+        if places == ["path", "debian"]:
+            places = ["debian"]
+        if len(places) != 1:
+            reader.fail(key, f"{key} has {' and '.join(places) or 'no texts'}, expected one of path, url, hub, debian")
+        if source.defects not in ("fail", "skip", "replace"):
+            reader.fail(f"{key}.defects", f"{key}.defects is {source.defects!r}, expected fail, skip or replace")
+        _check_range(reader, f"{key}.sample", source.sample, 0 < source.sample <= 1, "more than 0, at most 1")
+        if source.validation is not None:
+            right = 0 <= source.validation < 1
+            _check_range(reader, f"{key}.validation", source.validation, right, "from 0 to below 1")
+        try:
+            Cleaner.of(source.clean)
+        except SettingError as e:
+            reader.fail(".".join((f"{key}.clean", *e.path)), f"sources.{name}.{e}")
+        for what in ("weight", "epochs", "max_documents"):
+            value = getattr(source, what)
+            _check_range(reader, f"{key}.{what}", value, value is None or 0 < value < float("inf"), positive)
+    if not recipe.sources:
+        reader.fail("sources", "sources is empty, expected at least one source")
+    _check_range(reader, "validation", recipe.validation, 0 <= recipe.validation < 1, "from 0 to below 1")
+    sizes: dict[str, int | None] = {"shards.tokens": recipe.shards.tokens, "part_megabytes": recipe.part_megabytes}
+    sizes |= {"workers": recipe.workers, "mix.tokens": recipe.mix.tokens}
+    if isinstance(recipe.tokenizer, TokenizerRecipe):
+        sizes["tokenizer.train.bytes"] = recipe.tokenizer.train.bytes
+        size = recipe.tokenizer.train.vocab_size
+        _check_range(reader, "tokenizer.train.vocab_size", size, size >= 257, "257 or more")
+    for size_key, number in sizes.items():
+        _check_range(reader, size_key, number, number is None or number >= 1, "1 or more")
+    _check_range(reader, "seed", recipe.seed, 0 <= recipe.seed < 2**63, "0 or more")
+    if recipe.shards.dtype not in ("auto", "uint16", "uint32"):
+        reader.fail("shards.dtype", f"shards.dtype is {recipe.shards.dtype!r}, expected auto, uint16 or uint32")
+    _check_mix(recipe, reader)
+
+
+def _check_mix(recipe: Recipe, reader: _Reader) -> None:
+    mix, sources = recipe.mix, recipe.sources
+    weighted = [n for n, s in sources.items() if s.weight is not None]
+    for name, source in sources.items():
+        if source.weight is not None and source.epochs is not None:
+            reader.fail(f"sources.{name}.epochs", f"sources.{name} has weight and epochs, expected one of them")
+        if weighted and source.weight is None:
+            reader.fail(f"sources.{name}", f"sources.{name} has no weight, but sources.{weighted[0]} has one")
+        if source.epochs is not None and (mix.temperature is not None or mix.stages or mix.tokens or mix.replay):
+            reader.fail("mix", f"mix sets the shares, but sources.{name} has epochs: give weights instead")
+    if mix.temperature is not None:
+        _check_range(reader, "mix.temperature", mix.temperature, 0 < mix.temperature < float("inf"), "more than 0")
+        if weighted:
+            reader.fail("mix.temperature", f"mix.temperature sets the shares, but sources.{weighted[0]} has a weight")
+    for i, stage in enumerate(mix.stages):
+        key = f"mix.stages[{i}]"
+        _check_range(reader, f"{key}.share", stage.share, 0 < stage.share < float("inf"), "more than 0")
+        for name, weight in stage.weights.items():
+            _known(reader, f"{key}.weights.{name}", name, sources)
+            _check_range(reader, f"{key}.weights.{name}", weight, 0 <= weight < float("inf"), "0 or more")
+        if stage.weights and not any(stage.weights.values()):
+            reader.fail(f"{key}.weights", f"{key}.weights are all 0, expected at least one above 0")
+    if mix.replay is not None:
+        _check_range(reader, "mix.replay.share", mix.replay.share, 0 < mix.replay.share < 1, "between 0 and 1")
+        for name in mix.replay.sources:
+            _known(reader, "mix.replay.sources", name, sources)
+        if not 0 < len(set(mix.replay.sources)) < len(sources):
+            reader.fail("mix.replay", "mix.replay.sources names all sources or none, expected some of them")
+
+
+def _known(reader: _Reader, key: str, name: str, sources: dict[str, SourceRecipe]) -> None:
+    if name not in sources:
+        reader.fail(key, f"{key} is not a source{did_you_mean(name, sources)}")
+
+
+def _check_range(reader: _Reader, key: str, value: Any, right: bool, expected: str) -> None:
+    if not right:
+        reader.fail(key, f"{key} is {value}, expected {expected}")
+
+
+def _located(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with absolute paths."""
+
+    def place(path: str) -> str:
+        path = path.replace("{stdlib}", sysconfig.get_path("stdlib"))
+        return str(folder / Path(path).expanduser())
+
+    sources = {
+        name: s if s.debian else dataclasses.replace(s, path=[place(p) for p in s.path])
+        for name, s in recipe.sources.items()
+    }
+    tokenizer = recipe.tokenizer
+    if isinstance(tokenizer, str) and (folder / tokenizer).exists():
+        tokenizer = str(folder / tokenizer)
+    held_out = [place(p) for p in recipe.decontaminate]
+    return dataclasses.replace(recipe, sources=sources, tokenizer=tokenizer, decontaminate=held_out)
+
+
+def _parents(key: str) -> list[str]:
+    """Return the key and the keys above it, the nearest first: a.b[0].c, a.b[0], a.b, a, ''."""
+    parts = re.findall(r"\.?[^.\[]+|\[\d+\]", key)
+    return ["".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def _expected(hint: Any) -> str:
+    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return " or ".join("a mapping" if is_dataclass(k) else describe(k) for k in kinds)
