@@ -91,14 +91,20 @@ def floor(bench: Bench, setting: Setting, phase: str) -> Provider:
     return Provider(FLOOR, lambda *arguments, **options: Nothing.apply(like, *arguments, *options.values()))
 
 
+def phases_of(bench: Bench) -> tuple[str, ...]:
+    """Return the phases of `call` for an op: those of PHASES that it has, or its own."""
+    if "both" in bench.phases:
+        return PHASES
+    return PHASES[:1] if "forward" in bench.phases else bench.phases
+
+
 def call_rows(bench: Bench, dtype: torch.dtype, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """Return one row per phase and provider, from `seconds` of interleaved samples per phase."""
     setting = Setting(bench.tiny, dtype, device)
     found = providers(bench, setting)
     red = {p.name: why for p in found if p.backend and (why := gate(bench, p, setting))}
     red |= without_a_device(bench, setting)
-    phases = PHASES if "both" in bench.phases else ["no_grad" if p == "forward" else p for p in bench.phases]
-    return [row for phase in phases for row in _call_phase(bench, setting, phase, found, seconds, red)]
+    return [row for phase in phases_of(bench) for row in _call_phase(bench, setting, phase, found, seconds, red)]
 
 
 def without_a_device(bench: Bench, setting: Setting) -> dict[str, str]:

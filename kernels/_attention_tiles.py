@@ -10,6 +10,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ._attention import CAUSAL
 from ._runtime import TRITON, ceil_pow2, interpreted
@@ -70,6 +71,20 @@ FLOAT32: Tiles = {  # any options and chip; exact products run outside the tenso
     "dq": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1)},
 }
 CHIPS = {227: (90,), 163: (80,), 99: (86, 89)}  # for the ahead-of-time check
+
+
+def tiled(x: Tensor) -> Tensor:
+    """Return x (B, T, H, D), or a copy whose rows are padded with zeros to 16 bytes.
+
+    x itself is returned if its rows are contiguous, start at multiples of 16 bytes and are close enough to address a
+    tile with 32 bits.
+    """
+    unit, strides = 16 // x.element_size(), x.stride()
+    if x.shape[3] % unit:
+        return torch.nn.functional.pad(x, (0, -x.shape[3] % unit))
+    aligned = x.data_ptr() % 16 == 0 and all(n == 1 or s % unit == 0 for n, s in zip(x.shape[:3], strides))
+    fits = aligned and strides[3] == 1 and strides[1] < 2**22
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def columns(D: int) -> int:

@@ -35,7 +35,7 @@ from ._attention import (
     store_tile,
     visible,
 )
-from ._attention_tiles import CHIPS, CHUNK, DELTA_TILE, RANGE_BLOCK, columns, options_on, shared_memory, tile
+from ._attention_tiles import CHIPS, CHUNK, DELTA_TILE, RANGE_BLOCK, columns, options_on, shared_memory, tile, tiled
 from ._math import tanh
 from ._runtime import Configuration, dot, interpreted, jit_kernel, log, on_device, pointers
 from .attention_bwd import attention_delta_kernel, attention_dkdv_kernel, attention_dq_kernel
@@ -140,20 +140,6 @@ def attention_fwd_kernel(
 # fmt: on
 
 
-def _tiled(x: Tensor) -> Tensor:
-    """Return x (B, T, H, D), or a copy whose rows are padded with zeros to 16 bytes.
-
-    x itself is returned if its rows are contiguous, start at multiples of 16 bytes and are close enough to address a
-    tile with 32 bits.
-    """
-    unit, strides = 16 // x.element_size(), x.stride()
-    if x.shape[3] % unit:
-        return torch.nn.functional.pad(x, (0, -x.shape[3] % unit))
-    aligned = x.data_ptr() % 16 == 0 and all(n == 1 or s % unit == 0 for n, s in zip(x.shape[:3], strides))
-    fits = aligned and strides[3] == 1 and strides[1] < 2**22
-    return x if fits else x.clone(memory_format=torch.contiguous_format)
-
-
 def _ranges(q: Tensor, k: Tensor, index: tuple[Tensor | None, ...], causal: bool, window: int) -> dict[str, Any]:
     """Return the arguments that say which keys queries see: numbers, or ranges computed on the device."""
     (B, T), S = q.shape[:2], k.shape[1]
@@ -194,7 +180,7 @@ def attention_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return out (B, T, H, D), contiguous, and lse (B, H, T)."""
     (B, T, H, width), device = q.shape, q.device
-    q, k, v = _tiled(q), _tiled(k), _tiled(v)
+    q, k, v = tiled(q), tiled(k), tiled(v)
     D = q.shape[3]
     out, lse = torch.empty((B, T, H, D), dtype=q.dtype, device=device), torch.empty((B, H, T), device=device)
     if out.numel() == 0:
@@ -219,7 +205,7 @@ def _backward(grads: tuple[Tensor, ...], dout: Tensor, dlse: Tensor | None, q: T
         for t in grads:
             t.zero_()
         return
-    q, k, v, dout, out, lse = _tiled(q), _tiled(k), _tiled(v), _tiled(dout), _tiled(out), lse.contiguous()
+    q, k, v, dout, out, lse = tiled(q), tiled(k), tiled(v), tiled(dout), tiled(out), lse.contiguous()
     D = q.shape[3]
     dq, dk, dv = grads if D == width else (torch.empty((*t.shape[:3], D), dtype=t.dtype, device=device) for t in grads)
     delta = torch.empty_like(lse)

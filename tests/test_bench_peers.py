@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgpt.bench import OPS, _command, _harness, _ncu, _op
+from fastgpt.bench import OPS, _command, _harness, _ncu, _op, attention_decode
 from fastgpt.bench._harness import Setting
 from fastgpt.core.cards import datasheet_bandwidth
 
@@ -83,6 +83,10 @@ def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, cau
     assert causal
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, *, cache_seqlens: Tensor) -> Tensor:
+    return attention_decode.masked(q, k_cache, v_cache, cache_seqlens)
 
 
 def flash_attn_func_3(q: Tensor, k: Tensor, v: Tensor, softmax_scale: Any = None, causal: bool = False) -> Any:
@@ -193,7 +197,7 @@ MODULES: dict[str, dict[str, Any]] = {
     "liger_kernel.transformers": {},
     "liger_kernel.transformers.functional": {f.__name__: f for f in (*LIGER, liger_fused_linear_cross_entropy)},
     "liger_kernel.ops": {"LigerEmbeddingFunction": LigerEmbeddingFunction},
-    "flash_attn": {"flash_attn_func": flash_attn_func},
+    "flash_attn": {"flash_attn_func": flash_attn_func, "flash_attn_with_kvcache": flash_attn_with_kvcache},
     "flash_attn.ops": {},
     "flash_attn.ops.triton": {},
     "flash_attn.ops.triton.layer_norm": {"layer_norm_fn": layer_norm_fn, "rms_norm_fn": layer_norm_fn},
@@ -201,7 +205,10 @@ MODULES: dict[str, dict[str, Any]] = {
     "flash_attn.ops.activations": {"swiglu": liger_swiglu, "bias_gelu_impl": bias_gelu_impl},
     "flash_attn.layers": {},
     "flash_attn.layers.rotary": {"apply_rotary_emb_qkv_": apply_rotary_emb_qkv_},
-    "flash_attn_interface": {"flash_attn_func": flash_attn_func_3},
+    "flash_attn_interface": {
+        "flash_attn_func": flash_attn_func_3,
+        "flash_attn_with_kvcache": flash_attn_with_kvcache,
+    },
     "apex": {},
     "apex.normalization": {},
     "apex.normalization.fused_layer_norm": {f.__name__: f for f in (fused_layer_norm_affine, fused_rms_norm_affine)},
@@ -218,6 +225,7 @@ PEERS = {
     "rms_norm": {"liger_kernel", "flash_attn", "apex", "quack"},
     "rope": {"liger_kernel", "flash_attn"},
     "attention": {"flash_attn", "flash_attn_interface"},
+    "attention_decode": {"flash_attn", "flash_attn_interface"},
     "bias_gelu": {"flash_attn"},
     "swiglu": {"liger_kernel", "flash_attn"},
     "cross_entropy": {"liger_kernel", "flash_attn", "apex", "quack"},

@@ -44,6 +44,8 @@ _OCCUPANCY = "two to four registers, to reach ptxas's own occupancy target"
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     r"attention_fwd_kernel\[D=64 full\] (bfloat16|float16)( unaligned)?": (8, "128 registers: two programs at a time"),
     r"attention_(fwd|dkdv|dq)_kernel\[.*\] float32( unaligned)?": (128, "exact products run outside the tensor cores"),
+    r"attention_decode_fwd_kernel\[D=.*\] float32( unaligned)?": (8, _OCCUPANCY),
+    r"attention_decode_fwd_kernel\[D=(16|256) .*\] (bfloat16|float16) unaligned": (8, _OCCUPANCY),
     r"bias_gelu_fwd_kernel\[C=.* (erf|tanh) full\] .* unaligned": (8, _OCCUPANCY),
     r"cross_entropy_(bwd|fwd_bwd)_kernel\[K=4096 full\] float32( unaligned)?": (16, _OCCUPANCY),
     r"embedding_bwd_kernel\[C=256 add\] float32": (8, _OCCUPANCY),

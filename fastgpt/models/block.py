@@ -106,13 +106,15 @@ class SelfAttention(nn.Module):
         else:
             q, k, v = self._heads(qkv, run)
             if run.cache is not None and run.cache.lens is not None:
-                options["window"] = None
-                options["kv_start"], options["kv_lens"] = run.cache.span(self.window)
+                start, lens = run.cache.span(self.window)
+                y = ops.attention_decode(
+                    q, k, v, lens, kv_start=start, softcap=self.softcap, scale=self.scale
+                )  # (B, 1, H, D)
             else:
                 if self.window is not None and t == 1:  # one query sees the last keys, so no mask is needed
                     k, v = k[:, -self.window :], v[:, -self.window :]
                 options["window"] = None if self.window is None or self.window >= k.shape[1] else self.window
-            y = ops.attention(q, k, v, **options)
+                y = ops.attention(q, k, v, **options)
         return dropout(self.proj(y.reshape(b, t, -1)), self.resid_dropout, self.training)
 
 

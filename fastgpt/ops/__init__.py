@@ -3,6 +3,7 @@
 from fastgpt.core.backend import apply_environment, use
 from fastgpt.ops import adamw as _adamw  # noqa: F401 (registers the optimizer's raw ops)
 from fastgpt.ops.attention import attention, attention_qkv
+from fastgpt.ops.attention_decode import attention_decode
 from fastgpt.ops.bias_gelu import bias_gelu
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.embedding import embedding
@@ -15,6 +16,7 @@ from fastgpt.ops.swiglu import swiglu
 
 __all__ = [
     "attention",
+    "attention_decode",
     "attention_qkv",
     "bias_gelu",
     "cross_entropy",

@@ -104,20 +104,21 @@ class AttentionQkvFn(torch.autograd.Function):
         return None, dqkv, None, *[None] * (len(tensors) + len(ctx.numbers))
 
 
-def _check_index(name: str, x: Tensor | None, shape: tuple[int, ...] | None, like: Tensor) -> None:
+def check_index(op: str, name: str, x: Tensor | None, shape: tuple[int, ...] | None, like: Tensor) -> None:
+    """Raise unless x is None or an integer tensor of this shape (None: (n + 1,)) on the device of `like`."""
     if x is None:
         return
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"attention: {name} is {getattr(x, 'dtype', x)!r}, expected torch.int32 or torch.int64")
+        raise TypeError(f"{op}: {name} is {getattr(x, 'dtype', x)!r}, expected torch.int32 or torch.int64")
     if (x.dim() != 1 or x.shape[0] < 1) if shape is None else tuple(x.shape) != tuple(shape):
         raise ValueError(
-            f"attention: {name} has shape {tuple(x.shape)}, expected {'(n + 1,)' if shape is None else tuple(shape)}"
+            f"{op}: {name} has shape {tuple(x.shape)}, expected {'(n + 1,)' if shape is None else tuple(shape)}"
         )
     if x.device != like.device:
-        raise ValueError(f"attention: {name} is on {x.device}, expected {like.device}")
+        raise ValueError(f"{op}: {name} is on {x.device}, expected {like.device}")
 
 
-def _check_values(name: str, x: Tensor | None, top: int, rising: bool) -> None:
+def check_values(op: str, name: str, x: Tensor | None, top: int, rising: bool) -> None:
     """Raise unless all values are in [0, top] and, if `rising`, start at 0 and never fall.
 
     Values are checked on a CPU; on a GPU only with FASTGPT_CHECK=1.
@@ -126,46 +127,57 @@ def _check_values(name: str, x: Tensor | None, top: int, rising: bool) -> None:
         return
     low, high = (int(t) for t in x.aminmax())
     if low < 0 or high > top:
-        raise ValueError(f"attention: {name} reach from {low} to {high}, expected 0 to {top}")
+        raise ValueError(f"{op}: {name} reach from {low} to {high}, expected 0 to {top}")
     if rising and (int(x[0]) != 0 or bool((x[1:] < x[:-1]).any())):
-        raise ValueError(f"attention: {name} are {x.tolist()[:8]}, expected starts from 0 on that never fall")
+        raise ValueError(f"{op}: {name} are {x.tolist()[:8]}, expected starts from 0 on that never fall")
+
+
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise unless q is (B, T, H, D), and k and v are (B, S, Hkv, D) of its dtype and device, with Hkv dividing H."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_float(op, name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected (B, T, H, D)")
+    b, _, h, d = q.shape
+    if k.shape[0] != b or k.shape[3] != d:
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, expected ({b}, S, Hkv, {d}) as q")
+    check_like(op, "k", k, tuple(k.shape), q, (q.dtype,), "as q")
+    check_like(op, "v", v, tuple(k.shape), q, (q.dtype,), "as k")
+    if k.shape[2] == 0 or h % k.shape[2]:
+        raise ValueError(f"{op}: q has {h} heads, expected a multiple of k's {k.shape[2]}")
+
+
+def check_keys(op: str, q: Tensor, k: Tensor, o: dict[str, Any]) -> None:
+    """Raise unless window, softcap, kv_lens and kv_start are valid for q and k."""
+    if o["window"] is not None and o["window"] < 1:
+        raise ValueError(f"{op}: window is {o['window']}, expected at least 1 key (the query's own)")
+    for name in ("kv_lens", "kv_start"):
+        check_index(op, name, o[name], (q.shape[0],), q)
+        check_values(op, name, o[name], k.shape[1], rising=False)
+    if o["softcap"] < 0:
+        raise ValueError(f"{op}: softcap is {o['softcap']}, expected 0 (off) or more")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_float("attention", name, x)
-        if x.dim() != 4:
-            raise ValueError(f"attention: {name} has shape {tuple(x.shape)}, expected (B, T, H, D)")
-    (b, t, h, d), s = q.shape, k.shape[1]
-    if k.shape[0] != b or k.shape[3] != d:
-        raise ValueError(f"attention: k has shape {tuple(k.shape)}, expected ({b}, S, Hkv, {d}) as q")
-    check_like("attention", "k", k, tuple(k.shape), q, (q.dtype,), "as q")
-    check_like("attention", "v", v, tuple(k.shape), q, (q.dtype,), "as k")
-    if k.shape[2] == 0 or h % k.shape[2]:
-        raise ValueError(f"attention: q has {h} heads, expected a multiple of k's {k.shape[2]}")
+    check_heads("attention", q, k, v)
+    (b, t), s = q.shape[:2], k.shape[1]
     cu_q, cu_k = o["cu_seqlens_q"], o["cu_seqlens_k"]
     if (cu_q is None) != (cu_k is None):
         raise ValueError("attention: got only one of cu_seqlens_q and cu_seqlens_k, expected both or neither")
     for name, total, shape in (("cu_seqlens_q", t, None), ("cu_seqlens_k", s, None if cu_q is None else cu_q.shape)):
-        _check_index(name, o[name], shape, q)
-        _check_values(name, o[name], total, rising=True)
+        check_index("attention", name, o[name], shape, q)
+        check_values("attention", name, o[name], total, rising=True)
     if cu_q is not None and (b != 1 or any(o[n] is not None for n in ("doc_ids", "kv_lens", "kv_start"))):
         raise ValueError(
             f"attention: got cu_seqlens with a batch of {b} or with doc_ids, kv_lens or kv_start, "
             "expected packed (1, total, H, D) alone"
         )
-    if o["window"] is not None and o["window"] < 1:
-        raise ValueError(f"attention: window is {o['window']}, expected at least 1 key (the query's own)")
     if o["doc_ids"] is not None and t != s:
         raise ValueError(f"attention: got doc_ids with {t} queries and {s} keys, expected equal numbers")
-    _check_index("doc_ids", o["doc_ids"], (b, t), q)
-    for name in ("kv_lens", "kv_start"):
-        _check_index(name, o[name], (b,), q)
-        _check_values(name, o[name], s, rising=False)
+    check_index("attention", "doc_ids", o["doc_ids"], (b, t), q)
+    check_keys("attention", q, k, o)
     if not 0.0 <= o["dropout_p"] < 1.0:
         raise ValueError(f"attention: dropout_p is {o['dropout_p']}, expected 0 to less than 1")
-    if o["softcap"] < 0:
-        raise ValueError(f"attention: softcap is {o['softcap']}, expected 0 (off) or more")
 
 
 def pack(q: Tensor, o: dict[str, Any]) -> tuple[Any, ...]:

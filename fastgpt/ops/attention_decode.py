@@ -1,0 +1,145 @@
+"""Attention of one or a few queries over a KV cache, split over the keys (Flash-Decoding, Dao et al. 2023).
+
+    z = scale * q k^T, softcapped: softcap * tanh(z / softcap); masked entries -inf; causal at the bottom right
+    per split of the keys: top = max z, total = sum exp(z - top), acc = sum exp(z - top) v
+    out = sum_splits w acc / sum_splits w total, w = exp(top - max top); a query without any key gives 0
+
+The result is that of `attention` with causal=True. `attention` has a block of the GPU for each tile of queries of a
+head, so one query over a long cache would use a few of its multiprocessors. Here, the keys of a head are split over
+blocks, and a second kernel adds the splits. The number of splits follows from shapes alone, so a call can be recorded
+in a CUDA graph and replayed with other lengths. The query heads that share a key head are computed together, from keys
+that are loaded once.
+
+Saved for backward: nothing. The op is for inference and has no gradient.
+
+Determinism: bitwise, for any number of threads and any lengths of the other rows. The splits of a CPU have a fixed
+number of keys; those of a GPU depend on the shapes and, for Triton, on the number of multiprocessors.
+
+Limits: heads wider than 256 columns run on the formula on a GPU. Many queries are slower here than in `attention`:
+each group of queries reads all its keys.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.core.backend import Cell, register, select
+from fastgpt.ops._attention import attention_ref
+from fastgpt.ops._common import autocast, define, flop_formula, needs_grad, relative_error
+from fastgpt.ops.attention import MAX_HEAD_DIM, check_heads, check_keys
+
+ATTENTION_DECODE_FWD = define(
+    "attention_decode",
+    "attention_decode_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor? kv_lens, Tensor? kv_start, float scale, int window, float softcap) "
+    "-> Tensor",
+    lambda q, *rest: q.new_empty(q.shape),
+)
+
+
+def _flop(q: Any, k: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    b, t, h, d = q
+    return int(4 * b * t * h * k[1] * d)
+
+
+flop_formula("attention_decode_fwd", _flop)
+
+
+def attention_decode_ref(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> Tensor:
+    """Return the formula in fp32 (fp64 for fp64 input); options as in `attention_decode`."""
+    none: dict[str, Any] = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "doc_ids"))
+    return attention_ref(q, k, v, causal=True, dropout_p=0.0, **none, **o)[0]
+
+
+def pack(q: Tensor, o: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the options of the raw op: two optional tensors, int32, then three numbers."""
+    index = [None if o[n] is None else o[n].int().contiguous() for n in ("kv_lens", "kv_start")]
+    return (
+        *index,
+        float(q.shape[-1] ** -0.5 if o["scale"] is None else o["scale"]),
+        o["window"] or 0,
+        float(o["softcap"]),
+    )
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    special = {"window": 190, "softcap": 3.0, "scale": None}
+    errors = []
+    for dtype, t, h, d in ((torch.float32, 2, 2, 40), (torch.bfloat16, 1, 1, 64), (torch.bfloat16, 1, 4, 128)):
+        q, k, v = (torch.randn(2, n, g, d, device=device).to(dtype) for n, g in ((t, 2 * h), (300, 2), (300, 2)))
+        o = special | {
+            "kv_lens": torch.tensor([300, 170], device=device),
+            "kv_start": torch.tensor([130, 3], device=device),
+        }
+        exact = attention_decode_ref(q.double(), k.double(), v.double(), **o)
+        errors.append(relative_error([ATTENTION_DECODE_FWD[backend](q, k, v, *pack(q, o))], [exact]))
+    return max(errors)
+
+
+register(
+    "attention_decode",
+    _self_check,
+    cuda=Cell(max_dim=MAX_HEAD_DIM),
+    triton=Cell(max_dim=MAX_HEAD_DIM),
+    cpu=Cell(),
+)
+
+
+def attention_decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_lens: Tensor | None = None,
+    *,
+    kv_start: Tensor | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Return attention(q, k, v, causal=True, ...) for a few queries and many keys, without a gradient.
+
+    Args:
+        q: (B, T, H, D), any strides; T of 1 to about 8.
+        k, v: (B, S, Hkv, D) in q's dtype, Hkv dividing H; any strides. Keys that no query sees may be uninitialised.
+        kv_lens: (B,) int, end of the valid keys of each row; default S. It excludes keys and shifts nothing: query i
+            sees keys up to i + S - T. A single query sees all keys below kv_lens.
+        kv_start: (B,) int, start of the valid keys of each row; default 0. For a single query at the end of a cache of
+            length L and a window of W keys, it is max(0, L - W).
+        window: keys that a query sees, counted back from i + S - T and including it; None is all.
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        scale: default 1 / sqrt(D).
+
+    Returns:
+        (B, T, H, D) in q's dtype. A query without any key gives 0.
+
+    Raises:
+        ValueError, TypeError: with the argument, the value received and the value expected; ValueError if a gradient
+            is needed.
+
+    Example:
+        >>> import torch
+        >>> from fastgpt import ops
+        >>> q, k, v = torch.randn(2, 1, 4, 32), torch.randn(2, 100, 2, 32), torch.randn(2, 100, 2, 32)
+        >>> ops.attention_decode(q, k, v, torch.tensor([100, 7])).shape
+        torch.Size([2, 1, 4, 32])
+
+    Source: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023, crfm.stanford.edu/2023/10/12/flashdecoding.html).
+    """
+    if all(isinstance(t, Tensor) and t.is_floating_point() for t in (q, k, v)):
+        q, k, v = (t for t in autocast(q, k, v) if t is not None)
+    options = {"kv_lens": kv_lens, "kv_start": kv_start, "window": window, "softcap": softcap, "scale": scale}
+    check_heads("attention_decode", q, k, v)
+    check_keys("attention_decode", q, k, options)
+    if needs_grad(q, k, v):
+        raise ValueError(
+            "attention_decode: an input requires a gradient, expected none: use attention or torch.no_grad()"
+        )
+    dim = 1 + MAX_HEAD_DIM if q.shape[3] > MAX_HEAD_DIM else 0  # a plain number: a compiler may have symbolic shapes
+    backend = select("attention_decode", q, dim=dim)
+    if backend == "torch":
+        return attention_decode_ref(q, k, v, **options)
+    out: Tensor = ATTENTION_DECODE_FWD[backend](q, k, v, *pack(q, options))
+    return out
