@@ -1,4 +1,4 @@
-"""The model card of an export: what the run knows about itself, and 'not known' for what it does not."""
+"""The model card of an export: what the run has recorded about itself, and 'not recorded' for the rest."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import json
 from pathlib import Path
 from typing import Any
 
-UNKNOWN = "not known"
+UNKNOWN = "not recorded"
 
 
 def model_card(path: Path, state: dict[str, Any], form: str, dtype: str) -> str:
-    """Return README.md for the export of checkpoint `path`, whose state.json is `state`."""
+    """Return README.md for the export of checkpoint `path`, whose state.json is `state`.
+
+    run.json may say `licences` of the data, and which `alignment` and `safety_evaluation` were done.
+    """
     source, run = state.get("source"), _json(path.parent / "run.json")
     c, losses = state["model"], _losses(path.parent / "metrics.jsonl")
     tokens = state.get("progress", {}).get("tokens") or None
     trained = f"{tokens:,} tokens in {state['step']:,} steps" if tokens else UNKNOWN
-    made = f"Imported from {source['name']} (revision {source['revision'] or UNKNOWN})." if source else ""
+    start = source or state.get("init")
+    made = "Imported from" if source else "Its training started with the weights of"
+    made = f"{made} {start['name']} (revision {start['revision'] or UNKNOWN})." if start else ""
+    nothing = UNKNOWN if start else "none"  # fastgpt pretrains, and records what else it does
     rows = {
         "layers, heads, width": f"{c['n_layers']}, {c['n_heads']}, {c['width']}",
         "context": f"{c['block_size']} tokens",
         "vocabulary": f"{c['vocab_size']} tokens",
         "weights": f"{dtype}, format {form}",
         "training data": run.get("data") or UNKNOWN,
-        "licences of the data": UNKNOWN,
+        "licences of the data": run.get("licences") or UNKNOWN,
         "trained on": trained,
         "last training loss": losses.get("loss", UNKNOWN),
         "last validation loss": losses.get("val_loss", UNKNOWN),
-        "alignment": "none by fastgpt" if not source else UNKNOWN,
-        "safety evaluation": "none by fastgpt" if not source else UNKNOWN,
+        "alignment": run.get("alignment") or nothing,
+        "safety evaluation": run.get("safety_evaluation") or nothing,
     }
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     return f"""---

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickletools
 import re
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,15 @@ class Source:
     def fingerprint(self) -> str | None:
         """The tokenizer's fingerprint: a checkpoint can be resumed or sampled only with the same tokenizer."""
         return None if self.tokenizer is None else self.tokenizer.fingerprint
+
+    @property
+    def licences(self) -> str | None:
+        """The licences of the texts, from the manifest.json of a data set that `fastgpt data build` made."""
+        try:
+            manifest = json.loads(Path(self.train.names[0]).with_name("manifest.json").read_text(encoding="utf-8"))
+            return ", ".join(f"{source} {facts['license']}" for source, facts in manifest["sources"].items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
     def describe(self) -> str:
         """One line for the console and the run header."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class Initial:
     """Weights to start from, read one parameter at a time.
 
     Attributes:
+        origin: name and revision of the model, for the record.
         tokenizer: folder or tokenizer.json; None where there is none.
         read: returns a parameter by its name.
     """
@@ -34,6 +36,7 @@ class Initial:
     config: ModelConfig
     tokenizer: Path | None
     read: Callable[[str], Tensor]
+    origin: dict[str, Any]
 
 
 def open_initial(path: str | Path) -> Initial:
@@ -47,12 +50,15 @@ def open_initial(path: str | Path) -> Initial:
         if not path.is_dir():
             raise UserError(f"init is {str(path)!r}, expected a run, a checkpoint or a folder with a model")
         weights = open_pretrained(path)
-        return Initial(weights.config, path if has_tokenizer(path) else None, weights.read)
+        origin = {"name": path.resolve().name, "revision": None}
+        return Initial(weights.config, path if has_tokenizer(path) else None, weights.read, origin)
     found = checkpoint.find(path)
     state = checkpoint.read_state(found)
     entries = tensorfile.read_header(checkpoint.verified(found, checkpoint.MODEL, state))
     tokenizer = None if state["tokenizer"] is None else found.parent / "tokenizer.json"
-    return Initial(model_from_dict(state["model"]), tokenizer, lambda name: entries[name].read())
+    given = state.get("source", {"name": found.parent.resolve().name, "revision": f"step {state['step']}"})
+    origin = {key: given[key] for key in ("name", "revision")}
+    return Initial(model_from_dict(state["model"]), tokenizer, lambda name: entries[name].read(), origin)
 
 
 def settle(cfg: TrainConfig) -> TrainConfig:
@@ -77,8 +83,8 @@ def settle(cfg: TrainConfig) -> TrainConfig:
 
 
 @torch.no_grad()
-def load_initial(model: GPT, path: str) -> None:
-    """Copy the weights of `path` into a model whose settings `settle` took from there.
+def load_initial(model: GPT, path: str) -> dict[str, Any]:
+    """Copy the weights of `path` into a model whose settings `settle` took from there; return their origin.
 
     Raises:
         UserError: as open_initial, or weights that are not finite.
@@ -86,3 +92,4 @@ def load_initial(model: GPT, path: str) -> None:
     start = open_initial(path)
     for name, p in model.named_parameters():
         p.copy_(start.read(name))
+    return start.origin

@@ -75,6 +75,7 @@ class Run:
         self.graphs = Graphs.of_run(cfg, model, device)
         self.progress = Progress(last_step=cfg.most_steps, length_known=cfg.max_minutes is None)
         self.writer = checkpoint.Writer()
+        self.origin: dict[str, Any] | None = None  # name and revision of the weights that the run started with
 
     def device_parts(self) -> list[tuple[str, SpikeGuard | LossScale]]:
         """Return the guards whose state lives on the device and belongs in a checkpoint."""
@@ -89,6 +90,7 @@ class Run:
             "model": dataclasses.asdict(self.model.config),
             "loader": self.loader.state_dict(),
             "tokenizer": self.data.fingerprint,
+            "init": self.origin,
         }
         moments = checkpoint.flatten_optimizer(self.optimizer, self.model.named_parameters())
         extra = {**moments, **checkpoint.random_states(self.device)}
@@ -110,13 +112,15 @@ class Run:
         path = self._checkpoint()
         if path is None:
             if self.cfg.init:
-                load_initial(self.model, self.cfg.init)
+                self.origin = load_initial(self.model, self.cfg.init)
             return []
         cfg, state = self.cfg, checkpoint.read_state(path)
         self._check(path, state)
         self.model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
         if "source" in state:  # imported weights, with which a new run starts
+            self.origin = {key: state["source"][key] for key in ("name", "revision")}
             return []
+        self.origin = state.get("init")
         extra = checkpoint.read_tensors(path, checkpoint.OPTIMIZER, state)
         rng = {name: extra.pop(name) for name in list(extra) if name.startswith("rng.")}
         seen: dict[str, Tensor] = {name: extra.pop(name) for name in ("guard", "scaling") if name in extra}

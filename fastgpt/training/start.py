@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from fastgpt.core import backend
 from fastgpt.core.device import describe_machine
@@ -20,8 +21,12 @@ def start_log(run: Run, changed: list[str]) -> Log:
     run.folder.mkdir(parents=True, exist_ok=True)
     dtype = next(run.model.parameters()).dtype
     kernels = {op: backend.explain(op, run.device.type, dtype) for op in backend.ops()}
-    header = {"config": to_dict(run.cfg), "machine": describe_machine(run.device), "data": run.data.describe()}
-    header["kernels"] = kernels
+    header: dict[str, Any] = {
+        "config": to_dict(run.cfg),
+        "machine": describe_machine(run.device),
+        "data": run.data.describe(),
+    }
+    header["kernels"], header["licences"] = kernels, run.data.licences
     (run.folder / "run.json").write_text(json.dumps(header, indent=1), encoding="utf-8")
     if run.data.tokenizer is not None:  # so `fastgpt sample` needs nothing but the run folder
         run.data.tokenizer.save(run.folder / "tokenizer.json")

@@ -1,5 +1,6 @@
 """Token files without a tokenizer: which vocabulary they imply, and what is refused."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -80,3 +81,12 @@ def test_the_dtype_of_raw_ids(tmp_path: Path) -> None:
         open_source(str(tmp_path / "header.bin"), data_dtype="uint32")
     with pytest.raises(UserError, match="data_dtype is 'uint32', but data is text"):
         open_source("my.txt", data_dtype="uint32")
+
+
+def test_licences_come_from_the_manifest(tmp_path: Path) -> None:
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    source = open_source(str(tmp_path / "train.bin"))
+    assert source.licences is None
+    manifest = {"sources": {"web": {"license": "CC0-1.0"}, "books": {"license": "unknown"}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert source.licences == "web CC0-1.0, books unknown"

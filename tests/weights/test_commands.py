@@ -89,7 +89,7 @@ def test_training_starts_from_imported_weights(run: Path, tmp_path: Path, monkey
     assert distance(logits(trained, ids()), logits(load_run("start", CPU)[0], ids())) < 1e-6
 
 
-def test_the_card_says_what_is_not_known(run: Path, tmp_path: Path) -> None:
+def test_the_card_says_what_is_not_recorded(run: Path, tmp_path: Path) -> None:
     rows = [{"step": 4, "loss": 5.25}, {"step": 5, "val_loss": 5.5}]
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"step": 6, "lo')
     exporting.main([str(run), "--out", str(tmp_path / "hf")])
@@ -97,8 +97,25 @@ def test_the_card_says_what_is_not_known(run: Path, tmp_path: Path) -> None:
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["library_name"] == "transformers"
     assert "| trained on | 640 tokens in 5 steps |" in card and "| last validation loss | 5.5000 |" in card
-    assert "| licences of the data | not known |" in card and "| training data | not known |" in card
+    assert "| licences of the data | not recorded |" in card and "| training data | not recorded |" in card
+    assert "| alignment | none |" in card and "| safety evaluation | none |" in card
     assert all(f"## {part}" in card for part in ("Intended use", "Out-of-scope use", "Limits"))
+
+
+def test_the_card_says_what_is_recorded(run: Path, tmp_path: Path) -> None:
+    record = dict(data="web.bin: 5 tokens", licences="CC0-1.0", alignment="DPO on 3 pairs")
+    record |= dict(safety_evaluation="none yet")
+    (run / "run.json").write_text(json.dumps(record))
+    exporting.main([str(run), "--out", str(tmp_path / "hf")])
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for row in ("training data | web.bin: 5 tokens", "licences of the data | CC0-1.0", "alignment | DPO on 3 pairs"):
+        assert f"| {row} |" in card
+    assert "| safety evaluation | none yet |" in card
+    importing.main([str(tmp_path / "hf"), str(tmp_path / "in")])
+    exporting.main([str(tmp_path / "in"), "--out", str(tmp_path / "again")])
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "hf (revision not recorded)" in card and "| alignment | not recorded |" in card
+    assert "| trained on | not recorded |" in card
 
 
 def test_nanogpt_gets_linear_weights(run: Path, tmp_path: Path) -> None:
@@ -257,7 +274,9 @@ def test_a_run_starts_with_the_weights_of_another(run: Path, tmp_path: Path, mon
         assert (
             distance(logits(after, ids()), logits(before, ids())) < 1e-6 and kept.fingerprint == tokenizer.fingerprint
         )
-        assert checkpoint.read_state(path)["progress"]["step"] == 1
+        state = checkpoint.read_state(path)
+        assert state["progress"]["step"] == 1
+        assert state["init"] == {"name": "hf", "revision": None} if i == 2 else {"name": "run", "revision": "step 5"}
     data = next((tmp_path / "data").iterdir())
     assert load_tokenizer(data).fingerprint == tokenizer.fingerprint
     train_tokenizer([TEXT], 260).save(tmp_path / "other.json")

@@ -35,10 +35,14 @@ def test_a_model_of_transformers_comes_in_and_goes_out(name: str, tmp_path: Path
     assert distance(logits(back, ids()), expected) < LIMIT
     sent = dict(theirs.state_dict())
     assert all(torch.equal(p, sent[key]) for key, p in back.state_dict().items()), "a weight has changed"
+    assert getattr(transformers, json.loads((tmp_path / "out" / "config.json").read_text())["architectures"][0])
     again = load_pretrained(tmp_path / "out")
     assert settled(again.config) == settled(ours.config)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float32"
+    if ours.config.positions == "rope" and "rope_parameters" in config:  # GPT-J has no base to choose
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == ours.config.rope_theta
+        assert (config["rope_scaling"] or {"type": "default"})["type"] == config["rope_parameters"]["rope_type"]
 
 
 def test_gemmas_embedding_is_scaled_as_bf16_rounds_it(tmp_path: Path) -> None:
