@@ -16,6 +16,8 @@ SUBCOMMANDS = {
         "fastgpt.data.read.validate",
         "list the defects of files: line, byte, what is wrong, how to repair it",
     ),
+    "clean": ("fastgpt.data.clean.command:clean", "clean texts, or show what each rule would drop"),
+    "classifier": ("fastgpt.data.clean.command:classifier", "train a quality classifier on good and bad samples"),
 }
 
 
