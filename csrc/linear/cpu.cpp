@@ -6,7 +6,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")  // no formula here needs a product to be rounded
 #endif
-#include <vector>
+#include <memory>
 
 #include "core/cpu/parallel.h"
 #include "core/cpu/simd.h"
@@ -19,7 +19,7 @@ namespace fastgpt::cpu {
 
 constexpr int64_t kWeightRows = 4;   // of a tile
 constexpr int64_t kInputRows = 64;   // per pass over the weight
-constexpr int64_t kDepth = 512;      // columns of a block
+constexpr int64_t kDepth = 384;      // columns of a block
 constexpr int64_t kTaskBytes = 65536;  // of weights: fewer would cost more to schedule than to read
 
 inline float to_float(int8_t x) { return static_cast<float>(x); }
@@ -34,6 +34,21 @@ FASTGPT_INLINE void finish(const LinearArgs& a, int64_t n, int64_t f, float sum)
     static_cast<T*>(a.y)[n * a.n_out + f] = from_float<T>(sum);
   });
 }
+
+// Cache lines that a tile prefetches: one of each row in every `every` steps, after `wait` steps.
+struct Ahead {
+  const char* at;
+  int64_t row, step;  // bytes between the rows, and between the lines of a row
+  int64_t every, wait;
+};
+
+typedef float Four __attribute__((vector_size(16)));
+typedef int32_t Picks __attribute__((vector_size(16), unused));
+#if defined(__clang__)
+#define FASTGPT_MIX(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define FASTGPT_MIX(a, b, i, j, k, l) __builtin_shuffle(a, b, Picks{i, j, k, l})
+#endif
 
 // Loads a vector of weights, one at a time.
 template <class Vector, class W>
@@ -96,32 +111,35 @@ inline void with_weight(WeightType type, const F& fn) {
   }
 }
 
-FASTGPT_CLONES static void widen_rows(const LinearArgs& a, float* wide) {
+// Packs n rows of x from `first` on in blocks of columns, each (n, depth), in fp32: the rows of a block are dense in the
+// cache, however far apart they are in x.
+FASTGPT_CLONES static void pack(const LinearArgs& a, int64_t first, int64_t n, float* packed) {
   with_type(a.dtype, [&](auto tag) {
-    for (int64_t n = 0; n < a.n_rows; ++n) {
-      to_floats(static_cast<const decltype(tag)*>(a.x) + n * a.x_row, wide + n * a.n_in, a.n_in);
+    for (int64_t i = 0; i < n; ++i) {
+      const auto* row = static_cast<const decltype(tag)*>(a.x) + (first + i) * a.x_row;
+      for (int64_t k = 0; k < a.n_in; k += kDepth) {
+        const int64_t depth = min_of(kDepth, a.n_in - k);
+        to_floats(row + k, packed + k * n + i * depth, depth);
+      }
     }
   });
 }
 
 // ---- launcher ----
 
-void linear_fwd(const LinearArgs& given, Stream) {
-  LinearArgs a = given;
-  std::vector<float> wide;
-  if (a.dtype != DType::f32) {
-    wide.resize(a.n_rows * a.n_in);
-    widen_rows(a, wide.data());
-    a.x = wide.data(), a.x_row = a.n_in;
-  }
-  const float* x = static_cast<const float*>(a.x);
+void linear_fwd(const LinearArgs& a, Stream) {
+  std::unique_ptr<float[]> packed;
+  const bool as_is = a.dtype == DType::f32 && a.n_rows == 1;
+  if (!as_is) packed.reset(new float[min_of(kInputRows, a.n_rows) * a.n_in]);
   with_weight(a.weight_type, [&](auto tag) {
     using W = decltype(tag);
-    const int64_t tile_bytes = max_of(1, kWeightRows * a.n_in * static_cast<int64_t>(sizeof(W)));
+    const int64_t tile_bytes = kWeightRows * a.n_in * static_cast<int64_t>(sizeof(W));
     for (int64_t first = 0; first < a.n_rows; first += kInputRows) {
       const int64_t n = min_of(kInputRows, a.n_rows - first);
+      if (!as_is) pack(a, first, n, packed.get());
+      const float* x = as_is ? static_cast<const float*>(a.x) : packed.get();
       parallel_for(ceil_div(a.n_out, kWeightRows), ceil_div(kTaskBytes, tile_bytes), [&](int64_t begin, int64_t end) {
-        rows_of<W>(a, x + first * a.x_row, first, n, begin * kWeightRows, min_of(end * kWeightRows, a.n_out));
+        rows_of<W>(a, x, first, n, begin * kWeightRows, min_of(end * kWeightRows, a.n_out));
       });
     }
   });

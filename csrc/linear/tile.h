@@ -32,21 +32,22 @@ struct FASTGPT_SET {
     }
   }
 
-  // sums[n][r] += the product of input row n and weight row r over n_cols columns, a multiple of L. Each cache line of
-  // weights is prefetched `ahead` bytes before it is used; 0: not at all.
+  // sums[n][r] += the product of input row n and weight row r over n_cols columns, a multiple of L.
   template <int R, int N, class W>
   FASTGPT_TARGET FASTGPT_INLINE static void tile(const W* w, int64_t w_row, const float* x, int64_t x_row,
-                                                 int64_t n_cols, int64_t ahead, Vector* sums) {
+                                                 int64_t n_cols, Ahead ahead, Vector* sums) {
     constexpr int kLine = 64 / sizeof(W);
     Vector sum[R * N];
     FASTGPT_UNROLL
     for (int i = 0; i < R * N; ++i) sum[i] = sums[i];
     int64_t k = 0;
     for (; k + kLine <= n_cols; k += kLine) {
-      if (ahead != 0) {
+      if (ahead.wait == 0) {
         FASTGPT_UNROLL
-        for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(w + r * w_row + k) + ahead);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(ahead.at + r * ahead.row);
+        ahead.at += ahead.step, ahead.wait = ahead.every;
       }
+      --ahead.wait;
       FASTGPT_UNROLL
       for (int i = 0; i < kLine; i += L) step<R, N>(w + k + i, w_row, x + k + i, x_row, sum);
     }
@@ -55,16 +56,19 @@ struct FASTGPT_SET {
     for (int i = 0; i < R * N; ++i) sums[i] = sum[i];
   }
 
-  // The same for n input rows, in tiles of up to FASTGPT_TILE.
+  // The same for n input rows, in tiles of up to FASTGPT_TILE. `next` are the weights of R rows to prefetch, `narrow`
+  // bytes each: every tile prefetches its share of them, which spreads the traffic over the whole time.
   template <int R, class W>
   FASTGPT_TARGET FASTGPT_INLINE static void tiles(int64_t n, const W* w, int64_t w_row, const float* x, int64_t x_row,
-                                                  int64_t n_cols, int64_t ahead, Vector* sums) {
+                                                  int64_t n_cols, const char* next, int64_t next_row, int64_t narrow,
+                                                  Vector* sums) {
     const int64_t count = ceil_div(n, FASTGPT_TILE);
+    const int64_t lines = sizeof(W) / narrow;  // per line of `next`
     for (int64_t t = 0; t < count; ++t) {
       const int64_t first = n * t / count, rows = n * (t + 1) / count - first;
       const float* from = x + first * x_row;
       Vector* to = sums + first * R;
-      const int64_t early = t == 0 ? ahead : 0;
+      const Ahead early{next + t * 64, next_row, count * 64, count * lines, t * lines};
       if (rows == 1) tile<R, 1>(w, w_row, from, x_row, n_cols, early, to);
       if (rows == 2) tile<R, 2>(w, w_row, from, x_row, n_cols, early, to);
       if (rows == 3) tile<R, 3>(w, w_row, from, x_row, n_cols, early, to);
@@ -76,48 +80,67 @@ struct FASTGPT_SET {
     }
   }
 
-  FASTGPT_TARGET FASTGPT_INLINE static float total(Vector v) {
-    float part[L];
+  // Folds a vector of sums to 4 lanes.
+  FASTGPT_TARGET FASTGPT_INLINE static Four fold(Vector v) {
+    Four part[L / 4];
     memcpy(part, &v, sizeof v);
     FASTGPT_UNROLL
-    for (int half = L / 2; half > 0; half /= 2) {
+    for (int half = L / 8; half > 0; half /= 2) {
       FASTGPT_UNROLL
       for (int i = 0; i < half; ++i) part[i] += part[i + half];
     }
     return part[0];
   }
 
-  // y[n][f] for R weight rows from f on and n <= kInputRows input rows.
+  // The totals of 4 vectors of sums.
+  FASTGPT_TARGET FASTGPT_INLINE static Four totals(const Vector* v) {
+    const Four a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
+    const Four ab = FASTGPT_MIX(a, b, 0, 4, 1, 5) + FASTGPT_MIX(a, b, 2, 6, 3, 7);
+    const Four cd = FASTGPT_MIX(c, d, 0, 4, 1, 5) + FASTGPT_MIX(c, d, 2, 6, 3, 7);
+    return FASTGPT_MIX(ab, cd, 0, 1, 4, 5) + FASTGPT_MIX(ab, cd, 2, 3, 6, 7);
+  }
+
+  // Outputs f to f + R - 1 of n <= kInputRows rows from `first` on; x is packed as in linear_fwd.
   template <int R, class W>
   FASTGPT_TARGET FASTGPT_INLINE static void outputs(const LinearArgs& a, const float* x, int64_t first, int64_t n,
                                                     int64_t f) {
+    static_assert(R == 1 || R == 4, "totals() adds up 4 vectors");
     const W* w = static_cast<const W*>(a.weight) + f * a.weight_row;
-    const int64_t whole = a.n_in / L * L, ahead = R * a.weight_row * static_cast<int64_t>(sizeof(W));
-    Vector sums[R * kInputRows];
+    const int64_t row_bytes = a.weight_row * static_cast<int64_t>(sizeof(W));
+    Vector sums[R * kInputRows + 4 - R];
     alignas(64) float wide[sizeof(W) == 4 ? 1 : R * kDepth];
-    for (int64_t i = 0; i < R * n; ++i) sums[i] = Vector{};
-    for (int64_t k = 0; k < whole; k += kDepth) {
-      const int64_t depth = min_of(kDepth, whole - k);
+    for (int64_t i = 0; i < R * n + 4 - R; ++i) sums[i] = Vector{};
+    float rest[R * kInputRows];  // of the columns after the last whole vector
+    for (int64_t i = 0; i < R * n; ++i) rest[i] = 0.0f;
+    for (int64_t k = 0; k < a.n_in; k += kDepth) {
+      const int64_t depth = min_of(kDepth, a.n_in - k), whole = depth / L * L;
+      const float* block = x + k * n;
+      const char* next = reinterpret_cast<const char*>(w + k) + R * row_bytes;
       if (sizeof(W) == 4 || n <= FASTGPT_TILE) {
-        tiles<R>(n, w + k, a.weight_row, x + k, a.x_row, depth, ahead, sums);
-        continue;
+        tiles<R>(n, w + k, a.weight_row, block, depth, whole, next, row_bytes, sizeof(W), sums);
+      } else {  // several tiles read these weights
+        for (int64_t r = 0; r < R; ++r) widen<W>(w + r * a.weight_row + k, whole, wide + r * kDepth);
+        tiles<R>(n, wide, kDepth, block, depth, whole, next, row_bytes, sizeof(W), sums);
       }
-      for (int64_t r = 0; r < R; ++r) {  // several tiles read these weights
-        const W* row = w + r * a.weight_row + k;
-        for (int64_t j = 0; j < depth; j += L) {
-          __builtin_prefetch(reinterpret_cast<const char*>(row + j) + ahead);
-          const Vector v = load(row + j);
-          memcpy(wide + r * depth + j, &v, sizeof v);
+      for (int64_t j = whole; j < depth; ++j) {
+        for (int64_t i = 0; i < n; ++i) {
+          for (int64_t r = 0; r < R; ++r) {
+            rest[i * R + r] += to_float(w[r * a.weight_row + k + j]) * block[i * depth + j];
+          }
         }
       }
-      tiles<R>(n, wide, depth, x + k, a.x_row, depth, 0, sums);
     }
     for (int64_t i = 0; i < n; ++i) {
-      for (int64_t r = 0; r < R; ++r) {
-        float sum = total(sums[i * R + r]);
-        for (int64_t k = whole; k < a.n_in; ++k) sum += to_float(w[r * a.weight_row + k]) * x[i * a.x_row + k];
-        finish(a, (first + i), f + r, sum);
-      }
+      const Four sum = totals(sums + i * R);
+      for (int64_t r = 0; r < R; ++r) finish(a, first + i, f + r, sum[r] + rest[i * R + r]);
+    }
+  }
+
+  template <class W>
+  FASTGPT_TARGET FASTGPT_INLINE static void widen(const W* w, int64_t n_cols, float* wide) {
+    for (int64_t k = 0; k < n_cols; k += L) {
+      const Vector v = load(w + k);
+      memcpy(wide + k, &v, sizeof v);
     }
   }
 
