@@ -7,6 +7,7 @@ and in the same way from fragments of HTML that are content throughout (the bodi
 from __future__ import annotations
 
 import codecs
+import logging
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -70,6 +71,7 @@ def page_text(html: str) -> tuple[str, str]:
     trafilatura = need("trafilatura", "reading HTML")
     etree = need("lxml.etree", "reading HTML", "lxml")
     need("lxml_html_clean", "reading HTML")
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # it warns of every page that has little text
     page = _parsed(html)
     if page is None:
         return "", ""
@@ -79,7 +81,7 @@ def page_text(html: str) -> tuple[str, str]:
     if len(everything) < SHORT:
         return title, everything
     for pre in page.iter("pre"):  # trafilatura takes <pre> with <br> for a quotation
-        text = _verbatim(pre)
+        text = _allowed(_verbatim(pre))  # it may have been written as &#1;
         for child in list(pre):
             pre.remove(child)
         pre.text = None
