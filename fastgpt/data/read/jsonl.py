@@ -17,7 +17,7 @@ from fastgpt.data.read.lines import line_blocks
 from fastgpt.data.read.reading import SURROGATE, Reading
 
 KEY = re.compile(rb'"\s*:')
-KEY_NOT_QUOTED = re.compile(rb'(?<!\\)"\s*:')
+KEY_QUOTED = re.compile(rb'\\"\s*:')
 
 
 def read_jsonl(reading: Reading) -> Iterator[Document]:
@@ -54,7 +54,8 @@ class Records:
             problem = f"the record is {_kind(record)}, expected an object with named fields"
             self.reading.report("wrong type", problem, 'write it as {"text": ...}', byte)
             return None
-        if len(KEY.findall(raw)) != len(record) and (key := _repeated(raw, record)) is not None:
+        colons = len(KEY.findall(raw))
+        if colons != len(record) and (key := _repeated(raw, record, colons)) is not None:
             named = f"the key {key!r}" if key in self.names else "a key"  # others may be contents
             self.reading.report("key twice", f"{named} is there twice", "keep one of them", byte)
             return None
@@ -101,13 +102,14 @@ def _exact(raw: bytes) -> Any:
     return json.loads(raw, parse_float=str, parse_int=str)
 
 
-def _repeated(raw: bytes, record: dict[str, Any]) -> str | None:
+def _repeated(raw: bytes, record: dict[str, Any], colons: int) -> str | None:
     """Return a key that an object of the record has twice.
 
-    The keys of the parsed record are counted against the quotes followed by a colon; quotes inside texts are escaped
-    and do not count. Only where the numbers differ does the slow parser look.
+    The keys of the parsed record are counted against the quotes that a colon follows; of these, quotes inside texts are
+    escaped and do not count. Only where the numbers differ does the slow parser look.
     """
-    if _keys(record) == len(KEY_NOT_QUOTED.findall(raw)):
+    keys = _keys(record)
+    if keys == colons or keys == colons - len(KEY_QUOTED.findall(raw)):
         return None
     twice: list[str] = []
 
