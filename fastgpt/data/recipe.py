@@ -17,7 +17,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import NULLS, WRONG, convert, describe, did_you_mean
-from fastgpt.data.clean import Cleaner, SettingError
+from fastgpt.data.clean import Cleaner, SettingError, located
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MAX_EPOCHS = 4  # repeating text more often helps little (Muennighoff et al. 2023)
@@ -258,8 +258,9 @@ def load_recipe(path: str | Path) -> Recipe:
     if not isinstance(root.value, dict):
         reader.fail("", f"the recipe is {root.plain()!r}, expected a mapping with the key sources")
     recipe: Recipe = reader.read(root, Recipe, "")
+    recipe = _located(recipe, path.resolve().parent)
     _check(recipe, reader)
-    return _located(recipe, path.resolve().parent)
+    return recipe
 
 
 def _compose(text: str, where: str) -> _Node:
@@ -382,7 +383,9 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
         return str(folder / Path(path).expanduser())
 
     sources = {
-        name: s if s.debian else dataclasses.replace(s, path=[place(p) for p in s.path])
+        name: dataclasses.replace(
+            s, path=s.path if s.debian else [place(p) for p in s.path], clean=located(s.clean, folder)
+        )
         for name, s in recipe.sources.items()
     }
     tokenizer = recipe.tokenizer

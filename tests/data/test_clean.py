@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastgpt.core.errors import UserError
-from fastgpt.data.clean import PRESETS, STEPS, Cleaner, SettingError, Tally, clean_all
+from fastgpt.data.clean import PRESETS, STEPS, Cleaner, SettingError, Tally, clean_all, located
 from fastgpt.data.document import Document
 
 PYTHON = Path(textwrap.__file__).read_text(encoding="utf-8")
@@ -89,12 +89,18 @@ WRONG: list[tuple[Any, str]] = [
     ({"c4": 3}, "clean.c4 is 3, expected true, false or its settings"),
     ({"fineweb": {"short_line_thr": -1}}, "clean.fineweb.short_line_thr is -1, expected 0 or more"),
     ({"unicode": {"a": 1}}, "clean.unicode has no settings"),
-    ({"language": {"keep": ["en", "english"]}}, "language.keep: 'english' is not one of"),
-    ({"classifier": {"path": "/none/x.npz"}}, "/none/x.npz: No such file or directory, expected a file of"),
-    ({"scorer": {"function": "json:nothing"}}, "scorer.function: 'json:nothing' cannot be imported"),
-    ({"profanity": {"words": "/none/x"}}, "word list /none/x: No such file or directory, expected a text file"),
-    ({"counterfactual": {"share": 2.0}}, "counterfactual.share is 2.0, expected a number from 0 to 1"),
-    ({"boilerplate": {"lines": ["("]}}, "boilerplate.lines: "),
+    ({"language": {"keep": ["en", "english"]}}, "clean.language: keep has 'english', which is not one of"),
+    (
+        {"classifier": {"path": "/none/x.npz"}},
+        "clean.classifier: /none/x.npz: No such file or directory, expected a file of",
+    ),
+    ({"scorer": {"function": "json:nothing"}}, "clean.scorer: function 'json:nothing' cannot be imported"),
+    (
+        {"profanity": {"words": "/none/x"}},
+        "clean.profanity: word list /none/x: No such file or directory, expected a text file",
+    ),
+    ({"counterfactual": {"share": 2.0}}, "clean.counterfactual: share is 2.0, expected a number from 0 to 1"),
+    ({"boilerplate": {"lines": ["("]}}, "clean.boilerplate: lines: "),
 ]
 
 
@@ -110,6 +116,17 @@ def test_a_wrong_setting_names_its_place() -> None:
     with pytest.raises(SettingError) as error:
         Cleaner.of({"preset": "web", "c4": {"x": 1}})
     assert error.value.path == ("c4", "x")
+
+
+def test_the_fingerprint_follows_settings_and_files(tmp_path: Path) -> None:
+    def fingerprint(words: str) -> str:
+        (tmp_path / "words.txt").write_text(words)
+        return Cleaner.of(located({"profanity": {"words": "words.txt"}}, tmp_path)).fingerprint
+
+    assert fingerprint("a") == fingerprint("a") != fingerprint("b")
+    assert Cleaner.of("docs").fingerprint == Cleaner.of({"preset": "docs"}).fingerprint
+    assert Cleaner.of("docs").fingerprint != Cleaner.of({"preset": "docs", "html": True}).fingerprint
+    assert located("web", tmp_path) == "web" and located({"c4": 3, "spam": True}, tmp_path) == {"c4": 3, "spam": True}
 
 
 def test_settings_change_a_preset() -> None:

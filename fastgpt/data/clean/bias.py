@@ -101,9 +101,7 @@ class Scorer(Step):
         try:
             self._function: Callable[[str], float] = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError) as e:
-            raise UserError(
-                f"scorer.function: {self.function!r} cannot be imported ({e}), expected module:function"
-            ) from None
+            raise UserError(f"function {self.function!r} cannot be imported ({e}), expected module:function") from None
 
     def decide(self, features: Features, state: State) -> str | None:
         try:
@@ -136,7 +134,7 @@ class Counterfactual(Step):
 
     def __post_init__(self) -> None:
         if not 0 <= self.share <= 1:
-            raise UserError(f"counterfactual.share is {self.share}, expected a number from 0 to 1")
+            raise UserError(f"share is {self.share}, expected a number from 0 to 1")
         built_in = self.pairs == "built-in"
         categories = {"gender": PAIRS.split(", ")} if built_in else read_terms(self.pairs)
         self._swaps: dict[str, str] = {"his": "her", "him": "her", "hers": "his", "her": "his"} if built_in else {}
@@ -144,7 +142,7 @@ class Counterfactual(Step):
         for term in (term for terms in categories.values() for term in terms):
             pair = term.lower().split()
             if len(pair) != 2:
-                raise UserError(f"counterfactual.pairs: {term!r}, expected two words, such as 'he she'")
+                raise UserError(f"pairs: {term!r}, expected two words, such as 'he she'")
             self._swaps |= {pair[0]: pair[1], pair[1]: pair[0]}
         self._built_in = built_in
         terms = sorted(self._swaps, key=len, reverse=True)

@@ -177,7 +177,7 @@ class Quality(Step):
 
     def __post_init__(self) -> None:
         if not self.path:
-            raise UserError("classifier.path is missing, expected a file of `fastgpt data classifier train`")
+            raise UserError("path is missing, expected a file of `fastgpt data classifier train`")
         self._classifier = Classifier.load(self.path)
 
     def decide(self, features: Features, state: State) -> str | None:

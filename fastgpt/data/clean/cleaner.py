@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 from fastgpt.data.clean.bias import Bias, Counterfactual
-from fastgpt.data.clean.settings import make, resolve
+from fastgpt.data.clean.settings import contents, make, resolve
 from fastgpt.data.clean.step import State, Step
 from fastgpt.data.document import Document
 
 EXAMPLES = 5  # ids of dropped documents kept for each rule
+VERSION = 1  # of the rules; raised when one of them gives other results
+_LIBRARIES = {"mojibake": "ftfy", "language": "py3langid"}
 _PASSES = 8  # limit on passes of the transforms over a text that keeps changing
 
 
@@ -42,7 +47,7 @@ class Cleaner:
     nothing changes any more, so a cleaned text that is cleaned again stays as it is.
 
     Attributes:
-        settings: settings of the rules that are on, by name; the key under which results may be cached.
+        settings: settings of the rules that are on, by name.
         steps: the rules.
     """
 
@@ -56,6 +61,13 @@ class Cleaner:
     def of(cls, settings: Mapping[str, Any] | str) -> Cleaner:
         """Return the cleaner of a preset's name, or of the section `clean` of a recipe; see `settings.resolve`."""
         return cls(resolve(settings))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of all that decides the results: version, settings, contents of the files they name, libraries."""
+        libraries = {rule: version(package) for rule, package in _LIBRARIES.items() if rule in self.settings}
+        facts = [VERSION, self.settings, contents(self.settings), libraries]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def process(self, document: Document, dry_run: bool = False) -> Outcome:
         """Clean a document.

@@ -58,7 +58,7 @@ class Language(Step):
     def __post_init__(self) -> None:
         labels = identifier().labels
         if wrong := next((code for code in self.keep if code not in labels), None):
-            raise UserError(f"language.keep: {wrong!r} is not one of py3langid's languages: {', '.join(labels)}")
+            raise UserError(f"keep has {wrong!r}, which is not one of py3langid's languages: {', '.join(labels)}")
 
     def decide(self, features: Features, state: State) -> str | None:
         text = features.text[: self.characters]

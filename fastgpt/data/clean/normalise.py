@@ -267,7 +267,7 @@ class Boilerplate(Step):
             try:
                 self._more = re.compile(rf"^(?:{'|'.join(f'(?:{p})' for p in self.lines)})$", re.I | re.M)
             except re.error as e:
-                raise UserError(f"boilerplate.lines: {e} in one of the {len(self.lines)} regular expressions") from None
+                raise UserError(f"lines: {e} in one of the {len(self.lines)} regular expressions") from None
 
     def transform(self, text: str, state: State) -> str:
         for pattern in filter(None, (_LINE, self._more)):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib.util
 import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastgpt.core.errors import UserError
@@ -29,6 +32,7 @@ STEPS: dict[str, type[Step]] = {
         *(PersonalData, Lowercase, Counterfactual),
     )
 }
+FILES = ("words", "groups", "toxic", "pairs", "path")  # settings that name a file
 _AS_FINEWEB = {"filter_no_terminal_punct": False}
 _LAYOUT = {"collapse": False, "max_blank_lines": 2}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -134,7 +138,39 @@ def make(name: str, values: Mapping[str, Any]) -> Step:
             raise SettingError(f"clean.{name}.{key} is {value!r}, expected {expected}", (name, key))
         if isinstance(value, (int, float)) and value < 0:
             raise SettingError(f"clean.{name}.{key} is {value!r}, expected 0 or more", (name, key))
-    return kind(**values)
+    try:
+        return kind(**values)
+    except SettingError:
+        raise
+    except UserError as e:
+        raise SettingError(f"clean.{name}: {e}", (name,)) from None
+
+
+def located(settings: Mapping[str, Any] | str, folder: Path) -> dict[str, Any] | str:
+    """Return settings in which the files that rules name are below `folder`, unless their paths are absolute."""
+    if isinstance(settings, str):
+        return settings
+    return {
+        rule: {key: _locate(key, value, folder) for key, value in values.items()}
+        if isinstance(values, Mapping)
+        else values
+        for rule, values in settings.items()
+    }
+
+
+def _locate(key: str, value: Any, folder: Path) -> Any:
+    names_file = key in FILES and isinstance(value, str) and value not in ("built-in", "")
+    return str(folder / Path(value).expanduser()) if names_file else value
+
+
+def contents(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Return the sha256 of each file that the settings name, and of the module of a scorer, by path."""
+    paths = {v for values in settings.values() for k, v in values.items() if k in FILES and v not in ("built-in", "")}
+    if "scorer" in settings:
+        module = str(settings["scorer"].get("function", "")).partition(":")[0]
+        spec = importlib.util.find_spec(module) if module else None
+        paths |= {spec.origin} if spec and spec.origin and spec.has_location else set()
+    return {str(path): hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in sorted(paths)}
 
 
 def resolve(settings: Mapping[str, Any] | str) -> dict[str, dict[str, Any]]:

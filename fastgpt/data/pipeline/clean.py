@@ -43,7 +43,7 @@ class CleanTask:
     def key(self) -> str:
         dedup = self.dedup
         prints = None if dedup is None else [dedup.near, dedup.shingle, dedup.bands, dedup.rows, dedup.seed]
-        cleaner = Cleaner.of(self.source.clean).settings
+        cleaner = Cleaner.of(self.source.clean).fingerprint
         facts = self.unit.source, self.unit.facts, asdict(self.format), cleaner, self.source.sample
         return key_of("clean", *facts, self.validation, self.seed, prints, self.chunk_bytes)
 
