@@ -148,7 +148,8 @@ def _llmc(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
 def _gguf(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
     if type(source.tokenizer) is not Tokenizer:
         raise UserError(f"export: {source.path.parent} has no tokenizer like GPT-2's, which --format gguf needs")
-    gguf.write(folder, source.config, source.read, dtype, source.tokenizer.text, source.tokenizer.eot)
+    tokenizer, bos = source.tokenizer, next(iter(source.tokenizer.prefix), None)
+    gguf.write(folder, source.config, source.read, dtype, tokenizer.text, tokenizer.eot, bos)
 
 
 FORMATS: dict[str, Callable[[Exported, Path, str, int], None]] = {

@@ -17,7 +17,8 @@ from fastgpt.data.tokenizer import Tokenizer
 
 FILE, MODEL, OLD = "tokenizer.json", "tokenizer.model", ("vocab.json", "merges.txt")
 SETTINGS, SPECIALS, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
-COMPANIONS = (SETTINGS, SPECIALS, GENERATION, "chat_template.jinja")
+TEMPLATE = "chat_template.jinja"
+COMPANIONS = (SETTINGS, SPECIALS, GENERATION, TEMPLATE)
 KINDS: tuple[Callable[[str, str, str], Tokenizer], ...] = (ByteLevelTokenizer, PieceTokenizer)
 
 
@@ -43,9 +44,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         tokenizer.ends = tuple(ends) if isinstance(ends, list) else (ends,)
         if not all(isinstance(i, int) for i in tokenizer.ends):
             raise UserError(f"{folder / GENERATION} has eos_token_id {ends!r}, expected a number or a list of them")
-    tokenizer.companions = {
+    tokenizer.companions = companions = {
         name: (folder / name).read_text(encoding="utf-8") for name in COMPANIONS if (folder / name).is_file()
     }
+    if TEMPLATE not in companions and (template := _template(settings[SETTINGS].get("chat_template"))):
+        companions[TEMPLATE] = template
     return tokenizer
 
 
@@ -126,6 +129,13 @@ def _from_old(vocabulary: dict[str, int], merges: str, settings: dict[str, dict[
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, made.token_to_id(bos))]
         )
     return str(made.to_str(pretty=True))
+
+
+def _template(given: Any) -> str | None:
+    """Return the chat template of a tokenizer_config.json: a text, or the default one of several with names."""
+    if isinstance(given, list):
+        given = next((t["template"] for t in given if isinstance(t, dict) and t.get("name") == "default"), None)
+    return given if isinstance(given, str) else None
 
 
 def _content(token: Any) -> str | None:

@@ -153,6 +153,9 @@ def test_what_begins_and_ends_a_text(tmp_path: Path) -> None:
     found.save(tmp_path / "copy" / "tokenizer.json")
     again = load_tokenizer(tmp_path / "copy" / "tokenizer.json")
     assert (again.prefix, again.bos, again.eot, again.ends) == (found.prefix, found.bos, found.eot, found.ends)
+    named = [{"name": "tools", "template": "x"}, {"name": "default", "template": "{{ y }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(tmp_path).companions["chat_template.jinja"] == "{{ y }}"
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|other|>"}')
     with pytest.raises(UserError, match="has no special token '<|other|>', which tokenizer_config.json names"):
         load_tokenizer(tmp_path)

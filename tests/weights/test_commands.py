@@ -18,7 +18,7 @@ from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
 from fastgpt.data import Tokenizer, train_tokenizer
 from fastgpt.data.load import load_tokenizer
-from fastgpt.inference import Generator
+from fastgpt.inference import Generator, Request
 from fastgpt.inference.chat import Conversation, Template
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
@@ -65,6 +65,10 @@ def test_a_run_goes_out_with_its_tokenizer_and_comes_back(run: Path, tokenizer: 
     settings = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
     assert settings["tokenizer_class"] == "GPT2Tokenizer"
     assert theirs.config.eos_token_id == tokenizer.eot and theirs.config.n_ctx == 32
+    prompt = read("the cat", return_tensors="pt")["input_ids"]
+    greedy = theirs.double().generate(prompt, max_new_tokens=20, do_sample=False)[0, prompt.shape[1] :]
+    results = Generator(load_run(run, CPU)[0].double(), tokenizer).generate([Request("the cat", 20, temperature=0)])
+    assert results[0].ids == greedy.tolist() and len(greedy) > 3
 
     assert importing.main([str(tmp_path / "hf"), str(tmp_path / "back")]) == 0
     back, kept, path = load_run(tmp_path / "back", CPU)
@@ -231,8 +235,9 @@ def llama(tmp_path: Path) -> Path:
     model.generation_config.eos_token_id = [2, 5]
     model.save_pretrained(folder)
     sentencepiece_folder(folder, **MODELS["bpe, as Llama 2"])
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer", "add_bos_token": true}')
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
 

@@ -53,6 +53,16 @@ def write(model: GPT, folder: Path, kind: str, tokenizer: Tokenizer) -> Any:
     return gguf.GGUFReader(folder / "model.gguf")
 
 
+@pytest.mark.parametrize("bos", [None, 3])
+def test_a_bos_is_in_the_file(bos: int | None, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = model_of("gpt2", tokenizer)
+    named = dict(model.named_parameters())
+    ours.write(tmp_path, model.config, lambda name: named[name].detach(), "fp16", tokenizer.text, tokenizer.eot, bos)
+    fields = {n: f.contents() for n, f in gguf.GGUFReader(tmp_path / "model.gguf").fields.items()}
+    assert fields["tokenizer.ggml.add_bos_token"] is (bos is not None)
+    assert fields["tokenizer.ggml.bos_token_id"] == (tokenizer.eot if bos is None else bos)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_the_same_from_the_file(name: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")

@@ -68,12 +68,21 @@ def family_in_gguf(c: ModelConfig) -> Family:
     return found
 
 
-def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], kind: str, tokenizer: str, eot: int) -> None:
+def write(
+    folder: Path,
+    c: ModelConfig,
+    read: Callable[[str], Tensor],
+    kind: str,
+    tokenizer: str,
+    eot: int,
+    bos: int | None = None,
+) -> None:
     """Write model.gguf, one parameter at a time.
 
     Args:
         kind: type of the matrices, a key of TYPES.
         tokenizer: content of tokenizer.json, a byte-level BPE like GPT-2's. eot: id that ends a text.
+        bos: id before every prompt; None: prompts get none.
 
     Raises:
         UserError: gguf is not installed, or llama.cpp does not host the model.
@@ -87,7 +96,7 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], kind: str
         raise UserError("export: the tokenizer has no merges, expected one at least; llama.cpp loads no file without")
     writer = gguf.GGUFWriter(str(folder / "model.gguf"), family.model_type)
     _settings(writer, gguf, c, family.model_type, TYPES[kind][1])
-    _tokens(writer, spec, c.vocab_size or 0, eot)
+    _tokens(writer, spec, c.vocab_size or 0, eot, bos)
     extra = {} if (freqs := _stretch(c)) is None else {"rope_freqs.weight": freqs}
     for name, values in extra.items():
         writer.add_tensor_info(name, values.shape, values.dtype, values.nbytes)
@@ -156,7 +165,7 @@ def _stretch(c: ModelConfig) -> npt.NDArray[np.float32] | None:
     return stretched
 
 
-def _tokens(writer: Any, spec: dict[str, Any], vocab_size: int, eot: int) -> None:
+def _tokens(writer: Any, spec: dict[str, Any], vocab_size: int, eot: int, bos: int | None) -> None:
     """Add the vocabulary and the merges; ids beyond the tokenizer's are tokens that are not used."""
     specials = {t["content"]: int(t["id"]) for t in spec["added_tokens"]}
     known = {int(i): token for token, i in (spec["model"]["vocab"] | specials).items()}
@@ -167,6 +176,6 @@ def _tokens(writer: Any, spec: dict[str, Any], vocab_size: int, eot: int) -> Non
     kinds = [CONTROL if i in special else NORMAL if i in known else UNUSED for i in range(vocab_size)]
     writer.add_token_types(kinds)
     writer.add_token_merges(merges_of(spec))
-    writer.add_bos_token_id(eot)
+    writer.add_bos_token_id(eot if bos is None else bos)
     writer.add_eos_token_id(eot)
-    writer.add_add_bos_token(False)
+    writer.add_add_bos_token(bos is not None)

@@ -44,7 +44,6 @@ def tokenizer_files(
         vocabulary = spec["model"]["vocab"] | {t["content"]: t["id"] for t in spec["added_tokens"]}
         files["vocab.json"] = json.dumps(vocabulary, ensure_ascii=False)
         files["merges.txt"] = "\n".join(["#version: 0.2", *merges_of(spec)]) + "\n"
-    template = chat_template or (settings or {}).get("chat_template")
-    if isinstance(template, str):
-        files["chat_template.jinja"] = template
+    if chat_template is not None:
+        files["chat_template.jinja"] = chat_template
     return files
