@@ -13,7 +13,7 @@ tokens agree: share of the tokens before the first one that differs from fastgpt
 floor: the bytes of the weights over the speed at which this machine reads (the faster of a matrix-vector product and a
 sum over as many bytes, in the same rounds and with the same threads); a decode step reads every weight at least once.
 products: the matrix products of the prefill alone, in the same rounds. Memory: the peak resident memory of the process
-while it generates, beyond what it had before it loaded the model, and as a share of the weights and the cache.
+while it generates, beyond what it had after it had run a tiny model, and as a share of the weights and the cache.
 """
 
 from __future__ import annotations

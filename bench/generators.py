@@ -77,6 +77,7 @@ class Shape:
 
 
 SHAPES = {"gpt2-124m": Shape(12, 12, 768, 50257, 1024, 128, 128), "tiny": Shape(2, 2, 64, 300, 64, 16, 8)}
+WARM = Shape(1, 1, 32, 300, 16, 8, 2)  # each process runs this before its memory is measured
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def available() -> tuple[list[str], dict[str, str]]:
 
 def write_models(shape: Shape, folder: Path, names: list[str]) -> dict[str, int]:
     """Write the files that the variants load; return the model's parameters and those that a decode step reads."""
+    if shape != WARM:
+        write_models(WARM, folder / "warm", names)
     model = GPT(shape.config(), generator=torch.Generator().manual_seed(0)).eval()
     save_pretrained(model, folder / "hf", extra={"bos_token_id": 0, "eos_token_id": 0})
     named = dict(model.named_parameters())
@@ -135,8 +138,9 @@ class FastGPT:
         options: dict[str, Any] = {} if OWN[name] == "fp32" else {"weights": OWN[name]}
         model = load_pretrained(setup.folder / "hf")
         self.generator = Generator(model, **options)
-        tensors = [*self.generator.model.parameters(), *self.generator.model.buffers()]
-        self.weight_bytes = sum(t.nbytes for t in tensors)
+        model = self.generator.model
+        storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        self.weight_bytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())  # a tied head is no second one
 
     def generate(self, prompts: Tokens, count: int) -> Tokens:
         requests = [Request(prompt, count, temperature=0, ignore_eos=True) for prompt in prompts]
@@ -292,8 +296,11 @@ def serve(pipe: Connection, name: str, setup: Setup) -> None:
             batch, product = message
             pipe.send((machine.multiply(batch) if product else machine.read(), [], 0.0))
         return
-    if name in TRANSFORMERS:
-        importlib.import_module("transformers.generation")  # before memory is measured
+    small = engine(name, Setup(WARM, setup.folder / "warm", setup.threads))
+    if name != "transformers static":  # which would compile for half a minute
+        small.generate(WARM.prompts(1), WARM.new)
+    del small
+    gc.collect()
     before = resident_mb("VmRSS")
     found = engine(name, setup)
     pipe.send({"weight_bytes": float(found.weight_bytes)})
