@@ -4,7 +4,7 @@ REPORT.html.
 The newest row of each figure on each device counts. Where nothing was measured the cell says so. --readme FILE rewrites
 the tables between FILE's markers from the files that each marker names:
 
-    <!-- bench:ops bench/results/a.jsonl -->   (or bench:steps, bench:gpus)
+    <!-- bench:ops bench/results/a.jsonl -->   (or bench:steps, bench:gpus, bench:generation)
     <!-- /bench -->
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ OTHERS = {
     "roofline": ("Where a step's time goes", "Shares of a training step by class of kernel; `fastgpt bench roofline`."),
     "memory": ("Memory", "The largest batch and the longest context that fit; `fastgpt bench memory`."),
     "host": ("Host", "Microseconds per call, launches, import, compile and install; `fastgpt bench host`."),
+    "generate": ("Generation", "Tokens per second against transformers and llama.cpp; `fastgpt bench generate`."),
     "codegen": ("Codegen", "Compiler output for each kernel; `fastgpt bench codegen`. No GPU is needed."),
 }
 HIDDEN = (
@@ -277,7 +279,33 @@ def readme_gpus(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
-README_TABLES = {"ops": readme_ops, "steps": readme_steps, "gpus": readme_gpus}
+def readme_generation(rows: list[Row]) -> list[list[str]]:
+    """Return the table of generation: every variant at each batch, on the machine that was measured last."""
+    lines = [["batch", "variant", "tokens/s", "ms per step", "% of the floor", "prefill GFLOP/s", "% of the products"]]
+    lines[0] += ["peak MB", "/ (weights + cache)", "against transformers", "against llama.cpp"]
+    rows = [r for r in rows if r["bench"] == "generate" and "ms" in r]
+    last = hardware(max(rows, key=lambda r: str(r["machine"]["date"]))) if rows else ""
+    by: dict[tuple[int, str], dict[str, Row]] = {}
+    for r in rows:
+        if hardware(r) == last and r["shape"] == "gpt2-124m":
+            by.setdefault((r["batch"], r["variant"]), {})[r["phase"]] = r
+    share: Callable[[Row, str], str] = lambda row, key: f"{row[key]:.0%}" if key in row else "-"  # noqa: E731
+    for (batch, name), phases in by.items():
+        whole, prefill, decode = (phases[phase] for phase in ("generate", "prefill", "decode"))
+        cells = [str(batch), name, number(whole["tokens_per_s"]), number(decode["ms"]), share(decode, "share_of_floor")]
+        cells += [number(prefill.get("gflop_s")), share(prefill, "share_of_products"), number(whole["peak_mb"])]
+        keys = ("speed_vs_transformers", "speed_vs_llama.cpp")
+        cells += [f"{whole['peak_share']:.2f}", *(spread(whole, key) if key in whole else "-" for key in keys)]
+        lines.append(cells)
+    return lines
+
+
+README_TABLES = {"ops": readme_ops, "steps": readme_steps, "gpus": readme_gpus, "generation": readme_generation}
+USED: dict[str, Callable[[Row], bool]] = {  # the rows of the tables that name their source
+    "ops": lambda r: r["bench"] in OPS,
+    "steps": lambda r: r["bench"] == "throughput",
+    "generation": lambda r: r["bench"] == "generate" and r["shape"] == "gpt2-124m",
+}
 
 
 def update_readme(text: str, folder: Path) -> str:
@@ -292,12 +320,8 @@ def update_readme(text: str, folder: Path) -> str:
         made = README_TABLES[kind](rows)
         if len(made) == 1:
             return f"{found[0].splitlines()[0]}\n<!-- /bench -->"
-        used = {"ops": lambda r: r["bench"] in OPS, "steps": lambda r: r["bench"] == "throughput"}.get(
-            kind, lambda r: False
-        )
-        return "\n\n".join(
-            [found[0].splitlines()[0], *sources_of(list(filter(used, rows))), markdown_table(made), "<!-- /bench -->"]
-        )
+        sources = sources_of(list(filter(USED.get(kind, lambda r: False), rows)))
+        return "\n\n".join([found[0].splitlines()[0], *sources, markdown_table(made), "<!-- /bench -->"])
 
     return re.sub(r"<!-- bench:(\w+)([^>]*?) *-->\n.*?<!-- /bench -->", table, text, flags=re.S)
 
