@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import NULLS, WRONG, convert, describe, did_you_mean
 from fastgpt.data.clean import Cleaner, SettingError, located
+from fastgpt.data.dedup import DedupSettings
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MAX_EPOCHS = 4  # repeating text more often helps little (Muennighoff et al. 2023)
@@ -33,6 +34,7 @@ class SourceRecipe:
         url: addresses of files to download.
         hub: name of a data set for the `datasets` library.
         debian: names of Debian packages to download with apt-get; `path` then names files within them.
+        pydoc: use the help topics and docstrings of Python's standard library, as jsonl with ids.
         optional: leave the source out with a warning if it cannot be had (no network, no apt-get, no such files).
         format: how records are read: a format's name, or its settings ({name: jsonl, text: body, id: url}).
         license: license of the texts, copied to the manifest.
@@ -50,6 +52,7 @@ class SourceRecipe:
     url: list[str] = field(default_factory=list)
     hub: str | None = None
     debian: list[str] = field(default_factory=list)
+    pydoc: bool = False
     optional: bool = False
     format: str | dict[str, str | list[str]] = "auto"
     license: str = "unknown"
@@ -164,7 +167,7 @@ class Recipe:
     out: str | None = None
     seed: int = 0
     validation: float = 0.005
-    dedup: bool | dict[str, Any] = False
+    dedup: bool | DedupSettings = True
     decontaminate: list[str] = field(default_factory=list)
     tokenizer: str | TokenizerRecipe = "gpt2"
     mix: MixRecipe = MixRecipe()
@@ -216,9 +219,10 @@ class _Reader:
                 inner = get_args(kind)[1]
                 return {k: self.read(v, inner, f"{key}.{k}" if key else k) for k, v in node.value.items()}
             scalar = node.value is None or isinstance(node.value, str)
-            if get_origin(kind) is list and not isinstance(node.value, dict) and not (scalar and str in kinds):
+            if get_origin(kind) in (list, tuple) and not isinstance(node.value, dict) and not (scalar and str in kinds):
                 items = node.value if isinstance(node.value, list) else [node] if node.value is not None else []
-                return [self.read(v, get_args(kind)[0], f"{key}[{i}]") for i, v in enumerate(items)]
+                read = [self.read(v, get_args(kind)[0], f"{key}[{i}]") for i, v in enumerate(items)]
+                return read if get_origin(kind) is list else tuple(read)
         plain = node.plain()
         found = convert(plain, hint)
         if found is WRONG:
@@ -237,7 +241,11 @@ class _Reader:
             required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
             if required and f.name not in node.value:
                 self.fail(key, f"{prefix}{f.name} is missing")
-        return cls(**{name: self.read(v, hints[name], prefix + name) for name, v in node.value.items()})
+        values = {name: self.read(v, hints[name], prefix + name) for name, v in node.value.items()}
+        try:
+            return cls(**values)
+        except ValueError as e:
+            self.fail(key, f"{key}: {e}")
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -300,11 +308,13 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
         key = f"sources.{name}"
         if not NAME.fullmatch(name):
             reader.fail(key, f"source name is {name!r}, expected letters, digits, - and _")
-        places = [k for k in ("path", "url", "hub", "debian") if getattr(source, k)]
+        places = [k for k in ("path", "url", "hub", "debian", "pydoc") if getattr(source, k)]
         if places == ["path", "debian"]:
             places = ["debian"]
         if len(places) != 1:
-            reader.fail(key, f"{key} has {' and '.join(places) or 'no texts'}, expected one of path, url, hub, debian")
+            reader.fail(
+                key, f"{key} has {' and '.join(places) or 'no texts'}, expected one of path, url, hub, debian, pydoc"
+            )
         if source.defects not in ("fail", "skip", "replace"):
             reader.fail(f"{key}.defects", f"{key}.defects is {source.defects!r}, expected fail, skip or replace")
         _check_range(reader, f"{key}.sample", source.sample, 0 < source.sample <= 1, "more than 0, at most 1")
@@ -321,6 +331,9 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
     if not recipe.sources:
         reader.fail("sources", "sources is empty, expected at least one source")
     _check_range(reader, "validation", recipe.validation, 0 <= recipe.validation < 1, "from 0 to below 1")
+    if isinstance(recipe.dedup, DedupSettings):
+        for name in recipe.dedup.prefer:
+            _known(reader, "dedup.prefer", name, recipe.sources)
     sizes: dict[str, int | None] = {"shards.tokens": recipe.shards.tokens, "part_megabytes": recipe.part_megabytes}
     sizes |= {"workers": recipe.workers, "mix.tokens": recipe.mix.tokens}
     if isinstance(recipe.tokenizer, TokenizerRecipe):
@@ -367,7 +380,8 @@ def _check_mix(recipe: Recipe, reader: _Reader) -> None:
 
 def _known(reader: _Reader, key: str, name: str, sources: dict[str, SourceRecipe]) -> None:
     if name not in sources:
-        reader.fail(key, f"{key} is not a source{did_you_mean(name, sources)}")
+        of = "" if key.endswith(name) else f" {name!r}, which"
+        reader.fail(key, f"{key}{' names' if of else ''}{of} is not a source{did_you_mean(name, sources)}")
 
 
 def _check_range(reader: _Reader, key: str, value: Any, right: bool, expected: str) -> None:

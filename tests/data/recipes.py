@@ -1,11 +1,9 @@
 """Small recipes and texts for the tests of builds."""
 
-import importlib.util
 import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
 from fastgpt.data.pipeline.stages import build
@@ -36,7 +34,7 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     }
     tokenizer = {"train": {"vocab_size": 300, "bytes": 20000}}
     plain: dict[str, Any] = {"sources": sources, "validation": 0.25, "tokenizer": tokenizer, "seed": 1}
-    return {**plain, "shards": {"tokens": 4000}, "workers": 1, "dedup": HAS_DEDUP and {"near": False}, **changes}
+    return {**plain, "shards": {"tokens": 4000}, "workers": 1, "dedup": {"near": False}, **changes}
 
 
 def write_recipe(folder: Path, plain: dict[str, Any]) -> Path:
@@ -61,7 +59,3 @@ def built(folder: Path, out: Path, keep: bool = False, **changes: Any) -> dict[s
 def shards(out: Path) -> dict[str, bytes]:
     """Return the content of every shard, index and list of ids of a data set."""
     return {p.name: p.read_bytes() for p in sorted(out.iterdir()) if p.suffix in (".bin", ".idx", ".ids")}
-
-
-HAS_DEDUP = importlib.util.find_spec("fastgpt.data.dedup") is not None
-needs_dedup = pytest.mark.skipif(not HAS_DEDUP, reason="no fastgpt.data.dedup")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from data.recipes import built, needs_dedup, recipe, settings, shards, text, write_recipe, write_source
+from data.recipes import built, recipe, settings, shards, text, write_recipe, write_source
 
 from fastgpt.cli import main as fastgpt
 from fastgpt.core.errors import UserError
@@ -236,7 +236,6 @@ def test_shards_of_a_larger_older_data_set_are_removed(tmp_path: Path) -> None:
 # Selection
 
 
-@needs_dedup
 def test_a_copy_of_a_held_out_document_is_not_trained_on(tmp_path: Path, done: Path) -> None:
     held = documents(done, val=True)
     plain = settings(tmp_path)
@@ -250,7 +249,6 @@ def test_a_copy_of_a_held_out_document_is_not_trained_on(tmp_path: Path, done: P
     assert report["sources"]["copies"]["dropped"] == {"duplicate": len(held)}
 
 
-@needs_dedup
 def test_evaluation_texts_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "eval.txt").write_text(text(("big", 7)), encoding="utf-8")
     report = built(tmp_path, tmp_path / "out", decontaminate=["eval.txt"])
@@ -258,6 +256,16 @@ def test_evaluation_texts_are_dropped(tmp_path: Path) -> None:
     assert report["sources"]["big"]["examples"] == {"contaminated": ["big-7"]}
     with pytest.raises(UserError, match=r"decontaminate names .*none.txt, expected a file"):
         built(tmp_path, tmp_path / "out", decontaminate=["none.txt"])
+
+
+def test_defects_are_counted(tmp_path: Path) -> None:
+    plain = settings(tmp_path)
+    plain["sources"]["small"]["defects"] = "skip"
+    with open(plain["sources"]["small"]["path"], "ab") as f:
+        f.write(b'{"id": "x", "text": "caf\xe9"}\n{"id": "y", "te\n{"id": "z"}\n')
+    report = build(stages_recipe(tmp_path, plain), tmp_path / "out", show=False)
+    assert report is not None and sum(report["sources"]["small"]["defects"].values()) == 3
+    assert "small.jsonl, line 21" in report["sources"]["small"]["defect_examples"][0]
 
 
 def test_limits_and_samples(tmp_path: Path) -> None:
@@ -434,7 +442,6 @@ def overwrite(content: bytes) -> Callable[[dict[str, Any], Path], None]:
         (change_source(format={"name": "jsonl", "max_bytes": "x"}), "sources.small.format.max_bytes is 'x', expected"),
         (lambda plain, folder: plain.update(validation=1e-9), "none of 80 documents was held out"),
         (lambda plain, folder: plain.update(tokenizer="gpt3"), "gpt3"),
-        (lambda plain, folder: plain.update(dedup={"bandz": 3}), "dedup"),
         (lambda plain, folder: (folder / "out").mkdir() or (folder / "out" / "mine.txt").touch(), "out holds mine.txt"),
         (lambda plain, folder: (folder / "out").touch(), "out is not a folder"),
     ],

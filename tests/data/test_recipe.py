@@ -53,13 +53,17 @@ def test_values_have_the_types_of_the_fields(tmp_path: Path) -> None:
         (
             ("    path: [texts/*.jsonl, more]\n", ""),
             3,
-            "sources.web has no texts, expected one of path, url, hub, debian",
+            "sources.web has no texts, expected one of path, url, hub, debian, pydoc",
         ),
         (("gopher_quality", "gopher_qualty"), 6, "clean: unknown setting 'gopher_qualty'"),
         (("min_doc_words: 20", "min_doc_words: x"), 6, "clean.gopher_quality.min_doc_words is 'x'"),
         (("vocab_size: 300", "vocab_size: 200"), 9, "tokenizer.train.vocab_size is 200, expected 257 or more"),
         (("tokenizer: {train: {vocab_size: 300}}", "tokenizer: [1]"), 9, "expected text or a mapping"),
-        (("sources: [code]", "sources: [cod]"), 11, "mix.replay.sources is not a source"),
+        (
+            ("sources: [code]", "sources: [cod]"),
+            11,
+            "mix.replay.sources names 'cod', which is not a source (did you mean code?)",
+        ),
         (("code: 3", "cod: 3"), 14, "mix.stages[1].weights.cod is not a source (did you mean code?)"),
         (("share: 0.9", "share: 0"), 13, "mix.stages[0].share is 0.0, expected more than 0"),
         (("weight: 2", "weight: 2\n    weight: 3"), 8, "weight is given twice"),
@@ -70,6 +74,9 @@ def test_values_have_the_types_of_the_fields(tmp_path: Path) -> None:
         (("mix:", "shards: {dtype: int8}\nmix:"), 10, "expected auto, uint16 or uint32"),
         (("weight: 2", "weight: [2"), 8, "not valid YAML"),
         (("mix:", "bogus: 1\nmix:"), 10, "bogus is not a key"),
+        (("mix:", "dedup: {bandz: 3}\nmix:"), 10, "dedup.bandz is not a key (did you mean bands?)"),
+        (("mix:", "dedup: {threshold: 2}\nmix:"), 10, "threshold of deduplication: got 2.0, expected more than 0"),
+        (("mix:", "dedup: {keep: source, prefer: [cod]}\nmix:"), 10, "dedup.prefer names 'cod', which is not a source"),
     ],
 )
 def test_an_error_names_file_line_and_key(tmp_path: Path, change: tuple[str, str], line: int, message: str) -> None:

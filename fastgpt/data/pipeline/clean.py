@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.data.clean import Cleaner, Tally
-from fastgpt.data.pipeline import duplicates
+from fastgpt.data.dedup import DedupSettings, fingerprint
 from fastgpt.data.pipeline.gather import Unit
 from fastgpt.data.pipeline.store import ALL, Chunk, ChunkWriter, hash64, key_of, new_result, read_json, write_json
 from fastgpt.data.read import Defect, Format, open_documents
@@ -24,6 +24,7 @@ class CleanTask:
     """A part to clean, with everything that its result depends on.
 
     Attributes:
+        cleaner: fingerprint of the cleaning rules.
         validation: share of the documents to hold out.
         dedup: None if duplicates stay.
         chunk_bytes: text of a chunk, about.
@@ -33,9 +34,10 @@ class CleanTask:
     unit: Unit
     source: SourceRecipe
     format: Format
+    cleaner: str
     validation: float
     seed: int
-    dedup: duplicates.Settings | None
+    dedup: DedupSettings | None
     chunk_bytes: int
     folder: Path
 
@@ -43,8 +45,7 @@ class CleanTask:
     def key(self) -> str:
         dedup = self.dedup
         prints = None if dedup is None else [dedup.near, dedup.shingle, dedup.bands, dedup.rows, dedup.seed]
-        cleaner = Cleaner.of(self.source.clean).fingerprint
-        facts = self.unit.source, self.unit.facts, asdict(self.format), cleaner, self.source.sample
+        facts = self.unit.source, self.unit.facts, asdict(self.format), self.cleaner, self.source.sample
         return key_of("clean", *facts, self.validation, self.seed, prints, self.chunk_bytes)
 
 
@@ -62,13 +63,13 @@ class Counts:
     documents: int = 0
     bytes: int = 0
     unsampled: int = 0
-    defects: Counter[str] = field(default_factory=Counter)
+    defects: dict[str, int] = field(default_factory=dict)
     defect_examples: list[str] = field(default_factory=list)
     tally: Tally = field(default_factory=Tally)
 
     def defect(self, defect: Defect) -> None:
         """Count a defect."""
-        self.defects[defect.kind] += 1
+        self.defects[defect.kind] = self.defects.get(defect.kind, 0) + 1
         if len(self.defect_examples) < EXAMPLES:
             self.defect_examples.append(str(defect))
 
@@ -76,7 +77,7 @@ class Counts:
         """Add the counts of another part, as `asdict` returns them."""
         for name in ("documents", "bytes", "unsampled"):
             setattr(self, name, getattr(self, name) + other[name])
-        self.defects.update(other["defects"])
+        self.defects = dict(Counter(self.defects) + Counter(other["defects"]))
         self.defect_examples += other["defect_examples"][: EXAMPLES - len(self.defect_examples)]
         self.tally.merge(Tally.from_json(other["tally"]))
 
@@ -116,7 +117,7 @@ def _process(task: CleanTask, writers: list[ChunkWriter], counts: Counts) -> Non
 
 def _fingerprint(place: Path, texts: list[str], task: CleanTask) -> None:
     if task.dedup is not None:
-        duplicates.package().fingerprint(texts, task.dedup).save(place / PRINTS)
+        fingerprint(texts, task.dedup).save(place / PRINTS)
 
 
 def chunks_of(folder: Path, source: str, key: str) -> list[Chunk]:

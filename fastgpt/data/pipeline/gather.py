@@ -12,6 +12,7 @@ from typing import Any
 
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import WRONG, convert
+from fastgpt.data.pipeline.fetch import debian_packages, python_documentation
 from fastgpt.data.pipeline.store import hash64
 from fastgpt.data.pipeline.workers import Workers
 from fastgpt.data.read import DefectError, Format, Part, SourceFile, find_files, parts_of
@@ -106,6 +107,12 @@ def _files(name: str, source: SourceRecipe, format: Format, work: Path) -> list[
 
 
 def _patterns(name: str, source: SourceRecipe, work: Path) -> Sequence[str]:
+    """Return paths, folders and globs of a source, after fetching what is not here yet."""
+    if source.debian:
+        folder = debian_packages(source.debian, work / "fetched")
+        return [str(folder / path) for path in source.path or [""]]
+    if source.pydoc:
+        return [str(python_documentation(work / "fetched"))]
     return source.path
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt.core.errors import UserError
-from fastgpt.data.pipeline import duplicates
+from fastgpt.data.dedup import DedupPart, DedupSettings, Duplicates, NgramIndex, find
 from fastgpt.data.pipeline.clean import EXAMPLES, PRINTS
 from fastgpt.data.pipeline.manifest import ERASED
 from fastgpt.data.pipeline.store import Chunk, key_of, new_result, read_json, write_json
@@ -55,14 +55,14 @@ def find_leaks(task: LeakTask) -> None:
     if task.path.exists():
         return
     index = _index(task.files, task.contents)
-    leaks = [index.overlap(text) for texts in task.chunk.texts() for text in texts]
+    leaks = [bool(found) for texts in task.chunk.texts() for found in index.overlaps_of(texts)]
     with new_result(task.path) as aside:
         np.save(aside / "leaks.npy", np.array(leaks, bool))
 
 
 @functools.lru_cache(1)
-def _index(files: tuple[str, ...], contents: str) -> Any:
-    return duplicates.package().NgramIndex.from_files(list(files))
+def _index(files: tuple[str, ...], contents: str) -> NgramIndex:
+    return NgramIndex.from_files(list(files))
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Selector:
     def __init__(
         self,
         recipe: Recipe,
-        dedup: duplicates.Settings | None,
+        dedup: DedupSettings | None,
         chunks: Sequence[Chunk],
         leaks: Sequence[Path],
         erased: Erased,
@@ -112,40 +112,36 @@ class Selector:
         place = folder / self.key()
         if not place.exists():
             with new_result(place) as aside:
-                found = self._duplicates()
+                found = self._duplicates(aside)
                 left = {name: s.max_documents for name, s in self.recipe.sources.items()}
                 for i, chunk in enumerate(self.chunks):
                     np.save(aside / f"{i:06}.npy", self._mask(i, chunk, found, left))
                 write_json(aside / "report.json", self._report(found))
         return Selection([place / f"{i:06}.npy" for i in range(len(self.chunks))], read_json(place / "report.json"))
 
-    def _duplicates(self) -> Any:
+    def _duplicates(self, scratch: Path) -> Duplicates | None:
         if self.dedup is None or not self.chunks:
             return None
-        dedup = duplicates.package()
         order = {name: i for i, name in enumerate(self.recipe.sources)}
-        parts = [
-            dedup.DedupPart(
-                f"{order[chunk.source]:05}/{i:09}",
-                chunk.source,
-                "val" if chunk.held else "train",
-                chunk.folder / PRINTS,
-            )
-            for i, chunk in enumerate(self.chunks)
+        self.parts = [
+            DedupPart(f"{order[c.source]:05}/{i:09}", c.source, "val" if c.held else "train", c.folder / PRINTS)
+            for i, c in enumerate(self.chunks)
         ]
-        by_name = {part.name: chunk for part, chunk in zip(parts, self.chunks, strict=True)}
 
-        def texts_of(part: Any, rows: npt.NDArray[Any]) -> list[str]:
-            return [text for texts in by_name[part.name].texts(rows) for text in texts]
+        def texts_of(part: DedupPart, rows: npt.NDArray[Any]) -> list[str]:
+            return [text for texts in self._chunk(part.name).texts(rows) for text in texts]
 
-        return dedup.find(parts, texts_of, self.dedup)
+        return find(self.parts, texts_of, self.dedup, scratch)
 
-    def _mask(self, i: int, chunk: Chunk, found: Any, left: dict[str, int | None]) -> Mask:
+    def _chunk(self, part: str) -> Chunk:
+        return self.chunks[int(part.partition("/")[2])]
+
+    def _mask(self, i: int, chunk: Chunk, found: Duplicates | None, left: dict[str, int | None]) -> Mask:
         keep: Mask = np.ones(chunk.documents, bool)
         if self.leaks:
             self._drop(chunk, keep, ~np.load(self.leaks[i] / "leaks.npy"), "contaminated")
         if found is not None:
-            self._drop(chunk, keep, np.asarray(found.outcomes[i].keep), "duplicate")
+            self._drop(chunk, keep, found.keep(self.parts[i]), "duplicate")
         if self.erased.ids or self.erased.hashes:
             self._drop(chunk, keep, ~self._erased(chunk), "erased")
         limit = left[chunk.source]
@@ -171,16 +167,22 @@ class Selector:
         by_text = [hashlib.sha256(text.encode()).hexdigest() in self.erased.hashes for text in texts]
         return by_id | np.array(by_text, bool) if by_text else by_id
 
-    def _report(self, found: Any) -> dict[str, Any]:
+    def _report(self, found: Duplicates | None) -> dict[str, Any]:
         report: dict[str, Any] = {"dropped": {n: dict(c) for n, c in self.dropped.items()}, "examples": self.examples}
         if found is not None:
+            pairs = [[self._named(*pair.first), self._named(*pair.second), pair.similarity] for pair in found.pairs]
             report["duplicates"] = {
-                "clusters": found.clusters,
                 "counts": [[*sources, asdict(counts)] for sources, counts in sorted(found.counts.items())],
-                "pairs": [asdict(pair) for pair in found.pairs],
+                "empty": dict(found.empty),
+                "pairs": pairs,
                 "work": asdict(found.work),
             }
         return report
+
+    def _named(self, part: str, row: int) -> list[str]:
+        """Return source and id of a document."""
+        chunk = self._chunk(part)
+        return [chunk.source, chunk.ids()[row]]
 
 
 def read_erased(out: Path) -> Erased:

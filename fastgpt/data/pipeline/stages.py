@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.core.errors import UserError
+from fastgpt.data.clean import Cleaner
+from fastgpt.data.dedup import DedupSettings
 from fastgpt.data.load import load_tokenizer
-from fastgpt.data.pipeline import duplicates
 from fastgpt.data.pipeline.clean import CleanTask, Counts, chunks_of, clean, counts_of
 from fastgpt.data.pipeline.gather import format_for, gather
 from fastgpt.data.pipeline.layout import Layout, lay_out
@@ -76,7 +77,7 @@ class Build:
     def __init__(self, recipe: Recipe, out: Path, workers: Workers, share: Share = Share()) -> None:
         self.recipe, self.out, self.workers, self.share = recipe, out, workers, share
         self.work = out / "work"
-        self.dedup = dedup_settings(recipe)
+        self.dedup = DedupSettings() if recipe.dedup is True else recipe.dedup or None
         self.erased = read_erased(out)
         self.held_out = contents_of(recipe.decontaminate)
         self.tasks = self._clean_tasks()
@@ -178,11 +179,13 @@ class Build:
     def _clean_tasks(self) -> list[CleanTask]:
         recipe = self.recipe
         formats = {name: format_for(name, source) for name, source in recipe.sources.items()}
+        cleaners = {name: Cleaner.of(source.clean).fingerprint for name, source in recipe.sources.items()}
         return [
             CleanTask(
                 unit,
                 recipe.sources[unit.source],
                 formats[unit.source],
+                cleaners[unit.source],
                 recipe.validation if (own := recipe.sources[unit.source].validation) is None else own,
                 recipe.seed,
                 self.dedup,
@@ -259,17 +262,6 @@ def dry_run(recipe: Recipe, out: str | Path, *, workers: int | None = None, show
         run.clean()
         cleaned = run.cleaned()
         return report_of(recipe, cleaned.counts, run.select(cleaned).report, None)
-
-
-def dedup_settings(recipe: Recipe) -> duplicates.Settings | None:
-    """Return the settings of deduplication, None if it is off. Raises UserError for values that are not allowed."""
-    if recipe.dedup is False:
-        return None
-    given = recipe.dedup if isinstance(recipe.dedup, dict) else {}
-    try:
-        return duplicates.package().DedupSettings(**given)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"dedup: {e}") from None
 
 
 def check_folder(out: Path) -> None:
