@@ -41,9 +41,9 @@ from fastgpt.bench.generators import (
     available,
     write_models,
 )
-from fastgpt.bench.render import number as digits
 from fastgpt.bench.variants import reason
 from fastgpt.core.command import Parser, number, run_command
+from fastgpt.core.page import number as digits
 from fastgpt.data.tokenizer import available_cores
 
 PHASES = ("generate", "prefill", "decode")

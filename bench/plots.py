@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fastgpt.bench.render import Plot, figure
+from fastgpt.core.page import Plot, figure
 
 OURS, WORSE, THEIRS, GRID = "#2f6f4f", "#b4532a", "#8b949e", "#d0d7de"
 

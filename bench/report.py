@@ -18,10 +18,10 @@ from typing import Any
 
 from fastgpt.bench import OPS, plots
 from fastgpt.bench.compare import ours
-from fastgpt.bench.render import NOT_MEASURED, Section, Table, markdown, markdown_table, number, page, spread
 from fastgpt.bench.results import Row, hardware, identity, on_cpu, read_rows, relative
 from fastgpt.core.command import Parser
 from fastgpt.core.errors import UserError
+from fastgpt.core.page import NOT_MEASURED, Section, Table, markdown, markdown_table, number, page, spread
 
 WANTED_GPUS = ("A100", "H100", "H200")
 WHOLE = ("both", "step")  # phases that a training step consists of

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from fastgpt import cli
-from fastgpt.bench import OPS, commands, cpu, render, report, results
+from fastgpt.bench import OPS, commands, cpu, report, results
 from fastgpt.bench._harness import provenance
 from fastgpt.core.cards import datasheet_bandwidth
 from fastgpt.core.errors import UserError
+from fastgpt.core.page import markdown_table, number
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMITTED = ROOT / "bench" / "results" / "2026-11-21-epyc-2-cores.jsonl"
@@ -193,9 +194,9 @@ def test_the_newest_row_counts_and_every_commit_is_named() -> None:
 
 
 def test_numbers_are_short() -> None:
-    shown = [render.number(v) for v in (0.0438992, 3.0212, 123.456, 27661.2, 12, 4096, None, "cpu", True)]
+    shown = [number(v) for v in (0.0438992, 3.0212, 123.456, 27661.2, 12, 4096, None, "cpu", True)]
     assert shown == ["0.0439", "3.02", "123.5", "27,661", "12", "4,096", "-", "cpu", "True"]
-    assert render.markdown_table([["a"], ["x|y"]]) == "| a |\n| --- |\n| x\\|y |"
+    assert markdown_table([["a"], ["x|y"]]) == "| a |\n| --- |\n| x\\|y |"
 
 
 def test_readmes_figures_are_the_rows() -> None:

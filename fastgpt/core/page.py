@@ -54,7 +54,7 @@ def figure(draw: Callable[[Any], None], width: float, height: float) -> bytes:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("report: plots need matplotlib; run `pip install matplotlib`") from None
+        raise UserError("plots need matplotlib, expected `pip install matplotlib`") from None
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
     draw(fig.add_subplot())
