@@ -11,6 +11,7 @@ from fastgpt.core.command import Parser
 SUBCOMMANDS = {
     "build": ("fastgpt.data.pipeline.command:build_main", "build a data set from a recipe"),
     "inspect": ("fastgpt.data.pipeline.command:inspect_main", "print what is in a data set, and samples of its texts"),
+    "card": ("fastgpt.data.pipeline.command:card_main", "print the data card of a data set"),
     "forget": ("fastgpt.data.pipeline.command:forget_main", "erase documents from a data set"),
     "validate": (
         "fastgpt.data.read.validate",

@@ -72,7 +72,7 @@ def test_the_manifest_counts_what_is_there(done: Path) -> None:
         name: facts["train"]["documents"] for name, facts in manifest["sources"].items()
     }
     assert manifest["sources"]["big"]["license"] == "MIT" and manifest["generation"] == 1
-    assert set(manifest["files"]) == {p.name for p in done.iterdir()} - {"manifest.json", "work"}
+    assert set(manifest["files"]) == {p.name for p in done.iterdir()} - {"manifest.json", "report.html", "work"}
 
 
 def test_the_split_stays_when_a_source_grows(done: Path, tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_tasks_give_the_same_bytes(done: Path, tmp_path: Path) -> None:
 def test_nothing_is_left_but_the_data_set(tmp_path: Path) -> None:
     built(tmp_path, tmp_path / "out")
     names = {p.name for p in (tmp_path / "out").iterdir()}
-    assert names == {*open_built(tmp_path / "out").manifest["files"], "manifest.json"}
+    assert names == {*open_built(tmp_path / "out").manifest["files"], "manifest.json", "report.html"}
 
 
 class Killed(BaseException):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fastgpt.core.command import run_command
+from fastgpt.data.built import open_built
+from fastgpt.data.command import main
 from fastgpt.data.pipeline.page import page_of
+from fastgpt.data.pipeline.show import samples
 from fastgpt.data.pipeline.topics import Topic, topics
 
 pytest.importorskip("matplotlib")
@@ -101,3 +107,25 @@ def test_topics_find_the_groups_of_words() -> None:
     assert topics(texts, sources, 2) == [first, second]
     assert topics(["", "123"], ["a", "a"]) == [] and topics([], []) == []
     assert len(topics(["garden river"] * 5, ["a"] * 5)) == 1
+
+
+def test_samples_page_and_card_of_a_built_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [f"The garden of house {i} has a river and a meadow with flowers.\n" * 20 for i in range(12)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    source = {"path": "texts.jsonl", "license": "CC0", "clean": "none"}
+    settings = {"sources": {"houses": source}, "tokenizer": {"train": {"vocab_size": 300}}, "dedup": False}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(settings | {"validation": 0.2}))
+    out = str(tmp_path / "out")
+    assert run_command(lambda: main(["build", str(tmp_path / "recipe.yaml"), "--out", out, "--workers", "1"])) == 0
+    assert f"{out}/report.html is the report" in capsys.readouterr().out
+    assert "house" not in text_of((tmp_path / "out" / "report.html").read_text()).replace("houses", "")
+    data = open_built(out)
+    found = list(samples(data, 4, 50))
+    assert len(found) == 4 == len({s.id for s in found}) and all(s.source == "houses" for s in found)
+    assert all(s.text.startswith("The garden of house") and s.tokens > 50 for s in found)
+    assert len(list(samples(data, 100, 5))) == data.manifest["train"]["documents"] and not list(samples(data, 0, 5))
+    assert run_command(lambda: main(["inspect", out, "--samples", "2"])) == 0
+    assert capsys.readouterr().out.count("The garden of house") >= 2
+    assert run_command(lambda: main(["card", out])) == 0
+    card = capsys.readouterr().out
+    assert "| houses | CC0 | 12 | 12 |" in card and "Duplicates: not looked for" in card

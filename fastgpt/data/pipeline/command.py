@@ -1,4 +1,4 @@
-"""The commands `fastgpt data build`, `inspect` and `forget`."""
+"""The commands `fastgpt data build`, `inspect`, `card` and `forget`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from fastgpt.core.options import did_you_mean
 from fastgpt.data.built import BuiltDataset, open_built, verify
 from fastgpt.data.pipeline import report as reports
 from fastgpt.data.pipeline.forget import forget as erase
+from fastgpt.data.pipeline.show import PAGE, card, samples, write_page
 from fastgpt.data.pipeline.stages import ALONE, Share, build, dry_run
 from fastgpt.data.pipeline.store import read_json
-from fastgpt.data.pipeline.write import documents_of
 from fastgpt.data.recipe import load_recipe
 
 SAMPLE = 300  # characters of a document that `inspect` prints
@@ -48,7 +48,7 @@ def build_main(argv: list[str]) -> int:
     made = build(recipe, out, workers=args.workers, keep=args.keep, only=args.only, share=share)
     if made is not None:
         print(reports.describe(made))
-        print(f"{out} is ready: fastgpt train --data {out}")
+        print(f"{out} is ready: fastgpt train --data {out}; {out / PAGE} is the report")
     return 0
 
 
@@ -56,7 +56,7 @@ def inspect_main(argv: list[str]) -> int:
     """Run `fastgpt data inspect`."""
     parser = Parser(prog="fastgpt data inspect", description="Print what is in a data set, and samples of its texts.")
     parser.add_argument("out", metavar="OUT", help="folder of the data set")
-    parser.add_argument("--samples", type=number(int, 0), default=1, help="documents of each source (default: 1)")
+    parser.add_argument("--samples", type=number(int, 0), default=3, help="documents to print (default: 3)")
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file with the manifest")
     args = parser.parse_args(argv)
     data = open_built(args.out)
@@ -66,6 +66,15 @@ def inspect_main(argv: list[str]) -> int:
     print(
         "\n".join([*_head(data), reports.describe(read_json(data.path / "report.json")), *_samples(data, args.samples)])
     )
+    print(f"page: {write_page(data.path)}")
+    return 0
+
+
+def card_main(argv: list[str]) -> int:
+    """Run `fastgpt data card`."""
+    parser = Parser(prog="fastgpt data card", description="Print the data card of a data set, in Markdown.")
+    parser.add_argument("out", metavar="OUT", help="folder of the data set")
+    print(card(Path(parser.parse_args(argv).out)), end="")
     return 0
 
 
@@ -107,14 +116,7 @@ def _head(data: BuiltDataset) -> Iterator[str]:
 
 
 def _samples(data: BuiltDataset, n: int) -> Iterator[str]:
-    """Yield the beginnings of the first n training documents of each source in the first shard."""
-    name = data.manifest["shards"][0]["name"]
-    starts, ids = documents_of(data.path, name)
-    left = dict.fromkeys(data.manifest["sources"], n)
+    """Yield the beginnings of n training documents."""
     width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
-    for row, (source, identity) in enumerate(ids):
-        if left[source]:
-            left[source] -= 1
-            start, stop = int(starts[row]) + 1, int(starts[row + 1])
-            text = data.tokenizer.decode(data.train.read(start, min(stop - start, SAMPLE)).tolist())
-            yield f"{'-' * width}\n{source} {identity} ({stop - start:,} tokens)\n{text[:SAMPLE]}"
+    for found in samples(data, n, SAMPLE):
+        yield f"{'-' * width}\n{found.source} {found.id} ({found.tokens:,} tokens)\n{found.text[:SAMPLE]}"

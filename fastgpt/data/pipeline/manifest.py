@@ -16,6 +16,7 @@ from typing import Any
 from fastgpt.core.errors import UserError
 from fastgpt.data.built import FORMAT, KIND, MANIFEST, open_built, read_manifest
 from fastgpt.data.load import load_tokenizer
+from fastgpt.data.pipeline.card import card_of
 from fastgpt.data.pipeline.layout import Layout
 from fastgpt.data.pipeline.store import write_json
 from fastgpt.data.recipe import Recipe, TokenizerRecipe
@@ -90,6 +91,7 @@ def about(
     }
     return {
         "inputs": inputs,
+        "card": card_of(report, settings),
         "generation": entry["generation"],
         "generations": [*before, entry],
         "recipe": settings,

@@ -31,6 +31,7 @@ from fastgpt.data.pipeline.manifest import (
 )
 from fastgpt.data.pipeline.report import report_of
 from fastgpt.data.pipeline.select import LeakTask, Selection, Selector, contents_of, find_leaks, read_erased
+from fastgpt.data.pipeline.show import write_page
 from fastgpt.data.pipeline.store import Chunk, key_of, locked, read_json, remove_partial, write_json
 from fastgpt.data.pipeline.tokens import Encoding, choose_tokenizer, encode
 from fastgpt.data.pipeline.workers import Workers
@@ -247,6 +248,7 @@ def _build(run: Build, only: str | None, keep: bool) -> dict[str, Any] | None:
         if only == "tokenize":
             return None
         run.finish(cleaned, selection, tokenized)
+        write_page(run.out)
     if not keep:
         shutil.rmtree(run.work, ignore_errors=True)
     report: dict[str, Any] = read_json(run.out / "report.json")

@@ -1,0 +1,67 @@
+"""What a person sees of a finished data set: samples of its documents, the page report.html, and the data card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastgpt.core.errors import UserError
+from fastgpt.data.built import BuiltDataset, open_built
+from fastgpt.data.pipeline.page import page_of
+from fastgpt.data.pipeline.store import read_json
+from fastgpt.data.pipeline.topics import topics
+from fastgpt.data.pipeline.write import documents_of
+from fastgpt.data.shards import atomic_file, open_tokens
+
+PAGE = "report.html"
+TOPIC_DOCUMENTS = 1000  # that topics are made from
+TOPIC_TOKENS = 1000  # of each of them
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A document of a data set: its number of tokens, and the text of the first ones."""
+
+    source: str
+    id: str
+    tokens: int
+    text: str
+
+
+def samples(data: BuiltDataset, count: int, tokens: int) -> Iterator[Sample]:
+    """Yield up to `count` training documents, evenly spaced over the shards, with at most `tokens` tokens each."""
+    shards = [s for s in data.manifest["shards"] if s["source"] is None and s["documents"]]
+    total = sum(s["documents"] for s in shards)
+    count = min(count, total)
+    wanted = [i * total // count for i in range(count)]
+    first = 0
+    for shard in shards:
+        rows = [n - first for n in wanted if first <= n < first + shard["documents"]]
+        first += shard["documents"]
+        if rows:
+            starts, ids = documents_of(data.path, shard["name"])
+            stream = open_tokens(data.path / f"{shard['name']}.bin")
+            for row in rows:
+                start, stop = int(starts[row]) + 1, int(starts[row + 1])
+                text = data.tokenizer.decode(stream.read(start, min(stop - start, tokens)).tolist())
+                yield Sample(ids[row][0], ids[row][1], stop - start, text)
+
+
+def write_page(out: Path) -> Path:
+    """Write OUT/report.html and return its path. Raises UserError if the data set is damaged."""
+    data = open_built(out)
+    found = list(samples(data, TOPIC_DOCUMENTS, TOPIC_TOKENS))
+    about = topics([s.text for s in found], [s.source for s in found])
+    page = page_of(read_json(out / "report.json"), data.manifest, about)
+    with atomic_file(out / PAGE) as f:
+        f.write(page.encode("utf-8", "backslashreplace"))
+    return out / PAGE
+
+
+def card(out: Path) -> str:
+    """Return the data card of a data set. Raises UserError if it has none."""
+    text = open_built(out).manifest.get("card")
+    if not isinstance(text, str):
+        raise UserError(f"data set {out} has no data card: it is of an older version; build it again")
+    return text
