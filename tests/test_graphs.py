@@ -4,16 +4,14 @@ on a recorder of PyTorch's calls under the same rules (fixed addresses, host num
 import functools
 import importlib
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from recorder import recording
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastgpt import train
 from fastgpt.bench.variants import train_step
@@ -27,54 +25,6 @@ from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.schedule import learning_rate
 from fastgpt.training.stability import LossScale, SpikeGuard
-
-WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
-
-
-class Recorder(TorchDispatchMode):
-    """Runs each call and keeps it with the tensors it read and wrote."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, Any, Any, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in WAITS:
-            raise graphs.CaptureLost(f"operation not permitted when stream is capturing: {func}")
-        out = func(*args, **(kwargs or {}))
-        self.calls.append((func, args, kwargs or {}, out))
-        return out
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for func, args, kwargs, out in self.calls:
-            again = func(*args, **kwargs)
-            for place, value in zip(tree_leaves(out), tree_leaves(again), strict=True):
-                if isinstance(place, Tensor) and place.data_ptr() != value.data_ptr():
-                    place.copy_(value)
-
-
-def recording(state: Callable[[], list[Tensor]]) -> Callable[..., Any]:
-    """Replace graphs.record on a CPU: since a capture runs nothing, `state` and the random generator are restored."""
-
-    def record(
-        function: graphs.Function, inputs: list[Tensor], pool: object
-    ) -> tuple[Callable[[], None], Tensor, None]:
-        with torch.no_grad():
-            before = [(t, t.clone()) for t in [*state(), *inputs]]
-        random = torch.get_rng_state()
-        try:
-            with Recorder() as recorder:
-                out = function(*inputs)
-        finally:
-            with torch.no_grad():
-                for t, value in before:
-                    t.copy_(value)
-            torch.set_rng_state(random)
-        return recorder.replay, out, None
-
-    return record
-
 
 MODEL = ModelConfig(n_layers=2, n_heads=2, width=512, vocab_size=96, vocab_multiple=1)
 SETTINGS = TrainConfig(MODEL, device="cpu", block_size=16, micro_batch=2, max_steps=9, warmup_steps=4, lr=0.01)

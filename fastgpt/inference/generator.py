@@ -82,6 +82,7 @@ class Generator:
             positions are learned; the rotary tables are extended.
         eos: id or ids that end a text; default those of the tokenizer.
         weights: "fp32", "bf16" or "int8" converts the model itself (`convert_weights`); None leaves it as it is.
+        graphs: on a GPU, run the steps after the first few from CUDA graphs, which hold memory for one step.
 
     The cache is allocated for the requests that wait when no request runs; `reserve` allocates the largest one.
 
@@ -98,6 +99,7 @@ class Generator:
         context: int | None = None,
         eos: int | Sequence[int] | None = None,
         weights: str | None = None,
+        graphs: bool = True,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("context", context)):
             if value is not None and value < 1:
@@ -106,7 +108,7 @@ class Generator:
             max_batch = 1
         if weights is not None:
             convert_weights(model, weights)
-        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
+        self.model, self.tokenizer, self.max_batch, self.graphs = model, tokenizer, max_batch, graphs
         self.context = model.block_size if context is None else context
         model.extend(self.context)
         eos = tokenizer.ends if eos is None and tokenizer is not None else eos
@@ -119,7 +121,7 @@ class Generator:
 
     def reserve(self) -> None:
         """Allocate the cache for max_batch texts of the whole context, so that no request waits for memory."""
-        self._rows = Rows(self.model, self.max_batch, self.context)
+        self._rows = Rows(self.model, self.max_batch, self.context, self.graphs)
 
     def add(self, request: Request) -> int:
         """Add a request; return its number.
@@ -230,7 +232,7 @@ class Generator:
             size = min(self.context, max(r.wanted for r in self.waiting))
             if self._rows is None or self._rows.count < count or self._rows.size < size:
                 self._rows = None  # free the old one first
-                self._rows = Rows(self.model, count, size)
+                self._rows = Rows(self.model, count, size, self.graphs)
         rows = self._rows
         assert rows is not None
         new: list[Running] = []

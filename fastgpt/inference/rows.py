@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastgpt.inference.graphs import DecodeGraphs
 from fastgpt.inference.requests import Request
 from fastgpt.inference.sampling import Choice, Options, Settings, choose
 from fastgpt.inference.scoring import Scores, score
@@ -20,10 +21,11 @@ class Rows:
     """Cache, last tokens and settings of up to `count` texts of up to `size` tokens; the first rows are in use.
 
     All tensors are allocated here. `decode` has the same shapes in every step and reads no host numbers but `options`,
-    so it can be recorded in a CUDA graph, one for each number of rows and Options.
+    so on a GPU it runs from a CUDA graph (graphs.py), one for each number of rows and Options, unless `graphs` is
+    false.
     """
 
-    def __init__(self, model: GPT, count: int, size: int) -> None:
+    def __init__(self, model: GPT, count: int, size: int, graphs: bool = True) -> None:
         self.model, self.count, self.size = model, count, size
         activations: Tensor = model.get_parameter("blocks.0.norm1.weight")  # other weights may be narrower than they
         self.device = activations.device
@@ -33,6 +35,7 @@ class Rows:
         self.settings = Settings.of_rows(count, self.device)
         self.u = torch.zeros(count, dtype=torch.float64, device=self.device)
         self.seen: Tensor | None = None  # (B, V), once a row has a repetition penalty
+        self.graphs = DecodeGraphs(model, self.lens, graphs)
 
     def set(self, row: int, request: Request, ids: Sequence[int]) -> None:
         """Set up a row for a request whose text is ids."""
@@ -97,7 +100,10 @@ class Rows:
             self.u[first : first + len(u)] = torch.tensor(u, dtype=torch.float64)
 
     def decode(self, count: int, options: Options) -> Choice:
-        """Read the last tokens of the first `count` rows, and choose the next ones."""
+        """Read the last tokens of the first `count` rows, and choose the next ones; valid until the next step."""
+        return self.graphs((count, options), lambda: self._decode(count, options))
+
+    def _decode(self, count: int, options: Options) -> Choice:
         h = self.model.hidden(self.tokens[:count, None], kv_cache=self.cache.part(0, count, self.lens[:count]))
         self.lens[:count] += 1
         return self._choose(h[:, 0], 0, count, options)

@@ -43,6 +43,11 @@ def add_options(parser: argparse.ArgumentParser, tokens_help: str) -> None:
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="seed of the sampled text (default: 0)")
     add("--context", type=number(int, 1), help="tokens that the model reads at most (default: its block_size)")
     add("--weights", choices=KINDS, help="convert the weights, on a CPU: fewer bits are faster (default: as stored)")
+    add(
+        "--no-graphs",
+        action="store_true",
+        help="on a GPU, launch the kernels of a step one by one, without CUDA graphs",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
 
 
@@ -79,7 +84,7 @@ def generator_of(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace,
     except ValueError as e:
         raise UserError(f"--{e}") from None
     try:
-        return Generator(model, tokenizer, max_batch=max_batch, context=args.context)
+        return Generator(model, tokenizer, max_batch=max_batch, context=args.context, graphs=not args.no_graphs)
     except ValueError as e:
         raise UserError(f"--context: {e}") from None
 

@@ -58,7 +58,7 @@ def sample(run: Run, prompt: str) -> str:
     if tokenizer is None:
         return "no samples: the data has no tokenizer (pass --tokenizer tokenizer.json)"
     request = Request(prompt or [tokenizer.eot], cfg.sample_tokens, temperature=0.8, top_k=50, seed=cfg.seed)
-    return prompt + Generator(run.model, tokenizer).generate([request])[0].text
+    return prompt + Generator(run.model, tokenizer, graphs=False).generate([request])[0].text
 
 
 def finish(run: Run, log: Log) -> int:

@@ -17,47 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.core.errors import UserError
+from fastgpt.core.graphs import WARM_STEPS, CaptureLost, record, sentence
 from fastgpt.optim import AdamW
 from fastgpt.training.config import TrainConfig
 
-WARM_STEPS = 3  # PyTorch asks for three before a capture
-
 Function = Callable[..., Tensor]
-
-
-class CaptureLost(RuntimeError):
-    """Raised when CUDA aborts a capture. The allocator and the random generator of some versions of PyTorch (such as
-    2.11) then treat the capture as active forever, so this process cannot continue."""
-
-
-def record(function: Function, inputs: list[Tensor], pool: Any) -> tuple[Callable[[], None], Tensor, Any]:
-    """Record function(*inputs) on the current stream without running it; return (replay, its result, the memory pool).
-
-    Raises:
-        CaptureLost: `function` called something that a capture does not allow, such as waiting for the device.
-        Exception: raised by `function`; the capture itself is intact.
-    """
-    graph, raised = torch.cuda.CUDAGraph(), None
-    try:
-        # thread_local: the threads of the loader and the checkpoint writer may allocate pinned memory meanwhile
-        with torch.cuda.graph(graph, pool, torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            try:
-                out = function(*inputs)
-            except Exception as e:
-                raised = e
-                raise
-    except Exception as e:
-        if e is raised:
-            raise
-        raise CaptureLost(_sentence(raised or e)) from e  # e only says that an earlier error occurred
-    return graph.replay, out, graph.pool()
-
-
-def _sentence(e: BaseException) -> str:
-    """Return the message of an error, or of the first error in its chain, on one line."""
-    while inner := e.__cause__ or (None if e.__suppress_context__ else e.__context__):
-        e = inner
-    return " ".join(str(e).split())[:300] or type(e).__name__
 
 
 class Graphs:
@@ -115,7 +79,7 @@ class Graphs:
                     "--no-graphs"
                 ) from e
             except Exception as e:
-                self.failure = f"{name}: {_sentence(e)}"
+                self.failure = f"{name}: {sentence(e)}"
                 for p, grad in zip(self.parameters, grads, strict=True):
                     p.grad = grad
                 return function(*inputs)
