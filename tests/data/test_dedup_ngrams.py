@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.dedup import NgramIndex
 from fastgpt.data.dedup.words import split
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 SENTENCES = st.lists(st.sampled_from(["a", "b", "C", "é", "一"]), max_size=12).map(", ".join)
 QUESTION = "How many words does a question need before it counts as long enough to be found again?"

@@ -51,8 +51,12 @@ class Fingerprints:
 
 
 def normalized(text: str) -> str:
-    """Return the text in NFC with each run of whitespace as one space. Documents are equal if these are."""
-    return " ".join((text if text.isascii() else unicodedata.normalize("NFC", text)).split())
+    """Return the text in NFC, with line ends as \\n, without whitespace around it. Documents are equal if these are.
+
+    Texts that differ in other whitespace have the same words, so they are near-duplicates with similarity 1.
+    """
+    text = text if text.isascii() else unicodedata.normalize("NFC", text)
+    return (text.replace("\r\n", "\n") if "\r" in text else text).strip()
 
 
 def fingerprint(texts: Sequence[str], settings: DedupSettings = DedupSettings()) -> Fingerprints:

@@ -20,6 +20,7 @@ UNSPACED = (
     *((0xE00, 0xEFF), (0x1000, 0x109F), (0x1780, 0x17FF)),
     *((0x3040, 0x30FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x3FFFF)),
 )
+ASSIGNED = ((0, 0x34000), (0xE0000, 0xE0200))  # where letters, digits and marks are
 CHUNK = 1 << 18  # bytes of text hashed at once: the arrays stay in the cache
 LONG = 256  # bytes; a longer word is hashed by BLAKE2b
 
@@ -191,7 +192,9 @@ def _byte_classes() -> np.ndarray:
 @lru_cache(maxsize=1)
 def _code_classes() -> np.ndarray:
     """Return the class of each code point: (0x110000,) uint8."""
-    kinds = np.fromiter((unicodedata.category(chr(i))[0] in "LNM" for i in range(0x110000)), np.uint8, 0x110000)
+    kinds = np.zeros(0x110000, np.uint8)
+    for first, last in ASSIGNED:
+        kinds[first:last] = [unicodedata.category(chr(i))[0] in "LNM" for i in range(first, last)]
     kinds[ord("_")] = IN_WORD
     for first, last in UNSPACED:
         kinds[first : last + 1] *= ALONE
