@@ -1,0 +1,200 @@
+"""Packing of documents into windows of one length, and fill-in-the-middle.
+
+No token is lost unless the caller asks for it: a document that is longer than a window is split, and the space that is
+left in a window is padded. `doc_ids` tells attention where documents end, so tokens see their own document only.
+
+Sources: best-fit packing, Ding et al., Fewer Truncations Improve Language Modeling (arXiv 2404.10830);
+fill-in-the-middle, Bavarian et al. (arXiv 2207.14255).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+Method = Literal["concatenate", "best-fit", "pad"]
+PADDING = -1  # the document of a padding token
+
+
+@dataclass(slots=True)
+class Packed:
+    """Windows of T tokens.
+
+    Attributes:
+        tokens: (N, T) in the dtype of the documents; `pad` behind the last document of a window
+        doc_ids: (N, T) int32, the index of each token's document, -1 for padding; as `doc_ids` of attention
+        dropped: tokens of documents that are in no window
+        padding: tokens of the windows that belong to no document
+    """
+
+    tokens: np.ndarray
+    doc_ids: np.ndarray
+    dropped: int
+    padding: int
+
+
+class _Pieces(NamedTuple):
+    """Parts of documents, each of at most a window: index of the document, first token, length; each (P,) int64."""
+
+    document: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+
+
+def pack(
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+    length: int,
+    method: Method = "concatenate",
+    *,
+    pad: int = 0,
+    truncate: bool = False,
+    drop_last: bool = False,
+) -> Packed:
+    """Pack documents into windows.
+
+    "concatenate" puts all documents end to end and cuts the stream, so only the last window has padding. "best-fit"
+    puts each document, the longest first, into the fullest window that still has room, so a document is split only if
+    it is longer than a window. "pad" begins a new window for each document.
+
+    Args:
+        tokens: (tokens,), all documents end to end
+        offsets: (documents + 1,) int; document i is tokens[offsets[i]:offsets[i + 1]]
+        length: tokens of a window, T
+        method: how documents share windows
+        pad: the token of the padding
+        truncate: drop what is longer than a window instead of splitting it ("best-fit" and "pad")
+        drop_last: drop the last window if it is not full ("concatenate")
+
+    Raises:
+        ValueError: length below 1, an unknown method, or an option that does not go with the method
+    """
+    if length < 1:
+        raise ValueError(f"pack: length must be at least 1, got {length}")
+    if method not in get_args(Method):
+        raise ValueError(f"pack: method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if truncate and method == "concatenate":
+        raise ValueError("pack: truncate needs the method best-fit or pad, got concatenate")
+    if drop_last and method != "concatenate":
+        raise ValueError(f"pack: drop_last needs the method concatenate, got {method}")
+    offsets = np.asarray(offsets, np.int64)
+    tokens = tokens[offsets[0] : offsets[-1]]
+    offsets = offsets - offsets[0]
+    if method == "concatenate":
+        return _concatenate(tokens, offsets, length, pad, drop_last)
+    pieces = _split(offsets, length, truncate)
+    windows = np.arange(len(pieces.size)) if method == "pad" else _best_fit(pieces.size, length)
+    packed = _place(tokens, pieces, windows, length, pad)
+    packed.dropped = len(tokens) - int(pieces.size.sum())
+    return packed
+
+
+def _concatenate(tokens: np.ndarray, offsets: np.ndarray, length: int, pad: int, drop_last: bool) -> Packed:
+    count = len(tokens) // length if drop_last else -(-len(tokens) // length)
+    used = min(count * length, len(tokens))
+    windows = np.full(count * length, pad, tokens.dtype)
+    windows[:used] = tokens[:used]
+    doc_ids = np.full(count * length, PADDING, np.int32)
+    doc_ids[:used] = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))[:used]
+    shape = (count, length)
+    return Packed(windows.reshape(shape), doc_ids.reshape(shape), len(tokens) - used, count * length - used)
+
+
+def _split(offsets: np.ndarray, length: int, truncate: bool) -> _Pieces:
+    """Return the pieces of all documents in order; an empty document has none."""
+    sizes = np.diff(offsets)
+    counts = np.minimum(sizes, 1) if truncate else -(-sizes // length)
+    document = np.repeat(np.arange(len(sizes)), counts)
+    before = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
+    return _Pieces(document, offsets[:-1][document] + before, np.minimum(sizes[document] - before, length))
+
+
+def _best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
+    """Return the window of each piece. Windows are numbered by their first piece in the order of the documents."""
+    free: list[list[int]] = [[] for _ in range(length + 1)]  # windows by free space
+    spaces = 0  # bit s is set if a window has s tokens of free space
+    windows = np.empty(len(sizes), np.int64)
+    count = 0
+    order = np.argsort(-sizes, kind="stable")
+    for piece, size in zip(order.tolist(), sizes[order].tolist()):
+        fitting = spaces >> size
+        if fitting:
+            space = size + (fitting & -fitting).bit_length() - 1  # the least that is enough
+            window = free[space].pop()
+            if not free[space]:
+                spaces ^= 1 << space
+        else:
+            window, space, count = count, length, count + 1
+        windows[piece] = window
+        if space > size:
+            free[space - size].append(window)
+            spaces |= 1 << (space - size)
+    _, first, number = np.unique(windows, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number]
+
+
+def _place(tokens: np.ndarray, pieces: _Pieces, windows: np.ndarray, length: int, pad: int) -> Packed:
+    """Copy each piece into its window, behind the pieces before it."""
+    count = int(windows.max(initial=-1)) + 1
+    order = np.argsort(windows, kind="stable")
+    window, size = windows[order], pieces.size[order]
+    ends = np.cumsum(size)
+    first = np.searchsorted(window, np.arange(count))  # (count,) first piece of each window
+    column = ends - size - (ends - size)[first][window]
+    within = np.arange(int(size.sum())) - np.repeat(ends - size, size)
+    target = np.repeat(window * length + column, size) + within
+    packed, doc_ids = np.full(count * length, pad, tokens.dtype), np.full(count * length, PADDING, np.int32)
+    packed[target] = tokens[np.repeat(pieces.start[order], size) + within]
+    doc_ids[target] = np.repeat(pieces.document[order], size)
+    shape = (count, length)
+    return Packed(packed.reshape(shape), doc_ids.reshape(shape), 0, count * length - len(target))
+
+
+@dataclass(frozen=True, slots=True)
+class FillInTheMiddle:
+    """Fill-in-the-middle: some documents are reordered so that the middle comes last.
+
+    Attributes:
+        prefix, suffix, middle: the ids of the sentinels
+        rate: share of documents to reorder
+        spm: share among these in the order suffix, prefix, middle (SPM) instead of prefix, suffix, middle (PSM)
+        seed: seed; what happens to a document depends on it and the document's index alone
+    """
+
+    prefix: int
+    suffix: int
+    middle: int
+    rate: float = 0.5
+    spm: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rate", "spm"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"FillInTheMiddle: {name} must be in [0, 1], got {getattr(self, name)}")
+        ids = self.prefix, self.suffix, self.middle
+        if len(set(ids)) < 3:
+            raise ValueError(f"FillInTheMiddle: prefix, suffix and middle must differ, got {', '.join(map(str, ids))}")
+
+    def apply(self, tokens: np.ndarray, index: int) -> np.ndarray:
+        """Return a document reordered, or unchanged; three tokens longer if it is reordered.
+
+        The borders are between tokens, drawn uniformly. PSM: PREFIX prefix SUFFIX suffix MIDDLE middle.
+        SPM: PREFIX SUFFIX suffix MIDDLE prefix middle, as in the paper.
+
+        Args:
+            tokens: (n,), one document without its end-of-text token
+            index: the number of the document
+        """
+        rng = np.random.default_rng([self.seed, index])
+        if rng.random() >= self.rate:
+            return tokens
+        suffix_first = rng.random() < self.spm
+        first, last = np.sort(rng.integers(0, len(tokens) + 1, 2))
+        prefix, middle, suffix = tokens[:first], tokens[first:last], tokens[last:]
+        before, between, behind = (np.array([x], tokens.dtype) for x in (self.prefix, self.suffix, self.middle))
+        if suffix_first:
+            return np.concatenate([before, between, suffix, behind, prefix, middle])
+        return np.concatenate([before, prefix, between, suffix, behind, middle])
