@@ -200,3 +200,13 @@ def test_any_text(name: str, text: str) -> None:
     assert again.document is None or again.document.text == first.document.text
     if "unicode" in cleaner.settings or not any("\ud800" <= c <= "\udfff" for c in text):
         first.document.text.encode()
+
+
+@pytest.mark.parametrize(
+    "piece", ["<", "<b", "<script>", "<!--", "&amp;", "&", "[1", "[", "\n", " ", "a.", "Ã©", "!", "-", "'", "\t "]
+)
+def test_time_is_linear(piece: str) -> None:
+    """Texts made to be slow take milliseconds; quadratic rules would take minutes."""
+    cleaner = CLEANERS["transforms"]
+    cleaner.process(Document(piece * 30_000, "a#0", "a"))
+    CLEANERS["web"].process(Document("The end of that is with it. " + piece * 30_000, "a#0", "a"), dry_run=True)

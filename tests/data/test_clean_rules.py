@@ -13,6 +13,7 @@ import pytest
 from fastgpt.data.clean import Cleaner, Outcome
 from fastgpt.data.clean.features import Features
 from fastgpt.data.clean.gopher import not_unique, repeated_characters, top_characters
+from fastgpt.data.clean.language import KNOWN, Identifier
 from fastgpt.data.document import Document
 
 SYLLABLES = [a + b for a in "bdklmnprst" for b in "ao"]
@@ -243,3 +244,51 @@ def test_language() -> None:
         assert process(short, {"language": True}).dropped_by == "language_unknown"
     assert process(english[:20], {"language": {"unknown": "keep"}}).dropped_by is None
     assert process(english[:20], {"language": {"min_length": 10, "min_confidence": 0}}).dropped_by is None
+
+
+TONGUES = (
+    "The committee meets on Thursday. Der Ausschuss trifft sich am Donnerstag. Le comité se réunit jeudi. "
+    "Комитет собирается в четверг. 委員会は木曜日に会合します。 اللجنة تجتمع يوم الخميس. ALL CAPITALS HERE "
+    "def f(x): return x + 1 1234567890"
+)
+
+
+@pytest.mark.parametrize("version", [KNOWN[0], "unknown"])
+def test_languages_are_those_of_py3langid(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast walk gives the package's answers; with an unknown version the package itself is asked."""
+    monkeypatch.setattr("fastgpt.data.clean.language.version", lambda name: version)
+    ours = Identifier()
+    texts = [TONGUES[i : i + n] for n in (0, 1, 5, 6, 7, 40, 200) for i in range(0, len(TONGUES), 41)]
+    for text in [*texts, "\ud800", "e\u0301" * 30]:
+        code, confidence = ours.classify(text)
+        expected, score = ours._model.classify(text)
+        assert confidence == pytest.approx(score, abs=1e-4)
+        assert code == expected or score < 0.5
+
+
+def test_tokens_follow_spacys_rules() -> None:
+    text = "Don't it's well-known, 3.14 and/or (foo.bar) e.g. U.S. wait... «A»! https://a.org/b-c?d=1 --flag [x](y)."
+    tokens = "Do n't it 's well - known , 3.14 and / or ( foo.bar ) e.g. U.S. wait ... « A » ! "
+    tokens += "https://a.org/b-c?d=1 --flag [ x](y ) ."
+    features = Features(text)
+    assert [text[a:b] for a, b in zip(*features.bounds)] == tokens.split()
+    assert Features("").n_words == 0 == Features(" \n").n_words
+
+
+@pytest.mark.parametrize("text", ["Ab cD X aB", "Ab ÄÖ cD ǅx ß", "A" * 600_000 + " b " + "a" * 600_000])
+def test_hashes_depend_on_the_characters_of_a_token_alone(text: str) -> None:
+    features = Features(text)
+    tokens = [text[a:b] for a, b in zip(*features.bounds)]
+    by_token = dict(zip(tokens, features.hashes.tolist()))
+    assert len(set(by_token.values())) == len(by_token)
+    assert [int(Features(f"x {token}").hashes[-1]) for token in tokens] == [by_token[token] for token in tokens]
+    lower = [int(Features(token.lower()).hashes[-1]) for token in tokens]
+    assert features.lowered.tolist() == lower
+
+
+def test_a_long_text_takes_blocks() -> None:
+    text = "".join(f"word{i} " for i in range(60_000))
+    assert len(text) > 2 << 18
+    hashes = Features(text).hashes
+    assert len(set(hashes.tolist())) == 60_000
+    assert hashes[-1] == Features("word59999").hashes[0]

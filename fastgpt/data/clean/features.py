@@ -28,7 +28,7 @@ WORD, ALPHA, SPACE, DIGIT, UPPER, LOWER, MARK, FILLED = 1, 2, 4, 8, 16, 32, 64, 
 EDGE, PREFIX, DOT, STICK, BETWEEN_LETTERS, BETWEEN_DIGITS, BEFORE_LETTERS = 1, 2, 3, 4, 8, 16, 32
 U64 = NDArray[np.uint64]
 
-_BASE = 0x9E3779B97F4A7C15 | 1
+BASE = 0x9E3779B97F4A7C15 | 1
 _BLOCK = 1 << 18  # characters hashed at a time, which bounds the memory of long texts
 _OPENING = "([{<\"'`*_#&"
 _CONTRACTIONS = ("s", "d", "m", "ll", "re", "ve")
@@ -41,7 +41,7 @@ def _flags(char: str) -> int:
         _KINDS[ord(char)] = EDGE
     word = char.isalnum() or char == "\u200d" or category[0] == "M"
     flags = ((word, WORD), (char.isalpha(), ALPHA), (char.isspace(), SPACE), (char.isdigit(), DIGIT))
-    more = ((char.isupper(), UPPER), (char.islower(), LOWER), (_KINDS[ord(char)], MARK))
+    more = ((char.isupper() or category == "Lt", UPPER), (char.islower(), LOWER), (_KINDS[ord(char)], MARK))
     return FILLED | sum(flag for holds, flag in (*flags, *more) if holds)
 
 
@@ -58,14 +58,13 @@ for _kind, _marks in (
     _KINDS[[ord(_mark) for _mark in _marks]] |= _kind
 _CLASSES = np.zeros(0x110000, dtype=np.uint8)  # flags of each code point; filled at its first use
 _CLASSES[:128] = [_flags(chr(code)) for code in range(128)]
-_LOWERED = np.array([ord(chr(code).lower()) for code in range(128)], dtype=np.uint8)
 
 
 def _powers() -> tuple[U64, U64]:
     """Return the powers of the base and of its inverse modulo 2**64, each (_BLOCK,)."""
-    inverse = pow(_BASE, -1, 1 << 64)
+    inverse = pow(BASE, -1, 1 << 64)
     tables = []
-    for base in (_BASE, inverse):
+    for base in (BASE, inverse):
         table = np.full(_BLOCK, base, dtype=np.uint64)
         table[0] = 1
         tables.append(np.cumprod(table, dtype=np.uint64))
@@ -74,7 +73,6 @@ def _powers() -> tuple[U64, U64]:
 
 _POWERS, _INVERSES = _powers()
 _VALUES = np.where(_CLASSES[:128] & SPACE, 0, np.arange(128) + 1).astype(np.uint64)  # what an ASCII character adds
-_LOWER_VALUES = np.where(_CLASSES[:128] & SPACE, 0, _LOWERED.astype(np.int64) + 1).astype(np.uint64)
 
 
 def mix(hashes: U64) -> U64:
@@ -225,36 +223,46 @@ class Features:
         starts = self.bounds[0]
         return np.bitwise_or.reduceat(self.classes, starts) if len(starts) else np.zeros(0, np.uint8)
 
-    def _hash(self, lower: bool) -> U64:
-        """Return the hash of each token (w,), of its lower case if asked."""
+    @cached_property
+    def _sums(self) -> U64:
+        """Sum of (code point + 1) * B**position over each token (w,)."""
         (starts, ends), ascii_ = self.bounds, self.codes.dtype == np.uint8
-        hashes = np.zeros(len(starts), dtype=np.uint64)
-        table, first = _LOWER_VALUES if lower else _VALUES, 0
+        sums = np.zeros(len(starts), dtype=np.uint64)
+        first = 0
         while first < len(starts):
             begin = int(starts[first])
             after = max(int(np.searchsorted(ends, begin + _BLOCK, side="right")), first + 1)
             stop = int(ends[after - 1])
-            codes = self.codes[begin:stop]
             if ascii_:
-                values = table[codes]
+                values = _VALUES[self.codes[begin:stop]]
             else:
-                values = codes.astype(np.uint64) + np.uint64(1)
+                values = self.codes[begin:stop].astype(np.uint64) + np.uint64(1)
                 values[(self.classes[begin:stop] & SPACE) != 0] = 0
             at, size = starts[first:after] - begin, len(values)
             values *= _POWERS[:size] if size <= _BLOCK else np.resize(_POWERS, size)
-            hashes[first:after] = np.add.reduceat(values, at) * _INVERSES[at]
+            sums[first:after] = np.add.reduceat(values, at) * _INVERSES[at]
             first = after
-        return mix(hashes)
+        return sums
 
     @cached_property
     def hashes(self) -> U64:
         """Hash of each token (w,)."""
-        return self._hash(lower=False)
+        return mix(self._sums)
 
     @cached_property
     def lowered(self) -> U64:
         """Hash of each token of the text in lower case (w,); word lists and the classifier look these up."""
-        return self._hash(lower=True) if self.text.isascii() else Features(self.text.lower()).hashes
+        sums, starts = self._sums.copy(), self.bounds[0]
+        capitals = np.flatnonzero(self.classes & UPPER)
+        tokens = np.searchsorted(starts, capitals, side="right") - 1
+        if self.codes.dtype == np.uint8:
+            change = np.full(len(capitals), 32, dtype=np.uint64)  # ord("a") - ord("A")
+        else:
+            codes, each = np.unique(self.codes[capitals], return_inverse=True)
+            lower = [(code, chr(code).lower()) for code in codes.tolist()]
+            change = np.array([(ord(c) - code) % 2**64 if len(c) == 1 else 0 for code, c in lower], np.uint64)[each]
+        np.add.at(sums, tokens, change * _POWERS[(capitals - starts[tokens]) % _BLOCK])
+        return mix(sums)
 
     @cached_property
     def lines(self) -> list[str]:
@@ -272,5 +280,5 @@ def n_grams(hashes: U64, n: int) -> U64:
         return np.zeros(0, dtype=np.uint64)
     grams = hashes
     for k in range(1, n):
-        grams = grams[:-1] * np.uint64(_BASE) + hashes[k:]
+        grams = grams[:-1] * np.uint64(BASE) + hashes[k:]
     return grams

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastgpt.core.errors import UserError
-from fastgpt.data.clean.features import Features, n_grams
+from fastgpt.data.clean.features import BASE, U64, Features, n_grams
 
 MAX_WORDS = 4
 
@@ -90,14 +90,17 @@ class WordList:
     def __init__(self, terms: dict[str, list[str]]) -> None:
         self.categories = sorted(terms)
         tables: dict[int, dict[int, set[int]]] = {}  # by number of words, then hash: the numbers of the categories
+        first: set[int] = set()
         for number, category in enumerate(self.categories):
             for term in terms[category]:
                 hashes = Features(term.lower()).hashes
                 if not 0 < len(hashes) <= MAX_WORDS:
                     raise UserError(f"word list: {term!r} has {len(hashes)} words, expected 1 to {MAX_WORDS}")
+                first.add(int(hashes[0]))
                 table = tables.setdefault(len(hashes), {})
                 table.setdefault(int(n_grams(hashes, len(hashes))[0]), set()).add(number)
-        self._tables: list[tuple[int, NDArray[np.uint64], NDArray[np.intp]]] = []
+        self._first = np.array(sorted(first), dtype=np.uint64)  # hashes of the first words of terms
+        self._tables: list[tuple[int, U64, NDArray[np.intp]]] = []
         for n, table in sorted(tables.items()):
             member = np.zeros((len(table), len(self.categories)), dtype=np.intp)
             for row, hash_ in enumerate(sorted(table)):
@@ -111,13 +114,23 @@ class WordList:
 
     def counts(self, features: Features) -> NDArray[np.intp]:
         """Return how often terms of each category occur, (len(categories),)."""
-        counts = np.zeros(len(self.categories), dtype=np.intp)
+        counts, hashes = np.zeros(len(self.categories), dtype=np.intp), features.lowered
+        at = np.flatnonzero(_find(self._first, hashes)[1])
         for n, table, member in self._tables:
-            grams = n_grams(features.lowered, n)
-            at = np.minimum(np.searchsorted(table, grams), len(table) - 1)
-            counts += np.bincount(at[table[at] == grams], minlength=len(table)) @ member
+            at = at[at + n <= len(hashes)]
+            grams = hashes[at]
+            for k in range(1, n):
+                grams = grams * np.uint64(BASE) + hashes[at + k]
+            row, found = _find(table, grams)
+            counts += np.bincount(row[found], minlength=len(table)) @ member
         return counts
 
     def total(self, features: Features) -> int:
         """Return how often any term occurs."""
         return int(self.counts(features).sum())
+
+
+def _find(table: U64, hashes: U64) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Return the row of each hash (n,) in a sorted table, and whether it is there."""
+    row = np.minimum(np.searchsorted(table, hashes), len(table) - 1)
+    return row, table[row] == hashes
