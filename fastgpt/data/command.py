@@ -18,6 +18,7 @@ SUBCOMMANDS = {
         "list the defects of files: line, byte, what is wrong, how to repair it",
     ),
     "clean": ("fastgpt.data.clean.command:clean", "clean texts, or show what each rule would drop"),
+    "dedup": ("fastgpt.data.dedup.command", "drop duplicates, and documents that occur in evaluation files"),
     "classifier": ("fastgpt.data.clean.command:classifier", "train a quality classifier on good and bad samples"),
 }
 
