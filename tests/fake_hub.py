@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: what huggingface_hub asks of it to download a model, and to upload one."""
+"""A Hugging Face Hub on this machine, which huggingface_hub asks for models and data sets, and to upload a model."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
-        parts = path.strip("/").split("/")
-        if parts[0] == "api" and parts[1:2] == ["models"]:
+        parts = path.strip("/").removeprefix("datasets/").split("/")
+        if parts[0] == "api" and parts[1:2] in (["models"], ["datasets"]):
             repo, revision = "/".join(parts[2:4]), parts[5] if len(parts) > 5 else "main"
             if self.refuse(repo, revision):
                 return

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from fastgpt.convert.card import model_card
-from fastgpt.convert.hub import hub, upload
+from fastgpt.convert.hub import upload
 from fastgpt.core import tensorfile
 from fastgpt.core.command import Parser
 from fastgpt.core.device import DTYPES
 from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
+from fastgpt.core.hub import hub
 from fastgpt.data import Tokenizer
 from fastgpt.data.load import GENERATION, MODEL, SETTINGS, SPECIALS
 from fastgpt.models.config import ModelConfig, model_from_dict

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastgpt.core.errors import UserError
+from fastgpt.core.hub import hub, reason
 
 # names at the top of a repository, so that further copies of the weights, like consolidated.safetensors, are left out
 WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
-
-
-def hub(why: str) -> Any:
-    """Return the module huggingface_hub.
-
-    Raises:
-        UserError: it is not installed; `why` says what needs it.
-    """
-    try:
-        return importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise UserError(f"{why} needs huggingface_hub, expected `pip install huggingface_hub`") from None
 
 
 def download(name: str, revision: str, others: Sequence[str]) -> tuple[Path, str]:
@@ -43,7 +30,7 @@ def download(name: str, revision: str, others: Sequence[str]) -> tuple[Path, str
         if not any((folder / w).is_file() for w in (WEIGHTS[0], WEIGHTS[-1])):
             folder = Path(api.snapshot_download(name, revision=folder.name, allow_patterns=[*OLD_WEIGHTS, *others]))
     except Exception as e:  # the hub's errors have no common class
-        raise UserError(f"import: {name} is no folder, and {_reason(e, name, revision)}") from e
+        raise UserError(f"import: {name} is no folder, and {reason(e, name, revision)}") from e
     return folder, folder.name
 
 
@@ -58,21 +45,4 @@ def upload(folder: Path, name: str) -> str:
         api.create_repo(name, private=True, exist_ok=True)
         return str(api.upload_folder(folder_path=str(folder), repo_id=name))
     except Exception as e:  # the hub's errors have no common class
-        raise UserError(f"export: {name} was not uploaded, because {_reason(e, name)}; {folder} is complete") from e
-
-
-def _reason(e: Exception, name: str, revision: str = "main") -> str:
-    """Return what an error of huggingface_hub means."""
-    kinds, status = {kind.__name__ for kind in type(e).__mro__}, getattr(getattr(e, "response", None), "status_code", 0)
-    login = "log in with `hf auth login`"
-    if "GatedRepoError" in kinds:
-        return f"the hub gives no access to it: accept its terms at huggingface.co/{name}, then {login}"
-    if "RepositoryNotFoundError" in kinds:
-        return f"the hub has no model of this name; if it is private, {login}"
-    if "RevisionNotFoundError" in kinds:
-        return f"the hub has no revision {revision!r} of it"
-    if status in (401, 403):
-        return f"the hub refuses it: {login}"
-    if kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectError", "TransportError", "ConnectionError"}:
-        return "the hub cannot be reached"
-    return " ".join(f"the hub failed ({type(e).__name__}: {e})".split())[:300]
+        raise UserError(f"export: {name} was not uploaded, because {reason(e, name)}; {folder} is complete") from e

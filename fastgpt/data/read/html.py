@@ -46,24 +46,29 @@ def decode_html(reading: Reading, raw: bytes, byte: int, charset: str = "") -> s
 
     None, with a report, if the bytes are not in that charset and the mode is "skip".
     """
-    found = CHARSET.search(raw, 0, 4096)
-    declared = charset or (found[1].decode() if found else "utf-8")
-    try:
-        codec = codecs.lookup(declared).name
-    except LookupError:
-        codec = "utf-8"
-    if codec in ("utf-8", "ascii") or not codecs.lookup(codec)._is_text_encoding:
+    codec = charset_of(raw, charset)
+    if codec == "utf-8":
         return reading.decode(raw, byte, "page")
     try:
         text = raw.decode(codec)
     except UnicodeError as e:
         at = e.start if isinstance(e, UnicodeDecodeError) else 0
-        problem = f"byte 0x{raw[at]:02x} is not {declared}, the charset that the page declares"
+        problem = f"byte 0x{raw[at]:02x} is not {codec}, the charset that the page declares"
         reading.report("wrong charset", problem, "convert the page to UTF-8, or use mode replace", byte + at)
         if reading.format.mode != "replace":
             return None
         text = raw.decode(codec, "replace")
     return reading.strict(text, byte, raw)
+
+
+def charset_of(raw: bytes, declared: str = "") -> str:
+    """Return Python's name of a page's charset: declared by the server, in the page, or UTF-8."""
+    found = CHARSET.search(raw, 0, 4096)
+    try:
+        codec = codecs.lookup(declared or (found[1].decode() if found else "utf-8"))
+    except LookupError:
+        return "utf-8"
+    return codec.name if codec._is_text_encoding and codec.name != "ascii" else "utf-8"
 
 
 def page_text(html: str) -> tuple[str, str]:
