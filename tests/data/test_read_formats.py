@@ -35,14 +35,10 @@ def brief(defects: list[Defect]) -> list[tuple[str, int | None, int | None]]:
         b'\xef\xbb\xbf{"text": "a"}{"text": "b ]}\\" ["}\n\n{"text":\n"c"}',
     ],
 )
-def test_json(tmp_path: Path, raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastgpt.data.read import streams
-
-    for chunk in (1, 7, 1 << 20):
-        monkeypatch.setattr(streams, "CHUNK", chunk)
-        documents, defects = read(tmp_path / "a.json", raw)
-        assert [(d.text, d.id) for d in documents] == [("a", "a.json#0"), ('b ]}" [', "a.json#1"), ("c", "a.json#2")]
-        assert not defects
+def test_json(tmp_path: Path, raw: bytes) -> None:
+    documents, defects = read(tmp_path / "a.json", raw)
+    assert [(d.text, d.id) for d in documents] == [("a", "a.json#0"), ('b ]}" [', "a.json#1"), ("c", "a.json#2")]
+    assert not defects
 
 
 @pytest.mark.parametrize(

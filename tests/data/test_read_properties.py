@@ -15,7 +15,7 @@ import pytest
 from data_samples import PAGE, POSTS, WIKI, http, warc
 
 from fastgpt.data.document import Document
-from fastgpt.data.read import Defect, Format, open_documents, parts_of
+from fastgpt.data.read import Defect, Format, open_documents, parts_of, reading, streams
 
 pytest.importorskip("orjson")
 pytest.importorskip("hypothesis")
@@ -93,7 +93,25 @@ VALID = {
     "a.txt.bz2": bz2.compress(b"one two"),
     "a.txt.xz": lzma.compress(b"one two"),
 }
+RAW = streams._raw
 NAMES = {"wiki.xml": "mediawiki", "Posts.xml": "stackexchange"}
+
+
+@pytest.mark.parametrize("name", [*VALID, "p.txt", "l.txt", "s.txt"])
+def test_chunks_do_not_matter(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trafilatura")
+    options: dict[str, object] = {"name": NAMES.get(name, "auto"), "piece_bytes": 9}
+    options["split"] = {"p.txt": "paragraph", "l.txt": "line", "s.txt": "piece"}.get(name, "document")
+    raw = VALID.get(name, b"\xef\xbb\xbf\n\none\r\n \r\n\n\ntwo\n\xc3\xa4\n" + b"\n" * 700 + b"three\n\xff\n\n\0four")
+    inner = [raw.replace(b"two", b"t\xff"), raw.replace(b"one", b"o\0")]
+    for damage in (raw, raw[:-1], *(inner if name in NAMES or name.count(".") == 1 else [])):
+        with monkeypatch.context() as m:
+            whole = read(tmp_path / name, damage, **options)
+            m.setattr(reading, "SNIFF", 4)
+            for size in (1, 2, 7, 50):
+                m.setattr(streams, "CHUNK", size)
+                m.setattr(streams, "_raw", lambda *args, size=size, of=RAW: of(*args[:4], size))
+                assert read(tmp_path / name, damage, **options) == whole, (size, damage)
 
 
 @st.composite

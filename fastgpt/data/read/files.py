@@ -13,8 +13,9 @@ from pathlib import Path
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.read.defects import Defect, DefectError, OnDefect
-from fastgpt.data.read.format import Format, format_of
+from fastgpt.data.read.format import PRESETS, Format, format_of
 from fastgpt.data.read.reading import printable
+from fastgpt.data.read.streams import compression_of
 
 WILD = re.compile(r"[*?\[]")
 
@@ -107,7 +108,9 @@ class _Search:
         if name == "auto":
             return suffix is not None
         if name in ("mediawiki", "stackexchange"):
-            return ".xml" in path.suffixes
+            return any(suffix.startswith(".xml") for suffix in path.suffixes)  # also .xml-p1p41242.bz2
+        if name in PRESETS and suffix is None:
+            return compression_of(path) is not None  # RC_2015-01.zst
         resolved = self.format.resolved(path).name
         return suffix is not None and Format(suffix).resolved(path).name == resolved
 

@@ -82,9 +82,10 @@ def separated(reading: Reading, separator: Pattern[bytes], reach: int, what: str
             if not skipping:
                 yield from _within(reading, at + begin, bytes(buffer[begin : found.start()]), what)
             begin, skipping = found.end(), False
+        searched = found.start() if found else max(len(buffer) - reach, begin)  # a match may go on in the next chunk
         del buffer[:begin]
         at += begin
-        searched = max(len(buffer) - reach, 0)
+        searched -= begin
         if skipping or len(buffer) > limit:
             if not skipping:
                 reading.giant(at, what, "set split to piece, paragraph or line, or raise max_bytes")
