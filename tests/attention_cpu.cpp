@@ -1,5 +1,5 @@
-// Attention on the CPU, given exactly the memory it may access, with arbitrary index values. test_attention_cpu.py builds
-// it with AddressSanitizer; it prints one line of sums per run, or what was not written.
+// Attention and attention_decode on the CPU, given exactly the memory they may access, with arbitrary index values.
+// test_attention_cpu.py builds it with AddressSanitizer; it prints one line of sums per run, or what was not written.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "attention/op.h"
+#include "attention_decode/op.h"
 #include "core/cpu/parallel.h"
 
 using namespace fastgpt;
@@ -32,9 +33,9 @@ struct Heads {
   AttentionStrides at;
   char* data;
 
-  Heads(int64_t b, int64_t rows, int64_t heads, int64_t dim, int64_t element, bool output)
+  Heads(int64_t b, int64_t rows, int64_t heads, int64_t dim, int64_t element, bool output, bool dense = false)
       : b(b), rows(rows), heads(heads), dim(dim), element(element) {
-    const int64_t gap = below(3), order = below(output ? 2 : 4);
+    const int64_t gap = dense ? 0 : below(3), order = dense ? 0 : below(output ? 2 : 4);
     if (order == 0) at = {rows * (heads * dim + gap), heads * dim + gap, dim};
     if (order == 1) at = {heads * rows * (dim + gap), dim + gap, rows * (dim + gap)};
     if (order == 2) at = {0, heads * dim, dim};
@@ -81,6 +82,16 @@ static std::vector<int32_t> indices(int64_t n, int64_t top) {
   return x;
 }
 
+// Sum of the output of attention_decode for the same queries and keys, with causal order and the lengths of `a`.
+static double decode(AttentionArgs a, int64_t element) {
+  a.causal = true, a.rng = nullptr, a.cu_q = a.cu_k = nullptr, a.doc_ids = nullptr;
+  Heads out(a.n_batch, a.n_queries, a.n_heads, a.head_dim, element, true, true);
+  std::vector<float> workspace(cpu::attention_decode_workspace(a, {}));
+  a.out = out.data, a.out_at = out.at, a.workspace = workspace.data();
+  cpu::attention_decode_fwd(a, {});
+  return out.sum();
+}
+
 static void run_once() {
   const int64_t b = 1 + below(2), kv = 1 + below(2), h = kv * (1 + below(3)), d = 1 + below(70);
   const int64_t t = below(150), s = below(2) ? t : below(200), element = below(2) ? 4 : 2;
@@ -110,7 +121,7 @@ static void run_once() {
   a.dq_at = dq.at, a.dk_at = dk.at, a.dv_at = dv.at;
   cpu::attention_fwd(a, {});
   cpu::attention_bwd(a, {});
-  printf("%.6f %.6f %.6f %.6f\n", out.sum(), dq.sum(), dk.sum(), dv.sum());
+  printf("%.6f %.6f %.6f %.6f %.6f\n", out.sum(), dq.sum(), dk.sum(), dv.sum(), decode(a, element));
 }
 
 int main(int, char** argv) {

@@ -176,7 +176,7 @@ def test_no_byte_out_of_bounds_on_any_instruction_set(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     (tmp_path / "level.h").write_text("extern int highest_level;\n#define FASTGPT_HIGHEST_LEVEL highest_level\n")
-    kernels = sorted((ROOT / "csrc" / "attention").glob("cpu*.cpp"))
+    kernels = sorted(p for op in ("attention", "attention_decode") for p in (ROOT / "csrc" / op).glob("cpu*.cpp"))
     sources = [str(p) for p in (ROOT / "tests" / "attention_cpu.cpp", *kernels)]
     flags = ["-std=c++17", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd"]
     flags += ["-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -190,6 +190,6 @@ def test_no_byte_out_of_bounds_on_any_instruction_set(tmp_path: Path) -> None:
         done = subprocess.run([tmp_path / "bounds", "200", level], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         figures.append(torch.tensor([[float(x) for x in line.split()] for line in done.stdout.splitlines()]))
-    assert figures[0].shape == (200, 4) and not figures[0].isnan().any()
+    assert figures[0].shape == (200, 5) and not figures[0].isnan().any()
     for other in figures[1:]:
         torch.testing.assert_close(other, figures[0], rtol=1e-4, atol=1e-2)

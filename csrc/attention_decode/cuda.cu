@@ -271,8 +271,7 @@ __global__ void __launch_bounds__(kThreads) attention_decode_fwd_add_kernel(cons
   const float top = row_max(own_top, scratch[0]);
   const float factor = own_total == 0.0f ? 0.0f : power<T>(own_top - (top == -INFINITY ? 0.0f : top));
   factors[split] = factor;
-  const float total = row_sum(own_total * factor, scratch[1]);
-  __syncthreads();  // the factors of all splits are in shared memory
+  const float total = row_sum(own_total * factor, scratch[1]);  // behind its barrier, all factors are there
   const float divisor = total == 0.0f ? 1.0f : total;  // the sums of a row without keys are 0
   const int64_t batch = head / a.n_kv_heads, kv_head = head % a.n_kv_heads;
   const int64_t at = (batch * a.n_queries + number / l.group) * a.n_heads + kv_head * l.group + number % l.group;

@@ -68,7 +68,11 @@ def pack(q: Tensor, o: dict[str, Any]) -> tuple[Any, ...]:
 def _self_check(backend: str, device: torch.device) -> float:
     special = {"window": 190, "softcap": 3.0, "scale": None}
     errors = []
-    for dtype, t, h, d in ((torch.float32, 2, 2, 40), (torch.bfloat16, 1, 1, 64), (torch.bfloat16, 1, 4, 128)):
+    shapes = [
+        (torch.float32, 2, 2, 40),
+        *((torch.bfloat16, 1, h, d) for h, d in ((1, 64), (4, 64), (4, 128), (8, 128))),
+    ]
+    for dtype, t, h, d in shapes:  # the CUDA kernel has instances for 1, up to 4 and up to 8 queries of a key head
         q, k, v = (torch.randn(2, n, g, d, device=device).to(dtype) for n, g in ((t, 2 * h), (300, 2), (300, 2)))
         o = special | {
             "kv_lens": torch.tensor([300, 170], device=device),

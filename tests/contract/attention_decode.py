@@ -41,11 +41,7 @@ MUTATIONS: Mutations = {
         "  __syncthreads();  // the sums of all warps are in shared memory\n",
         "",
     ),
-    "barrier before the splits are added": (
-        "attention_decode/cuda.cu",
-        "  __syncthreads();  // the factors of all splits are in shared memory\n",
-        "",
-    ),
+    "factor of a split": ("attention_decode/cuda.cu", "sum += factors[s] * sums", "sum += sums"),
     "last key of a row": ("attention_decode/cuda.cu", "at >= end[r]) z[r][u]", "at > end[r]) z[r][u]"),
     "factor of the earlier sums": ("attention_decode/cuda.cu", "s.acc[r][e] *= shrink;", "s.acc[r][e] *= 1.0f;"),
 }

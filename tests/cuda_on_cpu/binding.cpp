@@ -9,6 +9,7 @@
 
 #include "adamw/op.h"
 #include "attention/op.h"
+#include "attention_decode/op.h"
 #include "bias_gelu/op.h"
 #include "core/cuda/wave.cuh"
 #include "cross_entropy/op.h"
@@ -149,5 +150,12 @@ PYBIND11_MODULE(kernels, m) {
   m.def("attention_fwd", planned(cuda::attention_fwd));
   m.def("attention_bwd", planned(cuda::attention_bwd));
   m.def("attention_bwd_workspace", size<cuda::attention_bwd_workspace, int64_t, int64_t, int64_t>);
+  m.def("attention_decode_fwd", planned(cuda::attention_decode_fwd));
+  m.def("attention_decode_workspace", [](const py::kwargs& values) {
+    AttentionArgs a{};
+    fill(a, values);
+    const Planning planning;
+    return cuda::attention_decode_workspace(a, {});
+  });
   m.def("adamw_partials", [](const std::vector<int64_t>& n) { return cuda::adamw_partials(n.data(), n.size(), {}); });
 }

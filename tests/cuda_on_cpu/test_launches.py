@@ -96,6 +96,25 @@ def test_attention_has_a_block_for_every_tile(kernels: Any) -> None:
     assert kernels.attention_bwd_workspace(64, 1024, 12) >= 64 * 12 * 1024 * 2
 
 
+def test_splits_of_a_cache_fill_the_device(kernels: Any) -> None:
+    """One long row gives blocks for all 108 multiprocessors; many rows are not split; the second launch adds up."""
+    for b, heads, group, t, s, dim in ((1, 8, 4, 1, 32768, 128), (1, 1, 1, 1, 8192, 64), (64, 8, 1, 1, 4096, 128),
+                                       (1, 12, 1, 1, 70, 64), (2, 1, 71, 3, 1000, 256)):  # fmt: skip
+        sizes = dict(n_batch=b, n_queries=t, n_keys=s, n_kv_heads=heads, n_heads=heads * group, head_dim=dim, dtype=1)
+        split, *add = kernels.attention_decode_fwd(**sizes, causal=True, scale=0.1)
+        check(split, static=33 * 1024)
+        rows = t * group
+        chunks = math.ceil(rows / 8)
+        splits = split[0] // (b * heads * chunks)
+        assert split[0] == splits * b * heads * chunks and (splits == 1) == (not add)
+        keys = 16 if dim > 128 else 32  # at least, that one block works on at a time
+        assert split[0] >= min(4 * 108, b * heads * chunks * math.ceil(s / (4 * keys)))
+        assert kernels.attention_decode_workspace(**sizes) == (splits > 1) * b * heads * rows * splits * (dim + 2)
+        if add:
+            check(add[0])
+            assert add[0][0] == b * heads * rows and splits <= 128
+
+
 def test_shared_memory_of_attention_is_what_codegen_counts_with(kernels: Any) -> None:
     """Also, what a block of dq for D = 128 uses leaves room for two of them on an A100, to the last byte."""
     names, found = emulator.kernel_names(emulator.build()), dict[str, int]()

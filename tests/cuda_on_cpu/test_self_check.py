@@ -41,6 +41,11 @@ def attend(n_heads: int, n_kv_heads: int, dim: int) -> None:
     ops.attention_qkv(qkv, n_heads=n_heads, n_kv_heads=n_kv_heads, causal=True).sum().backward()
 
 
+def decode(n_heads: int, n_kv_heads: int, dim: int) -> None:
+    with torch.no_grad():
+        ops.attention_decode(rand(1, 1, n_heads, dim), *(rand(1, N, n_kv_heads, dim) for _ in "kv"))
+
+
 def turn(n_heads: int, n_kv_heads: int, dim: int) -> None:
     qkv, table = rand(1, N, n_heads + 2 * n_kv_heads, dim), torch.ones(N, dim // 2)
     ops.rope_qkv(qkv * 1, table, table, n_heads=n_heads, n_kv_heads=n_kv_heads).sum().backward()
@@ -64,7 +69,7 @@ def step() -> None:
     AdamW(params, lr=0.1, max_norm=1.0).step()
 
 
-# What GPT-2 and Llama call in a training step in bf16, at their widths
+# What GPT-2 and Llama call in bf16, at their widths: in a training step, and when they generate
 CALLS: dict[str, list[Callable[[], None]]] = {
     "layer_norm": [lambda: norm(ops.layer_norm, 768, 2), lambda: norm(ops.layer_norm, 1600, 2)],
     "rms_norm": [lambda: norm(ops.rms_norm, 768, 1), lambda: norm(ops.rms_norm, 4096, 1)],
@@ -72,6 +77,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
     "swiglu": [lambda: ops.swiglu(rand(5, 4096)).sum().backward()],
     "embedding": [lambda: embed(True), lambda: embed(False)],
     "attention": [lambda: attend(12, 12, 64), lambda: attend(8, 2, 128)],
+    "attention_decode": [lambda: decode(12, 12, 64), lambda: decode(32, 8, 128), lambda: decode(32, 4, 128)],
     "rope": [lambda: turn(8, 2, 64), lambda: turn(8, 2, 128)],
     "cross_entropy": [lambda: lose(50304)],
     "adamw": [step],
@@ -79,7 +85,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
 
 
 @pytest.mark.parametrize("op", CALLS)
-def test_the_self_check_runs_what_training_runs(op: str) -> None:
+def test_the_self_check_runs_what_models_run(op: str) -> None:
     library = Path(os.environ["FASTGPT_EMULATED_CUDA"])
     kernels = emulator.load(library)
     kernels.launched()
