@@ -23,7 +23,6 @@ from fastgpt.data.clean.step import State, Step
 
 KNOWN = ("0.4.0",)  # versions of py3langid whose tables Identifier reads
 DEPTH = 6  # length of the longest pattern in them, in bytes
-_HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)  # a look-up is faster than astype
 
 
 class Identifier:
@@ -44,7 +43,9 @@ class Identifier:
         if self._fast:
             self._next = np.asarray(self._model.tk_nextmove)
             self._rows = np.asarray(self._model.tk_row, dtype=np.int64) << 8
-            self._weights = self._model.nb_ptc.view(np.uint16)
+            # The model's weights are 16-bit. Rows are converted at their first use; pages of other rows take no memory.
+            self._weights = np.empty(self._model.nb_ptc.shape, dtype=np.float32)
+            self._ready = np.zeros(len(self._weights), dtype=np.bool_)
             self._features = np.asarray(self._model.tk_output, dtype=np.int32)
 
     def classify(self, text: str) -> tuple[str, float]:
@@ -72,9 +73,11 @@ class Identifier:
         features, counts = np.unique(found[found >= 0], return_counts=True)
         if not len(features):
             return np.zeros(len(self._model.nb_pc), dtype=np.float32)
-        weights = np.take(_HALVES, self._weights[features])
+        if len(new := features[~self._ready[features]]):
+            self._weights[new] = self._model.nb_ptc[new]
+            self._ready[new] = True
         # A sum over rows, not a matrix product: its order does not depend on the BLAS.
-        return np.add.reduce(np.log1p(counts, dtype=np.float32)[:, None] * weights) + self._model.nb_pc
+        return np.add.reduce(np.log1p(counts, dtype=np.float32)[:, None] * self._weights[features]) + self._model.nb_pc
 
 
 @lru_cache(maxsize=1)
