@@ -48,6 +48,7 @@ STAYS = [
     "123-456-7890 and 555-0100 and 100-200-3000",  # no area code
     "+0200 UTC+01:00 x+1234567890 10 + 20 + 30",
     "a@b, @decorator, x @ y, user@localhost, me@example.com, git@github.com:owner/name.git",
+    "q@k.transpose(-2, -1) a@b.to(x) x@w.weight y@self.wo[0]",
     "sk-learn-is-a-library sk-short hf_model npm_install AKIA eyJ",
     "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----",
     "page 212-213, pp. 736-5000",

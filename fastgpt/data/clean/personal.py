@@ -16,6 +16,22 @@ from fastgpt.data.clean.step import State, Step
 
 _LOCAL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._%+-]*\Z")
 _DOMAIN = re.compile(r"(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![A-Za-z0-9@])")
+# Country codes and the other common top-level domains; they tell a@b.org from the product of matrices a@b.weight.
+_TOP_LEVEL = frozenset(
+    (
+        "ac ad ae af ag ai al am ao aq ar as at au aw ax az ba bb bd be bf bg bh bi bj bm bn bo br bs bt bw by bz "
+        "ca cc cd cf cg ch ci ck cl cm cn co cr cu cv cw cx cy cz de dj dk dm do dz ec ee eg er es et eu fi fj fk "
+        "fm fo fr ga gd ge gf gg gh gi gl gm gn gp gq gr gs gt gu gw gy hk hm hn hr ht hu id ie il im in io iq ir "
+        "is it je jm jo jp ke kg kh ki km kn kp kr kw ky kz la lb lc li lk lr ls lt lu lv ly ma mc md me mg mh mk "
+        "ml mm mn mo mp mq mr ms mt mu mv mw mx my mz na nc ne nf ng ni nl no np nr nu nz om pa pe pf pg ph pk pl "
+        "pm pn pr ps pt pw py qa re ro rs ru rw sa sb sc sd se sg sh si sk sl sm sn so sr ss st su sv sx sy sz tc "
+        "td tf tg th tj tk tl tm tn to tr tt tv tw tz ua ug uk us uy uz va vc ve vg vi vn vu wf ws ye yt za zm zw "
+        "com org net edu gov mil int info biz name pro aero coop museum mobi jobs travel asia cat post tel xxx app "
+        "dev page blog shop store online site website space tech cloud digital email agency academy company network "
+        "systems software solutions services support studio design media news world today live life team group "
+        "global international foundation institute university school health care law xyz top club wiki bio eco art"
+    ).split()
+)
 _RESERVED = re.compile(
     r"(?:.*\.)?(?:example\.(?:com|org|net|edu)|example|test|invalid|localhost|local)", re.I
 )  # RFC 2606
@@ -119,11 +135,23 @@ def scrub_email(text: str, placeholder: str) -> tuple[str, int]:
     while at >= 0:
         local = _LOCAL.search(text, max(kept, at - 64), at)
         domain = _DOMAIN.match(text, at + 1) if local else None
-        if local and domain and not _RESERVED.fullmatch(domain[0]) and not _is_remote(text, local, domain):
+        if (
+            local
+            and domain
+            and _is_mail(text, domain)
+            and not _RESERVED.fullmatch(domain[0])
+            and not _is_remote(text, local, domain)
+        ):
             parts += [text[kept : local.start()], placeholder]
             kept, number = domain.end(), number + 1
         at = text.find("@", max(at + 1, kept))
     return "".join(parts) + text[kept:] if number else text, number
+
+
+def _is_mail(text: str, domain: re.Match[str]) -> bool:
+    """Return whether a domain has a known top level and no call or index follows it."""
+    known = domain[0].rpartition(".")[2].lower() in _TOP_LEVEL
+    return known and text[domain.end() : domain.end() + 1] not in ("(", "[")
 
 
 def _is_remote(text: str, local: re.Match[str], domain: re.Match[str]) -> bool:
