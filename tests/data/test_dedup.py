@@ -178,6 +178,23 @@ def test_refresh_equals_a_build_from_scratch(one: list[str], two: list[str], thr
         assert (kept & (cluster == label)).sum() > 1
 
 
+# Similarity 0.6 to the next one, 0.33 to the one after that.
+CHAIN = [" ".join(map(str, range(start, start + 21))) for start in (0, 5, 10)]
+
+
+def test_all_pairs_of_a_small_bucket_are_compared() -> None:
+    corpus = Corpus({"a": CHAIN}, DedupSettings(bands=1, rows=1, shingle=2, threshold=0.5))
+    corpus.parts[0].prints.bands[:] = 1  # type: ignore[union-attr]
+    assert corpus.kept() == {"a": [0]}
+
+
+def test_a_new_document_joins_an_earlier_cluster_through_a_dropped_one() -> None:
+    corpus = Corpus({"a": CHAIN[:2]})
+    corpus.parts[0].earlier = corpus.find().outcome(corpus.parts[0])
+    corpus.add("b", CHAIN[2:])
+    assert corpus.kept() == {"a": [0], "b": []}
+
+
 BASE = "the quick brown fox jumps over the lazy dog while the cat sleeps in the warm sun".split()
 
 
