@@ -56,19 +56,21 @@ struct FASTGPT_SET {
     for (int i = 0; i < R * N; ++i) sums[i] = sum[i];
   }
 
-  // The same for n input rows, in tiles of up to FASTGPT_TILE. `next` are the weights of R rows to prefetch, `narrow`
-  // bytes each: every tile prefetches its share of them, which spreads the traffic over the whole time.
+  // The same for n input rows, in tiles of up to FASTGPT_TILE. While they are computed, the weights at `next` are
+  // prefetched, R lines that are next_row bytes apart at a time: each tile prefetches its share, which spreads the
+  // traffic over the whole time. A weight has `narrow` bytes there.
   template <int R, class W>
   FASTGPT_TARGET FASTGPT_INLINE static void tiles(int64_t n, const W* w, int64_t w_row, const float* x, int64_t x_row,
                                                   int64_t n_cols, const char* next, int64_t next_row, int64_t narrow,
                                                   Vector* sums) {
     const int64_t count = ceil_div(n, FASTGPT_TILE);
-    const int64_t lines = sizeof(W) / narrow;  // per line of `next`
+    const int64_t lines = sizeof(W) / narrow;  // of w, for one of `next`
+    const int64_t next_step = next_row == 64 ? 64 * R : 64;
     for (int64_t t = 0; t < count; ++t) {
       const int64_t first = n * t / count, rows = n * (t + 1) / count - first;
       const float* from = x + first * x_row;
       Vector* to = sums + first * R;
-      const Ahead early{next + t * 64, next_row, count * 64, count * lines, t * lines};
+      const Ahead early{next + t * next_step, next_row, count * next_step, count * lines, t * lines};
       if (rows == 1) tile<R, 1>(w, w_row, from, x_row, n_cols, early, to);
       if (rows == 2) tile<R, 2>(w, w_row, from, x_row, n_cols, early, to);
       if (rows == 3) tile<R, 3>(w, w_row, from, x_row, n_cols, early, to);
@@ -116,7 +118,10 @@ struct FASTGPT_SET {
       const int64_t depth = min_of(kDepth, a.n_in - k), whole = depth / L * L;
       const float* block = x + k * n;
       const char* next = reinterpret_cast<const char*>(w + k) + R * row_bytes;
-      if (sizeof(W) == 4 || n <= FASTGPT_TILE) {
+      if (n <= FASTGPT_TILE && a.weight_row == a.n_in) {  // at the speed of memory, which is highest in its order
+        const char* dense = reinterpret_cast<const char*>(w + R * (a.n_in + k));
+        tiles<R>(n, w + k, a.weight_row, block, depth, whole, dense, 64, sizeof(W), sums);
+      } else if (sizeof(W) == 4 || n <= FASTGPT_TILE) {
         tiles<R>(n, w + k, a.weight_row, block, depth, whole, next, row_bytes, sizeof(W), sums);
       } else {  // several tiles read these weights
         for (int64_t r = 0; r < R; ++r) widen<W>(w + r * a.weight_row + k, whole, wide + r * kDepth);
