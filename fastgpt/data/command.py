@@ -17,6 +17,7 @@ SUBCOMMANDS = {
         "fastgpt.data.read.validate",
         "list the defects of files: line, byte, what is wrong, how to repair it",
     ),
+    "scrape": ("fastgpt.data.read.scrape", "fetch the pages of a list of addresses as one jsonl file, politely"),
     "clean": ("fastgpt.data.clean.command:clean", "clean texts, or show what each rule would drop"),
     "dedup": ("fastgpt.data.dedup.command", "drop duplicates, and documents that occur in evaluation files"),
     "classifier": ("fastgpt.data.clean.command:classifier", "train a quality classifier on good and bad samples"),

@@ -234,6 +234,6 @@ def test_pile_and_reddit(tmp_path: Path) -> None:
     packed = compressor.compress(reddit) + compressor.flush()
     (document,), defects = read(tmp_path / "RC_2015-01.zst", packed, name="reddit")
     assert (document.text, document.id, document.meta) == ("b", "c1", {"subreddit": "s"})
-    assert [d.kind for d in defects] == ["empty record"]
+    assert not defects
     with pytest.raises(UserError, match="name a format"):
         read(tmp_path / "RC_2015-01.zst", packed)

@@ -14,6 +14,7 @@ from data_samples import CODE, PAGE
 from fake_hub import COMMITS, Hub
 
 from fastgpt.core.errors import UserError
+from fastgpt.data import command
 from fastgpt.data.read import Defect, Format, open_documents, web
 from fastgpt.data.read import scrape as scraping
 from fastgpt.data.read.hub import download_dataset
@@ -184,6 +185,18 @@ def test_a_killed_scraper_continues(server: Server, tmp_path: Path) -> None:
     assert (result.before, result.documents) == (2, 2)
     assert [path for path, _ in server.requests] == ["/robots.txt", "/2", "/3"]
     assert [d.text for d in open_documents(tmp_path / "out.jsonl")] == [f"text {i}" for i in range(4)]
+
+
+def test_the_command(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("trafilatura")
+    server.page("/a", "text", "text/plain")
+    (tmp_path / "urls.txt").write_text(f"{server.address}/a\n\n{server.address}/gone\n")
+    out = tmp_path / "a.jsonl"
+    assert command.main(["scrape", str(tmp_path / "urls.txt"), "--out", str(out)]) == 1
+    said = capsys.readouterr().out
+    assert f"{server.address}/gone: the server answers 404" in said and "1 documents, 1 addresses without" in said
+    with pytest.raises(UserError, match="exists: remove it"):
+        command.main(["scrape", str(tmp_path / "urls.txt"), "--out", str(out)])
 
 
 def test_hosts_that_refuse_or_are_absent(server: Server, tmp_path: Path, clock: list[float]) -> None:

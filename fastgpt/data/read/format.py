@@ -47,7 +47,7 @@ class Format:
         max_bytes: the largest record, in bytes.
         columns: names of the columns of a csv or tsv file without a header line.
         delimiter: what separates the columns of csv.
-        blank: texts that stand for none, such as "[deleted]".
+        blank: texts that stand for none, such as "[deleted]"; records with them are left out and are no defects.
         license, source: written to the meta of each document whose record has no such field.
     """
 

@@ -205,12 +205,14 @@ class Reading:
     def document(
         self, text: str, number: int, byte: int, own: str | None = None, meta: dict[str, str] | None = None
     ) -> Document | None:
-        """Return a document; None, with a report, if its text is blank.
+        """Return a document; None if the format declares its text to stand for none, or, with a report, if it is blank.
 
         Args:
             number: of the record, for its id unless it has its `own`.
         """
-        if not text or text.isspace() or text in self.format.blank:
+        if text in self.format.blank:
+            return None
+        if not text or text.isspace():
             self.report("empty record", "the record has no text", "remove it", byte)
             return None
         meta = {**self._extra, **meta} if meta else dict(self._extra)

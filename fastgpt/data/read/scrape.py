@@ -21,7 +21,9 @@ from typing import Any
 from urllib.parse import quote, urldefrag, urljoin, urlsplit
 from urllib.robotparser import RobotFileParser
 
+from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError
+from fastgpt.core.progress import bar, write
 from fastgpt.data.read.defects import Defect, OnDefect
 from fastgpt.data.read.html import charset_of, page_text
 from fastgpt.data.read.web import BROKEN, LONGEST_WAIT, TRANSIENT, USER_AGENT
@@ -61,6 +63,35 @@ class Scraped:
 
 class _Refused(Exception):
     """Why a URL gives no document: kind, problem, remedy."""
+
+
+def main(argv: list[str]) -> int:
+    """Run `fastgpt data scrape`; return the exit code: 1 if some addresses gave no document."""
+    parser = Parser(prog="fastgpt data scrape", description="Fetch pages as text; robots.txt is obeyed.")
+    parser.add_argument("list", metavar="FILE", help="file with one address on each line")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the .jsonl file to write")
+    parser.add_argument(
+        "--delay", type=number(float, 0), default=1.0, help="seconds between requests to a host, at least"
+    )
+    parser.add_argument("--user-agent", default=USER_AGENT, metavar="TEXT", help="add an address to reach you at")
+    parser.add_argument("--license", default="", help="of the pages, to be carried along")
+    args = parser.parse_args(argv)
+    try:
+        urls = Path(args.list).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(
+            f"scrape: cannot read {args.list}: {getattr(e, 'strerror', None) or 'it is not UTF-8'}"
+        ) from None
+    shown = bar(len(urls), desc="scrape", unit="page", leave=False)
+    manners = Manners(user_agent=args.user_agent, delay=args.delay, license=args.license)
+    try:
+        result = scrape(urls, args.out, manners, lambda defect: write(str(defect)), shown.update)
+    finally:
+        shown.close()
+    print(
+        f"{result.path}: {result.documents:,} documents, {result.defects:,} addresses without, {result.before:,} before"
+    )
+    return 1 if result.defects else 0
 
 
 def scrape(
