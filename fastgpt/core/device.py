@@ -58,6 +58,12 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
+def return_freed_memory() -> None:
+    """Return the CPU memory of freed tensors to the system now (glibc only; a no-op elsewhere)."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @functools.cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """Return the peak FLOP/s for matrix products and the source of the figure: 'datasheet' or 'measured'."""

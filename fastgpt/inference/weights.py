@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgpt.core.device import return_freed_memory
 from fastgpt.models.gpt import GPT
 from fastgpt.nn import Linear
 from fastgpt.nn.narrow import NarrowEmbedding, NarrowLinear
@@ -65,4 +66,5 @@ def convert_weights(model: GPT, kind: str) -> GPT:
     if not model.config.tied:
         weight, scale = narrow(model.head.weight)
     model.head = NarrowLinear(weight[:vocab], None if scale is None else scale[:vocab], bias)
+    return_freed_memory()  # else the fp32 matrices may stay with the process
     return model.requires_grad_(False)
