@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.clean import PRESETS, STEPS, Cleaner, SettingError, Tally, clean_all, located
+from fastgpt.data.clean.step import LONGEST, State
 from fastgpt.data.document import Document
 
 PYTHON = Path(textwrap.__file__).read_text(encoding="utf-8")
@@ -137,6 +138,17 @@ def test_settings_change_a_preset() -> None:
     assert "spam" not in cleaner.settings
     assert list(cleaner.settings) == [name for name in STEPS if name in cleaner.settings]
     assert Cleaner.of({}).settings == {} == Cleaner.of("none").settings
+
+
+def test_rules_decide_on_the_beginning_of_a_long_text() -> None:
+    state = State(Document("a " * (LONGEST // 2) + "b@c.org", "a#0", "a"))
+    assert len(state.features.text) == LONGEST
+    state.replace("b")
+    assert (state.text, state.features.text) == ("b", "b")
+    state = State(Document("A " * (LONGEST // 2) + "b@c.org", "a#0", "a"))
+    outcome = Cleaner.of({"personal_data": True, "spam": True}).process(state.document, dry_run=True)
+    assert outcome.document is not None and outcome.document.text.endswith(" <EMAIL>")
+    assert outcome.dropped_by == "spam_capitals"
 
 
 def test_dry_run_lets_every_rule_decide() -> None:

@@ -7,6 +7,8 @@ from typing import ClassVar
 from fastgpt.data.clean.features import Features
 from fastgpt.data.document import Document
 
+LONGEST = 1 << 22
+
 
 class State:
     """A document on its way through the steps.
@@ -15,23 +17,21 @@ class State:
         document: the document as it was read; never changed.
         meta: fields of the document, which steps may add to.
         changes: what the steps changed: counts by name.
+        text: the text as the steps so far left it.
+        features: features of its first LONGEST characters, on which rules decide; this bounds their memory.
     """
 
     def __init__(self, document: Document) -> None:
         self.document = document
         self.meta = document.meta
         self.changes: dict[str, int] = {}
-        self.features = Features(document.text)
-
-    @property
-    def text(self) -> str:
-        """The text as the steps so far left it."""
-        return self.features.text
+        self.text = document.text
+        self.features = Features(self.text[:LONGEST])
 
     def replace(self, text: str) -> None:
         """Set the text."""
-        if text != self.features.text:
-            self.features = Features(text)
+        if text != self.text:
+            self.text, self.features = text, Features(text[:LONGEST])
 
     def count(self, name: str, number: int = 1) -> None:
         """Count changes under a name."""
