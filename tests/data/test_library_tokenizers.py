@@ -162,3 +162,18 @@ def test_what_begins_and_ends_a_text(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(UserError, match="tokenizer_config.json is damaged"):
         load_tokenizer(tmp_path)
+
+
+def test_no_merge_gives_a_special_token(tmp_path: Path) -> None:
+    """A special token whose text the BPE has learned too: in a text it is ordinary text."""
+    plain = HFTokenizer(models.BPE())
+    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=258, initial_alphabet=alphabet, show_progress=False)
+    plain.train_from_iterator(["</> </>"] * 20, trainer)
+    plain.add_special_tokens(["</>"])
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</>"}')
+    ours = load_tokenizer(tmp_path)
+    assert ours.eot == 257 and ours.encode("</>", specials=True).tolist() == [257] == plain.encode("</>").ids
+    assert ours.encode("</>").tolist() != [257] and ours.decode(ours.encode("</>")) == "</>"
