@@ -31,8 +31,8 @@ class SourceRecipe:
     Attributes:
         path: files, folders and glob patterns.
         exclude: glob patterns of files to leave out, relative to the folder or the fixed part of the pattern.
-        url: addresses of files to download.
-        hub: name of a data set for the `datasets` library.
+        url: addresses of files to download; #sha256=... at the end is the checksum that a file must have.
+        hub: name of a data set of the Hugging Face Hub; `path` then names files in it.
         debian: names of Debian packages to download with apt-get; `path` then names files within them.
         pydoc: use the help topics and docstrings of Python's standard library, as jsonl with ids.
         optional: leave the source out with a warning if it cannot be had (no network, no apt-get, no such files).
@@ -309,8 +309,8 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
         if not NAME.fullmatch(name):
             reader.fail(key, f"source name is {name!r}, expected letters, digits, - and _")
         places = [k for k in ("path", "url", "hub", "debian", "pydoc") if getattr(source, k)]
-        if places == ["path", "debian"]:
-            places = ["debian"]
+        if places in (["path", "debian"], ["path", "hub"]):
+            places = places[1:]
         if len(places) != 1:
             reader.fail(
                 key, f"{key} has {' and '.join(places) or 'no texts'}, expected one of path, url, hub, debian, pydoc"
@@ -398,7 +398,7 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
 
     sources = {
         name: dataclasses.replace(
-            s, path=s.path if s.debian else [place(p) for p in s.path], clean=located(s.clean, folder)
+            s, path=s.path if s.debian or s.hub else [place(p) for p in s.path], clean=located(s.clean, folder)
         )
         for name, s in recipe.sources.items()
     }

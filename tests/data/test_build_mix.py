@@ -4,6 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fastgpt.core.errors import UserError
 from fastgpt.data.pipeline.mix import ENTRY, Quotas, interleave, quotas, write_order
 from fastgpt.data.recipe import MixRecipe, Recipe, Replay, SourceRecipe, StageRecipe

@@ -14,9 +14,20 @@ from pathlib import Path
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.pipeline.store import key_of, new_result
+from fastgpt.data.read.web import download
 from fastgpt.data.shards import atomic_file
 
 PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
+
+
+def downloaded(url: str, folder: Path) -> Path:
+    """Return the file at an address, downloaded into `folder`; "#sha256=..." at the end is the checksum it must have.
+
+    Raises:
+        UserError: it cannot be downloaded, or has another checksum.
+    """
+    address, _, checksum = url.partition("#sha256=")
+    return download(address, folder / key_of(address)[:8], checksum or None).path
 
 
 def debian_packages(names: Sequence[str], folder: Path) -> Path:

@@ -18,7 +18,9 @@ import numpy as np
 from fastgpt.core.errors import UserError
 from fastgpt.data.built import open_built
 from fastgpt.data.load import load_tokenizer
+from fastgpt.data.pipeline.card import card_of
 from fastgpt.data.pipeline.manifest import ERASED, put_in_place, write_manifest
+from fastgpt.data.pipeline.show import PAGE, write_page
 from fastgpt.data.pipeline.store import locked, read_json, write_json
 from fastgpt.data.pipeline.workers import Workers
 from fastgpt.data.pipeline.write import documents_of, shard_record
@@ -77,8 +79,10 @@ def forget(
             raise UserError(f"no document of {out} has {what}; its ids are in the .ids files")
         entries = _entries(found, manifest["generation"] + 1)
         _write_next(out, manifest, found, entries)
+        (out / PAGE).unlink(missing_ok=True)  # its topics may be words of an erased text
         put_in_place(out)
         shutil.rmtree(out / "work", ignore_errors=True)
+        write_page(out)
     return entries
 
 
@@ -158,6 +162,7 @@ def _write_next(out: Path, manifest: dict[str, Any], found: Sequence[Found], ent
     totals = {k: sum(record[k] for record in records) for k in ("documents", "tokens")}
     generation = {"generation": manifest["generation"] + 1, "date": entries[0]["date"], "erased": len(entries)}
     manifest |= {
+        "card": card_of(report, manifest["recipe"]),
         "inputs": "",  # the next build makes the data set again, without what was erased
         "generation": generation["generation"],
         "generations": [*manifest["generations"], generation | totals],

@@ -6,17 +6,18 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import WRONG, convert
-from fastgpt.data.pipeline.fetch import debian_packages, python_documentation
+from fastgpt.data.pipeline.fetch import debian_packages, downloaded, python_documentation
 from fastgpt.data.pipeline.store import hash64
 from fastgpt.data.pipeline.workers import Workers
 from fastgpt.data.read import DefectError, Format, Part, SourceFile, find_files, parts_of
 from fastgpt.data.read.files import glob_pattern
+from fastgpt.data.read.hub import DATA, download_dataset
 from fastgpt.data.recipe import Recipe, SourceRecipe
 
 log = logging.getLogger("fastgpt")
@@ -63,24 +64,29 @@ def format_for(name: str, source: SourceRecipe) -> Format:
         raise UserError(f"sources.{name}.format: {e}") from None
 
 
-def gather(recipe: Recipe, work: Path, workers: Workers) -> list[Unit]:
-    """Return the units of all sources, in the order of the recipe and of the files' names.
+def gather(recipe: Recipe, work: Path, workers: Workers) -> tuple[list[Unit], dict[str, str]]:
+    """Return the units of all sources, in the order of the recipe and of the files' names, and the sources' licenses.
 
     Raises:
         UserError: a source has no files, or a file cannot be read.
     """
     tasks: list[tuple[tuple[SourceFile, ...], Format, int]] = []
     owners: list[str] = []
+    licenses = {name: source.license for name, source in recipe.sources.items()}
     for name, source in recipe.sources.items():
         format = format_for(name, source)
-        for batch in _batches(_files(name, source, format, work)):
+        files, stated = _files(name, source, format, work)
+        if licenses[name] == "unknown" and stated:
+            licenses[name] = stated
+        for batch in _batches(files):
             tasks.append((batch, format, recipe.part_megabytes << 20))
             owners.append(name)
     sizes = [sum(file.size for file in batch) for batch, _, _ in tasks]
     found: dict[str, list[Part]] = {name: [] for name in recipe.sources}
     for name, parts in zip(owners, workers.run("scan", _scan, tasks, sizes), strict=True):
         found[name] += parts
-    return [unit for name, parts in found.items() for unit in _units(name, parts, recipe.part_megabytes << 20)]
+    units = [unit for name, parts in found.items() for unit in _units(name, parts, recipe.part_megabytes << 20)]
+    return units, licenses
 
 
 def _scan(task: tuple[tuple[SourceFile, ...], Format, int]) -> list[Part]:
@@ -88,32 +94,39 @@ def _scan(task: tuple[tuple[SourceFile, ...], Format, int]) -> list[Part]:
     return [part for file in files for part in parts_of(file, format, size)]
 
 
-def _files(name: str, source: SourceRecipe, format: Format, work: Path) -> list[SourceFile]:
-    """Return a source's files, each with a name that no other one has; none if the source is optional and missing."""
+def _files(name: str, source: SourceRecipe, format: Format, work: Path) -> tuple[list[SourceFile], str]:
+    """Return a source's files, each with a name that no other one has, and the license that comes with them ("" if
+    none); no files if the source is optional and missing."""
     try:
-        found = [file for pattern in _patterns(name, source, work) for file in find_files(pattern, format).files]
+        found, stated = _found(name, source, format, work)
     except UserError as e:
         if not source.optional or isinstance(e, DefectError):
             raise UserError(f"sources.{name}: {e}") from None
         log.warning("source %s is left out: %s", name, e)
-        return []
+        return [], ""
     unwanted = re.compile("|".join(f"(?:{glob_pattern(p).pattern})" for p in source.exclude) or r"(?!)", re.DOTALL)
     unique = {file.path: file for file in found if not unwanted.fullmatch(file.name)}.values()
     times = Counter(file.name for file in unique)
     named = [file if times[file.name] == 1 else replace(file, name=file.path.as_posix()) for file in unique]
     if not named:
         raise UserError(f"sources.{name}: exclude leaves out all {len(found)} files")
-    return sorted(named, key=lambda file: file.name)
+    return sorted(named, key=lambda file: file.name), stated
 
 
-def _patterns(name: str, source: SourceRecipe, work: Path) -> Sequence[str]:
-    """Return paths, folders and globs of a source, after fetching what is not here yet."""
+def _found(name: str, source: SourceRecipe, format: Format, work: Path) -> tuple[list[SourceFile], str]:
+    """Return the files of a source and the license that comes with them, after fetching what is not here yet."""
+    fetched = work / "fetched"
+    if source.hub:
+        data = download_dataset(source.hub, files=source.path or DATA)
+        return data.files, data.license
     if source.debian:
-        folder = debian_packages(source.debian, work / "fetched")
-        return [str(folder / path) for path in source.path or [""]]
-    if source.pydoc:
-        return [str(python_documentation(work / "fetched"))]
-    return source.path
+        folder = debian_packages(source.debian, fetched)
+        paths = [str(folder / path) for path in source.path or [""]]
+    elif source.url:
+        paths = [str(downloaded(url, fetched / name)) for url in source.url]
+    else:
+        paths = [str(python_documentation(fetched))] if source.pydoc else source.path
+    return [file for path in paths for file in find_files(path, format).files], ""
 
 
 def _batches(files: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, ...]]:
@@ -141,8 +154,3 @@ def _units(source: str, parts: Sequence[Part], size: int) -> Iterator[Unit]:
             group = []
     if group:
         yield Unit(source, tuple(group))
-
-
-def facts_of(format: Format) -> dict[str, Any]:
-    """Return a format as plain values."""
-    return asdict(format)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,22 +178,24 @@ class Build:
         put_in_place(self.out)
 
     def _clean_tasks(self) -> list[CleanTask]:
-        recipe = self.recipe
-        formats = {name: format_for(name, source) for name, source in recipe.sources.items()}
-        cleaners = {name: Cleaner.of(source.clean).fingerprint for name, source in recipe.sources.items()}
+        units, licenses = gather(self.recipe, self.work, self.workers)
+        known = {name: replace(source, license=licenses[name]) for name, source in self.recipe.sources.items()}
+        recipe = self.recipe = replace(self.recipe, sources=known)
+        formats = {name: format_for(name, source) for name, source in known.items()}
+        cleaners = {name: Cleaner.of(source.clean).fingerprint for name, source in known.items()}
         return [
             CleanTask(
                 unit,
-                recipe.sources[unit.source],
+                known[unit.source],
                 formats[unit.source],
                 cleaners[unit.source],
-                recipe.validation if (own := recipe.sources[unit.source].validation) is None else own,
+                recipe.validation if (own := known[unit.source].validation) is None else own,
                 recipe.seed,
                 self.dedup,
                 CHUNK,
                 self.work / "clean",
             )
-            for unit in gather(recipe, self.work, self.workers)
+            for unit in units
         ]
 
 
