@@ -11,8 +11,12 @@ import pytest
 from data.recipes import settings, text, write_recipe
 
 from fastgpt.core.errors import UserError
+from fastgpt.data.built import open_built
+from fastgpt.data.pipeline import gather
 from fastgpt.data.pipeline.fetch import debian_packages, python_documentation
 from fastgpt.data.pipeline.stages import build
+from fastgpt.data.read import SourceFile
+from fastgpt.data.read.hub import HubData
 from fastgpt.data.recipe import load_recipe
 
 
@@ -78,3 +82,20 @@ def test_files_of_a_server(server: str, tmp_path: Path, caplog: pytest.LogCaptur
     recipe = load_recipe(write_recipe(tmp_path, plain))
     with pytest.raises(UserError, match=rf"sources.web: {server}/pages.txt has the SHA-256 {digest}, expected"):
         build(recipe, tmp_path / "out2", show=False)
+
+
+def test_a_data_set_of_the_hub_brings_its_license(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pages.txt").write_text("\n\n".join(text(i) for i in range(20)), encoding="utf-8")
+    asked = []
+
+    def download(name: str, files: list[str]) -> HubData:
+        asked.append((name, files))
+        return HubData([SourceFile(tmp_path / "pages.txt", "data/pages.txt", 1)], "c0", "cc0-1.0")
+
+    monkeypatch.setattr(gather, "download_dataset", download)
+    plain = settings(tmp_path)
+    source = {"hub": "org/pages", "path": "data/*", "format": {"name": "text", "split": "paragraph"}}
+    plain["sources"] = {"pages": source}
+    build(load_recipe(write_recipe(tmp_path, plain)), tmp_path / "out", show=False)
+    manifest = open_built(tmp_path / "out").manifest
+    assert manifest["sources"]["pages"]["license"] == "cc0-1.0" and asked == [("org/pages", ["data/*"])]
