@@ -204,7 +204,7 @@ class GPT(nn.Module):
             positions: (T,) or (B, T) int64; default 0, 1, 2, ... after the positions in kv_cache.
             doc_ids: (B, T) int: tokens attend only within their own document.
             kv_cache: keys and values of earlier calls; this call appends its keys and values. If kv_cache.lens is set,
-                T is 1.
+                T is 1, there is no dropout, and gradients must be off.
             reduction: "mean" and "sum" return a 0-dim loss in fp32, "none" (B, T).
 
         Raises:

@@ -29,7 +29,7 @@ REQUESTS = [
 
 
 def some_model() -> GPT:
-    return model_of(**ROPE, window=[None, 3]).eval()
+    return model_of(**ROPE, window=[None, 3]).float().eval()
 
 
 def tensors(rows: Rows) -> list[Tensor]:

@@ -12,6 +12,7 @@ from small_models import CASES, ROPE, byte_tokenizer, model_of, model_that_says
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from fastgpt.core import backend
 from fastgpt.inference import Generator, Piece, Request, Result, scoring
 from fastgpt.inference import rows as rows_module
 from fastgpt.inference.generator import context_start
@@ -277,7 +278,7 @@ def test_every_step_makes_the_same_calls_and_waits_for_nothing(monkeypatch: pyte
     """So that nothing grows, and a CUDA graph can replay a step."""
     for op in ("attention", "embedding", "rope"):  # values are checked on a CPU only
         monkeypatch.setattr(importlib.import_module(f"fastgpt.ops.{op}"), "checks_values", lambda t: False)
-    generator = Generator(model_of(**ROPE, window=[None, 3]).eval())
+    generator = Generator(model_of(**ROPE, window=[None, 3]).float().eval())
     requests = [
         Request(prompt(n), 9, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.1, seed=0, logprobs=2) for n in (2, 5)
     ]
@@ -292,6 +293,8 @@ def test_every_step_makes_the_same_calls_and_waits_for_nothing(monkeypatch: pyte
         steps.append(calls.seen)
     assert len(steps[0]) > 50 and all(step == steps[0] for step in steps)
     assert not [name for name, _ in steps[0] if "_local_scalar" in name or "nonzero" in name]
+    if backend.missing("cpu") is None:
+        assert [name for name, _ in steps[0] if "attention" in name] == ["fastgpt.attention_decode_fwd.cpu"] * 2
 
 
 def test_logits_that_are_not_finite_end_the_call() -> None:
