@@ -25,7 +25,7 @@ OUTER_LINK = re.compile(r"\[(?:https?:|ftp:|mailto:)?//?[^\s\[\]]+(?:[ \t]+([^\[
 HEADING = re.compile(r"^(={1,6})[ \t]*(.+?)[ \t]*\1[ \t]*$", re.MULTILINE)
 ITEM = re.compile(r"^([*#:;]+)[ \t]*", re.MULTILINE)
 TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-LINES = re.compile(r"[ \t]*\n(?:[ \t]*\n)+")
+BLANK = re.compile(r"\n{3,}")
 NESTING = 40
 
 
@@ -39,10 +39,10 @@ def plain_text(source: str) -> str:
     text = OUTER_LINK.sub(lambda m: m[1] or "", text)
     text = HEADING.sub(r"\n\2\n", text)
     text = re.sub(r"<br\s*/?>", "\n", text, flags=re.IGNORECASE)
-    text = re.sub(r"'{2,5}|__[A-Z]{3,20}__", "", TAG.sub("", text))
+    text = re.sub(r"__[A-Z]{3,20}__", "", re.sub(r"'{2,5}", "", TAG.sub("", text)))
     text = ITEM.sub(lambda m: "" if m[1][-1] in ":;" else "- ", text)
     text = html.unescape(text).replace("\xa0", " ")
-    text = LINES.sub("\n\n", re.sub(r"[ \t]+\n", "\n", text)).strip()
+    text = BLANK.sub("\n\n", "\n".join(map(str.rstrip, text.split("\n")))).strip()
     return re.sub(r"\x01(\d+)\x02", lambda m: kept[int(m[1])], text)
 
 
