@@ -184,7 +184,7 @@ def rows_of(
         if name == MACHINE:
             continue
         bytes_of = {**sizes, "weight_bytes": process.weight_bytes}
-        cache = shape.cache_bytes(batch, 2 if DTYPES[name] == "bf16" else 4)
+        cache = shape.cache_bytes(batch, 2 if DTYPES[name] == "q8_0" else 4)
         memory = {"peak_mb": process.peak_mb, "weights_mb": process.weight_bytes / 1e6, "cache_mb": cache / 1e6}
         memory["peak_share"] = 1e6 * process.peak_mb / (process.weight_bytes + cache)
         if "fastgpt" in tokens:
