@@ -5,9 +5,9 @@
 W is in the dtype of x; or, for inference, x is fp32 and W bf16 or fp16, or W is int8 with one fp32 scale s for each
 output (symmetric quantisation: W = round(w / s), s = max |w| / 127 of a row).
 
-Where nothing needs a gradient, the CPU kernel computes up to MAX_ROWS rows. It reads the weight once, in the layout of
-torch.nn.Linear, converts it in registers and sums in fp32; products of more rows are PyTorch's, with narrower weights
-converted a block at a time.
+Where nothing needs a gradient, the CPU kernel computes up to MAX_ROWS rows, and with a narrower weight any number of
+rows. It reads the weight once for 64 rows, in the layout of torch.nn.Linear, converts it in registers and sums in fp32.
+Other products are PyTorch's; the `torch` backend converts a narrower weight a block at a time.
 
 If the weight has a `grad_buffer`, the matrix product of the backward writes dW there: the first backward of a step
 overwrites the buffer, later ones add to it (gradient accumulation fusion, as in Megatron-LM). For each weight and step
@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from fastgpt.core.backend import Cell, register, select
 from fastgpt.ops._common import check_float, check_like, define, flop_formula, gradient_place, needs_grad
 
-MAX_ROWS = 64  # beyond them the kernel would read the weight again
-BLOCK_NUMEL = 2**20  # of a narrower weight, converted at a time
+MAX_ROWS = 64  # beyond them the kernel would read the weight again, and the library's product is tuned to the CPU
+BLOCK_NUMEL = 2**20  # of a narrower weight, converted at a time by the `torch` backend
 PLAIN = (Tensor, nn.Parameter)  # a subclass has its own F.linear
 
 
@@ -135,18 +135,17 @@ def _narrow(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None
     _check_narrow(x, weight, bias, scale)
     if torch.compiler.is_compiling():
         return linear_ref(x, weight, bias, scale=scale)
-    backend = select("linear", x) if _few(x, weight, bias) else "torch"
+    backend = select("linear", x) if _fits(x, weight, bias) else "torch"
     if backend == "torch":
         return linear_torch(x, weight, bias, scale=scale)
     return LINEAR_FWD[backend](x, weight, scale, bias)  # type: ignore[no-any-return]
 
 
-def _few(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether the kernel computes this call."""
-    if type(x) not in PLAIN or type(weight) not in PLAIN or not x.dim():
+def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Return whether the kernel supports this call."""
+    if type(x) not in PLAIN or type(weight) not in PLAIN or not x.numel():
         return False
-    n = x.shape[-1]
-    if not 0 < x.numel() <= MAX_ROWS * n or weight.shape[1:] != (n,) or weight.device != x.device:
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or weight.device != x.device:
         return False
     fits = bias is None or (bias.dtype == x.dtype and bias.shape == weight.shape[:1] and bias.device == x.device)
     return fits and not torch._C._are_functorch_transforms_active()
@@ -191,7 +190,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tens
             return F.linear(x, weight, bias)
         y: Tensor = LinearFn.apply(x, weight, bias)
         return y
-    if weight.dtype == x.dtype and _few(x, weight, bias):
+    few = x.dim() > 0 and x.numel() <= MAX_ROWS * x.shape[-1]
+    if few and weight.dtype == x.dtype and _fits(x, weight, bias):
         backend = select("linear", x)
         if backend != "torch":
             return LINEAR_FWD[backend](x, weight, None, bias)  # type: ignore[no-any-return]

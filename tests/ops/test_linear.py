@@ -185,7 +185,7 @@ def test_few_rows_without_gradients_are_the_kernel_s(monkeypatch: pytest.MonkeyP
 def test_narrow_weights_on_every_path(
     kind: torch.dtype, rows: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Few rows, more rows, blocks of the weight, compiled: the values of the widened weight."""
+    """The kernel, compiled, and the torch backend in blocks: the values of the widened weight."""
     monkeypatch.setattr(sys.modules["fastgpt.ops.linear"], "BLOCK_NUMEL", 100)
     x, bias, (weight, scale) = rand(*rows, 33), rand(10, seed=4), weight_of(kind, 10, 33)
     weight, scale = weight.to(DEVICE), None if scale is None else scale.to(DEVICE)
@@ -193,6 +193,8 @@ def test_narrow_weights_on_every_path(
     compiled: Callable[..., Any] = torch.compile(ops.linear, fullgraph=True, backend="aot_eager")
     for fn in (ops.linear, compiled):
         torch.testing.assert_close(fn(x, weight, bias, scale=scale), wanted)
+    with backend.use(linear="torch"):
+        torch.testing.assert_close(ops.linear(x, weight, bias, scale=scale), wanted)
 
 
 @pytest.mark.parametrize(
