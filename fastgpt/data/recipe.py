@@ -7,18 +7,17 @@ names the file, the line and the key, the value found and the value expected.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import sysconfig
-import types
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from fastgpt.core.errors import UserError
-from fastgpt.core.options import NULLS, WRONG, convert, describe, did_you_mean
+from fastgpt.core.options import did_you_mean
 from fastgpt.data.clean import Cleaner, SettingError, located
 from fastgpt.data.dedup import DedupSettings
+from fastgpt.data.recipe_reader import Reader, compose
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MAX_EPOCHS = 4  # repeating text more often helps little (Muennighoff et al. 2023)
@@ -180,74 +179,6 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-@dataclass
-class _Node:
-    """A value in YAML with its line: text, None, a list of nodes or a mapping of nodes."""
-
-    value: Any
-    line: int
-
-    def plain(self) -> Any:
-        if isinstance(self.value, dict):
-            return {k: v.plain() for k, v in self.value.items()}
-        return [v.plain() for v in self.value] if isinstance(self.value, list) else self.value
-
-
-class _Reader:
-    """Converts the nodes of one recipe; remembers the line of every key for the checks that follow."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-        self.lines: dict[str, int] = {}
-
-    def fail(self, key: str, text: str) -> NoReturn:
-        line = next((n for k in _parents(key) if (n := self.lines.get(k))), 1)
-        raise UserError(f"{self.where}, line {line}: {text}")
-
-    def read(self, node: _Node, hint: Any, key: str) -> Any:
-        """Return the value of a node in the type `hint`. Raises UserError."""
-        self.lines[key] = node.line
-        kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-        for kind in kinds:
-            if is_dataclass(kind) and isinstance(kind, type) and isinstance(node.value, dict):
-                return self._fields(node, kind, key)
-            if kind is Any and isinstance(node.value, list):
-                return [self.read(v, Any, f"{key}[{i}]") for i, v in enumerate(node.value)]
-            if kind is Any and isinstance(node.value, dict):
-                return {k: self.read(v, Any, f"{key}.{k}") for k, v in node.value.items()}
-            if get_origin(kind) is dict and isinstance(node.value, dict):
-                inner = get_args(kind)[1]
-                return {k: self.read(v, inner, f"{key}.{k}" if key else k) for k, v in node.value.items()}
-            scalar = node.value is None or isinstance(node.value, str)
-            if get_origin(kind) in (list, tuple) and not isinstance(node.value, dict) and not (scalar and str in kinds):
-                items = node.value if isinstance(node.value, list) else [node] if node.value is not None else []
-                read = [self.read(v, get_args(kind)[0], f"{key}[{i}]") for i, v in enumerate(items)]
-                return read if get_origin(kind) is list else tuple(read)
-        plain = node.plain()
-        found = convert(plain, hint)
-        if found is WRONG:
-            got = plain if isinstance(plain, str) else json.dumps(plain).replace('"', "")
-            self.fail(key, f"{key} is {got!r}, expected {_expected(hint)}")
-        return found
-
-    def _fields(self, node: _Node, cls: type, key: str) -> Any:
-        hints = get_type_hints(cls)
-        prefix = f"{key}." if key else ""
-        for name, value in node.value.items():
-            if name not in hints:
-                self.lines[prefix + name] = value.line
-                self.fail(prefix + name, f"{prefix}{name} is not a key{did_you_mean(name, hints)}")
-        for f in fields(cls):
-            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            if required and f.name not in node.value:
-                self.fail(key, f"{prefix}{f.name} is missing")
-        values = {name: self.read(v, hints[name], prefix + name) for name, v in node.value.items()}
-        try:
-            return cls(**values)
-        except ValueError as e:
-            self.fail(key, f"{key}: {e}")
-
-
 def load_recipe(path: str | Path) -> Recipe:
     """Read and check a recipe; its paths come back absolute.
 
@@ -261,8 +192,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise UserError(f"cannot read recipe {path}: {e.strerror}") from None
     except UnicodeDecodeError as e:
         raise UserError(f"recipe {path} is not UTF-8 at byte {e.start}") from None
-    reader = _Reader(str(path))
-    root = _compose(text, str(path))
+    reader = Reader(str(path))
+    root = compose(text, str(path))
     if not isinstance(root.value, dict):
         reader.fail("", f"the recipe is {root.plain()!r}, expected a mapping with the key sources")
     recipe: Recipe = reader.read(root, Recipe, "")
@@ -271,37 +202,7 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe
 
 
-def _compose(text: str, where: str) -> _Node:
-    try:
-        import yaml
-    except ImportError as e:
-        raise UserError("reading a recipe needs PyYAML: pip install PyYAML") from e
-
-    def read(node: Any) -> _Node:
-        line = node.start_mark.line + 1
-        if isinstance(node, yaml.SequenceNode):
-            return _Node([read(item) for item in node.value], line)
-        if not isinstance(node, yaml.MappingNode):
-            return _Node(None if node.style is None and node.value.lower() in NULLS else node.value, line)
-        found: dict[str, _Node] = {}
-        for key, value in node.value:
-            name = str(key.value)
-            if name in found:
-                raise UserError(f"{where}, line {key.start_mark.line + 1}: {name} is given twice, expected once")
-            found[name] = read(value)
-            found[name].line = key.start_mark.line + 1
-        return _Node(found, line)
-
-    try:
-        node = yaml.compose(text, yaml.BaseLoader)
-    except (yaml.YAMLError, RecursionError) as e:
-        mark = getattr(e, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        raise UserError(f"{where}, line {line}: not valid YAML ({getattr(e, 'problem', None) or e})") from None
-    return _Node(None, 1) if node is None else read(node)
-
-
-def _check(recipe: Recipe, reader: _Reader) -> None:
+def _check(recipe: Recipe, reader: Reader) -> None:
     """Check what types cannot say. Raises UserError."""
     positive = "more than 0"
     for name, source in recipe.sources.items():
@@ -348,7 +249,7 @@ def _check(recipe: Recipe, reader: _Reader) -> None:
     _check_mix(recipe, reader)
 
 
-def _check_mix(recipe: Recipe, reader: _Reader) -> None:
+def _check_mix(recipe: Recipe, reader: Reader) -> None:
     mix, sources = recipe.mix, recipe.sources
     weighted = [n for n, s in sources.items() if s.weight is not None]
     for name, source in sources.items():
@@ -378,13 +279,13 @@ def _check_mix(recipe: Recipe, reader: _Reader) -> None:
             reader.fail("mix.replay", "mix.replay.sources names all sources or none, expected some of them")
 
 
-def _known(reader: _Reader, key: str, name: str, sources: dict[str, SourceRecipe]) -> None:
+def _known(reader: Reader, key: str, name: str, sources: dict[str, SourceRecipe]) -> None:
     if name not in sources:
         of = "" if key.endswith(name) else f" {name!r}, which"
         reader.fail(key, f"{key}{' names' if of else ''}{of} is not a source{did_you_mean(name, sources)}")
 
 
-def _check_range(reader: _Reader, key: str, value: Any, right: bool, expected: str) -> None:
+def _check_range(reader: Reader, key: str, value: Any, right: bool, expected: str) -> None:
     if not right:
         reader.fail(key, f"{key} is {value}, expected {expected}")
 
@@ -407,14 +308,3 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
         tokenizer = str(folder / tokenizer)
     held_out = [place(p) for p in recipe.decontaminate]
     return dataclasses.replace(recipe, sources=sources, tokenizer=tokenizer, decontaminate=held_out)
-
-
-def _parents(key: str) -> list[str]:
-    """Return the key and the keys above it, the nearest first: a.b[0].c, a.b[0], a.b, a, ''."""
-    parts = re.findall(r"\.?[^.\[]+|\[\d+\]", key)
-    return ["".join(parts[:n]) for n in range(len(parts), -1, -1)]
-
-
-def _expected(hint: Any) -> str:
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return " or ".join("a mapping" if is_dataclass(k) else describe(k) for k in kinds)
