@@ -4,12 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.pipeline.mix import ENTRY, Quotas, interleave, quotas, write_order
 from fastgpt.data.recipe import MixRecipe, Recipe, Replay, SourceRecipe, StageRecipe
+
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 lengths = st.lists(st.integers(1, 50), min_size=1, max_size=30)
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.clean import PRESETS, STEPS, Cleaner, SettingError, Tally, clean_all, located
 from fastgpt.data.clean.step import LONGEST, State
 from fastgpt.data.document import Document
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
 
 PYTHON = Path(textwrap.__file__).read_text(encoding="utf-8")
 

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
@@ -22,6 +20,10 @@ from fastgpt.data.tokenizer import _parse
 from fastgpt.data.tokenizer_command import main
 
 tiktoken = pytest.importorskip("tiktoken")
+pytest.importorskip("hypothesis")
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
 TIKTOKEN_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of r50k_base.tiktoken
 ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"  # of gpt2's encoder.json
 
