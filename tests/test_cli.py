@@ -1,5 +1,6 @@
 """The console commands: sample, doctor, parity, and how errors are reported to the user."""
 
+import errno
 import io
 import os
 import re
@@ -263,7 +264,13 @@ def test_unknown_commands_and_user_errors_exit_2(
     def interrupted() -> int:
         raise KeyboardInterrupt
 
+    def not_permitted() -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/mine")
+
     assert run_command(fails) == 2 and run_command(interrupted) == 130
+    capsys.readouterr()
+    assert run_command(not_permitted) == 2
+    assert capsys.readouterr().err == "fastgpt: error: cannot use runs/mine: Permission denied\n"
 
 
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,8 @@ from fastgpt.core.errors import UserError
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """Run a command; a UserError becomes one line on stderr and exit code 2, without a traceback."""
+    """Run a command; a UserError, or an OSError about a file, becomes one line on stderr and exit code 2, without a
+    traceback."""
     try:
         check_environment()
         return command()
@@ -28,6 +29,11 @@ def run_command(command: Callable[[], int]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the interpreter's own flush is quiet
         return 1
+    except OSError as e:  # a file that may not be read, a folder that may not be written, a full disk
+        if e.filename is None:
+            raise
+        print(f"fastgpt: error: cannot use {os.fsdecode(e.filename)}: {e.strerror}", file=sys.stderr)
+        return 2
 
 
 class Parser(argparse.ArgumentParser):

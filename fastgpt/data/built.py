@@ -48,8 +48,13 @@ def read_manifest(out: Path) -> dict[str, Any]:
     """Return the manifest. Raises UserError if it is missing (an incomplete data set) or damaged."""
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        why = f"is not complete: {AGAIN} to finish it" if (out / "work").is_dir() else f"has no {MANIFEST}"
+    except (FileNotFoundError, NotADirectoryError):
+        if not out.is_dir():
+            why = "is a file, expected a folder" if out.exists() else "does not exist"
+        elif (out / "work").is_dir():
+            why = f"is not complete: {AGAIN} to finish it"
+        else:
+            why = f"has no {MANIFEST}, expected a folder that `fastgpt data build` made"
         raise UserError(f"data set {out} {why}") from None
     except (OSError, ValueError) as e:
         raise UserError(f"data set {out} is damaged: {MANIFEST} ({e})") from None

@@ -373,6 +373,20 @@ def test_a_damaged_data_set_is_refused(damage: Callable[[Path], Any], message: s
     assert message in str(e.value) and str(tmp_path / "out") in str(e.value)
 
 
+def test_what_is_no_data_set_is_refused_and_stays_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    for name, message in (
+        ("absent", "does not exist"),
+        ("file", "is a file, expected a folder"),
+        ("folder", "has no manifest.json, expected a folder that `fastgpt data build` made"),
+    ):
+        for opened in (open_built, lambda path: forget(path, ["a"], show=False)):
+            with pytest.raises(UserError, match=f"data set {tmp_path / name} {message}"):
+                opened(tmp_path / name)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+
+
 def flip(path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[1500] ^= 1

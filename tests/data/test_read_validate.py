@@ -86,7 +86,7 @@ def test_exit_codes_and_json(
     path = tmp_path / "a.jsonl"
     path.write_text('{"body": "a", "n": 1}\n{"body": "b"}\n')
     assert run(monkeypatch, str(path), "--text", "body", "--meta", "n") == 0
-    assert capsys.readouterr().out == "1 files, 0.0 MB, 2 documents: no defects\n"
+    assert capsys.readouterr().out == "1 file, 0.0 MB, 2 documents: no defects\n"
     assert run(monkeypatch, str(path), "--json", "--limit", "1") == 1
     found = json.loads(capsys.readouterr().out)
     assert (found["count"], len(found["defects"]), found["kinds"]) == (2, 1, {"missing field": 2})

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt.core.errors import UserError
-from fastgpt.data.built import open_built
+from fastgpt.data.built import is_built, open_built, read_manifest
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.pipeline.card import card_of
 from fastgpt.data.pipeline.manifest import ERASED, put_in_place, write_manifest
@@ -67,6 +67,8 @@ def forget(
     out, wanted = Path(out), frozenset(ids)
     if not all(texts):
         raise UserError("the text to match is empty, which every document holds")
+    if not is_built(out):  # before the lock, which would make a folder look like a build that was interrupted
+        read_manifest(out)
     with Workers(workers, show) as pool, locked(out / "work", alone=True):
         put_in_place(out)
         manifest = open_built(out).manifest

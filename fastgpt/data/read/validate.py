@@ -130,8 +130,12 @@ def _print(result: Validation, count: int) -> None:
     if count > len(result.defects):
         print(f"... and {count - len(result.defects):,} more (--limit shows more)")
     left = "".join(f", {n:,} {why}" for why, n in sorted(result.skipped.items()))
-    read = f"{result.files:,} files, {result.bytes / 1e6:,.1f} MB, {result.documents:,} documents"
+    read = f"{_counted(result.files, 'file')}, {result.bytes / 1e6:,.1f} MB, {_counted(result.documents, 'document')}"
     kinds = ", ".join(f"{n:,} {kind}" for kind, n in result.kinds.most_common())
-    print(
-        f"{read}: {f'{count:,} defects ({kinds})' if count else 'no defects'}{f'; left out{left[1:]}' if left else ''}"
-    )
+    defects = f"{_counted(count, 'defect')} ({kinds})" if count else "no defects"
+    print(f"{read}: {defects}{f'; left out{left[1:]}' if left else ''}")
+
+
+def _counted(count: int, noun: str) -> str:
+    """Return a count and its noun: "1 file", "2 files"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
