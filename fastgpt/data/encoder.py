@@ -22,7 +22,7 @@ log = logging.getLogger("fastgpt")
 Ids = npt.NDArray[np.uint32]
 Encode = Callable[[str], Ids]
 
-KEPT_CHARACTERS = 32 << 20  # gigatoken keeps every word it has met, about 10 bytes for each byte of new words
+KEPT_CHARACTERS = 16 << 20  # gigatoken keeps every word it has met, about 10 bytes for each byte of new words
 
 
 def sample() -> str:

@@ -134,7 +134,10 @@ class Tokenizer:
         threads: default the cores this process may use, at most 8. Raises UserError for lone surrogates.
         """
         _, encode = self.fastest()
-        with ThreadPoolExecutor(threads or min(8, available_cores())) as pool:
+        threads = threads or min(8, available_cores())
+        if threads == 1:
+            return list(map(encode, texts))  # a new thread would have memory of its own, which is not returned
+        with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(encode, texts))
 
     def fastest(self) -> tuple[str, Encode]:

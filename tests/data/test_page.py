@@ -120,10 +120,12 @@ def test_samples_page_and_card_of_a_built_data_set(tmp_path: Path, capsys: pytes
     assert f"{out}/report.html is the report" in capsys.readouterr().out
     assert "house" not in text_of((tmp_path / "out" / "report.html").read_text()).replace("houses", "")
     data = open_built(out)
-    found = list(samples(data, 4, 50))
+    found = list(samples(data.path, data.tokenizer, 4, 50))
     assert len(found) == 4 == len({s.id for s in found}) and all(s.source == "houses" for s in found)
     assert all(s.text.startswith("The garden of house") and s.tokens > 50 for s in found)
-    assert len(list(samples(data, 100, 5))) == data.manifest["train"]["documents"] and not list(samples(data, 0, 5))
+    assert len(list(samples(data.path, data.tokenizer, 100, 5))) == data.manifest["train"]["documents"] and not list(
+        samples(data.path, data.tokenizer, 0, 5)
+    )
     assert run_command(lambda: main(["inspect", out, "--samples", "2"])) == 0
     assert capsys.readouterr().out.count("The garden of house") >= 2
     assert run_command(lambda: main(["card", out])) == 0

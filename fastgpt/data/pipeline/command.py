@@ -118,5 +118,5 @@ def _head(data: BuiltDataset) -> Iterator[str]:
 def _samples(data: BuiltDataset, n: int) -> Iterator[str]:
     """Yield the beginnings of n training documents."""
     width = os.get_terminal_size().columns if sys.stdout.isatty() else 80
-    for found in samples(data, n, SAMPLE):
+    for found in samples(data.path, data.tokenizer, n, SAMPLE):
         yield f"{'-' * width}\n{found.source} {found.id} ({found.tokens:,} tokens)\n{found.text[:SAMPLE]}"

@@ -6,13 +6,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from fastgpt.core.errors import UserError
-from fastgpt.data.built import BuiltDataset, open_built
+from fastgpt.data.built import open_built, read_manifest
+from fastgpt.data.load import load_tokenizer
 from fastgpt.data.pipeline.page import page_of
 from fastgpt.data.pipeline.store import read_json
 from fastgpt.data.pipeline.topics import topics
 from fastgpt.data.pipeline.write import documents_of
-from fastgpt.data.shards import atomic_file, open_tokens
+from fastgpt.data.shards import HEADER_BYTES, atomic_file, open_tokens
+from fastgpt.data.tokenizer import Tokenizer
 
 PAGE = "report.html"
 TOPIC_DOCUMENTS = 1000  # that topics are made from
@@ -29,9 +33,9 @@ class Sample:
     text: str
 
 
-def samples(data: BuiltDataset, count: int, tokens: int) -> Iterator[Sample]:
+def samples(out: Path, tokenizer: Tokenizer, count: int, tokens: int) -> Iterator[Sample]:
     """Yield up to `count` training documents, evenly spaced over the shards, with at most `tokens` tokens each."""
-    shards = [s for s in data.manifest["shards"] if s["source"] is None and s["documents"]]
+    shards = [s for s in read_manifest(out)["shards"] if s["source"] is None and s["documents"]]
     total = sum(s["documents"] for s in shards)
     count = min(count, total)
     wanted = [i * total // count for i in range(count)]
@@ -39,21 +43,23 @@ def samples(data: BuiltDataset, count: int, tokens: int) -> Iterator[Sample]:
     for shard in shards:
         rows = [n - first for n in wanted if first <= n < first + shard["documents"]]
         first += shard["documents"]
-        if rows:
-            starts, ids = documents_of(data.path, shard["name"])
-            stream = open_tokens(data.path / f"{shard['name']}.bin")
-            for row in rows:
-                start, stop = int(starts[row]) + 1, int(starts[row + 1])
-                text = data.tokenizer.decode(stream.read(start, min(stop - start, tokens)).tolist())
-                yield Sample(ids[row][0], ids[row][1], stop - start, text)
+        if not rows:
+            continue
+        starts, ids = documents_of(out, shard["name"])
+        path = out / f"{shard['name']}.bin"
+        dtype = open_tokens(path).parts[0].dtype
+        for row in rows:
+            start, stop = int(starts[row]) + 1, int(starts[row + 1])
+            at = HEADER_BYTES + start * dtype.itemsize  # read, not mapped: mapped pages would stay in memory
+            read = np.fromfile(path, dtype, min(stop - start, tokens), offset=at)
+            yield Sample(ids[row][0], ids[row][1], stop - start, tokenizer.decode(read.tolist()))
 
 
 def write_page(out: Path) -> Path:
-    """Write OUT/report.html and return its path. Raises UserError if the data set is damaged."""
-    data = open_built(out)
-    found = list(samples(data, TOPIC_DOCUMENTS, TOPIC_TOKENS))
+    """Write OUT/report.html and return its path. Raises UserError if the data set is incomplete."""
+    found = list(samples(out, load_tokenizer(out), TOPIC_DOCUMENTS, TOPIC_TOKENS))
     about = topics([s.text for s in found], [s.source for s in found])
-    page = page_of(read_json(out / "report.json"), data.manifest, about)
+    page = page_of(read_json(out / "report.json"), read_manifest(out), about)
     with atomic_file(out / PAGE) as f:
         f.write(page.encode("utf-8", "backslashreplace"))
     return out / PAGE

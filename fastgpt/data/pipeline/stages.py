@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastgpt.core.device import return_freed_memory
 from fastgpt.core.errors import UserError
 from fastgpt.data.clean import Cleaner
 from fastgpt.data.dedup import DedupSettings
@@ -120,7 +121,9 @@ class Build:
             tasks = [LeakTask(chunk, files, self.held_out, self.work / "leaks") for chunk in cleaned.chunks]
             self.workers.run("decontaminate", find_leaks, tasks, [task.chunk.bytes for task in tasks])
             leaks = [task.path for task in tasks]
-        return Selector(self.recipe, self.dedup, cleaned.chunks, leaks, self.erased).run(self.work / "select")
+        selection = Selector(self.recipe, self.dedup, cleaned.chunks, leaks, self.erased).run(self.work / "select")
+        return_freed_memory()
+        return selection
 
     def tokenizer(self, cleaned: Cleaned, selection: Selection) -> Path:
         """Return the path of the tokenizer.json to encode with."""

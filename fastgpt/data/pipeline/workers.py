@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from fastgpt.core import progress
+from fastgpt.core.device import return_freed_memory
 from fastgpt.core.errors import UserError
 
 log = logging.getLogger("fastgpt")
@@ -76,6 +77,7 @@ class Workers:
                             "memory; use fewer --workers or smaller parts (part_megabytes)"
                         ) from None
                     log.warning("%s: a worker was killed; its parts are done again", stage)
+            self._end()
         return [results[i] for i in range(len(tasks))]
 
     def _round(
@@ -95,6 +97,13 @@ class Workers:
         except BaseException:
             self._stop()
             raise
+
+    def _end(self) -> None:
+        """Return the memory of a stage: processes keep much of what they have freed."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        return_freed_memory()
 
     def _stop(self) -> None:
         """End the workers at once; what they were writing does not exist."""
