@@ -65,7 +65,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_shards(what: str, tmp_path: Pa
         if process.returncode == 0:
             break
     assert process.returncode == 0 and killed and shards(out) == whole
-    assert {p.name for p in out.iterdir()} == {*open_built(out).manifest["files"], "manifest.json"}
+    assert {p.name for p in out.iterdir()} == {*open_built(out).manifest["files"], "manifest.json", "report.html"}
 
 
 def parents() -> dict[int, int]:
