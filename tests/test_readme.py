@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,18 +43,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
+def execute(command: str, folder: Path) -> str:
+    """Run a command in a folder and return what it said."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(folder / "cache")}  # `fastgpt tune` writes there
+    words, nothing = shlex.split(command), subprocess.DEVNULL
+    done = subprocess.run(words, cwd=folder, stdin=nothing, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, command + done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("page", [README, TRAINING, BENCHMARKS], ids=["README", "training", "benchmarks"])
 def test_fastgpt_commands(folder: Path, page: str) -> None:
     """Run them in the page's order, in one folder: `fastgpt sample` uses the run of the commands before it. One test
     per page, since several would be distributed over processes."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "XDG_CACHE_HOME": str(folder / "cache")}  # `fastgpt tune` writes there
     run = [c for c in commands(page) if c.startswith("fastgpt ")]
     assert run
     for command in run:
-        words, nothing = shlex.split(command), subprocess.DEVNULL
-        done = subprocess.run(words, cwd=folder, stdin=nothing, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, command + done.stdout[-2000:] + done.stderr[-2000:]
+        execute(command, folder)
+
+
+@pytest.mark.slow
+def test_a_data_set_is_built_inspected_and_trained_on(tmp_path: Path) -> None:
+    """The commands of README with few texts of the recipe's sources, a small vocabulary and two steps."""
+    section = README.split("## Build a data set")[1].split("\n## ")[0]
+    build, inspect, train = re.findall(r"^    (fastgpt .*?) +# ", section, re.M)
+    recipe = yaml.safe_load((ROOT / "recipes" / "python.yaml").read_text(encoding="utf-8"))
+    assert recipe["sources"].pop("debian")["optional"]  # needs a network
+    recipe["sources"]["code"]["path"] = "{stdlib}/email/*.py"
+    recipe["sources"]["docs"]["sample"] = 0.05
+    recipe |= {"validation": 0.5, "tokenizer": {"train": {"vocab_size": 300, "bytes": 50_000}}, "workers": 1}
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "python.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    execute(build, tmp_path)
+    assert "code PSF-2.0, docs PSF-2.0" in execute(inspect, tmp_path)
+    execute(f"{train} --max-steps 2", tmp_path)
+    metrics = (tmp_path / "runs" / "python" / "metrics.jsonl").read_text(encoding="utf-8")
+    assert '"val_loss.code": ' in metrics and '"val_loss.docs": ' in metrics
 
 
 @pytest.mark.parametrize("code", [block for page in PAGES for block in blocks(page, "python")])
