@@ -40,7 +40,7 @@ class SourceRecipe:
         clean: preset of rules (web, prose, docs, code, none), or its changes, such as {preset: web, language: null}.
         defects: what happens to a broken record: fail, skip or replace.
         sample: share of the documents to use, chosen by the hash of their ids.
-        max_documents: use the first documents only.
+        max_documents: use at most so many documents, the first ones of each split.
         validation: share of documents held out, instead of the recipe's.
         weight: share of the training tokens, relative to the other weights.
         epochs: how often the source is repeated, instead of a weight; may be a fraction.

@@ -277,6 +277,10 @@ def test_limits_and_samples(tmp_path: Path) -> None:
     big, small = report["sources"]["big"], report["sources"]["small"]
     assert 15 < big["unsampled"] < 45 and big["kept"] == 60 - big["unsampled"]
     assert small["kept"] == 7 and small["dropped"] == {"beyond max_documents": 13}
+    plain["sources"]["small"]["validation"] = 0.4
+    report = build(stages_recipe(tmp_path, plain), tmp_path / "out", show=False)
+    assert report is not None and report["sources"]["small"]["kept"] == 7
+    assert [report["sources"]["small"][split]["documents"] for split in ("train", "val")] == [4, 3]
 
 
 def test_a_dry_run_reports_and_writes_no_data_set(tmp_path: Path, done: Path) -> None:

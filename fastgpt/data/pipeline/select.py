@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -113,7 +114,7 @@ class Selector:
         if not place.exists():
             with new_result(place) as aside:
                 found = self._duplicates(aside)
-                left = {name: s.max_documents for name, s in self.recipe.sources.items()}
+                left = self._limits()
                 for i, chunk in enumerate(self.chunks):
                     np.save(aside / f"{i:06}.npy", self._mask(i, chunk, found, left))
                 write_json(aside / "report.json", self._report(found))
@@ -136,7 +137,20 @@ class Selector:
     def _chunk(self, part: str) -> Chunk:
         return self.chunks[int(part.partition("/")[2])]
 
-    def _mask(self, i: int, chunk: Chunk, found: Duplicates | None, left: dict[str, int | None]) -> Mask:
+    def _limits(self) -> dict[tuple[str, bool], int]:
+        """Return how many documents of each source and split may stay, by (source, held out), where there is a limit.
+
+        The split comes first, so a limit is divided as the documents are: it never leaves nothing to validate on.
+        """
+        limits = {}
+        for name, source in self.recipe.sources.items():
+            if source.max_documents is not None:
+                share = self.recipe.validation if source.validation is None else source.validation
+                held = math.ceil(source.max_documents * share)
+                limits[name, True], limits[name, False] = held, source.max_documents - held
+        return limits
+
+    def _mask(self, i: int, chunk: Chunk, found: Duplicates | None, left: dict[tuple[str, bool], int]) -> Mask:
         keep: Mask = np.ones(chunk.documents, bool)
         if self.leaks:
             self._drop(chunk, keep, ~np.load(self.leaks[i] / "leaks.npy"), "contaminated")
@@ -144,10 +158,10 @@ class Selector:
             self._drop(chunk, keep, found.keep(self.parts[i]), "duplicate")
         if self.erased.ids or self.erased.hashes:
             self._drop(chunk, keep, ~self._erased(chunk), "erased")
-        limit = left[chunk.source]
+        limit = left.get((chunk.source, chunk.held))
         if limit is not None:
             self._drop(chunk, keep, np.cumsum(keep) <= limit, "beyond max_documents")
-            left[chunk.source] = limit - int(keep.sum())
+            left[chunk.source, chunk.held] = limit - int(keep.sum())
         return keep
 
     def _drop(self, chunk: Chunk, keep: Mask, right: Mask, rule: str) -> None:
