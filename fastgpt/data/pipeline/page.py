@@ -181,7 +181,7 @@ def bars(title: str, groups: Mapping[str, Mapping[str, float]], name: str) -> Pl
         ax.invert_yaxis()
         ax.set_title(title, fontsize=10, loc="left")
         if len(groups) > 1:
-            ax.legend(fontsize=8, frameon=False)
+            ax.legend(fontsize=8, frameon=False, loc="lower right")  # the longest bars are at the top
         _plain(ax, "x")
 
     return Plot(name, title, figure(draw, 9.0, 1.0 + 0.3 * len(labels)))
