@@ -302,8 +302,8 @@ def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
 class use:
     """Choose backends, as a plain call or as a context manager that restores the choice at its end.
 
-    `use(layer_norm="triton", adamw="torch")`; `use(all="torch")` for every op; `use(strict=True)` turns every fallback
-    into an error. Names of backends: "cuda", "triton", "cpu", "torch", "auto".
+    `use(layer_norm="triton", adamw="torch")`; `use(all="torch")` for every op that has such a kernel;
+    `use(strict=True)` turns every fallback into an error. Names of backends: "cuda", "triton", "cpu", "torch", "auto".
 
     Raises:
         UserError: an op or backend that does not exist.
@@ -314,7 +314,9 @@ class use:
         if torch.compiler.is_compiling():
             raise RuntimeError("fastgpt.ops.use was called inside torch.compile: call it outside the compiled function")
         everything = choices.pop("all", None)
-        wanted = {op: everything for op in _table} if everything is not None else {}
+        # an op without such a kernel on any device keeps its choice: linear has one for CPUs only
+        fits = {op: everything in cells or everything not in BACKENDS for op, cells in _table.items()}
+        wanted = {op: everything for op in _table if fits[op]} if everything is not None else {}
         wanted.update(choices)
         for op, backend in wanted.items():
             if op not in _table:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgpt import nn, ops
 from fastgpt.core import backend
+from fastgpt.core.errors import UserError
 from fastgpt.ops.linear import LINEAR_FWD, MAX_ROWS, linear_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -206,3 +207,12 @@ def test_what_does_not_fit_is_pytorch_s_error(weight: Tensor, x: Tensor) -> None
         return
     with pytest.raises(RuntimeError):
         ops.linear(x, weight)
+
+
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+def test_a_choice_for_all_ops_leaves_linear_as_it_is(kernels: str) -> None:
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    with torch.no_grad(), ops.use(all=kernels, strict=True):
+        assert torch.equal(ops.linear(x, weight), torch.full((2, 4), 3.0))
+    with pytest.raises(UserError, match="all='best'|='best': expected one of"):
+        ops.use(all="best")
