@@ -5,6 +5,8 @@
 // layout, so PyTorch's product can read it, too.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("fp-contract=fast")  // no formula here needs a product to be rounded
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own AVX-512 header
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <memory>
 
