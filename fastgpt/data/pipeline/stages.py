@@ -32,7 +32,7 @@ from fastgpt.data.pipeline.manifest import (
 )
 from fastgpt.data.pipeline.report import report_of
 from fastgpt.data.pipeline.select import LeakTask, Selection, Selector, contents_of, find_leaks, read_erased
-from fastgpt.data.pipeline.show import write_page
+from fastgpt.data.pipeline.show import PAGE, write_page
 from fastgpt.data.pipeline.store import Chunk, key_of, locked, read_json, remove_partial, write_json
 from fastgpt.data.pipeline.tokens import Encoding, choose_tokenizer, encode
 from fastgpt.data.pipeline.workers import Workers
@@ -178,6 +178,7 @@ class Build:
         write_json(new / "report.json", report)
         facts = about(self.recipe, self.inputs(), tokenizer, layout, shards, report, self.out)
         write_manifest(new, facts)
+        (self.out / PAGE).unlink(missing_ok=True)  # of an older generation
         put_in_place(self.out)
 
     def _clean_tasks(self) -> list[CleanTask]:
@@ -239,6 +240,8 @@ def build(
 def _build(run: Build, only: str | None, keep: bool) -> dict[str, Any] | None:
     if only is None and is_current(run.out, run.inputs()):
         log.info("%s is up to date", run.out)
+        if not (run.out / PAGE).is_file():
+            write_page(run.out)  # the build was killed before it
     else:
         if only in (None, "clean"):
             run.clean()
