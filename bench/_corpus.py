@@ -1,8 +1,8 @@
 """Text to measure data sets with: documents of real sentences in random order, with the defects of real collections.
 
 The sentences are those of the running Python's documentation strings and help topics. A document is a title and 2 to 30
-paragraphs of them, with numbers and names drawn anew, so that no two are alike. Of 100 documents 4 are copies, 6 are
-copies with a few words changed, 5 hold personal data, 5 have damaged characters, 10 fail the quality rules.
+paragraphs of them, with numbers of its own, so no two are alike. Of 100 documents 4 are copies, 6 are copies with a few
+words changed, 5 hold personal data, 5 have damaged characters, 10 fail the quality rules.
 """
 
 from __future__ import annotations

@@ -314,10 +314,11 @@ class use:
         if torch.compiler.is_compiling():
             raise RuntimeError("fastgpt.ops.use was called inside torch.compile: call it outside the compiled function")
         everything = choices.pop("all", None)
-        # an op without such a kernel on any device keeps its choice: linear has one for CPUs only
-        fits = {op: everything in cells or everything not in BACKENDS for op, cells in _table.items()}
-        wanted = {op: everything for op in _table if fits[op]} if everything is not None else {}
-        wanted.update(choices)
+        wanted = dict(choices)
+        if everything is not None:
+            # an op without such a kernel on any device keeps its choice: linear has one for CPUs only
+            served = (op for op, cells in _table.items() if everything in cells or everything not in BACKENDS)
+            wanted = dict.fromkeys(served, everything) | wanted
         for op, backend in wanted.items():
             if op not in _table:
                 raise UserError(f"kernels: there is no op {op!r}; expected one of {', '.join(sorted(_table))}, all")

@@ -54,7 +54,7 @@ def sample() -> str:
 
 
 class Renewed:
-    """gigatoken's encoder of a tokenizer.json, made anew when the words it has met take too much memory."""
+    """gigatoken's encoder of a tokenizer.json, replaced when the words it has met take too much memory."""
 
     def __init__(self, spec: str, own: Encode) -> None:
         self._spec, self._own, self._characters, self._lock = spec, own, 0, threading.Lock()

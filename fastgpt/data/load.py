@@ -13,7 +13,7 @@ from fastgpt.data.byte_level import ByteLevelTokenizer
 from fastgpt.data.corpus import EOT
 from fastgpt.data.pieces import PieceTokenizer
 from fastgpt.data.sentencepiece_file import read_model, tokenizer_json
-from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.data.tokenizer import Tokenizer, readable
 
 FILE, MODEL, OLD = "tokenizer.json", "tokenizer.model", ("vocab.json", "merges.txt")
 SETTINGS, SPECIALS, GENERATION = "tokenizer_config.json", "special_tokens_map.json", "generation_config.json"
@@ -61,19 +61,13 @@ def _json_of(folder: Path, path: Path, settings: dict[str, dict[str, Any]]) -> t
     """Return the content of the tokenizer.json, made from older files where there is none, and its source."""
     path = path / FILE if path.is_dir() else path
     model, (vocabulary, merges) = folder / MODEL, (folder / name for name in OLD)
-    try:
+    with readable(path):
         if path.is_file() or not has_tokenizer(folder):
             return path.read_text(encoding="utf-8"), str(path)
         if model.is_file():
             add_bos = settings[SETTINGS].get("add_bos_token", True)
             return tokenizer_json(read_model(model.read_bytes(), str(model)), bool(add_bos)), str(model)
         return _from_old(_read(vocabulary), merges.read_text(encoding="utf-8"), settings, folder), str(vocabulary)
-    except FileNotFoundError:
-        raise UserError(f"tokenizer file {path} does not exist") from None
-    except OSError as e:
-        raise UserError(f"cannot read tokenizer file {path}: {e.strerror}") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"tokenizer file {path} is damaged: not UTF-8 at byte {e.start}") from None
 
 
 def _tokenizer(text: str, where: str, eos: str | None) -> Tokenizer:

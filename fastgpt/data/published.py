@@ -94,7 +94,8 @@ def of_encoding(encoding: Any) -> Tokenizer:
     }
     vocab = {spelled[token]: rank for token, rank in ranks.items()}
     tokenizer = ByteLevelTokenizer(_json(vocab, pairs, specials, split), f"encoding {encoding.name}", EOT)
-    if not np.array_equal(tokenizer.encode(sample()), encoding.encode_ordinary(sample())):
+    text = sample()
+    if not np.array_equal(tokenizer.encode(text), encoding.encode_ordinary(text)):
         raise UserError(f"encoding {encoding.name}: its tokenizer.json gives other ids than tiktoken")
     return tokenizer
 

@@ -7,11 +7,12 @@ ids, and decode(encode(text)) == text. Both libraries return the same ids; tikto
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -74,14 +75,8 @@ class Tokenizer:
         kind."""
         path = Path(path)
         path = path / "tokenizer.json" if path.is_dir() else path
-        try:
+        with readable(path):
             return cls(path.read_text(encoding="utf-8"), str(path))
-        except FileNotFoundError:
-            raise UserError(f"tokenizer file {path} does not exist") from None
-        except OSError as e:
-            raise UserError(f"cannot read tokenizer file {path}: {e.strerror}") from None
-        except UnicodeDecodeError as e:
-            raise UserError(f"tokenizer file {path} is damaged: not UTF-8 at byte {e.start}") from None
 
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json, completely or not at all, after its companions; `tokenizers.Tokenizer.from_file` reads
@@ -160,6 +155,19 @@ class Tokenizer:
             if not 0 <= i < self.n_vocab:
                 raise ValueError(f"decode: ids must be in [0, {self.n_vocab}), got {i}")
         return self._bpe.decode_bytes(checked)
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn the errors of reading a tokenizer's file into a UserError that names it."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"tokenizer file {path} does not exist") from None
+    except OSError as e:
+        raise UserError(f"cannot read tokenizer file {path}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise UserError(f"tokenizer file {path} is damaged: not UTF-8 at byte {e.start}") from None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096, specials: Sequence[str] = ()) -> Tokenizer:

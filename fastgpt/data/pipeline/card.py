@@ -14,7 +14,7 @@ def card_of(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     lines += [
         "## Sources",
         "",
-        "| source | licence | read | kept | training tokens | share |",
+        "| source | license | read | kept | training tokens | share |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     for name, facts in sources.items():
@@ -36,7 +36,7 @@ def card_of(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     rates = f"measured for {', '.join(measured)} (report.html has the rates)" if measured else "not measured"
     lines += [f"- Rates of group terms and toxic terms: {rates}.", "", "## Limits", ""]
     lines.append("- Rules find patterns, not meaning: texts that are wrong, private or harmful may remain.")
-    lines.append("- Licences are those that the recipe states; they were not checked.")
+    lines.append("- Licenses are those that the recipe states; they were not checked.")
     return "\n".join(lines) + "\n"
 
 

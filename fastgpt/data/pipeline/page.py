@@ -31,7 +31,7 @@ def sources(report: Mapping[str, Any]) -> Section:
     """Return how much of each source was read, kept and mixed in."""
     found = report["sources"]
     whole = sum(facts.get("mixed_tokens", 0) for facts in found.values()) or 1
-    head = ["source", "licence", "documents", "MB", "kept", "tokens", "held out", "epochs", "share", "bytes per token"]
+    head = ["source", "license", "documents", "MB", "kept", "tokens", "held out", "epochs", "share", "bytes per token"]
     rows = [head]
     for name, facts in found.items():
         train, val = facts.get("train", {}), facts.get("val", {})
