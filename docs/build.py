@@ -27,7 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "docs"
 LABELS = ("Saved for backward", "Determinism", "Limits")  # labelled paragraphs in the docstring of every op's module
 BACKENDS = {"cuda": "CUDA (C++)", "triton": "Triton", "cpu": "CPU (C++)", "torch": "PyTorch (reference)"}
-EXTRA = {"rope": ["fastgpt.ops.rope.rope_frequencies"]}  # functions that users of an op need too
+EXTRA = {  # functions that users of an op need too
+    "rope": ["fastgpt.ops.rope.rope_frequencies"],
+    "linear_cross_entropy": ["fastgpt.ops.linear_log_probs"],
+}
 CLASSES = {"adamw": "fastgpt.optim.AdamW"}  # ops whose public interface is a class
 NO_PAGES = ("navigation.md", "numeric-cover.md")  # the second is the log that tests/numeric_cover.py writes
 PAGES = {
