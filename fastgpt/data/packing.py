@@ -198,3 +198,11 @@ class FillInTheMiddle:
         if suffix_first:
             return np.concatenate([before, between, suffix, behind, prefix, middle])
         return np.concatenate([before, prefix, between, suffix, behind, middle])
+
+    def restore(self, tokens: np.ndarray) -> np.ndarray:
+        """Return a document that `apply` returned in its own order again, without sentinels, (n,)."""
+        borders = np.flatnonzero(np.isin(tokens, (self.prefix, self.suffix, self.middle)))
+        if len(borders) != 3:
+            return tokens
+        _, suffix, middle = borders  # in both orders: what is before the middle's border goes behind what is after it
+        return np.concatenate([tokens[1:suffix], tokens[middle + 1 :], tokens[suffix + 1 : middle]])

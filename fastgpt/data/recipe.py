@@ -16,11 +16,33 @@ from typing import Any
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import did_you_mean
 from fastgpt.data.clean import Cleaner, SettingError, located
+from fastgpt.data.corpus import EOT
 from fastgpt.data.dedup import DedupSettings
 from fastgpt.data.recipe_reader import Reader, compose
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 MAX_EPOCHS = 4  # repeating text more often helps little (Muennighoff et al. 2023)
+
+
+@dataclass(frozen=True)
+class MiddleRecipe:
+    """Fill-in-the-middle for the training documents of a source, as a rule code.
+
+    Attributes:
+        rate: share of the documents to reorder.
+        spm: share among these in the order suffix, prefix, middle instead of prefix, suffix, middle.
+        seed: decides, with a document's id, what happens to it; without it, the recipe's.
+        prefix: the special token before the prefix.
+        suffix: the special token before the suffix.
+        middle: the special token before the middle.
+    """
+
+    rate: float = 0.5
+    spm: float = 0.5
+    seed: int | None = None
+    prefix: str = "<|fim_prefix|>"
+    suffix: str = "<|fim_suffix|>"
+    middle: str = "<|fim_middle|>"
 
 
 @dataclass(frozen=True)
@@ -44,6 +66,7 @@ class SourceRecipe:
         validation: share of documents held out, instead of the recipe's.
         weight: share of the training tokens, relative to the other weights.
         epochs: how often the source is repeated, instead of a weight; may be a fraction.
+        fill_in_the_middle: true, or settings: reorder documents, so that a model learns to fill in what is missing.
     """
 
     path: list[str] = field(default_factory=list)
@@ -62,6 +85,12 @@ class SourceRecipe:
     validation: float | None = None
     weight: float | None = None
     epochs: float | None = None
+    fill_in_the_middle: bool | MiddleRecipe = False
+
+    @property
+    def reordering(self) -> MiddleRecipe | None:
+        """The settings of fill-in-the-middle, if it is on."""
+        return MiddleRecipe() if self.fill_in_the_middle is True else self.fill_in_the_middle or None
 
 
 @dataclass(frozen=True)
@@ -69,7 +98,7 @@ class TrainedTokenizer:
     """A byte-level BPE to train on the data set's training text.
 
     Attributes:
-        vocab_size: number of ids, `<|endoftext|>` included.
+        vocab_size: number of ids, special tokens included.
         bytes: text to learn from at most; the documents are chosen by the hash of their ids.
     """
 
@@ -174,6 +203,12 @@ class Recipe:
     workers: int | None = None
     part_megabytes: int = 32
 
+    @property
+    def sentinels(self) -> list[str]:
+        """The special tokens of fill-in-the-middle, in the order of the sources."""
+        used = [m for source in self.sources.values() if (m := source.reordering)]
+        return list(dict.fromkeys(token for m in used for token in (m.prefix, m.suffix, m.middle)))
+
     def settings(self) -> dict[str, Any]:
         """Return the recipe as plain values, for the manifest."""
         return dataclasses.asdict(self)
@@ -229,6 +264,8 @@ def _check(recipe: Recipe, reader: Reader) -> None:
         for what in ("weight", "epochs", "max_documents"):
             value = getattr(source, what)
             _check_range(reader, f"{key}.{what}", value, value is None or 0 < value < float("inf"), positive)
+        if source.reordering is not None:
+            _check_middle(source.reordering, f"{key}.fill_in_the_middle", reader)
     if not recipe.sources:
         reader.fail("sources", "sources is empty, expected at least one source")
     _check_range(reader, "validation", recipe.validation, 0 <= recipe.validation < 1, "from 0 to below 1")
@@ -239,14 +276,23 @@ def _check(recipe: Recipe, reader: Reader) -> None:
     sizes |= {"workers": recipe.workers, "mix.tokens": recipe.mix.tokens}
     if isinstance(recipe.tokenizer, TokenizerRecipe):
         sizes["tokenizer.train.bytes"] = recipe.tokenizer.train.bytes
-        size = recipe.tokenizer.train.vocab_size
-        _check_range(reader, "tokenizer.train.vocab_size", size, size >= 257, "257 or more")
+        size, least = recipe.tokenizer.train.vocab_size, 257 + len(recipe.sentinels)
+        _check_range(reader, "tokenizer.train.vocab_size", size, size >= least, f"{least} or more")
     for size_key, number in sizes.items():
         _check_range(reader, size_key, number, number is None or number >= 1, "1 or more")
     _check_range(reader, "seed", recipe.seed, 0 <= recipe.seed < 2**63, "0 or more")
     if recipe.shards.dtype not in ("auto", "uint16", "uint32"):
         reader.fail("shards.dtype", f"shards.dtype is {recipe.shards.dtype!r}, expected auto, uint16 or uint32")
     _check_mix(recipe, reader)
+
+
+def _check_middle(middle: MiddleRecipe, key: str, reader: Reader) -> None:
+    _check_range(reader, f"{key}.rate", middle.rate, 0 < middle.rate <= 1, "more than 0, at most 1")
+    _check_range(reader, f"{key}.spm", middle.spm, 0 <= middle.spm <= 1, "from 0 to 1")
+    _check_range(reader, f"{key}.seed", middle.seed, middle.seed is None or middle.seed >= 0, "0 or more")
+    tokens = middle.prefix, middle.suffix, middle.middle
+    if len({*tokens, EOT, ""}) < 5:
+        reader.fail(key, f"{key} has the tokens {', '.join(tokens)}, expected three different ones beside {EOT}")
 
 
 def _check_mix(recipe: Recipe, reader: Reader) -> None:

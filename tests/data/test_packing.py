@@ -102,7 +102,8 @@ def test_fill_in_the_middle(size: int, index: int, seed: int) -> None:
         head, tail, rest = result[1:suffix], result[suffix + 1 : middle], result[middle + 1 :]
         assert (rest + tail if spm else head + rest + tail) == document.tolist()
         assert not spm or not head
-    assert FillInTheMiddle(100, 101, 102, rate=0).apply(document, index) is document
+        assert fim.restore(np.array(result)).tolist() == document.tolist()
+    assert FillInTheMiddle(100, 101, 102, rate=0).apply(document, index) is fim.restore(document) is document
 
 
 def test_fill_in_the_middle_rates() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
+
+from fastgpt.data.recipe import MiddleRecipe
 
 
 def card_of(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
@@ -23,6 +26,7 @@ def card_of(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     lines += ["", "## Processing", ""]
     for name, facts in sources.items():
         lines.append(f"- {name}: rules `{recipe['sources'][name]['clean']}`; {_drops(facts)}")
+        lines += _reordered(name, recipe["sources"][name].get("fill_in_the_middle"))
     duplicates = report.get("duplicates")
     lines.append(f"- Duplicates: {'removed, ' + _removed(duplicates) if duplicates else 'not looked for'}.")
     files = recipe.get("decontaminate") or []
@@ -38,6 +42,17 @@ def card_of(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     lines.append("- Rules find patterns, not meaning: texts that are wrong, private or harmful may remain.")
     lines.append("- Licenses are those that the recipe states; they were not checked.")
     return "\n".join(lines) + "\n"
+
+
+def _reordered(name: str, settings: Any) -> list[str]:
+    if not settings:
+        return []
+    found = settings if isinstance(settings, dict) else asdict(MiddleRecipe())
+    tokens = ", ".join(f"`{found[part]}`" for part in ("prefix", "suffix", "middle"))
+    return [
+        f"- {name}: fill-in-the-middle in {found['rate']:.0%} of the training documents, of these {found['spm']:.0%} "
+        f"with the suffix first; special tokens {tokens}."
+    ]
 
 
 def _drops(facts: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from fastgpt.core.errors import UserError
 from fastgpt.data.built import is_built, open_built, read_manifest
 from fastgpt.data.load import load_tokenizer
+from fastgpt.data.packing import FillInTheMiddle
 from fastgpt.data.pipeline.card import card_of
 from fastgpt.data.pipeline.manifest import ERASED, put_in_place, write_manifest
 from fastgpt.data.pipeline.show import PAGE, write_page
@@ -38,6 +39,7 @@ class Search:
     shard: str
     ids: frozenset[str]
     texts: tuple[str, ...]
+    middles: Mapping[str, FillInTheMiddle]  # by source
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,9 @@ def forget(
     with Workers(workers, show) as pool, locked(out / "work", alone=True):
         put_in_place(out)
         manifest = open_built(out).manifest
-        tasks = [Search(out, shard["name"], wanted, tuple(texts)) for shard in manifest["shards"]]
+        given = {name: facts.get("fill_in_the_middle") for name, facts in manifest["sources"].items()}
+        middles = {name: FillInTheMiddle(**settings) for name, settings in given.items() if settings}
+        tasks = [Search(out, shard["name"], wanted, tuple(texts), middles) for shard in manifest["shards"]]
         hits = pool.run("search", search, tasks, [2 * shard["tokens"] for shard in manifest["shards"]])
         found = [hit for shard in hits for hit in shard]
         missing = [identity for identity in sorted(wanted) if identity not in {hit.id for hit in found}]
@@ -98,7 +102,10 @@ def search(task: Search) -> list[Found]:
         if identity not in task.ids and not task.texts:
             continue
         start, n = int(starts[row]), int(starts[row + 1] - starts[row])
-        raw = tokenizer.decode_bytes(tokens.read(start + 1, n - 1).tolist())
+        ids_of_text = tokens.read(start + 1, n - 1)
+        if source in task.middles:  # a text to match may cross the borders of the reordered parts
+            ids_of_text = task.middles[source].restore(ids_of_text)
+        raw = tokenizer.decode_bytes(ids_of_text.tolist())
         if identity in task.ids or any(text.encode() in raw for text in task.texts):
             found.append(Found(task.shard, row, source, identity, hashlib.sha256(raw).hexdigest(), n, len(raw)))
     return found

@@ -19,6 +19,7 @@ from fastgpt.data.load import load_tokenizer
 from fastgpt.data.pipeline.card import card_of
 from fastgpt.data.pipeline.layout import Layout
 from fastgpt.data.pipeline.store import write_json
+from fastgpt.data.pipeline.tokens import reorderings
 from fastgpt.data.recipe import Recipe, TokenizerRecipe
 from fastgpt.data.shards import file_hash
 from fastgpt.data.tokenizer import Tokenizer
@@ -49,9 +50,10 @@ def trained_before(out: Path, recipe: Recipe) -> Tokenizer | None:
         return None
     try:
         same = read_manifest(out)["recipe"]["tokenizer"] == asdict(recipe.tokenizer)
-        return load_tokenizer(out) if same else None
+        found = load_tokenizer(out) if same else None
     except UserError:
         return None
+    return found if found and found.specials.keys() >= set(recipe.sentinels) else None
 
 
 def about(
@@ -68,7 +70,7 @@ def about(
     files = {name: facts for shard in shards for name, facts in shard["files"].items()}
     for name in ("tokenizer.json", "report.json", *([ERASED] if (new / ERASED).exists() else [])):
         files[name] = {"bytes": (new / name).stat().st_size, "sha256": file_hash(new / name)}
-    settings = recipe.settings()
+    settings, middles = recipe.settings(), reorderings(recipe, tokenizer)
     mix = layout.mix
     sources = {
         name: {
@@ -77,6 +79,7 @@ def about(
             "dropped": report["sources"][name]["dropped"],
             "epochs": mix.epochs[i],
             "mixed_tokens": sum(stage[i] for stage in mix.tokens),
+            "fill_in_the_middle": asdict(middles[name]) if name in middles else None,
         }
         for i, (name, facts) in enumerate(layout.sources.items())
     }

@@ -33,8 +33,9 @@ class Sample:
     text: str
 
 
-def samples(out: Path, tokenizer: Tokenizer, count: int, tokens: int) -> Iterator[Sample]:
-    """Yield up to `count` training documents, evenly spaced over the shards, with at most `tokens` tokens each."""
+def samples(out: Path, tokenizer: Tokenizer, count: int, tokens: int, specials: bool = True) -> Iterator[Sample]:
+    """Yield up to `count` training documents, evenly spaced over the shards, with at most `tokens` tokens each, with or
+    without special tokens in them."""
     shards = [s for s in read_manifest(out)["shards"] if s["source"] is None and s["documents"]]
     total = sum(s["documents"] for s in shards)
     count = min(count, total)
@@ -52,12 +53,14 @@ def samples(out: Path, tokenizer: Tokenizer, count: int, tokens: int) -> Iterato
             start, stop = int(starts[row]) + 1, int(starts[row + 1])
             at = HEADER_BYTES + start * dtype.itemsize  # read, not mapped: mapped pages would stay in memory
             read = np.fromfile(path, dtype, min(stop - start, tokens), offset=at)
+            if not specials:
+                read = read[~np.isin(read, list(tokenizer.specials.values()))]
             yield Sample(ids[row][0], ids[row][1], stop - start, tokenizer.decode(read.tolist()))
 
 
 def write_page(out: Path) -> Path:
     """Write OUT/report.html and return its path. Raises UserError if the data set is incomplete."""
-    found = list(samples(out, load_tokenizer(out), TOPIC_DOCUMENTS, TOPIC_TOKENS))
+    found = list(samples(out, load_tokenizer(out), TOPIC_DOCUMENTS, TOPIC_TOKENS, specials=False))
     about = topics([s.text for s in found], [s.source for s in found])
     page = page_of(read_json(out / "report.json"), read_manifest(out), about)
     with atomic_file(out / PAGE) as f:

@@ -34,9 +34,10 @@ from fastgpt.data.pipeline.report import report_of
 from fastgpt.data.pipeline.select import LeakTask, Selection, Selector, contents_of, find_leaks, read_erased
 from fastgpt.data.pipeline.show import PAGE, write_page
 from fastgpt.data.pipeline.store import Chunk, key_of, locked, read_json, remove_partial, write_json
-from fastgpt.data.pipeline.tokens import Encoding, choose_tokenizer, encode
+from fastgpt.data.pipeline.tokens import Encoding, choose_tokenizer, encode, reorderings
 from fastgpt.data.pipeline.workers import Workers
 from fastgpt.data.pipeline.write import ShardTask, write_shard
+from fastgpt.data.published import open_tokenizer
 from fastgpt.data.recipe import Recipe
 from fastgpt.data.shards import dtype_for
 from fastgpt.data.tokenizer import available_cores
@@ -82,13 +83,15 @@ class Build:
         self.dedup = DedupSettings() if recipe.dedup is True else recipe.dedup or None
         self.erased = read_erased(out)
         self.held_out = contents_of(recipe.decontaminate)
+        if recipe.sentinels and isinstance(recipe.tokenizer, str):
+            reorderings(recipe, open_tokenizer(recipe.tokenizer))  # refuses it now, not after hours of cleaning
         self.tasks = self._clean_tasks()
 
     def inputs(self) -> str:
         """Return a digest of everything that the data set depends on."""
         settings = {k: v for k, v in self.recipe.settings().items() if k not in ("out", "workers", "decontaminate")}
         sources = settings.pop("sources")
-        kept = ("license", "weight", "epochs", "max_documents")
+        kept = ("license", "weight", "epochs", "max_documents", "fill_in_the_middle")
         taken = [[name, {k: source[k] for k in kept}] for name, source in sources.items()]
         erased = [sorted(self.erased.ids), sorted(self.erased.hashes)]
         return key_of("inputs", settings, taken, [task.key for task in self.tasks], self.held_out, erased)
@@ -137,8 +140,17 @@ class Build:
         dtype = dtype_for(tokenizer.n_vocab) if self.recipe.shards.dtype == "auto" else self.recipe.shards.dtype
         if dtype == "uint16" and dtype_for(tokenizer.n_vocab) != dtype:
             raise UserError(f"shards.dtype is uint16, but the tokenizer has {tokenizer.n_vocab} ids, expected uint32")
+        middles = reorderings(self.recipe, tokenizer)
         tasks = [
-            Encoding(chunk, mask, path, tokenizer.fingerprint, dtype, self.work / "tokens")
+            Encoding(
+                chunk,
+                mask,
+                path,
+                tokenizer.fingerprint,
+                dtype,
+                self.work / "tokens",
+                None if chunk.held else middles.get(chunk.source),
+            )
             for chunk, mask in zip(cleaned.chunks, selection.masks, strict=True)
         ]
         mine = tasks[self.share.index :: self.share.of]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.load import load_tokenizer
+from fastgpt.data.packing import FillInTheMiddle
 from fastgpt.data.pipeline.store import Chunk, key_of, new_result
 from fastgpt.data.published import open_tokenizer
 from fastgpt.data.recipe import Recipe
@@ -29,7 +30,8 @@ ROW = np.dtype(
 
 @dataclass(frozen=True)
 class Encoding:
-    """A task: encode the kept rows of a chunk with the tokenizer.json at `tokenizer`, as ids of `dtype`."""
+    """A task: encode the kept rows of a chunk with the tokenizer.json at `tokenizer`, as ids of `dtype`, reordered by
+    `middle` if that is given."""
 
     chunk: Chunk
     mask: Path
@@ -37,11 +39,13 @@ class Encoding:
     fingerprint: str
     dtype: str
     folder: Path
+    middle: FillInTheMiddle | None = None
 
     @functools.cached_property
     def path(self) -> Path:
         """The folder of the result: its name depends on which documents are kept, not on why."""
-        return self.folder / key_of("tokens", self.chunk.key, file_hash(self.mask), self.fingerprint, self.dtype)
+        facts = [self.chunk.key, file_hash(self.mask), self.fingerprint, self.dtype]
+        return self.folder / key_of("tokens", *facts, *([asdict(self.middle)] if self.middle else []))
 
 
 def encode(task: Encoding) -> None:
@@ -60,6 +64,8 @@ def encode(task: Encoding) -> None:
         with open(aside / "tokens.bin", "wb") as f:
             for texts in task.chunk.texts(rows):
                 for ids in tokenizer.encode_documents(texts, threads=1):
+                    if task.middle is not None:
+                        ids = task.middle.apply(ids, int(documents["hash"][rows[done]]))
                     f.write(eot + ids.astype(task.dtype).tobytes())
                     table["at"][done], table["tokens"][done] = at, len(ids) + 1
                     at, done = at + len(ids) + 1, done + 1
@@ -69,6 +75,29 @@ def encode(task: Encoding) -> None:
 @functools.lru_cache(1)
 def _loaded(path: str) -> Tokenizer:
     return load_tokenizer(path)
+
+
+def reorderings(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, FillInTheMiddle]:
+    """Return fill-in-the-middle with the ids of a tokenizer, for each source that uses it.
+
+    Raises UserError if one of its sentinels is no special token of the tokenizer.
+    """
+    found = {}
+    for name, source in recipe.sources.items():
+        settings = source.reordering
+        if settings is None:
+            continue
+        sentinels = settings.prefix, settings.suffix, settings.middle
+        missing = [token for token in sentinels if token not in tokenizer.specials]
+        if missing:
+            raise UserError(
+                f"sources.{name}.fill_in_the_middle: the tokenizer has no special token {missing[0]}, expected one; "
+                "name its own ones as prefix, suffix and middle, or train a tokenizer"
+            )
+        seed = recipe.seed if settings.seed is None else settings.seed
+        prefix, suffix, middle = (tokenizer.specials[token] for token in sentinels)
+        found[name] = FillInTheMiddle(prefix, suffix, middle, settings.rate, settings.spm, seed)
+    return found
 
 
 def choose_tokenizer(
@@ -85,11 +114,13 @@ def choose_tokenizer(
         return path if path.exists() else _save(given, path)
     assert not isinstance(recipe.tokenizer, str)
     trained = recipe.tokenizer.train
-    key = key_of("tokenizer", trained.vocab_size, trained.bytes, recipe.seed, *[[c.key for c in chunks]])
+    sentinels = recipe.sentinels
+    facts = [trained.vocab_size, trained.bytes, recipe.seed, [c.key for c in chunks]]
+    key = key_of("tokenizer", *facts, *([sentinels] if sentinels else []))
     path = work / f"tokenizer-{key}-{masks[0].parent.name if masks else ''}" / "tokenizer.json"
     if not path.exists():
         log.info("training a tokenizer of %d tokens", trained.vocab_size)
-        _save(train_tokenizer(_sample(chunks, masks, trained.bytes), trained.vocab_size), path)
+        _save(train_tokenizer(_sample(chunks, masks, trained.bytes), trained.vocab_size, sentinels), path)
     return path
 
 
