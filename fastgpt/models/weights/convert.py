@@ -33,10 +33,11 @@ class Parameter:
     shapes: tuple[tuple[int, ...], ...]
 
 
-def parameters(family: Family, c: ModelConfig) -> list[Parameter]:
-    """Return the parameters of a model by name, with their tensors in a file of the family."""
+def parameters(family: Family, c: ModelConfig, lm_head: bool = True) -> list[Parameter]:
+    """Return the parameters of a model by name, with their tensors in a file of the family; lm_head: with its head."""
     with torch.device("meta"):
-        shapes = {name: tuple(p.shape) for name, p in GPT(c).named_parameters()}
+        named = GPT(c).named_parameters()
+        shapes = {name: tuple(p.shape) for name, p in named if lm_head or not name.startswith("head.")}
     found = []
     for name, shape in sorted(shapes.items()):
         module, _, leaf = name.rpartition(".")
@@ -54,14 +55,19 @@ class Weights:
         dtype: the one that holds every tensor's values: theirs, or where they differ the wider one.
     """
 
-    def __init__(self, found: dict[str, FileTensor], family: Family, c: ModelConfig, where: str) -> None:
-        """Raises UserError that lists the tensors that are missing, too many, or of another shape or type."""
+    def __init__(
+        self, found: dict[str, FileTensor], family: Family, c: ModelConfig, where: str, lm_head: bool = True
+    ) -> None:
+        """Raises UserError that lists the tensors that are missing, too many, or of another shape or type.
+
+        lm_head: False for a model with a task head in its place, whose tensors are not in `found`.
+        """
         self.config, self.where = c, where
-        self.parameters = {p.name: p for p in parameters(family, c)}
+        self.parameters = {p.name: p for p in parameters(family, c, lm_head)}
         self.found = {_full_name(name, family): t for name, t in found.items()}
         expected = {f: shape for p in self.parameters.values() for f, shape in zip(p.files, p.shapes)}
         head = f"{family.layouts['head'].modules[0]}.weight"
-        tied = c.tied and head in self.found
+        tied = lm_head and c.tied and head in self.found
         check_tensors(self.found, expected | ({head: expected_head(family, c)} if tied else {}), BUFFERS, where)
         dtypes = [DTYPES[self.found[name].dtype] for name in expected]
         self.dtype = dtypes[0]
@@ -125,17 +131,18 @@ def exported(name: str, read: Callable[[str], Tensor], dtype: torch.dtype, names
 
 
 def file_tensors(
-    family: Family, c: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype
+    family: Family, c: ModelConfig, read: Callable[[str], Tensor], dtype: torch.dtype, lm_head: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the family's file, one parameter after the other.
 
     Args:
         read: returns a parameter by fastgpt's name.
+        lm_head: with the head.
 
     Raises:
         UserError: as `exported`.
     """
-    found = parameters(family, c)
+    found = parameters(family, c, lm_head)
     for p in found:
         t = exported(p.name, read, dtype, [other.name for other in found])
         for file, part in zip(p.files, p.layout.unpack(t, c), strict=True):
