@@ -21,8 +21,11 @@ from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.recompute import MadeAgain
 from fastgpt.nn import LayerNorm, Linear, RMSNorm, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
+from fastgpt.nn.lora import FrozenLinear, LoraLinear
 from fastgpt.nn.mlp import product_and_bias
 from fastgpt.nn.narrow import NarrowLinear
+
+FRESH = (Linear, NarrowLinear, LoraLinear, FrozenLinear)  # layers whose output belongs to the caller
 
 
 class Pass(NamedTuple):
@@ -68,7 +71,7 @@ class SelfAttention(nn.Module):
         rotary = run.rotary
         if rotary is None:
             return qkv
-        fresh = fusable(self.qkv, Linear) or fusable(self.qkv, NarrowLinear)  # the op overwrites what qkv returned
+        fresh = any(fusable(self.qkv, kind) for kind in FRESH)  # the op overwrites what qkv returned
         if fresh and fusable(rotary, RotaryEmbedding):
             options: dict[str, Any] = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads, positions=run.positions)
             return ops.rope_qkv(qkv, rotary.cos, rotary.sin, interleaved=rotary.interleaved, **options)

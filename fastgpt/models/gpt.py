@@ -64,6 +64,7 @@ class GPT(nn.Module):
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
         self.extended = 0  # positions beyond block_size: see `extend`
         self.recompute: Level = "none"  # what backward recomputes: fastgpt/models/recompute.py
+        self.lora_dropout = 0.0  # of adapters in the blocks: fastgpt/finetune/lora.py
         self.wte = make_module(Embedding, c.padded_vocab_size, c.width)
         self.wpe = make_module(Embedding, self.block_size, c.width) if c.positions == "learned" else None
         rope: dict[str, Any] = dict(theta=c.rope_theta, scaling=c.rope_scaling, interleaved=c.rope_interleaved)
@@ -112,7 +113,7 @@ class GPT(nn.Module):
         kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
         again = MadeAgain() if kept == "norms" else None
         # restore the generator's state only for dropout: it costs host time and cannot be recorded in a CUDA graph
-        random = max(self.config.attn_dropout, self.config.resid_dropout) > 0
+        random = max(self.config.attn_dropout, self.config.resid_dropout, self.lora_dropout) > 0
         run = Pass(self.rotary, positions, doc_ids, kv_cache, again)
         x, residual = dropout(self._embed(ids, positions), self.config.embed_dropout, self.training), None
         with again or nullcontext():

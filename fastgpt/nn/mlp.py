@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastgpt import ops
 from fastgpt.nn._hooks import fusable
 from fastgpt.nn.linear import Linear
+from fastgpt.nn.lora import FrozenLinear, LoraLinear
 
 
 class GELU(nn.GELU):
@@ -48,10 +49,13 @@ class BiasGELU(nn.Module):
 def product_and_bias(up: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the product of x with the weight of `up`, and the bias for the next op to add.
 
-    A layer that was replaced or has hooks (adapters, pruning) is called as a module, and the returned bias is None.
+    A layer that was replaced or has hooks (others' adapters, pruning) is called as a module, and the returned bias is
+    None.
     """
     if fusable(up, Linear):
         return ops.linear(x, up.weight), up.bias
+    if fusable(up, LoraLinear) or fusable(up, FrozenLinear):
+        return up.product(x), up.bias
     return up(x), None
 
 
