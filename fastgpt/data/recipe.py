@@ -18,9 +18,11 @@ from fastgpt.core.options import did_you_mean
 from fastgpt.data.clean import Cleaner, SettingError, located
 from fastgpt.data.corpus import EOT
 from fastgpt.data.dedup import DedupSettings
+from fastgpt.data.read.web import USER_AGENT
 from fastgpt.data.recipe_reader import Reader, compose
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+PLACES = ("path", "url", "hub", "debian", "scrape", "pydoc")  # where texts of a source come from
 MAX_EPOCHS = 4  # repeating text more often helps little (Muennighoff et al. 2023)
 
 
@@ -46,6 +48,23 @@ class MiddleRecipe:
 
 
 @dataclass(frozen=True)
+class ScrapeRecipe:
+    """Pages of the web to fetch, as `fastgpt data scrape` does: robots.txt is obeyed.
+
+    Attributes:
+        urls: addresses of pages.
+        file: files with one address on each line.
+        delay: least seconds between two requests to a host; robots.txt may ask for more.
+        user_agent: how requests name their sender; an address to reach you at belongs in it.
+    """
+
+    urls: list[str] = field(default_factory=list)
+    file: list[str] = field(default_factory=list)
+    delay: float = 1.0
+    user_agent: str = USER_AGENT
+
+
+@dataclass(frozen=True)
 class SourceRecipe:
     """One source of text.
 
@@ -55,6 +74,7 @@ class SourceRecipe:
         url: addresses of files to download; #sha256=... at the end is the checksum that a file must have.
         hub: name of a data set of the Hugging Face Hub; `path` then names files in it.
         debian: names of Debian packages to download with apt-get; `path` then names files within them.
+        scrape: pages to fetch, as jsonl with ids.
         pydoc: use the help topics and docstrings of Python's standard library, as jsonl with ids.
         optional: leave the source out with a warning if it cannot be had (no network, no apt-get, no such files).
         format: how records are read: a format's name, or its settings ({name: jsonl, text: body, id: url}).
@@ -74,6 +94,7 @@ class SourceRecipe:
     url: list[str] = field(default_factory=list)
     hub: str | None = None
     debian: list[str] = field(default_factory=list)
+    scrape: ScrapeRecipe | None = None
     pydoc: bool = False
     optional: bool = False
     format: str | dict[str, str | list[str]] = "auto"
@@ -244,13 +265,11 @@ def _check(recipe: Recipe, reader: Reader) -> None:
         key = f"sources.{name}"
         if not NAME.fullmatch(name):
             reader.fail(key, f"source name is {name!r}, expected letters, digits, - and _")
-        places = [k for k in ("path", "url", "hub", "debian", "pydoc") if getattr(source, k)]
+        places = [k for k in PLACES if getattr(source, k)]
         if places in (["path", "debian"], ["path", "hub"]):
             places = places[1:]
         if len(places) != 1:
-            reader.fail(
-                key, f"{key} has {' and '.join(places) or 'no texts'}, expected one of path, url, hub, debian, pydoc"
-            )
+            reader.fail(key, f"{key} has {' and '.join(places) or 'no texts'}, expected one of {', '.join(PLACES)}")
         if source.defects not in ("fail", "skip", "replace"):
             reader.fail(f"{key}.defects", f"{key}.defects is {source.defects!r}, expected fail, skip or replace")
         _check_range(reader, f"{key}.sample", source.sample, 0 < source.sample <= 1, "more than 0, at most 1")
@@ -264,6 +283,8 @@ def _check(recipe: Recipe, reader: Reader) -> None:
         for what in ("weight", "epochs", "max_documents"):
             value = getattr(source, what)
             _check_range(reader, f"{key}.{what}", value, value is None or 0 < value < float("inf"), positive)
+        if source.scrape is not None:
+            _check_scrape(source, source.scrape, key, reader)
         if source.reordering is not None:
             _check_middle(source.reordering, f"{key}.fill_in_the_middle", reader)
     if not recipe.sources:
@@ -284,6 +305,16 @@ def _check(recipe: Recipe, reader: Reader) -> None:
     if recipe.shards.dtype not in ("auto", "uint16", "uint32"):
         reader.fail("shards.dtype", f"shards.dtype is {recipe.shards.dtype!r}, expected auto, uint16 or uint32")
     _check_mix(recipe, reader)
+
+
+def _check_scrape(source: SourceRecipe, scrape: ScrapeRecipe, key: str, reader: Reader) -> None:
+    if not scrape.urls and not scrape.file:
+        reader.fail(f"{key}.scrape", f"{key}.scrape names no pages, expected urls or file")
+    _check_range(reader, f"{key}.scrape.delay", scrape.delay, 0 <= scrape.delay < float("inf"), "0 or more")
+    if not scrape.user_agent.strip().isprintable() or not scrape.user_agent.strip():
+        reader.fail(f"{key}.scrape.user_agent", f"{key}.scrape.user_agent is empty or no line of text")
+    if source.format != "auto":
+        reader.fail(f"{key}.format", f"{key} has scrape and format, expected no format: pages have one of their own")
 
 
 def _check_middle(middle: MiddleRecipe, key: str, reader: Reader) -> None:
@@ -345,7 +376,10 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
 
     sources = {
         name: dataclasses.replace(
-            s, path=s.path if s.debian or s.hub else [place(p) for p in s.path], clean=located(s.clean, folder)
+            s,
+            path=s.path if s.debian or s.hub else [place(p) for p in s.path],
+            clean=located(s.clean, folder),
+            scrape=s.scrape and dataclasses.replace(s.scrape, file=[place(p) for p in s.scrape.file]),
         )
         for name, s in recipe.sources.items()
     }

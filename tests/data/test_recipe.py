@@ -46,6 +46,26 @@ def test_values_have_the_types_of_the_fields(tmp_path: Path) -> None:
     ("change", "line", "message"),
     [
         (("weight: 2", "wieght: 2"), 7, "sources.web.wieght is not a key (did you mean weight?)"),
+        (
+            ("weight: 2", "scrape: {urls: a}\n    weight: 2"),
+            3,
+            "sources.web has path and scrape, expected one of path, url",
+        ),
+        (
+            ("path: [texts/*.jsonl, more]", "scrape: {delay: 1}"),
+            4,
+            "sources.web.scrape names no pages, expected urls or",
+        ),
+        (
+            ("path: [texts/*.jsonl, more]", "scrape: {urls: a}"),
+            5,
+            "sources.web has scrape and format, expected no format",
+        ),
+        (
+            ("path: [texts/*.jsonl, more]", "scrape: {urls: a, delay: -1}"),
+            4,
+            "scrape.delay is -1.0, expected 0 or more",
+        ),
         (("weight: 2", "weight: two"), 7, "sources.web.weight is 'two', expected a number or null"),
         (("weight: 2", "weight: -1"), 7, "sources.web.weight is -1.0, expected more than 0"),
         (("weight: 2", "epochs: 2"), 3, "sources.web has no weight, but sources.code has one"),
@@ -53,7 +73,7 @@ def test_values_have_the_types_of_the_fields(tmp_path: Path) -> None:
         (
             ("    path: [texts/*.jsonl, more]\n", ""),
             3,
-            "sources.web has no texts, expected one of path, url, hub, debian, pydoc",
+            "sources.web has no texts, expected one of path, url, hub, debian, scrape, pydoc",
         ),
         (("gopher_quality", "gopher_qualty"), 6, "clean: unknown setting 'gopher_qualty'"),
         (("min_doc_words: 20", "min_doc_words: x"), 6, "clean.gopher_quality.min_doc_words is 'x'"),

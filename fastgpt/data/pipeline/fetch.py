@@ -1,8 +1,9 @@
-"""Fetch texts that are not files yet: Debian packages, and the documentation in Python's standard library."""
+"""Fetch texts that are not files yet: Debian packages, pages, and the documentation in Python's standard library."""
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -12,9 +13,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fastgpt.core import progress
 from fastgpt.core.errors import UserError
-from fastgpt.data.pipeline.store import key_of, new_result
+from fastgpt.data.pipeline.store import in_turn, key_of, new_result
+from fastgpt.data.read import Defect
+from fastgpt.data.read.scrape import Manners, read_list, scrape
 from fastgpt.data.read.web import download
+from fastgpt.data.recipe import ScrapeRecipe
 from fastgpt.data.shards import atomic_file
 
 PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+")
@@ -28,6 +33,32 @@ def downloaded(url: str, folder: Path) -> Path:
     """
     address, _, checksum = url.partition("#sha256=")
     return download(address, folder / key_of(address)[:8], checksum or None).path
+
+
+def scraped(
+    pages: ScrapeRecipe, license: str, folder: Path, again: bool, show: bool = True
+) -> tuple[Path, list[Defect]]:
+    """Return a .jsonl file in `folder` with the pages of a source, and why other addresses gave none.
+
+    A build that was interrupted goes on with the addresses that are left. Tasks that share the folder take turns, so
+    the first one fetches the pages. The fields are text, id, title, url and license.
+
+    Args:
+        again: ask again for what gave no page before.
+
+    Raises:
+        UserError: an address that is none, a list that cannot be read, or no host could be reached at all.
+    """
+    urls = [*pages.urls, *(url for path in pages.file for url in read_list(path))]
+    folder.mkdir(parents=True, exist_ok=True)
+    manners = Manners(user_agent=pages.user_agent, delay=pages.delay, license="" if license == "unknown" else license)
+    path = folder / "pages.jsonl"
+    with in_turn(folder / "lock"):
+        bar = progress.bar(len(urls), desc="scrape", unit="page", leave=False, disable=not show or None)
+        with contextlib.closing(bar):
+            record = folder / "record.jsonl"
+            found = scrape(urls, path, manners, None, bar.update, record=record, dated=False, again=again)
+    return path, found.failures
 
 
 def debian_packages(names: Sequence[str], folder: Path) -> Path:

@@ -6,16 +6,16 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import WRONG, convert
-from fastgpt.data.pipeline.fetch import debian_packages, downloaded, python_documentation
+from fastgpt.data.pipeline.fetch import debian_packages, downloaded, python_documentation, scraped
 from fastgpt.data.pipeline.store import hash64
 from fastgpt.data.pipeline.workers import Workers
-from fastgpt.data.read import DefectError, Format, Part, SourceFile, find_files, parts_of
+from fastgpt.data.read import Defect, DefectError, Format, Part, SourceFile, find_files, parts_of
 from fastgpt.data.read.files import glob_pattern
 from fastgpt.data.read.hub import DATA, download_dataset
 from fastgpt.data.recipe import Recipe, SourceRecipe
@@ -23,6 +23,7 @@ from fastgpt.data.recipe import Recipe, SourceRecipe
 log = logging.getLogger("fastgpt")
 
 BATCH = 256 << 20  # bytes that a worker hashes in one task
+_SKIP = ", or set defects: skip to do without it"
 RUN = 64  # small files of a part, on average
 
 
@@ -46,9 +47,30 @@ class Unit:
         return [(part.name, part.start, part.stop, part.digest) for part in self.parts]
 
 
+@dataclass
+class Found:
+    """The files of a source, the license that comes with them ("" if none), and pages that could not be fetched."""
+
+    files: list[SourceFile]
+    license: str = ""
+    defects: list[Defect] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The units of all sources, in the order of the recipe and of the files' names; by source, the license and what
+    could not be fetched."""
+
+    units: list[Unit]
+    licenses: dict[str, str]
+    defects: dict[str, list[Defect]]
+
+
 def format_for(name: str, source: SourceRecipe) -> Format:
     """Return a source's format. Raises UserError that names the key."""
     given = {"name": source.format} if isinstance(source.format, str) else dict(source.format)
+    if source.scrape:
+        given = {"name": "jsonl", "id": "id"}
     known = {f.name for f in fields(Format)} - {"mode", "license", "source"}
     for key in given:
         if key not in known:
@@ -64,29 +86,31 @@ def format_for(name: str, source: SourceRecipe) -> Format:
         raise UserError(f"sources.{name}.format: {e}") from None
 
 
-def gather(recipe: Recipe, work: Path, workers: Workers) -> tuple[list[Unit], dict[str, str]]:
-    """Return the units of all sources, in the order of the recipe and of the files' names, and the sources' licenses.
+def gather(recipe: Recipe, work: Path, workers: Workers) -> Gathered:
+    """Find the files of all sources, after fetching what is not here yet.
 
     Raises:
-        UserError: a source has no files, or a file cannot be read.
+        UserError: a source has no files, or a file or page cannot be read.
     """
     tasks: list[tuple[tuple[SourceFile, ...], Format, int]] = []
     owners: list[str] = []
     licenses = {name: source.license for name, source in recipe.sources.items()}
+    defects = {}
     for name, source in recipe.sources.items():
         format = format_for(name, source)
-        files, stated = _files(name, source, format, work)
-        if licenses[name] == "unknown" and stated:
-            licenses[name] = stated
-        for batch in _batches(files):
+        found = _files(name, source, format, work, workers.show)
+        defects[name] = found.defects
+        if licenses[name] == "unknown" and found.license:
+            licenses[name] = found.license
+        for batch in _batches(found.files):
             tasks.append((batch, format, recipe.part_megabytes << 20))
             owners.append(name)
     sizes = [sum(file.size for file in batch) for batch, _, _ in tasks]
-    found: dict[str, list[Part]] = {name: [] for name in recipe.sources}
+    all_parts: dict[str, list[Part]] = {name: [] for name in recipe.sources}
     for name, parts in zip(owners, workers.run("scan", _scan, tasks, sizes), strict=True):
-        found[name] += parts
-    units = [unit for name, parts in found.items() for unit in _units(name, parts, recipe.part_megabytes << 20)]
-    return units, licenses
+        all_parts[name] += parts
+    units = [unit for name, parts in all_parts.items() for unit in _units(name, parts, recipe.part_megabytes << 20)]
+    return Gathered(units, licenses, defects)
 
 
 def _scan(task: tuple[tuple[SourceFile, ...], Format, int]) -> list[Part]:
@@ -94,31 +118,36 @@ def _scan(task: tuple[tuple[SourceFile, ...], Format, int]) -> list[Part]:
     return [part for file in files for part in parts_of(file, format, size)]
 
 
-def _files(name: str, source: SourceRecipe, format: Format, work: Path) -> tuple[list[SourceFile], str]:
-    """Return a source's files, each with a name that no other one has, and the license that comes with them ("" if
-    none); no files if the source is optional and missing."""
+def _files(name: str, source: SourceRecipe, format: Format, work: Path, show: bool) -> Found:
+    """Return a source's files, each with a name that no other one has; no files if it is optional and missing."""
     try:
-        found, stated = _found(name, source, format, work)
+        found = _found(name, source, format, work, show)
     except UserError as e:
         if not source.optional or isinstance(e, DefectError):
             raise UserError(f"sources.{name}: {e}") from None
         log.warning("source %s is left out: %s", name, e)
-        return [], ""
+        return Found([])
     unwanted = re.compile("|".join(f"(?:{glob_pattern(p).pattern})" for p in source.exclude) or r"(?!)", re.DOTALL)
-    unique = {file.path: file for file in found if not unwanted.fullmatch(file.name)}.values()
+    unique = {file.path: file for file in found.files if not unwanted.fullmatch(file.name)}.values()
     times = Counter(file.name for file in unique)
     named = [file if times[file.name] == 1 else replace(file, name=file.path.as_posix()) for file in unique]
     if not named:
-        raise UserError(f"sources.{name}: exclude leaves out all {len(found)} files")
-    return sorted(named, key=lambda file: file.name), stated
+        raise UserError(f"sources.{name}: exclude leaves out all {len(found.files)} files")
+    return replace(found, files=sorted(named, key=lambda file: file.name))
 
 
-def _found(name: str, source: SourceRecipe, format: Format, work: Path) -> tuple[list[SourceFile], str]:
-    """Return the files of a source and the license that comes with them, after fetching what is not here yet."""
+def _found(name: str, source: SourceRecipe, format: Format, work: Path, show: bool) -> Found:
+    """Return the files of a source, after fetching what is not here yet."""
     fetched = work / "fetched"
     if source.hub:
         data = download_dataset(source.hub, files=source.path or DATA)
-        return data.files, data.license
+        return Found(data.files, data.license)
+    if source.scrape:
+        path, defects = scraped(source.scrape, source.license, fetched / name, source.defects == "fail", show)
+        if defects and (source.defects == "fail" or not path.stat().st_size):
+            first, others = defects[0], f" ({len(defects) - 1:,} more addresses gave no page)" * (len(defects) > 1)
+            raise DefectError(replace(first, problem=first.problem + others, remedy=f"{first.remedy}{_SKIP}"))
+        return Found(find_files(path, format).files, defects=defects)
     if source.debian:
         folder = debian_packages(source.debian, fetched)
         paths = [str(folder / path) for path in source.path or [""]]
@@ -126,7 +155,7 @@ def _found(name: str, source: SourceRecipe, format: Format, work: Path) -> tuple
         paths = [str(downloaded(url, fetched / name)) for url in source.url]
     else:
         paths = [str(python_documentation(fetched))] if source.pydoc else source.path
-    return [file for path in paths for file in find_files(path, format).files], ""
+    return Found([file for path in paths for file in find_files(path, format).files])
 
 
 def _batches(files: Sequence[SourceFile]) -> Iterator[tuple[SourceFile, ...]]:

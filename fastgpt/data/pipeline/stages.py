@@ -110,6 +110,9 @@ class Build:
                 "`fastgpt data build --only clean` for every task first"
             )
         counts = {name: Counts() for name in self.recipe.sources}
+        for name, defects in self.unfetched.items():
+            for defect in defects:
+                counts[name].defect(defect)
         chunks: list[Chunk] = []
         for task in self.tasks:
             counts[task.unit.source].add(counts_of(task.folder, task.key))
@@ -194,7 +197,9 @@ class Build:
         put_in_place(self.out)
 
     def _clean_tasks(self) -> list[CleanTask]:
-        units, licenses = gather(self.recipe, self.work, self.workers)
+        gathered = gather(self.recipe, self.work, self.workers)
+        self.unfetched = gathered.defects
+        licenses = gathered.licenses
         known = {name: replace(source, license=licenses[name]) for name, source in self.recipe.sources.items()}
         recipe = self.recipe = replace(self.recipe, sources=known)
         formats = {name: format_for(name, source) for name, source in known.items()}
@@ -211,7 +216,7 @@ class Build:
                 CHUNK,
                 self.work / "clean",
             )
-            for unit in units
+            for unit in gathered.units
         ]
 
 

@@ -205,6 +205,15 @@ def locked(work: Path, alone: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Wait until no other process holds this lock, and hold it."""
+    with open(path, "a") as lock:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def remove_partial(work: Path) -> None:
     """Remove what killed workers left behind. Only for who holds the lock alone."""
     for folder in ("clean", "leaks", "select", "tokens", "layout", "next"):

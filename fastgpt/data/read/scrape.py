@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fastgpt.core.progress import bar, write
 from fastgpt.data.read.defects import Defect, OnDefect
 from fastgpt.data.read.html import charset_of, page_text
 from fastgpt.data.read.web import BROKEN, LONGEST_WAIT, TRANSIENT, USER_AGENT
+from fastgpt.data.shards import atomic_file
 
 REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -53,12 +54,13 @@ class Manners:
 
 @dataclass
 class Scraped:
-    """The file written, and how many URLs became documents, were reported, and had been done before."""
+    """The file written, how many URLs became documents, gave none, and had been done before; why each gave none."""
 
     path: Path
     documents: int = 0
     defects: int = 0
     before: int = 0
+    failures: list[Defect] = field(default_factory=list)
 
 
 class _Refused(Exception):
@@ -76,12 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--user-agent", default=USER_AGENT, metavar="TEXT", help="add an address to reach you at")
     parser.add_argument("--license", default="", help="of the pages, to be carried along")
     args = parser.parse_args(argv)
-    try:
-        urls = Path(args.list).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(
-            f"scrape: cannot read {args.list}: {getattr(e, 'strerror', None) or 'it is not UTF-8'}"
-        ) from None
+    urls = read_list(args.list)
     shown = bar(len(urls), desc="scrape", unit="page", leave=False)
     manners = Manners(user_agent=args.user_agent, delay=args.delay, license=args.license)
     try:
@@ -94,21 +91,36 @@ def main(argv: list[str]) -> int:
     return 1 if result.defects else 0
 
 
+def read_list(path: str | Path) -> list[str]:
+    """Return the addresses in a file, one on each line. Raises UserError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"scrape: cannot read {path}: {getattr(e, 'strerror', None) or 'it is not UTF-8'}") from None
+
+
 def scrape(
     urls: Iterable[str],
     out: str | Path,
     manners: Manners | None = None,
     on_defect: OnDefect | None = None,
     progress: Any = None,
+    *,
+    record: str | Path | None = None,
+    dated: bool = True,
+    again: bool = False,
 ) -> Scraped:
     """Fetch pages and write their texts to a jsonl file with the fields text, id (the URL), title, url, date, license.
 
-    The file is `out`.part until all URLs are done; a second call continues it. Read it with
-    Format("jsonl", id="id", meta=("title", "url", "date", "license")).
+    Documents are in the order of the URLs. What was fetched is recorded in `out`.part until all URLs are done; a second
+    call continues it. Read the file with Format("jsonl", id="id", meta=("title", "url", "date", "license")).
 
     Args:
         on_defect: called for each URL that gives no document; the others go on.
         progress: called with 1 after each URL.
+        record: a file for the record, which stays, so that a call with other URLs fetches only those that are new.
+        dated: write the date of the request; without it, pages that are the same give the same file.
+        again: ask again for the URLs that gave no document in an earlier call.
 
     Raises:
         UserError: an address that is none, or no host could be reached at all.
@@ -119,11 +131,11 @@ def scrape(
     for url in wanted:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
             raise UserError(f"scrape: {url!r} is no address, expected http://... or https://...")
-    if out.exists():
+    if record is None and out.exists():
         raise UserError(f"scrape: {out} exists: remove it to fetch the pages again")
-    part = out.with_name(out.name + ".part")
-    done = _done(part)
-    result = Scraped(out, before=len(done))
+    part = out.with_name(out.name + ".part") if record is None else Path(record)
+    done = _done(part, again)
+    result = Scraped(out, before=len(done & set(wanted)))
     robot = _Robot(manners)
     queue = deque(url for url in wanted if url not in done)
     reached = False
@@ -136,7 +148,7 @@ def scrape(
                 result.documents += 1
                 reached = True
             except _Refused as e:
-                kind, problem, remedy = e.args
+                kind, problem, remedy = line["kind"], line["problem"], line["remedy"] = e.args
                 reached = reached or kind != "unreachable"
                 result.defects += 1
                 if on_defect is not None:
@@ -146,34 +158,47 @@ def scrape(
             if progress is not None:
                 progress(1)
     if wanted and not reached and not done:
-        part.unlink()
+        part.unlink()  # so that all are asked again
         raise UserError(f"scrape: none of the {len(wanted)} addresses can be reached; is there a network?")
-    _finish(part, out)
+    result.failures = _finish(part, out, wanted, dated)
+    if record is None:
+        part.unlink()
     return result
 
 
-def _done(part: Path) -> set[str]:
-    """Return the URLs that an earlier call has handled; a last line that is incomplete is cut off."""
+def _done(part: Path, again: bool) -> set[str]:
+    """Return the URLs that an earlier call has handled, with `again` those that gave a document; a last line that is
+    incomplete is cut off."""
     if not part.exists():
         return set()
     raw = part.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
     if len(whole) < len(raw):
         os.truncate(part, len(whole))
-    return {json.loads(line)["asked"] for line in whole.splitlines()}
+    lines = map(json.loads, whole.split(b"\n")[:-1])
+    return {line["asked"] for line in lines if "text" in line or not again}
 
 
-def _finish(part: Path, out: Path) -> None:
-    """Write the documents to `out`, without the URLs that gave none."""
-    aside = out.with_name(out.name + ".new")
-    with open(part, "rb") as lines, open(aside, "wb") as file:
-        for line in lines:
-            record = json.loads(line)
-            del record["asked"]
-            if record:
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-    os.replace(aside, out)
-    part.unlink()
+def _finish(part: Path, out: Path, wanted: list[str], dated: bool) -> list[Defect]:
+    """Write the documents to `out`, in the order of the URLs; return why the other URLs gave none."""
+    places: dict[str, int] = {}  # of the last line about each URL
+    failures = []
+    with open(part, "rb") as lines, atomic_file(out) as file:
+        at = 0
+        for raw in lines:
+            places[json.loads(raw)["asked"]] = at
+            at += len(raw)
+        for url in wanted:
+            lines.seek(places[url])
+            line = json.loads(lines.readline())
+            del line["asked"]
+            if not dated:
+                line.pop("date", None)
+            if "text" in line:
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            else:
+                failures.append(Defect(url, None, None, line["problem"], line["remedy"], line["kind"]))
+    return failures
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
