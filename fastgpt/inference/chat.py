@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
@@ -55,6 +56,8 @@ class Template:
     ) -> None:
         try:
             from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+            from fastgpt.inference import generation_tag
         except ImportError:
             raise UserError("chat templates need Jinja, expected `pip install jinja2`") from None
 
@@ -62,11 +65,12 @@ class Template:
             raise UserError(f"{where}: {message}")
 
         env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation_tag.GenerationTag]
         )
         env.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.datetime.now().strftime(form))
         env.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
-        self.where, self._names = where, {"eos_token": eos_token, "bos_token": bos_token}
+        self.where, self._marks = where, (generation_tag.BEGIN, generation_tag.END)
+        self._names: dict[str, Any] = {"eos_token": eos_token, "bos_token": bos_token}
         self.default = text == DEFAULT
         self._template = self._guard(lambda: env.from_string(text))
         self.stop = self._end_of_reply()
@@ -91,9 +95,29 @@ class Template:
         except Exception as e:  # a template can raise anything
             raise UserError(f"{self.where} is not a valid chat template ({' '.join(str(e).split())})") from None
 
-    def render(self, messages: list[Message], ask: bool = True) -> str:
-        """Return the text of a conversation; ask: followed by what begins a reply."""
+    def render(self, messages: Sequence[Mapping[str, Any]], ask: bool = True, tools: Any = None) -> str:
+        """Return the text of a conversation; ask: followed by what begins a reply; tools: what the template may list as
+        tools."""
+        begin, end = self._marks
+        return self._marked(messages, ask, tools).replace(begin, "").replace(end, "")
+
+    def generated(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[tuple[int, int]]:
+        """Return where the `{% generation %}` blocks of a template lie in the text of a conversation, as (first
+        character, last + 1); none if it has no such blocks."""
+        begin, end = self._marks
+        spans, at, first = [], 0, 0
+        for part in re.split(f"([{begin}{end}])", self._marked(messages, False, tools)):
+            if part == begin:
+                first = at
+            elif part == end:
+                spans.append((first, at))
+            else:
+                at += len(part)
+        return spans
+
+    def _marked(self, messages: Sequence[Mapping[str, Any]], ask: bool, tools: Any) -> str:
         names = self._names | {"messages": messages, "add_generation_prompt": ask}
+        names |= {} if tools is None else {"tools": tools}
         return str(self._guard(lambda: self._template.render(**names)))
 
     def _end_of_reply(self) -> str:

@@ -44,13 +44,18 @@ class Records:
 
     def document(self, raw: bytes, number: int, byte: int) -> Document | None:
         """Return the document of a record that begins at `byte`; None, with a report, if it is broken."""
+        record = self.record(raw, byte)
+        return None if record is None else self.fields.document(record, number, byte, lambda: _exact(raw))
+
+    def record(self, raw: bytes, byte: int) -> dict[str, Any] | None:
+        """Return a record that begins at `byte`, with the types of the file; None, with a report, if it is broken."""
         try:
             record = self.loads(raw)
         except self.error:
             record = self._careful(raw, byte)
             if record is None:
                 return None
-        if type(record) is not dict:
+        if not isinstance(record, dict):
             problem = f"the record is {_kind(record)}, expected an object with named fields"
             self.reading.report("wrong type", problem, 'write it as {"text": ...}', byte)
             return None
@@ -59,7 +64,7 @@ class Records:
             named = f"the key {key!r}" if key in self.names else "a key"  # others may be contents
             self.reading.report("key twice", f"{named} is there twice", "keep one of them", byte)
             return None
-        return self.fields.document(record, number, byte, lambda: _exact(raw))
+        return record
 
     def _careful(self, raw: bytes, byte: int) -> Any:
         """Return a record that orjson refused: repaired in mode "replace", else None; report what is wrong."""
@@ -160,7 +165,7 @@ def read_json(reading: Reading) -> Iterator[Document]:
     Only the record in progress is in memory. Ids count records from 0.
     """
     records = Records(reading)
-    for number, (at, raw) in enumerate(_values(reading)):
+    for number, (at, raw) in enumerate(json_values(reading)):
         if (document := records.document(raw, number, at)) is not None:
             yield document
 
@@ -216,8 +221,8 @@ class _Scan:
                 self.inside, self.closed, self.depth, self.end = False, True, 0, token.end()
 
 
-def _values(reading: Reading) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset, bytes) of each record."""
+def json_values(reading: Reading) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset, bytes) of each record of a JSON file."""
     scan = _Scan(reading)
     begun = False
     for chunk in reading.text_chunks():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,27 +81,33 @@ def read_csv(reading: Reading) -> Iterator[Document]:
     Cells are text, always. Ids count rows from 0.
     """
     fields = Fields(reading)
+    format = reading.format
+    for number, at, record in csv_records(reading, format.text_fields + ((format.id,) if format.id else ())):
+        document = fields.document(record, number, at)
+        if document is not None:
+            yield document
+
+
+def csv_records(reading: Reading, needed: tuple[str, ...] = ()) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """Yield (number, offset, cells by column) of each clean row; report the others, and a header without `needed`."""
     columns = list(reading.format.columns)
     number = 0
     for at, cells in _rows(reading):
         if not columns:
             columns = cells
-            if not _has_columns(reading, columns, at):
+            if not _has_columns(reading, columns, at, needed):
                 return
             continue
         if len(cells) != len(columns):
             problem = f"the row has {len(cells)} cells, expected {len(columns)}"
             reading.report("broken CSV", problem, "repair its delimiters and quotes, or set delimiter", at)
         else:
-            document = fields.document(dict(zip(columns, cells)), number, at)
-            if document is not None:
-                yield document
+            yield number, at, dict(zip(columns, cells))
         number += 1
 
 
-def _has_columns(reading: Reading, columns: list[str], at: int) -> bool:
+def _has_columns(reading: Reading, columns: list[str], at: int, names: tuple[str, ...]) -> bool:
     """Return whether a header is usable; report it if it is not."""
-    names = reading.format.text_fields + ((reading.format.id,) if reading.format.id else ())
     if len(set(columns)) < len(columns):
         first, second = next((columns.index(c), i) for i, c in enumerate(columns) if columns.index(c) < i)
         problem = f"columns {first + 1} and {second + 1} have the same name"
@@ -120,37 +126,59 @@ def read_parquet(reading: Reading) -> Iterator[Document]:
     Text is checked byte by byte: Arrow trusts the writer to have written UTF-8. Other columns become text in Arrow's
     own spelling, so integers keep all digits and dates stay dates. A compressed file is unpacked to a temporary one.
     """
+    fields = Fields(reading)
+
+    def records(file: Any) -> Iterator[dict[str, Any] | None]:
+        table = _Table(reading, file)
+        batches = file.iter_batches(ROWS, columns=table.columns) if table.usable else ()
+        return (record for batch in batches for record in table.records(batch))
+
+    for number, record in _parquet(reading, records):
+        document = fields.document(record, number, 0)
+        if document is not None:
+            yield document
+
+
+def parquet_records(reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number, values by column) of each row of a parquet file, with the types of the file."""
+
+    def records(file: Any) -> Iterator[dict[str, Any]]:
+        for batch in file.iter_batches(ROWS):
+            yield from batch.to_pylist()
+
+    yield from _parquet(reading, records)
+
+
+def _parquet(
+    reading: Reading, records: Callable[[Any], Iterator[dict[str, Any] | None]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number, record) of what `records` returns for an open parquet file, with `reading.row` at each."""
     parquet = need("pyarrow.parquet", f"reading {reading.file}", "pyarrow")
     if compression_of(reading.path) is None:
-        yield from _parquet(reading, reading.path, parquet)
+        yield from _numbered(reading, reading.path, parquet, records)
         return
     with tempfile.NamedTemporaryFile(suffix=".parquet") as copy:
         for chunk in reading.chunks():
             copy.write(chunk)
         copy.flush()
         if not reading.damaged:
-            yield from _parquet(reading, Path(copy.name), parquet)
+            yield from _numbered(reading, Path(copy.name), parquet, records)
 
 
-def _parquet(reading: Reading, path: Path, parquet: Any) -> Iterator[Document]:
+def _numbered(
+    reading: Reading, path: Path, parquet: Any, records: Callable[[Any], Iterator[dict[str, Any] | None]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.stat().st_size:
         reading.report("empty file", "the file is empty", "remove it, or fetch it again", None)
         return
-    number = 0
     try:
         with parquet.ParquetFile(path, memory_map=False, buffer_size=1 << 20, pre_buffer=False) as file:
-            table = _Table(reading, file)
-            if not table.usable:
-                return
+            rows = records(file)
             reading.row = 0
-            for batch in file.iter_batches(ROWS, columns=table.columns):
-                for record in table.records(batch):
-                    if record is not None:
-                        document = table.fields.document(record, number, 0)
-                        if document is not None:
-                            yield document
-                    number += 1
-                    reading.row = number
+            for number, record in enumerate(rows):
+                if record is not None:
+                    yield number, record
+                reading.row = number + 1
         if compression_of(reading.path) is None:
             reading.advance(path.stat().st_size)
     except (ValueError, OSError, NotImplementedError, ArithmeticError, MemoryError) as e:
