@@ -10,6 +10,7 @@ from fastgpt.ops.embedding import embedding
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
+from fastgpt.ops.linear_divergence import linear_divergence
 from fastgpt.ops.linear_log_probs import linear_log_probs
 from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.rope import rope, rope_qkv
@@ -25,6 +26,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_log_probs",
     "rms_norm",
     "rope",
