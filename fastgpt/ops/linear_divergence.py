@@ -76,7 +76,7 @@ def _run(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the loss (N,) and the `wanted` gradients of sum(scale * loss): dx in x's dtype, dW and db in fp32."""
     (x, w, b), (x_t, w_t, b_t) = student, teacher
-    *options, chunk = settings
+    options, chunk = settings[:4], settings[4]
     (n, c), v = x.shape, w.shape[0]
     wide = torch.promote_types(x.dtype, torch.float32)
     loss = torch.empty(n, dtype=wide, device=x.device)
@@ -259,13 +259,14 @@ def linear_divergence(
     rows = rows_of_a_chunk(n, v, size, logits_budget(x.device)) if isinstance(chunk, str) else chunk
     settings: Settings = (kind, beta, temperature, k, rows)  # type: ignore[assignment]
     counted = None if target is None else target != ignore_index
-    heads: Any = (x, linear_weight, linear_bias), (x_t, w_t, b_t)
+    heads: Any = (x, linear_weight, linear_bias, x_t, w_t, b_t)
     count = None
     if reduction == "mean":
         count = x.new_full((1,), n, dtype=torch.float32) if counted is None else counted.sum(dtype=torch.float32)[None]
-    if not needs_grad(x, linear_weight, linear_bias):
-        return _reduced(_run(*heads, counted, None, settings, (False,) * 3)[0], reduction, count)  # type: ignore[arg-type]
+    if not needs_grad(*heads[:3]):
+        loss = _run(heads[:3], heads[3:], counted, None, settings, (False, False, False))[0]
+        return _reduced(loss, reduction, count)
     if reduction == "none":
-        return RecomputedLinearDivergenceFn.apply(*heads[0], *heads[1], counted, settings)
-    wanted = tuple(t is not None and t.requires_grad for t in heads[0])
-    return LinearDivergenceFn.apply(*heads[0], *heads[1], counted, count, settings, wanted)
+        return RecomputedLinearDivergenceFn.apply(*heads, counted, settings)
+    wanted = tuple(t is not None and t.requires_grad for t in heads[:3])
+    return LinearDivergenceFn.apply(*heads, counted, count, settings, wanted)
