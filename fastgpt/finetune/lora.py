@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -129,9 +129,19 @@ def add_lora(
     Raises:
         UserError: a target is found in no name, or is no regular expression; the model has adapters.
     """
+    return insert(model, _chosen(segments(model, family), settings.targets), settings, generator)
+
+
+def insert(
+    model: GPT, chosen: dict[str, list[Segment]], settings: Lora, generator: torch.Generator | None = None
+) -> dict[str, LoraLinear]:
+    """Freeze the model and put adapters into the layers of `chosen`, for these segments; return the layers by name.
+
+    Raises:
+        UserError: the model has adapters.
+    """
     if lora_layers(model):
         raise UserError("lora: the model has adapters already, expected one without")
-    chosen = _chosen(segments(model, family), settings.targets)
     model.requires_grad_(False)
     layers = linear_layers(model)
     for name, found in chosen.items():
@@ -197,6 +207,23 @@ def remove_lora(model: GPT, *, merged: bool = True) -> GPT:
         _replace(model, name, layer.train(m.training))
     model.lora_dropout = 0.0
     return model
+
+
+def read_merged(model: GPT) -> Callable[[str], Tensor]:
+    """Return a function from a parameter's name in a GPT without adapters to its value, W + s B A where there is an
+    adapter: the `read` of fastgpt.models.weights.write_pretrained. The model is left as it is."""
+    named, layers = dict(model.named_parameters()), dict(model.named_modules())
+
+    def read(name: str) -> Tensor:
+        layer, _, leaf = name.rpartition(".")
+        m = layers[layer]
+        if leaf == "weight" and isinstance(m, LoraLinear):
+            return m.merged_weight()
+        if leaf == "weight" and isinstance(m, FrozenLinear):
+            return m.store.dense(torch.float32)  # type: ignore[no-any-return]
+        return named[name]
+
+    return read
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from fastgpt.models.weights.convert import Weights, file_tensors, parameters
 from fastgpt.models.weights.families import family_for, family_of
 from fastgpt.models.weights.files import SHARD_BYTES, open_folder, write_folder
 from fastgpt.models.weights.meta_llama import META_LLAMA, PARAMS, open_meta
+from fastgpt.nn.lora import FrozenLinear, LoraLinear
 
 CONFIG = "config.json"
 
@@ -113,8 +114,12 @@ def save_pretrained(model: GPT, folder: str | Path, *, dtype: torch.dtype | None
     """Write a model to a new folder, in `dtype` (default: its own); options as in write_pretrained.
 
     Raises:
-        UserError: as write_pretrained, or the folder exists or cannot be written.
+        UserError: as write_pretrained, or the folder exists or cannot be written, or the model has adapters.
     """
+    if any(isinstance(m, LoraLinear | FrozenLinear) for m in model.modules()):
+        raise UserError(
+            "save_pretrained: the model has adapters or a quantised base, expected remove_lora(model) first"
+        )
     named = dict(model.named_parameters())
     dtype = dtype or next(iter(named.values())).dtype
     with new_folder(Path(folder)) as aside:
