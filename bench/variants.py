@@ -27,7 +27,6 @@ from fastgpt.bench import plain
 from fastgpt.bench._harness import resident_mb
 from fastgpt.core import backend
 from fastgpt.core.device import keep_freed_memory
-from fastgpt.data import IGNORE
 from fastgpt.models.config import ModelConfig
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
@@ -37,6 +36,7 @@ from fastgpt.training.config import TrainConfig
 from fastgpt.training.graphs import Graphs
 from fastgpt.training.schedule import learning_rate
 from fastgpt.training.stability import LossScale, SpikeGuard
+from fastgpt.training.task import Batch, NextToken
 
 WARM_STEPS = 3  # before timing; their losses are compared, too
 GPU_WARM_STEPS = 6  # graphs are recorded in the fourth step
@@ -207,13 +207,15 @@ def train_step(
     """Run one step with the functions of the loop in fastgpt/train.py; return (loss, gradient norm, spike), on the
     device."""
     graphs = Graphs(model, enabled=False) if graphs is None else graphs
-    micro_step, update = partial(forward_backward, model, scaling), partial(optimizer_step, optimizer, guard, scaling)
+    task = NextToken()
+    micro_step = partial(forward_backward, model, task, scaling)
+    update = partial(optimizer_step, optimizer, guard, scaling)
     graphs.begin(optimizer)
-    batches = [next(loader) for _ in range(accumulation)]
+    batches = [Batch(*next(loader)) for _ in range(accumulation)]
     loss, none = torch.zeros(1, device=optimizer.device), torch.zeros((), dtype=torch.int64, device=optimizer.device)
-    counted = sum(((targets != IGNORE).sum() for _, targets in batches), none)
-    for i, (ids, targets) in enumerate(batches):
-        loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, ids, targets, counted)
+    counted = sum((task.counted(batch) for batch in batches), none)
+    for i, batch in enumerate(batches):
+        loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch)
     return graphs("optimizer_step", update, loss)
 
 

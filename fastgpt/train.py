@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import shlex
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from fastgpt.core import backend
 from fastgpt.core.device import default_device, keep_freed_memory
-from fastgpt.data import IGNORE, TokenLoader
+from fastgpt.data import TokenLoader
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import initial, plan
@@ -34,8 +35,9 @@ from fastgpt.training.stability import LossScale, SpikeGuard
 from fastgpt.training.start import start_log
 from fastgpt.training.steplog import StepLog
 from fastgpt.training.stop import Stop
+from fastgpt.training.task import Batch, Task
 
-__all__ = ["EVALUATIONS", "Run", "forward_backward", "loop", "main", "optimizer_step", "prepare", "train"]
+__all__ = ["EVALUATIONS", "Run", "drive", "forward_backward", "loop", "main", "optimizer_step", "prepare", "train"]
 
 
 def prepare(cfg: TrainConfig) -> Run:
@@ -63,24 +65,28 @@ def prepare(cfg: TrainConfig) -> Run:
 
 
 def forward_backward(
-    model: Any, scaling: LossScale | None, total: Tensor, ids: Tensor, targets: Tensor, counted: Tensor
+    model: Any, task: Task, scaling: LossScale | None, total: Tensor, counted: Tensor, *batch: Any
 ) -> Tensor:
-    """Add the gradients of one micro-batch; return `total` plus its share of the step's loss, (1,) fp32.
+    """Add the gradients of one micro-batch; return `total` plus its share of the step's loss and figures, all
+    (1 + figures,) fp32.
 
     Args:
-        ids, targets: (B, T) int64.
         counted: () int64, the tokens of the whole step that count. The step's loss is the mean over them, so a token
             has the same weight in any micro-batch.
+        batch: the parts of a Batch; ids and targets are (B, T) int64.
     """
-    loss = model(ids, targets, reduction="sum") / counted
+    sums = task.loss(model, Batch(*batch)) / counted
+    loss = sums[:1] if task.figures else sums
     (loss if scaling is None else loss * scaling.scale).backward()
-    return total + loss.detach()
+    return total + sums.detach()
 
 
 def optimizer_step(
     optimizer: AdamW | MuonAdamW, guard: SpikeGuard | None, scaling: LossScale | None, loss: Tensor
 ) -> Tensor:
-    """Clip and update, unless the loss is a spike or a gradient is not finite; return (loss, gradient norm, spike)."""
+    """Clip and update, unless the loss is a spike or a gradient is not finite; return (loss, gradient norm, spike,
+    figures)."""
+    loss, figures = loss[:1], loss[1:]
     spike = torch.zeros_like(loss) if guard is None else guard(loss)
     optimizer.found_inf = spike  # a flagged step changes nothing
     if scaling is not None:
@@ -90,7 +96,7 @@ def optimizer_step(
     if scaling is not None:
         scaling.update(optimizer.grad_norm)
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat((loss, optimizer.grad_norm, spike))
+    return torch.cat((loss, optimizer.grad_norm, spike, figures))
 
 
 def loop(run: Run, log: Log, stop: Stop) -> None:
@@ -98,9 +104,9 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
 
     The host launches steps without waiting for their results; it stays at most two steps ahead (see StepLog).
     """
-    cfg, p, optimizer, graphs = run.cfg, run.progress, run.optimizer, run.graphs
+    cfg, p, optimizer, graphs, task = run.cfg, run.progress, run.optimizer, run.graphs, run.task
     model = torch.compile(run.model) if cfg.compile else run.model
-    micro_step = partial(forward_backward, model, run.scaling)
+    micro_step = partial(forward_backward, model, task, run.scaling)
     update = partial(optimizer_step, optimizer, run.guard, run.scaling)
     steps, profile = StepLog(run, log), Profile(cfg.profile, cfg.profiler, run.folder, run.device)
 
@@ -112,12 +118,12 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
         graphs.begin(optimizer)  # graphs("name", f, x) is f(x), or the replay of a CUDA graph that was recorded from it
 
         # Forward and backward: the first micro-batch writes the gradients, the others add to them.
-        batches = [next(run.loader) for _ in range(cfg.accumulation)]
+        batches = [Batch(*next(run.loader)) for _ in range(cfg.accumulation)]
         none = torch.zeros((), dtype=torch.int64, device=run.device)
-        counted = sum(((targets != IGNORE).sum() for _, targets in batches), none)
-        loss = torch.zeros(1, device=run.device)
-        for i, (ids, targets) in enumerate(batches):
-            loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, ids, targets, counted)
+        counted = sum((task.counted(batch) for batch in batches), none)
+        loss = torch.zeros(1 + len(task.figures), device=run.device)
+        for i, batch in enumerate(batches):
+            loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch)
 
         # Optimizer step. Loss, gradient norm and spike flag stay on the device; `steps` logs them when they arrive.
         values = graphs("optimizer_step", update, loss)
@@ -161,7 +167,11 @@ def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
         0 as the exit code, or 1 if check_baseline is set and the model is too close to a unigram model.
     """
     backend.use(**backend.parse_choices(cfg.kernels))
-    run = prepare(cfg)
+    return drive(prepare(cfg), finish, command)
+
+
+def drive(run: Run, end: Callable[[Run, Log], int], command: str) -> int:
+    """Start or resume a run, train, save, and return the exit code of `end(run, log)`, which evaluates the result."""
     changed = run.resume()
     first = run.progress.step
     gc.freeze()
@@ -170,7 +180,7 @@ def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
         with plan.explain_out_of_memory(run.cfg, run.model.vocab_size, run.device):
             loop(run, log, stop)
         done = run.progress.step - first
-        figures, text = energy.figures(done, cfg.batch_tokens)
+        figures, text = energy.figures(done, run.cfg.batch_tokens)
         if figures:
             log.row({"step": run.progress.step, **figures})
         log.say(text)
@@ -180,7 +190,7 @@ def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
         if stop.asked:
             log.say(f"stopped at step {run.progress.step}; to resume: {command}")
             return 0
-        return finish(run, log)
+        return end(run, log)
 
 
 def main(argv: list[str] | None = None) -> int:

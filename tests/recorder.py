@@ -46,7 +46,7 @@ def recording(state: Callable[[], list[Tensor]]) -> Callable[..., Any]:
         function: Callable[..., Any], inputs: list[Tensor], pool: object
     ) -> tuple[Callable[[], None], Any, None]:
         with torch.no_grad():
-            before = [(t, t.clone()) for t in [*state(), *inputs]]
+            before = [(t, t.clone()) for t in [*state(), *inputs] if t is not None]
         random = torch.get_rng_state()
         try:
             with Recorder() as recorder:

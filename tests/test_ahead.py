@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastgpt import train
-from fastgpt.training import evaluation, runlog, steplog
+from fastgpt.training import runlog, steplog, task
 from fastgpt.training.config import load_config
 from fastgpt.training.stop import Stop
 
@@ -83,13 +83,13 @@ def test_the_length_in_minutes_is_the_devices(tmp_path: Path, monkeypatch: pytes
         machine.launch(0, DEVICE)
         return torch.tensor([3.0, 1.0, 0.0])
 
-    def validation(*args: Any) -> float:
+    def validation(*args: Any) -> dict[str, float]:
         machine.now = max(machine.now, machine.streams[0].done) + 2.0
-        return 3.0
+        return {"loss": 3.0}
 
-    monkeypatch.setattr(train, "forward_backward", lambda model, scaling, total, *batch: total)
+    monkeypatch.setattr(train, "forward_backward", lambda model, task, scaling, total, *batch: total)
     monkeypatch.setattr(train, "optimizer_step", step)
-    monkeypatch.setattr(evaluation, "evaluate", validation)
+    monkeypatch.setattr(task, "mean_over", validation)
     monkeypatch.setattr(steplog, "peak_flops", lambda *args: (1e12, "fake"))
     monkeypatch.setattr(steplog, "Lagged", lambda device: runlog.Lagged(torch.device("cuda:0")))
     monkeypatch.setattr(run, "save", lambda: None)

@@ -25,8 +25,8 @@ from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import memory, plan
 from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig, load_config
-from fastgpt.training.evaluation import evaluate
 from fastgpt.training.memory import LEVELS, Plan, Target, shape_of
+from fastgpt.training.task import Batch, NextToken, mean_over
 
 CPU = Target("cpu", "cpu", 16 << 30)
 needs_cpu = pytest.mark.skipif(backend.missing("cpu") is not None, reason="needs the compiled CPU kernels")
@@ -205,7 +205,7 @@ def test_validation_is_beside_the_graphs_memory(name: str, monkeypatch: pytest.M
     assert sizes[0] < cfg.sequences == sizes[1]
     model = build_model(cfg, int(cfg.model.vocab_size or 0), torch.device("cpu"))
     ids = torch.randint(1000, (cfg.sequences, cfg.block_size))
-    top, _ = peak_of(lambda: evaluate(model, iter([(ids, ids)])))
+    top, _ = peak_of(lambda: mean_over(NextToken(), model, [Batch(ids, ids)]))
     assert 0.5 * on.validation < top <= memory.validation_bytes(cfg, ids.numel(), 4, CPU)
 
 

@@ -27,7 +27,7 @@ from fastgpt.data import IGNORE
 from fastgpt.data.shards import ShardWriter
 from fastgpt.data.source import open_source, open_validation
 from fastgpt.optim.muon import MuonAdamW
-from fastgpt.training import checkpoint, evaluation, profiling, stability, steplog
+from fastgpt.training import checkpoint, profiling, stability, steplog, task
 from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.run import Run
@@ -203,7 +203,7 @@ def test_patience_ends_a_run_and_keeps_its_best(
     text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = iter([5.0, 4.0, 4.5, 4.1, 9.0, 9.0])
-    monkeypatch.setattr(evaluation, "evaluate", lambda model, windows: next(values))
+    monkeypatch.setattr(task, "mean_over", lambda *args: {"loss": next(values)})
     more = ["--patience", "2", "--eval-every", "2", "--save-every", "0", "--max-steps", "40", "--keep", "1"]
     assert go(text, *more) == 0
     assert "stopping: 2 validations without a better loss than 4.0000 at step 4" in capsys.readouterr().out

@@ -23,7 +23,7 @@ class CaptureLost(RuntimeError):
     2.11) then treat the capture as active forever, so this process cannot continue."""
 
 
-def record(function: Callable[..., Result], inputs: list[Tensor], pool: Any) -> tuple[Callable[[], None], Result, Any]:
+def record(function: Callable[..., Result], inputs: list[Any], pool: Any) -> tuple[Callable[[], None], Result, Any]:
     """Record function(*inputs) on the current stream without running it; return (replay, its result, the memory pool).
 
     Raises:

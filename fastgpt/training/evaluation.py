@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import torch
-from torch import Tensor
-
-from fastgpt.data import IGNORE, sequential, unigram_nats
-from fastgpt.data.shards import Tokens
+from fastgpt.data import unigram_nats
 from fastgpt.inference import Generator, Request
-from fastgpt.models.gpt import GPT
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import Log
 
@@ -20,35 +15,16 @@ from fastgpt.training.runlog import Log
 EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
 
 
-def evaluate(model: GPT, windows: Iterator[tuple[Tensor, Tensor]]) -> float:
-    """Return the mean loss in nats per token over (ids, targets) batches."""
-    model.eval()
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        for ids, targets in windows:
-            total += float(model(ids, targets, reduction="sum"))
-            tokens += int((targets != IGNORE).sum())
-    model.train()
-    return total / tokens
-
-
 def validate(run: Run, log: Log, batches: int | None) -> float:
-    """Log the validation loss over the first `batches` batches (None: all) and every evaluation; return the loss."""
-    cfg = run.cfg
-
-    def loss_on(tokens: Tokens) -> float:
-        windows = sequential(tokens, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device)
-        return evaluate(run.model, windows)
-
-    loss = loss_on(run.data.val)
-    row = {"step": run.progress.step, "val_loss": loss}
-    row.update({f"val_loss.{name}": loss_on(tokens) for name, tokens in run.val_sources.items()})
+    """Log the validation of the run's task over the first `batches` batches (None: all) and every evaluation; return
+    the loss."""
+    row = {"step": run.progress.step, **run.task.validate(run, batches)}
     for name, evaluation in EVALUATIONS.items():
         row.update({f"{name}.{what}": float(value) for what, value in evaluation(run).items()})
     log.row(row)
     more = "".join(f", {name} {value:.4f}" for name, value in list(row.items())[2:])
-    log.say(f"step {run.progress.step}: validation loss {loss:.4f} nats per token{more}")
-    return loss
+    log.say(f"step {run.progress.step}: validation loss {row['val_loss']:.4f} nats per {run.task.unit}{more}")
+    return row["val_loss"]
 
 
 def sample(run: Run, prompt: str) -> str:

@@ -36,7 +36,7 @@ class Graphs:
         self.parameters = list(model.parameters())
         self.enabled = enabled
         self.steps = 0  # steps begun
-        self.recorded: dict[str, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
+        self.recorded: dict[str, tuple[list[Tensor | None], Callable[[], None], Tensor]] = {}
         self.pool: Any = None
         self.failure = ""
 
@@ -64,14 +64,15 @@ class Graphs:
         self.enabled = False
         return f"graphs: a step could not be recorded, so its kernels are launched one by one ({self.failure})"
 
-    def __call__(self, name: str, function: Function, *inputs: Tensor) -> Tensor:
-        """Return function(*inputs), called or replayed; the result is valid until the next step begins."""
+    def __call__(self, name: str, function: Function, *inputs: Any) -> Tensor:
+        """Return function(*inputs), called or replayed; the result is valid until the next step begins. A recorded
+        function takes tensors, and None where it is None in every step."""
         if not self.enabled or self.failure or self.steps <= WARM_STEPS:
             return function(*inputs)
         if name not in self.recorded:
             grads = [p.grad for p in self.parameters]
             try:
-                static = [x.clone() for x in inputs]
+                static = [None if x is None else x.clone() for x in inputs]
                 replay, out, self.pool = record(function, static, self.pool)
             except CaptureLost as e:
                 raise UserError(
@@ -86,6 +87,7 @@ class Graphs:
             self.recorded[name] = static, replay, out
         static, replay, out = self.recorded[name]
         for place, x in zip(static, inputs, strict=True):
-            place.copy_(x)
+            if place is not None:
+                place.copy_(x)
         replay()
         return out

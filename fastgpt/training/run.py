@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.core.errors import UserError
-from fastgpt.data import TokenLoader
+from fastgpt.data.batch import Loader
 from fastgpt.data.shards import Tokens
 from fastgpt.data.source import Source
 from fastgpt.models.config import model_from_dict
@@ -22,6 +22,7 @@ from fastgpt.training.config import TrainConfig, to_dict
 from fastgpt.training.graphs import Graphs
 from fastgpt.training.initial import load_initial
 from fastgpt.training.stability import LossScale, SpikeGuard
+from fastgpt.training.task import NextToken, Task
 
 
 @dataclasses.dataclass
@@ -65,11 +66,12 @@ class Run:
         val_sources: dict[str, Tokens],
         model: GPT,
         optimizer: AdamW | MuonAdamW,
-        loader: TokenLoader,
+        loader: Loader,
+        task: Task | None = None,
     ) -> None:
         self.cfg, self.folder, self.device = cfg, Path(cfg.out or "runs/train"), device
         self.data, self.val_sources, self.loader = data, val_sources, loader
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.task = model, optimizer, task or NextToken()
         self.guard = SpikeGuard(cfg.spike_sigmas, device) if cfg.spike_sigmas > 0 else None
         self.scaling = LossScale(device) if cfg.dtype == "fp16" else None
         self.graphs = Graphs.of_run(cfg, model, device)
@@ -82,11 +84,28 @@ class Run:
         parts: list[tuple[str, SpikeGuard | LossScale | None]] = [("guard", self.guard), ("scaling", self.scaling)]
         return [(name, part) for name, part in parts if part is not None]
 
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that a checkpoint records, as plain values."""
+        return to_dict(self.cfg)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the tensors of the model that a checkpoint holds."""
+        return self.model.state_dict()
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Load what `weights` returned."""
+        self.model.load_state_dict(tensors)
+
+    def begin(self) -> None:
+        """Load the weights that a new run starts with, if there are any."""
+        if self.cfg.init:
+            self.origin = load_initial(self.model, self.cfg.init)
+
     def save(self) -> None:
         """Start writing a checkpoint in the background; `writer.finished()` returns its path once it is complete."""
         state = {
             "progress": dataclasses.asdict(self.progress),
-            "config": to_dict(self.cfg),
+            "config": self.settings(),
             "model": dataclasses.asdict(self.model.config),
             "loader": self.loader.state_dict(),
             "tokenizer": self.data.fingerprint,
@@ -98,7 +117,7 @@ class Run:
         cfg, step = self.cfg, self.progress.step
         stays = {self.progress.best_step} if cfg.patience else set()
         stays |= set(range(0, step, cfg.keep_every)) if cfg.keep_every else set()
-        self.writer.save(self.folder, step, self.model.state_dict(), extra, state, cfg.keep, stays)
+        self.writer.save(self.folder, step, self.weights(), extra, state, cfg.keep, stays)
 
     def resume(self) -> list[str]:
         """Resume from the newest checkpoint of the run folder, or from cfg.resume; in a new folder load cfg.init.
@@ -111,12 +130,11 @@ class Run:
         """
         path = self._checkpoint()
         if path is None:
-            if self.cfg.init:
-                self.origin = load_initial(self.model, self.cfg.init)
+            self.begin()
             return []
         cfg, state = self.cfg, checkpoint.read_state(path)
         self._check(path, state)
-        self.model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
+        self.load_weights(checkpoint.read_tensors(path, checkpoint.MODEL, state))
         if "source" in state:  # imported weights, with which a new run starts
             self.origin = {key: state["source"][key] for key in ("name", "revision")}
             return []
@@ -130,7 +148,7 @@ class Run:
         checkpoint.restore_random_states(rng, self.device)
         self.loader.load_state_dict(state["loader"])
         self.progress = p = Progress(**state["progress"])
-        before, now = state["config"], to_dict(cfg)
+        before, now = state["config"], self.settings()
         if not (p.ended and cfg.patience):  # a longer max_steps continues the run
             if cfg.max_minutes is None:
                 p.last_step, p.length_known = cfg.most_steps, True
@@ -160,7 +178,7 @@ class Run:
             return
         fixed = ("optimizer", "lr_ratios") if state["format"] == 1 else ("optimizer",)  # format 1: groups set the order
         for name in fixed:
-            if state["config"].get(name) != (value := to_dict(self.cfg)[name]):
+            if state["config"].get(name) != (value := self.settings()[name]):
                 raise UserError(f"checkpoint {path} has {name} {state['config'].get(name)!r}, expected {value!r}")
 
     def ends(self) -> str:

@@ -30,7 +30,8 @@ class StepLog:
         self.lagged, self.pace = Lagged(run.device), Pace(WARM_STEPS)
 
     def put(self, rate: float, values: Tensor) -> None:
-        """Queue the step just launched: its learning rate, and (loss, gradient norm, spike) on the device."""
+        """Queue the step just launched: its learning rate, and (loss, gradient norm, spike,
+        figures of the task) on the device."""
         p = self.run.progress
         row = {"step": p.step, "tokens": p.tokens, "lr": rate, "memory_gb": memory_gb(self.run.device)}
         self.lagged.put(row, values)
@@ -48,9 +49,10 @@ class StepLog:
         run, p, pace = self.run, self.run.progress, self.pace
         arrived = list(self.lagged.ready(ahead))
         seconds = pace.step(len(arrived)) if arrived else 0.0
-        for row, (loss, norm, spike) in arrived:
+        for row, (loss, norm, spike, *figures) in arrived:
             p.seconds += seconds if p.length_known or pace.steps > WARM_STEPS else 0.0
             row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **self._speed(seconds))
+            row.update(zip(run.task.figures, figures, strict=True))
             self.log.step(row, p.last_step)
             if not p.length_known and pace.steps >= MEASURED_STEPS:
                 self.log.say(run.fix_length(int(row["step"]), pace.seconds / (pace.steps - WARM_STEPS)))

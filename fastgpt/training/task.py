@@ -1,0 +1,80 @@
+"""What a run trains for: the loss of a batch, what it is a mean of, and its validation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from fastgpt.data import IGNORE, sequential
+from fastgpt.data.batch import Batch
+from fastgpt.data.shards import Tokens
+
+if TYPE_CHECKING:
+    from fastgpt.training.run import Run
+
+__all__ = ["Batch", "NextToken", "Task", "mean_over"]
+
+
+class Task(Protocol):
+    """A task; `fastgpt train` has NextToken, fastgpt/finetune the others.
+
+    Attributes:
+        unit: what `counted` counts, in the singular ("token", "pair").
+        figures: names of values that are logged with each step's loss, as means over the units.
+    """
+
+    unit: str
+    figures: tuple[str, ...]
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        """Return sums over the units of a batch, (1 + figures,) fp32: the loss, then the figures without gradients.
+        Must not wait for the device."""
+
+    def counted(self, batch: Batch) -> Tensor:
+        """Return the units of a batch that count, () int64. A step's loss is the mean over those of all its batches, so
+        a unit weighs the same in any micro-batch."""
+
+    def validate(self, run: Run, batches: int | None) -> dict[str, float]:
+        """Return "val_loss" and other figures, by name, over the first `batches` micro-batches (None: all) of the
+        validation data. The model is in training mode before and after."""
+
+
+class NextToken:
+    """Prediction of the next token."""
+
+    unit: ClassVar[str] = "token"
+    figures: ClassVar[tuple[str, ...]] = ()
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        ids, targets, doc_ids, positions, _ = batch
+        loss: Tensor = model(ids, targets, doc_ids=doc_ids, positions=positions, reduction="sum")
+        return loss.view(1)
+
+    def counted(self, batch: Batch) -> Tensor:
+        return (batch.targets != IGNORE).sum()
+
+    def validate(self, run: Run, batches: int | None) -> dict[str, float]:
+        """Return the loss on the validation data and on each of its sources, in nats per token."""
+        cfg = run.cfg
+
+        def loss_on(tokens: Tokens) -> float:
+            windows = sequential(tokens, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device)
+            return mean_over(self, run.model, (Batch(*window) for window in windows))["loss"]
+
+        losses = {f"val_loss.{name}": loss_on(tokens) for name, tokens in run.val_sources.items()}
+        return {"val_loss": loss_on(run.data.val), **losses}
+
+
+def mean_over(task: Task, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+    """Return the means of "loss" and the task's figures over the units of batches, with dropout off."""
+    sums, counted = [0.0] * (1 + len(task.figures)), 0
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            sums = [a + b for a, b in zip(sums, task.loss(model, batch).tolist())]
+            counted += int(task.counted(batch))
+    model.train()
+    return {name: total / counted for name, total in zip(("loss", *task.figures), sums)}
