@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 WARM_STEPS = 3  # calls before a capture, in which cuBLAS, Triton and the allocator warm up; PyTorch asks for three
 
