@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -45,8 +45,8 @@ class Task(Protocol):
 class NextToken:
     """Prediction of the next token."""
 
-    unit: ClassVar[str] = "token"
-    figures: ClassVar[tuple[str, ...]] = ()
+    unit = "token"
+    figures: tuple[str, ...] = ()
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         ids, targets, doc_ids, positions, _ = batch
