@@ -215,7 +215,7 @@ def train_step(
     loss, none = torch.zeros(1, device=optimizer.device), torch.zeros((), dtype=torch.int64, device=optimizer.device)
     counted = sum((task.counted(batch) for batch in batches), none)
     for i, batch in enumerate(batches):
-        loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch)
+        loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch.parts())
     return graphs("optimizer_step", update, loss)
 
 

@@ -123,7 +123,7 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
         counted = sum((task.counted(batch) for batch in batches), none)
         loss = torch.zeros(1 + len(task.figures), device=run.device)
         for i, batch in enumerate(batches):
-            loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch)
+            loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch.parts())
 
         # Optimizer step. Loss, gradient norm and spike flag stay on the device; `steps` logs them when they arrive.
         values = graphs("optimizer_step", update, loss)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -15,14 +17,18 @@ class Batch(NamedTuple):
         targets: (B, T) int64, the token after each of ids; IGNORE does not count.
         doc_ids: (B, T) int32, the document of each token, which attends within it alone; None: a row is one document.
         positions: (B, T) int64, of each token in its document; None: 0, 1, 2, ... in each row.
-        extra: tensors that only some tasks need (labels, the sequences of a pair); None if there are none.
+        extra: tensors that only some tasks need (labels, the sequences of a pair).
     """
 
     ids: Tensor
     targets: Tensor
     doc_ids: Tensor | None = None
     positions: Tensor | None = None
-    extra: dict[str, Tensor] | None = None
+    extra: Mapping[str, Tensor] = MappingProxyType({})
+
+    def parts(self) -> tuple[Any, ...]:
+        """Return the fields, without `extra` if it is empty."""
+        return tuple(self) if self.extra else tuple(self)[:-1]
 
 
 class Loader(Protocol):
