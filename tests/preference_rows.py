@@ -90,3 +90,30 @@ def rated_features(data: list[Row], reference: Tensor) -> list[dict[str, Any]]:
         }
         for row, (own, other) in zip(data, reference)
     ]
+
+
+def sample_batch(data: list[Row], **extra: Tensor) -> Batch:
+    """Return the samples `first` of rows; tensors in `extra` have a value for each sample, (n,), or for each of its
+    learned tokens, (n, most tokens)."""
+    batch = packed([(row.prompt, row.first) for row in data], list(range(len(data))))
+    found = dict(batch.extra)
+    for name, values in extra.items():
+        if values.dim() == 2:
+            placed = torch.zeros(batch.ids.shape, dtype=values.dtype)
+            for i, row in enumerate(data):
+                placed[(found["sequence"] == i) & (batch.targets != -100)] = values[i, : len(row.first)]
+            values = placed
+        found[name] = values
+    return batch._replace(extra=found)
+
+
+def sample_features(data: list[Row], **extra: Tensor) -> dict[str, Tensor]:
+    """Return the inputs of GRPOTrainer's loss: prompts padded on the left, completions on the right."""
+    most, longest = max(len(row.prompt) for row in data), max(len(row.first) for row in data)
+    prompts = torch.tensor([[0] * (most - len(row.prompt)) + row.prompt for row in data])
+    completions = torch.tensor([row.first + [0] * (longest - len(row.first)) for row in data])
+    prompt_mask = torch.tensor([[0] * (most - len(row.prompt)) + [1] * len(row.prompt) for row in data])
+    mask = torch.tensor([[1] * len(row.first) + [0] * (longest - len(row.first)) for row in data])
+    return dict(
+        prompt_ids=prompts, prompt_mask=prompt_mask, completion_ids=completions, completion_mask=mask, **extra
+    ) | {"num_items_in_batch": mask.sum()}

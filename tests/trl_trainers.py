@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hf_models import make
 from preference_rows import VOCAB
@@ -14,6 +15,7 @@ from torch import Tensor
 from fastgpt.models.gpt import GPT
 from fastgpt.models.weights import load_pretrained
 
+LIMIT = 2e-5  # relative, of fp32 sums in another order; a wrong sign or mask is above 1e-2
 PLAIN: dict[str, Any] = dict(bf16=False, use_cpu=True, gradient_checkpointing=False, report_to=[])
 
 
@@ -32,6 +34,7 @@ def models(family: str, folder: Path) -> tuple[Any, GPT]:
     torch.manual_seed(1)
     theirs = make(family)
     theirs.save_pretrained(folder / "model")
+    theirs.config._name_or_path = str(folder / "model")  # where TRL loads a reference model from
     return theirs, load_pretrained(folder / "model")
 
 
@@ -46,3 +49,29 @@ def in_our_layout(theirs: Any, values: dict[str, Tensor], folder: Path) -> dict[
 def gradients(theirs: Any, folder: Path) -> dict[str, Tensor]:
     """Return the gradients of `theirs` under our names."""
     return in_our_layout(theirs, {name: p.grad for name, p in theirs.named_parameters()}, folder)
+
+
+def compare(
+    task: Any, trainer: Any, ours: GPT, folder: Path, batches: list[tuple[Any, dict[str, Tensor]]]
+) -> list[dict[str, float]]:
+    """Take 10 AdamW steps with TRL's trainer; before each, give our model the same weights and compare loss and
+    gradients. Return our figures of each step."""
+    theirs, figures = trainer.model.train(), []
+    optimizer = torch.optim.AdamW(theirs.parameters(), 1e-2)
+    for batch, features in batches:
+        ours.load_state_dict(in_our_layout(theirs, theirs.state_dict(), folder))
+        theirs.zero_grad()
+        expected = trainer.compute_loss(theirs, features)
+        expected.backward()
+        values = task.loss(ours, batch) / task.counted(batch)
+        ours.zero_grad()
+        values[0].backward()
+        assert values[0].item() == pytest.approx(expected.item(), rel=LIMIT)
+        wanted = gradients(theirs, folder)
+        for name, p in ours.named_parameters():
+            assert p.grad is not None
+            bound = LIMIT * (wanted[name].norm() + 0.01 * max(w.norm() for w in wanted.values()))
+            assert (p.grad - wanted[name]).norm() <= bound, name
+        figures.append(dict(zip(task.figures, values[1:].tolist())))
+        optimizer.step()
+    return figures

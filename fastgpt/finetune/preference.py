@@ -60,8 +60,8 @@ def total(values: list[Tensor], batch: Batch) -> Tensor:
     return torch.where(present, rows, 0.0).sum(1)
 
 
-class _Preference:
-    """What the tasks share."""
+class Preference:
+    """What tasks over whole sequences share."""
 
     def counted(self, batch: Batch) -> Tensor:
         """Return the pairs or examples of a batch, () int64."""
@@ -75,7 +75,7 @@ class _Preference:
 
 
 @dataclass
-class Referenced(_Preference):
+class Referenced(Preference):
     """A task that compares with log-probabilities under the weights at the start.
 
     Attributes:
@@ -231,7 +231,7 @@ def log_one_minus_exp(x: Tensor) -> Tensor:
 
 
 @dataclass
-class ORPO(_Preference):
+class ORPO(Preference):
     """Odds ratio preference optimisation: fine-tuning on the chosen side and a preference in one loss, without a
     reference.
 

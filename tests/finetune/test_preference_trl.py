@@ -10,40 +10,13 @@ import pytest
 import torch
 from preference_rows import Row, pair_batch, pair_features, rated_batch, rated_features, rows
 from torch import Tensor
-from trl_trainers import PLAIN, gradients, in_our_layout, models, words
+from trl_trainers import PLAIN, compare, models, words
 
 from fastgpt.finetune.preference import DPO, KTO, ORPO
 from fastgpt.models.gpt import GPT
 
 pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
-LIMIT = 2e-5  # relative, of fp32 sums in another order; a wrong sign or mask is above 1e-2
-
-
-def compare(
-    task: Any, trainer: Any, ours: GPT, folder: Path, batches: list[tuple[Any, dict[str, Tensor]]]
-) -> list[dict[str, float]]:
-    """Take 10 AdamW steps with TRL's trainer; before each, give our model the same weights and compare loss and
-    gradients. Return our figures of each step."""
-    theirs, figures = trainer.model.train(), []
-    optimizer = torch.optim.AdamW(theirs.parameters(), 1e-2)
-    for batch, features in batches:
-        ours.load_state_dict(in_our_layout(theirs, theirs.state_dict(), folder))
-        theirs.zero_grad()
-        expected = trainer.compute_loss(theirs, features)
-        expected.backward()
-        values = task.loss(ours, batch) / task.counted(batch)
-        ours.zero_grad()
-        values[0].backward()
-        assert values[0].item() == pytest.approx(expected.item(), rel=LIMIT)
-        wanted = gradients(theirs, folder)
-        for name, p in ours.named_parameters():
-            assert p.grad is not None
-            bound = LIMIT * (wanted[name].norm() + 0.01 * max(w.norm() for w in wanted.values()))
-            assert (p.grad - wanted[name]).norm() <= bound, name
-        figures.append(dict(zip(task.figures, values[1:].tolist())))
-        optimizer.step()
-    return figures
 
 
 def trainer_of(kind: str, theirs: Any, folder: Path, **options: Any) -> Any:
