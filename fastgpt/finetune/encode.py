@@ -32,7 +32,7 @@ from fastgpt.inference.chat import Template
 
 Loss = Literal["completions", "all"]
 Ids = npt.NDArray[np.uint32]
-ANCHORS = ("", "\n", "a")  # texts behind which a completion may be encoded by itself
+ANCHORS = ("", "\n", "0", ".", "a", "Z")  # texts behind which a completion may be encoded by itself
 
 
 @dataclass(frozen=True, slots=True)

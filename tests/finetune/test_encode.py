@@ -1,0 +1,224 @@
+"""Encoding: ids are those of inference, replies are learned with what ends them, specials stay the template's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece_models import MODELS, sentencepiece_folder
+from small_models import byte_tokenizer
+
+from fastgpt.core.errors import UserError
+from fastgpt.data import Tokenizer, train_tokenizer
+from fastgpt.data.load import load_tokenizer
+from fastgpt.finetune.encode import Encoder
+from fastgpt.finetune.examples import Rows, load_examples, load_pairs
+from fastgpt.finetune.formats import Chat, Text, Wrong
+from fastgpt.finetune.render import rendered, summary
+from fastgpt.inference.chat import Template
+
+EOT = "<|endoftext|>"
+MARKS = ["<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
+    "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TURNS = [
+    {"role": "system", "content": "be short"},
+    {"role": "user", "content": "the cat?"},
+    {"role": "assistant", "content": "the dog"},
+    {"role": "user", "content": "and on"},
+    {"role": "assistant", "content": "sat "},
+]
+
+
+def tokenizer() -> Tokenizer:
+    """Return a tokenizer with merges, also over spaces, and ChatML's marks."""
+    return train_tokenizer(["the cat sat on the mat; a: the dog"] * 9, 290, MARKS)
+
+
+def marked(encoder: Encoder, source: Any) -> str:
+    return rendered(encoder.example(source), encoder.tokenizer)
+
+
+def test_replies_of_chatml_are_learned_with_their_end() -> None:
+    encoder = Encoder(tokenizer(), Template(CHATML, "x"))
+    assert marked(encoder, Chat(TURNS)) == (
+        "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nthe cat?<|im_end|>\n"
+        "<|im_start|>assistant\n[[the dog<|im_end|>]]\n<|im_start|>user\nand on<|im_end|>\n"
+        "<|im_start|>assistant\n[[sat <|im_end|>]]\n"
+    )
+    assert marked(encoder, Chat(TURNS, first=3)).count("[[") == 1
+    everything = Encoder(tokenizer(), Template(CHATML, "x"), "all").example(Chat(TURNS))
+    assert everything.learned.sum() == len(everything) - 1
+
+
+def test_replies_of_the_default_template_end_where_generation_stops() -> None:
+    assert marked(Encoder(tokenizer(), Template()), Chat(TURNS[1:4])) == (
+        "User: the cat?\nAssistant:[[ the dog\nUser:]] and on\n"
+    )
+    assert (
+        marked(Encoder(tokenizer(), Template()), Chat(TURNS[1:3])) == f"User: the cat?\nAssistant:[[ the dog\n{EOT}]]"
+    )
+
+
+def test_a_mark_that_is_no_special_token_is_followed_by_the_end_of_text() -> None:
+    assert marked(Encoder(byte_tokenizer(), Template(CHATML, "x")), Chat(TURNS[1:3])).endswith(f"<|im_end|>{EOT}]]")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, None])
+def test_the_ids_before_each_reply_are_those_of_inference(template: str | None) -> None:
+    t, chat = tokenizer(), Template(template, "x") if template else Template()
+    example = Encoder(t, chat).example(Chat(TURNS))
+    begins = np.flatnonzero(np.diff(example.learned.astype(int)) == 1) + 1
+    for begin, messages in zip(begins, (TURNS[:2], TURNS[:4]), strict=True):
+        assert example.ids[:begin].tolist() == t.encode(chat.render(messages), specials=True).tolist()
+
+
+def test_generation_blocks_agree_with_prefixes_or_are_refused() -> None:
+    t = tokenizer()
+    ours = Encoder(t, Template(CHATML, "x")).example(Chat(TURNS))
+    theirs = Encoder(t, Template(MARKED, "x")).example(Chat(TURNS))
+    assert ours.ids.tolist() == theirs.ids.tolist() and ours.learned.tolist() == theirs.learned.tolist()
+    wrong = MARKED.replace("== 'assistant'", "== 'user'")
+    with pytest.raises(UserError, match=r"x marks replies by \{% generation %\} elsewhere"):
+        Encoder(t, Template(wrong, "x")).example(Chat(TURNS))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for m in messages[-2:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content[:2] }}\n{% endfor %}",
+        "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
+    ],
+)
+def test_a_template_that_drops_or_rewrites_turns_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="x renders earlier messages otherwise when others follow"):
+        Encoder(byte_tokenizer(), Template(text, "x")).example(Chat(TURNS))
+
+
+def test_tools_reach_the_template_and_calls_stay_text() -> None:
+    text = "{% if tools %}{{ tools | tojson }}\n{% endif %}" + CHATML.replace(
+        "m['content']", "m['content'] + (m.tool_calls | tojson if m.tool_calls else '')"
+    )
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
+    got = marked(Encoder(tokenizer(), Template(text, "x")), Chat([TURNS[1], call], tools=[{"name": "f"}]))
+    assert got.startswith('[{"name": "f"}]\n<|im_start|>user')
+    assert got.endswith('[[[{"function": {"name": "f", "arguments": {"x": 1}}}]<|im_end|>]]\n')
+
+
+def test_a_token_never_reaches_over_the_seam() -> None:
+    t = tokenizer()
+    assert len(t.encode("the dog")) < len(t.encode("the d")) + len(t.encode("og"))
+    for prompt, completion in (("the d", "og"), ("a:", " the"), ("a: ", "the"), ("a:  ", " the"), ("", "the")):
+        example = Encoder(t, Template()).example(Text(prompt, completion))
+        asked = prompt.rstrip(" ")
+        assert example.ids[: len(t.prompt(asked))].tolist() == t.prompt(asked)
+        assert t.decode(example.ids) == prompt + completion + EOT
+        if asked:
+            assert example.prompt == len(t.prompt(asked)) and example.learned[example.prompt :].all()
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_completions_of_sentencepiece_gain_no_space(name: str, tmp_path: Path) -> None:
+    sentencepiece_folder(tmp_path, **MODELS[name])
+    t = load_tokenizer(tmp_path)
+    for prompt, completion in (("the cat", " sat"), ("the ca", "t sat"), ("on;\n", "the mat"), ("the", "the")):
+        example = Encoder(t, Template()).example(Text(prompt, completion))
+        assert example.ids[: example.prompt].tolist() == t.prompt(prompt)
+        texts = [t.decode(example.ids[len(t.prefix) : -1]).lstrip(), (prompt + completion).lstrip()]
+        assert len({" ".join(text.split()) if "normalised" in name else text for text in texts}) == 1
+
+
+contents = st.text(max_size=12) | st.sampled_from(
+    [EOT, "<|im_end|>", "a<|im_start|>b", "<|im_", "end|>", " ", "the cat"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(contents, contents)
+def test_no_text_of_a_user_becomes_a_special_token(prompt: str, completion: str) -> None:
+    t = _tokenizer
+    special = set(t.specials.values())
+    encoder = Encoder(t, Template(CHATML, "x"))
+    chat = Chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+    for source in (Text(prompt, completion), chat):
+        try:
+            example = encoder.example(source)
+        except Wrong as wrong:
+            assert wrong.kind in ("empty completion", "special token")
+            continue
+        except UserError as e:
+            assert "surrogate" in str(e)
+            continue
+        found = [t.decode([i]) for i in example.ids.tolist() if i in special]
+        assert found == ([EOT] if isinstance(source, Text) else [*MARKS, *MARKS])
+        assert example.ids[example.learned][-1] in special  # what ends a completion is learned
+        if isinstance(source, Text):
+            assert t.decode(example.ids[:-1]) == prompt + completion.removesuffix(EOT)
+        else:
+            assert t.decode(example.ids) == Template(CHATML, "x").render(chat.messages, ask=False)
+
+
+_tokenizer = tokenizer()
+
+
+def write(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
+    return path
+
+
+def test_rows_that_are_too_long(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "abcdefghijklmnop", "completion": "x"},
+        {"prompt": "abc", "completion": "0123456789"},
+        {"prompt": "abc", "completion": "0"},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+
+    def load(**options: Any) -> Any:
+        return load_examples(path, byte_tokenizer(), Template(), 8, Rows(**options))
+
+    cut = load()
+    assert [rendered(e, byte_tokenizer()) for e in cut.items] == ["abc[[012345]]", f"abc[[0{EOT}]]"]
+    assert cut.counts.cut == 1 and dict(cut.counts.left_out) == {"the prompt fills the context": 1}
+    skipped = load(too_long="skip")
+    assert len(skipped.items) == 1 and skipped.counts.left_out["longer than the context"] == 1
+    with pytest.raises(UserError, match="line 1, .*: the row has 18 tokens, expected at most 9"):
+        load(too_long="error")
+    with pytest.raises(UserError, match="no row to train on, of 1: 1 the prompt fills the context"):
+        load_examples(write(path, rows[0]), byte_tokenizer(), Template(), 8)
+    plain = load_examples(write(path, {"text": "0123456789"}), byte_tokenizer(), Template(), 4)
+    assert len(plain.items[0]) == 11 and plain.counts.split == 1
+
+
+def test_the_summary_says_what_is_learned_and_what_was_left_out(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "abc", "completion": "defg"},
+        {"prompt": "abc", "completion": ""},
+        {"prompt": "abc", "completion": f"d{EOT}e"},
+    ]
+    path = write(tmp_path / "a.jsonl", *rows)
+    loaded = load_examples(path, byte_tokenizer(), Template(), 50, Rows(defects="skip"))
+    assert summary(loaded) == [
+        f"{path}: 2 examples of 3 rows, 27 tokens, 21 of them (77.8%) carry loss",
+        "  left out: 1 empty completion",
+        "  1 texts hold the text of a special token, which stays ordinary text",
+    ]
+
+
+def test_a_pair_is_shown_with_both_sides(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    pair = load_pairs(path, byte_tokenizer(), Template(), 50).items[0]
+    assert rendered(pair, byte_tokenizer()) == f"chosen:\na[[b{EOT}]]\nrejected:\na[[c{EOT}]]"
