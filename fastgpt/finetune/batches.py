@@ -155,7 +155,7 @@ class _Loader(Generic[T]):
             return (tensor.pin_memory() if cuda else tensor).to(self.device, non_blocking=cuda)
 
         ids, targets, doc_ids, positions = map(put, packed)
-        return Batch(ids, targets, doc_ids, positions, {name: put(array) for name, array in extra.items()} or None)
+        return Batch(ids, targets, doc_ids, positions, {name: put(array) for name, array in extra.items()})
 
     def _batch(self, samples: list[tuple[int, int]]) -> tuple[Packed, dict[str, Array]]:
         raise NotImplementedError

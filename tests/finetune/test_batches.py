@@ -34,7 +34,7 @@ def made(sizes: list[int], seed: int = 0, first: int = 1) -> list[Example]:
 
 
 def tensors(batch: Any) -> list[Tensor]:
-    return [*batch[:4], *(batch.extra or {}).values()]
+    return [*batch[:4], *batch.extra.values()]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -172,7 +172,7 @@ def test_a_batch_of_pairs(packing: Any) -> None:
     pairs = [Pair(a, b) for a, b in zip(examples[::2], examples[1::2])]
     loader = PairLoader([pairs], 2, 12, packing=packing)
     for batch in [next(loader) for _ in range(4)]:
-        assert batch.extra is not None and int(batch.extra["n"]) == 4 and batch.extra["n"].shape == ()
+        assert int(batch.extra["n"]) == 4 and batch.extra["n"].shape == ()
         for i, index in enumerate(batch.extra["index"].tolist()):
             assert sequence(batch, 2 * i) == expected(pairs[index].chosen)
             assert sequence(batch, 2 * i + 1) == expected(pairs[index].rejected)
@@ -190,7 +190,6 @@ def test_a_batch_of_ratings_has_the_completion_of_another_prompt() -> None:
     ]
     loader = RatedLoader([items], 3, 8)
     batch = next(loader)
-    assert batch.extra is not None
     others = {0: [1, 2, 13, 14], 1: [1, 2, 13, 14], 2: [3, 12]}
     for i, index in enumerate(batch.extra["index"].tolist()):
         assert sequence(batch, i) == expected(items[index].example)
@@ -207,7 +206,6 @@ def test_a_batch_of_labelled_texts(packing: Any, label: Any) -> None:
         Classified(e.ids, (e.ids.astype(np.int64) * 2 if label is np.array else label)) for e in made([5, 3, 8, 2, 6])
     ]
     batch = next(LabelledLoader([items], 4, 9, packing=packing))
-    assert batch.extra is not None
     labels, last = batch.extra["labels"], batch.extra["last"]
     for i, index in enumerate(batch.extra["index"].tolist()):
         assert sequence(batch, i)[0] == items[index].ids.tolist()
@@ -224,6 +222,6 @@ def test_one_pass_in_order_and_a_part_of_it() -> None:
     items = [[Classified(e.ids, 0) for e in made([3] * 7)], [Classified(e.ids, 1) for e in made([3] * 3)]]
     loader = LabelledLoader(items, 4, 8, packing="none")
     batches = list(loader.once())
-    assert [len(b.extra["index"]) for b in batches if b.extra] == [4, 4, 2]
-    assert [i for b in batches if b.extra for i in b.extra["index"].tolist()] == list(range(10))
-    assert [b.extra["index"].tolist() for b in loader.once(1) if b.extra] == [[0, 2, 5, 7]]
+    assert [len(b.extra["index"]) for b in batches] == [4, 4, 2]
+    assert [i for b in batches for i in b.extra["index"].tolist()] == list(range(10))
+    assert [b.extra["index"].tolist() for b in loader.once(1)] == [[0, 2, 5, 7]]
