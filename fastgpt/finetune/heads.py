@@ -2,7 +2,7 @@
 
     head = HeadConfig("classification", labels=("no", "yes"), pad_id=0)
     attach(model, head)                                       model.head is now a TaskHead
-    scores, there = sequence_scores(model, head, ids, sequence, count, doc_ids=doc_ids, positions=positions)
+    scores = sequence_scores(model, head, ids, sequence, count, doc_ids=doc_ids, positions=positions)
 
 Sequences may be packed: `sequence` (B, T) int64 has the number of each token's sequence within the batch, -1 for
 padding. A sequence is scored from the output of its last token that is not padding, as the classes of transformers do
@@ -148,22 +148,21 @@ def sequence_scores(
     *,
     doc_ids: Tensor | None = None,
     positions: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Score the sequences of a batch.
+) -> Tensor:
+    """Score the sequences of a batch: (S, L) fp32.
 
     Args:
         ids, sequence: (B, T) int64; `sequence` from -1 to count - 1.
-        count: S, the size of the results; numbers without tokens are allowed.
+        count: S; a number that no token has gets a score without meaning.
         doc_ids, positions: as in GPT.forward.
-
-    Returns:
-        Scores (S, L) fp32, and whether each sequence is there, (S,) bool. Scores of one that is not are arbitrary.
     """
     h = model.hidden(ids, positions=positions, doc_ids=doc_ids)
-    last = last_tokens(ids, sequence, count, head.pad_id)
-    pooled = pool_last(h, last) if head.pooling == "last" else pool_mean(h, sequence, count)
+    if head.pooling == "last":
+        pooled = pool_last(h, last_tokens(ids, sequence, count, head.pad_id))
+    else:
+        pooled = pool_mean(h, sequence, count)
     scores: Tensor = model.head(pooled)
-    return scores.float(), last >= 0
+    return scores.float()
 
 
 def token_scores(model: GPT, ids: Tensor, *, doc_ids: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
