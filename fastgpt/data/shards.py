@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from itertools import compress
 from pathlib import Path
@@ -178,7 +179,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
     Raises UserError if it cannot be written.
     """
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tmp = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         with open(tmp, "wb") as f:
             yield f

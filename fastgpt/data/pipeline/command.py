@@ -13,12 +13,15 @@ from fastgpt.core.errors import UserError
 from fastgpt.core.options import did_you_mean
 from fastgpt.data.built import BuiltDataset, open_built, verify
 from fastgpt.data.pipeline import report as reports
+from fastgpt.data.pipeline.engine_dask import DaskEngine
 from fastgpt.data.pipeline.forget import forget as erase
 from fastgpt.data.pipeline.show import PAGE, card, samples, write_page
 from fastgpt.data.pipeline.stages import ALONE, Share, build, dry_run
 from fastgpt.data.pipeline.store import read_json
 from fastgpt.data.recipe import load_recipe
+from fastgpt.data.tokenizer import available_cores
 
+ENGINES = ("processes", "dask")
 SAMPLE = 300  # characters of a document that `inspect` prints
 
 
@@ -33,7 +36,18 @@ def build_main(argv: list[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="report what would be dropped; write no data set")
     parser.add_argument("--only", metavar="STAGE", help=f"do one stage and stop: {', '.join(ALONE)}")
     parser.add_argument("--task", type=_share, metavar="I/N", help="with --only: the share I of N of its parts, from 0")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default=ENGINES[0], help="what runs the tasks (default: processes)"
+    )
+    about = "with --engine dask: the address of a scheduler, or the file of `dask scheduler --scheduler-file`"
+    parser.add_argument("--scheduler", metavar="ADDRESS", help=f"{about} (default: a cluster of --workers processes)")
     args = parser.parse_args(argv)
+    if args.scheduler is not None and args.engine != "dask":
+        raise UserError("--scheduler names a Dask cluster: give --engine dask")
+    if args.scheduler is not None and args.workers is not None:
+        raise UserError(
+            "--workers is the number of processes on this machine, but --scheduler names a cluster: give one"
+        )
     if args.only is not None and args.only not in ALONE:
         expected = f"expected one of {', '.join(ALONE)}{did_you_mean(args.only, ALONE)}"
         raise UserError(f"--only is {args.only!r}, {expected}")
@@ -41,11 +55,15 @@ def build_main(argv: list[str]) -> int:
         raise UserError("--task divides the parts of one stage: give --only clean or --only tokenize")
     recipe = load_recipe(args.recipe)
     out = Path(args.out or recipe.out or Path("data") / Path(args.recipe).stem)
+    engine = None
+    if args.engine == "dask":
+        count = args.workers or recipe.workers or available_cores()
+        engine = DaskEngine(out / "work", args.scheduler, count)
     if args.dry_run:
-        print(reports.describe(dry_run(recipe, out, workers=args.workers)))
+        print(reports.describe(dry_run(recipe, out, workers=args.workers, engine=engine)))
         return 0
     share = args.task or Share()
-    made = build(recipe, out, workers=args.workers, keep=args.keep, only=args.only, share=share)
+    made = build(recipe, out, workers=args.workers, keep=args.keep, only=args.only, share=share, engine=engine)
     if made is not None:
         print(reports.describe(made))
         print(f"{out} is ready: fastgpt train --data {out}; {out / PAGE} is the report")

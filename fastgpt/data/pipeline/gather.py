@@ -12,9 +12,9 @@ from typing import Any
 
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import WRONG, convert
+from fastgpt.data.pipeline.engine import Engine
 from fastgpt.data.pipeline.fetch import debian_packages, downloaded, python_documentation, scraped
 from fastgpt.data.pipeline.store import hash64
-from fastgpt.data.pipeline.workers import Workers
 from fastgpt.data.read import Defect, DefectError, Format, Part, SourceFile, find_files, parts_of
 from fastgpt.data.read.files import glob_pattern
 from fastgpt.data.read.hub import DATA, download_dataset
@@ -86,7 +86,7 @@ def format_for(name: str, source: SourceRecipe) -> Format:
         raise UserError(f"sources.{name}.format: {e}") from None
 
 
-def gather(recipe: Recipe, work: Path, workers: Workers) -> Gathered:
+def gather(recipe: Recipe, work: Path, workers: Engine) -> Gathered:
     """Find the files of all sources, after fetching what is not here yet.
 
     Raises:

@@ -19,6 +19,7 @@ from fastgpt.data.clean import Cleaner
 from fastgpt.data.dedup import DedupSettings
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.pipeline.clean import CleanTask, Counts, chunks_of, clean, counts_of
+from fastgpt.data.pipeline.engine import Engine
 from fastgpt.data.pipeline.gather import format_for, gather
 from fastgpt.data.pipeline.layout import Layout, lay_out
 from fastgpt.data.pipeline.manifest import (
@@ -77,9 +78,9 @@ class Tokenized:
 class Build:
     """One build of a recipe into a folder."""
 
-    def __init__(self, recipe: Recipe, out: Path, workers: Workers, share: Share = Share()) -> None:
+    def __init__(self, recipe: Recipe, out: Path, workers: Engine, share: Share = Share()) -> None:
         self.recipe, self.out, self.workers, self.share = recipe, out, workers, share
-        self.work = out / "work"
+        self.work = out.absolute() / "work"  # workers on other machines have other current folders
         self.dedup = DedupSettings() if recipe.dedup is True else recipe.dedup or None
         self.erased = read_erased(out)
         self.held_out = contents_of(recipe.decontaminate)
@@ -229,6 +230,7 @@ def build(
     only: str | None = None,
     share: Share = Share(),
     show: bool = True,
+    engine: Engine | None = None,
 ) -> dict[str, Any] | None:
     """Build a data set; return its report, or None if `only` names a stage.
 
@@ -237,6 +239,7 @@ def build(
         keep: keep the results of parts in OUT/work, so that the next build does again only what changed.
         only: do one stage for this share of the parts: clean, select or tokenize.
         show: display progress bars.
+        engine: what runs the tasks, instead of processes of this machine.
 
     Raises:
         UserError: bad input, a disk that cannot be written, or workers that die again and again.
@@ -244,7 +247,7 @@ def build(
     out = Path(out)
     check_folder(out)
     count = workers or recipe.workers or available_cores()
-    with Workers(count, show) as pool, locked(out / "work", alone=only is None):
+    with engine or Workers(count, show) as pool, locked(out / "work", alone=only is None):
         if only is None:
             remove_partial(out / "work")
             put_in_place(out)  # of a build that was killed while it did this
@@ -280,11 +283,19 @@ def _build(run: Build, only: str | None, keep: bool) -> dict[str, Any] | None:
     return report
 
 
-def dry_run(recipe: Recipe, out: str | Path, *, workers: int | None = None, show: bool = True) -> dict[str, Any]:
+def dry_run(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    show: bool = True,
+    engine: Engine | None = None,
+) -> dict[str, Any]:
     """Clean and select as `build` does, keep the results for it, and return the report of what would be dropped."""
     out = Path(out)
     check_folder(out)
-    with Workers(workers or recipe.workers or available_cores(), show) as pool, locked(out / "work", alone=True):
+    count = workers or recipe.workers or available_cores()
+    with engine or Workers(count, show) as pool, locked(out / "work", alone=True):
         run = Build(recipe, out, pool)
         run.clean()
         cleaned = run.cleaned()

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -71,9 +72,8 @@ def new_result(folder: Path) -> Iterator[Path]:
     If another worker has written the same result in the meantime, that one stays.
     Raises UserError if it cannot be written.
     """
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    aside = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.partial")  # ids of processes repeat on machines
     try:
-        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         yield aside
         if not folder.exists():
@@ -218,4 +218,9 @@ def remove_partial(work: Path) -> None:
     """Remove what killed workers left behind. Only for who holds the lock alone."""
     for folder in ("clean", "leaks", "select", "tokens", "layout", "next"):
         for old in (work / folder).glob(".*.partial"):
-            shutil.rmtree(old, ignore_errors=True) if old.is_dir() else old.unlink(missing_ok=True)
+            # first renamed: a task that still runs on another machine then cannot complete a half-removed folder
+            gone = old.with_suffix(".removed")
+            with contextlib.suppress(OSError):
+                old.rename(gone)
+        for gone in (work / folder).glob(".*.removed"):
+            shutil.rmtree(gone, ignore_errors=True) if gone.is_dir() else gone.unlink(missing_ok=True)

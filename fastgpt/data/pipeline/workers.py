@@ -10,22 +10,18 @@ import logging
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
-from fastgpt.core import progress
 from fastgpt.core.device import return_freed_memory
 from fastgpt.core.errors import UserError
+from fastgpt.data.pipeline.engine import Result, Task, stage_bar
 
 log = logging.getLogger("fastgpt")
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 DEATHS = 3  # deaths in a row without a finished task, after which a build gives up
 
 
@@ -56,7 +52,7 @@ class Workers:
         Raises UserError if workers die repeatedly, or what the function raises.
         """
         results: dict[int, Result] = {}
-        with self._bar(stage, sum(sizes)) as bar:
+        with stage_bar(stage, sum(sizes), self.show) as bar:
             if self.count == 1 or len(tasks) < 2:
                 for i, task in enumerate(tasks):
                     results[i] = function(task)
@@ -115,17 +111,6 @@ class Workers:
             for process in processes:
                 process.join()
             self._pool = None
-
-    @contextmanager
-    def _bar(self, stage: str, total: int) -> Iterator[Any]:
-        if not self.show or not total:
-            yield progress.NoBar(total)
-            return
-        bar = progress.bar(total, unit="B", unit_scale=True, desc=stage, disable=not sys.stderr.isatty())
-        try:
-            yield bar
-        finally:
-            bar.close()
 
 
 def context() -> Any:
