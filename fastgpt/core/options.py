@@ -48,9 +48,14 @@ def path_of(name: str) -> str:
     return name
 
 
-def from_command_line(cls: type, argv: Sequence[str], default: str) -> tuple[dict[str, Any], str, set[str]]:
+def from_command_line(
+    cls: type,
+    argv: Sequence[str],
+    default: str | None,
+    usage: str = "fastgpt train [--config NAME_OR_FILE] [--SETTING VALUE] ...",
+) -> tuple[dict[str, Any], str, set[str]]:
     """Return the given settings of dataclass `cls` as nested plain values, the last configuration that argv names (else
-    `default`), and the keys that argv sets. `--help` prints every setting and exits.
+    `default`, or none and ""), and the keys that argv sets. `--help` prints `usage` and every setting, and exits.
 
     Configurations are read first, in order, wherever they appear in argv. Options override them, and the last one of
     each key counts.
@@ -59,17 +64,17 @@ def from_command_line(cls: type, argv: Sequence[str], default: str) -> tuple[dic
         UserError: names the key, the value received and the value expected.
     """
     if {"-h", "--help"} & set(argv):
-        print(help_text(cls, default))
+        print(help_text(cls, default, usage))
         raise SystemExit(0)
     types_of = key_types(cls)
     configs, typed = _options(argv, types_of)
-    configs = configs or [default]
+    configs = configs or ([default] if default else [])
     flat: dict[str, Any] = {}
     for name in configs:
         flat |= _flat(_read_file(path_of(name), f"config {name}"), types_of, f"config {name}")
     for key, text in typed.items():
         flat |= _flat({key: _parse(key, text, types_of[key])}, types_of, "the command line")
-    return _nested(flat), configs[-1], set(typed)
+    return _nested(flat), configs[-1] if configs else "", set(typed)
 
 
 def from_mapping(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,12 +269,13 @@ def describe(hint: Any) -> str:
     return "a mapping"
 
 
-def help_text(cls: type, default: str) -> str:
+def help_text(cls: type, default: str | None, usage: str) -> str:
     """Return the help text: every setting with its type, default and description."""
-    usage = "usage: fastgpt train [--config NAME_OR_FILE] [--SETTING VALUE] ..."
-    more = "Names accept hyphens or underscores. --compile alone means true, --no-compile means false."
-    known = f"a YAML file, or one of {', '.join(names())}; default {default}"
-    return "\n".join([usage, "", more, "", _entry("config", known, "settings to start from."), *_help_of(cls)])
+    more = "Names accept hyphens or underscores. A setting that is true or false needs no value: --name, --no-name."
+    known = f"a YAML file, or one of {', '.join(names())}; default {default}" if default else "a YAML file"
+    return "\n".join(
+        [f"usage: {usage}", "", more, "", _entry("config", known, "settings to start from."), *_help_of(cls)]
+    )
 
 
 def _help_of(cls: type, prefix: str = "") -> Iterator[str]:

@@ -1,0 +1,303 @@
+"""Settings of a fine-tuning run: a dataclass, read from YAML and overridden on the command line, as for `train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from fastgpt.core import options
+from fastgpt.core.errors import UserError
+from fastgpt.models.config import ModelConfig, require, require_sizes
+from fastgpt.training.config import TrainConfig
+
+TaskName = Literal["sft", "dpo", "kto", "orpo", "reward", "classify", "regress", "tag", "distil"]
+HEADS = ("reward", "classify", "regress", "tag")
+LEARNING_RATES = {"sft": 2e-5, "distil": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 5e-6} | dict.fromkeys(HEADS, 2e-5)
+LORA_FACTOR = 10  # an adapter learns best at about ten times the rate of all weights
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters.
+
+    Attributes:
+        rank: rank r of the adapters; 0 trains the weights themselves.
+        alpha: the adapters' product is scaled by alpha / r; null is 2 r.
+        rslora: scale by alpha / sqrt(r) instead.
+        dropout: dropout of the adapters' input.
+        targets: regular expressions found in the names of the layers to adapt; empty is all linear layers.
+    """
+
+    rank: int = 0
+    alpha: float | None = None
+    rslora: bool = False
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """All settings of a fine-tuning run.
+
+    Attributes:
+        task: sft learns to write the texts, completions or replies of the data; dpo, kto and orpo learn from
+            preferences; reward, classify, regress and tag train a head in place of the LM head; distil learns the
+            distributions of a teacher.
+        base: run, checkpoint or folder of a model (config.json and weights) to start from.
+        data: file, folder or glob of rows; or {PATH: WEIGHT} to mix several.
+        val_data: validation data, like data; null splits val_fraction off each file.
+        val_fraction: share of the rows held out for validation.
+        format: format of the rows; auto detects it by the columns of each file.
+        columns: column of the format -> column of the files, where they differ.
+        template: chat template of conversations (a Jinja file); null is that of the base.
+        learn: completions learns completions, replies and plain texts; all learns prompts as well.
+        too_long: what to do with rows longer than block_size; cut their end, skip them, or error. Plain text is split.
+        defects: what to do with defective rows; fail at the first, or skip and count them.
+        packing: best-fit puts several documents into a row, none puts one.
+        replay: corpus (as data of fastgpt train) to mix in, so that the model does not forget it.
+        replay_share: share of rows from the replay corpus.
+        out: folder of the run; empty is runs/ and the name of the configuration.
+        resume: auto (from the newest checkpoint in the run folder), never (start a new run) or a checkpoint's path.
+        seed: seed of new heads and adapters, data order and dropout.
+        device: auto, cpu, cuda, cuda:1, ...
+        dtype: type of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU.
+        kernels: backend of each op, as in 'attention=torch,adamw=triton'; empty chooses the best available.
+        recompute: activations to recompute in backward instead of keeping them; as for fastgpt train.
+        block_size: tokens T of a row, at most the positions of the base; null is those, at most 1024.
+        micro_batch: rows, pairs or texts in one forward and backward.
+        batch: rows, pairs or texts of one optimizer step; a multiple of micro_batch.
+        epochs: passes over the data; ignored with max_steps.
+        max_steps: optimizer steps to train for; null is epochs.
+        lr: highest learning rate; null chooses one for the task (sft 2e-5, dpo and kto 1e-6, orpo 5e-6), ten times as
+            high for adapters.
+        lr_ratios: regular expression found in a parameter's name -> factor of its learning rate.
+        layer_decay: factor of the learning rate from each block to the one below it; 1 is the same for all.
+        schedule: shape of the learning rate after warm-up.
+        warmup: share of the steps for linear warm-up.
+        weight_decay: decoupled weight decay of matrices.
+        beta1: first decay rate of AdamW.
+        beta2: second decay rate of AdamW.
+        eps: epsilon of AdamW.
+        clip: largest gradient norm; 0 turns clipping off.
+        master: how the optimizer keeps the precision that 16-bit parameters lose; as for fastgpt train.
+        dropout: dropout in the residual stream and in attention.
+        lora: low-rank adapters.
+        adapter: folder of adapters in PEFT's format to continue with; it decides lora.*.
+        merge: at the end, also write a run with the adapters merged into the weights.
+        quantise: keep the base's weights in 8 or 4 bits; needs adapters.
+        freeze: regular expressions found in the names of parameters that stay as they are.
+        freeze_first: number of blocks, from the embeddings on, that stay as they are.
+        beta: how strongly dpo and kto hold the model to the base; weight of orpo's preference.
+        loss_type: loss of dpo; sigmoid, robust (to wrong labels), ipo (of sums) or ipo-mean (per token).
+        label_smoothing: probability that a preference is wrong (dpo); share of a label spread over all (classify, tag).
+        length_norm: whether dpo divides log-probabilities by the number of tokens.
+        good_weight: weight of good examples (kto).
+        bad_weight: weight of bad examples (kto).
+        labels: names of the classes; empty is those of the data, sorted.
+        class_weights: balanced weighs each class by the inverse of its frequency.
+        pooling: what a head reads of a text; the last token or the mean of all.
+        teacher: run, checkpoint or folder of the model to learn from (distil).
+        divergence: forward_kl, reverse_kl or jsd between teacher and student (distil).
+        temperature: temperature of both distributions (distil).
+        hard_share: share of the loss on the data's own tokens (distil); the rest is the divergence.
+        eval_every: steps between validations; 0 is only at the end.
+        eval_batches: micro-batches of a validation.
+        save_every: steps between checkpoints; 0 is only at the end.
+        keep: number of latest checkpoints to keep; 0 keeps all.
+        patience: end the run after this many validations without a better loss, and keep the best checkpoint; 0 is off.
+        log_every: steps between lines on the console.
+        track: tensorboard, trackio or wandb; separate several by commas.
+    """
+
+    task: TaskName = "sft"
+    base: str = ""
+    data: str | dict[str, float] = ""
+    val_data: str | None = None
+    val_fraction: float = 0.05
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    template: str | None = None
+    learn: Literal["completions", "all"] = "completions"
+    too_long: Literal["cut", "skip", "error"] = "cut"
+    defects: Literal["fail", "skip"] = "fail"
+    packing: Literal["best-fit", "none"] = "best-fit"
+    replay: str | None = None
+    replay_share: float = 0.1
+    out: str = ""
+    resume: str = "auto"
+    seed: int = 1337
+    device: str = "auto"
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    kernels: str = ""
+    recompute: Literal["none", "norms", "block"] = "none"
+    block_size: int | None = None
+    micro_batch: int = 4
+    batch: int = 16
+    epochs: float = 1.0
+    max_steps: int | None = None
+    lr: float | None = None
+    lr_ratios: dict[str, float] = field(default_factory=dict)
+    layer_decay: float = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "linear"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 1.0
+    master: Literal["fp32", "remainder", "stochastic", "none"] = "fp32"
+    dropout: float = 0.0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    adapter: str = ""
+    merge: bool = True
+    quantise: Literal["none", "int8", "int4"] = "none"
+    freeze: list[str] = field(default_factory=list)
+    freeze_first: int = 0
+    beta: float = 0.1
+    loss_type: Literal["sigmoid", "robust", "ipo", "ipo-mean"] = "sigmoid"
+    label_smoothing: float = 0.0
+    length_norm: bool = False
+    good_weight: float = 1.0
+    bad_weight: float = 1.0
+    labels: list[str] = field(default_factory=list)
+    class_weights: Literal["none", "balanced"] = "none"
+    pooling: Literal["last", "mean"] = "last"
+    teacher: str = ""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    temperature: float = 1.0
+    hard_share: float = 0.5
+    eval_every: int = 100
+    eval_batches: int = 20
+    save_every: int = 500
+    keep: int = 2
+    patience: int = 0
+    log_every: int = 1
+    track: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.base != "", "base", "", "a run, a checkpoint or the folder of a model")
+        require(bool(self.data), "data", self.data, "a file, a folder or a glob")
+        for name in ("micro_batch", "batch", "block_size", "max_steps", "epochs", "lr", "beta", "temperature", "eps"):
+            value = getattr(self, name)
+            require(value is None or 0 < value < math.inf, name, value, "more than 0")
+        for name in ("eval_every", "eval_batches", "save_every", "keep", "patience", "seed", "weight_decay", "clip"):
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
+        for name in ("val_fraction", "dropout", "beta1", "beta2", "warmup", "replay_share"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 to less than 1")
+        require(0 <= self.hard_share <= 1, "hard_share", self.hard_share, "0 to 1")
+        require(self.log_every > 0, "log_every", self.log_every, "1 or more")
+        require(self.lora.rank >= 0, "lora.rank", self.lora.rank, "0 or more")
+        whole = self.batch % self.micro_batch == 0
+        require(whole, "batch", self.batch, f"a multiple of micro_batch, {self.micro_batch}")
+        require(self.task != "distil" or self.teacher != "", "teacher", "", "the model to learn from")
+        adapted = self.lora.rank > 0 or self.adapter != ""
+        require(self.quantise == "none" or adapted, "quantise", self.quantise, "none, or lora.rank above 0")
+        if isinstance(self.data, dict):
+            for path, weight in self.data.items():
+                require(0 < weight < math.inf, f"data.{path}", weight, "a weight above 0")
+        self._refuse_what_has_no_effect()
+        require_sizes(self)
+
+    def _refuse_what_has_no_effect(self) -> None:
+        """Refuse settings that would be ignored: a run that silently does something else costs more than an error."""
+        defaults = {f.name: f for f in dataclasses.fields(self)}
+        for name, (counts, where) in EFFECTS.items():
+            value = getattr(self, name)
+            default = defaults[name].default
+            if default is dataclasses.MISSING:
+                default = defaults[name].default_factory()  # type: ignore[misc]
+            if value != default and not counts(self):
+                raise UserError(f"{name} is {value!r}, but it has no effect here: it only applies with {where}")
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the run trains adapters."""
+        return self.lora.rank > 0 or bool(self.adapter)
+
+    @property
+    def paths(self) -> dict[str, float]:
+        """Paths of the data with their weights."""
+        return {self.data: 1.0} if isinstance(self.data, str) else self.data
+
+    def to_train(self, model: ModelConfig, block_size: int, steps: int) -> TrainConfig:
+        """Return the settings of the loop, for a model and a number of steps."""
+        lr = self.lr or LEARNING_RATES[self.task] * (LORA_FACTOR if self.adapted else 1)
+        same = ("out", "resume", "seed", "device", "dtype", "kernels", "recompute", "micro_batch", "schedule", "beta1")
+        same += ("beta2", "eps", "clip", "master", "eval_every", "eval_batches", "save_every", "keep", "patience")
+        same += ("log_every", "track", "weight_decay", "lr_ratios")
+        return TrainConfig(
+            model=model,
+            block_size=block_size,
+            batch_tokens=self.batch * block_size,
+            max_steps=steps,
+            lr=lr,
+            warmup_steps=round(self.warmup * steps),
+            graphs=False,
+            **{name: getattr(self, name) for name in same},
+        )
+
+
+def _only(*tasks: str) -> tuple[Any, str]:
+    return lambda c: c.task in tasks, f"task {', '.join(tasks)}"
+
+
+# setting -> (whether it has an effect, with what it has one)
+EFFECTS: dict[str, tuple[Any, str]] = {
+    "val_fraction": (lambda c: c.val_data is None, "no val_data"),
+    "template": _only("sft", "dpo", "kto", "orpo", "reward", "distil"),
+    "learn": _only("sft", "distil"),
+    "replay": _only("sft"),
+    "replay_share": (lambda c: c.replay is not None, "replay"),
+    "epochs": (lambda c: c.max_steps is None, "no max_steps"),
+    "merge": (lambda c: c.adapted, "lora.rank above 0 or adapter"),
+    "freeze": (lambda c: not c.adapted, "lora.rank 0, since adapters freeze the weights"),
+    "freeze_first": (lambda c: not c.adapted, "lora.rank 0, since adapters freeze the weights"),
+    "beta": _only("dpo", "kto", "orpo"),
+    "loss_type": _only("dpo"),
+    "label_smoothing": _only("dpo", "classify", "tag"),
+    "length_norm": _only("dpo"),
+    "good_weight": _only("kto"),
+    "bad_weight": _only("kto"),
+    "labels": _only("classify", "tag"),
+    "class_weights": _only("classify", "tag"),
+    "pooling": _only("reward", "classify", "regress"),
+    "teacher": _only("distil"),
+    "divergence": _only("distil"),
+    "temperature": _only("distil"),
+    "hard_share": _only("distil"),
+    "dropout": (
+        lambda c: c.task not in ("dpo", "kto"),
+        "tasks other than dpo and kto",
+    ),
+    "patience": (lambda c: c.eval_every > 0, "eval_every above 0"),
+    "master": (lambda c: c.dtype != "fp32", "a dtype other than fp32"),
+    "adapter": (lambda c: c.lora == LoraSettings(), "no lora.* settings, which the adapter decides"),
+}
+
+
+def load_config(argv: Sequence[str]) -> FinetuneConfig:
+    """Read settings from a command line: `[RECIPE]` or `--config RECIPE` (a YAML file), then overrides in order.
+
+    Raises:
+        UserError: names the key, the value received and the value expected.
+    """
+    words = list(argv)
+    if words and not words[0].startswith("-"):
+        words[:1] = ["--config", words[0]]
+    settings, name, _ = options.from_command_line(FinetuneConfig, words, None, "finetune [RECIPE.yaml]")
+    if not settings.get("out"):
+        settings["out"] = "runs/" + (Path(name).stem if name else settings.get("task", "sft"))
+    return build(settings)
+
+
+def build(settings: dict[str, Any]) -> FinetuneConfig:
+    """Return the settings from nested plain values."""
+    lora = settings.get("lora", {})
+    return FinetuneConfig(**{**settings, "lora": LoraSettings(**lora) if isinstance(lora, dict) else lora})
+
+
+TASKS = get_args(TaskName)
