@@ -17,6 +17,12 @@ from fastgpt.training.config import TrainConfig
 TaskName = Literal["sft", "dpo", "kto", "orpo", "reward", "classify", "regress", "tag", "distil"]
 HEADS = ("reward", "classify", "regress", "tag")
 LEARNING_RATES = {"sft": 2e-5, "distil": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 5e-6} | dict.fromkeys(HEADS, 2e-5)
+# settings that mean the same as in TrainConfig
+SHARED = (
+    *("out", "resume", "seed", "device", "dtype", "kernels", "recompute", "micro_batch", "schedule", "lr_ratios"),
+    *("weight_decay", "beta1", "beta2", "eps", "clip", "master", "eval_every", "eval_batches", "save_every", "keep"),
+    *("patience", "log_every", "track"),
+)
 LORA_FACTOR = 10  # an adapter learns best at about ten times the rate of all weights
 
 
@@ -204,14 +210,12 @@ class FinetuneConfig:
 
     def _refuse_what_has_no_effect(self) -> None:
         """Refuse settings that would be ignored: a run that silently does something else costs more than an error."""
-        defaults = {f.name: f for f in dataclasses.fields(self)}
-        for name, (counts, where) in EFFECTS.items():
-            value = getattr(self, name)
-            default = defaults[name].default
-            if default is dataclasses.MISSING:
-                default = defaults[name].default_factory()  # type: ignore[misc]
-            if value != default and not counts(self):
-                raise UserError(f"{name} is {value!r}, but it has no effect here: it only applies with {where}")
+        for f in dataclasses.fields(self):
+            counts, where = EFFECTS.get(f.name, (None, ""))
+            value, make = getattr(self, f.name), f.default_factory
+            default = f.default if make is dataclasses.MISSING else make()
+            if counts is not None and value != default and not counts(self):
+                raise UserError(f"{f.name} is {value!r}, but it has no effect here: it only applies with {where}")
 
     @property
     def adapted(self) -> bool:
@@ -226,9 +230,6 @@ class FinetuneConfig:
     def to_train(self, model: ModelConfig, block_size: int, steps: int) -> TrainConfig:
         """Return the settings of the loop, for a model and a number of steps."""
         lr = self.lr or LEARNING_RATES[self.task] * (LORA_FACTOR if self.adapted else 1)
-        same = ("out", "resume", "seed", "device", "dtype", "kernels", "recompute", "micro_batch", "schedule", "beta1")
-        same += ("beta2", "eps", "clip", "master", "eval_every", "eval_batches", "save_every", "keep", "patience")
-        same += ("log_every", "track", "weight_decay", "lr_ratios")
         return TrainConfig(
             model=model,
             block_size=block_size,
@@ -237,7 +238,7 @@ class FinetuneConfig:
             lr=lr,
             warmup_steps=round(self.warmup * steps),
             graphs=False,
-            **{name: getattr(self, name) for name in same},
+            **{name: getattr(self, name) for name in SHARED},
         )
 
 
