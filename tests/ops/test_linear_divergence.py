@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgpt import ops
-from fastgpt.ops._divergence import KINDS, divergence_fwd_bwd, divergence_ref
+from fastgpt.ops.divergence import KINDS, divergence_fwd_bwd, divergence_ref
 from fastgpt.ops.linear_divergence import linear_divergence_ref, rows_of_a_chunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
