@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.ops._common import autocast, check_float, check_like, needs_grad
-from fastgpt.ops.divergence import KINDS, divergence_fwd_bwd, divergence_ref
 from fastgpt.ops._linear_cross_entropy import logits_budget, logits_of, product_in_fp32
+from fastgpt.ops.divergence import KINDS, divergence_fwd_bwd, divergence_ref
 
 Head = tuple[Tensor, Tensor, Tensor | None]  # x (N, C), weight (V, C), bias (V,)
 
