@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from chat_rows import CHATML, MARKED, MARKS, TURNS, chat_tokenizer, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece_models import MODELS, sentencepiece_folder
 from small_models import byte_tokenizer
 
 from fastgpt.core.errors import UserError
-from fastgpt.data import Tokenizer, train_tokenizer
 from fastgpt.data.load import load_tokenizer
 from fastgpt.finetune.encode import Encoder
 from fastgpt.finetune.examples import Rows, load_examples, load_pairs
@@ -23,28 +22,6 @@ from fastgpt.finetune.render import rendered, summary
 from fastgpt.inference.chat import Template
 
 EOT = "<|endoftext|>"
-MARKS = ["<|im_start|>", "<|im_end|>"]
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}"
-    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}"
-    "{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-TURNS = [
-    {"role": "system", "content": "be short"},
-    {"role": "user", "content": "the cat?"},
-    {"role": "assistant", "content": "the dog"},
-    {"role": "user", "content": "and on"},
-    {"role": "assistant", "content": "sat "},
-]
-
-
-def tokenizer() -> Tokenizer:
-    """Return a tokenizer with merges, also over spaces, and ChatML's marks."""
-    return train_tokenizer(["the cat sat on the mat; a: the dog"] * 9, 290, MARKS)
 
 
 def marked(encoder: Encoder, source: Any) -> str:
@@ -52,23 +29,24 @@ def marked(encoder: Encoder, source: Any) -> str:
 
 
 def test_replies_of_chatml_are_learned_with_their_end() -> None:
-    encoder = Encoder(tokenizer(), Template(CHATML, "x"))
+    encoder = Encoder(chat_tokenizer(), Template(CHATML, "x"))
     assert marked(encoder, Chat(TURNS)) == (
         "<|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\nthe cat?<|im_end|>\n"
         "<|im_start|>assistant\n[[the dog<|im_end|>]]\n<|im_start|>user\nand on<|im_end|>\n"
         "<|im_start|>assistant\n[[sat <|im_end|>]]\n"
     )
     assert marked(encoder, Chat(TURNS, first=3)).count("[[") == 1
-    everything = Encoder(tokenizer(), Template(CHATML, "x"), "all").example(Chat(TURNS))
+    everything = Encoder(chat_tokenizer(), Template(CHATML, "x"), "all").example(Chat(TURNS))
     assert everything.learned.sum() == len(everything) - 1
 
 
 def test_replies_of_the_default_template_end_where_generation_stops() -> None:
-    assert marked(Encoder(tokenizer(), Template()), Chat(TURNS[1:4])) == (
+    assert marked(Encoder(chat_tokenizer(), Template()), Chat(TURNS[1:4])) == (
         "User: the cat?\nAssistant:[[ the dog\nUser:]] and on\n"
     )
     assert (
-        marked(Encoder(tokenizer(), Template()), Chat(TURNS[1:3])) == f"User: the cat?\nAssistant:[[ the dog\n{EOT}]]"
+        marked(Encoder(chat_tokenizer(), Template()), Chat(TURNS[1:3]))
+        == f"User: the cat?\nAssistant:[[ the dog\n{EOT}]]"
     )
 
 
@@ -78,7 +56,7 @@ def test_a_mark_that_is_no_special_token_is_followed_by_the_end_of_text() -> Non
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, None])
 def test_the_ids_before_each_reply_are_those_of_inference(template: str | None) -> None:
-    t, chat = tokenizer(), Template(template, "x") if template else Template()
+    t, chat = chat_tokenizer(), Template(template, "x") if template else Template()
     example = Encoder(t, chat).example(Chat(TURNS))
     begins = np.flatnonzero(np.diff(example.learned.astype(int)) == 1) + 1
     for begin, messages in zip(begins, (TURNS[:2], TURNS[:4]), strict=True):
@@ -86,7 +64,7 @@ def test_the_ids_before_each_reply_are_those_of_inference(template: str | None) 
 
 
 def test_generation_blocks_agree_with_prefixes_or_are_refused() -> None:
-    t = tokenizer()
+    t = chat_tokenizer()
     ours = Encoder(t, Template(CHATML, "x")).example(Chat(TURNS))
     theirs = Encoder(t, Template(MARKED, "x")).example(Chat(TURNS))
     assert ours.ids.tolist() == theirs.ids.tolist() and ours.learned.tolist() == theirs.learned.tolist()
@@ -113,13 +91,13 @@ def test_tools_reach_the_template_and_calls_stay_text() -> None:
         "m['content']", "m['content'] + (m.tool_calls | tojson if m.tool_calls else '')"
     )
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]}
-    got = marked(Encoder(tokenizer(), Template(text, "x")), Chat([TURNS[1], call], tools=[{"name": "f"}]))
+    got = marked(Encoder(chat_tokenizer(), Template(text, "x")), Chat([TURNS[1], call], tools=[{"name": "f"}]))
     assert got.startswith('[{"name": "f"}]\n<|im_start|>user')
     assert got.endswith('[[[{"function": {"name": "f", "arguments": {"x": 1}}}]<|im_end|>]]\n')
 
 
 def test_a_token_never_reaches_over_the_seam() -> None:
-    t = tokenizer()
+    t = chat_tokenizer()
     assert len(t.encode("the dog")) < len(t.encode("the d")) + len(t.encode("og"))
     for prompt, completion in (("the d", "og"), ("a:", " the"), ("a: ", "the"), ("a:  ", " the"), ("", "the")):
         example = Encoder(t, Template()).example(Text(prompt, completion))
@@ -171,12 +149,7 @@ def test_no_text_of_a_user_becomes_a_special_token(prompt: str, completion: str)
             assert t.decode(example.ids) == Template(CHATML, "x").render(chat.messages, ask=False)
 
 
-_tokenizer = tokenizer()
-
-
-def write(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows), encoding="utf-8")
-    return path
+_tokenizer = chat_tokenizer()
 
 
 def test_rows_that_are_too_long(tmp_path: Path) -> None:
@@ -185,7 +158,7 @@ def test_rows_that_are_too_long(tmp_path: Path) -> None:
         {"prompt": "abc", "completion": "0123456789"},
         {"prompt": "abc", "completion": "0"},
     ]
-    path = write(tmp_path / "a.jsonl", *rows)
+    path = write_rows(tmp_path / "a.jsonl", *rows)
 
     def load(**options: Any) -> Any:
         return load_examples(path, byte_tokenizer(), Template(), 8, Rows(**options))
@@ -198,8 +171,8 @@ def test_rows_that_are_too_long(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="line 1, .*: the row has 18 tokens, expected at most 9"):
         load(too_long="error")
     with pytest.raises(UserError, match="no row to train on, of 1: 1 the prompt fills the context"):
-        load_examples(write(path, rows[0]), byte_tokenizer(), Template(), 8)
-    plain = load_examples(write(path, {"text": "0123456789"}), byte_tokenizer(), Template(), 4)
+        load_examples(write_rows(path, rows[0]), byte_tokenizer(), Template(), 8)
+    plain = load_examples(write_rows(path, {"text": "0123456789"}), byte_tokenizer(), Template(), 4)
     assert len(plain.items[0]) == 11 and plain.counts.split == 1
 
 
@@ -209,7 +182,7 @@ def test_the_summary_says_what_is_learned_and_what_was_left_out(tmp_path: Path) 
         {"prompt": "abc", "completion": ""},
         {"prompt": "abc", "completion": f"d{EOT}e"},
     ]
-    path = write(tmp_path / "a.jsonl", *rows)
+    path = write_rows(tmp_path / "a.jsonl", *rows)
     loaded = load_examples(path, byte_tokenizer(), Template(), 50, Rows(defects="skip"))
     assert summary(loaded) == [
         f"{path}: 2 examples of 3 rows, 27 tokens, 21 of them (77.8%) carry loss",
@@ -219,6 +192,6 @@ def test_the_summary_says_what_is_learned_and_what_was_left_out(tmp_path: Path) 
 
 
 def test_a_pair_is_shown_with_both_sides(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
+    path = write_rows(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
     pair = load_pairs(path, byte_tokenizer(), Template(), 50).items[0]
     assert rendered(pair, byte_tokenizer()) == f"chosen:\na[[b{EOT}]]\nrejected:\na[[c{EOT}]]"

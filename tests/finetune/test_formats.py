@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_rows import write_rows
 from small_models import byte_tokenizer
 
 from fastgpt.core.errors import UserError
@@ -16,12 +17,6 @@ from fastgpt.finetune.examples import Rows, load_examples, load_labelled, load_p
 from fastgpt.inference.chat import Template
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
-
-
-def write(path: Path, *rows: Any) -> Path:
-    """Write JSON lines; a text is a line as it is."""
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
-    return path
 
 
 def parts(example: Example) -> tuple[str, str]:
@@ -55,7 +50,7 @@ PAIR = ("User: hi\nAssistant:", f" yes\n{EOT}")
     ],
 )
 def test_formats_of_examples(tmp_path: Path, row: dict[str, Any], expected: tuple[str, str]) -> None:
-    assert examples(write(tmp_path / "a.jsonl", row)) == [expected]
+    assert examples(write_rows(tmp_path / "a.jsonl", row)) == [expected]
 
 
 def test_files_of_all_kinds_in_a_folder(tmp_path: Path) -> None:
@@ -76,7 +71,7 @@ def test_parquet_messages_have_no_null_fields(tmp_path: Path) -> None:
 
 
 def test_columns_of_other_names_and_loss_on_everything(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"question": "ab", "answer": "c"})
+    path = write_rows(tmp_path / "a.jsonl", {"question": "ab", "answer": "c"})
     names = {"prompt": "question", "completion": "answer"}
     assert examples(path, columns=names) == [("ab", f"c{EOT}")]
     assert examples(path, columns=names, loss="all") == [("a", f"bc{EOT}")]
@@ -107,7 +102,7 @@ GOOD = {"prompt": "a", "completion": "b"}
     ],
 )
 def test_defects_have_file_line_and_field(tmp_path: Path, row: Any, message: str) -> None:
-    path = write(tmp_path / "a.jsonl", GOOD, "", row, GOOD)
+    path = write_rows(tmp_path / "a.jsonl", GOOD, "", row, GOOD)
     with pytest.raises(UserError, match=message) as error:
         examples(path)
     assert f"{path}, line 3" in str(error.value)
@@ -117,9 +112,9 @@ def test_defects_have_file_line_and_field(tmp_path: Path, row: Any, message: str
 
 def test_unknown_columns_name_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the columns are body, expected messages; conversations; prompt, completion"):
-        examples(write(tmp_path / "a.jsonl", {"body": "x"}))
+        examples(write_rows(tmp_path / "a.jsonl", {"body": "x"}))
     with pytest.raises(UserError, match="format is 'chat', expected auto or one of messages"):
-        examples(write(tmp_path / "a.jsonl", {"body": "x"}), format="chat")
+        examples(write_rows(tmp_path / "a.jsonl", {"body": "x"}), format="chat")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +127,7 @@ def test_unknown_columns_name_what_is_expected(tmp_path: Path) -> None:
     ],
 )
 def test_pairs(tmp_path: Path, row: dict[str, Any], prompt: str, sides: tuple[str, str]) -> None:
-    pairs = load_pairs(write(tmp_path / "a.jsonl", row), byte_tokenizer(), Template(), 50).items
+    pairs = load_pairs(write_rows(tmp_path / "a.jsonl", row), byte_tokenizer(), Template(), 50).items
     assert [parts(side) for side in pairs[0]] == [(prompt, side + EOT) for side in sides]
     rated = load_ratings(tmp_path / "a.jsonl", byte_tokenizer(), Template(), 50).items
     assert [(parts(r.example)[1], r.good) for r in rated] == [(sides[0] + EOT, True), (sides[1] + EOT, False)]
@@ -141,7 +136,7 @@ def test_pairs(tmp_path: Path, row: dict[str, Any], prompt: str, sides: tuple[st
 def test_pairs_of_messages_with_the_prompt_in_both(tmp_path: Path) -> None:
     other = {"role": "assistant", "content": "no"}
     for more in ({}, {"prompt": "hi"}):
-        path = write(tmp_path / "a.jsonl", {"chosen": CHAT, "rejected": [CHAT[0], other]} | more)
+        path = write_rows(tmp_path / "a.jsonl", {"chosen": CHAT, "rejected": [CHAT[0], other]} | more)
         pair = load_pairs(path, byte_tokenizer(), Template(), 50).items[0]
         assert parts(pair.chosen) == PAIR and parts(pair.rejected) == (PAIR[0], f" no\n{EOT}")
 
@@ -157,42 +152,44 @@ def test_pairs_of_messages_with_the_prompt_in_both(tmp_path: Path) -> None:
 )
 def test_defects_of_pairs(tmp_path: Path, row: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_pairs(write(tmp_path / "a.jsonl", row), byte_tokenizer(), Template(), 50)
+        load_pairs(write_rows(tmp_path / "a.jsonl", row), byte_tokenizer(), Template(), 50)
 
 
 def test_ratings(tmp_path: Path) -> None:
     rows = [GOOD | {"label": True}, GOOD | {"label": False}]
-    loaded = load_ratings(write(tmp_path / "a.jsonl", *rows), byte_tokenizer(), Template(), 50)
+    loaded = load_ratings(write_rows(tmp_path / "a.jsonl", *rows), byte_tokenizer(), Template(), 50)
     assert [r.good for r in loaded.items] == [True, False]
     (tmp_path / "b.csv").write_text("prompt,completion,label\na,b,True\na,b,0\n")
     loaded = load_ratings(tmp_path / "b.csv", byte_tokenizer(), Template(), 50)
     assert [r.good for r in loaded.items] == [True, False]
     with pytest.raises(UserError, match="field 'label' is a number, expected true or false"):
-        load_ratings(write(tmp_path / "a.jsonl", GOOD | {"label": 1}), byte_tokenizer(), Template(), 50)
+        load_ratings(write_rows(tmp_path / "a.jsonl", GOOD | {"label": 1}), byte_tokenizer(), Template(), 50)
 
 
 def test_labels(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", {"text": "good", "label": "pos"}, {"text": "bad", "label": "neg"})
+    path = write_rows(tmp_path / "a.jsonl", {"text": "good", "label": "pos"}, {"text": "bad", "label": "neg"})
     loaded = load_labelled(path, byte_tokenizer(), 50, "classification")
     assert loaded.labels == ("neg", "pos") and [c.label for c in loaded.items] == [1, 0]
     with pytest.raises(UserError, match=r"line 2, .*the label 'neg' is unknown, expected one of pos"):
         load_labelled(path, byte_tokenizer(), 50, "classification", labels=("pos",))
-    path = write(tmp_path / "a.jsonl", {"text": "a", "label": 2}, {"prompt": "b", "label": 0})
+    path = write_rows(tmp_path / "a.jsonl", {"text": "a", "label": 2}, {"prompt": "b", "label": 0})
     assert load_labelled(path, byte_tokenizer(), 50, "classification").labels == ("0", "1", "2")
     with pytest.raises(UserError, match="the label 2 is unknown"):
         load_labelled(path, byte_tokenizer(), 50, "classification", labels=("x", "y"))
     assert [c.label for c in load_labelled(path, byte_tokenizer(), 50, "regression").items] == [2.0, 0.0]
     with pytest.raises(UserError, match="the label is 'x', expected a number"):
-        load_labelled(write(tmp_path / "b.jsonl", {"text": "a", "label": "x"}), byte_tokenizer(), 50, "regression")
+        load_labelled(write_rows(tmp_path / "b.jsonl", {"text": "a", "label": "x"}), byte_tokenizer(), 50, "regression")
 
 
 def test_tags_are_on_the_first_token_of_each_word(tmp_path: Path) -> None:
     rows = [{"tokens": ["Über", "a"], "ner_tags": ["B", "O"]}, {"text": "x yz", "labels": ["O", "O"]}]
-    loaded = load_labelled(write(tmp_path / "a.jsonl", *rows), byte_tokenizer(), 50, "tags")
+    loaded = load_labelled(write_rows(tmp_path / "a.jsonl", *rows), byte_tokenizer(), 50, "tags")
     assert loaded.labels == ("B", "O")
     assert [list(c.label) for c in loaded.items] == [  # type: ignore[arg-type]
         [0, -100, -100, -100, -100, -100, 1],  # Ü has two bytes
         [1, -100, 1, -100],
     ]
     with pytest.raises(UserError, match="there are 2 words and 1 labels"):
-        load_labelled(write(tmp_path / "b.jsonl", {"words": ["a", "b"], "tags": [0]}), byte_tokenizer(), 50, "tags")
+        load_labelled(
+            write_rows(tmp_path / "b.jsonl", {"words": ["a", "b"], "tags": [0]}), byte_tokenizer(), 50, "tags"
+        )
