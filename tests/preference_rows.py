@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.finetune.task import Batch
+from fastgpt.data.batch import Batch
 
 VOCAB, T = 97, 32
 
@@ -50,6 +50,11 @@ def packed(sequences: list[tuple[list[int], list[int]]], index: list[int], shift
     return Batch(ids, targets, sequence.int(), positions, {"sequence": sequence, "index": torch.tensor(index)})
 
 
+def numbered(batch: Batch, index: list[int]) -> Batch:
+    """Return a batch whose pairs are these rows of the data set."""
+    return batch._replace(extra={**batch.extra, "index": torch.tensor(index)})
+
+
 def pair_batch(data: list[Row], shift: bool = False) -> Batch:
     sides = [(row.prompt, side) for row in data for side in (row.first, row.second)]
     return packed(sides, list(range(len(data))), shift)
@@ -62,7 +67,7 @@ def rated_batch(data: list[Row], shift: bool = False) -> Batch:
     kl = dict(ids=other.ids, targets=other.targets, doc_ids=other.doc_ids, positions=other.positions)
     extra = {f"kl_{name}": value for name, value in kl.items()}
     extra |= {"kl_sequence": other.extra["sequence"], "good": torch.tensor([row.good for row in data])}
-    return batch._replace(extra=batch.extra | extra)
+    return batch._replace(extra={**batch.extra, **extra})
 
 
 def pair_features(data: list[Row], reference: Tensor) -> list[dict[str, Any]]:

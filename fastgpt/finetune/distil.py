@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from fastgpt import ops
 from fastgpt.core.errors import UserError
 from fastgpt.data import IGNORE
-from fastgpt.finetune.task import Batch
+from fastgpt.data.batch import Batch
 from fastgpt.finetune.teacher import Teacher, head_of
 from fastgpt.finetune.teacher_cache import TeacherCache
 from fastgpt.models.gpt import GPT

@@ -23,15 +23,15 @@ of TRL 1.16.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastgpt.core.errors import UserError
+from fastgpt.data.batch import Batch
 from fastgpt.finetune.log_probs import members, sums, token_log_probs
 from fastgpt.finetune.preference import Preference, total
-from fastgpt.finetune.task import Batch
 from fastgpt.models.gpt import GPT
 
 GRPOLoss = Literal["grpo", "bnpo", "dr_grpo", "dapo"]
@@ -77,8 +77,8 @@ class GRPO(Preference):
     kl_correction: bool = True
     temperature: float = 1.0
     max_new_tokens: int = 256
-    unit: ClassVar[str] = "sample"
-    figures: ClassVar[tuple[str, ...]] = ("reward", "tokens", "clipped", "kl")
+    unit = "sample"
+    figures = ("reward", "tokens", "clipped", "kl")
 
     def __post_init__(self) -> None:
         if self.loss_type not in get_args(GRPOLoss):

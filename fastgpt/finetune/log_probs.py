@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.data import IGNORE
-from fastgpt.finetune.task import Batch
+from fastgpt.data.batch import Batch
 from fastgpt.models.gpt import GPT
 
 

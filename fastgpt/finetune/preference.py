@@ -23,8 +23,8 @@ Ethayarajh et al. (2402.01306), Hong et al. (2403.07691); the losses equal those
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,9 +32,13 @@ from torch import Tensor
 
 from fastgpt.core.errors import UserError
 from fastgpt.data import IGNORE
+from fastgpt.data.batch import Batch
 from fastgpt.finetune.log_probs import members, sums, token_log_probs
-from fastgpt.finetune.task import Batch
 from fastgpt.models.gpt import GPT
+from fastgpt.training.task import mean_over
+
+if TYPE_CHECKING:
+    from fastgpt.training.run import Run
 
 DPOLoss = Literal["sigmoid", "robust", "ipo", "ipo-mean"]
 
@@ -60,8 +64,34 @@ def total(values: list[Tensor], batch: Batch) -> Tensor:
     return torch.where(present, rows, 0.0).sum(1)
 
 
-class Preference:
-    """What tasks over whole sequences share."""
+class _Named:
+    unit: str  # declared outside the dataclasses, where these would be fields
+    figures: tuple[str, ...]
+
+
+@dataclass
+class Preference(_Named):
+    """What tasks over whole sequences share.
+
+    Attributes:
+        validation: a loader whose `once` yields the batches of the validation data
+    """
+
+    validation: Any = field(default=None, kw_only=True)
+
+    def loss(self, model: GPT, batch: Batch) -> Tensor:
+        raise NotImplementedError
+
+    def for_validation(self) -> Preference:
+        """Return the task as the validation data need it."""
+        return self
+
+    def validate(self, run: Run, batches: int | None) -> dict[str, float]:
+        """Return "val_loss" and "val_" with each figure, over the first `batches` batches (None: all)."""
+        if self.validation is None:
+            raise ValueError(f"{type(self).__name__}: validation is None, expected a loader of the validation data")
+        values = mean_over(self.for_validation(), run.model, self.validation.once(batches))
+        return {f"val_{name}": value for name, value in values.items()}
 
     def counted(self, batch: Batch) -> Tensor:
         """Return the pairs or examples of a batch, () int64."""
@@ -82,10 +112,15 @@ class Referenced(Preference):
         beta: how strongly the model is held to the start weights
         reference: (rows, 2) fp32 on the model's device, from fastgpt/finetune/reference.py: those of each row's chosen
             and rejected sequence, or with KTO of its own and of the mismatched completion
+        val_reference: the same for the validation data
     """
 
     beta: float = 0.1
     reference: Tensor | None = field(default=None, kw_only=True)
+    val_reference: Tensor | None = field(default=None, kw_only=True)
+
+    def for_validation(self) -> Preference:
+        return replace(self, reference=self.val_reference)
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -135,8 +170,8 @@ class DPO(Referenced):
     loss_type: DPOLoss = "sigmoid"
     label_smoothing: float = 0.0
     length_norm: bool = False
-    unit: ClassVar[str] = "pair"
-    figures: ClassVar[tuple[str, ...]] = (
+    unit = "pair"
+    figures = (
         "margin",
         "accuracy",
         "chosen_reward",
@@ -198,8 +233,8 @@ class KTO(Referenced):
 
     good_weight: float = 1.0
     bad_weight: float = 1.0
-    unit: ClassVar[str] = "example"
-    figures: ClassVar[tuple[str, ...]] = ("kl", "accuracy", "margin", "log_prob")
+    unit = "example"
+    figures = ("kl", "accuracy", "margin", "log_prob")
 
     def policy(self, model: GPT, batch: Batch) -> Tensor:
         n = len(batch.extra["index"])
@@ -244,8 +279,8 @@ class ORPO(Preference):
 
     beta: float = 0.1
     nll: Literal["pair", "batch"] = "pair"
-    unit: ClassVar[str] = "pair"
-    figures: ClassVar[tuple[str, ...]] = ("nll", "log_odds", "accuracy", "chosen_log_prob", "rejected_log_prob")
+    unit = "pair"
+    figures = ("nll", "log_odds", "accuracy", "chosen_log_prob", "rejected_log_prob")
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

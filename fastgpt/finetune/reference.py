@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fastgpt.core.errors import UserError
 from fastgpt.core.tensorfile import load_file, save_file
+from fastgpt.data.batch import Batch
 from fastgpt.finetune.preference import Referenced
-from fastgpt.finetune.task import Batch
 from fastgpt.models.gpt import GPT
 
 NAME = "reference.safetensors"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.core.errors import UserError
-from fastgpt.finetune.task import Batch
+from fastgpt.data.batch import Batch
 from fastgpt.models.gpt import GPT, Head
 
 SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")  # of transformers, applied after the head

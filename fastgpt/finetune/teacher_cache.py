@@ -21,7 +21,7 @@ from torch import Tensor
 from fastgpt.core.errors import UserError
 from fastgpt.core.tensorfile import load_file, save_file
 from fastgpt.data import IGNORE
-from fastgpt.finetune.task import Batch
+from fastgpt.data.batch import Batch
 from fastgpt.finetune.teacher import Teacher
 
 ROWS = 128  # of logits at a time

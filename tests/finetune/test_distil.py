@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastgpt.core.errors import UserError
+from fastgpt.data.batch import Batch
 from fastgpt.finetune.distil import Distil
-from fastgpt.finetune.task import Batch
 from fastgpt.finetune.teacher import GPTTeacher, TransformersTeacher
 from fastgpt.finetune.teacher_cache import TeacherCache, keys_of, write_teacher_cache
 from fastgpt.models.gpt import GPT

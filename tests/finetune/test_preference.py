@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from preference_rows import VOCAB, Row, T, pair_batch, rated_batch, rows
+from preference_rows import VOCAB, Row, T, numbered, pair_batch, rated_batch, rows
 from small_models import model_of
 from torch import Tensor
 
@@ -124,10 +124,28 @@ def test_orpo_is_its_formula() -> None:
 def test_a_pair_weighs_the_same_in_any_micro_batch_and_padding_nothing(task: Any) -> None:
     whole = pair_batch(DATA)
     first, second = pair_batch(DATA[:2]), pair_batch([*DATA[2:], DATA[0]])
-    second.extra["index"] = torch.tensor([2, 3, 4, -1])
+    second = numbered(second, [2, 3, 4, -1])
     assert task.counted(first) + task.counted(second) == task.counted(whole) == 5
     parts = task.loss(NOW, first) + task.loss(NOW, second)
     torch.testing.assert_close(parts, task.loss(NOW, whole), rtol=1e-12, atol=0)
+
+
+def test_validation_has_its_own_reference() -> None:
+    class Loader:
+        def once(self, batches: int | None) -> list[Any]:
+            return [pair_batch(DATA[:2]), numbered(pair_batch(DATA[2:]), [2, 3, 4])][:batches]
+
+    class Run:
+        model = NOW
+
+    task = DPO(reference=REFERENCE + 1, val_reference=REFERENCE, validation=Loader())
+    values = task.validate(Run(), None)  # type: ignore[arg-type]
+    right = DPO(reference=REFERENCE)
+    assert list(values) == ["val_loss", *(f"val_{name}" for name in task.figures)]
+    expected = (right.loss(NOW, pair_batch(DATA)) / 5).tolist()
+    assert list(values.values()) == pytest.approx(expected, rel=1e-12)
+    assert task.validate(Run(), 1)["val_loss"] == pytest.approx(float(right.loss(NOW, pair_batch(DATA[:2]))[0]) / 2)  # type: ignore[arg-type]
+    assert NOW.training
 
 
 @pytest.mark.parametrize(

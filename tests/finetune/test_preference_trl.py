@@ -57,8 +57,9 @@ def batches_of(
         data = rows(3, seed=step)
         batch = pack(data, shift=step % 2 == 1)
         with torch.no_grad():
-            batch.extra["reference"] = task.policy(ours, batch)
-        found.append((batch, trainer.data_collator(features(data, batch.extra["reference"]))))
+            reference = task.policy(ours, batch)
+        batch = batch._replace(extra={**batch.extra, "reference": reference})
+        found.append((batch, trainer.data_collator(features(data, reference))))
     return found
 
 

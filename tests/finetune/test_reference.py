@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from preference_rows import VOCAB, T, pair_batch, rated_batch, rows
+from preference_rows import VOCAB, T, numbered, pair_batch, rated_batch, rows
 from small_models import model_of
 
 from fastgpt.core.errors import UserError
+from fastgpt.data.batch import Batch
 from fastgpt.finetune.preference import DPO, KTO
 from fastgpt.finetune.reference import NAME, compute_reference, hash_weights, load_reference, reference
-from fastgpt.finetune.task import Batch
 from fastgpt.models.gpt import GPT
 
 DATA = rows(5)
@@ -27,9 +27,7 @@ def model() -> GPT:
 def batches(*groups: list[int]) -> Iterator[Batch]:
     """Yield batches of the rows with these numbers; -1 pads."""
     for group in groups:
-        batch = pair_batch([DATA[i] for i in group])
-        batch.extra["index"] = torch.tensor(group)
-        yield batch
+        yield numbered(pair_batch([DATA[i] for i in group]), group)
 
 
 def test_every_row_gets_its_own_in_any_order_of_batches() -> None:
