@@ -10,12 +10,14 @@ fill-in-the-middle, Bavarian et al. (arXiv 2207.14255).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 Method = Literal["concatenate", "best-fit", "pad"]
+METHODS: tuple[Method, ...] = get_args(Method)
 PADDING = -1  # the document of a padding token
+GROUP = 1 << 16  # documents that are packed together
 
 
 @dataclass(slots=True)
@@ -35,12 +37,81 @@ class Packed:
     padding: int
 
 
-class _Pieces(NamedTuple):
-    """Parts of documents, each of at most a window: index of the document, first token, length; each (P,) int64."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Which pieces of documents the windows hold, by place in the stream of all documents.
+
+    Attributes:
+        document, start, size: (P,) int64, the pieces in the order of the windows: index of the document, first token
+            in the stream, and length, which is at most that of a window
+        first: (N + 1,) int64; window w holds the pieces first[w] to first[w + 1] - 1, one behind the other
+    """
 
     document: np.ndarray
     start: np.ndarray
     size: np.ndarray
+    first: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+    def of(self, window: int) -> range:
+        """Return the numbers of the pieces of a window."""
+        return range(int(self.first[window]), int(self.first[window + 1]))
+
+
+def plan_windows(offsets: np.ndarray, length: int, method: Method, *, truncate: bool = False) -> Plan:
+    """Plan windows of `length` tokens for documents, without their tokens.
+
+    "best-fit" fills windows from GROUP documents that follow one another, so that its time is linear and documents stay
+    near their neighbours.
+
+    Args:
+        offsets: (documents + 1,) int; document i is the tokens offsets[i] to offsets[i + 1] - 1
+        method: best-fit or pad, as of `pack`
+        truncate: leave out what is longer than a window instead of splitting it
+    """
+    offsets = np.asarray(offsets, np.int64)
+    plans = []
+    for at in range(0, max(len(offsets) - 1, 1), GROUP):
+        document, start, size = _split(offsets[at : at + GROUP + 1], length, truncate)
+        windows = np.arange(len(size)) if method == "pad" else _best_fit(size, length)
+        order = np.argsort(windows, kind="stable")
+        first = np.searchsorted(windows[order], np.arange(int(windows.max(initial=-1)) + 1))
+        plans.append((document[order] + at, start[order], size[order], first))
+    before = np.cumsum([0, *(len(size) for _, _, size, _ in plans)])
+    document, start, size = (np.concatenate([plan[i] for plan in plans]) for i in range(3))
+    first = np.concatenate([*(plan[3] + n for plan, n in zip(plans, before)), before[-1:]])
+    return Plan(document, start, size, first)
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What a method does to a data set.
+
+    Attributes:
+        windows: windows of all documents
+        cut: documents that are in more than one window
+        padding: tokens of the windows that belong to no document
+        dropped: tokens of documents that are in no window
+    """
+
+    windows: int
+    cut: int
+    padding: int
+    dropped: int
+
+
+def count(offsets: np.ndarray, length: int, method: Method) -> Counts:
+    """Return what a method does to documents, as `pack` would do it. Args as of `plan_windows`."""
+    offsets = np.asarray(offsets, np.int64)
+    tokens = int(offsets[-1] - offsets[0])
+    if method == "concatenate":
+        windows = -(-tokens // length)
+        starts, stops = (offsets[:-1] - offsets[0]) // length, (offsets[1:] - offsets[0] - 1) // length
+        return Counts(windows, int((starts < stops).sum()), windows * length - tokens, 0)
+    plan = plan_windows(offsets, length, method)
+    return Counts(len(plan), int((np.diff(offsets) > length).sum()), len(plan) * length - tokens, 0)
 
 
 def pack(
@@ -73,8 +144,8 @@ def pack(
     """
     if length < 1:
         raise ValueError(f"pack: length must be at least 1, got {length}")
-    if method not in get_args(Method):
-        raise ValueError(f"pack: method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    if method not in METHODS:
+        raise ValueError(f"pack: method must be one of {', '.join(METHODS)}, got {method!r}")
     if truncate and method == "concatenate":
         raise ValueError("pack: truncate needs the method best-fit or pad, got concatenate")
     if drop_last and method != "concatenate":
@@ -84,10 +155,9 @@ def pack(
     offsets = offsets - offsets[0]
     if method == "concatenate":
         return _concatenate(tokens, offsets, length, pad, drop_last)
-    pieces = _split(offsets, length, truncate)
-    windows = np.arange(len(pieces.size)) if method == "pad" else _best_fit(pieces.size, length)
-    packed = _place(tokens, pieces, windows, length, pad)
-    packed.dropped = len(tokens) - int(pieces.size.sum())
+    plan = plan_windows(offsets, length, method, truncate=truncate)
+    packed = _place(tokens, plan, length, pad)
+    packed.dropped = len(tokens) - int(plan.size.sum())
     return packed
 
 
@@ -102,13 +172,13 @@ def _concatenate(tokens: np.ndarray, offsets: np.ndarray, length: int, pad: int,
     return Packed(windows.reshape(shape), doc_ids.reshape(shape), len(tokens) - used, count * length - used)
 
 
-def _split(offsets: np.ndarray, length: int, truncate: bool) -> _Pieces:
-    """Return the pieces of all documents in order; an empty document has none."""
+def _split(offsets: np.ndarray, length: int, truncate: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return document, start and size of the pieces of all documents in order; an empty document has none."""
     sizes = np.diff(offsets)
     counts = np.minimum(sizes, 1) if truncate else -(-sizes // length)
     document = np.repeat(np.arange(len(sizes)), counts)
     before = (np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)) * length
-    return _Pieces(document, offsets[:-1][document] + before, np.minimum(sizes[document] - before, length))
+    return document, offsets[:-1][document] + before, np.minimum(sizes[document] - before, length)
 
 
 def _best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
@@ -135,21 +205,19 @@ def _best_fit(sizes: np.ndarray, length: int) -> np.ndarray:
     return np.argsort(np.argsort(first))[number]
 
 
-def _place(tokens: np.ndarray, pieces: _Pieces, windows: np.ndarray, length: int, pad: int) -> Packed:
+def _place(tokens: np.ndarray, plan: Plan, length: int, pad: int) -> Packed:
     """Copy each piece into its window, behind the pieces before it."""
-    count = int(windows.max(initial=-1)) + 1
-    order = np.argsort(windows, kind="stable")
-    window, size = windows[order], pieces.size[order]
+    size = plan.size
+    window = np.repeat(np.arange(len(plan)), np.diff(plan.first))
     ends = np.cumsum(size)
-    first = np.searchsorted(window, np.arange(count))  # (count,) first piece of each window
-    column = ends - size - (ends - size)[first][window]
+    column = ends - size - (ends - size)[plan.first[:-1]][window]
     within = np.arange(int(size.sum())) - np.repeat(ends - size, size)
     target = np.repeat(window * length + column, size) + within
-    packed, doc_ids = np.full(count * length, pad, tokens.dtype), np.full(count * length, PADDING, np.int32)
-    packed[target] = tokens[np.repeat(pieces.start[order], size) + within]
-    doc_ids[target] = np.repeat(pieces.document[order], size)
-    shape = (count, length)
-    return Packed(packed.reshape(shape), doc_ids.reshape(shape), 0, count * length - len(target))
+    packed, doc_ids = np.full(len(plan) * length, pad, tokens.dtype), np.full(len(plan) * length, PADDING, np.int32)
+    packed[target] = tokens[np.repeat(plan.start, size) + within]
+    doc_ids[target] = np.repeat(plan.document, size)
+    shape = (len(plan), length)
+    return Packed(packed.reshape(shape), doc_ids.reshape(shape), 0, len(plan) * length - len(target))
 
 
 @dataclass(frozen=True, slots=True)
