@@ -20,11 +20,10 @@ from torch import Tensor
 
 from fastgpt.core import backend
 from fastgpt.core.device import default_device, keep_freed_memory
-from fastgpt.data import TokenLoader
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import initial, plan
-from fastgpt.training.build import build_model, build_optimizer, open_data
+from fastgpt.training.build import build_loader, build_model, build_optimizer, open_data
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.evaluation import EVALUATIONS, finish, sample, validate
 from fastgpt.training.profiling import Energy, Profile
@@ -56,8 +55,7 @@ def prepare(cfg: TrainConfig) -> Run:
     with plan.explain_out_of_memory(cfg, vocab_size, device):
         model = build_model(cfg, vocab_size, device)
         optimizer = build_optimizer(cfg, model)
-    loader = TokenLoader(data.train, cfg.sequences, cfg.block_size, seed=cfg.seed, device=device, shuffle=data.shuffle)
-    return Run(cfg, device, data, val_sources, model, optimizer, loader)
+    return Run(cfg, device, data, val_sources, model, optimizer, build_loader(cfg, data, device))
 
 
 # The two halves of a step. CUDA graphs can record them, since they only take and return tensors and never wait for the

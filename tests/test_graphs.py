@@ -54,7 +54,7 @@ class Training:
         self.guard = SpikeGuard(3.0, self.device)
         self.scaling = LossScale(self.device) if cfg.dtype == "fp16" else None
         tokens = torch.randint(96, (4000,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint16")
-        self.loader = TokenLoader(tokens, 2, 16, device=self.device)
+        self.loader = TokenLoader(tokens, 2, 16, device=self.device, eot=3 if cfg.doc_masks else None)
 
     def state(self) -> list[Tensor]:
         """Return everything that a step changes."""
@@ -76,6 +76,7 @@ class Training:
 CASES: dict[str, dict[str, Any]] = {
     "one micro-batch": dict(batch_tokens=32),
     "accumulated": dict(batch_tokens=96),
+    "documents": dict(batch_tokens=96, doc_masks=True),
     "dropout": dict(batch_tokens=64, model=replace(MODEL, attn_dropout=0.1, resid_dropout=0.1)),
     "norms made again": dict(batch_tokens=64, recompute="norms"),
     "blocks made again": dict(batch_tokens=64, recompute="block"),

@@ -12,6 +12,7 @@ from typing import Any
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.load import load_tokenizer
+from fastgpt.data.packing import Method
 from fastgpt.data.shards import Tokens, file_hash, open_tokens
 from fastgpt.data.tokenizer import Tokenizer
 
@@ -29,6 +30,7 @@ class BuiltDataset:
     Attributes:
         val: source -> held-out tokens, for each source that has some.
         shuffle: whether windows may be read in any order; not so if the mixture changes during training.
+        packing: how documents share windows, unless the trainer is told otherwise.
     """
 
     path: Path
@@ -37,6 +39,7 @@ class BuiltDataset:
     train: Tokens
     val: dict[str, Tokens]
     shuffle: bool
+    packing: Method
 
 
 def is_built(path: str | Path) -> bool:
@@ -91,7 +94,8 @@ def open_built(out: str | Path) -> BuiltDataset:
     train = [opened[s["name"]] for s in manifest["shards"] if s["source"] is None]
     joined = Tokens([p for t in train for p in t.parts], [n for t in train for n in t.names])
     val = {s["source"]: opened[s["name"]] for s in manifest["shards"] if s["source"] is not None}
-    return BuiltDataset(out, manifest, tokenizer, joined, val, manifest["mix"]["shuffle"])
+    packing = manifest["recipe"].get("packing", {}).get("method", "concatenate")  # older recipes have no key for it
+    return BuiltDataset(out, manifest, tokenizer, joined, val, manifest["mix"]["shuffle"], packing)
 
 
 def verify(out: Path) -> None:

@@ -19,6 +19,9 @@ import numpy.typing as npt
 import torch
 
 from fastgpt.core.errors import UserError
+from fastgpt.data.batch import Batch
+from fastgpt.data.documents import mark_documents
+from fastgpt.data.packing import PADDING
 from fastgpt.data.shards import Tokens
 
 IGNORE = -100  # target of positions that do not count (cross_entropy's default ignore_index)
@@ -35,7 +38,7 @@ class TokenSource(Protocol):
     def fingerprint(self) -> str: ...
 
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def permute(index: npt.NDArray[np.int64], n: int, key: int) -> npt.NDArray[np.int64]:
@@ -66,6 +69,8 @@ class TokenLoader:
     epoch, so that repeated epochs cut the text elsewhere. rank r of world takes every world-th batch. Batches may span
     two epochs, so any batch size works on any corpus of at least one window.
     shuffle=False reads the windows as they lie, for a corpus that is a mixture which changes during training.
+    eot: the id that documents begin with. It makes batches of type Batch, whose doc_ids and positions let attention
+    see a token's own document only.
     On CUDA a thread gathers the next batches in pinned memory and the copy does not block; elsewhere nothing runs ahead
     (prefetch=n > 0 forces the thread). Iterate, or call next().
     Raises UserError when the corpus is shorter than one window, ValueError for sizes that make no sense.
@@ -83,26 +88,33 @@ class TokenLoader:
         device: torch.device | str = "cpu",
         prefetch: int | None = None,
         shuffle: bool = True,
+        eot: int | None = None,
     ) -> None:
         self.tokens: TokenSource = Tokens([tokens]) if isinstance(tokens, np.ndarray) else tokens
         self.batch, self.block, self.seed, self.rank, self.world = batch, block, seed, rank, world
-        self.shuffle = shuffle
+        self.shuffle, self.eot = shuffle, eot
         self.device = _numbered(torch.device(device))
         _check_sizes(batch, block, rank, world)
         n = len(self.tokens)
-        if n < block + 1:
-            raise UserError(f"the corpus has {n} tokens, one block needs {block} + 1; use more text or a smaller block")
-        self.windows = max(1, (n - block) // block)  # leaves room for the epoch's offset
+        self.windows = self._count()
         self._samples = 0  # over all ranks, up to the last batch handed out
         self._prefetch = (2 if self.device.type == "cuda" else 0) if prefetch is None else prefetch
         self._ahead: _Ahead | None = None
         self._identity = {"seed": seed, "block": block, "n_tokens": n, "tokens": self.tokens.fingerprint()}
         self._identity["order"] = "shuffled" if shuffle else "sequential"
 
-    def __iter__(self) -> Iterator[Batch]:
+    def _count(self) -> int:
+        """Return the number of windows of an epoch."""
+        n, block = len(self.tokens), self.block
+        if n < block + 1:
+            raise UserError(f"the corpus has {n} tokens, one block needs {block} + 1; use more text or a smaller block")
+        return max(1, (n - block) // block)  # leaves room for the epoch's offset
+
+    def __iter__(self) -> Iterator[Pair | Batch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
+        """Return (x, y), or with `eot` a Batch."""
         if self._prefetch and self._ahead is None:
             self._ahead = _Ahead(self, self._samples, self._prefetch)
         try:
@@ -111,20 +123,23 @@ class TokenLoader:
             self.close()  # the next call starts again at this batch
             raise
         self._samples += self.batch * self.world
-        x, y = host.to(self.device, non_blocking=True).unbind(0)
-        return x, y
+        return _batch(host, self.device)
 
     def starts(self, sample: int, n: int) -> list[int]:
         """Return the first token of the windows of samples sample .. sample + n, counted over all epochs and ranks."""
-        out: list[int] = []
+        slack = len(self.tokens) - self.windows * self.block  # offsets 0 .. slack - 1 keep the last target inside
+        return [key % slack + window * self.block for key, window in self._windows(sample, n)]
+
+    def _windows(self, sample: int, n: int) -> list[tuple[int, int]]:
+        """Return (hash of the epoch, number of the window in it) of samples sample .. sample + n."""
+        out: list[tuple[int, int]] = []
         while n > 0:
             epoch, position = divmod(sample, self.windows)
             here = min(n, self.windows - position)
             key = _hash(_hash(self.seed) ^ epoch)
-            slack = len(self.tokens) - self.windows * self.block  # offsets 0 .. slack - 1 keep the last target inside
             order = np.arange(position, position + here, dtype=np.int64)
             order = permute(order, self.windows, key) if self.shuffle else order
-            out += [key % slack + int(w) * self.block for w in order]
+            out += [(key, int(w)) for w in order]
             sample, n = sample + here, n - here
         return out
 
@@ -139,8 +154,9 @@ class TokenLoader:
 
         Raises UserError where seed, block or tokens are not those of the saved run.
         """
-        for key, here in {"version": STATE_VERSION, **self._identity}.items():
-            before = state.get(key, "shuffled" if key == "order" else None)  # older states have no order
+        older = {"order": "shuffled", "packing": "concatenate"}  # which states of older versions do not say
+        for key, here in {"version": STATE_VERSION, **older, **self._identity}.items():
+            before = state.get(key, older.get(key))
             if before != here:
                 raise UserError(f"cannot resume the data order: {key} was {before}, now it is {here}")
         self.close()
@@ -153,15 +169,20 @@ class TokenLoader:
         self._ahead = None
 
     def _gather(self, sample: int) -> torch.Tensor:
-        """Return this rank's batch of the step whose first sample (over all ranks) is `sample`: (2, batch, block)
-        int64."""
+        """Return this rank's batch of the step whose first sample (over all ranks) is `sample`: x and y, with `eot`
+        also doc_ids and positions, (2 or 4, batch, block) int64."""
         starts = self.starts(sample + self.rank * self.batch, self.batch)
-        out = _empty(self.batch, self.block, self.device)
+        out = self._rows()
         rows = out.numpy()
         for i, start in enumerate(starts):
             ids = self.tokens.read(start, self.block + 1)
             rows[0, i], rows[1, i] = ids[:-1], ids[1:]
+        if self.eot is not None:
+            mark_documents(rows[0], self.eot, rows[2], rows[3])
         return out
+
+    def _rows(self) -> torch.Tensor:
+        return _empty(self.batch, self.block, self.device, 2 if self.eot is None else 4)
 
 
 class _Ahead:
@@ -219,12 +240,14 @@ def sequential(
     rank: int = 0,
     world: int = 1,
     device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
+    eot: int | None = None,
+) -> Iterator[Any]:
     """Return validation batches x, y (batch, block) int64, always the same; every token but the first is a target once.
 
     All batches have the full shape; what lies past the end has x 0 and y IGNORE (-100), so weight the loss by
     (y != IGNORE).sum(), which is 0 in a rank's last batch where the windows do not go round. max_batches (per rank):
-    take this many, from windows evenly spaced over the whole. Raises UserError for fewer than two tokens.
+    take this many, from windows evenly spaced over the whole. eot: as of TokenLoader. Raises UserError for fewer than
+    two tokens.
     """
     source: TokenSource = Tokens([tokens]) if isinstance(tokens, np.ndarray) else tokens
     device = torch.device(device)
@@ -237,31 +260,46 @@ def sequential(
     if max_batches is not None and max_batches < batches:
         batches = max_batches
     taken = min(windows, batches * batch * world)
-    return _sequential(source, batch, block, device, [i * windows // taken for i in range(taken)][rank::world], batches)
+    numbers = [i * windows // taken for i in range(taken)][rank::world]
+    return _sequential(source, batch, block, device, numbers, batches, eot)
 
 
 def _sequential(
-    source: TokenSource, batch: int, block: int, device: torch.device, windows: list[int], batches: int
-) -> Iterator[Batch]:
+    source: TokenSource,
+    batch: int,
+    block: int,
+    device: torch.device,
+    windows: list[int],
+    batches: int,
+    eot: int | None,
+) -> Iterator[Any]:
     for b in range(batches):
-        out = _empty(batch, block, device)
+        out = _empty(batch, block, device, 2 if eot is None else 4)
         out[0].zero_()
         out[1].fill_(IGNORE)
         rows = out.numpy()
         for i, w in enumerate(windows[b * batch : (b + 1) * batch]):
             ids = source.read(w * block, min(block + 1, len(source) - w * block))
             rows[0, i, : len(ids) - 1], rows[1, i, : len(ids) - 1] = ids[:-1], ids[1:]
-        x, y = out.to(device, non_blocking=True).unbind(0)
-        yield x, y
+        if eot is not None:
+            mark_documents(rows[0], eot, rows[2], rows[3])
+            rows[2][rows[1] == IGNORE] = PADDING
+        yield _batch(out, device)
 
 
 def _numbered(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def _empty(batch: int, block: int, device: torch.device) -> torch.Tensor:
+def _batch(host: torch.Tensor, device: torch.device) -> Pair | Batch:
+    """Return the rows of `_gather` on the device: (x, y), or a Batch if there are doc_ids and positions."""
+    x, y, *more = host.to(device, non_blocking=True).unbind(0)
+    return Batch(x, y, more[0].int(), more[1]) if more else (x, y)
+
+
+def _empty(batch: int, block: int, device: torch.device, rows: int) -> torch.Tensor:
     # pinned memory comes from torch's caching allocator, which reuses a block only after its copy has finished
-    return torch.empty((2, batch, block), dtype=torch.int64, pin_memory=device.type == "cuda")
+    return torch.empty((rows, batch, block), dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
 def _check_sizes(batch: int, block: int, rank: int, world: int) -> None:

@@ -18,6 +18,7 @@ from fastgpt.core.options import did_you_mean
 from fastgpt.data.clean import Cleaner, SettingError, located
 from fastgpt.data.corpus import EOT
 from fastgpt.data.dedup import DedupSettings
+from fastgpt.data.packing import METHODS
 from fastgpt.data.read.web import USER_AGENT
 from fastgpt.data.recipe_reader import Reader, compose
 
@@ -195,6 +196,19 @@ class ShardsRecipe:
 
 
 @dataclass(frozen=True)
+class PackingRecipe:
+    """How documents share the windows of a trainer. It does not change the shards.
+
+    Attributes:
+        method: concatenate, best-fit or pad; what `fastgpt train` does unless it is told otherwise.
+        length: tokens of the windows that the report counts padding for.
+    """
+
+    method: str = "concatenate"
+    length: int = 1024
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How a data set is built.
 
@@ -208,6 +222,7 @@ class Recipe:
         tokenizer: gpt2, another published name, a tokenizer.json, or {train: {vocab_size: 4096}}.
         mix: how sources are mixed.
         shards: size and dtype of the shards.
+        packing: how documents share windows in training.
         workers: processes; without it, the cores.
         part_megabytes: input per part. A part is what one worker processes at a time.
     """
@@ -221,6 +236,7 @@ class Recipe:
     tokenizer: str | TokenizerRecipe = "gpt2"
     mix: MixRecipe = MixRecipe()
     shards: ShardsRecipe = ShardsRecipe()
+    packing: PackingRecipe = PackingRecipe()
     workers: int | None = None
     part_megabytes: int = 32
 
@@ -294,7 +310,7 @@ def _check(recipe: Recipe, reader: Reader) -> None:
         for name in recipe.dedup.prefer:
             _known(reader, "dedup.prefer", name, recipe.sources)
     sizes: dict[str, int | None] = {"shards.tokens": recipe.shards.tokens, "part_megabytes": recipe.part_megabytes}
-    sizes |= {"workers": recipe.workers, "mix.tokens": recipe.mix.tokens}
+    sizes |= {"workers": recipe.workers, "mix.tokens": recipe.mix.tokens, "packing.length": recipe.packing.length}
     if isinstance(recipe.tokenizer, TokenizerRecipe):
         sizes["tokenizer.train.bytes"] = recipe.tokenizer.train.bytes
         size, least = recipe.tokenizer.train.vocab_size, 257 + len(recipe.sentinels)
@@ -304,6 +320,8 @@ def _check(recipe: Recipe, reader: Reader) -> None:
     _check_range(reader, "seed", recipe.seed, 0 <= recipe.seed < 2**63, "0 or more")
     if recipe.shards.dtype not in ("auto", "uint16", "uint32"):
         reader.fail("shards.dtype", f"shards.dtype is {recipe.shards.dtype!r}, expected auto, uint16 or uint32")
+    if recipe.packing.method not in METHODS:
+        reader.fail("packing.method", f"packing.method is {recipe.packing.method!r}, expected {', '.join(METHODS)}")
     _check_mix(recipe, reader)
 
 

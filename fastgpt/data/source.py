@@ -15,6 +15,7 @@ from fastgpt.core import progress
 from fastgpt.core.errors import UserError
 from fastgpt.data.built import is_built, open_built
 from fastgpt.data.load import load_tokenizer
+from fastgpt.data.packing import Method
 from fastgpt.data.prepare import Dataset, prepare
 from fastgpt.data.shards import Tokens, open_split, open_tokens
 from fastgpt.data.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ class Source:
         said: where n_vocab comes from, if not from a tokenizer.
         val_sources: validation tokens by source, where the data set has several.
         shuffle: whether training may read windows in any order.
+        packing: how the data set's recipe wants documents to share windows.
     """
 
     name: str
@@ -44,6 +46,14 @@ class Source:
     said: str = ""
     val_sources: dict[str, Tokens] = field(default_factory=dict)
     shuffle: bool = True
+    packing: Method = "concatenate"
+
+    @property
+    def eot(self) -> int:
+        """The id that documents begin with. Raises UserError if there is no tokenizer that says it."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.name} has no tokenizer, which would say where documents begin: pass --tokenizer")
+        return self.tokenizer.eot
 
     @property
     def fingerprint(self) -> str | None:
@@ -135,7 +145,7 @@ def _open_built(data: str, val_data: str | None, tokenizer: str | None) -> Sourc
     n_vocab = built.tokenizer.n_vocab
     several = {name: t for name, t in built.val.items() if len(t) > 1} if len(built.val) > 1 else {}
     found = Source(data, built.train, val, n_vocab, built.tokenizer, n_vocab)
-    return replace(found, val_sources=several, shuffle=built.shuffle)
+    return replace(found, val_sources=several, shuffle=built.shuffle, packing=built.packing)
 
 
 def _check_beside(tokens: Tokens, tokenizer: Tokenizer, name: str) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from fastgpt.core.device import dtype_of
 from fastgpt.core.errors import UserError
+from fastgpt.data.loader import TokenLoader
+from fastgpt.data.packed import PackedLoader
 from fastgpt.data.shards import Tokens
 from fastgpt.data.source import Source, open_source, open_validation
 from fastgpt.models.gpt import GPT
@@ -41,6 +43,20 @@ def open_data(cfg: TrainConfig) -> tuple[Source, dict[str, Tokens]]:
     if len(data.val) < 2:
         raise UserError(f"{data.name} has {len(data.val)} validation tokens, expected at least 2")
     return data, {**data.val_sources, **open_validation(cfg.val_sources, data, cfg.data_dtype)}
+
+
+def build_loader(cfg: TrainConfig, data: Source, device: torch.device) -> TokenLoader:
+    """Return the training batches.
+
+    Raises:
+        UserError: packing or doc_masks where nothing says how documents begin, or too little text.
+    """
+    options: dict[str, Any] = dict(seed=cfg.seed, device=device, shuffle=data.shuffle)
+    method = data.packing if cfg.packing == "auto" else cfg.packing
+    if method == "concatenate":
+        eot = data.eot if cfg.doc_masks else None
+        return TokenLoader(data.train, cfg.sequences, cfg.block_size, eot=eot, **options)
+    return PackedLoader(data.train, cfg.sequences, cfg.block_size, method, data.eot, cfg.doc_masks, **options)
 
 
 def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:

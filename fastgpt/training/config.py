@@ -50,6 +50,9 @@ class TrainConfig:
             block is everything but the input of a block.
         block_size: tokens T of a training sequence, at most model.block_size.
         micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan).
+        packing: how documents share sequences; concatenate cuts them where a sequence ends, best-fit and pad only if
+            they are longer than one; auto is what the data set's recipe says, else concatenate.
+        doc_masks: let tokens attend within their own document only, with positions that restart in each.
         batch_tokens: tokens of one optimizer step; a multiple of micro_batch * block_size (gradient accumulation).
         max_steps: optimizer steps to train for; null is no limit (then max_minutes is needed).
         max_minutes: end training after this time, unless max_steps is reached first; null is no limit. --max-steps
@@ -106,6 +109,8 @@ class TrainConfig:
     recompute: Literal["none", "norms", "block"] = "none"
     block_size: int = 1024
     micro_batch: int | Literal["auto"] = 32
+    packing: Literal["auto", "concatenate", "best-fit", "pad"] = "auto"
+    doc_masks: bool = False
     batch_tokens: int = 524288
     max_steps: int | None = 18865
     max_minutes: float | None = None

@@ -60,8 +60,10 @@ class NextToken:
         """Return the loss on the validation data and on each of its sources, in nats per token."""
         cfg = run.cfg
 
+        eot = run.data.eot if cfg.doc_masks else None
+
         def loss_on(tokens: Tokens) -> float:
-            windows = sequential(tokens, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device)
+            windows = sequential(tokens, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device, eot=eot)
             return mean_over(self, run.model, (Batch(*window) for window in windows))["loss"]
 
         losses = {f"val_loss.{name}": loss_on(tokens) for name, tokens in run.val_sources.items()}

@@ -11,21 +11,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from data.recipes import built, recipe, settings, shards, text, write_recipe, write_source
 
 from fastgpt.cli import main as fastgpt
 from fastgpt.core.errors import UserError
 from fastgpt.data.built import open_built, verify
 from fastgpt.data.loader import TokenLoader
+from fastgpt.data.packed import PackedLoader
 from fastgpt.data.pipeline import gather as gathering
 from fastgpt.data.pipeline import stages, store
+from fastgpt.data.pipeline.command import inspect_main
 from fastgpt.data.pipeline.forget import forget
 from fastgpt.data.pipeline.stages import Build, Share, build, dry_run
 from fastgpt.data.pipeline.workers import Workers
 from fastgpt.data.pipeline.write import documents_of
 from fastgpt.data.read import parts_of
 from fastgpt.data.source import open_source
-from fastgpt.training.build import open_data
+from fastgpt.training.build import build_loader, open_data
 from fastgpt.training.config import load_config
 
 
@@ -344,6 +347,28 @@ def test_the_trainer_opens_it_and_validates_each_source(done: Path, monkeypatch:
     data, val_sources = open_data(load_config(["--data", str(done)], "tiny"))
     assert data.tokenizer is not None and data.n_vocab == data.tokenizer.n_vocab and data.shuffle
     assert set(val_sources) == {"big", "small"} and len(data.val) == sum(map(len, val_sources.values()))
+
+
+def test_packing_of_a_recipe_is_the_trainers_default(
+    done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    built(tmp_path, out, packing={"method": "best-fit", "length": 64})
+    assert shards(out) == shards(done)
+    source = open_source(str(out))
+    assert (source.packing, open_source(str(done)).packing) == ("best-fit", "concatenate")
+    cfg = load_config(["--config", "tiny", "--data", str(out), "--block-size", "64", "--micro-batch", "4"])
+    loader = build_loader(cfg, source, torch.device("cpu"))
+    assert isinstance(loader, PackedLoader)
+    inspect_main([str(out), "--samples", "0"])
+    said = capsys.readouterr().out
+    assert "packing into windows of 64 tokens:" in said
+    [row] = [line.split() for line in said.splitlines() if line.startswith("best-fit (default)")]
+    assert int(row[2].replace(",", "")) == loader.windows and row[-1] == "0"
+    assert "Training documents in windows of 64 tokens" in (out / "report.html").read_text(encoding="utf-8")
+    inspect_main([str(done), "--samples", "0", "--length", "128"])
+    said = capsys.readouterr().out
+    assert "packing into windows of 128 tokens:" in said and "concatenate (default)" in said
 
 
 def test_a_staged_mixture_is_read_in_order(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from fastgpt.data.built import BuiltDataset, open_built, verify
 from fastgpt.data.pipeline import report as reports
 from fastgpt.data.pipeline.engine_dask import DaskEngine
 from fastgpt.data.pipeline.forget import forget as erase
-from fastgpt.data.pipeline.show import PAGE, card, samples, write_page
+from fastgpt.data.pipeline.show import PAGE, card, packing_rows, recipe_length, samples, write_page
 from fastgpt.data.pipeline.stages import ALONE, Share, build, dry_run
 from fastgpt.data.pipeline.store import read_json
 from fastgpt.data.recipe import load_recipe
@@ -75,15 +75,19 @@ def inspect_main(argv: list[str]) -> int:
     parser = Parser(prog="fastgpt data inspect", description="Print what is in a data set, and samples of its texts.")
     parser.add_argument("out", metavar="OUT", help="folder of the data set")
     parser.add_argument("--samples", type=number(int, 0), default=3, help="documents to print (default: 3)")
+    parser.add_argument(
+        "--length", type=number(int, 1), help="tokens of the windows to count padding for (default: the recipe's)"
+    )
     parser.add_argument("--verify", action="store_true", help="compare the sha256 of every file with the manifest")
     args = parser.parse_args(argv)
     data = open_built(args.out)
     if args.verify:
         verify(data.path)
         print("every file has the sha256 that was written")
-    print(
-        "\n".join([*_head(data), reports.describe(read_json(data.path / "report.json")), *_samples(data, args.samples)])
-    )
+    length = args.length or recipe_length(data)
+    packing = [f"packing into windows of {length:,} tokens:", *reports.table(packing_rows(data, length)), ""]
+    report = reports.describe(read_json(data.path / "report.json"))
+    print("\n".join([*_head(data), report, *packing, *_samples(data, args.samples)]))
     print(f"page: {write_page(data.path)}")
     return 0
 

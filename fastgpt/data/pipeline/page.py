@@ -13,8 +13,16 @@ GRID = "#d0d7de"
 NONE = "none"
 
 
-def page_of(report: Mapping[str, Any], manifest: Mapping[str, Any], topics: Sequence[Topic] = ()) -> str:
-    """Return the page as HTML. It holds ids of documents, but nothing of their texts except the words of topics."""
+def page_of(
+    report: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    topics: Sequence[Topic] = (),
+    packing: tuple[int, list[list[str]]] | None = None,
+) -> str:
+    """Return the page as HTML. It holds ids of documents, but nothing of their texts except the words of topics.
+
+    packing: length of windows, and a table of what each method does in them.
+    """
     last = manifest["generations"][-1]
     train = manifest["train"]
     about = (
@@ -23,6 +31,10 @@ def page_of(report: Mapping[str, Any], manifest: Mapping[str, Any], topics: Sequ
         f"{manifest['tokenizer']['n_vocab']:,} ids."
     )
     sections = [sources(report), dropped(report), changes(report), defects(report), lengths(report)]
+    if packing is not None:
+        sections.append(
+            Section("Packing", [], [Table(f"Training documents in windows of {packing[0]:,} tokens", packing[1])])
+        )
     sections += [duplicates(report), terms(report), topic_section(topics), origin(manifest)]
     return page("Data set", about, [s for s in sections if s is not None])
 

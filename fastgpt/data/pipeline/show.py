@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from fastgpt.core.errors import UserError
-from fastgpt.data.built import open_built, read_manifest
+from fastgpt.data.built import BuiltDataset, open_built, read_manifest
+from fastgpt.data.documents import document_starts
 from fastgpt.data.load import load_tokenizer
+from fastgpt.data.packing import METHODS, count
 from fastgpt.data.pipeline.page import page_of
 from fastgpt.data.pipeline.store import read_json
 from fastgpt.data.pipeline.topics import topics
@@ -62,10 +64,30 @@ def write_page(out: Path) -> Path:
     """Write OUT/report.html and return its path. Raises UserError if the data set is incomplete."""
     found = list(samples(out, load_tokenizer(out), TOPIC_DOCUMENTS, TOPIC_TOKENS, specials=False))
     about = topics([s.text for s in found], [s.source for s in found])
-    page = page_of(read_json(out / "report.json"), read_manifest(out), about)
+    data = open_built(out)
+    page = page_of(read_json(out / "report.json"), data.manifest, about, (recipe_length(data), packing_rows(data)))
     with atomic_file(out / PAGE) as f:
         f.write(page.encode("utf-8", "backslashreplace"))
     return out / PAGE
+
+
+def recipe_length(data: BuiltDataset) -> int:
+    """Return the length of the windows that the recipe asks about."""
+    return int(data.manifest["recipe"].get("packing", {}).get("length", 1024))
+
+
+def packing_rows(data: BuiltDataset, length: int | None = None) -> list[list[str]]:
+    """Return a table of what each method of packing does to the training documents, in windows of `length` tokens
+    (default: the recipe's)."""
+    length = length or recipe_length(data)
+    starts = document_starts(data.train, data.tokenizer.eot)
+    rows = [["method", "windows", "documents cut", "padding", "dropped"]]
+    for method in METHODS:
+        found = count(starts, length, method)
+        padding = f"{found.padding:,} ({found.padding / (found.windows * length):.2%})"
+        used = f"{method} (default)" if method == data.packing else method
+        rows.append([used, f"{found.windows:,}", f"{found.cut:,}", padding, f"{found.dropped:,}"])
+    return rows
 
 
 def card(out: Path) -> str:
