@@ -1,15 +1,19 @@
 """Set-up for every test: Triton's interpreter and the emulation of CUDA where there is no GPU, an empty cache
-folder, and a count of the skips."""
+folder, a time limit, and a count of the skips."""
 
 import importlib.util
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import draws
+import processes
 import pytest
 import torch
 
@@ -89,6 +93,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def seed(request: pytest.FixtureRequest) -> int:
     """Return the seed of the values that a numeric test draws; 0 unless pytest was called with --seed."""
     return int(request.config.getoption("--seed"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test that hangs fail a minute before `faulthandler_timeout`, which ends the whole process, and end what it
+    started. The signal does not reach a test that hangs outside Python; faulthandler does."""
+    limit = float(item.config.getini("faulthandler_timeout") or 0) - 60
+    in_main = threading.current_thread() is threading.main_thread()
+    if limit <= 0 or not in_main or item.config.getoption("usepdb") or not hasattr(signal, "setitimer"):
+        return (yield)
+
+    def stop(*_: object) -> None:
+        for pid in processes.descendants(os.getpid()):
+            with suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        pytest.fail(f"{item.nodeid} has not ended after {limit:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit, 30)  # again: what tears the test down may hang too
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -3,7 +3,6 @@ import json
 import logging
 import os
 import shutil
-import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -178,29 +177,6 @@ def test_a_full_disk_is_one_sentence_and_the_next_build_goes_on(
             build(made, out, show=False)
     build(made, out, show=False)
     assert shards(out) == shards(done)
-
-
-def die_once(task: tuple[Path, int]) -> int:
-    folder, i = task
-    if i == 2 and not (folder / "died").exists():
-        (folder / "died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return i * i
-
-
-def die(task: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_the_part_of_a_killed_worker_is_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with Workers(2, show=False) as workers, caplog.at_level(logging.WARNING, "fastgpt"):
-        assert workers.run("clean", die_once, [(tmp_path, i) for i in range(5)], [1] * 5) == [0, 1, 4, 9, 16]
-    assert "clean: a worker was killed; its parts are done again" in caplog.messages
-
-
-def test_workers_that_die_again_and_again_are_one_sentence() -> None:
-    with Workers(2, show=False) as workers, pytest.raises(UserError, match="workers were killed 3 times"):
-        workers.run("clean", die, [1, 2], [1, 1])
 
 
 # Refresh
