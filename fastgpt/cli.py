@@ -109,6 +109,13 @@ def train(argv: list[str]) -> int:
     return train_main(argv)
 
 
+def init(argv: list[str]) -> int:
+    """Run `fastgpt init`; see fastgpt/finetune/goal.py."""
+    from fastgpt.finetune.goal import main as init_main
+
+    return init_main(argv)
+
+
 def data(argv: list[str]) -> int:
     """Run `fastgpt data`; see fastgpt/data/command.py."""
     from fastgpt.data.command import main as data_main
@@ -155,6 +162,7 @@ COMMANDS = {
     "train": train,
     "sample": sample,
     "chat": chat,
+    "init": init,
     "data": data,
     "tokenizer": tokenizer,
     "import": import_,
@@ -168,6 +176,7 @@ HELP = """commands:
   train      train a model, resume a run, or plan one (--plan)
   sample     continue a prompt with a trained model
   chat       hold a conversation with a trained model
+  init       write a recipe for fine-tuning from a goal
   data       make data sets from raw text, check and inspect them, erase documents
   tokenizer  train, show and check tokenizers
   import     make a run from a model of another project

@@ -1,4 +1,4 @@
-"""Tasks with a head: losses by their formulas, packed or not, validation, labels, and heads that learn."""
+"""Tasks with a head: losses by their formulas, packed or not, validation, and heads that learn."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastgpt.data.batch import Batch
 from fastgpt.finetune import metrics
 from fastgpt.finetune.classify import Classify, Pairwise, Regress, Tag
 from fastgpt.finetune.heads import HeadConfig, attach, sequence_scores, token_scores
-from fastgpt.finetune.labels import balanced, class_ids, settle_labels, targets
+from fastgpt.finetune.labels import balanced
 from fastgpt.models.gpt import GPT
 
 PAD = 7
@@ -206,30 +206,6 @@ def test_a_head_learns_which_token_begins_a_text(pooling: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert task.validate(SimpleNamespace(model=model), None)["accuracy"] > 0.9
-
-
-def test_labels_are_settled_from_the_data_or_given() -> None:
-    assert settle_labels(["pos", "neg", "pos"]) == ("neg", "pos")
-    assert settle_labels([10, 9, 2.0]) == ("2", "9", "10")
-    assert settle_labels([["O", "B-x"], ["I-x"]]) == ("B-x", "I-x", "O")
-    assert settle_labels(["b"], ["b", "a"]) == ("b", "a")
-    with pytest.raises(UserError, match="numbers like 1 and text like 'x'"):
-        settle_labels([1, "x"])
-
-
-def test_a_label_unknown_to_the_head_is_an_error() -> None:
-    def where(i: int) -> str:
-        return f"train.jsonl: row {i + 1}"
-
-    assert class_ids(["good", "bad"], THREE, where) == [2, 0]
-    assert class_ids([["O", "B-x"]], BIO, where) == [[0, 1]]
-    assert class_ids([1, 1.0, True], ("0", "1"), where) == [1, 1, 1]
-    with pytest.raises(UserError, match="row 2 has label 'fine', which the head does not have, expected one of bad"):
-        class_ids(["bad", "fine"], THREE, where)
-    assert targets(["1.5", 2], where) == [1.5, 2.0]
-    for wrong in ("x", math.inf, None):
-        with pytest.raises(UserError, match="row 1 has label .*, expected a finite number"):
-            targets([wrong], where)
 
 
 def test_balanced_weights() -> None:
