@@ -131,15 +131,25 @@ def test_a_folder_that_is_not_shared_is_one_sentence(
 
 def test_no_scheduler_and_no_workers_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_dask, "PATIENCE", 0.2)
-    for wrong in ("tcp://127.0.0.1:1", "there", "there:x"):
+    (tmp_path / "broken.json").write_text('{"id": 1}')
+    (tmp_path / "wrong.json").write_text('{"address": 1}')
+    files = [str(tmp_path / name) for name in ("broken.json", "wrong.json")]
+    for wrong in ("tcp://127.0.0.1:1", "there", "tcp://there:x", *files):
         with pytest.raises(UserError, match=f"no Dask scheduler answers at {wrong}"), DaskEngine(tmp_path, wrong):
             pass
     with distributed.LocalCluster(
-        n_workers=0, threads_per_worker=1, processes=False, dashboard_address=LOOPBACK, silence_logs=logging.CRITICAL
+        n_workers=0,
+        threads_per_worker=1,
+        protocol="tcp",
+        processes=False,
+        dashboard_address=LOOPBACK,
+        silence_logs=logging.CRITICAL,
     ) as cluster:
         file = tmp_path / "scheduler.json"
         file.write_text(json.dumps(cluster.scheduler.identity()))
+        monkeypatch.setattr(engine_dask, "PATIENCE", 60.0)
         with DaskEngine(tmp_path, str(file), show=False) as engine:
+            monkeypatch.setattr(engine_dask, "PATIENCE", 0.2)
             with pytest.raises(UserError, match="has no workers, expected some: dask worker"):
                 engine.run("clean", square, [1], [1])
             monkeypatch.setattr(engine_dask, "POLL", 0.1)
@@ -150,7 +160,12 @@ def test_no_scheduler_and_no_workers_are_one_sentence(tmp_path: Path, monkeypatc
 
 def test_workers_of_several_threads_are_refused(tmp_path: Path) -> None:
     with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=2, processes=False, dashboard_address=LOOPBACK, silence_logs=logging.CRITICAL
+        n_workers=1,
+        threads_per_worker=2,
+        protocol="tcp",
+        processes=False,
+        dashboard_address=LOOPBACK,
+        silence_logs=logging.CRITICAL,
     ) as cluster:
         with DaskEngine(tmp_path, cluster.scheduler_address, show=False) as engine:
             with pytest.raises(UserError, match="has 2 threads, expected 1: start it with --nthreads 1"):
@@ -173,6 +188,15 @@ def test_without_dask_it_is_one_sentence(tmp_path: Path, monkeypatch: pytest.Mon
 def test_options_that_exclude_each_other(options: list[str], expected: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=expected):
         build_main([str(write_recipe(tmp_path, settings(tmp_path))), *options])
+
+
+@pytest.mark.slow
+def test_a_wrong_address_does_not_hang(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, settings(tmp_path))
+    run = [sys.executable, "-m", "fastgpt.cli", "data", "build", str(path), "--out", str(tmp_path / "out")]
+    run += ["--engine", "dask", "--scheduler", "tcp://127.0.0.1:1x"]
+    done = subprocess.run(run, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
 @pytest.mark.slow

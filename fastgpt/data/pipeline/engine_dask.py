@@ -6,6 +6,7 @@ and every task, a worker is asked for its fastgpt and for a file that this build
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import pydoc
@@ -54,7 +55,6 @@ class DaskEngine:
         except ImportError:
             raise UserError("--engine dask needs Dask, which is not installed: pip install 'fastgpt[dask]'") from None
         dask.config.set({"distributed.scheduler.allowed-failures": DEATHS - 1})  # of a local cluster
-        where: dict[str, Any] = {"address": self.scheduler}
         if self.scheduler is None:
             self._cluster = distributed.LocalCluster(
                 n_workers=self.count,
@@ -64,12 +64,10 @@ class DaskEngine:
                 worker_dashboard_address=LOOPBACK,
                 silence_logs=logging.CRITICAL,
             )
-            where = {"address": self._cluster}
-        elif Path(self.scheduler).is_file():
-            where = {"scheduler_file": self.scheduler}
         try:
-            self._client = distributed.Client(**where, set_as_default=False, timeout=PATIENCE)
-        except (OSError, ValueError, TypeError) as e:
+            where = self._cluster or _address(self.scheduler or "")
+            self._client = distributed.Client(where, set_as_default=False, timeout=PATIENCE)
+        except (OSError, ValueError, TypeError, KeyError) as e:
             raise UserError(
                 f"no Dask scheduler answers at {self.scheduler} ({e}), expected an address such as tcp://host:8786 or "
                 "the file of `dask scheduler --scheduler-file`"
@@ -180,6 +178,17 @@ class DaskEngine:
             answers = versions[worker], seen[worker]
             if not any(isinstance(answer, Exception) for answer in answers):  # else it has died: its tasks move
                 _check(worker, *answers, __version__, self.work)
+
+
+def _address(scheduler: str) -> str:
+    """Return the address that is given, or that stands in a scheduler's file, if it can be one: of an impossible one,
+    distributed 2026.8 makes a client that waits for ever when Python ends."""
+    from distributed.comm import get_address_host_port
+
+    path = Path(scheduler)
+    address = str(json.loads(path.read_text(encoding="utf-8"))["address"]) if path.is_file() else scheduler
+    get_address_host_port(address, strict=True)
+    return address
 
 
 def call(function: Callable[[Task], Result], task: Task, version: str, mark: Path) -> Result:
