@@ -81,8 +81,8 @@ class Encoder:
         """Return the tokens of a text or a conversation.
 
         Raises:
-            Wrong: a completion is empty, or a message holds a special token.
-            UserError: the template cannot be used.
+            Wrong: a completion is empty, a message holds a special token, or the template refuses the messages.
+            UserError: the template does not only append.
         """
         return self._text(source) if isinstance(source, Text) else self._chat(source)
 
@@ -141,7 +141,7 @@ class Encoder:
             if found := self._special.search(text):
                 problem = f"field {where!r} contains {found[0]}, expected text without special tokens"
                 raise Wrong("special token", problem, "remove it")
-        text = self.template.render(chat.messages, ask=False, tools=chat.tools)
+        text = self._render(chat, len(chat.messages), ask=False)
         spans = list(self._replies(chat, text))
         self._check_blocks(chat, [span[0] for span in spans])
         ids, cuts = self._ids_of(text, sorted({place for span in spans for place in span}))
@@ -150,6 +150,17 @@ class Encoder:
             cuts[spans[-1][1]] += 1
         return self._example(np.array(ids, np.uint32), [(cuts[x], cuts[y]) for x, y in spans])
 
+    def _render(self, chat: Chat, count: int, ask: bool) -> str:
+        """Return the text of the first `count` messages.
+
+        Raises:
+            Wrong: the template refuses them.
+        """
+        try:
+            return self.template.render(chat.messages[:count], ask, chat.tools)
+        except UserError as e:
+            raise Wrong("refused by the template", str(e), "repair the row, or use another template") from None
+
     def _replies(self, chat: Chat, text: str) -> Iterator[tuple[int, int]]:
         """Yield where the replies that are learned lie in the text of a conversation: each from where it is asked for
         to the end of what stops generation."""
@@ -157,12 +168,13 @@ class Encoder:
         for i, message in enumerate(chat.messages):
             if i < chat.first or message["role"] != "assistant":
                 continue
-            asked = self.template.render(chat.messages[:i], ask=True, tools=chat.tools)
-            ended = self.template.render(chat.messages[: i + 1], ask=False, tools=chat.tools)
+            asked = self._render(chat, i, ask=True)
+            ended = self._render(chat, i + 1, ask=False)
             if not (text.startswith(asked) and text.startswith(ended) and len(asked) < len(ended)):
                 raise UserError(
-                    f"{self.template.where} renders earlier messages otherwise when others follow, so replies are not "
-                    "what the model will see: expected a template that only appends, or rows with one reply each"
+                    f"{self.template.where} does not only append: it renders earlier messages otherwise once others "
+                    "follow, or asks for a reply with text that is not before it; expected another template, or rows "
+                    "with one reply each"
                 )
             end = len(ended.rstrip())
             if stop and not ended.rstrip().endswith(stop):

@@ -79,11 +79,22 @@ def test_generation_blocks_agree_with_prefixes_or_are_refused() -> None:
         "{% for m in messages[-2:] %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
         "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else m.content[:2] }}\n{% endfor %}",
         "{% for m in messages %}{{ loop.length }}{{ m.content }}{% endfor %}",
+        CHATML.replace("assistant\\n", "assistant\\n<think>"),
     ],
 )
 def test_a_template_that_drops_or_rewrites_turns_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="x renders earlier messages otherwise when others follow"):
+    with pytest.raises(UserError, match="x does not only append: it renders"):
         Encoder(byte_tokenizer(), Template(text, "x")).example(Chat(TURNS))
+
+
+def test_messages_that_the_template_refuses_are_a_defect_of_their_row(tmp_path: Path) -> None:
+    text = "{% if messages[0].role != 'user' %}{{ raise_exception('the user begins') }}{% endif %}" + CHATML
+    path = write_rows(tmp_path / "a.jsonl", {"messages": TURNS[1:3]}, {"messages": TURNS})
+    with pytest.raises(UserError, match="line 2, byte .*: x: the user begins; repair the row"):
+        load_examples(path, chat_tokenizer(), Template(text, "x"), 100)
+    assert load_examples(path, chat_tokenizer(), Template(text, "x"), 100, Rows(defects="skip")).counts.left_out == {
+        "refused by the template": 1
+    }
 
 
 def test_tools_reach_the_template_and_calls_stay_text() -> None:

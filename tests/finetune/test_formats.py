@@ -67,7 +67,9 @@ def test_parquet_messages_have_no_null_fields(tmp_path: Path) -> None:
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     turns = [CHAT[0], CHAT[1] | {"tool_calls": None, "name": None}]
     pq.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "a.parquet")
-    assert examples(tmp_path / "a.parquet") == [PAIR]
+    template = Template("{% for m in messages %}{{ m.content }}{{ 1 if m.name is defined }}/{% endfor %}", "x")
+    loaded = load_examples(tmp_path / "a.parquet", byte_tokenizer(), template, 50)
+    assert parts(loaded.items[0]) == ("hi/", f"yes/{EOT}")
 
 
 def test_columns_of_other_names_and_loss_on_everything(tmp_path: Path) -> None:
@@ -122,6 +124,7 @@ def test_unknown_columns_name_what_is_expected(tmp_path: Path) -> None:
     [
         ({"prompt": "a", "chosen": " b", "rejected": " c"}, "a", (" b", " c")),
         ({"chosen": "x one cat", "rejected": "x one catfish"}, "x one", (" cat", " catfish")),
+        ({"chosen": "x one cat sat", "rejected": "x one catfish"}, "x one", (" cat sat", " catfish")),
         ({"chosen": "one cat", "rejected": "one cat sat"}, "one", (" cat", " cat sat")),
         ({"chosen": "A:\nyes", "rejected": "A:\nyet"}, "A:\n", ("yes", "yet")),
     ],
