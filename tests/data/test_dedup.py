@@ -15,7 +15,7 @@ import pytest
 
 from fastgpt.bench._dedup import measure_datasketch, measure_fastgpt, plant, planted_duplicates
 from fastgpt.core.errors import UserError
-from fastgpt.data.dedup import Counts, DedupPart, DedupSettings, Duplicates, Outcome, find, fingerprint
+from fastgpt.data.dedup import Counts, DedupPart, DedupSettings, Duplicates, Outcome, find, fingerprint, result
 from fastgpt.data.dedup.forest import Forest
 from fastgpt.data.dedup.similarity import jaccard, shingle_sets
 from fastgpt.data.dedup.words import ASSIGNED, UNSPACED, grams, hash_words, lowered, spans, split
@@ -206,6 +206,23 @@ def test_keep_policies() -> None:
     assert Corpus(texts, longest).kept() == {"a": [1], "b": [0]}
     preferred = DedupSettings(bands=24, rows=1, shingle=2, threshold=0.5, keep="source", prefer=("of b",))
     assert Corpus(texts, preferred).kept() == {"a": [1], "b": [0]}
+
+
+def test_the_longest_of_a_cluster_larger_than_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The documents of one cluster are compared in blocks, each with the best one before it."""
+    sizes = [3, 9, 4, 9, 1, 7, 2, 8, 5, 6, 9, 0]
+    texts = [" ".join([*BASE, *("more" for _ in range(size))]) for size in sizes]
+    options = DedupSettings(bands=24, rows=1, shingle=1, threshold=0.5, keep="longest", rows_in_memory=6)
+    at_once: list[int] = []
+    real = result._best
+    monkeypatch.setattr(result, "_best", lambda c, r, m, s: at_once.append(len(m)) or real(c, r, m, s))
+    for order in (sizes, sizes[::-1]):
+        corpus = Corpus({"a": [texts[sizes.index(size)] for size in order[:5]], "b": []}, options)
+        corpus.add("c", [texts[sizes.index(size)] for size in order[5:]])
+        kept = corpus.kept()
+        place = order.index(9)
+        assert kept == {"a": [place] if place < 5 else [], "b": [], "c": [place - 5] if place >= 5 else []}
+    assert max(at_once) <= 4 and len(at_once) == 8  # 3 documents and the best before them
 
 
 @pytest.mark.parametrize("keep", ["first", "longest", "source"])

@@ -1,9 +1,9 @@
 """The global search for duplicates: equal hashes first, then pairs of a common band, each compared by its texts.
 
-Memory: 5 bytes a document in two arrays (in files where they are large), 28 bytes for each of the
-`rows_in_memory` documents of one band that are sorted at once, and the texts and shingles of one batch of pairs.
-Everything else stays in the files of the parts, which are read column by column. 100 million documents need
-500 MB in these files, 112 MB for sorting and about 150 MB for a batch.
+Memory: 5 bytes a document in two arrays (in files where they are large) and 4 more in a third with keep="longest" or
+parts of earlier generations, 28 bytes for each of the `rows_in_memory` documents of one band that are sorted at once,
+and the texts and shingles of one batch of pairs. Everything else stays in the files of the parts, which are read column
+by column. 100 million documents need 500 MB in these files, 112 MB for sorting and about 150 MB for a batch.
 
 Buckets: all pairs of a bucket of up to `settings.bucket` documents are compared, unless they are already in one
 cluster. A larger bucket, usually of boilerplate, would need a quadratic number of comparisons. There each document is
@@ -62,7 +62,7 @@ def find(
         for band in range(settings.bands):
             search.join_similar(band)
     search.forest.flatten()
-    choose(catalogue, search.forest.parent, settings)
+    choose(catalogue, search.forest.parent, settings, scratch)
     return Duplicates(catalogue, search.forest.parent, search.twin, search.sample, search.work)
 
 

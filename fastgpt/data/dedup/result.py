@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from fastgpt.data.dedup.forest import allocate
 from fastgpt.data.dedup.parts import Catalogue, DedupPart, Outcome
 from fastgpt.data.dedup.settings import DedupSettings
 from fastgpt.data.dedup.words import mix
@@ -105,23 +107,28 @@ class Duplicates:
             counts.near += int(np.count_nonzero(owners == owner)) - exact
 
 
-def choose(catalogue: Catalogue, roots: np.ndarray, settings: DedupSettings) -> None:
+def choose(catalogue: Catalogue, roots: np.ndarray, settings: DedupSettings, scratch: Path | None = None) -> None:
     """Replace the root of each document by the document of its cluster that stays, in place.
 
     The root is the first document of the cluster, which is the right one unless lengths or earlier generations matter.
+    Then blocks of documents compete, one after another, with the best ones of their clusters so far: a cluster may be
+    larger than memory. `scratch` is the folder of a large array, 4 bytes a document.
     """
     if settings.keep != "longest" and not catalogue.earlier:
         return
-    open_ = np.zeros(len(roots), bool)  # documents of clusters that are not settled
-    for _, numbers in catalogue:
-        joined = roots[numbers] != np.arange(numbers.start, numbers.stop)
-        open_[numbers] |= joined
-        open_[roots[numbers][joined]] = True
-    step = max(settings.rows_in_memory * len(roots) // max(int(np.count_nonzero(open_)), 1), 1)
+    step = max(settings.rows_in_memory // 2, 1)
+    best = allocate(len(roots), np.uint32, scratch)  # of the cluster of each root
     for start in range(0, len(roots), step):
-        members = np.flatnonzero(open_ & (roots >= start) & (roots < start + step))
-        roots[members] = _best(catalogue, roots[members], members, settings)
-        open_[members] = False
+        block = np.arange(start, min(start + step, len(roots)), dtype=np.uint32)
+        best[block] = block
+    for start in range(0, len(roots), step):
+        block = np.arange(start, min(start + step, len(roots)), dtype=np.uint32)
+        joined = block[roots[block] != block]
+        heads = np.unique(roots[joined])
+        members, owners = np.concatenate([joined, best[heads]]), np.concatenate([roots[joined], heads])
+        best[owners] = _best(catalogue, owners, members, settings)
+    for start in range(0, len(roots), step):
+        roots[start : start + step] = best[roots[start : start + step]]
 
 
 def _best(catalogue: Catalogue, roots: np.ndarray, members: np.ndarray, settings: DedupSettings) -> np.ndarray:
@@ -133,6 +140,6 @@ def _best(catalogue: Catalogue, roots: np.ndarray, members: np.ndarray, settings
     shorter = -catalogue.gather(members, lambda prints: prints.lengths)
     order = np.lexsort((members, *([shorter] if settings.keep == "longest" else []), rank, roots))
     first = np.concatenate([[True], roots[order][1:] != roots[order][:-1]])[: len(order)]
-    best = np.empty(len(members), np.int64)
+    best = np.empty(len(members), np.uint32)
     best[order] = members[order][first][np.cumsum(first) - 1]
     return best
