@@ -203,6 +203,11 @@ def main() -> int:
 
     def command() -> int:
         name = parser.parse_args(argv[:1]).command
+
+        from fastgpt import ops  # noqa: F401 (the import registers the ops and reads FASTGPT_KERNELS)
+        from fastgpt.core.backend import check_environment
+
+        check_environment()
         return COMMANDS[name](argv[1:])
 
     return run_command(command)

@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -277,3 +279,27 @@ def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit):
         run(monkeypatch, "--help")
     assert re.findall("^  ([a-z]+) ", capsys.readouterr().out, re.M) == list(cli.COMMANDS)
+
+
+def test_interrupted_while_pytorch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(train.__file__).parents[1])])}
+    command = [sys.executable, "-m", "fastgpt.cli", "train"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (130, "fastgpt: interrupted\n")
+
+
+@pytest.mark.skipif(not native.BUILT["cpu"], reason="needs fastgpt._C")
+@pytest.mark.parametrize("command", ["train", "doctor"])
+def test_compiled_kernels_older_than_their_sources(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(backend, "_wrong", [])
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    patched = "torch._C._dispatch_has_kernel_for_dispatch_key"
+    monkeypatch.setattr(patched, lambda kernel, key: kernel != "fastgpt::linear_fwd.cpu" and has_kernel(kernel, key))
+    backend.apply_environment()
+    assert run(monkeypatch, command) == 2
+    said = capsys.readouterr().err
+    assert "fastgpt._C has no fastgpt::linear_fwd.cpu: it was built from an older csrc/; pip install" in said
+    assert said.count("\n") == 1

@@ -63,7 +63,8 @@ _self_checks: dict[str, SelfCheck] = {}
 _verdicts: dict[str, str | None] = {}  # "<op>.<backend>" -> why it failed, None if it passed
 _tuned: dict[str, dict[str, dict[str, Any]]] = {}  # device type -> "<op>.<dtype>" -> what was measured, once read
 _choice: dict[str, str] = {}
-_wrong: list[UserError] = []  # what is wrong with FASTGPT_KERNELS
+_wrong: list[UserError] = []  # what is wrong with FASTGPT_KERNELS, or with the compiled kernels
+raw_ops: dict[str, str] = {}  # raw op that csrc implements -> its op
 
 
 def interpreting() -> bool:
@@ -356,9 +357,18 @@ def apply_environment() -> None:
         use(strict=os.environ.get("FASTGPT_STRICT") == "1", **parse_choices(os.environ.get("FASTGPT_KERNELS", "")))
     except UserError as e:
         _wrong.append(UserError(f"FASTGPT_KERNELS: {str(e).removeprefix('kernels: ')}"))
+    for name, op in raw_ops.items():
+        for backend in native.NATIVE:
+            kernel, key = f"fastgpt::{name}.{backend}", backend.upper()
+            if not native.BUILT[backend] or backend not in _table.get(op, {}):
+                continue
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(kernel, key):
+                why = f"fastgpt._C has no {kernel}: it was built from an older csrc/; {native.REBUILD}"
+                _wrong.append(UserError(why))
 
 
 def check_environment() -> None:
-    """Raise a UserError if FASTGPT_KERNELS is invalid; called by every command and by an op's first call."""
+    """Raise a UserError if FASTGPT_KERNELS is invalid or the compiled kernels are too old; called by every command and
+    by an op's first call."""
     if _wrong:
         raise _wrong[0]

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from fastgpt.core.backend import check_environment
 from fastgpt.core.errors import UserError
 
 
@@ -18,6 +17,8 @@ def run_command(command: Callable[[], int]) -> int:
     """Run a command; a UserError, or an OSError about a file, becomes one line on stderr and exit code 2, without a
     traceback."""
     try:
+        from fastgpt.core.backend import check_environment  # here: the import of PyTorch may be interrupted
+
         check_environment()
         return command()
     except UserError as e:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fastgpt.core.backend import raw_ops
+
 LIB = torch.library.Library("fastgpt", "DEF")
 # Backend -> dispatch keys for which Python registers kernels. cuda and triton have CPU too, for simulation in tests.
 KEYS = {"cuda": ("CUDA", "CPU"), "triton": ("CUDA", "CPU"), "cpu": ("CPU",)}
@@ -24,6 +26,7 @@ def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dic
     is imported at the first call. `fake` returns outputs of the right shape, dtype and strides.
     """
     overloads = {backend: _declare(f"{name}.{backend}", schema, fake) for backend in KEYS}
+    raw_ops[name] = module
     for key in KEYS["triton"]:
         LIB.impl(f"{name}.triton", _lazy_triton(module, name), key)
     return overloads

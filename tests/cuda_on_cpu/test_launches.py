@@ -16,7 +16,7 @@ if importlib.util.find_spec("pybind11") is None or shutil.which("g++") is None:
 
 import emulator
 
-import fastgpt  # noqa: F401  (its schemas must exist before the library registers kernels for them)
+import fastgpt.ops  # noqa: F401  (its schemas must exist before the library registers kernels for them)
 from fastgpt.bench import codegen
 
 ALIGNED, WIDTHS = 4096, [1, 7, 33, 64, 96, 128, 300, 768, 1024, 1280, 1600, 2048, 3072, 4096, 5120, 8192, 16384, 65536]
