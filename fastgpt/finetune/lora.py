@@ -194,7 +194,7 @@ def unmerge(model: nn.Module) -> None:
 def remove_lora(model: GPT, *, merged: bool = True) -> GPT:
     """Replace the layers with adapters by linear layers with W + s B A, or W if not `merged`; return the model.
 
-    A merged layer over a quantised weight becomes a linear layer in fp32.
+    A merged layer over a quantised weight becomes a linear layer in the dtype that the weight had.
     """
     for name, m in lora_layers(model).items():
         if m.weight is None and not merged:
@@ -220,7 +220,7 @@ def read_merged(model: GPT) -> Callable[[str], Tensor]:
         if leaf == "weight" and isinstance(m, LoraLinear):
             return m.merged_weight()
         if leaf == "weight" and isinstance(m, FrozenLinear):
-            return m.store.dense(torch.float32)  # type: ignore[no-any-return]
+            return m.store.dense(m.store.dtype)  # type: ignore[no-any-return]
         return named[name]
 
     return read

@@ -32,6 +32,7 @@ class Store(Protocol):
     """A frozen weight in another form than a tensor: a module of buffers."""
 
     shape: tuple[int, int]  # (F, C)
+    dtype: torch.dtype  # of the weight that was stored
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, (F, C)."""
@@ -210,8 +211,10 @@ class LoraLinear(nn.Module):
         like = base.weight if isinstance(base, nn.Linear) else next(base.buffers())
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         bound, rows = 1 / math.sqrt(self.in_features), sum(end - start for start, end in self.columns)
-        a = torch.empty(len(self.columns) * rank, self.in_features, dtype=dtype, device="cpu")
-        self.lora_A = nn.Parameter(a.uniform_(-bound, bound, generator=generator).to(like.device))
+        a = torch.empty(
+            len(self.columns) * rank, self.in_features, dtype=dtype, device="meta" if like.is_meta else "cpu"
+        )
+        self.lora_A = nn.Parameter(a if a.is_meta else a.uniform_(-bound, bound, generator=generator).to(like.device))
         self.lora_B = nn.Parameter(torch.zeros(rows, rank, dtype=dtype, device=like.device))
         self.register_buffer("merged", None, persistent=False)
         self.enabled = True
@@ -239,10 +242,9 @@ class LoraLinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return W + s B A (F, C), summed in the dtype of the adapter; dtype is by default that of W, or fp32."""
+        """Return W + s B A (F, C), summed in the dtype of the adapter; dtype is by default that of W."""
         weight = dense(self.base_weight, self.lora_A.dtype)
-        own = self.lora_A.dtype if self.weight is None else self.weight.dtype
-        return self.delta().add_(weight).to(dtype or own)
+        return self.delta().add_(weight).to(dtype or self.base_weight.dtype)
 
     def merge(self) -> None:
         """Use W + s B A from here on, a copy of the weight, so that a call is one product."""
