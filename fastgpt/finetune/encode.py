@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -194,15 +194,30 @@ class Encoder:
         """Return the ids of a rendered text, and for each place in the text the number of ids before it."""
         encode, prefix = self.tokenizer.encode, self.tokenizer.prefix if self.template.default else ()
         whole = encode(text, specials=True)
-        parts = {place: encode(text[:place], specials=True) for place in places}
-        if all(np.array_equal(whole[: len(part)], part) for part in parts.values()):
-            return [*prefix, *whole.tolist()], {place: len(prefix) + len(part) for place, part in parts.items()}
+        sizes = self._sizes(text, places, whole)
+        if sizes is not None:
+            return [*prefix, *whole.tolist()], {place: len(prefix) + size for place, size in zip(places, sizes)}
         ids, at, cuts = [*prefix], 0, {}  # a token reaches over a seam: encode what is between them
         for place in [*places, len(text)]:
             piece = text[at:place]
             ids += self._after(text[:at], piece, specials=True) if at else encode(piece, specials=True).tolist()
             cuts[place], at = len(ids), place
         return ids, cuts
+
+    def _sizes(self, text: str, places: list[int], whole: Ids) -> list[int] | None:
+        """Return how many ids the text before each place has alone, if those of all of it, `whole`, begin with these."""
+
+        def encode(begin: int, end: int) -> Ids:
+            return self.tokenizer.encode(text[begin:end], specials=True)
+
+        # A special token ends what is before it. With one between any two places, the text before a place has the ids
+        # of the pieces before it, so each piece is encoded once.
+        if all(self._special.search(text, begin, end) for begin, end in pairwise(places)):
+            pieces = [encode(begin, end) for begin, end in pairwise([0, *places, len(text)])]
+            if np.array_equal(np.concatenate(pieces), whole):
+                return [int(size) for size in np.cumsum([len(piece) for piece in pieces[:-1]])]
+        alone = [encode(0, place) for place in places]
+        return [len(ids) for ids in alone] if all(np.array_equal(whole[: len(ids)], ids) for ids in alone) else None
 
 
 def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:

@@ -141,7 +141,9 @@ def test_no_text_of_a_user_becomes_a_special_token(prompt: str, completion: str)
     t = _tokenizer
     special = set(t.specials.values())
     encoder = Encoder(t, Template(CHATML, "x"))
-    chat = Chat([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+    said = (prompt, completion, completion, prompt)
+    roles = ("user", "assistant") * 2
+    chat = Chat([{"role": role, "content": content} for role, content in zip(roles, said)])
     for source in (Text(prompt, completion), chat):
         try:
             example = encoder.example(source)
@@ -152,12 +154,15 @@ def test_no_text_of_a_user_becomes_a_special_token(prompt: str, completion: str)
             assert "surrogate" in str(e)
             continue
         found = [t.decode([i]) for i in example.ids.tolist() if i in special]
-        assert found == ([EOT] if isinstance(source, Text) else [*MARKS, *MARKS])
+        assert found == ([EOT] if isinstance(source, Text) else MARKS * 4)
         assert example.ids[example.learned][-1] in special  # what ends a completion is learned
         if isinstance(source, Text):
             assert t.decode(example.ids[:-1]) == prompt + completion.removesuffix(EOT)
         else:
-            assert t.decode(example.ids) == Template(CHATML, "x").render(chat.messages, ask=False)
+            assert t.decode(example.ids) == encoder.template.render(chat.messages, ask=False)
+            begins = np.flatnonzero(np.diff(example.learned.astype(int)) == 1) + 1
+            asked = [encoder.template.render(chat.messages[:i]) for i in (1, 3)]
+            assert [example.ids[:b].tolist() for b in begins] == [t.encode(a, specials=True).tolist() for a in asked]
 
 
 _tokenizer = chat_tokenizer()
