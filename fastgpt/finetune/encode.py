@@ -205,7 +205,7 @@ class Encoder:
         return ids, cuts
 
     def _sizes(self, text: str, places: list[int], whole: Ids) -> list[int] | None:
-        """Return how many ids the text before each place has alone, if those of all of it, `whole`, begin with these."""
+        """Return how many ids the text before each place has alone, if `whole`, of all of it, begins with these."""
 
         def encode(begin: int, end: int) -> Ids:
             return self.tokenizer.encode(text[begin:end], specials=True)
