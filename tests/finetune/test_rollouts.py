@@ -94,6 +94,9 @@ def test_a_draw_depends_on_seed_and_number() -> None:
     assert not torch.equal(first.targets, second.targets)
     assert same(next(loader(m, batch=8, accumulation=1)), first)
     assert not torch.equal(next(loader(m, batch=8, accumulation=1, seed=1)).targets, first.targets)
+    one = RolloutLoader(m, Characters(), SUMS[:1], [right], GRPO(max_new_tokens=3), 8, batch=8, group=8)
+    texts = [[next(one), *(s.text for s in one.drawn)][1:] for _ in range(2)]
+    assert texts[0] != texts[1]  # of the same prompt
 
 
 def test_a_truncated_sample_counts_for_its_group_but_is_not_learned() -> None:

@@ -1,0 +1,149 @@
+"""TRL's trainers give the same losses, metrics and weights with fastgpt's linear cross-entropy under them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_models import make
+from trl_trainers import PLAIN, words
+
+from fastgpt.core.errors import UserError
+from fastgpt.patching import trl as patching
+
+pytest.importorskip("trl")
+datasets = pytest.importorskip("datasets")
+
+DATA: dict[str, dict[str, list[Any]]] = {
+    "DPO": dict(prompt=["w3 w4", "w5"], chosen=["w5 w6", "w7"], rejected=["w7", "w8 w9"]),
+    "KTO": dict(prompt=["w3 w4", "w5"], completion=["w5 w6", "w7 w8"], label=[True, False]),
+    "GRPO": dict(prompt=["w3 w4", "w5 w6"]),
+    "SFT": dict(prompt=["w3 w4", "w5"], completion=["w5 w6", "w7 w8 w9"]),
+}
+DATA["ORPO"] = DATA["DPO"]
+
+
+def trained(
+    kind: str, family: str, folder: Path, patch: bool, metrics: bool = True, **options: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """Return the weights and the log of two steps of a trainer, with SGD: AdamW's steps depend on the sign of gradients
+    that are rounding alone."""
+    import trl
+    from trl.experimental import orpo
+
+    where: Any = orpo if kind == "ORPO" else trl
+    model = make(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    extra: dict[str, Any] = {}
+    if kind in ("DPO", "KTO"):
+        extra["ref_model"] = make(family, seed=1)
+    if kind == "GRPO":
+        options |= dict(num_generations=2, max_completion_length=4)
+        extra["reward_funcs"] = lambda completions, **_: [float(len(set(text))) for text in completions]
+    config = getattr(where, f"{kind}Config")(
+        output_dir=str(folder), max_steps=2, learning_rate=1e-2, logging_steps=1, save_strategy="no", seed=0,
+        per_device_train_batch_size=2, disable_tqdm=True, optim="sgd",
+        max_grad_norm=0.0, lr_scheduler_type="constant", **PLAIN, **options,
+    )  # fmt: skip
+    data = datasets.Dataset.from_dict(copy.deepcopy(DATA[kind]))
+    trainer = getattr(where, f"{kind}Trainer")(
+        model, args=config, train_dataset=data, processing_class=words(), **extra
+    )
+    if patch:
+        patching.patch_trainer(trainer, metrics)
+    trainer.train()
+    return dict(model.state_dict()), trainer.state.log_history
+
+
+@pytest.mark.parametrize(
+    "kind, family",
+    [("DPO", "llama"), ("DPO", "gpt2"), ("KTO", "llama"), ("ORPO", "llama"), ("GRPO", "llama"), ("SFT", "llama")],
+)
+def test_two_steps_are_those_of_the_trainer_alone(kind: str, family: str, tmp_path: Path) -> None:
+    options = dict(temperature=0.8) if kind == "GRPO" else {}
+    expected, log = trained(kind, family, tmp_path / "a", patch=False, **options)
+    calls: list[int] = []
+    ours = patching.ops.linear_log_probs
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(patching.ops, "linear_log_probs", lambda x, *a, **k: (calls.append(len(x)), ours(x, *a, **k))[1])
+        found, ours_log = trained(kind, family, tmp_path / "b", patch=True, **options)
+    assert len(calls) >= 2
+    start = make(family).state_dict()
+    for name, p in expected.items():
+        moved = (p - start[name]).norm()
+        assert moved > 0 and (found[name] - p).norm() <= 1e-3 * moved + 1e-6 * p.norm(), name
+    for row, wanted in zip(ours_log, log, strict=True):
+        lost = {"logits/chosen", "logits/rejected"} if kind == "ORPO" else set()
+        assert wanted.keys() - row.keys() == lost & wanted.keys()
+        for name in row.keys() - {name for name in row if "time" in name or "second" in name}:
+            assert row[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-4), name
+
+
+def test_metrics_that_need_logits_can_be_left_out(tmp_path: Path) -> None:
+    expected, log = trained("DPO", "llama", tmp_path / "a", patch=False)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(patching, "_statistics", None)  # not called
+        found, ours = trained("DPO", "llama", tmp_path / "b", patch=True, metrics=False)
+    assert ours[0]["loss"] == pytest.approx(log[0]["loss"], rel=1e-4)
+    assert log[0].keys() - ours[0].keys() == set(patching.METRICS) and ours[0].keys() < log[0].keys()
+
+
+def test_the_op_is_restored_and_a_second_call_changes_nothing(tmp_path: Path) -> None:
+    from trl.trainer import utils
+
+    before = utils._ChunkedLogProbFunction, utils._use_triton
+
+    class Trainer:
+        args, ref_model, is_encoder_decoder = None, None, False
+
+        class model:
+            @staticmethod
+            def forward(**kwargs: Any) -> Any:
+                assert kwargs.get("fused_lm_head", False) == (utils._ChunkedLogProbFunction is not before[0])
+                if kwargs.get("fail"):
+                    raise KeyError("fails")
+
+    patching.patch_trainer(Trainer)
+    once = Trainer.model.forward
+    patching.patch_trainer(Trainer)
+    assert Trainer.model.forward is once
+    once()
+    once(fused_lm_head=True)
+    with pytest.raises(KeyError):
+        once(fused_lm_head=True, fail=True)
+    assert (utils._ChunkedLogProbFunction, utils._use_triton) == before
+
+
+def test_what_the_op_lacks_is_refused() -> None:
+    class Args:
+        top_entropy_quantile = 0.2
+
+    class Trainer:
+        args, _entropy_bonus_enabled = Args, False
+
+    with pytest.raises(UserError, match="need metrics=True"):
+        patching.patch_trainer(Trainer, metrics=False)
+    Trainer._entropy_bonus_enabled = True
+    with pytest.raises(UserError, match="entropy_coef"):
+        patching.patch_trainer(Trainer)
+
+
+def test_softcap_scale_and_temperature_are_those_of_the_op_of_trl() -> None:
+    from trl.trainer import utils
+
+    g = torch.Generator().manual_seed(0)
+    x, w, b = (torch.randn(s, generator=g).requires_grad_() for s in ((5, 8), (11, 8), (11,)))
+    target, up = torch.tensor([0, 10, 3, 3, 7]), torch.randn(5, generator=g)
+    for softcap, scale, temperature in ((None, 1.0, 1.0), (2.0, 0.5, 0.7)):
+        arguments = (x, w, b, target, temperature, 4, softcap, scale, ("log_probs", *patching.FIELDS))
+        wanted, found = utils._ChunkedLogProbFunction.apply(*arguments), patching._log_probs(True, *arguments)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        gradients = [torch.autograd.grad(out[0], (x, w, b), up) for out in (found, wanted)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert patching._log_probs(True, x[:0], w, b, target[:0], 1.0, 4)[0].shape == (0,)
