@@ -211,3 +211,13 @@ def test_a_pair_is_shown_with_both_sides(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", {"prompt": "a", "chosen": "b", "rejected": "c"})
     pair = load_pairs(path, byte_tokenizer(), Template(), 50).items[0]
     assert rendered(pair, byte_tokenizer()) == f"chosen:\na[[b{EOT}]]\nrejected:\na[[c{EOT}]]"
+
+
+def test_the_example_of_the_page_prints_what_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "finetuning-data.md").read_text(encoding="utf-8")
+    code, printed = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "finetuning-data.md", "exec"), {})
+    assert capsys.readouterr().out == printed
