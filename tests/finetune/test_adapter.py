@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -243,3 +245,15 @@ def test_adapters_of_other_models(plain: Path, bases: dict[str, Path], tmp_path:
         load_adapter(ours, plain)
     with pytest.raises(UserError, match=r"expected remove_lora\(model\) first"):
         save_pretrained(ours, tmp_path / "new")
+
+
+def test_the_code_of_the_page_runs(
+    bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "adapters.md"
+    shutil.copytree(bases["llama"], tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.S)), {})
+    assert capsys.readouterr().out.strip().isdigit()
+    assert type(opened_by_peft(tmp_path / "base", tmp_path / "adapter")).__name__ == "PeftModelForCausalLM"
+    assert load_pretrained(tmp_path / "merged").config == load_pretrained(tmp_path / "base").config
