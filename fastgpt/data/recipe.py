@@ -19,6 +19,7 @@ from fastgpt.data.clean import Cleaner, SettingError, located
 from fastgpt.data.corpus import EOT
 from fastgpt.data.dedup import DedupSettings
 from fastgpt.data.packing import METHODS
+from fastgpt.data.published import ENCODINGS
 from fastgpt.data.read.web import USER_AGENT
 from fastgpt.data.recipe_reader import Reader, compose
 
@@ -214,7 +215,8 @@ class Recipe:
 
     Attributes:
         sources: name -> source.
-        out: folder of the data set; without it, data/ and the recipe's name, below the current folder.
+        name: the recipe's name; without it, the file's. A build does not replace the data set of another recipe.
+        out: folder of the data set; without it, data/ and the name, below the current folder.
         seed: decides the split, the order and every sample.
         validation: share of documents held out, chosen by the hash of seed and id.
         dedup: true, false, or settings of deduplication.
@@ -228,6 +230,7 @@ class Recipe:
     """
 
     sources: dict[str, SourceRecipe]
+    name: str = ""
     out: str | None = None
     seed: int = 0
     validation: float = 0.005
@@ -271,7 +274,7 @@ def load_recipe(path: str | Path) -> Recipe:
     recipe: Recipe = reader.read(root, Recipe, "")
     recipe = _located(recipe, path.resolve().parent)
     _check(recipe, reader)
-    return recipe
+    return dataclasses.replace(recipe, name=recipe.name or path.stem)
 
 
 def _check(recipe: Recipe, reader: Reader) -> None:
@@ -322,6 +325,10 @@ def _check(recipe: Recipe, reader: Reader) -> None:
         reader.fail("shards.dtype", f"shards.dtype is {recipe.shards.dtype!r}, expected auto, uint16 or uint32")
     if recipe.packing.method not in METHODS:
         reader.fail("packing.method", f"packing.method is {recipe.packing.method!r}, expected {', '.join(METHODS)}")
+    given = recipe.tokenizer
+    if isinstance(given, str) and given not in ENCODINGS and not Path(given).exists():
+        expected = f"expected {', '.join(ENCODINGS)} or an existing tokenizer.json"
+        reader.fail("tokenizer", f"tokenizer is {given!r}, {expected}{did_you_mean(given, ENCODINGS)}")
     _check_mix(recipe, reader)
 
 

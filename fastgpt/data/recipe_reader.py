@@ -7,6 +7,7 @@ import json
 import re
 import types
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from fastgpt.core.errors import UserError
@@ -25,6 +26,17 @@ class Node:
         if isinstance(self.value, dict):
             return {k: v.plain() for k, v in self.value.items()}
         return [v.plain() for v in self.value] if isinstance(self.value, list) else self.value
+
+
+class KeyedError(UserError):
+    """An error that belongs to a key of a recipe, found after the recipe was read; `at_line` adds file and line."""
+
+    def __init__(self, key: str, text: str) -> None:
+        super().__init__(text)
+        self.key = key
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.key, str(self))
 
 
 class Reader:
@@ -49,7 +61,7 @@ class Reader:
             if kind is Any and isinstance(node.value, list):
                 return [self.read(v, Any, f"{key}[{i}]") for i, v in enumerate(node.value)]
             if kind is Any and isinstance(node.value, dict):
-                return {k: self.read(v, Any, f"{key}.{k}") for k, v in node.value.items()}
+                return {k: self.read(v, Any, f"{key}.{k}" if key else k) for k, v in node.value.items()}
             if get_origin(kind) is dict and isinstance(node.value, dict):
                 inner = get_args(kind)[1]
                 return {k: self.read(v, inner, f"{key}.{k}" if key else k) for k, v in node.value.items()}
@@ -112,6 +124,16 @@ def compose(text: str, where: str) -> Node:
         line = mark.line + 1 if mark else 1
         raise UserError(f"{where}, line {line}: not valid YAML ({getattr(e, 'problem', None) or e})") from None
     return Node(None, 1) if node is None else read(node)
+
+
+def at_line(path: str | Path, error: KeyedError) -> UserError:
+    """Return the error with the recipe's file and the line of its key."""
+    reader = Reader(str(path))
+    reader.read(compose(Path(path).read_text(encoding="utf-8"), str(path)), Any, "")
+    try:
+        reader.fail(error.key, str(error))
+    except UserError as e:
+        return e
 
 
 def _parents(key: str) -> list[str]:

@@ -173,7 +173,7 @@ def test_a_full_disk_is_one_sentence_and_the_next_build_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(store.np, "save", full)
-        with pytest.raises(UserError, match="cannot write .*No space left on device"):
+        with pytest.raises(UserError, match="cannot write .*No space left on device; .*work keeps what is finished"):
             build(made, out, show=False)
     build(made, out, show=False)
     assert shards(out) == shards(done)
@@ -487,3 +487,43 @@ def test_a_missing_optional_source_is_left_out(tmp_path: Path, caplog: pytest.Lo
         report = build(stages_recipe(tmp_path, plain), tmp_path / "out", show=False)
     assert report is not None and report["sources"]["extra"]["documents"] == 0
     assert any(m.startswith("source extra is left out: ") for m in caplog.messages)
+
+
+def test_another_recipe_does_not_replace_a_data_set(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(done, tmp_path / "out"))
+    path = write_recipe(tmp_path, settings(tmp_path, seed=1))
+    other = path.rename(tmp_path / "other.yaml")
+    monkeypatch.setattr("sys.argv", ["fastgpt", "data", "build", str(other), "--out", str(out)])
+    before = {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()}
+    assert fastgpt() == 2
+    assert f"{out} is the data set of recipe recipe, expected one of other" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.is_file()} == before
+    other.write_text("name: recipe\n" + other.read_text(encoding="utf-8"), encoding="utf-8")
+    assert fastgpt() == 0 and open_built(out).manifest["generation"] == 2
+
+
+@pytest.mark.parametrize(
+    "lines, line, said",
+    [
+        ("    format:\n      name: text\n      slpit: line", 5, "sources.a.format.slpit is not a key"),
+        ("    license: mit\n    exclude: a.txt", 5, "sources.a: exclude leaves out"),
+        ("    license: mit\ntokenizer: nothere.json", 5, "tokenizer is 'nothere.json', expected gpt2"),
+    ],
+)
+def test_errors_that_are_found_late_name_the_line(
+    lines: str,
+    line: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "a.txt").write_text("A text.", encoding="utf-8")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"sources:\n  a:\n    path: a.txt\n{lines}\n", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["fastgpt", "data", "build", str(path), "--out", str(tmp_path / "out")])
+    assert fastgpt() == 2
+    assert f"{path}, line {line + ('slpit' in lines)}: {said}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

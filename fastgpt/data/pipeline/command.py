@@ -18,7 +18,8 @@ from fastgpt.data.pipeline.forget import forget as erase
 from fastgpt.data.pipeline.show import PAGE, card, packing_rows, recipe_length, samples, write_page
 from fastgpt.data.pipeline.stages import ALONE, Share, build, dry_run
 from fastgpt.data.pipeline.store import read_json
-from fastgpt.data.recipe import load_recipe
+from fastgpt.data.recipe import Recipe, load_recipe
+from fastgpt.data.recipe_reader import KeyedError, at_line
 from fastgpt.data.tokenizer import available_cores
 
 ENGINES = ("processes", "dask")
@@ -54,7 +55,14 @@ def build_main(argv: list[str]) -> int:
     if args.task is not None and args.only not in ("clean", "tokenize"):
         raise UserError("--task divides the parts of one stage: give --only clean or --only tokenize")
     recipe = load_recipe(args.recipe)
-    out = Path(args.out or recipe.out or Path("data") / Path(args.recipe).stem)
+    try:
+        return _build(args, recipe)
+    except KeyedError as e:
+        raise at_line(args.recipe, e) from None
+
+
+def _build(args: argparse.Namespace, recipe: Recipe) -> int:
+    out = Path(args.out or recipe.out or Path("data") / recipe.name)
     engine = None
     if args.engine == "dask":
         count = args.workers or recipe.workers or available_cores()

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.core.errors import UserError
-from fastgpt.core.options import WRONG, convert
+from fastgpt.core.options import WRONG, convert, did_you_mean
 from fastgpt.data.pipeline.engine import Engine
 from fastgpt.data.pipeline.fetch import debian_packages, downloaded, python_documentation, scraped
 from fastgpt.data.pipeline.store import hash64
 from fastgpt.data.read import Defect, DefectError, Format, Part, SourceFile, find_files, parts_of
 from fastgpt.data.read.files import glob_pattern
 from fastgpt.data.read.hub import DATA, download_dataset
-from fastgpt.data.recipe import Recipe, SourceRecipe
+from fastgpt.data.recipe import PLACES, Recipe, SourceRecipe
+from fastgpt.data.recipe_reader import KeyedError
 
 log = logging.getLogger("fastgpt")
 
@@ -68,22 +69,25 @@ class Gathered:
 
 def format_for(name: str, source: SourceRecipe) -> Format:
     """Return a source's format. Raises UserError that names the key."""
+    where = f"sources.{name}.format"
     given = {"name": source.format} if isinstance(source.format, str) else dict(source.format)
     if source.scrape:
         given = {"name": "jsonl", "id": "id"}
     known = {f.name for f in fields(Format)} - {"mode", "license", "source"}
     for key in given:
         if key not in known:
-            raise UserError(f"sources.{name}.format.{key} is not a key, expected {', '.join(sorted(known))}")
+            expected = ", ".join(sorted(known))
+            near = did_you_mean(key, known)
+            raise KeyedError(f"{where}.{key}", f"{where}.{key} is not a key, expected {expected}{near}")
     settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for key in {"piece_bytes", "max_bytes"} & settings.keys():
         settings[key] = convert(settings[key], int)
         if settings[key] is WRONG:
-            raise UserError(f"sources.{name}.format.{key} is {given[key]!r}, expected a whole number")
+            raise KeyedError(f"{where}.{key}", f"{where}.{key} is {given[key]!r}, expected a whole number")
     try:
         return Format(**settings, mode=source.defects)  # type: ignore[arg-type]
     except UserError as e:
-        raise UserError(f"sources.{name}.format: {e}") from None
+        raise KeyedError(where, f"{where}: {e}") from None
 
 
 def gather(recipe: Recipe, work: Path, workers: Engine) -> Gathered:
@@ -124,7 +128,8 @@ def _files(name: str, source: SourceRecipe, format: Format, work: Path, show: bo
         found = _found(name, source, format, work, show)
     except UserError as e:
         if not source.optional or isinstance(e, DefectError):
-            raise UserError(f"sources.{name}: {e}") from None
+            place = next((k for k in PLACES if getattr(source, k)), "path")
+            raise KeyedError(f"sources.{name}.{place}", f"sources.{name}: {e}") from None
         log.warning("source %s is left out: %s", name, e)
         return Found([])
     unwanted = re.compile("|".join(f"(?:{glob_pattern(p).pattern})" for p in source.exclude) or r"(?!)", re.DOTALL)
@@ -132,7 +137,7 @@ def _files(name: str, source: SourceRecipe, format: Format, work: Path, show: bo
     times = Counter(file.name for file in unique)
     named = [file if times[file.name] == 1 else replace(file, name=file.path.as_posix()) for file in unique]
     if not named:
-        raise UserError(f"sources.{name}: exclude leaves out all {len(found.files)} files")
+        raise KeyedError(f"sources.{name}.exclude", f"sources.{name}: exclude leaves out all {len(found.files)} files")
     return replace(found, files=sorted(named, key=lambda file: file.name))
 
 

@@ -41,6 +41,19 @@ def is_current(out: Path, inputs: str) -> bool:
         return False
 
 
+def check_owner(out: Path, recipe: Recipe) -> None:
+    """Raise UserError if a folder has the data set of a recipe with another name."""
+    try:
+        name = read_manifest(out)["recipe"].get("name", "")
+    except UserError:
+        return
+    if name and recipe.name and name != recipe.name:
+        raise UserError(
+            f"{out} is the data set of recipe {name}, expected one of {recipe.name}, or none: give another --out, "
+            f"or `name: {name}` in the recipe if it is the same one, or remove the folder"
+        )
+
+
 def trained_before(out: Path, recipe: Recipe) -> Tokenizer | None:
     """Return the tokenizer that an earlier generation trained with the settings of the recipe, if there is one.
 

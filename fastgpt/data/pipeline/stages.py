@@ -26,6 +26,7 @@ from fastgpt.data.pipeline.manifest import (
     ERASED,
     FILES,
     about,
+    check_owner,
     is_current,
     put_in_place,
     trained_before,
@@ -34,7 +35,7 @@ from fastgpt.data.pipeline.manifest import (
 from fastgpt.data.pipeline.report import report_of
 from fastgpt.data.pipeline.select import LeakTask, Selection, Selector, contents_of, find_leaks, read_erased
 from fastgpt.data.pipeline.show import PAGE, write_page
-from fastgpt.data.pipeline.store import Chunk, key_of, locked, read_json, remove_partial, write_json
+from fastgpt.data.pipeline.store import Chunk, has_results, key_of, locked, read_json, remove_partial, write_json
 from fastgpt.data.pipeline.tokens import Encoding, choose_tokenizer, encode, reorderings
 from fastgpt.data.pipeline.workers import Workers
 from fastgpt.data.pipeline.write import ShardTask, write_shard
@@ -90,7 +91,9 @@ class Build:
 
     def inputs(self) -> str:
         """Return a digest of everything that the data set depends on."""
-        settings = {k: v for k, v in self.recipe.settings().items() if k not in ("out", "workers", "decontaminate")}
+        settings = {
+            k: v for k, v in self.recipe.settings().items() if k not in ("name", "out", "workers", "decontaminate")
+        }
         sources = settings.pop("sources")
         kept = ("license", "weight", "epochs", "max_documents", "fill_in_the_middle")
         taken = [[name, {k: source[k] for k in kept}] for name, source in sources.items()]
@@ -254,7 +257,14 @@ def build(
         try:
             return _build(Build(recipe, out, pool, share), only, keep)
         except OSError as e:
-            raise UserError(f"cannot write {e.filename or out}: {e.strerror}") from e
+            raise UserError(f"cannot write {e.filename or out}: {e.strerror}{_kept(out)}") from e
+        except UserError as e:
+            e.args = (f"{e}{_kept(out)}",)
+            raise
+
+
+def _kept(out: Path) -> str:
+    return f"; {out / 'work'} keeps what is finished for the next build" if has_results(out / "work") else ""
 
 
 def _build(run: Build, only: str | None, keep: bool) -> dict[str, Any] | None:
@@ -263,6 +273,7 @@ def _build(run: Build, only: str | None, keep: bool) -> dict[str, Any] | None:
         if not (run.out / PAGE).is_file():
             write_page(run.out)  # the build was killed before it
     else:
+        check_owner(run.out, run.recipe)
         if only in (None, "clean"):
             run.clean()
             if only:

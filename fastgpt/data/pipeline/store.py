@@ -202,7 +202,19 @@ def locked(work: Path, alone: bool) -> Iterator[None]:
                 fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another build is working in {work}; wait until it ends") from None
-        yield
+        try:
+            yield
+        finally:
+            if alone and not has_results(work):
+                with contextlib.suppress(OSError):
+                    (work / "lock").unlink(missing_ok=True)
+                    work.rmdir()
+                    work.parent.rmdir()  # unless a data set is there
+
+
+def has_results(work: Path) -> bool:
+    """Return whether a work folder holds more than its lock."""
+    return work.is_dir() and any(path.name != "lock" for path in work.iterdir())
 
 
 @contextlib.contextmanager
