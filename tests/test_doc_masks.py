@@ -39,9 +39,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield tmp_path
 
 
-def documents() -> list[list[int]]:
+def documents(kernels: str) -> list[list[int]]:
+    """Return documents; fewer for Triton, whose interpreter is slow."""
     rng = np.random.default_rng(0)
-    return [[EOT, *rng.integers(1, 50, size - 1).tolist()] for size in SIZES]
+    sizes = SIZES[:5] if "triton" in kernels else SIZES
+    return [[EOT, *rng.integers(1, 50, size - 1).tolist()] for size in sizes]
 
 
 def loader_of(method: Any, stream: list[int]) -> TokenLoader:
@@ -77,7 +79,7 @@ def losses(model: GPT, batch: Batch) -> torch.Tensor:
 )
 def test_the_loss_is_that_of_each_document_alone(kernels: str, method: str, positions: str) -> None:
     use(**parse_choices(kernels))
-    model, parts = model_of(positions), documents()
+    model, parts = model_of(positions), documents(kernels)
     loader = loader_of(method, sum(parts, []))
     batches = [next(loader) for _ in range(loader.windows)]
     together = sum(NextToken().loss(model, batch)[0] for batch in batches)
@@ -87,7 +89,7 @@ def test_the_loss_is_that_of_each_document_alone(kernels: str, method: str, posi
         alone = alone + model(torch.tensor([part]), torch.tensor([[*part[1:], behind]]), reduction="sum")
     torch.testing.assert_close(together, alone)
     counted = sum(int(NextToken().counted(batch)) for batch in batches)
-    assert counted == sum(SIZES) - 1
+    assert counted == sum(map(len, parts)) - 1
     expected = torch.autograd.grad(alone, list(model.parameters()))
     for a, b in zip(torch.autograd.grad(together, list(model.parameters())), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
@@ -98,7 +100,7 @@ def test_the_loss_is_that_of_each_document_alone(kernels: str, method: str, posi
 )
 def test_nothing_of_a_document_reaches_another(kernels: str, method: str) -> None:
     use(**parse_choices(kernels))
-    model, loader = model_of("rope"), loader_of(method, sum(documents(), []))
+    model, loader = model_of("rope"), loader_of(method, sum(documents(kernels), []))
     tried = 0
     with torch.no_grad():
         for batch in (next(loader) for _ in range(loader.windows)):
@@ -113,7 +115,7 @@ def test_nothing_of_a_document_reaches_another(kernels: str, method: str) -> Non
                 counts = batch.targets[0, inside] != IGNORE
                 assert not counts.any() or not torch.equal(after[0, inside], before[0, inside])
                 tried += int(others.any())
-    assert tried >= 4 or method == "pad"
+    assert tried >= 3 or method == "pad"
 
 
 def texts(folder: Path) -> Path:
@@ -136,7 +138,14 @@ def trained() -> list[tuple[int, float]]:
     return [(int(r["step"]), r["loss"]) for r in rows() if "loss" in r]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "best-fit",
+        pytest.param("pad", marks=pytest.mark.slow),
+        pytest.param("concatenate", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_resumes_with_the_same_bits(method: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data, extra = texts(here), ["--doc-masks", "--packing", method]
     assert go(data, *extra) == 0
