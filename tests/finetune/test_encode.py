@@ -216,8 +216,8 @@ def test_a_pair_is_shown_with_both_sides(tmp_path: Path) -> None:
 def test_the_example_of_the_page_prints_what_the_page_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "finetuning-data.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "finetuning_data.md").read_text(encoding="utf-8")
     code, printed = (page.split(f"```{kind}\n")[1].split("```")[0] for kind in ("python", "text"))
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "finetuning-data.md", "exec"), {})
+    exec(compile(code, "finetuning_data.md", "exec"), {})
     assert capsys.readouterr().out == printed
