@@ -130,6 +130,13 @@ def tokenizer(argv: list[str]) -> int:
     return tokenizer_main(argv)
 
 
+def finetune(argv: list[str]) -> int:
+    """Run `fastgpt finetune`; see fastgpt/finetune/command.py."""
+    from fastgpt.finetune.command import main as finetune_main
+
+    return finetune_main(argv)
+
+
 def import_(argv: list[str]) -> int:
     """Run `fastgpt import`; see fastgpt/convert/importing.py."""
     from fastgpt.convert.importing import main as import_main
@@ -160,9 +167,10 @@ def bench(argv: list[str]) -> int:
 
 COMMANDS = {
     "train": train,
+    "init": init,
+    "finetune": finetune,
     "sample": sample,
     "chat": chat,
-    "init": init,
     "data": data,
     "tokenizer": tokenizer,
     "import": import_,
@@ -174,9 +182,10 @@ COMMANDS = {
 }
 HELP = """commands:
   train      train a model, resume a run, or plan one (--plan)
+  init       write a recipe for fine-tuning from a goal
+  finetune   train a model further: on instructions, preferences, labels, or a teacher
   sample     continue a prompt with a trained model
   chat       hold a conversation with a trained model
-  init       write a recipe for fine-tuning from a goal
   data       make data sets from raw text, check and inspect them, erase documents
   tokenizer  train, show and check tokenizers
   import     make a run from a model of another project

@@ -233,6 +233,19 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def require_model(path: Path, state: dict[str, Any]) -> None:
+    """Refuse a checkpoint of `fastgpt finetune` that does not hold a whole language model.
+
+    Raises:
+        UserError: it holds adapters alone, or a model with a task head.
+    """
+    if state.get("adapters"):
+        merged = path.parent / "merged"
+        raise UserError(f"checkpoint {path} holds adapters of {state['base']} alone, expected a model, as in {merged}")
+    if state.get("head"):
+        raise UserError(f"checkpoint {path} has a head for {state['head']['kind']}, expected a language model")
+
+
 def verified(path: Path, name: str, state: dict[str, Any]) -> Path:
     """Return one of a checkpoint's tensor files, after comparing it with state.json.
 

@@ -23,7 +23,8 @@ def validate(run: Run, log: Log, batches: int | None) -> float:
         row.update({f"{name}.{what}": float(value) for what, value in evaluation(run).items()})
     log.row(row)
     more = "".join(f", {name} {value:.4f}" for name, value in list(row.items())[2:])
-    log.say(f"step {run.progress.step}: validation loss {row['val_loss']:.4f} nats per {run.task.unit}{more}")
+    unit = "nats per token" if run.task.unit == "token" else f"per {run.task.unit}"
+    log.say(f"step {run.progress.step}: validation loss {row['val_loss']:.4f} {unit}{more}")
     return row["val_loss"]
 
 

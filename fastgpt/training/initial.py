@@ -54,6 +54,7 @@ def open_initial(path: str | Path) -> Initial:
         return Initial(weights.config, path if has_tokenizer(path) else None, weights.read, origin)
     found = checkpoint.find(path)
     state = checkpoint.read_state(found)
+    checkpoint.require_model(found, state)
     entries = tensorfile.read_header(checkpoint.verified(found, checkpoint.MODEL, state))
     tokenizer = None if state["tokenizer"] is None else found.parent / "tokenizer.json"
     given = state.get("source", {"name": found.parent.resolve().name, "revision": f"step {state['step']}"})

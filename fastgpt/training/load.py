@@ -36,6 +36,7 @@ def load_run(path: str | Path, device: torch.device) -> tuple[GPT, Tokenizer, Pa
     """
     found = checkpoint.find(path)
     state = checkpoint.read_state(found)
+    checkpoint.require_model(found, state)
     tokenizer = tokenizer_of(found, state)
     model = GPT(model_from_dict(state["model"]))
     model.load_state_dict(checkpoint.read_tensors(found, checkpoint.MODEL, state))

@@ -101,6 +101,10 @@ class Run:
         if self.cfg.init:
             self.origin = load_initial(self.model, self.cfg.init)
 
+    def more_state(self) -> dict[str, Any]:
+        """Return what else state.json of a checkpoint records, as plain values."""
+        return {}
+
     def save(self) -> None:
         """Start writing a checkpoint in the background; `writer.finished()` returns its path once it is complete."""
         state = {
@@ -110,6 +114,7 @@ class Run:
             "loader": self.loader.state_dict(),
             "tokenizer": self.data.fingerprint,
             "init": self.origin,
+            **self.more_state(),
         }
         moments = checkpoint.flatten_optimizer(self.optimizer, self.model.named_parameters())
         extra = {**moments, **checkpoint.random_states(self.device)}

@@ -7,7 +7,6 @@ from typing import Any
 
 from fastgpt.core import backend
 from fastgpt.core.device import describe_machine
-from fastgpt.training.config import to_dict
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import Log
 
@@ -22,7 +21,7 @@ def start_log(run: Run, changed: list[str]) -> Log:
     dtype = next(run.model.parameters()).dtype
     kernels = {op: backend.explain(op, run.device.type, dtype) for op in backend.ops()}
     header: dict[str, Any] = {
-        "config": to_dict(run.cfg),
+        "config": run.settings(),
         "machine": describe_machine(run.device),
         "data": run.data.describe(),
     }

@@ -54,6 +54,8 @@ class StepLog:
             row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **self._speed(seconds))
             row.update(zip(run.task.figures, figures, strict=True))
             self.log.step(row, p.last_step)
+            for sentence in run.task.watch(row):
+                self.log.say(sentence)
             if not p.length_known and pace.steps >= MEASURED_STEPS:
                 self.log.say(run.fix_length(int(row["step"]), pace.seconds / (pace.steps - WARM_STEPS)))
             if math.isfinite(norm) and math.isfinite(loss) and not spike:

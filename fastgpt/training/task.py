@@ -41,6 +41,9 @@ class Task(Protocol):
         """Return "val_loss" and other figures, by name, over the first `batches` micro-batches (None: all) of the
         validation data. The model is in training mode before and after."""
 
+    def watch(self, row: dict[str, Any]) -> list[str]:
+        """Return sentences on a step that shows trouble, from the row of its values."""
+
 
 class NextToken:
     """Prediction of the next token."""
@@ -68,6 +71,9 @@ class NextToken:
 
         losses = {f"val_loss.{name}": loss_on(tokens) for name, tokens in run.val_sources.items()}
         return {"val_loss": loss_on(run.data.val), **losses}
+
+    def watch(self, row: dict[str, Any]) -> list[str]:
+        return []
 
 
 def mean_over(task: Task, model: Any, batches: Iterable[Batch]) -> dict[str, float]:

@@ -1,0 +1,19 @@
+"""`fastgpt finetune`: settings, then a run of the loop in fastgpt/train.py with a task of fastgpt/finetune."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from fastgpt.core import backend
+from fastgpt.finetune.config import load_config
+from fastgpt.finetune.run import end, prepare
+from fastgpt.train import drive
+
+
+def main(argv: list[str]) -> int:
+    """Run `fastgpt finetune` with settings from `argv`; return the exit code."""
+    cfg = load_config(argv)
+    backend.use(**backend.parse_choices(cfg.kernels))
+    again = [] if cfg.resume == "auto" else ["--resume", "auto"]
+    return drive(prepare(cfg), end, shlex.join(["fastgpt", "finetune", *sys.argv[2:], *again]))

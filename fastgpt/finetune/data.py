@@ -1,0 +1,168 @@
+"""The rows of a run: read from its files, split into training and validation, and packed by the task's loader."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastgpt.core.errors import UserError
+from fastgpt.data.loader import permute
+from fastgpt.data.source import open_source
+from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.finetune.batches import ExampleLoader, LabelledLoader, PairLoader, RatedLoader
+from fastgpt.finetune.config import FinetuneConfig
+from fastgpt.finetune.encode import Example
+from fastgpt.finetune.examples import Head, Loaded, Rows, load_examples, load_labelled, load_pairs, load_ratings
+from fastgpt.finetune.render import rendered, summary
+from fastgpt.inference.chat import Template
+
+LOADERS: dict[str, Any] = {"dpo": PairLoader, "orpo": PairLoader, "reward": PairLoader, "kto": RatedLoader}
+LOADERS |= {"sft": ExampleLoader, "distil": ExampleLoader}
+HEAD_OF: dict[str, Head] = {"classify": "classification", "regress": "regression", "tag": "tags"}
+REPLAY = "replay"  # name of the set
+
+
+@dataclass
+class Data:
+    """Rows of one or several files, in training and validation sets.
+
+    Attributes:
+        train, val: by path, the items of the task's loader.
+        weights: of the training sets; None reads each row once in an epoch.
+        labels: names of the classes.
+        said: lines for the console.
+    """
+
+    name: str
+    tokenizer: Tokenizer
+    train: dict[str, list[Any]]
+    val: dict[str, list[Any]]
+    weights: list[float] | None
+    labels: tuple[str, ...]
+    said: list[str]
+
+    licences: None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The tokenizer's fingerprint, as a checkpoint records it."""
+        return self.tokenizer.fingerprint
+
+    def describe(self) -> str:
+        """Return one line for the console and run.json."""
+        rows = [sum(map(len, sets.values())) for sets in (self.train, self.val)]
+        return f"{self.name}: {rows[0]:,} training and {rows[1]:,} validation examples"
+
+    def loader(self, cfg: FinetuneConfig, block: int, device: torch.device) -> Any:
+        """Return the loader of the training sets."""
+        return self._loader(cfg, block, device, list(self.train.values()), self.weights)
+
+    def checks(self, cfg: FinetuneConfig, block: int, device: torch.device) -> dict[str, Any]:
+        """Return the loader of each validation set by its path."""
+        return {name: self._loader(cfg, block, device, [items], None) for name, items in self.val.items()}
+
+    def _loader(
+        self, cfg: FinetuneConfig, block: int, device: torch.device, sets: list[list[Any]], weights: Any
+    ) -> Any:
+        kind = LOADERS.get(cfg.task, LabelledLoader)
+        options: dict[str, Any] = dict(packing=cfg.packing, weights=weights, seed=cfg.seed, device=device)
+        return kind(sets, cfg.micro_batch, block, pad=self.tokenizer.eot, **options)
+
+
+def open_data(cfg: FinetuneConfig, tokenizer: Tokenizer, tokenizer_path: str, template: Template, block: int) -> Data:
+    """Read the rows of `cfg.data`, and split or read the validation rows.
+
+    Args:
+        tokenizer_path: where the tokenizer is, to encode a replay corpus with.
+        block: tokens T of a row.
+
+    Raises:
+        UserError: as the loaders of fastgpt/finetune/examples.py, or too few rows to hold some out.
+    """
+    read = _reader(cfg, tokenizer, template, block)
+    train: dict[str, list[Any]] = {}
+    val: dict[str, list[Any]] = {}
+    said: list[str] = []
+    labels = tuple(cfg.labels)
+    shown = ""
+    for path in cfg.paths:
+        loaded = read(path, labels)
+        labels = loaded.labels or labels
+        said += summary(loaded)
+        shown = shown or rendered(loaded.items[0], tokenizer)
+        if cfg.val_data is None:
+            train[path], val[path] = split(loaded.items, cfg.val_fraction, cfg.seed, path)
+        else:
+            train[path] = loaded.items
+    if cfg.val_data is not None:
+        loaded = read(cfg.val_data, labels)
+        said += summary(loaded)
+        val[cfg.val_data] = loaded.items
+    weights = list(cfg.paths.values()) if isinstance(cfg.data, dict) else None
+    if cfg.replay is not None:
+        weights = _add_replay(cfg, cfg.replay, tokenizer_path, block, train, val)
+        said.append(f"{cfg.replay}: {len(train[REPLAY]):,} texts, {cfg.replay_share:.0%} of the rows (replay)")
+    said += ["", "the first example, what is learned in [[ ]]:", shown, ""]
+    return Data(", ".join(cfg.paths), tokenizer, train, val, weights, labels, said)
+
+
+def _reader(
+    cfg: FinetuneConfig, tokenizer: Tokenizer, template: Template, block: int
+) -> Callable[[str, tuple[str, ...]], Loaded[Any]]:
+    """Return the function that reads a path, with the names of the classes so far."""
+    rows = Rows(cfg.format, cfg.columns, cfg.learn, cfg.too_long, cfg.defects)
+    if cfg.task in HEAD_OF:
+        return lambda path, labels: load_labelled(path, tokenizer, block, HEAD_OF[cfg.task], labels, rows)
+    load: Any = {ExampleLoader: load_examples, PairLoader: load_pairs, RatedLoader: load_ratings}[LOADERS[cfg.task]]
+    return lambda path, labels: load(path, tokenizer, template, block, rows)
+
+
+def split(items: list[Any], fraction: float, seed: int, name: str) -> tuple[list[Any], list[Any]]:
+    """Return training and validation items: a share drawn by the seed, at least one of each.
+
+    Raises:
+        UserError: there are fewer than two items, or the fraction is 0.
+    """
+    if fraction == 0 or len(items) < 2:
+        raise UserError(
+            f"{name} has {len(items)} examples and val_fraction is {fraction:g}, expected at least 2 examples and more "
+            "than 0, or val_data"
+        )
+    held = min(max(1, round(fraction * len(items))), len(items) - 1)
+    chosen = set(permute(np.arange(held), len(items), seed).tolist())
+    rest = [item for i, item in enumerate(items) if i not in chosen]
+    return rest, [items[i] for i in sorted(chosen)]
+
+
+def _add_replay(
+    cfg: FinetuneConfig,
+    path: str,
+    tokenizer_path: str,
+    block: int,
+    train: dict[str, list[Any]],
+    val: dict[str, list[Any]],
+) -> list[float]:
+    """Add windows of a corpus to the training and validation sets; return the weights of all training sets.
+
+    Raises:
+        UserError: the corpus has another tokenizer, or cannot be read.
+    """
+    source = open_source(path, tokenizer=tokenizer_path)
+
+    def windows(tokens: Any, most: int) -> Iterator[Example]:
+        n = max(1, (len(tokens) - 1) // block)
+        for i in permute(np.arange(min(n, most)), n, cfg.seed).tolist():
+            ids = np.asarray(tokens.read(i * block, min(block + 1, len(tokens) - i * block)), np.uint32)
+            yield Example(ids, np.arange(len(ids)) > 0, plain=True)
+
+    sizes = [len(items) for items in train.values()]
+    shares = list(cfg.paths.values()) if isinstance(cfg.data, dict) else [float(n) for n in sizes]
+    rows = sum(len(item) for items in train.values() for item in items) / block
+    train[REPLAY] = list(windows(source.train, math.ceil(rows * cfg.replay_share / (1 - cfg.replay_share))))
+    val[REPLAY] = list(windows(source.val, cfg.eval_batches * cfg.micro_batch))
+    return [(1 - cfg.replay_share) * share / sum(shares) for share in shares] + [cfg.replay_share]

@@ -1,0 +1,264 @@
+"""A fine-tuning run: a Run whose checkpoints hold what it trains, and which ends with files that others can use."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.core.device import default_device, dtype_of, keep_freed_memory
+from fastgpt.core.errors import UserError
+from fastgpt.core.folders import new_folder
+from fastgpt.core.tensorfile import Deferred
+from fastgpt.data.load import load_tokenizer
+from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.finetune.adapter import load_adapter, save_adapter
+from fastgpt.finetune.config import FinetuneConfig
+from fastgpt.finetune.data import Data, open_data
+from fastgpt.finetune.freeze import freeze, freeze_first, layer_decay
+from fastgpt.finetune.head_files import write_pretrained
+from fastgpt.finetune.heads import HeadConfig, attach
+from fastgpt.finetune.lora import Lora, add_lora, read_merged
+from fastgpt.finetune.tuned import Tuned, build_task, head_config
+from fastgpt.inference.chat import FILE, Template
+from fastgpt.models.config import ModelConfig
+from fastgpt.models.gpt import GPT
+from fastgpt.nn import keep_gradients
+from fastgpt.training import checkpoint
+from fastgpt.training.build import build_optimizer
+from fastgpt.training.evaluation import validate
+from fastgpt.training.initial import Initial, open_initial
+from fastgpt.training.run import Run
+from fastgpt.training.runlog import Log
+
+LONGEST = 1024  # tokens of a row, unless block_size is set
+
+
+class FinetuneRun(Run):
+    """A training run of fastgpt/finetune.
+
+    Attributes:
+        finetune: its settings.
+        head: the task head; None for the LM head.
+        adapters: whether it trains adapters alone; checkpoints then hold nothing else.
+    """
+
+    task: Tuned
+
+    def __init__(
+        self, cfg: FinetuneConfig, model: GPT, data: Data, head: HeadConfig | None, start: Initial, block: int
+    ) -> None:
+        device = model.wte.weight.device
+        self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
+        folder = Path(cfg.out)
+        task = build_task(cfg, data, model, head, block, folder, _teacher(cfg, data.tokenizer, model))
+        loader = data.loader(cfg, block, device)
+        steps = cfg.max_steps or max(1, round(cfg.epochs * len(loader) / (cfg.batch // cfg.micro_batch)))
+        if cfg.layer_decay != 1:
+            cfg = dataclasses.replace(cfg, lr_ratios={**cfg.lr_ratios, **layer_decay(model, cfg.layer_decay)})
+        train = cfg.to_train(model.config, block, steps)
+        source: Any = data
+        super().__init__(train, device, source, {}, model, build_optimizer(train, model), loader, task)
+
+    def settings(self) -> dict[str, Any]:
+        steps = {"max_steps": self.cfg.max_steps, "max_minutes": None, "optimizer": "adamw"}
+        return {**dataclasses.asdict(self.finetune), **steps}
+
+    def weights(self) -> dict[str, Tensor]:
+        tensors = self.model.state_dict()
+        if not self.adapters:
+            return tensors
+        trained = {name for name, p in self.model.named_parameters() if p.requires_grad}
+        return {name: t for name, t in tensors.items() if name in trained}
+
+    def load_weights(self, tensors: dict[str, Tensor]) -> None:
+        expected = self.weights()
+        if tensors.keys() != expected.keys() or any(t.shape != expected[name].shape for name, t in tensors.items()):
+            raise UserError(
+                f"{self.folder} has checkpoints of other adapters or of another head, expected those of these settings"
+            )
+        self.model.load_state_dict(tensors, strict=False)
+
+    def begin(self) -> None:
+        self.origin = self.start.origin
+
+    def more_state(self) -> dict[str, Any]:
+        head = None if self.head is None else self.head.to_dict()
+        return {"base": self.finetune.base, "adapters": self.adapters, "head": head}
+
+
+def prepare(cfg: FinetuneConfig) -> FinetuneRun:
+    """Open the base, read the data, and build the model that trains, without writing to the run's folder.
+
+    Raises:
+        UserError: what does not fit, before training starts.
+    """
+    device = default_device(cfg.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(cfg.seed)
+    keep_freed_memory()
+    start = open_initial(cfg.base)
+    if start.tokenizer is None:
+        raise UserError(f"base: {cfg.base} has no tokenizer, expected one beside its weights")
+    tokenizer = load_tokenizer(start.tokenizer)
+    block = cfg.block_size or min(LONGEST, start.config.block_size or LONGEST)
+    if block > (start.config.block_size or block):
+        raise UserError(f"block_size is {block}, expected at most {start.config.block_size}, the positions of the base")
+    template = open_template(cfg, start, tokenizer)
+    data = open_data(cfg, tokenizer, str(start.tokenizer), template, block)
+    head = head_config(cfg, data)
+    model = build_model(cfg, start, head, device)
+    print(*data.said, sep="\n", flush=True)
+    return FinetuneRun(cfg, model, data, head, start, block)
+
+
+def open_template(cfg: FinetuneConfig, start: Initial, tokenizer: Tokenizer) -> Template:
+    """Return the chat template of the settings, or of the base."""
+    eos = tokenizer.decode_bytes([tokenizer.eot]).decode()
+    if cfg.template is not None:
+        try:
+            text = Path(cfg.template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"template: {cfg.template} cannot be read ({e}), expected a Jinja file") from None
+        return Template(text, cfg.template, eos, tokenizer.bos)
+    path = Path(cfg.base)
+    return Template.of_run(checkpoint.find(path) if checkpoint.checkpoints(path) else path, eos, tokenizer.bos)
+
+
+@torch.no_grad()
+def load_start(start: Initial, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> GPT:
+    """Build a model with the weights of `start`.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to(dtype=dtype).to_empty(device=device)
+    for name, p in model.named_parameters():
+        p.copy_(start.read(name))
+        if not bool(p.isfinite().all()):
+            raise UserError(f"{start.origin['name']}: {name} has values that are not finite, expected numbers")
+    return model
+
+
+@torch.no_grad()
+def build_model(cfg: FinetuneConfig, start: Initial, head: HeadConfig | None, device: torch.device) -> GPT:
+    """Build the base with its weights, then freeze, adapt and give it a head as the settings say.
+
+    Raises:
+        UserError: weights that are not finite, or settings that do not fit the model.
+    """
+    dropout: dict[str, Any] = dict(attn_dropout=cfg.dropout, resid_dropout=cfg.dropout, embed_dropout=cfg.dropout)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    config: ModelConfig = dataclasses.replace(start.config, **dropout)
+    model = load_start(start, config, dtype_of(cfg.dtype, device.type), device)
+    model.recompute = cfg.recompute
+    if head is not None:
+        attach(model, head, generator)
+    if cfg.quantise != "none":
+        from fastgpt.finetune.quantised import quantise_base
+
+        quantise_base(model, cfg.quantise)
+    if cfg.adapter:
+        load_adapter(model, cfg.adapter)
+    elif cfg.lora.rank:
+        alpha = 2.0 * cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
+        targets = tuple(cfg.lora.targets)
+        lora = Lora(cfg.lora.rank, alpha, cfg.lora.rslora, cfg.lora.dropout, targets)
+        add_lora(model, lora, generator=generator)
+    else:
+        freeze_first(model, cfg.freeze_first)
+        freeze(model, cfg.freeze)
+    if head is not None:
+        model.head.requires_grad_(True)
+    if cfg.batch > cfg.micro_batch:  # a step adds several gradients
+        keep_gradients(model)
+    return model.train()
+
+
+def _teacher(cfg: FinetuneConfig, tokenizer: Tokenizer, model: GPT) -> GPT | None:
+    """Return the model that cfg.teacher names, if it names one.
+
+    Raises:
+        UserError: it has another tokenizer, or cannot be read.
+    """
+    if not cfg.teacher:
+        return None
+    start = open_initial(cfg.teacher)
+    if start.tokenizer is None or load_tokenizer(start.tokenizer).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"teacher: {cfg.teacher} has another tokenizer than the base, expected the same")
+    return load_start(start, start.config, model.wte.weight.dtype, model.wte.weight.device)
+
+
+def write_merged(run: FinetuneRun) -> Path:
+    """Write run folder `merged` with the adapters merged into the weights, as an imported model."""
+    read, p = read_merged(run.model), next(run.model.parameters())
+    shapes = shapes_of(run.model.config)
+    tensors = {name: Deferred(p.dtype, shape, partial(_merged, read, name, p.dtype)) for name, shape in shapes.items()}
+    progress = {"step": run.progress.step, "tokens": run.progress.tokens}
+    state: dict[str, Any] = {"progress": progress, "config": {}, "loader": {}, "tokenizer": run.data.fingerprint}
+    state |= {"model": dataclasses.asdict(run.model.config), "source": {"name": str(run.folder), "revision": None}}
+    with new_folder(_fresh(run.folder / "merged")) as aside:
+        checkpoint.save(aside, run.progress.step, tensors, {}, state, keep=0)
+        run.data.tokenizer.save(aside / "tokenizer.json")  # type: ignore[union-attr]
+        if (run.folder / FILE).is_file():
+            (aside / FILE).write_text((run.folder / FILE).read_text(encoding="utf-8"), encoding="utf-8")
+    return run.folder / "merged"
+
+
+def write_with_head(run: FinetuneRun, head: HeadConfig) -> str:
+    """Write folder `model` with the model, its head and its tokenizer for transformers; return a sentence on it."""
+    folder = run.folder / "model"
+    read, p = read_merged(run.model), next(run.model.parameters())
+    try:
+        with new_folder(_fresh(folder)) as aside:
+            write_pretrained(aside, run.model.config, read, head, dtype=p.dtype)
+            run.data.tokenizer.save(aside / "tokenizer.json")  # type: ignore[union-attr]
+    except UserError as e:
+        return f"no model for transformers was written: {e}"
+    return f"model for transformers: {folder}"
+
+
+def _merged(read: Callable[[str], Tensor], name: str, dtype: torch.dtype) -> Tensor:
+    return read(name).detach().to("cpu", dtype)
+
+
+def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
+    """Return the shapes of the parameters of a model by name."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def _fresh(folder: Path) -> Path:
+    """Remove what an earlier end of the run wrote."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+def end(run: Run, log: Log) -> int:
+    """Validate, and write what others can use: adapters in the form of PEFT, a merged run, a model with its head."""
+    assert isinstance(run, FinetuneRun)
+    validate(run, log, None)
+    for report in run.task.reports():
+        log.say(report)
+    template = Path(run.finetune.template or Path(run.finetune.base) / FILE)
+    folder = run.folder
+    if template.is_file():
+        (folder / FILE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    if run.adapters:
+        save_adapter(run.model, _fresh(folder / "adapter"), run.finetune.base)
+        log.say(f"adapters in PEFT's format: {folder / 'adapter'}")
+    if run.head is not None:
+        log.say(write_with_head(run, run.head))
+    elif run.adapters and run.finetune.merge:
+        log.say(f"run with the adapters merged: {write_merged(run)}")
+    log.say(f"loss curve: {log.plot()}; metrics: {log.path}")
+    return 0

@@ -1,0 +1,151 @@
+"""The task of a run: the loss of fastgpt/finetune's tasks, validated on sets that are kept by name."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.data.batch import Batch
+from fastgpt.finetune.classify import Classify, Pairwise, Regress, Tag
+from fastgpt.finetune.config import FinetuneConfig
+from fastgpt.finetune.data import Data
+from fastgpt.finetune.distil import Distil
+from fastgpt.finetune.heads import HeadConfig
+from fastgpt.finetune.labels import balanced
+from fastgpt.finetune.preference import DPO, KTO, ORPO, Referenced, Watch
+from fastgpt.finetune.reference import NAME, reference
+from fastgpt.finetune.teacher import GPTTeacher
+from fastgpt.models.gpt import GPT
+from fastgpt.training.task import NextToken, Task, mean_over
+
+HEADS: dict[str, Any] = {"classify": Classify, "regress": Regress, "tag": Tag, "reward": Pairwise}
+KINDS: dict[str, Any] = {"classify": "classification", "regress": "regression", "tag": "tags", "reward": "reward"}
+
+
+@dataclass
+class Check:
+    """A validation set: its task, which for a preference loss has reference values of its own, and its loader."""
+
+    task: Any
+    loader: Any
+
+    def __call__(self, run: Any, batches: int | None) -> dict[str, float]:
+        if hasattr(self.task, "report"):  # a task with a head, which has its own metrics
+            self.task.validation = self.loader.once
+            figures: dict[str, float] = self.task.validate(run, batches)
+            return figures
+        means = mean_over(self.task, run.model, self.loader.once(batches))
+        return {"val_loss": means.pop("loss"), **means}
+
+
+class Tuned:
+    """A task with validation sets by name; "val_loss" is the mean of their losses, replay apart."""
+
+    def __init__(self, task: Task, checks: dict[str, Check], watched: Callable[[dict[str, Any]], list[str]]) -> None:
+        self.task, self.checks, self.watched = task, checks, watched
+        self.unit, self.figures = task.unit, task.figures
+
+    def loss(self, model: Any, batch: Batch) -> Tensor:
+        return self.task.loss(model, batch)
+
+    def counted(self, batch: Batch) -> Tensor:
+        return self.task.counted(batch)
+
+    def validate(self, run: Any, batches: int | None) -> dict[str, float]:
+        """Return the mean loss, and of each set its loss and its figures, by "val_" or the set's name."""
+        found = {name: check(run, batches) for name, check in self.checks.items()}
+        own = [name for name in found if name != "replay"]
+        row = {"val_loss": sum(found[name]["val_loss"] for name in own) / len(own)}
+        for name, figures in found.items():
+            if len(found) == 1:
+                row |= {f"val_{key}": value for key, value in figures.items() if key != "val_loss"}
+            else:
+                row |= {f"{Path(name).stem}.{key}": value for key, value in figures.items()}
+        return row
+
+    def watch(self, row: dict[str, Any]) -> list[str]:
+        return self.watched(row)
+
+    def reports(self) -> list[str]:
+        """Return the tables of the last validation, if the task makes some."""
+        return [report for check in self.checks.values() if (report := getattr(check.task, "report", ""))]
+
+
+def head_config(cfg: FinetuneConfig, data: Data) -> HeadConfig | None:
+    """Return the head that the task needs; None for the LM head."""
+    if cfg.task not in KINDS:
+        return None
+    pooling: Any = {} if cfg.task == "tag" else {"pooling": cfg.pooling}
+    labels = data.labels if cfg.task in ("classify", "tag") else ()
+    return HeadConfig(KINDS[cfg.task], labels, pad_id=data.tokenizer.eot, **pooling)
+
+
+def build_task(
+    cfg: FinetuneConfig, data: Data, model: GPT, head: HeadConfig | None, block: int, folder: Path, teacher: GPT | None
+) -> Tuned:
+    """Build the task of a run on the model as it starts, with its validation sets.
+
+    Args:
+        block: tokens T of a row.
+        folder: of the run; reference log-probabilities are stored there.
+
+    Raises:
+        UserError: the settings, the data or the teacher do not fit the model.
+    """
+    task = _task(cfg, data, head, teacher)
+    if hasattr(task, "prepare"):
+        task.prepare(model)
+    device = model.wte.weight.device
+    checks = {name: Check(task, loader) for name, loader in data.checks(cfg, block, device).items()}
+    if isinstance(task, Referenced):
+        task = _referenced(task, model, data.loader(cfg, block, device), data.train, folder / NAME)
+        for i, (name, check) in enumerate(checks.items()):
+            path = folder / f"validation-{i}-{NAME}"
+            check.task = _referenced(task, model, check.loader, {name: data.val[name]}, path)
+    return Tuned(task, checks, Watch() if cfg.task == "dpo" else lambda figures: [])
+
+
+def _task(cfg: FinetuneConfig, data: Data, head: HeadConfig | None, teacher: GPT | None) -> Any:
+    if cfg.task == "dpo":
+        return DPO(cfg.beta, loss_type=cfg.loss_type, label_smoothing=cfg.label_smoothing, length_norm=cfg.length_norm)
+    if cfg.task == "kto":
+        return KTO(cfg.beta, good_weight=cfg.good_weight, bad_weight=cfg.bad_weight)
+    if cfg.task == "orpo":
+        return ORPO(cfg.beta)
+    if cfg.task == "distil":
+        assert teacher is not None
+        options: Any = dict(ce=cfg.hard_share, kind=cfg.divergence, temperature=cfg.temperature)
+        return Distil(GPTTeacher(teacher), **options)
+    if head is None:
+        return NextToken()
+    if cfg.task not in ("classify", "tag"):
+        return HEADS[cfg.task](head)
+    weights = _class_weights(data, head) if cfg.class_weights == "balanced" else None
+    return HEADS[cfg.task](head, weights=weights, label_smoothing=cfg.label_smoothing)
+
+
+def _class_weights(data: Data, head: HeadConfig) -> list[float]:
+    counts: Counter[int] = Counter()
+    for items in data.train.values():
+        for item in items:
+            counts.update([item.label] if isinstance(item.label, int) else [x for x in item.label.tolist() if x >= 0])
+    return balanced(counts.elements(), head.labels)
+
+
+@torch.no_grad()
+def _referenced(task: Referenced, model: GPT, loader: Any, sets: dict[str, list[Any]], path: Path) -> Referenced:
+    """Return the task with the log-probabilities of these sets under the model as it is, from the file or computed."""
+    rows = sum(map(len, sets.values()))
+    digest = loader.state_dict()["data"]
+    model.eval()
+    values = reference(path, task, model, loader.once(), rows, digest, resumed=False)
+    found = replace(task, reference=values)
+    found.check_start(model, next(iter(loader.once(1))))
+    model.train()
+    return found
