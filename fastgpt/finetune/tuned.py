@@ -22,7 +22,7 @@ from fastgpt.finetune.preference import DPO, KTO, ORPO, Referenced, Watch
 from fastgpt.finetune.reference import NAME, reference
 from fastgpt.finetune.teacher import GPTTeacher
 from fastgpt.models.gpt import GPT
-from fastgpt.training.task import NextToken, Task, mean_over
+from fastgpt.training.task import NextToken, Objective, mean_over
 
 HEADS: dict[str, Any] = {"classify": Classify, "regress": Regress, "tag": Tag, "reward": Pairwise}
 KINDS: dict[str, Any] = {"classify": "classification", "regress": "regression", "tag": "tags", "reward": "reward"}
@@ -47,7 +47,7 @@ class Check:
 class Tuned:
     """A task with validation sets by name; "val_loss" is the mean of their losses, replay apart."""
 
-    def __init__(self, task: Task, checks: dict[str, Check], watched: Callable[[dict[str, Any]], list[str]]) -> None:
+    def __init__(self, task: Objective, checks: dict[str, Check], watched: Callable[[dict[str, Any]], list[str]]) -> None:
         self.task, self.checks, self.watched = task, checks, watched
         self.unit, self.figures = task.unit, task.figures
 

@@ -15,11 +15,11 @@ from fastgpt.data.shards import Tokens
 if TYPE_CHECKING:
     from fastgpt.training.run import Run
 
-__all__ = ["Batch", "NextToken", "Task", "mean_over"]
+__all__ = ["Batch", "NextToken", "Objective", "Task", "mean_over"]
 
 
-class Task(Protocol):
-    """A task; `fastgpt train` has NextToken, fastgpt/finetune the others.
+class Objective(Protocol):
+    """The loss of a batch, and what a step's loss is the mean over.
 
     Attributes:
         unit: what `counted` counts, in the singular ("token", "pair").
@@ -37,12 +37,16 @@ class Task(Protocol):
         """Return the units of a batch that count, () int64. A step's loss is the mean over those of all its batches, so
         a unit weighs the same in any micro-batch."""
 
+
+class Task(Objective, Protocol):
+    """An objective with its validation; `fastgpt train` has NextToken, fastgpt/finetune the others."""
+
     def validate(self, run: Run, batches: int | None) -> dict[str, float]:
         """Return "val_loss" and other figures, by name, over the first `batches` micro-batches (None: all) of the
         validation data. The model is in training mode before and after."""
 
     def watch(self, row: dict[str, Any]) -> list[str]:
-        """Return sentences on a step that shows trouble, from the row of its values."""
+        """Return sentences on trouble that the values of a step show."""
 
 
 class NextToken:
@@ -76,7 +80,7 @@ class NextToken:
         return []
 
 
-def mean_over(task: Task, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+def mean_over(task: Objective, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
     """Return the means of "loss" and the task's figures over the units of batches, with dropout off."""
     sums, counted = [0.0] * (1 + len(task.figures)), 0
     model.eval()

@@ -1,0 +1,162 @@
+"""`fastgpt finetune` from files to files: every task, stopped and resumed, and what is refused before training."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from fastgpt import train
+from fastgpt.convert import exporting
+from fastgpt.core.errors import UserError
+from fastgpt.finetune.command import main
+from fastgpt.training import checkpoint
+from fastgpt.training.load import load_run
+
+BASE = (
+    "--vocab-size 300 --model.n-layers 2 --model.n-heads 2 --model.width 32 --block-size 48 --micro-batch 2 "
+    "--batch-tokens 96 --max-steps 2 --max-minutes null --eval-every 0 --save-every 0 --sample-tokens 1 --device cpu"
+).split()
+FAST = "--block-size 48 --micro-batch 2 --batch 4 --max-steps 4 --eval-every 2 --eval-batches 1 --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a base and the rows of every kind: sums of two digits."""
+    folder, draw = tmp_path_factory.mktemp("finetune"), random.Random(0)
+    sums = [(f"What is {a} plus {b}?", a + b) for a, b in ((draw.randint(0, 9), draw.randint(0, 9)) for _ in range(40))]
+    makers: dict[str, Any] = {
+        "sft": lambda q, n: {"prompt": q, "completion": f" {n}"},
+        "chat": lambda q, n: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{n}"}]},
+        "pairs": lambda q, n: {"prompt": q, "chosen": f" {n}", "rejected": f" {n + 1}"},
+        "rated": lambda q, n: {"prompt": q, "completion": f" {n}", "label": n > 9},
+        "classes": lambda q, n: {"text": q, "label": "large" if n > 9 else "small"},
+        "numbers": lambda q, n: {"text": q, "label": float(n)},
+        "tags": lambda q, n: {"tokens": q.split(), "tags": ["number" if w[0].isdigit() else "word" for w in q.split()]},
+    }
+    for name, make in makers.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(make(*s)) + "\n" for s in sums))
+    (folder / "text.txt").write_text("\n".join(f"{q} {n}" for q, n in sums) * 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert train.main([*BASE, "--data", "text.txt", "--out", "base"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(files)
+
+
+def go(task: str, data: str, out: Path, *more: str) -> list[dict[str, Any]]:
+    """Run a task; return the rows of its log."""
+    arguments = ["--task", task, "--base", "base", "--data", data, "--out", str(out), *FAST, *more]
+    assert main(arguments) == 0
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+CASES = {
+    "sft": ("sft", "sft.jsonl", ()),
+    "conversations, adapters": ("sft", "chat.jsonl", ("--lora.rank", "2", "--lora.dropout", "0.1")),
+    "replay, dropout": ("sft", "sft.jsonl", ("--replay", "text.txt", "--dropout", "0.1")),
+    "two files": ("sft", "{sft.jsonl: 3, chat.jsonl: 1}", ("--layer-decay", "0.5", "--freeze-first", "1")),
+    "dpo": ("dpo", "pairs.jsonl", ()),
+    "kto": ("kto", "rated.jsonl", ("--lora.rank", "2")),
+    "orpo": ("orpo", "pairs.jsonl", ()),
+    "reward": ("reward", "pairs.jsonl", ()),
+    "classify": ("classify", "classes.jsonl", ("--class-weights", "balanced", "--lora.rank", "2")),
+    "regress": ("regress", "numbers.jsonl", ("--pooling", "mean")),
+    "tag": ("tag", "tags.jsonl", ()),
+    "distil": ("distil", "sft.jsonl", ("--teacher", "base")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_resumed_run_is_the_uninterrupted_one(name: str, tmp_path: Path) -> None:
+    task, data, more = CASES[name]
+    whole = go(task, data, tmp_path / "whole", *more)
+    go(task, data, tmp_path / "cut", *more, "--save-every", "2")
+    for path in checkpoint.checkpoints(tmp_path / "cut")[1:]:
+        path.rename(tmp_path / path.name)  # as if it was killed after step 2
+    again = go(task, data, tmp_path / "cut", *more, "--save-every", "2")
+
+    def losses(rows: list[dict[str, Any]]) -> list[tuple[int, Any, Any]]:
+        return [(r["step"], r.get("loss"), r.get("val_loss")) for r in rows if "loss" in r or "val_loss" in r]
+
+    assert losses(again) == losses(whole) and len(losses(whole)) == 6
+    a, b = (checkpoint.find(tmp_path / run) for run in ("whole", "cut"))
+    a, b = (checkpoint.read_tensors(p, checkpoint.MODEL, checkpoint.read_state(p)) for p in (a, b))
+    assert all(torch.equal(t, b[name]) for name, t in a.items()) and a.keys() == b.keys()
+
+
+def test_dpo_begins_with_ln_2_and_kto_with_a_half(tmp_path: Path) -> None:
+    first = go("dpo", "pairs.jsonl", tmp_path / "dpo")[0]
+    assert first["loss"] == pytest.approx(0.6931472, abs=1e-6) and first["margin"] == pytest.approx(0, abs=1e-5)
+    assert go("kto", "rated.jsonl", tmp_path / "kto")[0]["loss"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_adapters_and_the_merged_run_are_one_model(tmp_path: Path) -> None:
+    """Compare the logits of the adapters under PEFT, on the exported base, with those of the merged run."""
+    go("sft", "sft.jsonl", tmp_path / "run", "--lora.rank", "2", "--lr", "0.05")
+    assert exporting.main(["base", "--format", "hf", "--out", str(tmp_path / "hf")]) == 0
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), tmp_path / "run/adapter")
+    merged, tokenizer, _ = load_run(tmp_path / "run" / "merged", torch.device("cpu"))
+    ids = torch.tensor([tokenizer.encode("What is 1 plus 1?").tolist()])
+    with torch.no_grad():
+        found, expected = merged(ids), adapted(ids).logits
+        start = load_run("base", torch.device("cpu"))[0](ids)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max() < (found - start).abs().max()
+    with pytest.raises(UserError, match="holds adapters of base alone, expected a model, as in .*merged"):
+        load_run(tmp_path / "run", torch.device("cpu"))
+
+
+def test_a_classifier_is_written_for_transformers(tmp_path: Path) -> None:
+    go("classify", "classes.jsonl", tmp_path / "run")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.id2label == {0: "large", 1: "small"}
+    with pytest.raises(UserError, match="has a head for classification, expected a language model"):
+        load_run(tmp_path / "run", torch.device("cpu"))
+
+
+REFUSED = {
+    "--task dpo --data pairs.jsonl --dropout 0.1": "dropout is 0.1, but it has no effect here",
+    "--data sft.jsonl --beta 0.2": "beta is 0.2, but it has no effect here: it only applies with task dpo, kto, orpo",
+    "--data sft.jsonl --lora.rank 2 --freeze-first 1": "freeze_first is 1, but it has no effect here",
+    "--data sft.jsonl --batch 3": "batch is 3, expected a multiple of micro_batch, 2",
+    "--data sft.jsonl --quantise int8": "quantise is 'int8', expected none, or lora.rank above 0",
+    "--data sft.jsonl --block-size 49": "block_size is 49, expected at most 48, the positions of the base",
+    "--data sft.jsonl --val-fraction 0": "val_fraction is 0, expected at least 2 examples and more than 0",
+    "--data sft.jsonl --template no.jinja": "template: no.jinja cannot be read",
+    "--data sft.jsonl --adapter base": "adapter",
+    "--data nothing.jsonl": "nothing.jsonl",
+    "--task dpo --data sft.jsonl": "sft.jsonl",
+    "--task classify --data classes.jsonl --labels [a,b]": "the label '.*' is unknown, expected one of a, b",
+    "--task distil --data sft.jsonl": "teacher is '', expected the model to learn from",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_does_not_fit_is_one_sentence_before_training(options: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=REFUSED[options]) as raised:
+        main(["--base", "base", "--out", str(tmp_path / "run"), *FAST, *options.split()])
+    assert "\n" not in str(raised.value) and not (tmp_path / "run").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    model, _, path = load_run("base", torch.device("cpu"))
+    state = checkpoint.read_state(path)
+    with torch.no_grad():
+        model.wte.weight[3, 5] = torch.nan
+    plain = {key: state[key] for key in ("progress", "config", "model", "loader", "tokenizer")}
+    checkpoint.save(
+        tmp_path / "base", 1, model.state_dict(), {}, plain | {"source": {"name": "b", "revision": None}}, 0
+    )
+    (tmp_path / "base" / "tokenizer.json").write_bytes(Path("base/tokenizer.json").read_bytes())
+    with pytest.raises(UserError, match="b: wte.weight has values that are not finite, expected numbers"):
+        main(["--base", str(tmp_path / "base"), "--data", "sft.jsonl", "--out", str(tmp_path / "run"), *FAST])
