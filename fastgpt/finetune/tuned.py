@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,9 @@ class Check:
 class Tuned:
     """A task with validation sets by name; "val_loss" is the mean of their losses, replay apart."""
 
-    def __init__(self, task: Objective, checks: dict[str, Check], watched: Callable[[dict[str, Any]], list[str]]) -> None:
+    def __init__(
+        self, task: Objective, checks: dict[str, Check], watched: Callable[[dict[str, Any]], list[str]]
+    ) -> None:
         self.task, self.checks, self.watched = task, checks, watched
         self.unit, self.figures = task.unit, task.figures
 
@@ -70,7 +71,7 @@ class Tuned:
         return row
 
     def watch(self, row: dict[str, Any]) -> list[str]:
-        return self.watched(row)
+        return [] if self.watched is None else self.watched(row)
 
     def reports(self) -> list[str]:
         """Return the tables of the last validation, if the task makes some."""
@@ -108,7 +109,7 @@ def build_task(
         for i, (name, check) in enumerate(checks.items()):
             path = folder / f"validation-{i}-{NAME}"
             check.task = _referenced(task, model, check.loader, {name: data.val[name]}, path)
-    return Tuned(task, checks, Watch() if cfg.task == "dpo" else lambda figures: [])
+    return Tuned(task, checks, Watch() if cfg.task == "dpo" else None)
 
 
 def _task(cfg: FinetuneConfig, data: Data, head: HeadConfig | None, teacher: GPT | None) -> Any:
