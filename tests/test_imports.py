@@ -19,8 +19,8 @@ LAYERS = (
     {"data", "inference", "checks"},
     {"training"},
     {"config", "errors"},
-    {"finetune"},
     {"train", "convert"},
+    {"finetune"},
     {"bench"},
     {"cli"},
 )

@@ -46,10 +46,8 @@ class Check:
 class Tuned:
     """A task with validation sets by name; "val_loss" is the mean of their losses, replay apart."""
 
-    def __init__(
-        self, task: Objective, checks: dict[str, Check], watched: Callable[[dict[str, Any]], list[str]]
-    ) -> None:
-        self.task, self.checks, self.watched = task, checks, watched
+    def __init__(self, task: Objective, checks: dict[str, Check], watch: Watch | None = None) -> None:
+        self.task, self.checks, self.watched = task, checks, watch
         self.unit, self.figures = task.unit, task.figures
 
     def loss(self, model: Any, batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,9 +11,6 @@ from torch import Tensor
 from fastgpt.data import IGNORE, sequential
 from fastgpt.data.batch import Batch
 from fastgpt.data.shards import Tokens
-
-if TYPE_CHECKING:
-    from fastgpt.training.run import Run
 
 __all__ = ["Batch", "NextToken", "Objective", "Task", "mean_over"]
 
@@ -41,9 +38,9 @@ class Objective(Protocol):
 class Task(Objective, Protocol):
     """An objective with its validation; `fastgpt train` has NextToken, fastgpt/finetune the others."""
 
-    def validate(self, run: Run, batches: int | None) -> dict[str, float]:
+    def validate(self, run: Any, batches: int | None) -> dict[str, float]:
         """Return "val_loss" and other figures, by name, over the first `batches` micro-batches (None: all) of the
-        validation data. The model is in training mode before and after."""
+        validation data. The model of `run`, a training.run.Run, is in training mode before and after."""
 
     def watch(self, row: dict[str, Any]) -> list[str]:
         """Return sentences on trouble that the values of a step show."""
@@ -63,7 +60,7 @@ class NextToken:
     def counted(self, batch: Batch) -> Tensor:
         return (batch.targets != IGNORE).sum()
 
-    def validate(self, run: Run, batches: int | None) -> dict[str, float]:
+    def validate(self, run: Any, batches: int | None) -> dict[str, float]:
         """Return the loss on the validation data and on each of its sources, in nats per token."""
         cfg = run.cfg
 
