@@ -30,8 +30,8 @@ from fastgpt.models.gpt import GPT
 STATE_VERSION = 1
 MAX_BATCH = 64  # rows of the generator
 
-# As in TRL: called with lists prompts, completions (texts) and completion_ids, and a list for each other column of the
-# data; returns a number for each completion, None where there is no reward.
+# As in TRL: called with lists prompts, completions (texts), prompt_ids and completion_ids, and a list for each other
+# column of the data; returns a number for each completion, None where there is no reward.
 Reward = Callable[..., Sequence[float | None]]
 
 
@@ -252,7 +252,8 @@ def rate(rewards: Sequence[Reward], prompts: Sequence[Prompt], samples: Sequence
     found = np.full((len(rewards), len(samples)), np.nan)
     for i, function in enumerate(rewards):
         name, values = getattr(function, "__name__", type(function).__name__), []
-        values = list(function(completion_ids=[s.ids for s in samples], **columns))
+        ids = dict(prompt_ids=[list(row.ids) for row in rows], completion_ids=[s.ids for s in samples])
+        values = list(function(**ids, **columns))
         if len(values) != len(samples):
             raise UserError(f"reward {name} returned {len(values)} values for {len(samples)} completions")
         if wrong := [v for v in values if v is not None and not np.isfinite(v)]:

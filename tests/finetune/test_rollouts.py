@@ -135,7 +135,7 @@ def test_rewards_are_added_and_checked() -> None:
         return [None, 2.0]
 
     assert rate([right, length], some, samples) == [1.0, 2.0]
-    assert seen == dict(prompts=["a", "b"], answer=["3", "5"], completion_ids=[[3], [4]])
+    assert seen == dict(prompts=["a", "b"], answer=["3", "5"], prompt_ids=[[1], [2]], completion_ids=[[3], [4]])
     nothing = rate([length], some, samples)
     assert nothing[0] != nothing[0] and nothing[1] == 2.0
     assert advantages(torch.tensor([nothing])).tolist() == [[0.0, 0.0]]
