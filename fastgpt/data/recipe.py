@@ -184,6 +184,21 @@ class MixRecipe:
 
 
 @dataclass(frozen=True)
+class DecontaminateRecipe:
+    """How documents that share 13 words in a row with evaluation texts are treated.
+
+    Attributes:
+        files: files of evaluation texts.
+        action: drop the documents, or cut the shared words and 200 characters on each side out of them.
+        common: ignore 13 words that more than so many training documents hold (GPT-3: 10); without it, none.
+    """
+
+    files: list[str] = field(default_factory=list)
+    action: str = "drop"
+    common: int | None = None
+
+
+@dataclass(frozen=True)
 class ShardsRecipe:
     """Shards of the training split.
 
@@ -220,7 +235,8 @@ class Recipe:
         seed: decides the split, the order and every sample.
         validation: share of documents held out, chosen by the hash of seed and id.
         dedup: true, false, or settings of deduplication.
-        decontaminate: files of evaluation texts; documents that share 13 words in a row with them are dropped.
+        decontaminate: files of evaluation texts, or settings of decontamination. Documents that share 13 words in a row
+            with them are dropped, or cut.
         tokenizer: gpt2, another published name, a tokenizer.json, or {train: {vocab_size: 4096}}.
         mix: how sources are mixed.
         shards: size and dtype of the shards.
@@ -235,7 +251,7 @@ class Recipe:
     seed: int = 0
     validation: float = 0.005
     dedup: bool | DedupSettings = True
-    decontaminate: list[str] = field(default_factory=list)
+    decontaminate: list[str] | DecontaminateRecipe = field(default_factory=list)
     tokenizer: str | TokenizerRecipe = "gpt2"
     mix: MixRecipe = MixRecipe()
     shards: ShardsRecipe = ShardsRecipe()
@@ -248,6 +264,12 @@ class Recipe:
         """The special tokens of fill-in-the-middle, in the order of the sources."""
         used = [m for source in self.sources.values() if (m := source.reordering)]
         return list(dict.fromkeys(token for m in used for token in (m.prefix, m.suffix, m.middle)))
+
+    @property
+    def evaluation(self) -> DecontaminateRecipe:
+        """The settings of decontamination."""
+        found = self.decontaminate
+        return found if isinstance(found, DecontaminateRecipe) else DecontaminateRecipe(found)
 
     def settings(self) -> dict[str, Any]:
         """Return the recipe as plain values, for the manifest."""
@@ -318,8 +340,12 @@ def _check(recipe: Recipe, reader: Reader) -> None:
         sizes["tokenizer.train.bytes"] = recipe.tokenizer.train.bytes
         size, least = recipe.tokenizer.train.vocab_size, 257 + len(recipe.sentinels)
         _check_range(reader, "tokenizer.train.vocab_size", size, size >= least, f"{least} or more")
+    sizes["decontaminate.common"] = recipe.evaluation.common
     for size_key, number in sizes.items():
         _check_range(reader, size_key, number, number is None or number >= 1, "1 or more")
+    action = recipe.evaluation.action
+    if action not in ("drop", "cut"):
+        reader.fail("decontaminate.action", f"decontaminate.action is {action!r}, expected drop or cut")
     _check_range(reader, "seed", recipe.seed, 0 <= recipe.seed < 2**63, "0 or more")
     if recipe.shards.dtype not in ("auto", "uint16", "uint32"):
         reader.fail("shards.dtype", f"shards.dtype is {recipe.shards.dtype!r}, expected auto, uint16 or uint32")
@@ -411,5 +437,7 @@ def _located(recipe: Recipe, folder: Path) -> Recipe:
     tokenizer = recipe.tokenizer
     if isinstance(tokenizer, str) and (folder / tokenizer).exists():
         tokenizer = str(folder / tokenizer)
-    held_out = [place(p) for p in recipe.decontaminate]
+    files = [place(p) for p in recipe.evaluation.files]
+    plain = isinstance(recipe.decontaminate, list)
+    held_out = files if plain else dataclasses.replace(recipe.evaluation, files=files)
     return dataclasses.replace(recipe, sources=sources, tokenizer=tokenizer, decontaminate=held_out)

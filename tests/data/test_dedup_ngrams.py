@@ -10,6 +10,7 @@ import pytest
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.dedup import NgramIndex
+from fastgpt.data.dedup.ngrams import pieces
 from fastgpt.data.dedup.words import split
 
 pytest.importorskip("hypothesis")
@@ -67,6 +68,17 @@ def test_short_texts_are_found_whole() -> None:
     assert index.overlaps("zero One two, three four five six seven eight nine")[0].words == 8
     assert not index.overlaps("one two three four five six seven")
     assert index.overlaps("One, two, three!")[0].words == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab \n", max_size=40), st.lists(st.tuples(st.integers(0, 40), st.integers(0, 10))), st.integers(0, 5))
+def test_pieces_are_the_characters_outside(text: str, places: list[tuple[int, int]], margin: int) -> None:
+    inside = sorted((min(a, len(text)), min(a + n, len(text))) for a, n in places)
+    gone = {i for a, b in inside for i in range(a - margin, b + margin)}
+    left = pieces(text, inside, margin)
+    assert all(text[a:b].strip() for a, b in left) and left == sorted(left)
+    visible = {i for i in range(len(text)) if i not in gone and text[i].strip()}
+    assert {i for a, b in left for i in range(a, b) if text[i].strip()} == visible
 
 
 def test_clean_drops_or_cuts() -> None:

@@ -44,6 +44,25 @@ class Overlap:
 
 
 @dataclass(slots=True)
+class Hit:
+    """An n-gram, or a whole short text, of an evaluation file in a document.
+
+    Attributes:
+        gram: a hash of its words
+        first, words: its first word in the document, and how many it has
+        start, end: the first and the past-the-end character
+        file: name of the evaluation file
+    """
+
+    gram: int
+    first: int
+    words: int
+    start: int
+    end: int
+    file: str
+
+
+@dataclass(slots=True)
 class EvaluationFile:
     """How the texts of an evaluation file are looked for.
 
@@ -135,7 +154,11 @@ class NgramIndex:
 
     def overlaps_of(self, texts: Sequence[str]) -> list[list[Overlap]]:
         """Return the overlaps of each document; much faster than one call for each."""
-        result: list[list[Overlap]] = []
+        return [_joined(hits) for hits in self.hits_of(texts)]
+
+    def hits_of(self, texts: Sequence[str]) -> list[list[Hit]]:
+        """Return the n-grams of evaluation texts in each document, in the order of their first words."""
+        result: list[list[Hit]] = []
         for part in chunks(texts):
             found: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
             words = hash_words(texts[part])
@@ -165,7 +188,8 @@ class NgramIndex:
         for text, overlaps in zip(texts, self.overlaps_of(texts)):
             kept: str | None = text
             if overlaps:
-                left = _cut(text, overlaps, margin) if action == "cut" else ""
+                stay = pieces(text, [(o.start, o.end) for o in overlaps], margin) if action == "cut" else []
+                left = "\n".join(text[start:end] for start, end in stay)
                 kept = left if left.strip() and len(left) >= margin else None
                 report.documents.update({name for overlap in overlaps for name in overlap.files})
                 report.places.update(name for overlap in overlaps for name in overlap.files)
@@ -189,27 +213,20 @@ class NgramIndex:
         grams_of[length].append(np.stack([hashes.view(np.int64), np.full(len(hashes), number), row, first]))
         self._texts.append((number, text))
 
-    def _confirmed(self, text: str, found: list[tuple[int, int, int]]) -> list[Overlap]:
-        """Return the overlaps among hits (first word, length, entry of the table) whose words agree, joined."""
+    def _confirmed(self, text: str, found: list[tuple[int, int, int]]) -> list[Hit]:
+        """Return those of the hits (first word, length, entry of the table) whose words agree."""
         words, places = split(text), spans(text)
-        joined: list[tuple[int, int, set[str]]] = []
-        for first, length, entry in sorted(found):
-            record, at = self._tables[length].entries[entry].tolist()
-            gram = words[first : first + length]
-            if gram != self._words(record)[at : at + length]:
-                continue
-            name = self._names[self._texts[record][0]]
-            if joined and first <= joined[-1][1]:
-                start, end, names = joined.pop()
-                joined.append((start, max(end, first + len(gram)), names | {name}))
-            else:
-                joined.append((first, first + len(gram), {name}))
         if len(places) != len(words):  # normalization moved the borders of words: the whole document overlaps
             places = [(0, len(text))] * len(words)
-        return [
-            Overlap(places[start][0], places[end - 1][1], end - start, tuple(sorted(names)))
-            for start, end, names in joined
-        ]
+        hits: list[Hit] = []
+        for first, length, entry in sorted(found):
+            table = self._tables[length]
+            record, at = table.entries[entry].tolist()
+            gram = words[first : first + length]
+            if gram == self._words(record)[at : at + length]:
+                name, last = self._names[self._texts[record][0]], first + len(gram) - 1
+                hits.append(Hit(int(table.hashes[entry]), first, len(gram), places[first][0], places[last][1], name))
+        return hits
 
 
 class _Table:
@@ -238,13 +255,27 @@ class _Table:
             yield from ((int(at[i]), entry) for entry in range(int(start[i]), int(end[i])))
 
 
-def _cut(text: str, overlaps: Sequence[Overlap], margin: int) -> str:
-    """Return the text without the overlaps and `margin` characters on each side."""
-    pieces, position = [], 0
-    for overlap in overlaps:
-        pieces.append(text[position : max(overlap.start - margin, position)])
-        position = max(position, overlap.end + margin)
-    return "\n".join(piece for piece in (*pieces, text[position:]) if piece.strip())
+def _joined(hits: Sequence[Hit]) -> list[Overlap]:
+    """Return the stretches that hits cover; hits that touch are one."""
+    joined: list[tuple[int, int, int, int, set[str]]] = []  # words from, to; characters from, to; files
+    for hit in hits:
+        stop = hit.first + hit.words
+        if joined and hit.first <= joined[-1][1]:
+            first, last, start, end, names = joined.pop()
+            joined.append((first, max(last, stop), start, hit.end if stop > last else end, names | {hit.file}))
+        else:
+            joined.append((hit.first, stop, hit.start, hit.end, {hit.file}))
+    return [Overlap(start, end, last - first, tuple(sorted(names))) for first, last, start, end, names in joined]
+
+
+def pieces(text: str, places: Sequence[tuple[int, int]], margin: int) -> list[tuple[int, int]]:
+    """Return the parts of a text, (first, past-the-end) character, outside the places and `margin` characters on each
+    side of them; parts without a visible character are left out. places: ascending, may overlap."""
+    found, position = [], 0
+    for start, end in (*places, (len(text) + margin, 0)):
+        found.append((position, max(start - margin, position)))
+        position = max(position, end + margin)
+    return [(start, end) for start, end in found if text[start:end].strip()]
 
 
 def _texts_of(path: Path, fields: Sequence[str]) -> Iterator[str]:

@@ -29,8 +29,7 @@ def card_of(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
         lines += _reordered(name, recipe["sources"][name].get("fill_in_the_middle"))
     duplicates = report.get("duplicates")
     lines.append(f"- Duplicates: {'removed, ' + _removed(duplicates) if duplicates else 'not looked for'}.")
-    files = recipe.get("decontaminate") or []
-    lines.append(f"- Evaluation data: {f'compared with {len(files)} files' if files else 'not looked for'}.")
+    lines.append(f"- Evaluation data: {_compared(recipe.get('decontaminate'))}.")
     lines += ["", "## Personal data and bias", ""]
     scrubbed = {n: k for n, facts in sources.items() for k in [_personal(facts)] if k}
     lines += [f"- {name}: {text}" for name, text in scrubbed.items()] or [
@@ -53,6 +52,14 @@ def _reordered(name: str, settings: Any) -> list[str]:
         f"- {name}: fill-in-the-middle in {found['rate']:.0%} of the training documents, of these {found['spm']:.0%} "
         f"with the suffix first; special tokens {tokens}."
     ]
+
+
+def _compared(settings: Any) -> str:
+    found = settings if isinstance(settings, dict) else {"files": settings or [], "action": "drop"}
+    if not found["files"]:
+        return "not looked for"
+    done = "overlaps are cut out of the documents" if found["action"] == "cut" else "documents that overlap are dropped"
+    return f"compared with {len(found['files'])} files, {done}"
 
 
 def _drops(facts: Mapping[str, Any]) -> str:

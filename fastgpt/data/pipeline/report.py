@@ -26,7 +26,8 @@ def report_of(
         dropped = Counter(tally["dropped"]) + Counter(selected["dropped"].get(name, {}))
         facts["dropped"] = dict(dropped.most_common())
         facts["examples"] = {**tally["examples"], **selected["examples"].get(name, {})}
-        facts |= {"changes": tally["changes"], "characters": tally["characters"], "terms": tally["terms"].get(name, {})}
+        changes = {**tally["changes"], **selected.get("changes", {}).get(name, {})}
+        facts |= {"changes": changes, "characters": tally["characters"], "terms": tally["terms"].get(name, {})}
         facts["license"] = recipe.sources[name].license
         facts["kept"] = count.documents - count.unsampled - dropped.total()
         if layout is not None:

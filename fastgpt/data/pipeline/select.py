@@ -5,7 +5,6 @@ A held-out document stays where a training document is its duplicate, so that no
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -19,58 +18,25 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt.core.errors import UserError
-from fastgpt.data.dedup import DedupPart, DedupSettings, Duplicates, NgramIndex, find
+from fastgpt.data.dedup import DedupPart, DedupSettings, Duplicates, find
 from fastgpt.data.pipeline.clean import EXAMPLES, PRINTS
+from fastgpt.data.pipeline.leaks import PIECE, common_grams, pieces_of, read_hits
 from fastgpt.data.pipeline.manifest import ERASED
 from fastgpt.data.pipeline.store import Chunk, key_of, new_result, read_json, write_json
 from fastgpt.data.recipe import Recipe
-from fastgpt.data.shards import file_hash
 
 Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class LeakTask:
-    """Find the documents of a chunk that overlap evaluation files; `contents` is their digest."""
-
-    chunk: Chunk
-    files: tuple[str, ...]
-    contents: str
-    folder: Path
-
-    @property
-    def path(self) -> Path:
-        return self.folder / key_of("leaks", self.chunk.key, self.contents)
-
-
-def contents_of(files: Sequence[str]) -> str:
-    """Return a digest of evaluation files. Raises UserError if one is missing."""
-    for path in files:
-        if not Path(path).is_file():
-            raise UserError(f"decontaminate names {path}, expected a file")
-    return key_of([file_hash(Path(path)) for path in files])
-
-
-def find_leaks(task: LeakTask) -> None:
-    """Write which documents of a chunk overlap the evaluation files: leaks.npy, (n,) bool."""
-    if task.path.exists():
-        return
-    index = _index(task.files, task.contents)
-    leaks = [bool(found) for texts in task.chunk.texts() for found in index.overlaps_of(texts)]
-    with new_result(task.path) as aside:
-        np.save(aside / "leaks.npy", np.array(leaks, bool))
-
-
-@functools.lru_cache(1)
-def _index(files: tuple[str, ...], contents: str) -> NgramIndex:
-    return NgramIndex.from_files(list(files))
-
-
-@dataclass(frozen=True)
 class Selection:
-    """What is kept: a mask file for each chunk, (n,) bool, and the report of what was dropped."""
+    """What is kept: a mask file for each chunk, (n,) bool, and the report of what was dropped.
+
+    pieces: for each chunk the parts of its documents that are cut, (n,) of PIECE; None if documents are never cut.
+    """
 
     masks: list[Path]
+    pieces: list[Path | None]
     report: dict[str, Any]
 
 
@@ -98,6 +64,8 @@ class Selector:
         erased: Erased,
     ) -> None:
         self.recipe, self.dedup, self.chunks, self.leaks, self.erased = recipe, dedup, chunks, leaks, erased
+        self.evaluation = recipe.evaluation
+        self.cut: Counter[str] = Counter()  # documents by source
         self.dropped: dict[str, Counter[str]] = {name: Counter() for name in recipe.sources}
         self.examples: dict[str, dict[str, list[str]]] = {name: {} for name in recipe.sources}
 
@@ -106,7 +74,8 @@ class Selector:
         limits = {name: source.max_documents for name, source in self.recipe.sources.items()}
         erased = [sorted(self.erased.ids), sorted(self.erased.hashes)]
         names = [chunk.key for chunk in self.chunks], [path.name for path in self.leaks]
-        return key_of("select", list(limits.items()), dedup, erased, *names)
+        rule = [self.evaluation.action, self.evaluation.common] if self.leaks else []
+        return key_of("select", list(limits.items()), dedup, erased, *names, rule)
 
     def run(self, folder: Path) -> Selection:
         """Return the selection, from the folder of an earlier call if there is one."""
@@ -115,10 +84,50 @@ class Selector:
             with new_result(place) as aside:
                 found = self._duplicates(aside)
                 left = self._limits()
+                common = self._common(found)
                 for i, chunk in enumerate(self.chunks):
-                    np.save(aside / f"{i:06}.npy", self._mask(i, chunk, found, left))
+                    clean, pieces = self._leaks(i, common)
+                    mask = self._mask(i, chunk, clean, found, left)
+                    np.save(aside / f"{i:06}.npy", mask)
+                    if self._cuts:
+                        pieces = pieces[mask[pieces["row"]]]
+                        self.cut[chunk.source] += len(np.unique(pieces["row"]))
+                        np.save(aside / f"{i:06}.pieces.npy", pieces)
                 write_json(aside / "report.json", self._report(found))
-        return Selection([place / f"{i:06}.npy" for i in range(len(self.chunks))], read_json(place / "report.json"))
+        numbers = range(len(self.chunks))
+        pieces_at = [place / f"{i:06}.pieces.npy" if self._cuts else None for i in numbers]
+        return Selection([place / f"{i:06}.npy" for i in numbers], pieces_at, read_json(place / "report.json"))
+
+    @property
+    def _cuts(self) -> bool:
+        return bool(self.leaks) and self.evaluation.action == "cut"
+
+    def _common(self, found: Duplicates | None) -> npt.NDArray[np.uint64]:
+        """Return the n-grams that too many training documents hold to be a leak; duplicates count once."""
+        if not self.leaks or self.evaluation.common is None:
+            return np.zeros(0, np.uint64)
+        train = [i for i, chunk in enumerate(self.chunks) if not chunk.held]
+
+        def hits(i: int) -> npt.NDArray[Any]:
+            all_ = read_hits(self.leaks[i])
+            return all_ if found is None else all_[found.keep(self.parts[i])[all_["row"]]]
+
+        return common_grams(map(hits, train), self.evaluation.common)
+
+    def _leaks(self, i: int, common: npt.NDArray[np.uint64]) -> tuple[Mask, npt.NDArray[Any]]:
+        """Return which documents of a chunk are not dropped as contaminated, (n,) bool, and the PIECEs of the cut ones.
+
+        common: n-grams that do not count.
+        """
+        clean: Mask = np.ones(self.chunks[i].documents, bool)
+        if not self.leaks:
+            return clean, np.zeros(0, PIECE)
+        hits = read_hits(self.leaks[i])
+        hits = hits[~np.isin(hits["gram"], common)]
+        pieces = pieces_of(self.chunks[i], hits) if self._cuts else np.zeros(0, PIECE)
+        clean[hits["row"]] = False
+        clean[pieces["row"]] = True
+        return clean, pieces
 
     def _duplicates(self, scratch: Path) -> Duplicates | None:
         if self.dedup is None or not self.chunks:
@@ -150,10 +159,11 @@ class Selector:
                 limits[name, True], limits[name, False] = held, source.max_documents - held
         return limits
 
-    def _mask(self, i: int, chunk: Chunk, found: Duplicates | None, left: dict[tuple[str, bool], int]) -> Mask:
+    def _mask(
+        self, i: int, chunk: Chunk, clean: Mask, found: Duplicates | None, left: dict[tuple[str, bool], int]
+    ) -> Mask:
         keep: Mask = np.ones(chunk.documents, bool)
-        if self.leaks:
-            self._drop(chunk, keep, ~np.load(self.leaks[i] / "leaks.npy"), "contaminated")
+        self._drop(chunk, keep, clean, "contaminated")
         if found is not None:
             self._drop(chunk, keep, found.keep(self.parts[i]), "duplicate")
         if self.erased.ids or self.erased.hashes:
@@ -183,6 +193,7 @@ class Selector:
 
     def _report(self, found: Duplicates | None) -> dict[str, Any]:
         report: dict[str, Any] = {"dropped": {n: dict(c) for n, c in self.dropped.items()}, "examples": self.examples}
+        report["changes"] = {name: {"decontaminate": n} for name, n in self.cut.items() if n}
         if found is not None:
             pairs = [[self._named(*pair.first), self._named(*pair.second), pair.similarity] for pair in found.pairs]
             report["duplicates"] = {

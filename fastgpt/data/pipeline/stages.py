@@ -22,6 +22,7 @@ from fastgpt.data.pipeline.clean import CleanTask, Counts, chunks_of, clean, cou
 from fastgpt.data.pipeline.engine import Engine
 from fastgpt.data.pipeline.gather import format_for, gather
 from fastgpt.data.pipeline.layout import Layout, lay_out
+from fastgpt.data.pipeline.leaks import LeakTask, contents_of, find_leaks
 from fastgpt.data.pipeline.manifest import (
     ERASED,
     FILES,
@@ -33,7 +34,7 @@ from fastgpt.data.pipeline.manifest import (
     write_manifest,
 )
 from fastgpt.data.pipeline.report import report_of
-from fastgpt.data.pipeline.select import LeakTask, Selection, Selector, contents_of, find_leaks, read_erased
+from fastgpt.data.pipeline.select import Selection, Selector, read_erased
 from fastgpt.data.pipeline.show import PAGE, write_page
 from fastgpt.data.pipeline.store import Chunk, has_results, key_of, locked, read_json, remove_partial, write_json
 from fastgpt.data.pipeline.tokens import Encoding, choose_tokenizer, encode, reorderings
@@ -84,7 +85,7 @@ class Build:
         self.work = out.absolute() / "work"  # workers on other machines have other current folders
         self.dedup = DedupSettings() if recipe.dedup is True else recipe.dedup or None
         self.erased = read_erased(out)
-        self.held_out = contents_of(recipe.decontaminate)
+        self.held_out = contents_of(recipe.evaluation.files)
         if recipe.sentinels and isinstance(recipe.tokenizer, str):
             reorderings(recipe, open_tokenizer(recipe.tokenizer))  # refuses it now, not after hours of cleaning
         self.tasks = self._clean_tasks()
@@ -98,7 +99,9 @@ class Build:
         kept = ("license", "weight", "epochs", "max_documents", "fill_in_the_middle")
         taken = [[name, {k: source[k] for k in kept}] for name, source in sources.items()]
         erased = [sorted(self.erased.ids), sorted(self.erased.hashes)]
-        return key_of("inputs", settings, taken, [task.key for task in self.tasks], self.held_out, erased)
+        evaluation = self.recipe.evaluation
+        held_out = [self.held_out, evaluation.action, evaluation.common] if evaluation.files else []
+        return key_of("inputs", settings, taken, [task.key for task in self.tasks], held_out, erased)
 
     def clean(self) -> None:
         """Clean this task's share of the parts."""
@@ -126,8 +129,8 @@ class Build:
     def select(self, cleaned: Cleaned) -> Selection:
         """Decide which documents are kept."""
         leaks: list[Path] = []
-        if self.recipe.decontaminate:
-            files = tuple(self.recipe.decontaminate)
+        files = tuple(self.recipe.evaluation.files)
+        if files:
             tasks = [LeakTask(chunk, files, self.held_out, self.work / "leaks") for chunk in cleaned.chunks]
             self.workers.run("decontaminate", find_leaks, tasks, [task.chunk.bytes for task in tasks])
             leaks = [task.path for task in tasks]
@@ -157,8 +160,9 @@ class Build:
                 dtype,
                 self.work / "tokens",
                 None if chunk.held else middles.get(chunk.source),
+                pieces,
             )
-            for chunk, mask in zip(cleaned.chunks, selection.masks, strict=True)
+            for chunk, mask, pieces in zip(cleaned.chunks, selection.masks, selection.pieces, strict=True)
         ]
         mine = tasks[self.share.index :: self.share.of]
         self.workers.run("tokenize", encode, mine, [task.chunk.bytes for task in mine])

@@ -7,8 +7,10 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.load import load_tokenizer
@@ -31,7 +33,7 @@ ROW = np.dtype(
 @dataclass(frozen=True)
 class Encoding:
     """A task: encode the kept rows of a chunk with the tokenizer.json at `tokenizer`, as ids of `dtype`, reordered by
-    `middle` if that is given."""
+    `middle` if that is given. pieces: the parts of the documents that are cut, a file of PIECE; each is a document."""
 
     chunk: Chunk
     mask: Path
@@ -40,12 +42,30 @@ class Encoding:
     dtype: str
     folder: Path
     middle: FillInTheMiddle | None = None
+    pieces: Path | None = None
 
     @functools.cached_property
     def path(self) -> Path:
         """The folder of the result: its name depends on which documents are kept, not on why."""
-        facts = [self.chunk.key, file_hash(self.mask), self.fingerprint, self.dtype]
-        return self.folder / key_of("tokens", *facts, *([asdict(self.middle)] if self.middle else []))
+        facts: list[Any] = [self.chunk.key, file_hash(self.mask), self.fingerprint, self.dtype]
+        facts += [asdict(self.middle)] if self.middle else []
+        facts += ["pieces", file_hash(self.pieces)] if self.pieces else []
+        return self.folder / key_of("tokens", *facts)
+
+    @functools.cached_property
+    def cuts(self) -> dict[int, list[tuple[int, int]]]:
+        """The characters that stay of each row that is cut."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for row, start, end in np.load(self.pieces).tolist() if self.pieces else []:
+            found.setdefault(row, []).append((start, end))
+        return found
+
+    def texts(self, rows: npt.NDArray[Any]) -> Iterator[list[str]]:
+        """Yield the texts of rows, or what stays of them, in batches."""
+        left = iter(rows.tolist())
+        for texts in self.chunk.texts(rows):
+            spans = [self.cuts.get(row, [(0, None)]) for _, row in zip(texts, left)]
+            yield [text[start:end] for text, own in zip(texts, spans) for start, end in own]
 
 
 def encode(task: Encoding) -> None:
@@ -54,7 +74,8 @@ def encode(task: Encoding) -> None:
         return
     tokenizer = _loaded(str(task.tokenizer))
     documents = task.chunk.table()
-    rows = np.flatnonzero(np.load(task.mask))
+    kept = np.flatnonzero(np.load(task.mask))
+    rows = np.repeat(kept, [len(task.cuts.get(row, [None])) for row in kept.tolist()])  # one for each piece
     table = np.zeros(len(rows), ROW)
     for name in ("id_at", "id_bytes", "bytes"):
         table[name] = documents[name][rows]
@@ -62,12 +83,14 @@ def encode(task: Encoding) -> None:
     at = done = 0
     with new_result(task.path) as aside:
         with open(aside / "tokens.bin", "wb") as f:
-            for texts in task.chunk.texts(rows):
-                for ids in tokenizer.encode_documents(texts, threads=1):
+            for texts in task.texts(kept):
+                for text, ids in zip(texts, tokenizer.encode_documents(texts, threads=1), strict=True):
                     if task.middle is not None:
                         ids = task.middle.apply(ids, int(documents["hash"][rows[done]]))
                     f.write(eot + ids.astype(task.dtype).tobytes())
                     table["at"][done], table["tokens"][done] = at, len(ids) + 1
+                    if rows[done] in task.cuts:
+                        table["bytes"][done] = len(text.encode())
                     at, done = at + len(ids) + 1, done + 1
         np.save(aside / "table.npy", table)
 
