@@ -24,6 +24,7 @@ from fastgpt.inference.chat import Template
 
 TooLong = Literal["cut", "skip", "error"]
 Head = Literal["classification", "regression", "tags"]
+MOST_LABELS = 1 << 16  # numbers above this are codes, not classes
 UNLABELLED = -100  # the label of a token that has none
 T = TypeVar("T")
 
@@ -189,23 +190,12 @@ def load_labelled(
         UserError: as load_examples, or a label that is not in `labels`.
     """
     load = _Load[Classified](path, tokenizer, Template(), context, rows or Rows(), TAGGED if head == "tags" else LABELS)
-    if labels or head == "regression":
-        names = labels
-    else:
-        names = _names(load, head)
+    names = labels if labels or head == "regression" else _names(load, head)
     numbers = {name: i for i, name in enumerate(names)}
 
     def read(row: Labelled) -> Iterator[Classified]:
         if head == "tags":
-            ids, first = load.encoder.words(list(row.text))
-            label = np.full(len(ids), UNLABELLED, np.int64)
-            label[first] = [UNLABELLED if tag == UNLABELLED else _class(tag, numbers) for tag in row.label]
-            kept = load.kept(len(ids))
-            learned = int((label[:kept] != UNLABELLED).sum())
-            if not learned:
-                raise _Unused("nothing to learn")
-            load.counts.tokens, load.counts.learned = load.counts.tokens + kept, load.counts.learned + learned
-            yield Classified(ids[:kept], label[:kept])
+            yield _tagged(load, row, numbers)
             return
         ids = np.array([*tokenizer.prefix, *load.encoder.plain(str(row.text))], np.uint32)
         kept = load.kept(len(ids))
@@ -315,8 +305,23 @@ def _names(load: _Load[Classified], head: Head) -> tuple[str, ...]:
     load.counts.rows = 0
     found.discard(UNLABELLED)
     if all(isinstance(label, int) for label in found):
+        if max(found, default=0) >= MOST_LABELS:
+            raise UserError(f"{load.path} has the label {max(found)}, expected names, or numbers from 0 up")
         return tuple(str(i) for i in range(max(found, default=-1) + 1))
     return tuple(sorted({str(label) for label in found}, key=lambda x: (not x.isdecimal(), len(x) * x.isdecimal(), x)))
+
+
+def _tagged(load: _Load[Classified], row: Labelled, numbers: dict[str, int]) -> Classified:
+    """Return the tokens of words, with the label of each word on its first token."""
+    ids, first = load.encoder.words(list(row.text))
+    label = np.full(len(ids), UNLABELLED, np.int64)
+    label[first] = [UNLABELLED if tag == UNLABELLED else _class(tag, numbers) for tag in row.label]
+    kept = load.kept(len(ids))
+    learned = int((label[:kept] != UNLABELLED).sum())
+    if not learned:
+        raise _Unused("nothing to learn")
+    load.counts.tokens, load.counts.learned = load.counts.tokens + kept, load.counts.learned + learned
+    return Classified(ids[:kept], label[:kept])
 
 
 def _class(label: Any, numbers: dict[str, int]) -> int:

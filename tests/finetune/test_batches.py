@@ -44,7 +44,7 @@ def same(a: Any, b: Any) -> bool:
 sizes = st.lists(st.integers(2, 40), min_size=1, max_size=12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(sizes, st.integers(1, 5), st.integers(1, 16), st.sampled_from(PACKING), st.integers(0, 3))
 def test_every_learned_token_is_a_target_once_an_epoch(
     lengths: list[int], batch: int, block: int, packing: Any, seed: int
@@ -125,8 +125,8 @@ def test_labels_and_ratings_identify_the_data() -> None:
             a.load_state_dict(b.state_dict())
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.data())
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.data())
 def test_a_mixture_takes_shares_and_repeats_no_sample_before_its_set_ends(lengths: list[int], data: Any) -> None:
     weights = data.draw(st.none() | st.lists(st.floats(0.1, 10), min_size=len(lengths), max_size=len(lengths)))
     order = Mixture(lengths, weights, seed=data.draw(st.integers(0, 5)))

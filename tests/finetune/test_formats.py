@@ -179,6 +179,9 @@ def test_labels(tmp_path: Path) -> None:
     assert load_labelled(path, byte_tokenizer(), 50, "classification").labels == ("0", "1", "2")
     with pytest.raises(UserError, match="the label 2 is unknown"):
         load_labelled(path, byte_tokenizer(), 50, "classification", labels=("x", "y"))
+    codes = write_rows(tmp_path / "codes.jsonl", {"text": "a", "label": 10**9})
+    with pytest.raises(UserError, match="has the label 1000000000, expected names"):
+        load_labelled(codes, byte_tokenizer(), 50, "classification")
     assert [c.label for c in load_labelled(path, byte_tokenizer(), 50, "regression").items] == [2.0, 0.0]
     with pytest.raises(UserError, match="the label is 'x', expected a number"):
         load_labelled(write_rows(tmp_path / "b.jsonl", {"text": "a", "label": "x"}), byte_tokenizer(), 50, "regression")
