@@ -73,6 +73,18 @@ def test_resume(example: ModuleType) -> None:
     assert len(whole) == 12 and whole == parts
 
 
+@shows("classify_order")
+@pytest.mark.slow
+def test_classify_order(example: ModuleType) -> None:
+    """20 points above chance, above the base with its new head, and above a bag of words, for each of 3 seeds."""
+    found = example.main("run")
+    assert len(found) == 3
+    for accuracy in found:
+        others = ("bag of words", "base, untrained head", "frozen base, trained head")
+        assert accuracy["fine-tuned"] > 0.5 + 0.2, accuracy
+        assert accuracy["fine-tuned"] > max(accuracy[name] for name in others) + 0.05, accuracy
+
+
 def test_every_example_is_tested_and_listed() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
     page, tests = (EXAMPLES / "README.md").read_text(encoding="utf-8"), Path(__file__).read_text(encoding="utf-8")
