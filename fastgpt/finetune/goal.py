@@ -211,6 +211,8 @@ def recipe(name: str, answers: dict[str, str], out: Path) -> str:
         settings["lora"] = {"rank": 16}
     if labels := [label.strip() for label in answers.get("labels", "").split(",") if label.strip()]:
         settings["labels"] = labels
+    if Path(answers["base"]).name == SIZES[0]:
+        settings["lr"] = 1e-3  # a small model, trained for minutes, has to move further than the default lets it
     settings |= {"eval_every": 50, "patience": 3}
     rows = [json.dumps(row, ensure_ascii=False) for row in goal.rows]
     steps = [f"Write {data}, one row a line, {goal.least} rows or more, like these two:", *rows]

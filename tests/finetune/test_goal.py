@@ -76,6 +76,7 @@ def test_replies_at_a_terminal_go_into_the_recipe(monkeypatch: pytest.MonkeyPatc
     assert len(asked) == 5
     config, text = load_config(["recipe.yaml"]), Path("recipe.yaml").read_text()
     assert config.data == "my rows.jsonl" and config.base == "runs/other" and config.lora.rank == 16
+    assert config.lr is None  # the default of the task
     assert config.labels == ["no", "yes"] and "fastgpt train --config gpt2-124m --out runs/other" in text
 
 
