@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_models import model_of
 from torch import Tensor
 
 from fastgpt.core.errors import UserError
@@ -225,3 +226,17 @@ def test_one_pass_in_order_and_a_part_of_it() -> None:
     assert [len(b.extra["index"]) for b in batches] == [4, 4, 2]
     assert [i for b in batches for i in b.extra["index"].tolist()] == list(range(10))
     assert [b.extra["index"].tolist() for b in loader.once(1)] == [[0, 2, 5, 7]]
+
+
+@pytest.mark.parametrize("positions", ["learned", "rope"])
+def test_packed_documents_do_not_see_each_other(positions: str) -> None:
+    model = model_of(vocab_size=64, positions=positions, tied=positions == "learned")
+    examples = made([9, 4, 7, 12, 3, 8])
+    packed = next(iter(ExampleLoader([examples], 10, 16).once()))
+    assert len(packed.ids) < len(examples)
+    loss = model(packed.ids, packed.targets, doc_ids=packed.doc_ids, positions=packed.positions, reduction="sum")
+    alone = torch.zeros(())
+    for e in examples:
+        ids, targets = (torch.tensor([x]) for x in expected(e))
+        alone = alone + model(ids, targets, reduction="sum")
+    torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
