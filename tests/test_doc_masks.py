@@ -22,6 +22,7 @@ from fastgpt.data.packed import PackedLoader
 from fastgpt.data.source import open_source
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
+from fastgpt.nn import RotaryEmbedding
 from fastgpt.training.build import build_loader
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.task import NextToken
@@ -198,3 +199,11 @@ def test_the_method_of_a_run(here: Path) -> None:
     assert isinstance(loader, PackedLoader) and loader.eot is None and len(next(loader)) == 2
     loader = build_loader(load_config([*SMALL, "--doc-masks"]), source, torch.device("cpu"))
     assert not isinstance(loader, PackedLoader) and isinstance(next(loader), Batch)
+
+
+def test_dynamic_scaling_within_the_original_context_does_not_wait_for_positions() -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 32}
+    nowhere = torch.zeros(2, 32, dtype=torch.int64, device="meta")  # whose values cannot be read
+    RotaryEmbedding(8, 32, scaling=scaling).adapt(32, nowhere)
+    with pytest.raises(RuntimeError):
+        RotaryEmbedding(8, 33, scaling=scaling).adapt(32, nowhere)

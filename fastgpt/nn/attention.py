@@ -65,8 +65,11 @@ class RotaryEmbedding(nn.Module):
         """
         if self.scaling is None or self.scaling["rope_type"] != "dynamic":
             return
+        original = self.scaling["original_max_position_embeddings"]
+        if self.max_positions <= original:
+            return
         length = length if positions is None else int(positions.max()) + 1
-        length = 0 if length <= self.scaling["original_max_position_embeddings"] else length
+        length = 0 if length <= original else length
         if length != self._length:
             self._length = length
             self._fill()

@@ -28,6 +28,7 @@ def command(folder: Path, out: Path, *options: str) -> list[str]:
         for i in range(0, n, 50):
             (pieces / f"{i:04}.jsonl").write_text("".join(lines[i : i + 50]), encoding="utf-8")
         plain["sources"][name]["path"] = str(pieces)
+    plain["sources"]["big"]["fill_in_the_middle"] = True
     path = write_recipe(folder, plain)
     return [sys.executable, "-m", "fastgpt.cli", "data", "build", str(path), "--out", str(out), *options]
 
