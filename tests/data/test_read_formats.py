@@ -12,6 +12,7 @@ from data_samples import CODE, PAGE, POSTS, WIKI, http, warc
 from fastgpt.core.errors import UserError
 from fastgpt.data.document import Document
 from fastgpt.data.read import Defect, Format, open_documents
+from fastgpt.data.read.wikitext import plain_text
 
 pytest.importorskip("orjson")
 
@@ -237,3 +238,20 @@ def test_pile_and_reddit(tmp_path: Path) -> None:
     assert not defects
     with pytest.raises(UserError, match="name a format"):
         read(tmp_path / "RC_2015-01.zst", packed)
+
+
+@pytest.mark.parametrize(
+    "source, expected",
+    [
+        ("== A ==\n=== B ===\ntext", "A\n\nB\n\ntext"),  # headings on the first line and on following ones
+        ("* a\n*: b\n; c\n## d", "- a\nb\nc\n- d"),
+        ("{|\n| x\n|}\n{|\n| y\n|} after", "after"),
+        ("{|\n| x\n:{| \n| y\n|}\n|}z", "z"),  # one table in another
+        ("{|\n|}{|\n|}", ""),
+        ("a {| b\n|}", "a {| b\n|}"),  # begins within a line
+        ("{|\n| never ends\n\ntext", "{|\n| never ends\n\ntext"),
+        ("''a'' '''b''' '''''c''''' ''''''d 'e'", "a b c 'd 'e'"),
+    ],
+)
+def test_lines_of_wikitext(source: str, expected: str) -> None:
+    assert plain_text(source) == expected

@@ -15,17 +15,19 @@ COMMENT = re.compile(r"<!--.*?(?:-->|\Z)", re.DOTALL)
 KEPT = ("pre", "source", "syntaxhighlight", "nowiki", "math")
 REMOVED = ("ref", "gallery", "timeline", "imagemap", "score", "templatestyles", "graph")
 PAIRED = re.compile(r"<(" + "|".join(KEPT + REMOVED) + r")\b([^<>]*)>", re.IGNORECASE)
+# Patterns begin with fixed characters, which re looks for much faster: "\n" for the start of a line, not "^".
 TEMPLATE = re.compile(r"\{\{[^{}]*\}\}|\{\{\{[^{}]*\}\}\}")
-TABLE = re.compile(r"^[ \t:]*\{\|(?:(?!^[ \t:]*\{\|).)*?^[ \t]*\|\}", re.DOTALL | re.MULTILINE)
+TABLE = re.compile(r"\n[ \t:]*\{\|[^\n]*(?:\n(?![ \t:]*\{\||[ \t]*\|\})[^\n]*)*\n[ \t]*\|\}")
 INNER_LINK = re.compile(r"\[\[([^\[\]]*)\]\]")
 DROPPED_LINK = re.compile(
     r"\s*(?:file|image|media|category|datei|bild|kategorie|fichier|catégorie|[a-z]{2,3})\s*:", re.I
 )
 OUTER_LINK = re.compile(r"\[(?:https?:|ftp:|mailto:)?//?[^\s\[\]]+(?:[ \t]+([^\[\]\n]*))?\]")
-HEADING = re.compile(r"^(={1,6})[ \t]*(.+?)[ \t]*\1[ \t]*$", re.MULTILINE)
-ITEM = re.compile(r"^([*#:;]+)[ \t]*", re.MULTILINE)
+HEADING = re.compile(r"\n(={1,6})[ \t]*(.+?)[ \t]*\1[ \t]*$", re.MULTILINE)
+ITEM = re.compile(r"\n([*#:;]+)[ \t]*")
+QUOTES = re.compile(r"'''{0,3}")
 TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
-BLANK = re.compile(r"\n{3,}")
+BLANK = re.compile(r"\n\n\n+")
 NESTING = 40
 
 
@@ -33,14 +35,14 @@ def plain_text(source: str) -> str:
     """Return the plain text of a page."""
     kept: list[str] = []
     text = _without_pairs(COMMENT.sub("", source.replace("\x01", "").replace("\x02", "")), kept)
-    text = _repeated(TEMPLATE, "", text)
-    text = _repeated(TABLE, "", text)
-    text = _repeated(INNER_LINK, _linked, text)
+    text = _repeated(TEMPLATE, "", text, "{{")
+    text = _repeated(TABLE, "\n", "\n" + text, "{|")
+    text = _repeated(INNER_LINK, _linked, text, "[[")
     text = OUTER_LINK.sub(lambda m: m[1] or "", text)
-    text = HEADING.sub(r"\n\2\n", text)
+    text = HEADING.sub(r"\n\n\2\n", text)
     text = re.sub(r"<br\s*/?>", "\n", text, flags=re.IGNORECASE)
-    text = re.sub(r"__[A-Z]{3,20}__", "", re.sub(r"'{2,5}", "", TAG.sub("", text)))
-    text = ITEM.sub(lambda m: "" if m[1][-1] in ":;" else "- ", text)
+    text = re.sub(r"__[A-Z]{3,20}__", "", QUOTES.sub("", TAG.sub("", text)))
+    text = ITEM.sub(lambda m: "\n" if m[1][-1] in ":;" else "\n- ", text)[1:]
     text = html.unescape(text).replace("\xa0", " ")
     text = BLANK.sub("\n\n", "\n".join(map(str.rstrip, text.split("\n")))).strip()
     return re.sub(r"\x01(\d+)\x02", lambda m: kept[int(m[1])], text)
@@ -87,9 +89,12 @@ def _linked(found: re.Match[str]) -> str:
     return label.rpartition("|")[2] if bar else target.lstrip(":")
 
 
-def _repeated(pattern: re.Pattern[str], by: object, text: str) -> str:
-    """Replace from the innermost match outwards."""
+def _repeated(pattern: re.Pattern[str], by: object, text: str, begin: str) -> str:
+    """Replace from the innermost match outwards. begin: what every match begins
+    with, but for spaces: a text without it needs no search."""
     for _ in range(NESTING):
+        if begin not in text:
+            break
         text, count = pattern.subn(by, text)  # type: ignore[call-overload]
         if not count:
             break
