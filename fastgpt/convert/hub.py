@@ -30,7 +30,7 @@ def download(name: str, revision: str, others: Sequence[str]) -> tuple[Path, str
         if not any((folder / w).is_file() for w in (WEIGHTS[0], WEIGHTS[-1])):
             folder = Path(api.snapshot_download(name, revision=folder.name, allow_patterns=[*OLD_WEIGHTS, *others]))
     except Exception as e:  # the hub's errors have no common class
-        raise UserError(f"import: {name} is no folder, and {reason(e, name, revision)}") from e
+        raise UserError(f"import: {name} is not a folder, and {reason(e, name, revision)}") from e
     return folder, folder.name
 
 

@@ -48,7 +48,7 @@ def locate(source: str, revision: str = "main") -> tuple[Path, str | None]:
     if Path(source).is_dir():
         return Path(source), None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"import: {source} is no folder")
+        raise UserError(f"import: {source} is not a folder")
     return download(source, revision, ("config.json", *TOKENIZER))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, cause_of
 
 
 def require_new(folder: Path) -> None:
@@ -36,6 +36,6 @@ def new_folder(final: Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, final)
     except OSError as e:
-        raise UserError(f"{final} could not be written ({e})") from e
+        raise UserError(f"{final} could not be written ({cause_of(e)})") from e
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, cause_of
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.packing import Method
 from fastgpt.data.shards import Tokens, file_hash, open_tokens
@@ -60,7 +60,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
             why = f"has no {MANIFEST}, expected a folder that `fastgpt data build` made"
         raise UserError(f"data set {out} {why}") from None
     except (OSError, ValueError) as e:
-        raise UserError(f"data set {out} is damaged: {MANIFEST} ({e})") from None
+        raise UserError(f"data set {out} is damaged: {MANIFEST} ({cause_of(e)})") from None
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise UserError(f"data set {out} is damaged: {MANIFEST} is not that of a {KIND}")
     if manifest["format"] != FORMAT:

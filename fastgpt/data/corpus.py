@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, counted
 
 EOT = "<|endoftext|>"
 
@@ -100,7 +100,7 @@ def text_files(path: str | Path) -> Corpus:
     if path.is_dir():
         corpus = _collect(str(path), list(_walk(path, {"__pycache__"})), path, lenient=False)
         if not corpus.files:
-            left_out = f" ({len(corpus.skipped)} binary files left out)" if corpus.skipped else ""
+            left_out = f" ({counted(len(corpus.skipped), 'binary file')} left out)" if corpus.skipped else ""
             raise UserError(f"folder {path} holds no text files{left_out}")
         return corpus
     if not path.is_file():

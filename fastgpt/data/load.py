@@ -149,6 +149,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError("it holds no object")
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except ValueError as e:
         raise UserError(f"{path} is damaged ({e})") from e
     return content

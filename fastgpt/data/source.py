@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastgpt.core import progress
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, cause_of
 from fastgpt.data.built import is_built, open_built
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.packing import Method
@@ -174,7 +174,9 @@ def open_validation(sources: dict[str, str], source: Source, data_dtype: str = "
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"val_sources.{name} is {path!r}, expected a UTF-8 text file or .bin shards ({e})") from e
+            raise UserError(
+                f"val_sources.{name} is {path!r}, expected a UTF-8 text file or .bin shards ({cause_of(e)})"
+            ) from e
         found[name] = Tokens([source.tokenizer.encode(text)])
     for name, tokens in found.items():
         if len(tokens) < 2:
@@ -210,7 +212,7 @@ def read_vocab_size(meta: Path) -> int:
     try:
         codes = [code for code in pickletools.genops(meta.read_bytes()) if not re.search("PUT|MEMOIZE", code[0].name)]
     except (OSError, ValueError) as e:
-        raise UserError(f"{meta} cannot be read ({e}): move it away and pass --model.vocab-size") from e
+        raise UserError(f"{meta} cannot be read ({cause_of(e)}): move it away and pass --model.vocab-size") from e
     behind = [value for (_, key, _), (_, value, _) in zip(codes, codes[1:]) if key == "vocab_size"]
     if not behind or type(behind[0]) is not int or not 0 < behind[0] < 2**31:
         raise UserError(f"{meta} has no whole number as vocab_size: move it away and pass --model.vocab-size")

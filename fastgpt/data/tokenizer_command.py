@@ -49,6 +49,10 @@ def train(args: Namespace) -> int:
     out, limit = Path(args.out), int(args.max_mb * 1e6)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder, expected the name of a file such as {out}/tokenizer.json")
+    if not out.suffix:
+        raise UserError(
+            f"--out {out} has no suffix, expected the name of a file such as {out}.json or {out}/tokenizer.json"
+        )
     files = [file for path in args.paths for file in text_files(path).files]
     start = time.monotonic()
     tokenizer = train_tokenizer(_evenly(files, limit), args.vocab_size, args.special)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, cause_of
 from fastgpt.inference.requests import TextTokenizer
 
 FILE = "chat_template.jinja"
@@ -83,7 +83,7 @@ class Template:
                 try:
                     return cls(file.read_text(encoding="utf-8"), str(file), eos_token, bos_token)
                 except (OSError, UnicodeDecodeError) as e:
-                    raise UserError(f"{file} cannot be read ({e})") from None
+                    raise UserError(f"{file} cannot be read ({cause_of(e)})") from None
         return cls(eos_token=eos_token)
 
     def _guard(self, function: Callable[[], Any]) -> Any:

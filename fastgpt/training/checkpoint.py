@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, cause_of
 from fastgpt.core.tensorfile import Deferred, load_file, save_file
 
 FORMAT = 2  # format 1 names the optimizer's state by the numbers of the parameters, not by their names
@@ -189,7 +189,9 @@ def save(
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as e:
         shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(f"checkpoint {final} could not be written ({e}); earlier checkpoints are untouched") from e
+        raise UserError(
+            f"checkpoint {final} could not be written ({cause_of(e)}); earlier checkpoints are untouched"
+        ) from e
     for old in checkpoints(run)[:-keep] if keep > 0 else []:
         if int(old.name.removeprefix("step_")) not in stays:
             shutil.rmtree(old, ignore_errors=True)
@@ -225,7 +227,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UserError(f"checkpoint {path} is damaged: {STATE} cannot be read ({e}){_before(path)}") from e
+        raise UserError(f"checkpoint {path} is damaged: {STATE} cannot be read ({cause_of(e)}){_before(path)}") from e
     if not isinstance(state, dict) or state.get("format") not in READS:
         raise UserError(
             f"checkpoint {path}: {STATE} is not of format {' or '.join(map(str, READS))}, which this version reads"

@@ -163,7 +163,7 @@ def test_a_missing_page_stops_a_build_that_may_not_skip(server: str, tmp_path: P
     made = load_recipe(write_recipe(tmp_path, plain))
     with pytest.raises(UserError) as e:
         build(made, tmp_path / "out", show=False)
-    assert f"sources.web: {server}/gone0.txt: the server answers 404 (1 more addresses gave no page); " in str(e.value)
+    assert f"sources.web: {server}/gone0.txt: the server answers 404 (1 more address gave no page); " in str(e.value)
     assert "or set defects: skip to do without it; " in str(e.value)
     for i in range(2):
         (tmp_path / f"gone{i}.txt").write_text(text(i), encoding="utf-8")
@@ -181,7 +181,7 @@ def test_an_optional_site_that_is_gone_is_left_out(tmp_path: Path, caplog: pytes
         plain["sources"]["web"] = {"scrape": scrape, "optional": True}
         with caplog.at_level(logging.WARNING, "fastgpt"):
             build(load_recipe(write_recipe(tmp_path, plain)), tmp_path / "out", show=False)
-    assert any("source web is left out: scrape: none of the 1 addresses can be reached" in m for m in caplog.messages)
+    assert any("source web is left out: scrape: no address can be reached (1 tried)" in m for m in caplog.messages)
 
 
 def test_a_data_set_of_the_hub_brings_its_license(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_bad_paths_are_named(tmp_path: Path):
     (tmp_path / "sub").mkdir()
     assert error(text_files, tmp_path / "sub") == f"folder {tmp_path / 'sub'} holds no text files"
     (tmp_path / "sub" / "x.bin").write_bytes(b"a\0b")
-    assert "holds no text files (1 binary files left out)" in error(text_files, tmp_path / "sub")
+    assert "holds no text files (1 binary file left out)" in error(text_files, tmp_path / "sub")
     os.mkfifo(tmp_path / "pipe")
     assert "neither a file nor a folder" in error(text_files, tmp_path / "pipe")
 

@@ -184,6 +184,10 @@ def test_training_is_the_same_twice_and_bounded(tmp_path: Path, capsys: pytest.C
         ("train text --out t.json --vocab-size 257 --special <|a|>", "has at least 258 ids"),
         ("train text --out t.json --special <|a|> <|a|>", "are empty, repeated, or"),
         ("train text --out .", "is a folder, expected the name of a file"),
+        (
+            "train text --out tk",
+            "--out tk has no suffix, expected the name of a file such as tk.json or tk/tokenizer.json",
+        ),
         ("train missing --out t.json", "data path missing does not exist"),
         ("show missing.json", "tokenizer file missing.json does not exist"),
         ("show text", "text is damaged"),
@@ -207,3 +211,20 @@ def test_check_finds_a_tokenizer_that_loses_text(
     monkeypatch.setattr(Tokenizer, "decode_bytes", lambda self, ids: b"x")
     code, said, errors = run(capsys, "check", str(tmp_path))
     assert code == 1 and "decoding its ids does not give the text" in errors
+
+
+def test_a_file_that_may_not_be_read_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    read = Path.read_text
+
+    def denied(path: Path, *args: str, **options: str) -> str:
+        if path.name == "tokenizer_config.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args, **options)
+
+    monkeypatch.setattr(Path, "read_text", denied)
+    code, _, said = run(capsys, "show", str(tmp_path))
+    assert code == 2 and said.endswith(f"cannot read {tmp_path / 'tokenizer_config.json'}: Permission denied\n")

@@ -130,5 +130,12 @@ def test_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
             assert run(m, str(tmp_path / name)) == 2
         error = capsys.readouterr().err
         assert f"needs {package}, which is not installed: pip install" in error and error.count("\n") == 1
+    pytest.importorskip("charset_normalizer")
+    for text, encoding in (
+        ("caf\xe9", "cp1252"),
+        ("\u201cGr\xf6\xdfe\u201d \u2013 sch\xf6n", "cp1252"),
+        ("Привет, как дела?", "cp1251"),
+    ):
+        assert reading.guess_encoding(text.encode(encoding)) == encoding.upper()
     monkeypatch.setitem(__import__("sys").modules, "charset_normalizer", None)
     assert reading.guess_encoding(b"caf\xe9") == ""

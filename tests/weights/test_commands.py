@@ -164,7 +164,7 @@ def test_bad_calls_are_one_sentence_with_exit_code_2(run: Path, tmp_path: Path, 
     used.mkdir()
     (used / "file").touch()
     for main, argv, message in [
-        (importing.main, ["./nowhere", str(tmp_path / "x")], "./nowhere is no folder"),
+        (importing.main, ["./nowhere", str(tmp_path / "x")], "./nowhere is not a folder"),
         (importing.main, [str(used), str(tmp_path / "x")], "config.json does not exist"),
         (exporting.main, [str(tmp_path), "--out", "x"], "neither a checkpoint nor a run folder"),
         (exporting.main, [str(run), "--out", str(used)], "exists, expected a new or empty folder"),

@@ -103,7 +103,7 @@ def test_what_the_hub_refuses_is_one_sentence(
         (["someone/tiny", "--revision", "v9"], "the hub has no revision 'v9' of it"),
         (["not a name"], "the hub failed (HFValidationError"),
     ]
-    for argv, message in [*cases, (["someone/other"], "is no folder, and the hub cannot be reached")]:
+    for argv, message in [*cases, (["someone/other"], "is not a folder, and the hub cannot be reached")]:
         if argv == ["someone/other"]:
             monkeypatch.setattr(hub_constants, "ENDPOINT", "http://127.0.0.1:9")
         assert run_command(lambda argv=argv: importing.main([argv[0], "out", *argv[1:]])) == 2

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from fastgpt.core.errors import counted
 from fastgpt.data.recipe import MiddleRecipe
 
 
@@ -78,4 +79,5 @@ def _removed(duplicates: Mapping[str, Any]) -> str:
 
 def _personal(facts: Mapping[str, Any]) -> str:
     found = {what: n for what, n in facts["changes"].items() if what.startswith("personal_data.")}
-    return ", ".join(f"{n:,} times {what.split('.')[1]} replaced" for what, n in found.items()) + "." if found else ""
+    said = [f"{counted(n, 'time')} {what.split('.')[1]} replaced" for what, n in found.items()]
+    return ", ".join(said) + "." if found else ""

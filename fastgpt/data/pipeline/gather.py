@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, counted
 from fastgpt.core.options import WRONG, convert, did_you_mean
 from fastgpt.data.pipeline.engine import Engine
 from fastgpt.data.pipeline.fetch import debian_packages, downloaded, python_documentation, scraped
@@ -150,7 +150,8 @@ def _found(name: str, source: SourceRecipe, format: Format, work: Path, show: bo
     if source.scrape:
         path, defects = scraped(source.scrape, source.license, fetched / name, source.defects == "fail", show)
         if defects and (source.defects == "fail" or not path.stat().st_size):
-            first, others = defects[0], f" ({len(defects) - 1:,} more addresses gave no page)" * (len(defects) > 1)
+            first, more = defects[0], counted(len(defects) - 1, "more address", "more addresses")
+            others = f" ({more} gave no page)" * (len(defects) > 1)
             raise DefectError(replace(first, problem=first.problem + others, remedy=f"{first.remedy}{_SKIP}"))
         return Found(find_files(path, format).files, defects=defects)
     if source.debian:

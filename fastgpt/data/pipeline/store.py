@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, cause_of
 from fastgpt.data.shards import atomic_file
 
 try:
@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as e:
-        raise UserError(f"{path} is damaged ({e}); delete it and build again") from None
+        raise UserError(f"{path} is damaged ({cause_of(e)}); delete it and build again") from None
 
 
 @contextlib.contextmanager

@@ -226,12 +226,16 @@ def printable(path: Path) -> str:
 
 def guess_encoding(sample: bytes) -> str:
     """Return the encoding that a sample looks like, in the spelling of iconv; "" if nothing fits or charset-normalizer
-    is not installed."""
+    is not installed. Of several that fit as well, it is CP1252, by far the most common: a short sample fits many."""
     try:
         from charset_normalizer import from_bytes
     except ImportError:
         return ""
-    best = from_bytes(sample).best()
+    found = from_bytes(sample)
+    best = found.best()
     if best is None or best.encoding in ("utf_8", "ascii"):
         return ""
+    western = [m for m in found if "cp1252" in (m.encoding, *m.could_be_from_charset)]
+    if any(m.chaos <= best.chaos and m.coherence >= best.coherence for m in western):
+        return "CP1252"
     return ICONV.get(best.encoding, best.encoding.replace("_", "-").upper())

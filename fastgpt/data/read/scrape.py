@@ -159,7 +159,7 @@ def scrape(
                 progress(1)
     if wanted and not reached and not done:
         part.unlink()  # so that all are asked again
-        raise UserError(f"scrape: none of the {len(wanted)} addresses can be reached; is there a network?")
+        raise UserError(f"scrape: no address can be reached ({len(wanted)} tried); is there a network?")
     result.failures = _finish(part, out, wanted, dated)
     if record is None:
         part.unlink()
