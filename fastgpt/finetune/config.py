@@ -14,15 +14,18 @@ from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig, require, require_sizes
 from fastgpt.training.config import TrainConfig
 
-TaskName = Literal["sft", "dpo", "kto", "orpo", "reward", "classify", "regress", "tag", "distil"]
+TaskName = Literal["sft", "dpo", "kto", "orpo", "reward", "classify", "regress", "tag", "distil", "grpo"]
 HEADS = ("reward", "classify", "regress", "tag")
-LEARNING_RATES = {"sft": 2e-5, "distil": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 5e-6} | dict.fromkeys(HEADS, 2e-5)
+LEARNING_RATES = {"sft": 2e-5, "distil": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo": 5e-6, "grpo": 1e-6} | dict.fromkeys(
+    HEADS, 2e-5
+)
 # settings that mean the same as in TrainConfig
 SHARED = (
     *("out", "resume", "seed", "device", "dtype", "kernels", "recompute", "micro_batch", "schedule", "lr_ratios"),
     *("weight_decay", "beta1", "beta2", "eps", "clip", "master", "eval_every", "eval_batches", "save_every", "keep"),
     *("patience", "log_every", "track"),
 )
+LOSSES = {"dpo": ("sigmoid", "robust", "ipo", "ipo-mean"), "grpo": ("dapo", "grpo", "bnpo", "dr_grpo")}
 LORA_FACTOR = 10  # an adapter learns best at about ten times the rate of all weights
 
 
@@ -52,7 +55,7 @@ class FinetuneConfig:
     Attributes:
         task: sft learns to write the texts, completions or replies of the data; dpo, kto and orpo learn from
             preferences; reward, classify, regress and tag train a head in place of the LM head; distil learns the
-            distributions of a teacher.
+            distributions of a teacher; grpo learns from rewards of what the model itself writes.
         base: run, checkpoint or folder of a model (config.json and weights) to start from.
         data: file, folder or glob of rows; or {PATH: WEIGHT} to mix several.
         val_data: validation data, like data; null splits val_fraction off each file.
@@ -78,7 +81,7 @@ class FinetuneConfig:
         batch: rows, pairs or texts of one optimizer step; a multiple of micro_batch.
         epochs: passes over the data; ignored with max_steps.
         max_steps: optimizer steps to train for; null is epochs.
-        lr: highest learning rate; null chooses one for the task (sft 2e-5, dpo and kto 1e-6, orpo 5e-6), ten times as
+        lr: highest learning rate; null chooses one for the task (2e-5; orpo 5e-6; dpo, kto and grpo 1e-6), ten times as
             high for adapters.
         lr_ratios: regular expression found in a parameter's name -> factor of its learning rate.
         layer_decay: factor of the learning rate from each block to the one below it; 1 is the same for all.
@@ -97,8 +100,10 @@ class FinetuneConfig:
         quantise: keep the base's weights in 8 or 4 bits; needs adapters.
         freeze: regular expressions found in the names of parameters that stay as they are.
         freeze_first: number of blocks, from the embeddings on, that stay as they are.
-        beta: how strongly dpo and kto hold the model to the base; weight of orpo's preference.
-        loss_type: loss of dpo; sigmoid, robust (to wrong labels), ipo (of sums) or ipo-mean (per token).
+        beta: how strongly dpo, kto and grpo hold the model to the base; weight of orpo's preference; null is 0.1, and 0
+            for grpo.
+        loss_type: loss of dpo, sigmoid, robust (to wrong labels), ipo (of sums) or ipo-mean (per token), or how grpo
+            averages, dapo, grpo, bnpo or dr_grpo; null is the first.
         label_smoothing: probability that a preference is wrong (dpo); share of a label spread over all (classify, tag).
         length_norm: whether dpo divides log-probabilities by the number of tokens.
         good_weight: weight of good examples (kto).
@@ -108,8 +113,13 @@ class FinetuneConfig:
         pooling: what a head reads of a text; the last token or the mean of all.
         teacher: run, checkpoint or folder of the model to learn from (distil).
         divergence: forward_kl, reverse_kl or jsd between teacher and student (distil).
-        temperature: temperature of both distributions (distil).
+        temperature: temperature of both distributions (distil) or of the samples (grpo).
         hard_share: share of the loss on the data's own tokens (distil); the rest is the divergence.
+        reward: functions that rate completions, each as FILE.py:FUNCTION; their sum counts (grpo).
+        group: samples of each prompt, which are compared with one another (grpo).
+        max_new_tokens: longest completion (grpo).
+        epsilon: how far a token's probability may move in a step before its gradient is cut off (grpo).
+        iterations: steps on the same samples (grpo).
         eval_every: steps between validations; 0 is only at the end.
         eval_batches: micro-batches of a validation.
         save_every: steps between checkpoints; 0 is only at the end.
@@ -163,8 +173,8 @@ class FinetuneConfig:
     quantise: Literal["none", "int8", "int4"] = "none"
     freeze: list[str] = field(default_factory=list)
     freeze_first: int = 0
-    beta: float = 0.1
-    loss_type: Literal["sigmoid", "robust", "ipo", "ipo-mean"] = "sigmoid"
+    beta: float | None = None
+    loss_type: Literal["sigmoid", "robust", "ipo", "ipo-mean", "dapo", "grpo", "bnpo", "dr_grpo"] | None = None
     label_smoothing: float = 0.0
     length_norm: bool = False
     good_weight: float = 1.0
@@ -176,6 +186,11 @@ class FinetuneConfig:
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     temperature: float = 1.0
     hard_share: float = 0.5
+    reward: list[str] = field(default_factory=list)
+    group: int = 8
+    max_new_tokens: int = 64
+    epsilon: float = 0.2
+    iterations: int = 1
     eval_every: int = 100
     eval_batches: int = 20
     save_every: int = 500
@@ -187,9 +202,26 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         require(self.base != "", "base", "", "a run, a checkpoint or the folder of a model")
         require(bool(self.data), "data", self.data, "a file, a folder or a glob")
-        for name in ("micro_batch", "batch", "block_size", "max_steps", "epochs", "lr", "beta", "temperature", "eps"):
+        for name in (
+            "micro_batch",
+            "batch",
+            "block_size",
+            "max_steps",
+            "epochs",
+            "lr",
+            "temperature",
+            "eps",
+            "epsilon",
+        ):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, value, "more than 0")
+        for name in ("group", "max_new_tokens", "iterations"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        require(self.beta is None or 0 <= self.beta < math.inf, "beta", self.beta, "0 or more")
+        known = LOSSES.get(self.task, ())
+        right = self.loss_type is None or not known or self.loss_type in known
+        require(right, "loss_type", self.loss_type, f"one of {', '.join(known)} with task {self.task}")
+        require(self.task != "grpo" or bool(self.reward), "reward", [], "at least one FILE.py:FUNCTION")
         for name in ("eval_every", "eval_batches", "save_every", "keep", "patience", "seed", "weight_decay", "clip"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("val_fraction", "dropout", "beta1", "beta2", "warmup", "replay_share"):
@@ -207,6 +239,16 @@ class FinetuneConfig:
                 require(0 < weight < math.inf, f"data.{path}", weight, "a weight above 0")
         self._refuse_what_has_no_effect()
         require_sizes(self)
+
+    @property
+    def held(self) -> float:
+        """beta as a number."""
+        return self.beta if self.beta is not None else 0.0 if self.task == "grpo" else 0.1
+
+    @property
+    def loss_name(self) -> Any:
+        """loss_type, or the first of the task's."""
+        return self.loss_type or LOSSES[self.task][0]
 
     def _refuse_what_has_no_effect(self) -> None:
         """Refuse settings that would be ignored: a run that silently does something else costs more than an error."""
@@ -249,7 +291,7 @@ def _only(*tasks: str) -> tuple[Any, str]:
 # setting -> (whether it has an effect, with what it has one)
 EFFECTS: dict[str, tuple[Any, str]] = {
     "val_fraction": (lambda c: c.val_data is None, "no val_data"),
-    "template": _only("sft", "dpo", "kto", "orpo", "reward", "distil"),
+    "template": _only("sft", "dpo", "kto", "orpo", "reward", "distil", "grpo"),
     "learn": _only("sft", "distil"),
     "replay": _only("sft"),
     "replay_share": (lambda c: c.replay is not None, "replay"),
@@ -257,8 +299,9 @@ EFFECTS: dict[str, tuple[Any, str]] = {
     "merge": (lambda c: c.adapted, "lora.rank above 0 or adapter"),
     "freeze": (lambda c: not c.adapted, "lora.rank 0, since adapters freeze the weights"),
     "freeze_first": (lambda c: not c.adapted, "lora.rank 0, since adapters freeze the weights"),
-    "beta": _only("dpo", "kto", "orpo"),
-    "loss_type": _only("dpo"),
+    "beta": _only("dpo", "kto", "orpo", "grpo"),
+    "loss_type": _only("dpo", "grpo"),
+    **dict.fromkeys(("reward", "group", "max_new_tokens", "epsilon", "iterations"), _only("grpo")),
     "label_smoothing": _only("dpo", "classify", "tag"),
     "length_norm": _only("dpo"),
     "good_weight": _only("kto"),
@@ -268,11 +311,12 @@ EFFECTS: dict[str, tuple[Any, str]] = {
     "pooling": _only("reward", "classify", "regress"),
     "teacher": _only("distil"),
     "divergence": _only("distil"),
-    "temperature": _only("distil"),
+    "temperature": _only("distil", "grpo"),
+    **dict.fromkeys(("packing", "format", "too_long"), (lambda c: c.task != "grpo", "tasks other than grpo")),
     "hard_share": _only("distil"),
     "dropout": (
-        lambda c: c.task not in ("dpo", "kto"),
-        "tasks other than dpo and kto",
+        lambda c: c.task not in ("dpo", "kto", "grpo"),
+        "tasks other than dpo, kto and grpo",
     ),
     "patience": (lambda c: c.eval_every > 0, "eval_every above 0"),
     "master": (lambda c: c.dtype != "fp32", "a dtype other than fp32"),

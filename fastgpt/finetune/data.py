@@ -19,6 +19,8 @@ from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.encode import Example
 from fastgpt.finetune.examples import Head, Loaded, Rows, load_examples, load_labelled, load_pairs, load_ratings
 from fastgpt.finetune.render import rendered, summary
+from fastgpt.finetune.rewarded import load_prompts
+from fastgpt.finetune.rollouts import Prompt
 from fastgpt.inference.chat import Template
 
 LOADERS: dict[str, Any] = {"dpo": PairLoader, "orpo": PairLoader, "reward": PairLoader, "kto": RatedLoader}
@@ -94,7 +96,8 @@ def open_data(cfg: FinetuneConfig, tokenizer: Tokenizer, tokenizer_path: str, te
         loaded = read(path, labels)
         labels = loaded.labels or labels
         said += summary(loaded)
-        shown = shown or rendered(loaded.items[0], tokenizer)
+        first = loaded.items[0]
+        shown = shown or (first.text if isinstance(first, Prompt) else rendered(first, tokenizer))
         if cfg.val_data is None:
             train[path], val[path] = split(loaded.items, cfg.val_fraction, cfg.seed, path)
         else:
@@ -118,6 +121,8 @@ def _reader(
     rows = Rows(cfg.format, cfg.columns, cfg.learn, cfg.too_long, cfg.defects)
     if cfg.task in HEAD_OF:
         return lambda path, labels: load_labelled(path, tokenizer, block, HEAD_OF[cfg.task], labels, rows)
+    if cfg.task == "grpo":
+        return lambda path, labels: load_prompts(path, tokenizer, template, block - cfg.max_new_tokens, rows)
     load: Any = {ExampleLoader: load_examples, PairLoader: load_pairs, RatedLoader: load_ratings}[LOADERS[cfg.task]]
     return lambda path, labels: load(path, tokenizer, template, block, rows)
 

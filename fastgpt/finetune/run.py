@@ -22,9 +22,12 @@ from fastgpt.finetune.adapter import load_adapter, save_adapter
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.data import Data, open_data
 from fastgpt.finetune.freeze import freeze, freeze_first, layer_decay
+from fastgpt.finetune.grpo import GRPO
 from fastgpt.finetune.head_files import write_pretrained
 from fastgpt.finetune.heads import HeadConfig, attach
 from fastgpt.finetune.lora import Lora, add_lora, read_merged
+from fastgpt.finetune.rewarded import load_rewards
+from fastgpt.finetune.rollouts import RolloutLoader
 from fastgpt.finetune.tuned import Tuned, build_task, head_config
 from fastgpt.inference.chat import FILE, Template
 from fastgpt.models.config import ModelConfig
@@ -58,8 +61,13 @@ class FinetuneRun(Run):
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
         folder = Path(cfg.out)
         task = build_task(cfg, data, model, head, block, folder, _teacher(cfg, data.tokenizer, model))
-        loader = data.loader(cfg, block, device)
-        steps = cfg.max_steps or max(1, round(cfg.epochs * len(loader) / (cfg.batch // cfg.micro_batch)))
+        loader: Any
+        if isinstance(task.task, GRPO):
+            loader, epoch = _rollouts(cfg, model, data, task.task, start, block), _draws(cfg, data)
+        else:
+            loader = data.loader(cfg, block, device)
+            epoch = len(loader) / (cfg.batch // cfg.micro_batch)
+        steps = cfg.max_steps or max(1, round(cfg.epochs * epoch))
         if cfg.layer_decay != 1:
             cfg = dataclasses.replace(cfg, lr_ratios={**cfg.lr_ratios, **layer_decay(model, cfg.layer_decay)})
         train = cfg.to_train(model.config, block, steps)
@@ -111,6 +119,8 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
     block = cfg.block_size or min(LONGEST, start.config.block_size or LONGEST)
     if block > (start.config.block_size or block):
         raise UserError(f"block_size is {block}, expected at most {start.config.block_size}, the positions of the base")
+    if cfg.task == "grpo" and cfg.max_new_tokens >= block:
+        raise UserError(f"max_new_tokens is {cfg.max_new_tokens}, expected less than block_size, {block}")
     template = open_template(cfg, start, tokenizer)
     data = open_data(cfg, tokenizer, str(start.tokenizer), template, block)
     head = head_config(cfg, data)
@@ -182,6 +192,22 @@ def build_model(cfg: FinetuneConfig, start: Initial, head: HeadConfig | None, de
     if cfg.batch > cfg.micro_batch:  # a step adds several gradients
         keep_gradients(model)
     return model.train()
+
+
+def _draws(cfg: FinetuneConfig, data: Data) -> float:
+    """Return the optimizer steps in which each prompt is used once."""
+    return sum(map(len, data.train.values())) * cfg.group / cfg.batch * cfg.iterations
+
+
+def _rollouts(cfg: FinetuneConfig, model: GPT, data: Data, task: GRPO, start: Initial, block: int) -> RolloutLoader:
+    """Return the loader that lets the model write; with beta, also the model of the start."""
+    p = model.wte.weight
+    reference = load_start(start, start.config, p.dtype, p.device).eval() if cfg.held else None
+    prompts = [prompt for items in data.train.values() for prompt in items]
+    options: dict[str, Any] = dict(accumulation=cfg.batch // cfg.micro_batch, iterations=cfg.iterations)
+    options |= dict(group=cfg.group, reference=reference, seed=cfg.seed, pad=data.tokenizer.eot)
+    rewards = load_rewards(cfg.reward)
+    return RolloutLoader(model, data.tokenizer, prompts, rewards, task, block, batch=cfg.micro_batch, **options)
 
 
 def _teacher(cfg: FinetuneConfig, tokenizer: Tokenizer, model: GPT) -> GPT | None:

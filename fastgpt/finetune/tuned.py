@@ -15,10 +15,12 @@ from fastgpt.finetune.classify import Classify, Pairwise, Regress, Tag
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.data import Data
 from fastgpt.finetune.distil import Distil
+from fastgpt.finetune.grpo import GRPO
 from fastgpt.finetune.heads import HeadConfig
 from fastgpt.finetune.labels import balanced
 from fastgpt.finetune.preference import DPO, KTO, ORPO, Referenced, Watch
 from fastgpt.finetune.reference import NAME, reference
+from fastgpt.finetune.rewarded import RewardCheck, load_rewards
 from fastgpt.finetune.teacher import GPTTeacher
 from fastgpt.models.gpt import GPT
 from fastgpt.training.task import NextToken, Objective, mean_over
@@ -46,7 +48,7 @@ class Check:
 class Tuned:
     """A task with validation sets by name; "val_loss" is the mean of their losses, replay apart."""
 
-    def __init__(self, task: Objective, checks: dict[str, Check], watch: Watch | None = None) -> None:
+    def __init__(self, task: Objective, checks: dict[str, Any], watch: Watch | None = None) -> None:
         self.task, self.checks, self.watched = task, checks, watch
         self.unit, self.figures = task.unit, task.figures
 
@@ -73,7 +75,9 @@ class Tuned:
 
     def reports(self) -> list[str]:
         """Return the tables of the last validation, if the task makes some."""
-        return [report for check in self.checks.values() if (report := getattr(check.task, "report", ""))]
+        return [
+            report for check in self.checks.values() if (report := getattr(getattr(check, "task", None), "report", ""))
+        ]
 
 
 def head_config(cfg: FinetuneConfig, data: Data) -> HeadConfig | None:
@@ -101,7 +105,11 @@ def build_task(
     if hasattr(task, "prepare"):
         task.prepare(model)
     device = model.wte.weight.device
-    checks = {name: Check(task, loader) for name, loader in data.checks(cfg, block, device).items()}
+    if isinstance(task, GRPO):
+        rewards = load_rewards(cfg.reward)
+        limits = (data.tokenizer, cfg.max_new_tokens, block, cfg.micro_batch)
+        return Tuned(task, {name: RewardCheck(items, rewards, *limits) for name, items in data.val.items()})
+    checks: dict[str, Any] = {name: Check(task, loader) for name, loader in data.checks(cfg, block, device).items()}
     if isinstance(task, Referenced):
         task = _referenced(task, model, data.loader(cfg, block, device), data.train, folder / NAME)
         for i, (name, check) in enumerate(checks.items()):
@@ -111,15 +119,19 @@ def build_task(
 
 
 def _task(cfg: FinetuneConfig, data: Data, head: HeadConfig | None, teacher: GPT | None) -> Any:
+    options: dict[str, Any]
     if cfg.task == "dpo":
-        return DPO(cfg.beta, loss_type=cfg.loss_type, label_smoothing=cfg.label_smoothing, length_norm=cfg.length_norm)
+        return DPO(cfg.held, loss_type=cfg.loss_name, label_smoothing=cfg.label_smoothing, length_norm=cfg.length_norm)
     if cfg.task == "kto":
-        return KTO(cfg.beta, good_weight=cfg.good_weight, bad_weight=cfg.bad_weight)
+        return KTO(cfg.held, good_weight=cfg.good_weight, bad_weight=cfg.bad_weight)
     if cfg.task == "orpo":
-        return ORPO(cfg.beta)
+        return ORPO(cfg.held)
+    if cfg.task == "grpo":
+        options = dict(epsilon=cfg.epsilon, beta=cfg.held, temperature=cfg.temperature)
+        return GRPO(loss_type=cfg.loss_name, max_new_tokens=cfg.max_new_tokens, **options)
     if cfg.task == "distil":
         assert teacher is not None
-        options: Any = dict(ce=cfg.hard_share, kind=cfg.divergence, temperature=cfg.temperature)
+        options = dict(ce=cfg.hard_share, kind=cfg.divergence, temperature=cfg.temperature)
         return Distil(GPTTeacher(teacher), **options)
     if head is None:
         return NextToken()

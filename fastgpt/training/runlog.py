@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ class Log:
         for path in written:
             self.say(f"checkpoint {path}")
 
-    def step(self, row: dict[str, Any], last_step: int) -> None:
+    def step(self, row: dict[str, Any], last_step: int, figures: Sequence[str] = ()) -> None:
         self.row(row)
         self.bar.total = last_step if last_step < ENDLESS else None
         self.bar.update(1)
@@ -114,7 +114,9 @@ class Log:
         if row["step"] % self.cfg.log_every == 0 or row["step"] == last_step:
             of = f"/{last_step}" if last_step < ENDLESS else ""
             self.say(
-                f"step {row['step']:>6}{of} | loss {row['loss']:.4f} | norm {row['grad_norm']:.3f} | "
+                f"step {row['step']:>6}{of} | loss {row['loss']:.4f} | "
+                + "".join(f"{name} {row[name]:.4g} | " for name in figures)
+                + f"norm {row['grad_norm']:.3f} | "
                 f"lr {row['lr']:.2e} | {row['tokens_per_second']:,.0f} tok/s | "
                 f"mfu {row['mfu_causal']:.1%} causal, {row['mfu_full']:.1%} full | {row['memory_gb']:.2f} GB"
             )

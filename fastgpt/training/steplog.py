@@ -53,7 +53,7 @@ class StepLog:
             p.seconds += seconds if p.length_known or pace.steps > WARM_STEPS else 0.0
             row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **self._speed(seconds))
             row.update(zip(run.task.figures, figures, strict=True))
-            self.log.step(row, p.last_step)
+            self.log.step(row, p.last_step, run.task.figures)
             for sentence in run.task.watch(row):
                 self.log.say(sentence)
             if not p.length_known and pace.steps >= MEASURED_STEPS:

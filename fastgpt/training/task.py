@@ -23,8 +23,11 @@ class Objective(Protocol):
         figures: names of values that are logged with each step's loss, as means over the units.
     """
 
-    unit: str
-    figures: tuple[str, ...]
+    @property
+    def unit(self) -> str: ...
+
+    @property
+    def figures(self) -> tuple[str, ...]: ...
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Return sums over the units of a batch, (1 + figures,) fp32: the loss, then the figures without gradients.

@@ -26,6 +26,13 @@ BASE = (
 FAST = "--block-size 48 --micro-batch 2 --batch 4 --max-steps 4 --eval-every 2 --eval-batches 1 --device cpu".split()
 
 
+REWARD = """\
+def digits(completions, sum, **columns):
+    assert all(0 <= n <= 18 for n in sum)
+    return [len(text) / 10 for text in completions]
+"""
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with a base and the rows of every kind: sums of two digits."""
@@ -33,6 +40,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sums = [(f"What is {a} plus {b}?", a + b) for a, b in ((draw.randint(0, 9), draw.randint(0, 9)) for _ in range(40))]
     makers: dict[str, Any] = {
         "sft": lambda q, n: {"prompt": q, "completion": f" {n}"},
+        "prompts": lambda q, n: {"prompt": q, "sum": n},
         "chat": lambda q, n: {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": f"{n}"}]},
         "pairs": lambda q, n: {"prompt": q, "chosen": f" {n}", "rejected": f" {n + 1}"},
         "rated": lambda q, n: {"prompt": q, "completion": f" {n}", "label": n > 9},
@@ -42,6 +50,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     for name, make in makers.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(make(*s)) + "\n" for s in sums))
+    (folder / "reward.py").write_text(REWARD)
     (folder / "text.txt").write_text("\n".join(f"{q} {n}" for q, n in sums) * 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -61,6 +70,7 @@ def go(task: str, data: str, out: Path, *more: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
+GRPO = ("--reward", "[reward.py:digits]", "--max-new-tokens", "3", "--group", "2", "--lr", "1e-3")
 CASES = {
     "sft": ("sft", "sft.jsonl", ()),
     "conversations, adapters": ("sft", "chat.jsonl", ("--lora.rank", "2", "--lora.dropout", "0.1")),
@@ -74,6 +84,7 @@ CASES = {
     "regress": ("regress", "numbers.jsonl", ("--pooling", "mean")),
     "tag": ("tag", "tags.jsonl", ()),
     "distil": ("distil", "sft.jsonl", ("--teacher", "base")),
+    "grpo": ("grpo", "prompts.jsonl", (*GRPO, "--iterations", "2", "--beta", "0.1", "--lora.rank", "2")),
 }
 
 
@@ -137,6 +148,10 @@ REFUSED = {
     "--data nothing.jsonl": "nothing.jsonl",
     "--task dpo --data sft.jsonl": "sft.jsonl",
     "--task classify --data classes.jsonl --labels [a,b]": "the label '.*' is unknown, expected one of a, b",
+    "--task grpo --data prompts.jsonl": "reward is .., expected at least one FILE.py:FUNCTION",
+    "--task grpo --data prompts.jsonl --reward [reward.py:digits]": "max_new_tokens is 64, expected less than .* 48",
+    "--task grpo --data prompts.jsonl --reward [reward.py:no] --max-new-tokens 3": "reward.py has no function 'no'",
+    "--task grpo --data sft.jsonl --reward [reward.py:digits] --loss-type ipo": "loss_type is 'ipo', expected one of",
     "--task distil --data sft.jsonl": "teacher is '', expected the model to learn from",
 }
 
