@@ -168,8 +168,7 @@ class Encoder:
         for i, message in enumerate(chat.messages):
             if i < chat.first or message["role"] != "assistant":
                 continue
-            asked = self._render(chat, i, ask=True)
-            ended = self._render(chat, i + 1, ask=False)
+            asked, ended = self._render(chat, i, ask=True), self._ended(chat, i + 1, text)
             if not (text.startswith(asked) and text.startswith(ended) and len(asked) < len(ended)):
                 raise UserError(
                     f"{self.template.where} does not only append: it renders earlier messages otherwise once others "
@@ -180,6 +179,15 @@ class Encoder:
             if stop and not ended.rstrip().endswith(stop):
                 end = end + len(stop) if text.startswith(stop, end) else len(ended)
             yield len(asked), end
+
+    def _ended(self, chat: Chat, count: int, text: str) -> str:
+        """Return the text up to the end of a reply. Some templates write the end-of-text token behind the mark of the
+        last reply alone; it is left out where others follow."""
+        ended = self._render(chat, count, ask=False)
+        shorter = ended.rstrip().removesuffix(self._eos)
+        if text.startswith(ended) or not shorter.rstrip().endswith(tuple(self.tokenizer.specials)):
+            return ended
+        return shorter
 
     def _check_blocks(self, chat: Chat, begins: list[int]) -> None:
         """Raise UserError if the template marks replies elsewhere than they were found."""

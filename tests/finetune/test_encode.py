@@ -54,6 +54,15 @@ def test_a_mark_that_is_no_special_token_is_followed_by_the_end_of_text() -> Non
     assert marked(Encoder(byte_tokenizer(), Template(CHATML, "x")), Chat(TURNS[1:3])).endswith(f"<|im_end|>{EOT}]]")
 
 
+def test_a_template_may_end_a_conversation_with_the_end_of_text() -> None:
+    closing = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    got = marked(Encoder(chat_tokenizer(), Template(closing, "x", EOT)), Chat(TURNS[1:]))
+    assert "[[the dog<|im_end|>\n]]<|im_start|>user" in got and got.endswith(f"[[sat <|im_end|>\n{EOT}]]")
+    unmarked = "{% for m in messages %}{{ m.content }}{% if loop.last %}{{ eos_token }}{% endif %}/{% endfor %}"
+    with pytest.raises(UserError, match="does not only append"):  # the end of earlier replies would not be learned
+        Encoder(chat_tokenizer(), Template(unmarked, "x", EOT)).example(Chat(TURNS[1:]))
+
+
 @pytest.mark.parametrize("template", [CHATML, MARKED, None])
 def test_the_ids_before_each_reply_are_those_of_inference(template: str | None) -> None:
     t, chat = chat_tokenizer(), Template(template, "x") if template else Template()
