@@ -128,3 +128,12 @@ def test_links_of_the_site() -> None:
     assert adapted("[how](../CONTRIBUTING.md)") == "[how](contributing.md)"
     assert adapted("[loop](../fastgpt/train.py)") == "loop (`fastgpt/train.py`)"
     assert adapted("[x](https://example.org)") == "[x](https://example.org)"
+
+
+PYTHON = re.findall(r"^```python\n(.*?)^```", (DOCS / "data.md").read_text(encoding="utf-8"), re.M | re.S)
+
+
+@pytest.mark.parametrize("code", PYTHON, ids=lambda code: code.split("import ")[-1].split()[0])
+def test_the_examples_of_data_sets_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "docs/data.md", "exec"), {})
