@@ -67,6 +67,12 @@ def test_custom_evaluation(example: ModuleType) -> None:
     assert len(shares) == 2 and all(0 <= share <= 1 for share in shares)  # at step 6, and at the end
 
 
+@shows("grpo_arithmetic")
+def test_grpo_arithmetic(example: ModuleType) -> None:
+    rewards = example.main()
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:3]) / 3 + 0.15
+
+
 @shows("resume")
 def test_resume(example: ModuleType) -> None:
     whole, parts = example.main("run")

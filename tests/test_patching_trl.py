@@ -11,6 +11,7 @@ import torch
 from hf_models import make
 from trl_trainers import PLAIN, words
 
+import fastgpt
 from fastgpt.core.errors import UserError
 from fastgpt.patching import trl as patching
 
@@ -27,7 +28,7 @@ DATA["ORPO"] = DATA["DPO"]
 
 
 def trained(
-    kind: str, family: str, folder: Path, patch: bool, metrics: bool = True, **options: Any
+    kind: str, family: str, folder: Path, patch: bool, metrics: bool = True, layers: str = "", **options: Any
 ) -> tuple[dict[str, Any], list[Any]]:
     """Return the weights and the log of two steps of a trainer, with SGD: AdamW's steps depend on the sign of gradients
     that are rounding alone."""
@@ -39,6 +40,8 @@ def trained(
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    if layers == "before":
+        fastgpt.patch(model)
     extra: dict[str, Any] = {}
     if kind in ("DPO", "KTO"):
         extra["ref_model"] = make(family, seed=1)
@@ -56,14 +59,16 @@ def trained(
     )
     if patch:
         patching.patch_trainer(trainer, metrics)
+    if layers == "after":
+        fastgpt.patch(model)
     trainer.train()
     return dict(model.state_dict()), trainer.state.log_history
 
 
-@pytest.mark.parametrize(
-    "kind, family",
-    [("DPO", "llama"), ("DPO", "gpt2"), ("KTO", "llama"), ("ORPO", "llama"), ("GRPO", "llama"), ("SFT", "llama")],
-)
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("DPO", "gpt2"), ("KTO", "llama"), ("SFT", "llama"))]
+
+
+@pytest.mark.parametrize("kind, family", [("DPO", "llama"), ("ORPO", "llama"), ("GRPO", "llama"), *SLOW])
 def test_two_steps_are_those_of_the_trainer_alone(kind: str, family: str, tmp_path: Path) -> None:
     options = dict(temperature=0.8) if kind == "GRPO" else {}
     expected, log = trained(kind, family, tmp_path / "a", patch=False, **options)
@@ -82,6 +87,16 @@ def test_two_steps_are_those_of_the_trainer_alone(kind: str, family: str, tmp_pa
         assert wanted.keys() - row.keys() == lost & wanted.keys()
         for name in row.keys() - {name for name in row if "time" in name or "second" in name}:
             assert row[name] == pytest.approx(wanted[name], rel=1e-3, abs=1e-4), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["before", "after"])
+def test_the_layers_may_be_patched_too(layers: str, tmp_path: Path) -> None:
+    expected, log = trained("DPO", "llama", tmp_path / "a", patch=False)
+    found, ours = trained("DPO", "llama", tmp_path / "b", patch=True, layers=layers)
+    for name, p in expected.items():
+        torch.testing.assert_close(found[name], p, rtol=1e-3, atol=1e-5, msg=name)
+    assert [row["loss"] for row in ours[:2]] == pytest.approx([row["loss"] for row in log[:2]], rel=1e-4)
 
 
 def test_metrics_that_need_logits_can_be_left_out(tmp_path: Path) -> None:
