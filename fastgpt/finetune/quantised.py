@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,7 +50,7 @@ class Int8(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, (F, C)."""
         wide = torch.promote_types(dtype, torch.float32)
-        return (self.weight.to(wide) * self.scale.view(torch.float32)[:, None]).to(dtype)
+        return self.weight.to(wide).mul_(self.scale.view(torch.float32)[:, None]).to(dtype)
 
     @property
     def nbytes(self) -> int:
@@ -167,11 +167,16 @@ def base_bytes(c: ModelConfig, kind: str | None, dtype: torch.dtype) -> int:
     with torch.device("meta"):
         model = GPT(c)
     every = sum(p.numel() for p in model.parameters())
+    matrices = [(m.out_features, m.in_features) for m in linear_layers(model).values() if isinstance(m, Linear)]
+    return stored_bytes(every, matrices, kind, dtype)
+
+
+def stored_bytes(every: int, matrices: Sequence[tuple[int, int]], kind: str | None, dtype: torch.dtype) -> int:
+    """Return the bytes of a base of `every` elements, of which `matrices` (rows, columns) may be quantised."""
     if kind is None:
         return every * dtype.itemsize
-    matrices = [m for m in linear_layers(model).values() if isinstance(m, Linear)]
-    rest = every - sum(m.weight.numel() for m in matrices)
-    return rest * dtype.itemsize + sum(matrix_bytes(m.out_features, m.in_features, kind) for m in matrices)
+    rest = every - sum(rows * columns for rows, columns in matrices)
+    return rest * dtype.itemsize + sum(matrix_bytes(rows, columns, kind) for rows, columns in matrices)
 
 
 def matrix_bytes(rows: int, columns: int, kind: str) -> int:

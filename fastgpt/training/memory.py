@@ -130,7 +130,7 @@ def _made_again(m: ModelConfig) -> int:
     return 0 if m.activation == "relu2" else m.d_mlp
 
 
-def _loss_bytes(cfg: TrainConfig, n: int, w: int, target: Target) -> int:
+def _loss_bytes(cfg: TrainConfig, n: int, w: int, target: Target, trained: bool) -> int:
     """Return the bytes of the head and the loss over n tokens; see fastgpt/ops/linear_cross_entropy.py."""
     c, v = cfg.model.width, cfg.model.padded_vocab_size
     norm = n * (w * c + (8 if cfg.model.norm == "layer" else 4)) if cfg.model.norm_placement == "pre" else 0
@@ -138,7 +138,9 @@ def _loss_bytes(cfg: TrainConfig, n: int, w: int, target: Target) -> int:
         n, v, w, _linear_cross_entropy.share_for_logits(target.memory if target.kind == "cuda" else None)
     )
     widens = w < 4 and target.kind == "cpu"  # torch on a CPU cannot multiply, sum or add 16 bits into fp32
-    if rows >= n:  # dlogits; the head's input, its gradient and a scaled copy
+    if not trained:  # dlogits, or logits of a chunk; the head's input, its gradient and a scaled copy
+        return norm + n * (3 * w * c + 8) + min(rows, n) * w * v
+    if rows >= n:
         return norm + n * (w * v + 3 * w * c + 8) + (4 * n * v if widens and cfg.model.head_bias else 0)
     # forward: the head's input, dx, dW in fp32 and a chunk of logits; backward: dx, a scaled copy of it and dW
     forward = 2 * n * w * c + 4 * v * c + rows * w * v + 8 * n + (4 * rows * (v + c) if widens else 0)
@@ -198,11 +200,12 @@ def _gradient_bytes(
     return max(begins, ends) - activations - max(loss, block)
 
 
-def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> Plan:
+def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1, *, trains_head: bool = True) -> Plan:
     """Plan the memory of one of `gpus` devices, each of which holds the whole model (DDP).
 
     Args:
         cfg: settings with model.vocab_size and a number for micro_batch. shape: `shape_of(cfg)`.
+        trains_head: whether the loss has a gradient of the head's weight.
     """
     m, n, w = cfg.model, cfg.sequences * cfg.block_size, dtype_of(cfg.dtype, target.kind).itemsize
     mask = 1 if target.kind == "cuda" else w
@@ -216,7 +219,7 @@ def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1) -> Plan:
     others = shape.parameters - shape.matrices  # Muon keeps an fp32 copy, its gradient and a momentum
     copies = 8 * shape.matrices if w == 2 else 0
     graphs = cfg.graphs and target.kind == "cuda" and cfg.optimizer == "adamw"
-    loss, block = _loss_bytes(cfg, n, w, target), _backward_bytes(m, n, w, mask, cfg.recompute)
+    loss, block = _loss_bytes(cfg, n, w, target, trains_head), _backward_bytes(m, n, w, mask, cfg.recompute)
     return Plan(
         parameters=shape.parameters * w + shape.tables + 16 * cfg.batch_tokens // gpus,
         gradients=_gradient_bytes(cfg, shape, n * w * m.width, w, activations, loss, block, gpus),
