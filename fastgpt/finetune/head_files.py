@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastgpt.core.errors import UserError
 from fastgpt.core.folders import new_folder
+from fastgpt.data import Tokenizer
 from fastgpt.finetune.heads import HeadConfig, Kind, attach
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
@@ -23,6 +24,7 @@ from fastgpt.models.weights.convert import Weights, exported, file_tensors, fini
 from fastgpt.models.weights.families import family_for, family_of
 from fastgpt.models.weights.files import SHARD_BYTES, FileTensor, open_folder, write_folder
 from fastgpt.models.weights.huggingface import CONFIG, read_json
+from fastgpt.models.weights.tokenizer import tokenizer_files
 
 SEQUENCES, TOKENS = "ForSequenceClassification", "ForTokenClassification"
 CLASSIFIERS = {"gpt2", "gpt_neo", "gpt_neox"}  # model types whose head for tokens is `classifier`; others': `score`
@@ -83,6 +85,21 @@ def save_pretrained(
     dtype = dtype or next(iter(named.values())).dtype
     with new_folder(Path(folder)) as aside:
         write_pretrained(aside, model.config, lambda name: named[name], head, dtype=dtype, **options)
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, head: HeadConfig, max_length: int) -> None:
+    """Write the tokenizer's files with a padding token, without which the pipelines of transformers take one text at a
+    time.
+
+    Args:
+        max_length: positions of the model.
+    """
+    eos = tokenizer.decode_bytes([tokenizer.eot]).decode()
+    pad = eos if head.pad_id is None else tokenizer.decode_bytes([head.pad_id]).decode()
+    names: dict[str, Any] = dict(eos=eos, bos=tokenizer.bos or eos, settings={"pad_token": pad})
+    plain = type(tokenizer) is Tokenizer
+    for name, text in tokenizer_files(tokenizer.text, gpt2=plain, max_length=max_length, **names).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def load_pretrained(

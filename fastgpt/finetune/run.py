@@ -23,7 +23,7 @@ from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.data import Data, open_data
 from fastgpt.finetune.freeze import freeze, freeze_first, layer_decay
 from fastgpt.finetune.grpo import GRPO
-from fastgpt.finetune.head_files import write_pretrained
+from fastgpt.finetune.head_files import write_pretrained, write_tokenizer
 from fastgpt.finetune.heads import HeadConfig, attach
 from fastgpt.finetune.lora import Lora, add_lora, read_merged
 from fastgpt.finetune.rewarded import load_rewards
@@ -243,11 +243,13 @@ def write_merged(run: FinetuneRun) -> Path:
 def write_with_head(run: FinetuneRun, head: HeadConfig) -> str:
     """Write folder `model` with the model, its head and its tokenizer for transformers; return a sentence on it."""
     folder = run.folder / "model"
-    read, p = read_merged(run.model), next(run.model.parameters())
+    read, p, tokenizer = read_merged(run.model), next(run.model.parameters()), run.data.tokenizer
+    assert tokenizer is not None, "the data of fine-tuning have one"
     try:
         with new_folder(_fresh(folder)) as aside:
-            write_pretrained(aside, run.model.config, read, head, dtype=p.dtype)
-            run.data.tokenizer.save(aside / "tokenizer.json")  # type: ignore[union-attr]
+            ids = {"bos_token_id": None, "eos_token_id": tokenizer.eot}
+            write_pretrained(aside, run.model.config, read, head, dtype=p.dtype, extra=ids)
+            write_tokenizer(aside, tokenizer, head, run.model.block_size)
     except UserError as e:
         return f"no model for transformers was written: {e}"
     return f"model for transformers: {folder}"

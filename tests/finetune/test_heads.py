@@ -13,7 +13,8 @@ from small_models import model_of
 from torch import Tensor
 
 from fastgpt.core.errors import UserError
-from fastgpt.finetune.head_files import head_of, load_pretrained, save_pretrained
+from fastgpt.data import train_tokenizer
+from fastgpt.finetune.head_files import head_of, load_pretrained, save_pretrained, write_tokenizer
 from fastgpt.finetune.heads import HeadConfig, attach, last_tokens, sequence_scores, token_scores
 
 transformers = pytest.importorskip("transformers")
@@ -162,6 +163,22 @@ def test_one_output_goes_out_as_regression(kind: Any, tied: bool, tmp_path: Path
     scores = sequence_scores(model, head, count=3, **packed(texts()))
     assert close(back(ids, attention_mask=mask).logits, scores)
     assert head_of(json.loads((tmp_path / "out/config.json").read_text())).kind == "regression"
+
+
+def test_a_pipeline_of_transformers_classifies_several_texts_at_once(tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["to be or not to be"], 260)
+    model = model_of(vocab_size=tokenizer.n_vocab, block_size=32).float().eval()
+    head = HeadConfig("classification", ("no", "yes"), pad_id=tokenizer.eot)
+    attach(model, head, torch.Generator().manual_seed(1))
+    save_pretrained(model, tmp_path / "out", head)
+    write_tokenizer(tmp_path / "out", tokenizer, head, 32)
+    said = transformers.pipeline("text-classification", model=str(tmp_path / "out"), device="cpu")
+    spoken = ["to be", "not to be or to be"]
+    for text, answer in zip(spoken, said(spoken, batch_size=2, top_k=None), strict=True):
+        ids = torch.from_numpy(tokenizer.encode(text).astype("int64"))[None]
+        scores = sequence_scores(model, head, ids, torch.zeros_like(ids), 1)[0].softmax(0).detach()
+        given = {a["label"]: a["score"] for a in answer}
+        assert given == pytest.approx({"no": float(scores[0]), "yes": float(scores[1])}, abs=1e-5)
 
 
 def test_the_seed_decides_the_head_and_its_record_returns() -> None:
