@@ -86,9 +86,18 @@ def peak_of(work: Any) -> int:
 
 
 @needs_cpu
-@pytest.mark.parametrize("base", [None, "int8"])
-@pytest.mark.parametrize("level", ["none", "norms", "block"])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "level", "base"),
+    [
+        ("gpt2", "none", None),
+        ("llama", "norms", None),
+        ("llama", "block", "int8"),
+        *(
+            pytest.param(name, level, base, marks=pytest.mark.slow)
+            for name, level, base in [("gpt2", "block", None), ("llama", "none", None), ("gpt2", "norms", "int8")]
+        ),
+    ],
+)
 def test_peak_of_a_step(name: str, level: Any, base: str | None) -> None:
     wide = dict(width=512, n_heads=8, vocab_size=3000) | (dict(mlp_width=1408) if name == "llama" else {})
     cfg, lora = settings((GPT2 if name == "gpt2" else LLAMA) | wide, recompute=level), Lora(rank=8)
