@@ -150,23 +150,32 @@ def ops_index() -> str:
 
 
 def settings_page() -> str:
-    """Return a page of every setting of a training run and of its model: option, values, default, meaning."""
+    """Return a page of every setting of training runs and of their model: option, values, default, meaning."""
     from fastgpt.core import options
+    from fastgpt.finetune.config import FinetuneConfig, LoraSettings
     from fastgpt.models.config import ModelConfig
     from fastgpt.training.config import TrainConfig
 
     out = [
         "# Settings",
-        "Every setting of a training run and of its model. [Training](../training.md) says how they work together. "
+        "Every setting of a training run and of its model, and of a fine-tuning run and its adapters. "
+        "[Training](../training.md) and [fine-tuning](../finetune.md) say how they work together. "
         "In a YAML file `-` becomes `_`. An option that is true or false needs no value: `--compile` is true, "
         "`--no-compile` false.",
     ]
-    for title, cls, prefix in (("The run", TrainConfig, ""), ("The model", ModelConfig, "model.")):
+    classes: tuple[tuple[str, Any, str], ...] = (
+        ("The run", TrainConfig, ""),
+        ("The model", ModelConfig, "model."),
+        ("Fine-tuning", FinetuneConfig, ""),
+        ("Adapters", LoraSettings, "lora."),
+    )
+    for title, cls, prefix in classes:
         hints, texts = get_type_hints(cls), options.descriptions(cls)
         rows = ["| option | values | default | meaning |", "|---|---|---|---|"]
         for f in dataclasses.fields(cls):
-            if f.name != "model":
-                default = f.default if f.default is not dataclasses.MISSING else "{}"
+            if not dataclasses.is_dataclass(hints[f.name]):
+                made = f.default_factory
+                default = f.default if made is dataclasses.MISSING else made()
                 shown = default if isinstance(default, str) else json.dumps(default)
                 cells = [
                     f"`--{prefix}{f.name.replace('_', '-')}`",
