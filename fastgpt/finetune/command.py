@@ -7,13 +7,17 @@ import sys
 
 from fastgpt.core import backend
 from fastgpt.finetune.config import load_config
+from fastgpt.finetune.plan import lines_of
 from fastgpt.finetune.run import end, prepare
 from fastgpt.train import drive
 
 
 def main(argv: list[str]) -> int:
-    """Run `fastgpt finetune` with settings from `argv`; return the exit code."""
-    cfg = load_config(argv)
+    """Run `fastgpt finetune` with settings from `argv`, or plan it (--plan); return the exit code."""
+    cfg = load_config([word for word in argv if word != "--plan"])
+    if "--plan" in argv:
+        print(*lines_of(cfg), sep="\n")
+        return 0
     backend.use(**backend.parse_choices(cfg.kernels))
     again = [] if cfg.resume == "auto" else ["--resume", "auto"]
     return drive(prepare(cfg), end, shlex.join(["fastgpt", "finetune", *sys.argv[2:], *again]))

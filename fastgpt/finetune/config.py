@@ -72,7 +72,7 @@ class FinetuneConfig:
         out: folder of the run; empty is runs/ and the name of the configuration.
         resume: auto (from the newest checkpoint in the run folder), never (start a new run) or a checkpoint's path.
         seed: seed of new heads and adapters, data order and dropout.
-        device: auto, cpu, cuda, cuda:1, ...
+        device: auto, cpu, cuda, cuda:1, ...; with --plan also a card, as in a100.
         dtype: type of parameters and activations; auto is bf16 on a GPU, fp32 on a CPU.
         kernels: backend of each op, as in 'attention=torch,adamw=triton'; empty chooses the best available.
         recompute: activations to recompute in backward instead of keeping them; as for fastgpt train.
@@ -97,7 +97,7 @@ class FinetuneConfig:
         lora: low-rank adapters.
         adapter: folder of adapters in PEFT's format to continue with; it decides lora.*.
         merge: at the end, also write a run with the adapters merged into the weights.
-        quantise: keep the base's weights in 8 or 4 bits; needs adapters.
+        quantise: keep the weights of the base in 8 bits, or in 4 (nf4); needs adapters.
         freeze: regular expressions found in the names of parameters that stay as they are.
         freeze_first: number of blocks, from the embeddings on, that stay as they are.
         beta: how strongly dpo, kto and grpo hold the model to the base; weight of orpo's preference; null is 0.1, and 0
@@ -170,7 +170,7 @@ class FinetuneConfig:
     lora: LoraSettings = field(default_factory=LoraSettings)
     adapter: str = ""
     merge: bool = True
-    quantise: Literal["none", "int8", "int4"] = "none"
+    quantise: Literal["none", "int8", "nf4"] = "none"
     freeze: list[str] = field(default_factory=list)
     freeze_first: int = 0
     beta: float | None = None

@@ -25,7 +25,8 @@ from fastgpt.finetune.freeze import freeze, freeze_first, layer_decay
 from fastgpt.finetune.grpo import GRPO
 from fastgpt.finetune.head_files import write_pretrained, write_tokenizer
 from fastgpt.finetune.heads import HeadConfig, attach
-from fastgpt.finetune.lora import Lora, add_lora, read_merged
+from fastgpt.finetune.lora import add_lora, read_merged
+from fastgpt.finetune.plan import LONGEST, lora_of
 from fastgpt.finetune.rewarded import load_rewards
 from fastgpt.finetune.rollouts import RolloutLoader
 from fastgpt.finetune.tuned import Tuned, build_task, head_config
@@ -39,8 +40,6 @@ from fastgpt.training.evaluation import validate
 from fastgpt.training.initial import Initial, open_initial
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import Log
-
-LONGEST = 1024  # tokens of a row, unless block_size is set
 
 
 class FinetuneRun(Run):
@@ -180,10 +179,7 @@ def build_model(cfg: FinetuneConfig, start: Initial, head: HeadConfig | None, de
     if cfg.adapter:
         load_adapter(model, cfg.adapter)
     elif cfg.lora.rank:
-        alpha = 2.0 * cfg.lora.rank if cfg.lora.alpha is None else cfg.lora.alpha
-        targets = tuple(cfg.lora.targets)
-        lora = Lora(cfg.lora.rank, alpha, cfg.lora.rslora, cfg.lora.dropout, targets)
-        add_lora(model, lora, generator=generator)
+        add_lora(model, lora_of(cfg), generator=generator)
     else:
         freeze_first(model, cfg.freeze_first)
         freeze(model, cfg.freeze)

@@ -77,7 +77,7 @@ CASES = {
     "replay, dropout": ("sft", "sft.jsonl", ("--replay", "text.txt", "--dropout", "0.1")),
     "two files": ("sft", "{sft.jsonl: 3, chat.jsonl: 1}", ("--layer-decay", "0.5", "--freeze-first", "1")),
     "dpo": ("dpo", "pairs.jsonl", ()),
-    "kto": ("kto", "rated.jsonl", ("--lora.rank", "2")),
+    "kto, base in 8 bits": ("kto", "rated.jsonl", ("--lora.rank", "2", "--quantise", "int8")),
     "orpo": ("orpo", "pairs.jsonl", ()),
     "reward": ("reward", "pairs.jsonl", ()),
     "classify": ("classify", "classes.jsonl", ("--class-weights", "balanced", "--lora.rank", "2")),
@@ -133,6 +133,15 @@ def test_a_classifier_is_written_for_transformers(tmp_path: Path) -> None:
     assert model.config.id2label == {0: "large", 1: "small"}
     with pytest.raises(UserError, match="has a head for classification, expected a language model"):
         load_run(tmp_path / "run", torch.device("cpu"))
+
+
+def test_a_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["--base", "base", "--data", "no", "--out", str(tmp_path / "run"), "--plan", "--device", "rtx4090"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "all weights: micro-batch 4 of 48 tokens" in said and "base in nf4: micro-batch 64" in said
+    assert not (tmp_path / "run").exists()
 
 
 REFUSED = {
