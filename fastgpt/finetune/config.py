@@ -115,7 +115,7 @@ class FinetuneConfig:
         divergence: forward_kl, reverse_kl or jsd between teacher and student (distil).
         temperature: temperature of both distributions (distil) or of the samples (grpo).
         hard_share: share of the loss on the data's own tokens (distil); the rest is the divergence.
-        reward: functions that rate completions, each as FILE.py:FUNCTION; their sum counts (grpo).
+        reward: what rates completions, FILE.py:FUNCTION or the folder of a reward model; their sum counts (grpo).
         group: samples of each prompt, which are compared with one another (grpo).
         max_new_tokens: longest completion (grpo).
         epsilon: how far a token's probability may move in a step before its gradient is cut off (grpo).
@@ -221,7 +221,7 @@ class FinetuneConfig:
         known = LOSSES.get(self.task, ())
         right = self.loss_type is None or not known or self.loss_type in known
         require(right, "loss_type", self.loss_type, f"one of {', '.join(known)} with task {self.task}")
-        require(self.task != "grpo" or bool(self.reward), "reward", [], "at least one FILE.py:FUNCTION")
+        require(self.task != "grpo" or bool(self.reward), "reward", [], "at least one FILE.py:FUNCTION or reward model")
         for name in ("eval_every", "eval_batches", "save_every", "keep", "patience", "seed", "weight_decay", "clip"):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("val_fraction", "dropout", "beta1", "beta2", "warmup", "replay_share"):

@@ -1,16 +1,16 @@
-"""GRPO in `fastgpt finetune`: prompts from files, reward functions from Python files, validation by reward."""
+"""GRPO in `fastgpt finetune`: prompts from files, rewards by name, validation by reward."""
 
 from __future__ import annotations
 
-import runpy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastgpt.core.errors import UserError
+from fastgpt.data.load import load_tokenizer
 from fastgpt.data.read.defects import Defect
 from fastgpt.data.read.files import find_files
 from fastgpt.data.read.format import Format
@@ -18,29 +18,31 @@ from fastgpt.data.read.rows import Row, open_rows
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.finetune.examples import Counts, Loaded, Rows
 from fastgpt.finetune.formats import Wrong, messages
+from fastgpt.finetune.head_files import load_pretrained
+from fastgpt.finetune.rewards import LearnedReward, open_reward
 from fastgpt.finetune.rollouts import Prompt, Reward, Sample, rate
 from fastgpt.inference import Generator, Request
 from fastgpt.inference.chat import Template
 
 
-def load_rewards(names: Sequence[str]) -> list[Reward]:
-    """Return the reward functions named PATH.py:FUNCTION. They run with the rights of the run.
+def open_rewards(specs: Sequence[str], tokenizer: Tokenizer, device: torch.device) -> list[Reward]:
+    """Return the rewards that specs name: FILE.py:FUNCTION, which runs with the rights of the run, or the folder of a
+    reward model (`model` in a run with task reward).
 
     Raises:
-        UserError: a file or a function is missing, or the file cannot be run.
+        UserError: one cannot be opened, or a reward model has another tokenizer.
     """
-    found = []
-    for name in names:
-        path, _, function = name.rpartition(":")
-        if not path or not Path(path).is_file():
-            raise UserError(f"reward is {name!r}, expected FILE.py:FUNCTION")
-        try:
-            values = runpy.run_path(path)
-        except Exception as e:
-            raise UserError(f"reward: {path} cannot be run ({type(e).__name__}: {e})") from e
-        if not callable(values.get(function)):
-            raise UserError(f"reward: {path} has no function {function!r}")
-        found.append(values[function])
+    found: list[Reward] = []
+    for spec in specs:
+        if not Path(spec).is_dir():
+            found.append(open_reward(spec))
+            continue
+        if load_tokenizer(spec).fingerprint != tokenizer.fingerprint:
+            raise UserError(f"reward: {spec} has another tokenizer than the base, expected the same")
+        model, head = load_pretrained(spec, device=device)
+        if head.kind == "regression":  # config.json does not tell a reward from a number
+            head = replace(head, kind="reward")
+        found.append(LearnedReward(model, head))
     return found
 
 

@@ -27,7 +27,7 @@ from fastgpt.finetune.head_files import write_pretrained, write_tokenizer
 from fastgpt.finetune.heads import HeadConfig, attach
 from fastgpt.finetune.lora import add_lora, read_merged
 from fastgpt.finetune.plan import LONGEST, lora_of
-from fastgpt.finetune.rewarded import load_rewards
+from fastgpt.finetune.rewarded import open_rewards
 from fastgpt.finetune.rollouts import RolloutLoader
 from fastgpt.finetune.tuned import Tuned, build_task, head_config
 from fastgpt.inference.chat import FILE, Template
@@ -202,7 +202,7 @@ def _rollouts(cfg: FinetuneConfig, model: GPT, data: Data, task: GRPO, start: In
     prompts = [prompt for items in data.train.values() for prompt in items]
     options: dict[str, Any] = dict(accumulation=cfg.batch // cfg.micro_batch, iterations=cfg.iterations)
     options |= dict(group=cfg.group, reference=reference, seed=cfg.seed, pad=data.tokenizer.eot)
-    rewards = load_rewards(cfg.reward)
+    rewards = open_rewards(cfg.reward, data.tokenizer, p.device)
     return RolloutLoader(model, data.tokenizer, prompts, rewards, task, block, batch=cfg.micro_batch, **options)
 
 

@@ -20,7 +20,7 @@ from fastgpt.finetune.heads import HeadConfig
 from fastgpt.finetune.labels import balanced
 from fastgpt.finetune.preference import DPO, KTO, ORPO, Referenced, Watch
 from fastgpt.finetune.reference import NAME, reference
-from fastgpt.finetune.rewarded import RewardCheck, load_rewards
+from fastgpt.finetune.rewarded import RewardCheck, open_rewards
 from fastgpt.finetune.teacher import GPTTeacher
 from fastgpt.models.gpt import GPT
 from fastgpt.training.task import NextToken, Objective, mean_over
@@ -106,7 +106,7 @@ def build_task(
         task.prepare(model)
     device = model.wte.weight.device
     if isinstance(task, GRPO):
-        rewards = load_rewards(cfg.reward)
+        rewards = open_rewards(cfg.reward, data.tokenizer, device)
         limits = (data.tokenizer, cfg.max_new_tokens, block, cfg.micro_batch)
         return Tuned(task, {name: RewardCheck(items, rewards, *limits) for name, items in data.val.items()})
     checks: dict[str, Any] = {name: Check(task, loader) for name, loader in data.checks(cfg, block, device).items()}

@@ -135,6 +135,12 @@ def test_a_classifier_is_written_for_transformers(tmp_path: Path) -> None:
         load_run(tmp_path / "run", torch.device("cpu"))
 
 
+def test_a_reward_model_rates_what_grpo_writes(tmp_path: Path) -> None:
+    go("reward", "pairs.jsonl", tmp_path / "reward")
+    rows = go("grpo", "prompts.jsonl", tmp_path / "run", *GRPO, "--reward", f"[{tmp_path / 'reward' / 'model'}]")
+    assert all(row["reward"] not in (0.0, 0.1, 0.2, 0.3) for row in rows if "reward" in row)
+
+
 def test_a_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["--base", "base", "--data", "no", "--out", str(tmp_path / "run"), "--plan", "--device", "rtx4090"]) == 0
