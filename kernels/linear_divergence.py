@@ -170,8 +170,8 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
     """Yield every launch shape of every kind."""
     f32 = torch.float32
     sizes = {name: "i32" for name in ("scale_step", "logits_row", "teacher_row", "N", "K", "V", "ignore_index")}
-    types = {**sizes, "beta": "fp32", "temperature": "fp32"}
-    types |= pointers(logits_ptr=dtype, loss_ptr=f32, teacher_ptr=dtype, target_ptr=torch.int64, scale_ptr=f32)
+    tensors = pointers(logits_ptr=dtype, loss_ptr=f32, teacher_ptr=dtype, target_ptr=torch.int64, scale_ptr=f32)
+    types = {**tensors, **sizes, "beta": "fp32", "temperature": "fp32"}
     for kind, name in enumerate(("forward_kl", "reverse_kl", "jsd")):
         for block in powers_of_two(32, 2048):
             meta, warps = split_meta(rows_meta(block))
