@@ -52,7 +52,9 @@ def chrf(texts: Sequence[str], expected: Sequence[str]) -> float:
     precisions, recalls = [], []
     for n in range(1, ORDER + 1):
         found = [(_grams(a, n), _grams(b, n)) for a, b in zip(texts, expected)]
-        common, own, other = (sum(sum(c.values()) for c in part) for part in zip(*((a & b, a, b) for a, b in found)))
+        common = sum((a & b).total() for a, b in found)
+        own = sum(a.total() for a, b in found if b)  # sacrebleu leaves out orders that the reference is too short for
+        other = sum(b.total() for _, b in found)
         if own and other:
             precisions.append(common / own)
             recalls.append(common / other)
