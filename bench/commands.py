@@ -21,6 +21,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "patching": ("patching", "a step of transformers' GPT-2 and Llama before and after fastgpt.patch"),
     "generate": ("generate", "generated tokens/s against transformers and llama.cpp; share of what memory allows"),
     "data": ("data", "text to token shards against tiktoken, datasketch and datatrove: MB/s of one core, memory"),
+    "finetune": ("finetune", "fine-tuning steps against transformers, TRL and PEFT: tokens/s, memory"),
     "all": ("cpu", "all benchmarks that need no GPU, in under 15 minutes, then the report"),
     "gpu": (
         "gpu",

@@ -30,6 +30,8 @@ OTHERS = {
     "memory": ("Memory", "The largest batch and the longest context that fit; `fastgpt bench memory`."),
     "host": ("Host", "Microseconds per call, launches, import, compile and install; `fastgpt bench host`."),
     "generate": ("Generation", "Tokens per second against transformers and llama.cpp; `fastgpt bench generate`."),
+    "data": ("Data sets", "MB of text per second of one core against tiktoken, datasketch and datatrove."),
+    "finetune": ("Fine-tuning", "Steps against transformers, TRL and PEFT; `fastgpt bench finetune`."),
     "codegen": ("Codegen", "Compiler output for each kernel; `fastgpt bench codegen`. No GPU is needed."),
 }
 HIDDEN = (
@@ -300,11 +302,42 @@ def readme_generation(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
-README_TABLES = {"ops": readme_ops, "steps": readme_steps, "gpus": readme_gpus, "generation": readme_generation}
+def readme_data(rows: list[Row]) -> list[list[str]]:
+    """Return the table of data sets: MB of text per second of one core, against each peer."""
+    lines = [["what", "program", "MB/s of one core", "fastgpt / it", "MB of text", "rounds"]]
+    for r in rows:
+        if r["bench"] == "data" and "mb_s" in r:
+            own = r["provider"] == "fastgpt"
+            cells = [r["figure"], f"{r['provider']} {r['provider_version']}".strip(), f"{r['mb_s']:.3g}"]
+            lines.append([*cells, "-" if own else f"{r['speed']:.2f}", number(r["text_mb"]), str(r["samples"])])
+    return lines
+
+
+def readme_finetune(rows: list[Row]) -> list[list[str]]:
+    """Return the table of fine-tuning: both sides of each comparison."""
+    lines = [["model", "task", "side", "ms per step", "tokens/s", "peak MB", "speed against TRL", "memory against TRL"]]
+    for r in rows:
+        if r["bench"] == "finetune" and "ms" in r:
+            cells = [r["shape"], r["kind"], r["variant"], number(r["ms"]), number(r["tokens_per_s"])]
+            against = [spread(r, "speed"), f"{r['memory']:.2f}"] if "speed" in r else ["-", "-"]
+            lines.append([*cells, number(r["peak_mb"]), *against])
+    return lines
+
+
+README_TABLES = {
+    "ops": readme_ops,
+    "steps": readme_steps,
+    "gpus": readme_gpus,
+    "generation": readme_generation,
+    "data": readme_data,
+    "finetune": readme_finetune,
+}
 USED: dict[str, Callable[[Row], bool]] = {  # the rows of the tables that name their source
     "ops": lambda r: r["bench"] in OPS,
     "steps": lambda r: r["bench"] == "throughput",
     "generation": lambda r: r["bench"] == "generate" and r["shape"] == "gpt2-124m",
+    "data": lambda r: r["bench"] == "data" and "mb_s" in r,
+    "finetune": lambda r: r["bench"] == "finetune",
 }
 
 

@@ -333,7 +333,10 @@ def load_config(argv: Sequence[str]) -> FinetuneConfig:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words[:1] = ["--config", words[0]]
-    settings, name, _ = options.from_command_line(FinetuneConfig, words, None, "finetune [RECIPE.yaml]")
+    settings, name, typed = options.from_command_line(FinetuneConfig, words, None, "finetune [RECIPE.yaml]")
+    for one, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        if one in typed and other not in typed:  # the command line overrides the length of the recipe
+            settings.pop(other, None)
     if not settings.get("out"):
         settings["out"] = "runs/" + (Path(name).stem if name else settings.get("task", "sft"))
     return build(settings)

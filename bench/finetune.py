@@ -1,0 +1,335 @@
+"""Fine-tuning against transformers + TRL + PEFT: `fastgpt bench finetune --json FILE`.
+
+A GPT-2 124M and a Llama of 125M parameters with random weights in fp32 on a CPU, the same number of threads for both
+sides. A step is forward, backward, clipping and AdamW:
+
+    sft   all weights, 2 rows of 512 tokens that all count; TRL's SFTTrainer
+    lora  adapters of rank 16 in all linear layers of the blocks, the same rows; SFTTrainer with PEFT
+    dpo   all weights, 2 pairs, sides of 256 tokens of which 128 count; DPOTrainer; the reference is computed before,
+          on both sides (precompute_ref_log_probs)
+
+Each side runs in a separate process; in every round each does one step, while the other waits. Ratios are medians over
+the rounds, above 1 is faster. Memory: the peak resident memory of the process in its steps after the first, beyond
+what it had before it built the model. TRL's trainer runs its own training_step and its optimizer, without gradient
+checkpointing and without bf16. --quick: tiny models, for trying this program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata, util
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgpt.bench._harness import Samples, append_rows, provenance, resident_mb, turns, where
+from fastgpt.bench.variants import Apart, reason
+from fastgpt.core.command import Parser, number, run_command
+from fastgpt.data import IGNORE
+from fastgpt.data.batch import Batch
+from fastgpt.data.tokenizer import available_cores, train_tokenizer
+from fastgpt.models.config import ModelConfig
+from fastgpt.models.gpt import GPT
+
+KINDS = ("sft", "lora", "dpo")
+SIDES = ("fastgpt", "trl")
+PACKAGES = ("transformers", "trl", "peft")
+IMPORTS = {"fastgpt": ("fastgpt.train", "fastgpt.finetune.preference"), "trl": ("datasets", "trl", "peft")}
+RANK = 16
+LR = 1e-5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and what a step has: rows of `block` tokens, or pairs of sides of block / 2, half of them a prompt."""
+
+    layers: int
+    heads: int
+    width: int
+    vocab: int
+    block: int
+    llama: bool = False
+    rows: int = 2
+
+    def config(self) -> ModelConfig:
+        kind: dict[str, Any] = {}
+        if self.llama:
+            kind = dict(norm="rms", activation="swiglu", positions="rope", tied=False, qkv_bias=False, proj_bias=False)
+            kind |= dict(mlp_bias=False, mlp_width=2048 if self.width == 768 else None)
+        sizes: dict[str, Any] = dict(n_layers=self.layers, n_heads=self.heads, width=self.width)
+        return ModelConfig(**sizes, **kind, vocab_size=self.vocab, vocab_multiple=1, block_size=self.block)
+
+    def ids(self, step: int) -> torch.Tensor:
+        """Return the ids of a step, (rows, block)."""
+        generator = torch.Generator().manual_seed(step)
+        return torch.randint(2, self.vocab, (self.rows, self.block), generator=generator)
+
+
+SHAPES = {
+    "gpt2-124m": Shape(12, 12, 768, 50257, 512),
+    "llama-125m": Shape(12, 12, 768, 32000, 512, llama=True),
+    "tiny": Shape(2, 2, 32, 300, 32),
+    "tiny-llama": Shape(2, 2, 32, 300, 32, llama=True),
+}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a process needs."""
+
+    shape: Shape
+    kind: str
+    folder: Path
+    threads: int
+
+
+def own_step(setup: Setup) -> Callable[[int], float]:
+    """Return fastgpt's step: number -> loss."""
+    from fastgpt.finetune.lora import Lora, add_lora
+    from fastgpt.finetune.preference import DPO
+    from fastgpt.models.weights import load_pretrained
+    from fastgpt.optim import AdamW
+    from fastgpt.train import forward_backward, optimizer_step
+    from fastgpt.training.task import NextToken
+
+    model, shape = load_pretrained(setup.folder / "hf"), setup.shape
+    if setup.kind == "lora":
+        add_lora(model, Lora(RANK, 2.0 * RANK), generator=torch.Generator().manual_seed(0))
+    model.train()
+    optimizer = AdamW(model.param_groups(0.0), lr=LR, max_norm=1.0)
+    task: Any = NextToken()
+    if setup.kind == "dpo":
+        task = DPO()
+        with torch.no_grad():
+            task.reference = torch.cat([task.policy(model, pairs(shape, step, 0)) for step in range(STEPS)])
+
+    def step(number: int) -> float:
+        ids = shape.ids(number % STEPS)
+        batch = Batch(ids[:, :-1], ids[:, 1:]) if setup.kind != "dpo" else pairs(shape, number % STEPS)
+        counted = task.counted(batch)
+        total = torch.zeros(1 + len(task.figures))
+        loss = forward_backward(model, task, None, total, counted, *batch.parts())
+        return float(optimizer_step(optimizer, None, None, loss)[0])
+
+    return step
+
+
+STEPS = 8  # different batches
+
+
+def pairs(shape: Shape, step: int, index: int | None = None) -> Batch:
+    """Return the batch of a step's pairs: each row holds both sides, with the same prompt."""
+    ids, half, quarter = shape.ids(step), shape.block // 2, shape.block // 4
+    ids[:, half : half + quarter] = ids[:, :quarter]
+    targets = torch.full_like(ids, IGNORE)
+    side = torch.arange(shape.block) // half
+    place = torch.arange(shape.block) % half
+    learned = (place >= quarter - 1) & (place < half - 1)
+    targets[:, learned] = ids.roll(-1, 1)[:, learned]
+    sequence = 2 * torch.arange(shape.rows)[:, None] + side
+    first = step * shape.rows if index is None else index
+    extra = {"sequence": sequence, "index": first + torch.arange(shape.rows)}
+    return Batch(ids, targets, sequence.int(), place.expand_as(ids).contiguous(), extra)
+
+
+def trl_step(setup: Setup) -> Callable[[int], float]:
+    """Return TRL's step: number -> loss."""
+    import datasets
+    import transformers
+    import trl
+
+    datasets.disable_progress_bars()
+    transformers.logging.set_verbosity_error()
+    model = transformers.AutoModelForCausalLM.from_pretrained(setup.folder / "hf", dtype=torch.float32)
+    file = str(setup.folder / "tokenizer.json")
+    words = transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|endoftext|>", pad_token="!")
+    shape = setup.shape
+    common: dict[str, Any] = dict(output_dir=str(setup.folder / "out"), bf16=False, use_cpu=True, report_to=[])
+    common |= dict(gradient_checkpointing=False, per_device_train_batch_size=shape.rows, learning_rate=LR)
+    common |= dict(max_length=shape.block, lr_scheduler_type="constant", dataloader_num_workers=0, disable_tqdm=True)
+    if setup.kind == "dpo":
+        half, quarter = shape.block // 2, shape.block // 4
+        rows = [row.tolist() for step in range(STEPS) for row in pairs(shape, step).ids]
+        data = datasets.Dataset.from_dict({name: [name] for name in ("prompt", "chosen", "rejected")})
+        args: Any = trl.DPOConfig(**common, precompute_ref_log_probs=True)
+        trainer: Any = trl.DPOTrainer(model, args=args, train_dataset=data, processing_class=words)
+        spans = {"prompt": (0, quarter), "chosen": (quarter, half), "rejected": (half + quarter, shape.block)}
+        made: list[Any] = [{f"{name}_ids": row[a:b] for name, (a, b) in spans.items()} for row in rows]
+        batches = [trainer.data_collator(made[i * shape.rows : (i + 1) * shape.rows]) for i in range(STEPS)]
+        with torch.no_grad():
+            for batch in batches:
+                chosen, rejected = trainer.compute_ref_log_probs(trainer.model, batch)
+                batch |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+    else:
+        rows = [row.tolist() for step in range(STEPS) for row in shape.ids(step)]
+        data = datasets.Dataset.from_dict({"input_ids": rows})
+        extra: dict[str, Any] = {}
+        if setup.kind == "lora":
+            import peft
+
+            layers: dict[str, Any] = dict(
+                r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"
+            )
+            extra["peft_config"] = peft.LoraConfig(**layers)
+        args = trl.SFTConfig(**common, dataset_kwargs={"skip_prepare_dataset": True})
+        trainer = trl.SFTTrainer(model, args=args, train_dataset=data, processing_class=words, **extra)
+        made = [{"input_ids": row} for row in rows]
+        batches = [trainer.data_collator(made[i * shape.rows : (i + 1) * shape.rows]) for i in range(STEPS)]
+    trainer.create_optimizer()
+    trainer.model_wrapped = trainer.model
+    trainer.current_gradient_accumulation_steps = 1
+
+    def step(number: int) -> float:
+        inputs = dict(batches[number % STEPS])
+        loss = trainer.training_step(trainer.model, inputs)
+        torch.nn.utils.clip_grad_norm_([p for p in trainer.model.parameters() if p.grad is not None], 1.0)
+        trainer.optimizer.step()
+        trainer.model.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def serve(pipe: Connection, name: str, setup: Setup) -> None:
+    """Run the process of a side: one step for each number that arrives, until 0."""
+    torch.set_num_threads(setup.threads)
+    for module in IMPORTS[name]:  # they are no part of the memory of a step
+        importlib.import_module(module)
+    gc.collect()
+    before = resident_mb("VmRSS")
+    try:
+        step = {"fastgpt": own_step, "trl": trl_step}[name](setup)
+    except Exception as e:
+        pipe.send({"failed": reason(e)})
+        return
+    pipe.send({})
+    done = 0
+    while pipe.recv():
+        start = time.perf_counter()
+        loss = step(done)
+        taken = time.perf_counter() - start
+        pipe.send((taken, loss, resident_mb("VmHWM") - before))
+        done += 1
+        if done == 1:
+            gc.collect()
+            with contextlib.suppress(OSError):  # without this file the peak includes loading
+                Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+class Side(Apart):
+    """A side in a separate process."""
+
+    def __init__(self, name: str, setup: Setup) -> None:
+        super().__init__(name, setup, serve)
+        if "failed" in self.flops:
+            raise RuntimeError(self.flops["failed"])
+
+    def step(self) -> tuple[float, float]:
+        """Return the seconds and the loss of the next step."""
+        self.pipe.send(1)
+        taken, loss, self.peak_mb = self._answer()
+        return taken, loss
+
+
+def compare(shape_name: str, kind: str, rounds: int, threads: int) -> list[dict[str, Any]]:
+    """Return a row for each side."""
+    shape = SHAPES[shape_name]
+    tokens = shape.rows * shape.block
+    about = {"bench": "finetune", "shape": shape_name, "kind": kind, "dtype": "fp32", "block": shape.block}
+    about |= {"versions": versions(), "machine": provenance(torch.device("cpu"))}
+    with tempfile.TemporaryDirectory() as folder:
+        write_base(shape, Path(folder))
+        setup = Setup(shape, kind, Path(folder), threads)
+        sides, samples, losses = {}, {name: Samples() for name in SIDES}, dict[str, list[float]]()
+        try:
+            for name in SIDES:
+                sides[name] = Side(name, setup)
+            for turn in range(-1, rounds):
+                for name in turns(list(sides), turn):
+                    taken, loss = sides[name].step()
+                    losses.setdefault(name, []).append(loss)
+                    if turn >= 0:  # the first step is warm-up
+                        samples[name].seconds.append(taken)
+        finally:
+            for side in sides.values():
+                side.close()
+    own, peer = sides["fastgpt"], sides["trl"]
+    rows = []
+    for name, side in sides.items():
+        middle = samples[name].quantile(0.5)
+        row = {"variant": name, **samples[name].figures(), "tokens_per_s": tokens / middle, "peak_mb": side.peak_mb}
+        rows.append({**about, **row, "losses": losses[name]})
+    ratio = samples["trl"].shares(samples["fastgpt"])
+    rows[0] |= {f"speed{key}": ratio.quantile(q) for key, q in (("", 0.5), ("_q20", 0.2), ("_q80", 0.8))}
+    rows[0]["memory"] = own.peak_mb / peer.peak_mb
+    return rows
+
+
+def write_base(shape: Shape, folder: Path) -> None:
+    """Write the model both sides load, and a tokenizer for TRL, which insists on one."""
+    from fastgpt.models.weights import save_pretrained
+
+    model = GPT(shape.config(), generator=torch.Generator().manual_seed(0)).eval()
+    save_pretrained(model, folder / "hf", extra={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1})
+    train_tokenizer(["only ids are used, so any text will do"], 260).save(folder / "tokenizer.json")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that are compared."""
+    return {name: metadata.version(name) for name in PACKAGES}
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """Return the rows of a comparison as text."""
+    lines = []
+    for r in rows:
+        line = f"{r['shape']:<12}{r['kind']:<6}{r['variant']:<9}{r['ms']:>9,.0f} ms{r['tokens_per_s']:>9,.0f} tokens/s"
+        line += f"{r['peak_mb']:>8,.0f} MB  loss {r['losses'][0]:.5f} -> {r['losses'][-1]:.5f}"
+        if "speed" in r:
+            line += f"  {r['speed']:.2f} ({r['speed_q20']:.2f} .. {r['speed_q80']:.2f}) times as fast, "
+            line += f"{r['memory']:.2f} of the memory"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Return 1 if a comparison has no figures, although the packages are there."""
+    parser = Parser(prog="fastgpt bench finetune", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated (default: both of 125M)")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="may be repeated (default: all)")
+    parser.add_argument("--rounds", type=number(int, 1), default=7, help="timed steps (default: 7)")
+    parser.add_argument("--threads", type=number(int, 1), default=available_cores(), help="default: all cores")
+    parser.add_argument("--quick", action="store_true", help="tiny models, for trying this program")
+    args = parser.parse_args(argv)
+    if missing := [name for name in PACKAGES if util.find_spec(name) is None]:
+        print(f"not measured: needs `pip install {' '.join(missing)}`")
+        return 0
+    shapes = args.shape or (["tiny", "tiny-llama"] if args.quick else ["gpt2-124m", "llama-125m"])
+    failed = False
+    print(f"fine-tuning in fp32, {where(provenance(torch.device('cpu')))}")
+    for shape in shapes:
+        for kind in args.kind or KINDS:
+            try:
+                rows = compare(shape, kind, 2 if args.quick else args.rounds, args.threads)
+            except Exception as e:
+                print(f"{shape} {kind}: {reason(e)}", flush=True)
+                failed = True
+                continue
+            print(show(rows), flush=True)
+            if args.json:
+                append_rows(args.json, rows)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
