@@ -1,4 +1,4 @@
-"""Score what a run writes for held-out rows of `prompt` and `completion`.
+"""Score what a run writes for held-out rows of `prompt` and `completion` (or `answer`).
 
     python recipes/finetune/score.py runs/qa data/rows/val/qa.jsonl
 
@@ -90,7 +90,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     model, tokenizer, _ = load_run(args.run, torch.device("cpu"))
     rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()[: args.limit]]
     room = model.max_positions - args.max_new_tokens
-    asked = [(tokenizer.prompt(row["prompt"].rstrip(" ")), row["completion"].strip()) for row in rows]
+    asked = [
+        (tokenizer.prompt(row["prompt"].rstrip(" ")), row.get("completion", row.get("answer", "")).strip())
+        for row in rows
+    ]
     asked = [(ids, answer) for ids, answer in asked if len(ids) <= room]
     requests = [Request(ids, args.max_new_tokens, temperature=0.0) for ids, _ in asked]
     results = Generator(model, tokenizer, max_batch=16, graphs=False).generate(requests)
