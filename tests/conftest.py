@@ -87,6 +87,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=[item for item in items if id(item) in left_out])
         items[:] = [item for item in items if id(item) not in left_out]
+    # tests of a minute or two begin first, else one worker runs them at the end while the others have nothing to do
+    items.sort(key=lambda item: not item.name.startswith("test_fastgpt_commands["))
 
 
 @pytest.fixture
