@@ -270,7 +270,7 @@ def test_cpu_wheel_builds_and_loads(sources: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(target)
     assert str(ROOT).encode() not in (target / "fastgpt" / "_C.abi3.so").read_bytes()
     code = (
-        "import fastgpt, torch; from fastgpt.core import native; assert native.BUILT['cpu'], native.describe(); "
+        "import fastgpt.ops, torch; from fastgpt.core import native; assert native.BUILT['cpu'], native.describe(); "
         "x = torch.randn(4, 8); y = torch.ops.fastgpt.layer_norm_fwd.cpu(x, None, None, None, 1e-5)[0]; "
         "torch.testing.assert_close(y, torch.nn.functional.layer_norm(x, (8,)))"
     )
