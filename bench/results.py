@@ -25,6 +25,7 @@ from fastgpt.core.errors import UserError
 Row = dict[str, Any]
 PROVENANCE = ("fastgpt", "sources", "torch", "device_name", "threads", "date")  # and commit, where there is a checkout
 IDENTITY = (
+    "kind",
     *("bench", "figure", "op", "language", "kernel", "config", "arch", "model", "shape", "batch", "block"),
     *("dtype", "phase", "mode", "device", "provider", "variant"),
 )
