@@ -46,6 +46,7 @@ PACKAGES = ("transformers", "trl", "peft")
 IMPORTS = {"fastgpt": ("fastgpt.train", "fastgpt.finetune.preference"), "trl": ("datasets", "trl", "peft")}
 RANK = 16
 LR = 1e-5
+STEPS = 8  # different batches
 
 
 @dataclass(frozen=True)
@@ -121,9 +122,6 @@ def own_step(setup: Setup) -> Callable[[int], float]:
         return float(optimizer_step(optimizer, None, None, loss)[0])
 
     return step
-
-
-STEPS = 8  # different batches
 
 
 def pairs(shape: Shape, step: int, index: int | None = None) -> Batch:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 from fastgpt.core.device import default_device
+from fastgpt.core.errors import UserError
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.lora import Lora
 from fastgpt.finetune.memory import report
-from fastgpt.training.initial import open_initial
+from fastgpt.training.initial import Initial, open_initial
 from fastgpt.training.memory import Target, plan, shape_of
 from fastgpt.training.plan import card, target_of
 
@@ -20,6 +21,19 @@ def lora_of(cfg: FinetuneConfig) -> Lora:
     rank = cfg.lora.rank or 16
     alpha = 2.0 * rank if cfg.lora.alpha is None else cfg.lora.alpha
     return Lora(rank, alpha, cfg.lora.rslora, cfg.lora.dropout, tuple(cfg.lora.targets))
+
+
+def block_of(cfg: FinetuneConfig, start: Initial) -> int:
+    """Return the tokens of a row.
+
+    Raises:
+        UserError: more than the base has positions.
+    """
+    most = start.config.block_size or cfg.block_size or LONGEST
+    block = cfg.block_size or min(LONGEST, most)
+    if block > most:
+        raise UserError(f"block_size is {block}, expected at most {most}, the positions of the base")
+    return block
 
 
 def target(device: str) -> Target:
@@ -35,7 +49,7 @@ def lines_of(cfg: FinetuneConfig) -> list[str]:
         UserError: the base or the device is unknown.
     """
     start = open_initial(cfg.base)
-    block = cfg.block_size or min(LONGEST, start.config.block_size or LONGEST)
+    block = block_of(cfg, start)
     train, device = cfg.to_train(start.config, block, 1), target(cfg.device)
     whole = plan(train, shape_of(train), device)
     rows = f"micro-batch {cfg.micro_batch} of {block} tokens, recompute {cfg.recompute}"

@@ -26,9 +26,9 @@ from fastgpt.finetune.grpo import GRPO
 from fastgpt.finetune.head_files import write_pretrained, write_tokenizer
 from fastgpt.finetune.heads import HeadConfig, attach
 from fastgpt.finetune.lora import add_lora, read_merged
-from fastgpt.finetune.plan import LONGEST, lora_of
+from fastgpt.finetune.plan import block_of, lora_of
 from fastgpt.finetune.rewarded import open_rewards
-from fastgpt.finetune.rollouts import RolloutLoader
+from fastgpt.finetune.rollouts import Reward, RolloutLoader
 from fastgpt.finetune.tuned import Tuned, build_task, head_config
 from fastgpt.inference.chat import FILE, Template
 from fastgpt.models.config import ModelConfig
@@ -59,12 +59,12 @@ class FinetuneRun(Run):
         device = model.wte.weight.device
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
         folder = Path(cfg.out)
-        task = build_task(cfg, data, model, head, block, folder, _teacher(cfg, data.tokenizer, model))
-        loader: Any
+        teacher, rewards = _teacher(cfg, data.tokenizer, model), open_rewards(cfg.reward, data.tokenizer, device)
+        loader: Any = None if cfg.task == "grpo" else data.loader(cfg, block, device)
+        task = build_task(cfg, data, model, head, block, folder, teacher, rewards, loader)
         if isinstance(task.task, GRPO):
-            loader, epoch = _rollouts(cfg, model, data, task.task, start, block), _draws(cfg, data)
+            loader, epoch = _rollouts(cfg, model, data, task.task, start, block, rewards), _draws(cfg, data)
         else:
-            loader = data.loader(cfg, block, device)
             epoch = len(loader) / (cfg.batch // cfg.micro_batch)
         steps = cfg.max_steps or max(1, round(cfg.epochs * epoch))
         if cfg.layer_decay != 1:
@@ -115,9 +115,7 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
     if start.tokenizer is None:
         raise UserError(f"base: {cfg.base} has no tokenizer, expected one beside its weights")
     tokenizer = load_tokenizer(start.tokenizer)
-    block = cfg.block_size or min(LONGEST, start.config.block_size or LONGEST)
-    if block > (start.config.block_size or block):
-        raise UserError(f"block_size is {block}, expected at most {start.config.block_size}, the positions of the base")
+    block = block_of(cfg, start)
     if cfg.task == "grpo" and cfg.max_new_tokens >= block:
         raise UserError(f"max_new_tokens is {cfg.max_new_tokens}, expected less than block_size, {block}")
     template = open_template(cfg, start, tokenizer)
@@ -195,14 +193,15 @@ def _draws(cfg: FinetuneConfig, data: Data) -> float:
     return sum(map(len, data.train.values())) * cfg.group / cfg.batch * cfg.iterations
 
 
-def _rollouts(cfg: FinetuneConfig, model: GPT, data: Data, task: GRPO, start: Initial, block: int) -> RolloutLoader:
+def _rollouts(
+    cfg: FinetuneConfig, model: GPT, data: Data, task: GRPO, start: Initial, block: int, rewards: list[Reward]
+) -> RolloutLoader:
     """Return the loader that lets the model write; with beta, also the model of the start."""
     p = model.wte.weight
     reference = load_start(start, start.config, p.dtype, p.device).eval() if cfg.held else None
     prompts = [prompt for items in data.train.values() for prompt in items]
     options: dict[str, Any] = dict(accumulation=cfg.batch // cfg.micro_batch, iterations=cfg.iterations)
     options |= dict(group=cfg.group, reference=reference, seed=cfg.seed, pad=data.tokenizer.eot)
-    rewards = open_rewards(cfg.reward, data.tokenizer, p.device)
     return RolloutLoader(model, data.tokenizer, prompts, rewards, task, block, batch=cfg.micro_batch, **options)
 
 

@@ -20,7 +20,8 @@ from fastgpt.finetune.heads import HeadConfig
 from fastgpt.finetune.labels import balanced
 from fastgpt.finetune.preference import DPO, KTO, ORPO, Referenced, Watch
 from fastgpt.finetune.reference import NAME, reference
-from fastgpt.finetune.rewarded import RewardCheck, open_rewards
+from fastgpt.finetune.rewarded import RewardCheck
+from fastgpt.finetune.rollouts import Reward
 from fastgpt.finetune.teacher import GPTTeacher
 from fastgpt.models.gpt import GPT
 from fastgpt.training.task import NextToken, Objective, mean_over
@@ -90,13 +91,23 @@ def head_config(cfg: FinetuneConfig, data: Data) -> HeadConfig | None:
 
 
 def build_task(
-    cfg: FinetuneConfig, data: Data, model: GPT, head: HeadConfig | None, block: int, folder: Path, teacher: GPT | None
+    cfg: FinetuneConfig,
+    data: Data,
+    model: GPT,
+    head: HeadConfig | None,
+    block: int,
+    folder: Path,
+    teacher: GPT | None,
+    rewards: list[Reward],
+    loader: Any,
 ) -> Tuned:
     """Build the task of a run on the model as it starts, with its validation sets.
 
     Args:
         block: tokens T of a row.
         folder: of the run; reference log-probabilities are stored there.
+        rewards: of grpo.
+        loader: of the training sets; None with grpo.
 
     Raises:
         UserError: the settings, the data or the teacher do not fit the model.
@@ -106,12 +117,11 @@ def build_task(
         task.prepare(model)
     device = model.wte.weight.device
     if isinstance(task, GRPO):
-        rewards = open_rewards(cfg.reward, data.tokenizer, device)
         limits = (data.tokenizer, cfg.max_new_tokens, block, cfg.micro_batch)
         return Tuned(task, {name: RewardCheck(items, rewards, *limits) for name, items in data.val.items()})
     checks: dict[str, Any] = {name: Check(task, loader) for name, loader in data.checks(cfg, block, device).items()}
     if isinstance(task, Referenced):
-        task = _referenced(task, model, data.loader(cfg, block, device), data.train, folder / NAME)
+        task = _referenced(task, model, loader, data.train, folder / NAME)
         for i, (name, check) in enumerate(checks.items()):
             path = folder / f"validation-{i}-{NAME}"
             check.task = _referenced(task, model, check.loader, {name: data.val[name]}, path)
