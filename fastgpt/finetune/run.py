@@ -49,15 +49,24 @@ class FinetuneRun(Run):
         finetune: its settings.
         head: the task head; None for the LM head.
         adapters: whether it trains adapters alone; checkpoints then hold nothing else.
+        template: the chat template of its data.
     """
 
     task: Tuned
 
     def __init__(
-        self, cfg: FinetuneConfig, model: GPT, data: Data, head: HeadConfig | None, start: Initial, block: int
+        self,
+        cfg: FinetuneConfig,
+        model: GPT,
+        data: Data,
+        head: HeadConfig | None,
+        start: Initial,
+        block: int,
+        template: Template,
     ) -> None:
         device = model.wte.weight.device
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
+        self.template = template
         folder = Path(cfg.out)
         teacher, rewards = _teacher(cfg, data.tokenizer, model), open_rewards(cfg.reward, data.tokenizer, device)
         loader: Any = None if cfg.task == "grpo" else data.loader(cfg, block, device)
@@ -123,7 +132,7 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
     head = head_config(cfg, data)
     model = build_model(cfg, start, head, device)
     print(*data.said, sep="\n", flush=True)
-    return FinetuneRun(cfg, model, data, head, start, block)
+    return FinetuneRun(cfg, model, data, head, start, block, template)
 
 
 def open_template(cfg: FinetuneConfig, start: Initial, tokenizer: Tokenizer) -> Template:
@@ -272,10 +281,9 @@ def end(run: Run, log: Log) -> int:
     validate(run, log, None)
     for report in run.task.reports():
         log.say(report)
-    template = Path(run.finetune.template or Path(run.finetune.base) / FILE)
     folder = run.folder
-    if template.is_file():
-        (folder / FILE).write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
+    if not run.template.default:
+        (folder / FILE).write_text(Path(run.template.where).read_text(encoding="utf-8"), encoding="utf-8")
     if run.adapters:
         save_adapter(run.model, _fresh(folder / "adapter"), run.finetune.base)
         log.say(f"adapters in PEFT's format: {folder / 'adapter'}")
