@@ -49,24 +49,15 @@ class FinetuneRun(Run):
         finetune: its settings.
         head: the task head; None for the LM head.
         adapters: whether it trains adapters alone; checkpoints then hold nothing else.
-        template: the chat template of its data.
     """
 
     task: Tuned
 
     def __init__(
-        self,
-        cfg: FinetuneConfig,
-        model: GPT,
-        data: Data,
-        head: HeadConfig | None,
-        start: Initial,
-        block: int,
-        template: Template,
+        self, cfg: FinetuneConfig, model: GPT, data: Data, head: HeadConfig | None, start: Initial, block: int
     ) -> None:
         device = model.wte.weight.device
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
-        self.template = template
         folder = Path(cfg.out)
         teacher, rewards = _teacher(cfg, data.tokenizer, model), open_rewards(cfg.reward, data.tokenizer, device)
         loader: Any = None if cfg.task == "grpo" else data.loader(cfg, block, device)
@@ -127,25 +118,26 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
     block = block_of(cfg, start)
     if cfg.task == "grpo" and cfg.max_new_tokens >= block:
         raise UserError(f"max_new_tokens is {cfg.max_new_tokens}, expected less than block_size, {block}")
-    template = open_template(cfg, start, tokenizer)
+    template = open_template(cfg, tokenizer)
     data = open_data(cfg, tokenizer, str(start.tokenizer), template, block)
     head = head_config(cfg, data)
     model = build_model(cfg, start, head, device)
     print(*data.said, sep="\n", flush=True)
-    return FinetuneRun(cfg, model, data, head, start, block, template)
+    return FinetuneRun(cfg, model, data, head, start, block)
 
 
-def open_template(cfg: FinetuneConfig, start: Initial, tokenizer: Tokenizer) -> Template:
-    """Return the chat template of the settings, or of the base."""
-    eos = tokenizer.decode_bytes([tokenizer.eot]).decode()
+def open_template(cfg: FinetuneConfig, tokenizer: Tokenizer) -> Template:
+    """Return the chat template of the settings, from now on the one of the tokenizer, or that of the tokenizer."""
     if cfg.template is not None:
         try:
-            text = Path(cfg.template).read_text(encoding="utf-8")
+            given = Path(cfg.template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"template: {cfg.template} cannot be read ({e}), expected a Jinja file") from None
-        return Template(text, cfg.template, eos, tokenizer.bos)
-    path = Path(cfg.base)
-    return Template.of_run(checkpoint.find(path) if checkpoint.checkpoints(path) else path, eos, tokenizer.bos)
+        tokenizer.companions = {**tokenizer.companions, FILE: given}
+    eos, text = tokenizer.decode_bytes([tokenizer.eot]).decode(), tokenizer.companions.get(FILE)
+    if text is None:
+        return Template(eos_token=eos)
+    return Template(text, cfg.template or f"the chat template of {cfg.base}", eos, tokenizer.bos)
 
 
 @torch.no_grad()
@@ -239,8 +231,6 @@ def write_merged(run: FinetuneRun) -> Path:
     with new_folder(_fresh(run.folder / "merged")) as aside:
         checkpoint.save(aside, run.progress.step, tensors, {}, state, keep=0)
         run.data.tokenizer.save(aside / "tokenizer.json")  # type: ignore[union-attr]
-        if (run.folder / FILE).is_file():
-            (aside / FILE).write_text((run.folder / FILE).read_text(encoding="utf-8"), encoding="utf-8")
     return run.folder / "merged"
 
 
@@ -282,8 +272,6 @@ def end(run: Run, log: Log) -> int:
     for report in run.task.reports():
         log.say(report)
     folder = run.folder
-    if not run.template.default:
-        (folder / FILE).write_text(Path(run.template.where).read_text(encoding="utf-8"), encoding="utf-8")
     if run.adapters:
         save_adapter(run.model, _fresh(folder / "adapter"), run.finetune.base)
         log.say(f"adapters in PEFT's format: {folder / 'adapter'}")

@@ -142,14 +142,18 @@ def test_a_reward_model_rates_what_grpo_writes(tmp_path: Path) -> None:
     assert all(row["reward"] not in (0.0, 0.1, 0.2, 0.3) for row in rows if "reward" in row)
 
 
-def test_the_template_of_the_base_goes_with_the_run(tmp_path: Path) -> None:
-    """The base is a checkpoint, whose template lies in the folder of its run."""
+def test_a_template_goes_with_the_run(tmp_path: Path) -> None:
+    """That of the settings; that of the base, a checkpoint, whose template lies in the folder of its run."""
     shutil.copytree("base", tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
     base = checkpoint.find(tmp_path / "base")
     go("sft", "chat.jsonl", tmp_path / "run", "--base", str(base), "--lora.rank", "2")
     for folder in (tmp_path / "run", tmp_path / "run" / "merged"):
         assert "<{{ m.content }}>" in (folder / "chat_template.jinja").read_text()
+    Path("own.jinja").write_text("{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    go("sft", "chat.jsonl", tmp_path / "own", "--base", str(base), "--template", "own.jinja", "--lora.rank", "2")
+    for folder in (tmp_path / "own", tmp_path / "own" / "merged"):
+        assert "[{{ m.content }}]" in (folder / "chat_template.jinja").read_text()
 
 
 def test_a_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
