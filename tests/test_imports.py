@@ -19,6 +19,7 @@ LAYERS = (
     {"data", "inference", "checks"},
     {"training"},
     {"config", "errors"},
+    {"evaluate"},
     {"train", "convert"},
     {"finetune"},
     {"bench"},

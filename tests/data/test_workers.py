@@ -67,7 +67,7 @@ def test_a_worker_killed_before_it_has_begun_is_replaced(monkeypatch: pytest.Mon
     monkeypatch.setattr(multiprocessing.context.ForkServerProcess, "start", start_and_kill)
     with Workers(2, show=False) as workers:
         assert workers.run("clean", abs, [-1, -2, -3], [1] * 3) == [1, 2, 3]
-    assert len(started) == 4
+    assert len(started) >= 3  # 4, unless the third has done everything before the death of the second was noticed
 
 
 def test_an_error_in_a_worker_brings_its_traceback() -> None:

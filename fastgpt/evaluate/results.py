@@ -1,0 +1,119 @@
+"""The results of an evaluation: figures with standard errors, and the value of every item, as JSON and as a table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastgpt.core.errors import UserError
+
+VERSION = 1  # of the JSON
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A metric of a task.
+
+    Attributes:
+        task: name of the task, or of the source of a perplexity.
+        metric: "acc", "acc_norm", "bits_per_byte", ...
+        value: in the unit of the metric; shares are 0 to 1.
+        n: items it is the mean of.
+        stderr: standard error of the mean; None where there is none, as for one item.
+        chance: value of a model that guesses; None where there is none.
+        shots: examples in each prompt.
+        higher_is_better: which direction is an improvement; None: neither.
+    """
+
+    task: str
+    metric: str
+    value: float
+    n: int
+    stderr: float | None = None
+    chance: float | None = None
+    shots: int = 0
+    higher_is_better: bool | None = True
+
+
+@dataclass(frozen=True)
+class Items:
+    """The value of a metric for every item of a task, in the order of its file, for paired comparisons.
+
+    Attributes:
+        ids: an id of each item that depends on its contents alone.
+        values: in the unit of the metric.
+    """
+
+    task: str
+    metric: str
+    ids: list[str]
+    values: list[float]
+
+
+@dataclass
+class Results:
+    """What an evaluation found.
+
+    Attributes:
+        model: name, folder, step, tokens and fingerprint of the weights.
+        preset: name or file of the preset.
+        figures: one entry for each task and metric.
+        items: one entry for each task and metric that has a value per item.
+        truncated: task -> prompts that did not fit into the context.
+        seconds: task -> duration.
+        notes: sentences for the reader.
+        versions: package -> version.
+        date: day, in ISO 8601.
+    """
+
+    model: dict[str, Any]
+    preset: str
+    figures: list[Figure] = field(default_factory=list)
+    items: list[Items] = field(default_factory=list)
+    truncated: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    date: str = ""
+
+    def save(self, path: Path) -> None:
+        """Write the results as JSON, whole or not at all."""
+        text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
+        aside = path.with_name(path.name + ".tmp")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text + "\n", encoding="utf-8")
+        aside.replace(path)
+
+    def figure(self, task: str, metric: str) -> Figure | None:
+        """Return a figure, or None."""
+        return next((f for f in self.figures if (f.task, f.metric) == (task, metric)), None)
+
+
+def load_results(path: str | Path) -> Results:
+    """Read results that `Results.save` wrote.
+
+    Raises:
+        UserError: the file cannot be read or holds something else.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        version = values.pop("version")
+        if version != VERSION:
+            raise UserError(f"{path}: version {version!r} of the results of an evaluation, expected {VERSION}")
+        values["figures"] = [Figure(**f) for f in values["figures"]]
+        values["items"] = [Items(**i) for i in values["items"]]
+        return Results(**values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is not the results of an evaluation ({e}), expected JSON of `fastgpt eval`") from None
+
+
+def mean(task: str, metric: str, values: list[float], **more: Any) -> Figure:
+    """Return the mean of the items' values, with its standard error (of the sample; None for one item)."""
+    n = len(values)
+    value = sum(values) / n
+    stderr = math.sqrt(sum((v - value) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
+    return Figure(task, metric, value, n, stderr, **more)
