@@ -1,28 +1,12 @@
 import logging
 import multiprocessing.context
-import os
-import random
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
+from data.worker_tasks import die, die_later_once, die_once, divide
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.pipeline.workers import Workers
-
-
-def die_once(task: tuple[Path, int]) -> int:
-    folder, i = task
-    if i == 2 and not (folder / "died").exists():
-        (folder / "died").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return i * i
-
-
-def die(task: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_the_part_of_a_killed_worker_is_done_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -34,16 +18,6 @@ def test_the_part_of_a_killed_worker_is_done_again(tmp_path: Path, caplog: pytes
 def test_workers_that_die_again_and_again_are_one_sentence() -> None:
     with Workers(2, show=False) as workers, pytest.raises(UserError, match="workers were killed 3 times"):
         workers.run("clean", die, [1, 2], [1, 1])
-
-
-def die_later_once(task: tuple[Path, int]) -> bytes:
-    """Return 4 MB; odd ones are killed at a random moment after they have begun, mostly while they send."""
-    folder, i = task
-    if i % 2 and not (folder / str(i)).exists():
-        (folder / str(i)).touch()
-        threading.Timer(random.Random(i).uniform(0, 0.02), os.kill, (os.getpid(), signal.SIGKILL)).start()
-    time.sleep(0.005)
-    return bytes([i]) * 4_000_000
 
 
 def test_a_worker_may_be_killed_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +48,3 @@ def test_an_error_in_a_worker_brings_its_traceback() -> None:
     with Workers(2, show=False) as workers, pytest.raises(ZeroDivisionError) as caught:
         workers.run("clean", divide, [1, 0], [1, 1])
     assert "in divide" in str(caught.value.__cause__)
-
-
-def divide(task: int) -> float:
-    return 1 / task
