@@ -13,11 +13,11 @@ import logging
 import re
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fastgpt.core.errors import UserError
 
@@ -28,6 +28,25 @@ BOOLS = {"true": True, "false": False}
 FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 NULLS = ("null", "~", "")
 WRONG = object()  # what `convert` returns for a value that is not of the type
+
+
+class Effect(NamedTuple):
+    """When a setting has an effect, for one that other settings can disable.
+
+    Attributes:
+        here: whether it has one, of the settings.
+        where: with which settings it has one.
+    """
+
+    here: Callable[[Any], bool]
+    where: str
+
+
+def without_effect(settings: Any, given: Iterable[str], effects: Mapping[str, Effect]) -> Iterator[tuple[str, str]]:
+    """Yield each of the dotted keys `given` that has no effect with the other settings, and a clause that says so."""
+    for key in given:
+        if key in effects and not effects[key].here(settings):
+            yield key, f"has no effect here: it only applies with {effects[key].where}"
 
 
 def names() -> list[str]:

@@ -11,8 +11,9 @@ from typing import Any, Literal, get_args
 
 from fastgpt.core import options
 from fastgpt.core.errors import UserError
+from fastgpt.core.options import Effect
 from fastgpt.models.config import ModelConfig, require, require_sizes
-from fastgpt.training.config import TrainConfig
+from fastgpt.training.config import SHARED_EFFECTS, TrainConfig
 
 TaskName = Literal["sft", "dpo", "kto", "orpo", "reward", "classify", "regress", "tag", "distil", "grpo"]
 HEADS = ("reward", "classify", "regress", "tag")
@@ -252,12 +253,9 @@ class FinetuneConfig:
 
     def _refuse_what_has_no_effect(self) -> None:
         """Refuse settings that would be ignored: a run that silently does something else costs more than an error."""
-        for f in dataclasses.fields(self):
-            counts, where = EFFECTS.get(f.name, (None, ""))
-            value, make = getattr(self, f.name), f.default_factory
-            default = f.default if make is dataclasses.MISSING else make()
-            if counts is not None and value != default and not counts(self):
-                raise UserError(f"{f.name} is {value!r}, but it has no effect here: it only applies with {where}")
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != _default(f)]
+        for key, clause in options.without_effect(self, given, EFFECTS):
+            raise UserError(f"{key} is {getattr(self, key)!r}, but it {clause}")
 
     @property
     def adapted(self) -> bool:
@@ -284,43 +282,42 @@ class FinetuneConfig:
         )
 
 
-def _only(*tasks: str) -> tuple[Any, str]:
-    return lambda c: c.task in tasks, f"task {', '.join(tasks)}"
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
-# setting -> (whether it has an effect, with what it has one)
-EFFECTS: dict[str, tuple[Any, str]] = {
-    "val_fraction": (lambda c: c.val_data is None, "no val_data"),
+def _only(*tasks: str) -> Effect:
+    return Effect(lambda c: c.task in tasks, f"task {', '.join(tasks)}")
+
+
+def _without(*tasks: str) -> Effect:
+    return Effect(lambda c: c.task not in tasks, f"tasks other than {', '.join(tasks)}")
+
+
+EFFECTS = SHARED_EFFECTS | {
     "template": _only("sft", "dpo", "kto", "orpo", "reward", "distil", "grpo"),
     "learn": _only("sft", "distil"),
     "replay": _only("sft"),
-    "replay_share": (lambda c: c.replay is not None, "replay"),
-    "epochs": (lambda c: c.max_steps is None, "no max_steps"),
-    "merge": (lambda c: c.adapted, "lora.rank above 0 or adapter"),
-    "freeze": (lambda c: not c.adapted, "lora.rank 0, since adapters freeze the weights"),
-    "freeze_first": (lambda c: not c.adapted, "lora.rank 0, since adapters freeze the weights"),
+    "replay_share": Effect(lambda c: c.replay is not None, "replay"),
+    "epochs": Effect(lambda c: c.max_steps is None, "no max_steps"),
+    "merge": Effect(lambda c: c.adapted, "lora.rank above 0 or adapter"),
+    **dict.fromkeys(
+        ("freeze", "freeze_first"),
+        Effect(lambda c: not c.adapted, "lora.rank 0, since adapters freeze the weights"),
+    ),
     "beta": _only("dpo", "kto", "orpo", "grpo"),
     "loss_type": _only("dpo", "grpo"),
     **dict.fromkeys(("reward", "group", "max_new_tokens", "epsilon", "iterations"), _only("grpo")),
     "label_smoothing": _only("dpo", "classify", "tag"),
     "length_norm": _only("dpo"),
-    "good_weight": _only("kto"),
-    "bad_weight": _only("kto"),
-    "labels": _only("classify", "tag"),
-    "class_weights": _only("classify", "tag"),
+    **dict.fromkeys(("good_weight", "bad_weight"), _only("kto")),
+    **dict.fromkeys(("labels", "class_weights"), _only("classify", "tag")),
     "pooling": _only("reward", "classify", "regress"),
-    "teacher": _only("distil"),
-    "divergence": _only("distil"),
+    **dict.fromkeys(("teacher", "divergence", "hard_share"), _only("distil")),
     "temperature": _only("distil", "grpo"),
-    **dict.fromkeys(("packing", "format", "too_long"), (lambda c: c.task != "grpo", "tasks other than grpo")),
-    "hard_share": _only("distil"),
-    "dropout": (
-        lambda c: c.task not in ("dpo", "kto", "grpo"),
-        "tasks other than dpo, kto and grpo",
-    ),
-    "patience": (lambda c: c.eval_every > 0, "eval_every above 0"),
-    "master": (lambda c: c.dtype != "fp32", "a dtype other than fp32"),
-    "adapter": (lambda c: c.lora == LoraSettings(), "no lora.* settings, which the adapter decides"),
+    **dict.fromkeys(("packing", "format", "too_long"), _without("grpo")),
+    "dropout": _without("dpo", "kto", "grpo"),
+    "adapter": Effect(lambda c: c.lora == LoraSettings(), "no lora.* settings, which the adapter decides"),
 }
 
 

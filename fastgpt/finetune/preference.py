@@ -23,8 +23,8 @@ Ethayarajh et al. (2402.01306), Hong et al. (2403.07691); the losses equal those
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,6 @@ from fastgpt.data import IGNORE
 from fastgpt.data.batch import Batch
 from fastgpt.finetune.log_probs import members, sums, token_log_probs
 from fastgpt.models.gpt import GPT
-from fastgpt.training.task import mean_over
-
-if TYPE_CHECKING:
-    from fastgpt.training.run import Run
 
 DPOLoss = Literal["sigmoid", "robust", "ipo", "ipo-mean"]
 
@@ -64,34 +60,14 @@ def total(values: list[Tensor], batch: Batch) -> Tensor:
     return torch.where(present, rows, 0.0).sum(1)
 
 
-class _Named:
-    unit: str  # declared outside the dataclasses, where these would be fields
+class Preference:
+    """What tasks over whole sequences share."""
+
+    unit: str  # no dataclass, in which these would be fields
     figures: tuple[str, ...]
-
-
-@dataclass
-class Preference(_Named):
-    """What tasks over whole sequences share.
-
-    Attributes:
-        validation: a loader whose `once` yields the batches of the validation data
-    """
-
-    validation: Any = field(default=None, kw_only=True)
 
     def loss(self, model: GPT, batch: Batch) -> Tensor:
         raise NotImplementedError
-
-    def for_validation(self) -> Preference:
-        """Return the task as the validation data need it."""
-        return self
-
-    def validate(self, run: Run, batches: int | None) -> dict[str, float]:
-        """Return "val_loss" and "val_" with each figure, over the first `batches` batches (None: all)."""
-        if self.validation is None:
-            raise ValueError(f"{type(self).__name__}: validation is None, expected a loader of the validation data")
-        values = mean_over(self.for_validation(), run.model, self.validation.once(batches))
-        return {f"val_{name}": value for name, value in values.items()}
 
     def counted(self, batch: Batch) -> Tensor:
         """Return the pairs or examples of a batch, () int64."""
@@ -112,15 +88,10 @@ class Referenced(Preference):
         beta: how strongly the model is held to the start weights
         reference: (rows, 2) fp32 on the model's device, from fastgpt/finetune/reference.py: those of each row's chosen
             and rejected sequence, or with KTO of its own and of the mismatched completion
-        val_reference: the same for the validation data
     """
 
     beta: float = 0.1
     reference: Tensor | None = field(default=None, kw_only=True)
-    val_reference: Tensor | None = field(default=None, kw_only=True)
-
-    def for_validation(self) -> Preference:
-        return replace(self, reference=self.val_reference)
 
     def __post_init__(self) -> None:
         if not self.beta > 0:

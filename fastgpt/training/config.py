@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fastgpt.core import options
+from fastgpt.core.options import Effect
 from fastgpt.models.config import ModelConfig, require, require_sizes
 from fastgpt.training.trackers import TRACKERS
 
@@ -235,29 +236,29 @@ def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
     if "max_steps" in typed and "max_minutes" not in typed and name in options.names():
         settings["max_minutes"] = None  # else the demo's four minutes would cut off a run of a given length
     config = _build(settings)
-    for key, (counts, where) in COUNTS.items():
-        if key in typed and not counts(config):
-            log.warning("--%s has no effect here: it only applies with %s", key, where)
+    for key, clause in options.without_effect(config, typed, EFFECTS):
+        log.warning("--%s %s", key, clause)
     return config
 
 
-# setting -> (whether it has an effect, with which settings it has one), for those that other settings can disable
-COUNTS: dict[str, tuple[Callable[[TrainConfig], bool], str]] = {
-    "momentum": (lambda c: c.optimizer == "muon", "optimizer muon"),
-    "decay_fraction": (lambda c: c.schedule == "wsd", "schedule wsd"),
-    "min_lr_ratio": (lambda c: c.schedule != "constant", "a schedule other than constant"),
-    "val_fraction": (lambda c: c.val_data is None, "no val_data"),
-    "vocab_size": (
+SHARED_EFFECTS = {  # of `fastgpt finetune` too
+    "val_fraction": Effect(lambda c: c.val_data is None, "no val_data"),
+    "master": Effect(lambda c: c.dtype != "fp32", "a dtype other than fp32"),
+    "patience": Effect(lambda c: c.eval_every > 0, "eval_every above 0"),
+}
+EFFECTS = SHARED_EFFECTS | {
+    "momentum": Effect(lambda c: c.optimizer == "muon", "optimizer muon"),
+    "decay_fraction": Effect(lambda c: c.schedule == "wsd", "schedule wsd"),
+    "min_lr_ratio": Effect(lambda c: c.schedule != "constant", "a schedule other than constant"),
+    "vocab_size": Effect(
         lambda c: not ((c.data or "").endswith(".bin") or c.tokenizer or c.init),
         "text data and no tokenizer (model.vocab_size sets the size for the model)",
     ),
-    "profiler": (lambda c: bool(c.profile), "profile"),
-    "graphs": (lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),
-    "master": (lambda c: c.dtype != "fp32", "a dtype other than fp32"),
-    "patience": (lambda c: c.eval_every > 0, "eval_every above 0"),
-    "model.norm_bias": (lambda c: c.model.norm == "layer", "model.norm layer"),
+    "profiler": Effect(lambda c: bool(c.profile), "profile"),
+    "graphs": Effect(lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),
+    "model.norm_bias": Effect(lambda c: c.model.norm == "layer", "model.norm layer"),
     **{
-        f"model.{name}": (lambda c: c.model.positions == "rope", "model.positions rope")
+        f"model.{name}": Effect(lambda c: c.model.positions == "rope", "model.positions rope")
         for name in ("rotary_dim", "rope_theta", "rope_interleaved", "rope_scaling")
     },
 }

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgpt.core.errors import UserError
 from fastgpt.finetune.preference import DPO, KTO, ORPO, Watch
+from fastgpt.finetune.tuned import Check, Tuned
 from fastgpt.models.gpt import GPT
 
 
@@ -130,7 +131,7 @@ def test_a_pair_weighs_the_same_in_any_micro_batch_and_padding_nothing(task: Any
     torch.testing.assert_close(parts, task.loss(NOW, whole), rtol=1e-12, atol=0)
 
 
-def test_validation_has_its_own_reference() -> None:
+def test_a_validation_set_has_its_own_reference() -> None:
     class Loader:
         def once(self, batches: int | None) -> list[Any]:
             return [pair_batch(DATA[:2]), numbered(pair_batch(DATA[2:]), [2, 3, 4])][:batches]
@@ -138,13 +139,13 @@ def test_validation_has_its_own_reference() -> None:
     class Run:
         model = NOW
 
-    task = DPO(reference=REFERENCE + 1, val_reference=REFERENCE, validation=Loader())
-    values = task.validate(Run(), None)  # type: ignore[arg-type]
     right = DPO(reference=REFERENCE)
+    task = Tuned(DPO(reference=REFERENCE + 1), {"pairs": Check(right, Loader())})
+    values = task.validate(Run(), None)
     assert list(values) == ["val_loss", *(f"val_{name}" for name in task.figures)]
     expected = (right.loss(NOW, pair_batch(DATA)) / 5).tolist()
     assert list(values.values()) == pytest.approx(expected, rel=1e-12)
-    assert task.validate(Run(), 1)["val_loss"] == pytest.approx(float(right.loss(NOW, pair_batch(DATA[:2]))[0]) / 2)  # type: ignore[arg-type]
+    assert task.validate(Run(), 1)["val_loss"] == pytest.approx(right.loss(NOW, pair_batch(DATA[:2]))[0].item() / 2)
     assert NOW.training
 
 
