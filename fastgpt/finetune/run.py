@@ -37,7 +37,7 @@ from fastgpt.nn import keep_gradients
 from fastgpt.training import checkpoint
 from fastgpt.training.build import build_optimizer
 from fastgpt.training.evaluation import validate
-from fastgpt.training.initial import Initial, open_initial
+from fastgpt.training.initial import Initial, load_start, open_initial
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import Log
 
@@ -138,23 +138,6 @@ def open_template(cfg: FinetuneConfig, tokenizer: Tokenizer) -> Template:
     if text is None:
         return Template(eos_token=eos)
     return Template(text, cfg.template or f"the chat template of {cfg.base}", eos, tokenizer.bos)
-
-
-@torch.no_grad()
-def load_start(start: Initial, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> GPT:
-    """Build a model with the weights of `start`.
-
-    Raises:
-        UserError: a value is not finite.
-    """
-    with torch.device("meta"):
-        model = GPT(config)
-    model = model.to(dtype=dtype).to_empty(device=device)
-    for name, p in model.named_parameters():
-        p.copy_(start.read(name))
-        if not bool(p.isfinite().all()):
-            raise UserError(f"{start.origin['name']}: {name} has values that are not finite, expected numbers")
-    return model
 
 
 @torch.no_grad()

@@ -94,3 +94,20 @@ def load_initial(model: GPT, path: str) -> dict[str, Any]:
     for name, p in model.named_parameters():
         p.copy_(start.read(name))
     return start.origin
+
+
+@torch.no_grad()
+def load_start(start: Initial, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> GPT:
+    """Build a model with the weights of `start`.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    model = model.to(dtype=dtype).to_empty(device=device)
+    for name, p in model.named_parameters():
+        p.copy_(start.read(name))
+        if not bool(p.isfinite().all()):
+            raise UserError(f"{start.origin['name']}: {name} has values that are not finite, expected numbers")
+    return model
