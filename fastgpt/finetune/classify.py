@@ -25,7 +25,7 @@ from torch import Tensor
 from fastgpt.core.errors import UserError
 from fastgpt.data import IGNORE
 from fastgpt.data.batch import Batch
-from fastgpt.finetune import metrics
+from fastgpt.evaluate import classification as metrics
 from fastgpt.finetune.heads import HeadConfig, sequence_scores, token_scores
 from fastgpt.models.gpt import GPT
 

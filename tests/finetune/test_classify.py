@@ -16,7 +16,7 @@ from torch import Tensor
 from fastgpt.core.errors import UserError
 from fastgpt.data import IGNORE
 from fastgpt.data.batch import Batch
-from fastgpt.finetune import metrics
+from fastgpt.evaluate import classification as metrics
 from fastgpt.finetune.classify import Classify, Pairwise, Regress, Tag
 from fastgpt.finetune.heads import HeadConfig, attach, sequence_scores, token_scores
 from fastgpt.finetune.labels import balanced

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastgpt.finetune import metrics
+from fastgpt.evaluate import classification as metrics
 
 
 def draw(seed: int, n: int = 60, classes: int = 4) -> tuple[np.ndarray, np.ndarray]:
