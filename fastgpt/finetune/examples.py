@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args
@@ -19,7 +19,8 @@ from fastgpt.data.read.format import Format
 from fastgpt.data.read.rows import Row, open_rows
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.finetune.encode import Encoder, Example, Ids, Loss
-from fastgpt.finetune.formats import EXAMPLES, LABELS, PAIRS, RATINGS, TAGGED, Formats, Labelled, Reader, Wrong, detect
+from fastgpt.finetune.formats import EXAMPLES, LABELS, TAGGED, Formats, Labelled, Reader, Unused, Wrong, detect
+from fastgpt.finetune.ratings import PREFERENCES, RATED, Poll, Vote
 from fastgpt.inference.chat import Template
 
 TooLong = Literal["cut", "skip", "error"]
@@ -145,7 +146,7 @@ def load_pairs(
     path: str | Path, tokenizer: Tokenizer, template: Template, context: int, rows: Rows | None = None
 ) -> Loaded[Pair]:
     """Read preference pairs, as load_examples; a side has at most T tokens."""
-    load = _Load[Pair](path, tokenizer, template, context, rows or Rows(), PAIRS)
+    load = _Load[Pair](path, tokenizer, template, context, rows or Rows(), PREFERENCES)
 
     def read(sources: Any) -> Iterator[Pair]:
         pair = Pair(*(load.fitted(load.encoder.example(source)) for source in sources))
@@ -161,7 +162,7 @@ def load_ratings(
     path: str | Path, tokenizer: Tokenizer, template: Template, context: int, rows: Rows | None = None
 ) -> Loaded[Rated]:
     """Read completions rated good or bad, or both sides of preference pairs as such, as load_pairs."""
-    load = _Load[Rated](path, tokenizer, template, context, rows or Rows(), RATINGS)
+    load = _Load[Rated](path, tokenizer, template, context, rows or Rows(), RATED)
 
     def read(sources: Any) -> Iterator[Rated]:
         rated = [Rated(load.fitted(load.encoder.example(source)), good) for source, good in sources]
@@ -228,7 +229,7 @@ class _Load(Generic[T]):
                 items += read(source)
             except Wrong as wrong:
                 self._report(row, wrong)
-            except _Unused as reason:
+            except Unused as reason:
                 self.counts.left_out[str(reason)] += 1
         self.counts.special_texts = self.encoder.special_texts
         if not items:
@@ -239,11 +240,34 @@ class _Load(Generic[T]):
         return Loaded(str(self.path), items, self.counts)
 
     def sources(self, on_defect: Callable[[Defect], None]) -> Iterator[tuple[Row, Any]]:
-        """Yield each row with what its format makes of it."""
+        """Yield each row with what its format makes of it. Votes are counted first, in a pass of their own."""
+        poll = None
+        for row, source in self._parsed(self.format, on_defect):
+            if isinstance(source, Vote):
+                poll = poll or self._poll()
+                try:
+                    source = poll.settle(source)
+                except Unused as reason:
+                    self.counts.left_out[str(reason)] += 1
+                    continue
+            if source is not None:
+                yield row, source
+
+    def _poll(self) -> Poll:
+        """Count the votes of all rows."""
+        poll, before = Poll(), self.counts.rows
+        for _, vote in self._parsed(replace(self.format, mode="skip"), lambda defect: None):
+            if isinstance(vote, Vote):
+                poll.add(vote)
+        self.counts.rows = before
+        return poll
+
+    def _parsed(self, format: Format, on_defect: Callable[[Defect], None]) -> Iterator[tuple[Row, Any]]:
+        """Yield each row as a source, or as a vote."""
         reader = Reader(self.rows.columns)
-        for file in find_files(self.path, self.format, on_defect).files:
+        for file in find_files(self.path, format, on_defect).files:
             name = self.rows.format
-            for row in open_rows(file, self.format, on_defect):
+            for row in open_rows(file, format, on_defect):
                 self.counts.rows += 1
                 try:
                     name = detect(row, self.formats, self.rows.columns) if name == "auto" else name
@@ -263,7 +287,7 @@ class _Load(Generic[T]):
         """Return how many tokens of a row of `size` are kept.
 
         Raises:
-            _Unused: it is too long and skipped.
+            Unused: it is too long and skipped.
             Wrong: it is too long and that is an error.
         """
         if size <= self.longest:
@@ -272,7 +296,7 @@ class _Load(Generic[T]):
             problem = f"the row has {size} tokens, expected at most {self.longest}"
             raise Wrong("too long", problem, "shorten it, raise the context, or set too_long to cut or skip")
         if self.rows.too_long == "skip":
-            raise _Unused("longer than the context")
+            raise Unused("longer than the context")
         self.counts.cut += 1
         return self.longest
 
@@ -280,21 +304,17 @@ class _Load(Generic[T]):
         """Return an example that fits the context, or a plain text of any length.
 
         Raises:
-            _Unused, Wrong: as `kept`; also where the prompt fills the context, or nothing is learned.
+            Unused, Wrong: as `kept`; also where the prompt fills the context, or nothing is learned.
         """
         if not example.learned.any():
-            raise _Unused("nothing to learn")
+            raise Unused("nothing to learn")
         if example.plain:
             self.counts.split += len(example) > self.longest
             return example
         if example.prompt >= self.longest and self.rows.too_long != "error":
-            raise _Unused("the prompt fills the context")
+            raise Unused("the prompt fills the context")
         kept = self.kept(len(example))
         return Example(example.ids[:kept], example.learned[:kept])
-
-
-class _Unused(Exception):
-    """The reason why a row without a defect is left out."""
 
 
 def _names(load: _Load[Classified], head: Head) -> tuple[str, ...]:
@@ -319,7 +339,7 @@ def _tagged(load: _Load[Classified], row: Labelled, numbers: dict[str, int]) -> 
     kept = load.kept(len(ids))
     learned = int((label[:kept] != UNLABELLED).sum())
     if not learned:
-        raise _Unused("nothing to learn")
+        raise Unused("nothing to learn")
     load.counts.tokens, load.counts.learned = load.counts.tokens + kept, load.counts.learned + learned
     return Classified(ids[:kept], label[:kept])
 

@@ -17,6 +17,8 @@ label           text or prompt; label                          a name or a numbe
 tags            words or tokens, or text; tags, ner_tags       a label for each word; words of a text are what spaces
                 or labels                                      separate
 =============== ============================================== ===================================================
+
+The formats of votes by people, of which several rows count together, are in ratings.py.
 """
 
 from __future__ import annotations
@@ -75,6 +77,10 @@ class Wrong(Exception):
         self.kind, self.problem, self.remedy = kind, problem, remedy
 
 
+class Unused(Exception):
+    """The reason why a row without a defect is left out."""
+
+
 @dataclass
 class Reader:
     """Reads the rows of one file in one format."""
@@ -112,7 +118,7 @@ class Reader:
 
     def completion(self, row: Row) -> Source:
         """Return a prompt and its completion."""
-        return _joined(self.side(row, "prompt"), self.side(row, "completion"), self._tools(row))
+        return joined(self.side(row, "prompt"), self.side(row, "completion"), self._tools(row))
 
     def messages(self, row: Row) -> Source:
         """Return a conversation of {role, content}."""
@@ -163,7 +169,7 @@ class Reader:
             if not side:
                 raise Wrong("empty completion", f"field {name!r} holds no more than the prompt", "remove the row")
         tools = self._tools(row)
-        return _joined(prompt, chosen, tools), _joined(prompt, rejected, tools)
+        return joined(prompt, chosen, tools), joined(prompt, rejected, tools)
 
     def rating(self, row: Row) -> list[tuple[Source, bool]]:
         """Return a completion and whether it is good."""
@@ -299,7 +305,7 @@ def _answered(chat: Chat, where: str) -> Chat:
     return chat
 
 
-def _joined(prompt: str | list[Message], completion: str | list[Message], tools: Any) -> Source:
+def joined(prompt: str | list[Message], completion: str | list[Message], tools: Any) -> Source:
     """Return a prompt and a completion, both texts or both messages, as one source."""
     if isinstance(prompt, str) and isinstance(completion, str):
         return Text(prompt, completion)
