@@ -45,13 +45,15 @@ class Items:
 
     Attributes:
         ids: an id of each item that depends on its contents alone.
-        values: in the unit of the metric.
+        values: in the unit of the metric; the figure is their mean.
+        weights: of the values in that mean, as the bytes of a document for its bits per byte; None: all equal.
     """
 
     task: str
     metric: str
     ids: list[str]
     values: list[float]
+    weights: list[float] | None = None
 
 
 @dataclass
