@@ -117,8 +117,11 @@ class Engine:
             scored.append(Scored(logprob, greedy, cut))
         return scored
 
-    def rolling(self, texts: Sequence[str]) -> list[tuple[float, int]]:
+    def rolling(self, texts: Sequence[str | Sequence[int]]) -> list[tuple[float, int]]:
         """Return for each text the sum of the log-probabilities of its tokens, in nats, and their number.
+
+        Args:
+            texts: texts, or their ids without a start token.
 
         Each token is scored once, the first ones after a start token: the tokenizer's, or else its end-of-text token.
         A text that is longer than the context is scored in windows, as the harness does: each begins with the token
@@ -127,7 +130,7 @@ class Engine:
         windows: list[tuple[list[int], list[int]]] = []
         counts = []
         for text in texts:
-            ids = [int(i) for i in self.target.tokenizer.encode(text)]
+            ids = self.target.tokenizer.encode(text).tolist() if isinstance(text, str) else list(text)
             found = rolling_windows(ids, self.start, self.context)
             counts.append((len(found), len(ids)))
             windows += found
@@ -142,7 +145,12 @@ class Engine:
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Continue prompts; results in the order of the requests."""
-        return Generator(self.model, self.target.tokenizer, context=self.context).generate(requests)
+        lengths = [len(request.prompt) + request.max_new_tokens for request in requests]
+        order = sorted(range(len(requests)), key=lambda i: -lengths[i])  # texts of similar length run together
+        generator = Generator(self.model, self.target.tokenizer, context=self.context)
+        results = generator.generate([requests[i] for i in order])
+        places = {i: place for place, i in enumerate(order)}
+        return [results[places[i]] for i in range(len(requests))]
 
 
 def rolling_windows(ids: list[int], start: int, context: int) -> list[tuple[list[int], list[int]]]:
