@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastgpt.core.errors import UserError
+from fastgpt.core.functions import open_function
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.read.defects import Defect
 from fastgpt.data.read.files import find_files
@@ -19,7 +20,7 @@ from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.finetune.examples import Counts, Loaded, Rows
 from fastgpt.finetune.formats import Wrong, messages
 from fastgpt.finetune.head_files import load_pretrained
-from fastgpt.finetune.rewards import LearnedReward, open_reward
+from fastgpt.finetune.rewards import LearnedReward
 from fastgpt.finetune.rollouts import Prompt, Reward, Sample, rate
 from fastgpt.inference import Generator, Request
 from fastgpt.inference.chat import Template
@@ -35,7 +36,7 @@ def open_rewards(specs: Sequence[str], tokenizer: Tokenizer, device: torch.devic
     found: list[Reward] = []
     for spec in specs:
         if not Path(spec).is_dir():
-            found.append(open_reward(spec))
+            found.append(open_function(spec, "reward"))
             continue
         if load_tokenizer(spec).fingerprint != tokenizer.fingerprint:
             raise UserError(f"reward: {spec} has another tokenizer than the base, expected the same")

@@ -1,10 +1,8 @@
-"""Rewards for GRPO: functions from a file, and a model with a reward head."""
+"""Rewards for GRPO from a model with a reward head."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,33 +11,7 @@ import torch
 from fastgpt.core.errors import UserError
 from fastgpt.finetune.batches import Sequences
 from fastgpt.finetune.heads import HeadConfig, sequence_scores
-from fastgpt.finetune.rollouts import Reward
 from fastgpt.models.gpt import GPT
-
-
-def open_reward(spec: str) -> Reward:
-    """Return the function that "file.py:name" names; the file is run.
-
-    Raises:
-        UserError: the file is missing, cannot be run, or has no such function.
-    """
-    file, _, name = spec.rpartition(":")
-    path = Path(file)
-    if not file or not path.is_file():
-        raise UserError(f"reward is {spec!r}, expected a Python file and a function in it, as in rewards.py:right")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
-    if module_spec is None or module_spec.loader is None:
-        raise UserError(f"reward: {file} is no Python file, expected one that ends with .py")
-    module = importlib.util.module_from_spec(module_spec)
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as e:
-        raise UserError(f"reward: {file} cannot be run ({type(e).__name__}: {e})") from e
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"reward: {file} has no function {name!r}")
-    found: Reward = function
-    return found
 
 
 class LearnedReward:

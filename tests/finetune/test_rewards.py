@@ -11,9 +11,10 @@ from preference_rows import VOCAB, T, rows
 from small_models import model_of
 
 from fastgpt.core.errors import UserError
+from fastgpt.core.functions import open_function
 from fastgpt.finetune.grpo import GRPO
 from fastgpt.finetune.heads import HeadConfig, attach
-from fastgpt.finetune.rewards import LearnedReward, open_reward
+from fastgpt.finetune.rewards import LearnedReward
 from fastgpt.finetune.rollouts import RolloutLoader
 from fastgpt.models.gpt import GPT
 
@@ -54,7 +55,7 @@ def test_samples_are_rated_by_a_model() -> None:
 def test_a_function_comes_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def length(completions, **columns):\n    return [len(c) for c in completions]\nx = 1\n")
-    assert open_reward(f"{file}:length")(completions=["ab", ""]) == [2, 0]
+    assert open_function(f"{file}:length", "reward")(completions=["ab", ""]) == [2, 0]
     for spec, message in (
         ("length", "expected a Python file and a function"),
         (f"{tmp_path / 'other.py'}:length", "expected a Python file and a function"),
@@ -62,7 +63,7 @@ def test_a_function_comes_from_a_file(tmp_path: Path) -> None:
         (f"{file}:width", "has no function 'width'"),
     ):
         with pytest.raises(UserError, match=message):
-            open_reward(spec)
+            open_function(spec, "reward")
     file.write_text("1 / 0\n")
     with pytest.raises(UserError, match="cannot be run .ZeroDivisionError"):
-        open_reward(f"{file}:length")
+        open_function(f"{file}:length", "reward")
