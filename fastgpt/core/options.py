@@ -105,6 +105,18 @@ def from_mapping(cls: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     return _nested(_flat(settings, key_types(cls), "the stored settings"))
 
 
+def from_file(cls: type, path: str | Path) -> dict[str, Any]:
+    """Return the settings of dataclass `cls` in a YAML file as nested plain values.
+
+    Raises:
+        UserError: the file cannot be read, unknown keys and wrong types; each names the file.
+    """
+    try:
+        return _nested(_flat(_read_file(str(path), str(path)), key_types(cls), str(path)))
+    except UserError as e:
+        raise e if str(path) in str(e) else UserError(f"{path}: {e}") from None
+
+
 def key_types(cls: type, prefix: str = "") -> dict[str, Any]:
     """Return dotted key -> type for every field of a dataclass and of the dataclasses nested in it."""
     found: dict[str, Any] = {}

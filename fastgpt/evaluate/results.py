@@ -27,6 +27,7 @@ class Figure:
         chance: value of a model that guesses; None where there is none.
         shots: examples in each prompt.
         higher_is_better: which direction is an improvement; None: neither.
+        low, high: 95 % interval, where it is not value -+ 1.96 stderr; else None.
     """
 
     task: str
@@ -37,6 +38,8 @@ class Figure:
     chance: float | None = None
     shots: int = 0
     higher_is_better: bool | None = True
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
