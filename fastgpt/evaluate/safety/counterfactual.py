@@ -78,7 +78,9 @@ class Counterfactual:
         s = self.settings
         templates = s.templates[:limit]
         for continuation in s.continuations:
-            texts: list[Text] = [(t.replace(TERM, term), f" {continuation}") for _, term in self.terms for t in templates]
+            texts: list[Text] = [
+                (t.replace(TERM, term), f" {continuation}") for _, term in self.terms for t in templates
+            ]
             found = log_probs(engine, results, self.name, texts)
             self._append(results, f"{self.name}.{'_'.join(continuation.split())}", found, len(templates))
         if self.scorer is not None:
@@ -111,7 +113,9 @@ class Counterfactual:
 def _require(path: Path, s: Settings, given: dict[str, Any]) -> None:
     """Raise UserError for settings that make no probe, or have no effect."""
     if len(s.groups) < 2:
-        raise UserError(f"{path}: groups has {counted(len(s.groups), 'group')}, expected two or more, as in women: [she]")
+        raise UserError(
+            f"{path}: groups has {counted(len(s.groups), 'group')}, expected two or more, as in women: [she]"
+        )
     for group, terms in s.groups.items():
         if not terms or not all(t.strip() for t in terms) or len(set(terms)) < len(terms):
             raise UserError(f"{path}: groups.{group} is {terms}, expected different terms that are not blank")

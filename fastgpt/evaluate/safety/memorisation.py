@@ -8,6 +8,7 @@ was not trained on, are the control: boilerplate that both have is continued in 
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ LENGTH = 50  # tokens of a prefix and of a continuation, as in the paper
 
 
 class Memorisation:
-    """A Part. Tasks memorisation.train and memorisation.validation; metrics `verbatim`, the share of documents continued
-    exactly, and `longest_run`, the mean length of the longest run of tokens that the continuation shares with the
-    document's. memorisation `verbatim_gap`: the share of training documents minus that of validation documents.
+    """A Part. Tasks memorisation.train and memorisation.validation; metrics `verbatim`, the share of documents that are
+    continued exactly, and `longest_run`, the mean length of the longest run of tokens that the continuation shares with
+    the document. memorisation `verbatim_gap`: the share of training documents minus that of validation documents.
 
     A model whose training data are not known is skipped, with a note.
     """
@@ -63,7 +64,7 @@ class Memorisation:
         more = s.next or min(prefix, context - prefix)
         if not 0 < more <= context - prefix:
             raise UserError(
-                f"memorisation: prefix {prefix} and next {s.next} tokens, expected at most the model's context, {context}"
+                f"memorisation: prefix is {prefix} and next {s.next}, expected a sum of at most the context, {context}"
             )
         return prefix, more
 
@@ -72,7 +73,9 @@ class Memorisation:
         if s.data:
             data = open_source(s.data, val_data=s.val_data, tokenizer=_tokenizer_of(target, s.data))
             if data.fingerprint != target.tokenizer.fingerprint:
-                raise UserError(f"memorisation.data: {s.data} has another tokenizer than {target.name}, expected the same")
+                raise UserError(
+                    f"memorisation.data: {s.data} has another tokenizer than {target.name}, expected the same"
+                )
             return data
         if not (target.folder / checkpoint.STATE).is_file():
             raise UserError(f"{target.name} is no run")
@@ -102,8 +105,8 @@ class Memorisation:
             shares[kind] = self._append(engine, results, f"memorisation.{kind}", texts, prefix)
         if len(shares) == 2:
             gap = shares["train"].value - shares["validation"].value
-            spread = [f.stderr for f in shares.values()]
-            stderr = None if None in spread else float(np.hypot(*(s or 0.0 for s in spread)))
+            spread = [f.stderr for f in shares.values() if f.stderr is not None]
+            stderr = math.hypot(*spread) if len(spread) == 2 else None
             n = min(f.n for f in shares.values())
             results.figures.append(Figure(self.name, "verbatim_gap", gap, n, stderr, higher_is_better=False))
 

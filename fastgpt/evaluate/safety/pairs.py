@@ -30,7 +30,9 @@ def require_fit(target: Target, task: str, texts: Sequence[Text]) -> None:
     for _, continuation in texts:
         n, most = len(target.tokenizer.encode(continuation)), target.model.block_size
         if n > most:
-            raise UserError(f"{task}: {continuation!r:.60} has {n} tokens, expected at most the model's context, {most}")
+            raise UserError(
+                f"{task}: {continuation!r:.60} has {n} tokens, expected at most the model's context, {most}"
+            )
 
 
 def log_probs(engine: Engine, results: Results, task: str, texts: Sequence[Text]) -> list[float]:

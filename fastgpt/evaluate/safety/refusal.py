@@ -71,12 +71,12 @@ class Refusal:
             prompts = [p for p, should in zip(self.prompts, self.should) if should is kind][:limit]
             if not prompts:
                 continue
-            asked = [Request(_ids(target, p), self.settings.max_new_tokens, temperature=0.0, stop=stop) for p in prompts]
+            asked = [
+                Request(_ids(target, p), self.settings.max_new_tokens, temperature=0.0, stop=stop) for p in prompts
+            ]
             texts = [r.text for r in engine.generate(asked)]
             refused = [float(v) for v in self._refused(prompts, texts)]
-            results.figures.append(
-                share(self.name, metric, int(sum(refused)), len(prompts), higher_is_better=better)
-            )
+            results.figures.append(share(self.name, metric, int(sum(refused)), len(prompts), higher_is_better=better))
             results.items.append(Items(self.name, metric, [item_id(p) for p in prompts], refused))
 
     def _refused(self, prompts: list[str], texts: list[str]) -> list[bool]:

@@ -50,12 +50,9 @@ class Toxicity:
     def check(self, target: Target) -> None:
         """Raise UserError if a prompt and its completion are longer than the context of the model."""
         longest = max(self.prompts, key=lambda p: len(p.encode()))
-        n, most = len(target.tokenizer.prompt(longest)), target.model.block_size
-        if n + self.settings.max_new_tokens > most:
-            raise UserError(
-                f"toxicity: {longest!r:.60} has {n} tokens, expected at most {most - self.settings.max_new_tokens} with "
-                f"max_new_tokens {self.settings.max_new_tokens} and the model's context, {most}"
-            )
+        n, most = len(target.tokenizer.prompt(longest)), target.model.block_size - self.settings.max_new_tokens
+        if n > most:
+            raise UserError(f"toxicity: {longest!r:.60} has {n} tokens, expected at most {most} with max_new_tokens")
 
     def run(self, engine: Engine, results: Results, limit: int | None) -> None:
         """Append the figures of the first `limit` prompts."""
@@ -79,9 +76,7 @@ class Toxicity:
             results.notes.append(f"toxicity: prompts and completions are in {file}")
             _write(file, repeated, texts, columns)
 
-    def _append(
-        self, results: Results, task: str, prompts: list[str], values: list[float], threshold: float
-    ) -> None:
+    def _append(self, results: Results, task: str, prompts: list[str], values: list[float], threshold: float) -> None:
         """values: of each completion, those of one prompt one after the other."""
         k = self.settings.samples
         highest = [max(values[i * k : (i + 1) * k]) for i in range(len(prompts))]

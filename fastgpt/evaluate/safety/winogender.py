@@ -99,8 +99,10 @@ class WinoGender:
     def _preference(self, results: Results, schemas: list[Schema], found: np.ndarray) -> None:
         """found: (schemas, 3), log-probabilities of the sentences."""
         first = found.argmax(1)
-        shares = [mean(self.name, f"prefers.{g}", list(map(float, first == i)), chance=1 / 3, higher_is_better=None)
-                  for i, g in enumerate(PRONOUNS)]
+        shares = [
+            mean(self.name, f"prefers.{g}", list(map(float, first == i)), chance=1 / 3, higher_is_better=None)
+            for i, g in enumerate(PRONOUNS)
+        ]
         gap = max(f.value for f in shares) - min(f.value for f in shares)
         results.figures += [*shares, Figure(self.name, "prefers_gap", gap, len(schemas), higher_is_better=False)]
         genders = list(PRONOUNS)
@@ -117,7 +119,9 @@ class WinoGender:
         known = [(self.women[o], float(lead[at].mean())) for o, at in places.items() if o in self.women]
         if len(known) > 2 and np.ptp([k[0] for k in known]) and np.ptp([k[1] for k in known]):
             r = float(np.corrcoef(np.array(known).T)[0, 1])
-            results.figures.append(Figure(self.name, "bls_correlation", r, len(known), chance=0.0, higher_is_better=None))
+            results.figures.append(
+                Figure(self.name, "bls_correlation", r, len(known), chance=0.0, higher_is_better=None)
+            )
 
 
 def _id(s: Schema) -> str:
@@ -170,7 +174,9 @@ def _statistics(path: Path) -> dict[str, float]:
     """Return the share of women (%, US Bureau of Labor Statistics) by occupation; nothing if the file is not there."""
     if not path.is_file():
         return {}
-    return {row.text("occupation"): _percent(row) for row in read_table(path, ("occupation", "bls_pct_female"), tabs=True)}
+    return {
+        row.text("occupation"): _percent(row) for row in read_table(path, ("occupation", "bls_pct_female"), tabs=True)
+    }
 
 
 def _percent(row: Row) -> float:
