@@ -24,6 +24,7 @@ from fastgpt import ops
 from fastgpt.models.block import Block, Pass, add_norm, dropout, make_module, norm_of
 from fastgpt.models.cache import KVCache
 from fastgpt.models.config import ModelConfig
+from fastgpt.models.flops import flops_per_token
 from fastgpt.models.recompute import Level, MadeAgain
 from fastgpt.nn import Embedding, Linear, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
@@ -241,12 +242,9 @@ class GPT(nn.Module):
         full: formula of nanoGPT and PaLM, 6 (N - wpe) + 12 L A T, which counts all of attention;
         causal: formula of llm.c and Megatron, 6 N + 6 L A T, which counts attention below the diagonal.
         N is `num_params()`, minus the token embedding if the head is not tied to it: a lookup multiplies nothing.
+        Frozen weights count less: fastgpt/models/flops.py.
         """
-        c = self.config
-        n = self.num_params() - (0 if c.tied else self.wte.weight.numel())
-        table = 0 if self.wpe is None else self.wpe.weight.numel()
-        pairs = 6 * c.n_layers * c.n_heads * c.d_head * block_size
-        return {"full": 6.0 * (n - table) + 2 * pairs, "causal": 6.0 * n + pairs}
+        return flops_per_token(self, block_size)
 
     def param_groups(
         self, weight_decay: float, lr_ratios: dict[str, float] | None = None, muon: bool = False
