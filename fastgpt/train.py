@@ -26,6 +26,7 @@ from fastgpt.training import initial, plan
 from fastgpt.training.build import build_loader, build_model, build_optimizer, open_data
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.evaluation import EVALUATIONS, finish, sample, validate
+from fastgpt.training.metric import check, value_of
 from fastgpt.training.profiling import Energy, Profile
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import Log
@@ -137,11 +138,12 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
         if evaluates or saves or samples:
             steps.wait()
             if evaluates:
-                best = p.record_validation(validate(run, log, cfg.eval_batches), cfg.patience)
+                value = value_of(validate(run, log, cfg.eval_batches), cfg.metric)
+                best = p.record_validation(value, cfg.rises, cfg.patience)
                 saves = saves or (best and cfg.patience > 0)
                 if 0 < cfg.patience <= p.waited:
-                    best_so_far = f"{p.best_loss:.4f} at step {p.best_step}"
-                    log.say(f"stopping: {p.waited} validations without a better loss than {best_so_far}")
+                    than = "" if p.best is None else f" than {p.best:.4f} at step {p.best_step}"
+                    log.say(f"stopping: {p.waited} validations without a better {cfg.metric}{than}")
             if saves:
                 run.save()  # in the background; `run.writer` returns the path when it is written
             if samples:
@@ -171,6 +173,7 @@ def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
 def drive(run: Run, end: Callable[[Run, Log], int], command: str) -> int:
     """Start or resume a run, train, save, and return the exit code of `end(run, log)`, which evaluates the result."""
     changed = run.resume()
+    check(run, EVALUATIONS)
     first = run.progress.step
     gc.freeze()
     with Stop() as stop, closing(start_log(run, changed)) as log:

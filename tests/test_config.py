@@ -114,6 +114,8 @@ def test_a_limit_in_ones_own_file_holds(tmp_path: Path) -> None:
         ("graphs true", "optimizer adamw on a GPU", "device cuda"),
         ("master none", "a dtype other than fp32", "dtype bf16"),
         ("patience 2", "eval_every above 0", "eval-every 1"),
+        ("metric val_loss", "patience above 0", "patience 1"),
+        ("metric-goal min", "patience above 0", "patience 1"),
         ("model.norm-bias false", "model.norm layer", "model.norm layer"),
         ("model.rope-theta 5", "model.positions rope", "model.positions rope"),
     ],

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shlex
@@ -206,10 +207,70 @@ def test_patience_ends_a_run_and_keeps_its_best(
     monkeypatch.setattr(task, "mean_over", lambda *args: {"loss": next(values)})
     more = ["--patience", "2", "--eval-every", "2", "--save-every", "0", "--max-steps", "40", "--keep", "1"]
     assert go(text, *more) == 0
-    assert "stopping: 2 validations without a better loss than 4.0000 at step 4" in capsys.readouterr().out
+    assert "stopping: 2 validations without a better val_loss than 4.0000 at step 4" in capsys.readouterr().out
     assert losses()[-1][0] == 8
     assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["step_00000004", "step_00000008"]
     assert go(text, *more) == 0 and losses()[-1][0] == 8, "ended is ended"
+
+
+def test_patience_watches_any_figure(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rising figure of an evaluation; NaN is never the best. Another metric has a best of its own, so the run goes
+    on."""
+    scores = iter([math.nan, 0.5, 0.7, 0.6, 0.7, *(float(n) for n in range(9))])
+    monkeypatch.setitem(train.EVALUATIONS, "quiz", lambda run: {"acc": next(scores)})
+    more = ["--eval-every", "2", "--save-every", "0", "--max-steps", "12", "--keep", "1"]
+    assert go(text, *more, "--patience", "2", "--metric", "quiz.acc") == 0
+    assert "stopping: 2 validations without a better quiz.acc than 0.7000 at step 6" in capsys.readouterr().out
+    assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["step_00000006", "step_00000010"]
+    assert go(text, *more, "--patience", "2", "--metric", "loss") == 0
+    assert losses()[-1][0] == 12
+
+
+def test_a_run_from_before_the_metric_resumes(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoints have best_loss and no metric."""
+    values = iter([5.0, 4.0, 4.5, 9.0, 4.1, 9.0, 9.0])
+    monkeypatch.setattr(task, "mean_over", lambda *args: {"loss": next(values)})
+    more = ["--patience", "3", "--eval-every", "2", "--save-every", "0", "--keep", "1"]
+    save = checkpoint.save
+
+    def old(run: Path, step: int, weights: Any, optimizer: Any, state: dict[str, Any], *rest: Any) -> Path:
+        progress = {"best_loss" if k == "best" else k: v for k, v in state["progress"].items()}
+        config = {k: v for k, v in state["config"].items() if not k.startswith("metric")}
+        return save(run, step, weights, optimizer, {**state, "progress": progress, "config": config}, *rest)
+
+    with monkeypatch.context() as before:
+        before.setattr(checkpoint, "save", old)
+        assert go(text, *more, "--max-steps", "6") == 0
+    state = json.loads((checkpoint.find("run") / "state.json").read_text())
+    assert state["progress"]["best_loss"] == 4.0 and "metric" not in state["config"]
+    assert go(text, *more, "--max-steps", "40") == 0
+    assert losses()[-1][0] == 12, "three validations after the best, 4.0 before the resume"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--metric quiz.acc", "metric is 'quiz.acc', expected a figure of the validation: val_loss"),
+        ("--metric val_los --metric-goal min", r"metric is 'val_los' \(did you mean val_loss\?\), expected a figure"),
+        ("--metric size", "metric_goal is 'auto', expected min or max: the name 'size' does not tell"),
+    ],
+)
+def test_an_unknown_metric_is_one_sentence_before_training(text: Path, options: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        go(text, "--patience", "1", "--eval-every", "2", *options.split())
+    assert not Path("run").exists()
+
+
+def test_a_metric_that_an_evaluation_lacks_is_said_at_the_first_validation(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(train.EVALUATIONS, "quiz", lambda run: {"f1": 1.0})
+    with pytest.raises(
+        UserError, match="metric is 'quiz.acc'.*, expected a figure of the validation: quiz.f1, val_loss"
+    ):
+        go(text, "--patience", "1", "--eval-every", "2", "--metric", "quiz.acc")
 
 
 def test_profile_names_the_ops(text: Path, capsys: pytest.CaptureFixture[str]) -> None:

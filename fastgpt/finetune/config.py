@@ -14,6 +14,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.core.options import Effect
 from fastgpt.models.config import ModelConfig, require, require_sizes
 from fastgpt.training.config import SHARED_EFFECTS, TrainConfig
+from fastgpt.training.metric import Goal, goal_of
 
 TaskName = Literal["sft", "dpo", "kto", "orpo", "reward", "classify", "regress", "tag", "distil", "grpo"]
 HEADS = ("reward", "classify", "regress", "tag")
@@ -24,7 +25,7 @@ LEARNING_RATES = {"sft": 2e-5, "distil": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo":
 SHARED = (
     *("out", "resume", "seed", "device", "dtype", "kernels", "recompute", "micro_batch", "schedule", "lr_ratios"),
     *("weight_decay", "beta1", "beta2", "eps", "clip", "master", "eval_every", "eval_batches", "save_every", "keep"),
-    *("patience", "log_every", "track"),
+    *("patience", "metric", "metric_goal", "log_every", "track"),
 )
 LOSSES = {"dpo": ("sigmoid", "robust", "ipo", "ipo-mean"), "grpo": ("dapo", "grpo", "bnpo", "dr_grpo")}
 LORA_FACTOR = 10  # an adapter learns best at about ten times the rate of all weights
@@ -125,7 +126,10 @@ class FinetuneConfig:
         eval_batches: micro-batches of a validation.
         save_every: steps between checkpoints; 0 is only at the end.
         keep: number of latest checkpoints to keep; 0 keeps all.
-        patience: end the run after this many validations without a better loss, and keep the best checkpoint; 0 is off.
+        patience: end the run after this many validations without a better metric, and keep the best checkpoint; 0 is
+            off.
+        metric: figure of a validation that patience watches, as in accuracy or macro_f1 (val_ may be left out).
+        metric_goal: whether the metric should fall or rise; auto knows it of losses, accuracies and the like.
         log_every: steps between lines on the console.
         track: tensorboard, trackio or wandb; separate several by commas.
     """
@@ -197,6 +201,8 @@ class FinetuneConfig:
     save_every: int = 500
     keep: int = 2
     patience: int = 0
+    metric: str = "val_loss"
+    metric_goal: Goal = "auto"
     log_every: int = 1
     track: str = ""
 
@@ -238,6 +244,8 @@ class FinetuneConfig:
         if isinstance(self.data, dict):
             for path, weight in self.data.items():
                 require(0 < weight < math.inf, f"data.{path}", weight, "a weight above 0")
+        told = goal_of(self.metric, self.metric_goal) is not None
+        require(told, "metric_goal", "auto", f"min or max: the name {self.metric!r} does not tell")
         self._refuse_what_has_no_effect()
         require_sizes(self)
 

@@ -119,6 +119,7 @@ GOALS = {
         "macro_f1 of texts that are held out, next to the share of the most frequent label",
         "At least 50 rows of each label. If one label is rare, set `class_weights: balanced`.",
         task="classify",
+        settings={"metric": "macro_f1"},
         asks=("labels", "labels, separated by commas (empty: those of the data)", ""),
     ),
     "extract": Goal(

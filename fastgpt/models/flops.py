@@ -14,16 +14,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from fastgpt.models.gpt import GPT
 
-
-def flops_per_token(model: GPT, block_size: int) -> dict[str, float]:
-    """Return forward and backward FLOP per token of a sequence of T = block_size:
+def flops_per_token(model: Any, block_size: int) -> dict[str, float]:
+    """Return forward and backward FLOP per token of a sequence of T = block_size, of a GPT:
 
     full: formula of nanoGPT and PaLM, which counts all of attention and no position embedding;
     causal: formula of llm.c and Megatron, which counts attention below the diagonal, and the position embedding.
@@ -49,7 +46,7 @@ def _depth(name: str, blocks: int) -> int:
     return -1 if name.startswith(("wte.", "wpe.")) else blocks + name.startswith("head.")
 
 
-def _multiplied(model: GPT) -> Iterator[tuple[str, int, bool]]:
+def _multiplied(model: Any) -> Iterator[tuple[str, int, bool]]:
     """Yield name, elements and whether it trains of each weight, quantised ones included. A token embedding that is not
     the head's weight is left out: a lookup multiplies nothing."""
     as_head = model.config.tied and getattr(model.head, "weight", None) is None

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from fastgpt.core import options
 from fastgpt.core.options import Effect
 from fastgpt.models.config import ModelConfig, require, require_sizes
+from fastgpt.training.metric import Goal, goal_of
 from fastgpt.training.trackers import TRACKERS
 
 log = logging.getLogger("fastgpt")
@@ -78,7 +79,11 @@ class TrainConfig:
         save_every: steps between checkpoints; 0 is only at the end.
         keep: number of latest checkpoints to keep; 0 keeps all.
         keep_every: also keep checkpoints at multiples of this many steps; 0 is none.
-        patience: end the run after this many validations without a better loss, and keep the best checkpoint; 0 is off.
+        patience: end the run after this many validations without a better metric, and keep the best checkpoint; 0 is
+            off.
+        metric: figure of a validation that patience watches, as in val_loss.web or NAME.FIGURE of an evaluation; val_
+            may be left out.
+        metric_goal: whether the metric should fall or rise; auto knows it of losses, accuracies and the like.
         spike_sigmas: skip a step whose loss is this many standard deviations above the mean of the last 100; 0 is off.
         log_every: steps between lines on the console.
         track: tensorboard, trackio or wandb; separate several by commas.
@@ -135,6 +140,8 @@ class TrainConfig:
     keep: int = 2
     keep_every: int = 0
     patience: int = 0
+    metric: str = "val_loss"
+    metric_goal: Goal = "auto"
     spike_sigmas: float = 10.0
     log_every: int = 1
     track: str = ""
@@ -169,6 +176,8 @@ class TrainConfig:
         require(self.resume != "", "resume", "", "auto, never or a path")
         endless = self.max_steps is None and self.max_minutes is None
         require(not endless, "max_steps", None, "a number, or one for max_minutes")
+        known = goal_of(self.metric, self.metric_goal) is not None
+        require(known, "metric_goal", "auto", f"min or max: the name {self.metric!r} does not tell")
         halves = self.dtype == "fp16" and (self.optimizer == "muon" or self.master in ("remainder", "stochastic"))
         require(not halves, "dtype", self.dtype, "bf16 or fp32 with muon, remainder or stochastic masters")
         for pattern, ratio in self.lr_ratios.items():
@@ -194,6 +203,11 @@ class TrainConfig:
     def trackers(self) -> list[str]:
         """Names in `track`."""
         return [name for name in self.track.replace(" ", "").split(",") if name]
+
+    @property
+    def rises(self) -> bool:
+        """Whether the metric should rise."""
+        return goal_of(self.metric, self.metric_goal) == "max"
 
     @property
     def sequences(self) -> int:
@@ -245,6 +259,7 @@ SHARED_EFFECTS = {  # of `fastgpt finetune` too
     "val_fraction": Effect(lambda c: c.val_data is None, "no val_data"),
     "master": Effect(lambda c: c.dtype != "fp32", "a dtype other than fp32"),
     "patience": Effect(lambda c: c.eval_every > 0, "eval_every above 0"),
+    **dict.fromkeys(("metric", "metric_goal"), Effect(lambda c: c.patience > 0, "patience above 0")),
 }
 EFFECTS = SHARED_EFFECTS | {
     "momentum": Effect(lambda c: c.optimizer == "muon", "optimizer muon"),

@@ -15,17 +15,17 @@ from fastgpt.training.runlog import Log
 EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
 
 
-def validate(run: Run, log: Log, batches: int | None) -> float:
+def validate(run: Run, log: Log, batches: int | None) -> dict[str, float]:
     """Log the validation of the run's task over the first `batches` batches (None: all) and every evaluation; return
-    the loss."""
-    row = {"step": run.progress.step, **run.task.validate(run, batches)}
+    the figures."""
+    figures = run.task.validate(run, batches)
     for name, evaluation in EVALUATIONS.items():
-        row.update({f"{name}.{what}": float(value) for what, value in evaluation(run).items()})
-    log.row(row)
-    more = "".join(f", {name} {value:.4f}" for name, value in list(row.items())[2:])
+        figures |= {f"{name}.{what}": float(value) for what, value in evaluation(run).items()}
+    log.row({"step": run.progress.step, **figures})
+    more = "".join(f", {name} {value:.4f}" for name, value in figures.items() if name != "val_loss")
     unit = "nats per token" if run.task.unit == "token" else f"per {run.task.unit}"
-    log.say(f"step {run.progress.step}: validation loss {row['val_loss']:.4f} {unit}{more}")
-    return row["val_loss"]
+    log.say(f"step {run.progress.step}: validation loss {figures['val_loss']:.4f} {unit}{more}")
+    return figures
 
 
 def sample(run: Run, prompt: str) -> str:
@@ -41,7 +41,7 @@ def sample(run: Run, prompt: str) -> str:
 def finish(run: Run, log: Log) -> int:
     """Validate against a unigram model, write samples and the loss curve, and return the exit code of the run."""
     cfg = run.cfg
-    loss = validate(run, log, None if run.device.type == "cuda" else 40 * cfg.eval_batches)
+    loss = validate(run, log, None if run.device.type == "cuda" else 40 * cfg.eval_batches)["val_loss"]
     unigram = unigram_nats(run.data.train, run.data.val, run.data.n_vocab)
     prompts = cfg.prompt.split("|") if run.data.tokenizer is not None else [cfg.prompt]
     texts = [sample(run, prompt) for prompt in prompts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from fastgpt.training.initial import load_initial
 from fastgpt.training.stability import LossScale, SpikeGuard
 from fastgpt.training.task import NextToken, Task
 
+METRIC = {"metric": "val_loss", "metric_goal": "auto"}  # settings that a run of an earlier release does not record
+
 
 @dataclasses.dataclass
 class Progress:
@@ -35,7 +38,7 @@ class Progress:
     last_step: int = 0  # the run's length; with max_minutes an upper bound until enough steps are timed
     length_known: bool = True
     skipped: int = 0  # steps skipped in a row: a loss spike, or gradients that were not finite
-    best_loss: float | None = None  # of the validations so far
+    best: float | None = None  # value of the metric in the validations so far
     best_step: int = -1
     waited: int = 0  # validations since then
     ended: bool = False  # ended by patience
@@ -44,10 +47,16 @@ class Progress:
         """Return whether a task with period `every` steps (0: never) is due; at the last step it runs anyway."""
         return every > 0 and self.step % every == 0 and self.step < self.last_step
 
-    def record_validation(self, loss: float, patience: int) -> bool:
-        """Record a validation loss; return whether it is the best. End the run after `patience` (0: never) others."""
-        if self.best_loss is None or loss < self.best_loss:
-            self.best_loss, self.best_step, self.waited = loss, self.step, 0
+    @classmethod
+    def of_state(cls, values: dict[str, Any]) -> Progress:
+        """Return the progress that a checkpoint holds; `best` was once called best_loss."""
+        return cls(**{"best" if name == "best_loss" else name: value for name, value in values.items()})
+
+    def record_validation(self, value: float, rises: bool, patience: int) -> bool:
+        """Record the metric of a validation, which should rise or else fall; return whether it is the best so far (NaN
+        never is). End the run after `patience` (0: never) others."""
+        if math.isfinite(value) and (self.best is None or (value > self.best if rises else value < self.best)):
+            self.best, self.best_step, self.waited = value, self.step, 0
             return True
         self.waited += 1
         if 0 < patience <= self.waited:
@@ -152,8 +161,10 @@ class Run:
         checkpoint.unflatten_optimizer(self.optimizer, extra, self.model.named_parameters())
         checkpoint.restore_random_states(rng, self.device)
         self.loader.load_state_dict(state["loader"])
-        self.progress = p = Progress(**state["progress"])
+        self.progress = p = Progress.of_state(state["progress"])
         before, now = state["config"], self.settings()
+        if any(before.get(name, default) != now[name] for name, default in METRIC.items()):
+            p.best, p.best_step, p.waited, p.ended = None, -1, 0, False  # values of another metric do not compare
         if not (p.ended and cfg.patience):  # a longer max_steps continues the run
             if cfg.max_minutes is None:
                 p.last_step, p.length_known = cfg.most_steps, True

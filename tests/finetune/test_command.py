@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,14 @@ def test_a_classifier_is_written_for_transformers(tmp_path: Path) -> None:
         load_run(tmp_path / "run", torch.device("cpu"))
 
 
+def test_patience_watches_a_metric_of_the_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With lr near 0 the accuracy never rises after the first validation."""
+    more = ("--patience", "2", "--metric", "accuracy", "--max-steps", "20", "--lr", "1e-12", "--save-every", "0")
+    go("classify", "classes.jsonl", tmp_path / "run", *more)
+    assert re.search(r"stopping: 2 validations without a better accuracy than \S+ at step 2", capsys.readouterr().out)
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000002", "step_00000006"]
+
+
 def test_a_reward_model_rates_what_grpo_writes(tmp_path: Path) -> None:
     go("reward", "pairs.jsonl", tmp_path / "reward")
     rows = go("grpo", "prompts.jsonl", tmp_path / "run", *GRPO, "--reward", f"[{tmp_path / 'reward' / 'model'}]")
@@ -176,6 +185,8 @@ REFUSED = {
     "--data sft.jsonl --template no.jinja": "template: no.jinja cannot be read",
     "--data sft.jsonl --adapter base": "adapter",
     "--data nothing.jsonl": "nothing.jsonl",
+    "--data sft.jsonl --metric accuracy": "metric is 'accuracy', but it has no effect here: .* patience above 0",
+    "--data sft.jsonl --metric accuracy --patience 1": "metric is 'accuracy', expected a figure of the .*: val_loss",
     "--task dpo --data sft.jsonl": "sft.jsonl",
     "--task classify --data classes.jsonl --labels [a,b]": "the label '.*' is unknown, expected one of a, b",
     "--task grpo --data prompts.jsonl": "reward is .., expected at least one FILE.py:FUNCTION",
