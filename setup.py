@@ -294,7 +294,9 @@ if __name__ == "__main__":
     setup(
         packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), *unlinked],
         package_dir=unlinked and {"fastgpt": "fastgpt", **unlinked},
-        package_data={"fastgpt": ["configs/*.yaml", "configs/*/*.yaml", "data/files/*", "py.typed"]},
+        package_data={
+            "fastgpt": ["configs/*.yaml", "configs/*/*.yaml", "data/files/*", "evaluate/tasks/*", "py.typed"]
+        },
         include_package_data=False,
         # a placeholder until BuildNative has determined what can be built
         ext_modules=[] if pure else [Extension("fastgpt._C", CPU_SOURCES, py_limited_api=True)],

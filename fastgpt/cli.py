@@ -151,6 +151,13 @@ def export(argv: list[str]) -> int:
     return export_main(argv)
 
 
+def evaluate(argv: list[str]) -> int:
+    """Run `fastgpt eval`; see fastgpt/evaluate/command.py."""
+    from fastgpt.evaluate.command import main as evaluate_main
+
+    return evaluate_main(argv)
+
+
 def parity(argv: list[str]) -> int:
     """Run `fastgpt parity`; see fastgpt/parity."""
     from fastgpt.parity import main as parity_main
@@ -171,6 +178,7 @@ COMMANDS = {
     "finetune": finetune,
     "sample": sample,
     "chat": chat,
+    "eval": evaluate,
     "data": data,
     "tokenizer": tokenizer,
     "import": import_,
@@ -186,6 +194,7 @@ HELP = """commands:
   finetune   train a model further: on instructions, preferences, labels, or a teacher
   sample     continue a prompt with a trained model
   chat       hold a conversation with a trained model
+  eval       evaluate a model on benchmarks, texts, suites, safety and people's ratings
   data       make data sets from raw text, check and inspect them, erase documents
   tokenizer  train, show and check tokenizers
   import     make a run from a model of another project
