@@ -338,7 +338,7 @@ def load_config(argv: Sequence[str]) -> FinetuneConfig:
     words = list(argv)
     if words and not words[0].startswith("-"):
         words[:1] = ["--config", words[0]]
-    usage = "fastgpt finetune [RECIPE.yaml] [--plan] [--SETTING VALUE] ..."
+    usage = "fastgpt finetune [RECIPE.yaml] [--plan] [--SETTING VALUE] ... (or fastgpt finetune make-pairs --help)"
     settings, name, typed = options.from_command_line(FinetuneConfig, words, None, usage)
     for one, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
         if one in typed and other not in typed:  # the command line overrides the length of the recipe

@@ -18,15 +18,31 @@ from fastgpt.finetune.command import main
 from fastgpt.finetune.config import load_config
 
 ROOT = Path(__file__).parents[2]
-RECIPES = sorted((ROOT / "recipes" / "finetune").glob("*.yaml"))
+RECIPES = sorted(p for p in (ROOT / "recipes" / "finetune").glob("*.yaml") if p.stem != "constitution")
 # recipes that continue from another recipe's run
-AGAIN = {"grpo": ["--base", "runs/tiny"], "distil": ["--teacher", "runs/tiny"]}
+AGAIN = {
+    "grpo": ["--base", "runs/tiny"],
+    "distil": ["--teacher", "runs/tiny"],
+    "constitutional": ["--base", "runs/tiny"],
+}
 BASE = (
     "--vocab-size 800 --model.n-layers 1 --model.n-heads 2 --model.width 16 --block-size 256 --micro-batch 1 "
     "--batch-tokens 256 --max-steps 2 --max-minutes null --eval-every 0 --save-every 0 --sample-tokens 1 --device cpu"
 ).split()
 FAST = "--block-size 256 --batch 8 --micro-batch 8 --max-steps 2 --eval-every 2 --eval-batches 1 --device cpu".split()
 ROWS = 48  # of each file
+PAIRS = "".join(  # as make-pairs writes them
+    json.dumps(
+        {
+            "prompt": [{"role": "user", "content": f"What is {i}?"}],
+            "chosen": [{"role": "assistant", "content": f"The number {i}."}],
+            "rejected": [{"role": "assistant", "content": "A letter."}],
+            "rule": "helpful",
+        }
+    )
+    + "\n"
+    for i in range(ROWS)
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +55,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in folder.glob("data/rows/*/*.jsonl"):
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(lines[:: max(1, len(lines) // ROWS)]))
+    (folder / "data" / "constitution").mkdir()
+    (folder / "data" / "constitution" / "pairs.jsonl").write_text(PAIRS)
     (folder / "text.txt").write_text((folder / "data" / "rows" / "train" / "completion.jsonl").read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
