@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib
 import json
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 
@@ -41,6 +44,19 @@ class Hub:
 
     def files(self, repo: str, revision: str) -> dict[str, bytes] | None:
         return self.repos.get(repo, {}).get(COMMITS.get(revision, revision))
+
+    @contextmanager
+    def reached(self, patch: pytest.MonkeyPatch, folder: Path) -> Iterator[str]:
+        """Serve, and let huggingface_hub talk to this hub with a cache in `folder`; yield the address."""
+        constants = importlib.import_module("huggingface_hub.constants")
+        with self.serve() as address:
+            settings = dict(ENDPOINT=address, HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(folder / "cache"))
+            settings |= dict(DOWNLOAD_CHUNK_SIZE=16384, HF_HUB_DISABLE_XET=True, HF_TOKEN_PATH=str(folder / "token"))
+            settings |= dict(HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}")
+            for name, value in settings.items():
+                patch.setattr(constants, name, value)
+            patch.setenv("HF_TOKEN", "a-token")
+            yield address
 
     @contextmanager
     def serve(self) -> Iterator[str]:

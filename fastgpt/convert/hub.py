@@ -13,10 +13,16 @@ WEIGHTS = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.
 OLD_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json")
 
 
-def download(name: str, revision: str, others: Sequence[str]) -> tuple[Path, str]:
+def download(
+    name: str, revision: str, others: Sequence[str], *, what: str = "import", weights: bool = True
+) -> tuple[Path, str]:
     """Download the weights of a model and the files `others`, or take them from huggingface_hub's cache.
 
     If a connection breaks, the download of the file continues; files that came whole are not downloaded again.
+
+    Args:
+        what: the command or the setting, for errors.
+        weights: False downloads `others` only.
 
     Returns:
         The folder, and the commit that `revision` (a branch, tag or commit) names.
@@ -24,13 +30,14 @@ def download(name: str, revision: str, others: Sequence[str]) -> tuple[Path, str
     Raises:
         UserError: huggingface_hub is not installed, or there is no such model, no access to it, or no network.
     """
-    api = hub(f"import: {name}, a model of the hub,")
+    api = hub(f"{what}: {name}, a model of the hub,")
     try:
-        folder = Path(api.snapshot_download(name, revision=revision, allow_patterns=[*WEIGHTS, *others]))
-        if not any((folder / w).is_file() for w in (WEIGHTS[0], WEIGHTS[-1])):
+        some = [*WEIGHTS, *others] if weights else list(others)
+        folder = Path(api.snapshot_download(name, revision=revision, allow_patterns=some))
+        if weights and not any((folder / w).is_file() for w in (WEIGHTS[0], WEIGHTS[-1])):
             folder = Path(api.snapshot_download(name, revision=folder.name, allow_patterns=[*OLD_WEIGHTS, *others]))
     except Exception as e:  # the hub's errors have no common class
-        raise UserError(f"import: {name} is not a folder, and {reason(e, name, revision)}") from e
+        raise UserError(f"{what}: {name} is not a folder, and {reason(e, name, revision)}") from e
     return folder, folder.name
 
 

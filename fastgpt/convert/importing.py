@@ -39,8 +39,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def locate(source: str, revision: str = "main") -> tuple[Path, str | None]:
+def locate(
+    source: str, revision: str = "main", *, what: str = "import", weights: bool = True
+) -> tuple[Path, str | None]:
     """Return the folder of a model and the commit it is of: None for a folder, the hub's for a name.
+
+    Args:
+        what: the command or the setting, for errors.
+        weights: False downloads only config.json and the tokenizer.
 
     Raises:
         UserError: neither a folder nor a model that can be downloaded.
@@ -48,8 +54,8 @@ def locate(source: str, revision: str = "main") -> tuple[Path, str | None]:
     if Path(source).is_dir():
         return Path(source), None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise UserError(f"import: {source} is not a folder")
-    return download(source, revision, ("config.json", *TOKENIZER))
+        raise UserError(f"{what}: {source} is not a folder")
+    return download(source, revision, ("config.json", *TOKENIZER), what=what, weights=weights)
 
 
 def import_model(

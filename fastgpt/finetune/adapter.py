@@ -85,11 +85,18 @@ def load_state(model: GPT, state: Mapping[str, Tensor], family: str | None = Non
                 row += end - start
 
 
-def save_adapter(model: GPT, folder: str | Path, base_name: str | None = None, family: str | None = None) -> None:
+def save_adapter(
+    model: GPT,
+    folder: str | Path,
+    base_name: str | None = None,
+    revision: str | None = None,
+    *,
+    family: str | None = None,
+) -> None:
     """Write the adapters to a new folder that PEFT loads over the model's Hugging Face form.
 
     Args:
-        base_name: name or path of the base model, for the record.
+        base_name: name or path of the base model, for the record. revision: its commit on the hub.
         family: as in `adapter_state`.
 
     Raises:
@@ -101,7 +108,7 @@ def save_adapter(model: GPT, folder: str | Path, base_name: str | None = None, f
     state = {name: t.cpu() for name, t in adapter_state(model, family).items()}
     if bad := sorted(name for name, t in state.items() if not finite(t)):
         raise UserError(f"adapter: NaN or infinite values in {some(bad)}")
-    config = adapter_config(model, base_name, family)
+    config = adapter_config(model, base_name, family) | {"revision": revision}
     described = [(name, t.dtype, tuple(t.shape)) for name, t in sorted(state.items())]
     with new_folder(Path(folder)) as aside:
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -58,7 +58,8 @@ class FinetuneConfig:
         task: sft learns to write the texts, completions or replies of the data; dpo, kto and orpo learn from
             preferences; reward, classify, regress and tag train a head in place of the LM head; distil learns the
             distributions of a teacher; grpo learns from rewards of what the model itself writes.
-        base: run, checkpoint or folder of a model (config.json and weights) to start from.
+        base: run, checkpoint or folder of a model (config.json and weights) to start from, or a model of the hub,
+            ORG/NAME or ORG/NAME@REVISION.
         data: file, folder or glob of rows; or {PATH: WEIGHT} to mix several.
         val_data: validation data, like data; null splits val_fraction off each file.
         val_fraction: share of the rows held out for validation.
@@ -113,7 +114,7 @@ class FinetuneConfig:
         labels: names of the classes; empty is those of the data, sorted.
         class_weights: balanced weighs each class by the inverse of its frequency.
         pooling: what a head reads of a text; the last token or the mean of all.
-        teacher: run, checkpoint or folder of the model to learn from (distil).
+        teacher: model to learn from, named like the base (distil).
         divergence: forward_kl, reverse_kl or jsd between teacher and student (distil).
         temperature: temperature of both distributions (distil) or of the samples (grpo).
         hard_share: share of the loss on the data's own tokens (distil); the rest is the divergence.
@@ -207,7 +208,7 @@ class FinetuneConfig:
     track: str = ""
 
     def __post_init__(self) -> None:
-        require(self.base != "", "base", "", "a run, a checkpoint or the folder of a model")
+        require(self.base != "", "base", "", "a run, a checkpoint, the folder of a model or a name on the hub")
         require(bool(self.data), "data", self.data, "a file, a folder or a glob")
         for name in (
             "micro_batch",

@@ -6,10 +6,11 @@ import dataclasses
 
 from fastgpt.core.device import default_device
 from fastgpt.core.errors import UserError
+from fastgpt.finetune.base import base_config
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.lora import Lora
 from fastgpt.finetune.memory import report
-from fastgpt.training.initial import Initial, open_initial
+from fastgpt.models.config import ModelConfig
 from fastgpt.training.memory import Target, plan, shape_of
 from fastgpt.training.plan import card, target_of
 
@@ -23,13 +24,13 @@ def lora_of(cfg: FinetuneConfig) -> Lora:
     return Lora(rank, alpha, cfg.lora.rslora, cfg.lora.dropout, tuple(cfg.lora.targets))
 
 
-def block_of(cfg: FinetuneConfig, start: Initial) -> int:
+def block_of(cfg: FinetuneConfig, base: ModelConfig) -> int:
     """Return the tokens of a row.
 
     Raises:
         UserError: more than the base has positions.
     """
-    most = start.config.block_size or cfg.block_size or LONGEST
+    most = base.block_size or cfg.block_size or LONGEST
     block = cfg.block_size or min(LONGEST, most)
     if block > most:
         raise UserError(f"block_size is {block}, expected at most {most}, the positions of the base")
@@ -48,9 +49,9 @@ def lines_of(cfg: FinetuneConfig) -> list[str]:
     Raises:
         UserError: the base or the device is unknown.
     """
-    start = open_initial(cfg.base)
-    block = block_of(cfg, start)
-    train, device = cfg.to_train(start.config, block, 1), target(cfg.device)
+    base = base_config(cfg)
+    block = block_of(cfg, base)
+    train, device = cfg.to_train(base, block, 1), target(cfg.device)
     whole = plan(train, shape_of(train), device)
     rows = f"micro-batch {cfg.micro_batch} of {block} tokens, recompute {cfg.recompute}"
     fits = "fits" if whole.needed <= device.usable else "does not fit"

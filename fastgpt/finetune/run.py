@@ -19,6 +19,7 @@ from fastgpt.core.tensorfile import Deferred
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.finetune.adapter import load_adapter, save_adapter
+from fastgpt.finetune.base import named, open_base, open_teacher
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.data import Data, open_data
 from fastgpt.finetune.freeze import freeze, freeze_first, layer_decay
@@ -37,7 +38,7 @@ from fastgpt.nn import keep_gradients
 from fastgpt.training import checkpoint
 from fastgpt.training.build import build_optimizer
 from fastgpt.training.evaluation import validate
-from fastgpt.training.initial import Initial, load_start, open_initial
+from fastgpt.training.initial import Initial, load_start
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import Log
 
@@ -59,7 +60,8 @@ class FinetuneRun(Run):
         device = model.wte.weight.device
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
         folder = Path(cfg.out)
-        teacher, rewards = _teacher(cfg, data.tokenizer, model), open_rewards(cfg.reward, data.tokenizer, device)
+        teacher, self.teacher = open_teacher(cfg, data.tokenizer, model)
+        rewards = open_rewards(cfg.reward, data.tokenizer, device)
         loader: Any = None if cfg.task == "grpo" else data.loader(cfg, block, device)
         task = build_task(cfg, data, model, head, block, folder, teacher, rewards, loader)
         if isinstance(task.task, GRPO):
@@ -97,7 +99,8 @@ class FinetuneRun(Run):
 
     def more_state(self) -> dict[str, Any]:
         head = None if self.head is None else self.head.to_dict()
-        return {"base": self.finetune.base, "adapters": self.adapters, "head": head}
+        more = {} if self.teacher is None else {"teacher": self.teacher}
+        return {"base": self.finetune.base, "adapters": self.adapters, "head": head, **more}
 
 
 def prepare(cfg: FinetuneConfig) -> FinetuneRun:
@@ -111,11 +114,11 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
         torch.cuda.set_device(device)
     torch.manual_seed(cfg.seed)
     keep_freed_memory()
-    start = open_initial(cfg.base)
+    start = open_base(cfg)
     if start.tokenizer is None:
         raise UserError(f"base: {cfg.base} has no tokenizer, expected one beside its weights")
     tokenizer = load_tokenizer(start.tokenizer)
-    block = block_of(cfg, start)
+    block = block_of(cfg, start.config)
     if cfg.task == "grpo" and cfg.max_new_tokens >= block:
         raise UserError(f"max_new_tokens is {cfg.max_new_tokens}, expected less than block_size, {block}")
     template = open_template(cfg, tokenizer)
@@ -189,20 +192,6 @@ def _rollouts(
     return RolloutLoader(model, data.tokenizer, prompts, rewards, task, block, batch=cfg.micro_batch, **options)
 
 
-def _teacher(cfg: FinetuneConfig, tokenizer: Tokenizer, model: GPT) -> GPT | None:
-    """Return the model that cfg.teacher names, if it names one.
-
-    Raises:
-        UserError: it has another tokenizer, or cannot be read.
-    """
-    if not cfg.teacher:
-        return None
-    start = open_initial(cfg.teacher)
-    if start.tokenizer is None or load_tokenizer(start.tokenizer).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"teacher: {cfg.teacher} has another tokenizer than the base, expected the same")
-    return load_start(start, start.config, model.wte.weight.dtype, model.wte.weight.device)
-
-
 def write_merged(run: FinetuneRun) -> Path:
     """Write run folder `merged` with the adapters merged into the weights, as an imported model."""
     read, p = read_merged(run.model), next(run.model.parameters())
@@ -256,7 +245,7 @@ def end(run: Run, log: Log) -> int:
         log.say(report)
     folder = run.folder
     if run.adapters:
-        save_adapter(run.model, _fresh(folder / "adapter"), run.finetune.base)
+        save_adapter(run.model, _fresh(folder / "adapter"), *named(run.finetune, run.start))
         log.say(f"adapters in PEFT's format: {folder / 'adapter'}")
     if run.head is not None:
         log.say(write_with_head(run, run.head))

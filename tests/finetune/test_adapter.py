@@ -68,7 +68,7 @@ def test_an_adapter_of_peft_comes_in_and_goes_out(name: str, bases: dict[str, Pa
     assert distance(logits(ours, ids()), expected) > 100 * LIMIT, "the adapter changes nothing"
     load_adapter(ours, tmp_path / "in", name)
     assert distance(logits(ours, ids()), expected) < LIMIT
-    save_adapter(ours, tmp_path / "out", "base", name)
+    save_adapter(ours, tmp_path / "out", "base", family=name)
     sent, back = (tensorfile.load_file(tmp_path / f / "adapter_model.safetensors") for f in ("in", "out"))
     assert sent.keys() == back.keys() and all(torch.equal(sent[key], back[key]) for key in sent)
     again = opened_by_peft(bases[name], tmp_path / "out")

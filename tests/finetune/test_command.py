@@ -6,11 +6,13 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_hub import COMMITS, Hub
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -73,6 +75,7 @@ def go(task: str, data: str, out: Path, *more: str) -> list[dict[str, Any]]:
 
 
 GRPO = ("--reward", "[reward.py:digits]", "--max-new-tokens", "3", "--group", "2", "--lr", "1e-3")
+MOVED = "c" * 40  # a commit of the hub, after main has moved
 CASES = {
     "sft": ("sft", "sft.jsonl", ()),
     "conversations, adapters": ("sft", "chat.jsonl", ("--lora.rank", "2", "--lora.dropout", "0.1")),
@@ -143,6 +146,65 @@ def test_patience_watches_a_metric_of_the_task(tmp_path: Path, capsys: pytest.Ca
     go("classify", "classes.jsonl", tmp_path / "run", *more)
     assert re.search(r"stopping: 2 validations without a better accuracy than \S+ at step 2", capsys.readouterr().out)
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000002", "step_00000006"]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub that has the base as someone/tiny, and another model at revision v1."""
+    found = Hub()
+    assert train.main([*BASE, "--data", "text.txt", "--out", str(tmp_path / "other"), "--seed", "2"]) == 0
+    for run, name, revision in (("base", "hf", "main"), (str(tmp_path / "other"), "v1", "v1")):
+        assert exporting.main([run, "--format", "hf", "--out", str(tmp_path / name)]) == 0
+        found.add("someone/tiny", tmp_path / name, revision)
+    with found.reached(monkeypatch, tmp_path):
+        yield found
+
+
+def test_a_base_comes_from_the_hub_at_one_commit(hub: Hub, tmp_path: Path) -> None:
+    """The run is that of the same model in a folder, and goes on from its commit when the branch has moved."""
+    more = ("--lora.rank", "2", "--save-every", "2")
+    local = go("sft", "sft.jsonl", tmp_path / "local", *more, "--base", str(tmp_path / "hf"))
+    go("sft", "sft.jsonl", tmp_path / "run", *more, "--base", "someone/tiny")
+    shutil.rmtree(checkpoint.checkpoints(tmp_path / "run")[-1])  # as if it was killed after step 2
+    files = hub.repos["someone/tiny"]
+    files[MOVED] = files[COMMITS["v1"]]
+    with pytest.MonkeyPatch.context() as moved:
+        moved.setitem(COMMITS, "main", MOVED)
+        rows = go("sft", "sft.jsonl", tmp_path / "run", *more, "--base", "someone/tiny")
+        assert [r["loss"] for r in rows if "loss" in r] == [r["loss"] for r in local if "loss" in r]
+        with pytest.raises(
+            UserError, match=f"base: someone/tiny@main is commit {MOVED}, but the run began with a{{40}}"
+        ):
+            go("sft", "sft.jsonl", tmp_path / "run", *more, "--base", "someone/tiny@main")
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
+    assert state["init"] == {"name": "someone/tiny", "revision": "a" * 40}
+    adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("someone/tiny", "a" * 40)
+
+
+def test_a_teacher_comes_from_the_hub_and_a_plan_downloads_no_weights(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go("distil", "sft.jsonl", tmp_path / "run", "--teacher", "someone/tiny@v1", "--max-steps", "1")
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
+    assert state["teacher"] == {"name": "someone/tiny", "revision": COMMITS["v1"]}
+    hub.requests.clear()
+    assert main(["--base", "someone/tiny", "--data", "no", "--plan", "--device", "rtx4090"]) == 0
+    assert "all weights: micro-batch 4 of 48 tokens" in capsys.readouterr().out
+    assert not [request for request in hub.requests if "safetensors" in request]
+
+
+@pytest.mark.parametrize(
+    "base, message",
+    [
+        ("someone/none", "base: someone/none is not a folder, and the hub has no model of this name"),
+        ("someone/tiny@v9", "base: someone/tiny is not a folder, and the hub has no revision 'v9' of it"),
+        ("./none", r"base: \./none is not a folder"),
+    ],
+)
+def test_a_base_that_the_hub_lacks_is_one_sentence(base: str, message: str, hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        go("sft", "sft.jsonl", tmp_path / "run", "--base", base)
 
 
 def test_a_reward_model_rates_what_grpo_writes(tmp_path: Path) -> None:

@@ -34,13 +34,7 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     hub = Hub()
     hub.add("someone/tiny", model)
     hub.add("someone/tiny", model, "v1")
-    with hub.serve() as address:
-        settings = dict(ENDPOINT=address, HF_HUB_OFFLINE=False, HF_HUB_CACHE=str(tmp_path / "cache"))
-        settings |= dict(DOWNLOAD_CHUNK_SIZE=16384, HF_HUB_DISABLE_XET=True, HF_TOKEN_PATH=str(tmp_path / "token"))
-        settings |= dict(HUGGINGFACE_CO_URL_TEMPLATE=address + "/{repo_id}/resolve/{revision}/{filename}")
-        for name, value in settings.items():
-            monkeypatch.setattr(hub_constants, name, value)
-        monkeypatch.setenv("HF_TOKEN", "a-token")
+    with hub.reached(monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         yield hub
 
