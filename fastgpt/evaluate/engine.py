@@ -1,23 +1,33 @@
 """Log-probabilities of continuations under a model, for many requests at once.
 
 A request is a context and a continuation, both token ids. What does not fit is cut from the left of the context, as the
-LM Evaluation Harness does. Only positions whose next token is asked for go through the LM head.
+LM Evaluation Harness does. What requests begin with in common is computed once (prefixes.py), and a pass of the model
+computes as many parts as fit into `batch_tokens`, without padding (fastgpt/models/tree.py). Only positions whose next
+token is asked for go through the LM head.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from fastgpt.core.errors import UserError
+from fastgpt.evaluate.prefixes import Ids, Node, depth_first, trees_of
 from fastgpt.evaluate.target import Target
 from fastgpt.inference import Generator, Request, Result
+from fastgpt.models.cache import KVCache
+from fastgpt.models.gpt import GPT
+from fastgpt.models.tree import Segment, TokenTree
 
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its continuation
 
 LOGITS = 1 << 24  # computed at a time, 64 MB in fp32
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 
 
 @dataclass(frozen=True)
@@ -40,9 +50,13 @@ class Engine:
 
     Args:
         target: the model.
-        batch_tokens: tokens in one pass of the model; default 4096 on a GPU and 2048 on a CPU.
+        batch_tokens: tokens in one pass of the model, at least the length of a text; default 16384 on a GPU and 2048 on
+            a CPU. The results do not depend on it, up to rounding.
         context: tokens that the model reads at most; default its block_size. More is possible unless positions are
             learned.
+
+    Attributes:
+        counted: "passes" and "tokens" that the model computed for log-likelihoods, and "rows" of its LM head.
 
     Raises:
         UserError: a number is below 1, or the model cannot read as many tokens.
@@ -59,7 +73,8 @@ class Engine:
             self.model.extend(self.context)
         except ValueError as e:
             raise UserError(f"context: {e}") from None
-        self.batch_tokens = batch_tokens or (4096 if self.device.type == "cuda" else 2048)
+        self.batch_tokens = batch_tokens or BATCH_TOKENS[self.device.type]
+        self.counted: Counter[str] = Counter()
 
     @torch.no_grad()
     def loglikelihoods(self, pairs: Sequence[Pair], progress: Callable[[int], object] | None = None) -> list[Scored]:
@@ -72,50 +87,23 @@ class Engine:
         Raises:
             ValueError: a context or a continuation is empty or too long, or an id is outside the vocabulary.
         """
-        texts = [self._fit(i, *pair) for i, pair in enumerate(pairs)]
-        results: list[Scored] = [Scored(0.0, True)] * len(pairs)
-        order = sorted(range(len(pairs)), key=lambda i: -len(texts[i][0]))
-        while order:
-            n = max(1, self.batch_tokens // len(texts[order[0]][0]))
-            batch, order = order[:n], order[n:]
-            for i, scored in zip(batch, self._score([texts[i] for i in batch])):
-                results[i] = scored
-            if progress is not None:
-                progress(len(batch))
-        return results
+        work = Work(self, [self._fit(i, *pair) for i, pair in enumerate(pairs)], progress)
+        work.run(work.trees)
+        cut = [max(0, len(a) + len(b) - 1 - self.context) for a, b in pairs]
+        found = zip(work.logprobs.tolist(), work.greedy.tolist(), cut)
+        return [Scored(*values) for values in found]
 
-    def _fit(self, number: int, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], int, int]:
-        """Return the ids that are read, with the continuation, the length of the latter, and the tokens cut."""
-        ids = [*context, *continuation]
+    def _fit(self, number: int, context: Sequence[int], continuation: Sequence[int]) -> tuple[Ids, int]:
+        """Return the ids of a pair, without those that do not fit, and the length of the continuation."""
         if not context or not 0 < len(continuation) <= self.context:
             raise ValueError(
                 f"pair {number} has {len(context)} and {len(continuation)} tokens, "
                 f"expected a context and a continuation of 1 to {self.context}"
             )
-        if min(ids) < 0 or max(ids) >= self.model.vocab_size:
-            raise ValueError(
-                f"pair {number} has an id outside the vocabulary, expected 0 to {self.model.vocab_size - 1}"
-            )
-        cut = max(0, len(ids) - 1 - self.context)
-        return ids[cut:], len(continuation), cut
-
-    def _score(self, texts: list[tuple[list[int], int, int]]) -> list[Scored]:
-        longest = len(texts[0][0]) - 1
-        rows = [[*ids[:-1], *[0] * (longest - len(ids) + 1)] for ids, _, _ in texts]
-        h = self.model.hidden(torch.tensor(rows, device=self.device))
-        scored = []
-        for row, (ids, n, cut) in zip(h, texts):
-            logprob, greedy = 0.0, True
-            wanted = torch.tensor(ids[-n:], device=self.device)
-            part = row[len(ids) - 1 - n : len(ids) - 1]
-            size = max(1, LOGITS // self.model.vocab_size)
-            for rows_, targets in zip(part.split(size), wanted.split(size)):
-                z = self.model.logits(rows_)
-                z = z.to(torch.promote_types(z.dtype, torch.float32)).log_softmax(-1)
-                logprob += float(z.gather(1, targets[:, None]).sum())
-                greedy = greedy and bool((z.argmax(-1) == targets).all())
-            scored.append(Scored(logprob, greedy, cut))
-        return scored
+        ids = np.array([*context, *continuation][-self.context - 1 :], np.int64)
+        if ids.min() < 0 or ids.max() >= self.model.vocab_size:
+            raise ValueError(f"pair {number} has ids outside the vocabulary, expected 0 to {self.model.vocab_size - 1}")
+        return ids, len(continuation)
 
     def rolling(self, texts: Sequence[str | Sequence[int]]) -> list[tuple[float, int]]:
         """Return for each text the sum of the log-probabilities of its tokens, in nats, and their number.
@@ -127,7 +115,7 @@ class Engine:
         A text that is longer than the context is scored in windows, as the harness does: each begins with the token
         before it, and the last one with as many as fit.
         """
-        windows: list[tuple[list[int], list[int]]] = []
+        windows: list[Pair] = []
         counts = []
         for text in texts:
             ids = self.target.tokenizer.encode(text).tolist() if isinstance(text, str) else list(text)
@@ -153,10 +141,131 @@ class Engine:
         return [results[places[i]] for i in range(len(requests))]
 
 
-def rolling_windows(ids: list[int], start: int, context: int) -> list[tuple[list[int], list[int]]]:
+def rolling_windows(ids: list[int], start: int, context: int) -> list[Pair]:
     """Return the windows of a text as pairs of a context and a continuation; each of ids is in one continuation."""
-    windows = [([start], ids[:context])] if ids else []
+    windows: list[Pair] = [([start], ids[:context])] if ids else []
     for first in range(context, len(ids), context):
         last = min(first + context, len(ids))
         windows.append((ids[max(0, last - context - 1) : first], ids[first:last]))
     return windows
+
+
+def shared_limit(model: GPT) -> int | None:
+    """Return the longest text whose keys are those of any text that begins like it, and that each of its tokens sees
+    whole; None: any. Windows limit it, and rotary frequencies that depend on the length of the text."""
+    c = model.config
+    limits = [c.window_of(i) for i in range(c.n_layers)]
+    if (c.rope_scaling or {}).get("rope_type") == "dynamic":
+        limits.append(c.rope_scaling["original_max_position_embeddings"])  # type: ignore[index]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+class Work:
+    """Requests on their way through the model.
+
+    Args:
+        texts: ids of context and continuation, and the length of the latter.
+        progress: called with the number of requests that are finished since its last call.
+
+    Attributes:
+        logprobs: of each request so far, fp64. greedy: whether its tokens so far are the most likely ones.
+        trees: all that is to be computed.
+    """
+
+    def __init__(self, engine: Engine, texts: list[tuple[Ids, int]], progress: Callable[[int], object] | None) -> None:
+        self.engine, self.model, self.texts, self.progress = engine, engine.model, texts, progress
+        self.logprobs, self.greedy = np.zeros(len(texts)), np.ones(len(texts), bool)
+        self.limit = shared_limit(engine.model)
+        self.dynamic = (self.model.config.rope_scaling or {}).get("rope_type") == "dynamic"
+        self.trees = trees_of([ids[:-1] for ids, _ in texts], self.limit)
+        self.asked: dict[Node, list[tuple[int, int, int]]] = {}  # request, first and last + 1 position
+        self.cache: KVCache | None = None  # of the parts above those in the pass
+        for node in depth_first(self.trees)[0]:
+            for i in node.texts:
+                self._ask(i, node)
+
+    def _ask(self, request: int, node: Node | None) -> None:
+        """Note at which positions of which parts the tokens of a request's continuation are predicted."""
+        ids, n = self.texts[request]
+        first, last = len(ids) - 1 - n, len(ids) - 1
+        while node is not None and node.end > first:
+            if node.start < last:
+                span = (request, max(first, node.start), min(last, node.end))
+                self.asked.setdefault(node, []).append(span)
+            node = node.parent
+
+    def run(self, nodes: Sequence[Node]) -> None:
+        """Compute trees whose roots follow what is in the cache, as many at a time as fit into a pass."""
+        batch: list[Node] = []
+        size = 0
+        for node in nodes:
+            large = node.tokens > self.engine.batch_tokens and bool(node.children)
+            alone = large or (self.dynamic and self.limit is not None and node.end > self.limit)
+            if batch and (alone or size + node.tokens > self.engine.batch_tokens):
+                self._pass(batch)
+                batch, size = [], 0
+            if large:
+                self._descend(node)
+            elif alone:
+                self._pass([node])
+            else:
+                batch.append(node)
+                size += node.tokens
+        if batch:
+            self._pass(batch)
+
+    def _descend(self, node: Node) -> None:
+        """Compute a part, keep its keys and values, and compute what follows it."""
+        if self.cache is None:
+            like = self.model.get_parameter("blocks.0.norm1.weight")
+            self.cache = KVCache(self.model.config, 1, self.engine.context, like.detach())
+        ids = torch.from_numpy(node.ids[node.start : node.end]).to(self.engine.device)
+        self._score(self.model.hidden(ids[None], kv_cache=self.cache)[0], [node])
+        self.run(node.children)
+        self.cache.length = node.start
+
+    def _pass(self, roots: Sequence[Node]) -> None:
+        nodes, parents = depth_first(roots)
+        ids = np.concatenate([node.ids[node.start : node.end] for node in nodes])
+        segments = [Segment(node.end - node.start, parent) for node, parent in zip(nodes, parents)]
+        tree = TokenTree(segments, self.cache, self.engine.device)
+        self._score(self.model.hidden(torch.from_numpy(ids).to(self.engine.device)[None], tree=tree)[0], nodes)
+
+    def _score(self, h: Tensor, nodes: Sequence[Node]) -> None:
+        """Add what is asked for at the positions of parts to the requests. h: (T, C), the parts one after the other."""
+        rows: list[Ids] = []
+        targets: list[Ids] = []
+        requests: list[Ids] = []
+        at = finished = 0
+        for node in nodes:
+            for request, first, last in self.asked.pop(node, ()):
+                rows.append(np.arange(first, last) + at - node.start)
+                targets.append(self.texts[request][0][first + 1 : last + 1])
+                requests.append(np.full(last - first, request))
+            at += node.end - node.start
+            finished += len(node.texts)
+        counted = self.engine.counted
+        counted["passes"] += 1
+        counted["tokens"] += at
+        if rows:
+            self._predict(h, *(np.concatenate(x) for x in (rows, targets, requests)))
+        if self.progress is not None:
+            self.progress(finished)
+
+    def _predict(self, h: Tensor, rows: Ids, targets: Ids, requests: Ids) -> None:
+        """Add the log-probability of each target after the token of its row to its request."""
+        order = np.argsort(rows, kind="stable")
+        rows, targets, requests = rows[order], targets[order], requests[order]
+        unique, inverse = np.unique(rows, return_inverse=True)
+        self.engine.counted["rows"] += len(unique)
+        size = max(1, LOGITS // self.model.vocab_size)
+        for first in range(0, len(unique), size):
+            here = slice(*np.searchsorted(inverse, (first, first + size)))
+            part = h[torch.from_numpy(unique[first : first + size]).to(h.device)]
+            place, target = (torch.from_numpy(x[here]).to(h.device) for x in (inverse - first, targets))
+            z = self.model.logits(part)
+            z = z.to(torch.promote_types(z.dtype, torch.float32))
+            logprobs = z[place, target] - z.logsumexp(-1)[place]
+            np.add.at(self.logprobs, requests[here], logprobs.double().cpu().numpy())
+            likely = (z.argmax(-1)[place] == target).cpu().numpy()
+            np.logical_and.at(self.greedy, requests[here], likely)

@@ -19,6 +19,7 @@ from fastgpt import ops
 from fastgpt.models.cache import KVCache
 from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.recompute import MadeAgain
+from fastgpt.models.tree import TokenTree
 from fastgpt.nn import LayerNorm, Linear, RMSNorm, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
 from fastgpt.nn.lora import FrozenLinear, LoraLinear
@@ -36,6 +37,7 @@ class Pass(NamedTuple):
     doc_ids: Tensor | None  # (B, T)
     cache: KVCache | None
     again: MadeAgain | None  # records what backward recomputes
+    tree: TokenTree | None = None
 
     def note(self, t: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """Return t, which backward may recompute as make(*inputs)."""
@@ -103,7 +105,10 @@ class SelfAttention(nn.Module):
             dropout_p=self.attn_dropout if self.training else 0.0,
             doc_ids=run.doc_ids,
         )
-        if self.q_norm is None and run.cache is None:
+        if run.tree is not None:
+            q, k, v = self._heads(qkv, run)
+            y = run.tree.attend(self.layer, q, k, v, self.window, scale=self.scale, softcap=self.softcap)
+        elif self.q_norm is None and run.cache is None:
             options["window"] = None if self.window is None or self.window >= t else self.window
             y = ops.attention_qkv(self._rotate(qkv, run), n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
         else:

@@ -26,6 +26,7 @@ from fastgpt.models.cache import KVCache
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.flops import flops_per_token
 from fastgpt.models.recompute import Level, MadeAgain
+from fastgpt.models.tree import TokenTree
 from fastgpt.nn import Embedding, Linear, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
 
@@ -102,20 +103,27 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
         kv_cache: KVCache | None = None,
+        tree: TokenTree | None = None,
     ) -> Tensor:
-        """Compute the input of the head, (B, T, C), from ids (B, T). Arguments as in `forward`."""
+        """Compute the input of the head, (B, T, C), from ids (B, T).
+
+        Args:
+            tree: ids (1, T) are a tree of texts, in evaluation mode; the other arguments are then None.
+
+        Other arguments as in `forward`.
+        """
         if ids.dim() != 2:
             raise ValueError(f"GPT: ids has shape {tuple(ids.shape)}, expected (B, T)")
         if kv_cache is not None and doc_ids is not None:
             raise ValueError("GPT: got doc_ids and kv_cache, expected one of them")
-        positions = self._positions(ids, positions, kv_cache)
+        positions = self._positions(ids, positions, kv_cache) if tree is None else self._of_tree(ids, tree)
         if isinstance(self.rotary, RotaryEmbedding):
             self.rotary.adapt(ids.shape[1], positions)
         kept = self.recompute if self.training and torch.is_grad_enabled() else "none"
         again = MadeAgain() if kept == "norms" else None
         # restore the generator's state only for dropout: it costs host time and cannot be recorded in a CUDA graph
         random = max(self.config.attn_dropout, self.config.resid_dropout, self.lora_dropout) > 0
-        run = Pass(self.rotary, positions, doc_ids, kv_cache, again)
+        run = Pass(self.rotary, positions, doc_ids, kv_cache, again, tree)
         x, residual = dropout(self._embed(ids, positions), self.config.embed_dropout, self.training), None
         with again or nullcontext():
             for block in self.blocks:
@@ -141,6 +149,14 @@ class GPT(nn.Module):
         if past + t > room:
             raise ValueError(f"GPT: ids reach position {past + t}, expected at most {room} (block_size or kv_cache)")
         return torch.arange(past, past + t, device=ids.device) if past and positions is None else positions
+
+    def _of_tree(self, ids: Tensor, tree: TokenTree) -> Tensor:
+        if tree.end > self.max_positions or ids.shape != (1, len(tree.positions)):
+            raise ValueError(
+                f"GPT: ids has shape {tuple(ids.shape)} and the tree ends at position {tree.end}, "
+                f"expected (1, {len(tree.positions)}) and at most {self.max_positions}"
+            )
+        return tree.positions
 
     @property
     def max_positions(self) -> int:

@@ -1,0 +1,113 @@
+"""Texts that begin alike, as one row of tokens in which every shared part stands once.
+
+A tree of segments: a text is the path from a root to some segment. The segments stand in the row in depth-first order,
+so what follows a segment in its subtree is contiguous. A token attends to its own segment up to itself, and to all of
+the segments above. For each level of the tree the attention to the segments of that level is one call over packed
+sequences, and the parts are put together by their log-sum-exp:
+
+    lse = log sum_i exp(lse_i),  out = sum_i exp(lse_i - lse) out_i
+
+Before the roots there may be a text that was read into a KVCache, which every token sees.
+
+Source: cascade inference (Ye et al. 2024, arXiv:2501.01005), Hydragen (Juravsky et al. 2024, arXiv:2402.05099).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgpt import ops
+from fastgpt.models.cache import KVCache
+
+
+class Segment(NamedTuple):
+    """A segment of a tree.
+
+    Attributes:
+        tokens: number of its tokens, at least 1.
+        parent: number of the segment before it on its path; -1: none.
+    """
+
+    tokens: int
+    parent: int = -1
+
+
+class TokenTree:
+    """Where the tokens of a row stand, and what they see.
+
+    Args:
+        segments: in depth-first order, a parent before its children.
+        before: a text of one row that was read already; None: none.
+        device: of the model.
+
+    Attributes:
+        positions: (T,) int64, of the tokens in their texts.
+        end: the largest position + 1.
+    """
+
+    def __init__(
+        self, segments: Sequence[Segment], before: KVCache | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.before, past = before, 0 if before is None else before.length
+        starts: list[int] = []  # positions
+        ends: list[int] = []
+        levels: list[int] = []
+        first = [0]  # place in the row
+        for s in segments:
+            starts.append(past if s.parent < 0 else ends[s.parent])
+            ends.append(starts[-1] + s.tokens)
+            levels.append(0 if s.parent < 0 else levels[s.parent] + 1)
+            first.append(first[-1] + s.tokens)
+        last = list(first[1:])  # of the subtree
+        for i in range(len(segments) - 1, -1, -1):
+            if (parent := segments[i].parent) >= 0:
+                last[parent] = max(last[parent], last[i])
+        self.end, self.longest = max(ends), max(s.tokens for s in segments)
+        parts = [torch.arange(a, b) for a, b in zip(starts, ends)]
+        self.positions = torch.cat(parts).to(device)
+        self.own = torch.tensor(first, dtype=torch.int32, device=device)
+        self.above: list[tuple[Tensor, Tensor]] = []  # cu_seqlens of queries and keys for each level but the last
+        for level in range(max(levels)):
+            spans = [(first[i], first[i + 1], last[i]) for i, at in enumerate(levels) if at == level]
+            q, k = _spans([s for s in spans if s[2] > s[1]], first[-1])
+            index = torch.tensor([q, k], dtype=torch.int32, device=device)
+            self.above.append((index[0], index[1]))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
+        """Return what the queries q (1, T, H, D) see in keys and values k and v (1, T, G, D): (1, T, H, D).
+
+        Args:
+            window: as in ops.attention; it must reach over each text that has more than one segment.
+            options: scale and softcap of ops.attention.
+        """
+        window = None if window is None or window >= self.longest else window
+        own: dict[str, Any] = dict(cu_seqlens_q=self.own, cu_seqlens_k=self.own, causal=True, window=window)
+        total = ops.attention(q, k, v, **own, **options, return_lse=True)
+        for cu_q, cu_k in self.above:
+            part = ops.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options, return_lse=True)
+            total = _merged(total, part)
+        if self.before is not None and self.before.length:
+            keys, values = (t[layer, :, : self.before.length] for t in (self.before.k, self.before.v))
+            total = _merged(total, ops.attention(q, keys, values, **options, return_lse=True))
+        return total[0]
+
+
+def _spans(spans: Sequence[tuple[int, int, int]], total: int) -> tuple[list[int], list[int]]:
+    """Return cu_seqlens of queries and keys, so that the tokens b to c - 1 of each span (a, b, c) see a to b - 1, and
+    other tokens nothing: sequences without keys, and without queries, lie between."""
+    q, k = [0], [0]
+    for a, b, c in spans:
+        q += [b, b, c]
+        k += [k[-1], a, b]
+    return [*q, total, total], [*k, k[-1], total]
+
+
+def _merged(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the attention (out (B, T, H, D), lse (B, H, T)) to the keys of both parts; each query sees some in x."""
+    lse = torch.logaddexp(x[1], y[1])
+    weights = [(part - lse).exp_().transpose(1, 2).unsqueeze(-1) for part in (x[1], y[1])]
+    return (x[0] * weights[0] + y[0] * weights[1]).to(x[0].dtype), lse
