@@ -140,7 +140,11 @@ class Judge:
                     continue
 
     def check(self) -> None:
-        """Raise UserError unless the key is there and the server answers a request for its models."""
+        """Raise UserError unless the verdicts can be kept, the key is there and the server answers a request."""
+        try:
+            self.path.open("a", encoding="utf-8").close()
+        except OSError as e:
+            raise UserError(f"cannot write the verdicts of the judge to {self.path}: {cause_of(e)}") from None
         request = urllib.request.Request(f"{self.settings.url.rstrip('/')}/models", headers=self._headers())
         try:
             with urllib.request.urlopen(request, timeout=self.settings.timeout):
