@@ -89,7 +89,7 @@ def _write_rows(path: Path, suite: Suite, items: list[Item]) -> None:
     lead = suite.settings.delimiter if suite.settings.kind == "cloze" else ""  # the harness adds none to a cloze
     with path.open("w", encoding="utf-8") as f:
         for item in items:
-            row = {"prompt": item.prompt, "target": lead + item.target}
+            row: dict[str, Any] = {"prompt": item.prompt, "target": lead + item.target}
             if item.choices:
                 row |= {"choices": list(item.choices), "gold": item.gold}
             elif suite.settings.kind in GENERATES:
