@@ -94,7 +94,9 @@ def run(args: argparse.Namespace) -> int:
     if args.page:
         known = [load_results(path) for path in _earlier(args, target.folder)] if not args.out else found
         args.page.parent.mkdir(parents=True, exist_ok=True)
-        args.page.write_text(page.render(known), encoding="utf-8")
+        aside = args.page.with_name(args.page.name + ".tmp")
+        aside.write_text(page.render(known), encoding="utf-8")
+        aside.replace(args.page)
         print(f"page: {args.page}")
     return 0
 
