@@ -146,7 +146,7 @@ def import_(argv: list[str]) -> int:
 
 def export(argv: list[str]) -> int:
     """Run `fastgpt export`; see fastgpt/convert/exporting.py."""
-    from fastgpt.convert.exporting import main as export_main
+    from fastgpt.finetune.exporting import main as export_main
 
     return export_main(argv)
 

@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import Any
 
 UNKNOWN = "not recorded"
+GENERATION = ("text-generation", "A language model", "text generation")
+HEADS = {  # kind of a task head -> pipeline, model, use
+    "classification": ("text-classification", "A text classifier", "labels of texts"),
+    "regression": ("text-classification", "A model that gives a number to a text", "numbers"),
+    "tags": ("token-classification", "A token classifier", "labels of words"),
+    "reward": ("text-classification", "A reward model", "comparisons of texts"),
+}
 
 
 def model_card(path: Path, state: dict[str, Any], form: str, dtype: str) -> str:
@@ -14,6 +21,7 @@ def model_card(path: Path, state: dict[str, Any], form: str, dtype: str) -> str:
 
     run.json may say `licences` of the data, and which `alignment` and `safety_evaluation` were done.
     """
+    pipeline, model, use = HEADS[state["head"]["kind"]] if state.get("head") else GENERATION
     source, run = state.get("source"), _json(path.parent / "run.json")
     c, losses = state["model"], _losses(path.parent / "metrics.jsonl")
     tokens = state.get("progress", {}).get("tokens") or None
@@ -38,13 +46,13 @@ def model_card(path: Path, state: dict[str, Any], form: str, dtype: str) -> str:
     table = "\n".join(f"| {what} | {value} |" for what, value in rows.items())
     return f"""---
 library_name: {"transformers" if form == "hf" else form}
-pipeline_tag: text-generation
+pipeline_tag: {pipeline}
 tags: [fastgpt]
 ---
 
 # {path.parent.resolve().name}
 
-A language model exported by fastgpt. {made}
+{model} exported by fastgpt. {made}
 
 | what | value |
 |---|---|
@@ -52,7 +60,7 @@ A language model exported by fastgpt. {made}
 
 ## Intended use
 
-Research on language models, and text generation that a person checks.
+Research on language models, and {use} that a person checks.
 
 ## Out-of-scope use
 

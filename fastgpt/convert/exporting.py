@@ -49,13 +49,16 @@ class Exported:
 
     @classmethod
     def open(cls, run: str | Path) -> Exported:
-        """Open the newest checkpoint of a run, or a checkpoint.
+        """Open the newest checkpoint of a run, or a checkpoint; one of adapters stands for the merged run beside it.
 
         Raises:
-            UserError: there is none, it is damaged, or its tokenizer is another one.
+            UserError: there is none, it is damaged, or its tokenizer is another one; adapters were not merged.
         """
         path = checkpoint.find(run)
         state = checkpoint.read_state(path)
+        if state.get("adapters"):
+            path = _merged(path, state)
+            state = checkpoint.read_state(path)
         entries = tensorfile.read_header(checkpoint.verified(path, checkpoint.MODEL, state))
         dtypes = {tensorfile.DTYPES[entry.dtype] for entry in entries.values()}
         tokenizer = None if state["tokenizer"] is None else tokenizer_of(path, state)
@@ -65,8 +68,7 @@ class Exported:
     @property
     def token_ids(self) -> dict[str, Any]:
         """Ids that begin and end a text, as config.json names them."""
-        if "source" in self.state:
-            given = self.state["source"]["config"]
+        if given := self.state.get("source", {}).get("config"):
             return {k: given[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if k in given}
         if (t := self.tokenizer) is None:
             return {"bos_token_id": None, "eos_token_id": None}
@@ -74,8 +76,28 @@ class Exported:
         return {"bos_token_id": bos, "eos_token_id": list(t.ends) if len(t.ends) > 1 else t.ends[0]}
 
 
-def main(argv: list[str]) -> int:
-    """Run `fastgpt export`."""
+Writer = Callable[
+    [Exported, Path, str, int], None
+]  # of a checkpoint into a folder, in a dtype and shards of some bytes
+
+
+def _merged(path: Path, state: dict[str, Any]) -> Path:
+    """Return the checkpoint with the adapters of checkpoint `path` merged into the weights."""
+    made, merged = path.parent / "model", path.parent / "merged"
+    if state.get("head"):
+        raise UserError(f"checkpoint {path} holds adapters and a head alone; {made} is the model for transformers")
+    found = checkpoint.checkpoints(merged)
+    if not found or found[-1].name != path.name:
+        checkpoint.require_model(path, state)
+    return found[-1]
+
+
+def main(argv: list[str], with_head: Writer | None = None) -> int:
+    """Run `fastgpt export`.
+
+    Args:
+        with_head: writes a model with a task head for transformers; None refuses it.
+    """
     parser = Parser(prog="fastgpt export", description="Write the weights of a run in the form of another project.")
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint")
     parser.add_argument("--format", choices=FORMATS, default="hf", help="hf: what transformers loads (default)")
@@ -91,14 +113,31 @@ def main(argv: list[str]) -> int:
     if args.push:
         hub("--push")
     source = Exported.open(args.run)
+    write = _writer(source, args.format, with_head)
     dtype = args.dtype or next((name for name, dtype in DTYPES.items() if dtype == source.dtype), "fp32")
     with new_folder(args.out) as aside:
-        FORMATS[args.format](source, aside, dtype, args.max_shard_size)
+        write(source, aside, dtype, args.max_shard_size)
         (aside / "README.md").write_text(model_card(source.path, source.state, args.format, dtype), encoding="utf-8")
     print(f"{args.out}: {source.path} as {args.format} in {dtype}")
     if args.push:
         print(upload(args.out, args.push))
     return 0
+
+
+def _writer(source: Exported, form: str, with_head: Writer | None) -> Writer:
+    """Return what writes the checkpoint in a format.
+
+    Raises:
+        UserError: the format has no task heads.
+    """
+    head = source.state.get("head")
+    if not head:
+        return FORMATS[form]
+    if form != "hf" or with_head is None:
+        raise UserError(
+            f"export: {source.path} has a head for {head['kind']}, which {form} does not have; expected --format hf"
+        )
+    return with_head
 
 
 def _bytes(text: str) -> int:
@@ -153,7 +192,7 @@ def _gguf(source: Exported, folder: Path, dtype: str, shard_bytes: int) -> None:
     gguf.write(folder, source.config, source.read, dtype, tokenizer.text, tokenizer.eot, bos)
 
 
-FORMATS: dict[str, Callable[[Exported, Path, str, int], None]] = {
+FORMATS: dict[str, Writer] = {
     "hf": _hf,
     "gguf": _gguf,
     "nanogpt": _nanogpt,

@@ -102,6 +102,26 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, head: HeadConfig, max_le
         (folder / name).write_text(text, encoding="utf-8")
 
 
+def write_model(
+    folder: Path,
+    c: ModelConfig,
+    read: Callable[[str], Tensor],
+    head: HeadConfig,
+    tokenizer: Tokenizer,
+    *,
+    dtype: torch.dtype,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a model with a task head and its tokenizer into an existing folder.
+
+    Raises:
+        UserError, OSError: as write_pretrained.
+    """
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eot}
+    write_pretrained(folder, c, read, head, dtype=dtype, extra=ids, shard_bytes=shard_bytes)
+    write_tokenizer(folder, tokenizer, head, c.block_size or 0)
+
+
 def load_pretrained(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: Any = "cpu"
 ) -> tuple[GPT, HeadConfig]:

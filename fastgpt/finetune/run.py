@@ -24,7 +24,7 @@ from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.data import Data, open_data
 from fastgpt.finetune.freeze import freeze, freeze_first, layer_decay
 from fastgpt.finetune.grpo import GRPO
-from fastgpt.finetune.head_files import write_pretrained, write_tokenizer
+from fastgpt.finetune.head_files import write_model
 from fastgpt.finetune.heads import HeadConfig, attach
 from fastgpt.finetune.lora import add_lora, read_merged
 from fastgpt.finetune.plan import block_of, lora_of
@@ -213,9 +213,7 @@ def write_with_head(run: FinetuneRun, head: HeadConfig) -> str:
     assert tokenizer is not None, "the data of fine-tuning have one"
     try:
         with new_folder(_fresh(folder)) as aside:
-            ids = {"bos_token_id": None, "eos_token_id": tokenizer.eot}
-            write_pretrained(aside, run.model.config, read, head, dtype=p.dtype, extra=ids)
-            write_tokenizer(aside, tokenizer, head, run.model.block_size)
+            write_model(aside, run.model.config, read, head, tokenizer, dtype=p.dtype)
     except UserError as e:
         return f"no model for transformers was written: {e}"
     return f"model for transformers: {folder}"

@@ -14,12 +14,20 @@ import pytest
 import torch
 from fake_hub import COMMITS, Hub
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from fastgpt import train
-from fastgpt.convert import exporting
 from fastgpt.core.errors import UserError
+from fastgpt.finetune import exporting
 from fastgpt.finetune.command import main
+from fastgpt.finetune.heads import HeadConfig, attach, sequence_scores, token_scores
+from fastgpt.models.config import model_from_dict
+from fastgpt.models.gpt import GPT
 from fastgpt.training import checkpoint
 from fastgpt.training.load import load_run
 
@@ -146,6 +154,56 @@ def test_patience_watches_a_metric_of_the_task(tmp_path: Path, capsys: pytest.Ca
     go("classify", "classes.jsonl", tmp_path / "run", *more)
     assert re.search(r"stopping: 2 validations without a better accuracy than \S+ at step 2", capsys.readouterr().out)
     assert [p.name for p in checkpoint.checkpoints(tmp_path / "run")] == ["step_00000002", "step_00000006"]
+
+
+HEADED = {"classify": "classes", "regress": "numbers", "reward": "pairs", "tag": "tags"}
+
+
+@pytest.mark.parametrize("task", HEADED)
+def test_a_run_with_a_head_is_exported_for_transformers(task: str, tmp_path: Path) -> None:
+    """Compare the logits of transformers, texts padded, with those of the checkpoint, texts packed."""
+    go(task, f"{HEADED[task]}.jsonl", tmp_path / "run", "--max-steps", "1", "--lr", "0.01")
+    out = tmp_path / "out"
+    assert exporting.main([str(tmp_path / "run"), "--out", str(out)]) == 0
+    path = checkpoint.find(tmp_path / "run")
+    state = checkpoint.read_state(path)
+    model, head = GPT(model_from_dict(state["model"])).eval(), HeadConfig.from_dict(state["head"])
+    attach(model, head)
+    model.load_state_dict(checkpoint.read_tensors(path, checkpoint.MODEL, state))
+    kind = AutoModelForTokenClassification if task == "tag" else AutoModelForSequenceClassification
+    given = AutoTokenizer.from_pretrained(out)(["What is 1?", "What is 1 plus 17?"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        theirs, kept = kind.from_pretrained(out)(**given).logits, given["attention_mask"].bool()
+        if task == "tag":
+            ours, theirs = token_scores(model, given["input_ids"])[kept], theirs[kept]
+        else:
+            numbers = torch.where(kept, torch.tensor([[0], [1]]), -1)
+            ours = sequence_scores(model, head, given["input_ids"], numbers, 2)
+    assert ours.shape == theirs.shape and (ours - theirs).norm() < 1e-5 * theirs.norm()
+    assert (theirs[0] - theirs[1]).norm() > 1e-3 * theirs.norm(), "the texts have one score"
+    tag = "token-classification" if task == "tag" else "text-classification"
+    assert f"pipeline_tag: {tag}\n" in (out / "README.md").read_text()
+    for form in ("gguf", "llmc", "nanogpt"):
+        with pytest.raises(UserError, match=f"has a head for {head.kind}, which {form} does not have; expected .* hf"):
+            exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / form), "--format", form])
+        assert not (tmp_path / form).exists()
+
+
+def test_a_run_of_adapters_is_exported_merged(tmp_path: Path) -> None:
+    go("sft", "sft.jsonl", tmp_path / "run", "--lora.rank", "2", "--save-every", "2", "--lr", "0.05")
+    assert exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    merged = load_run(tmp_path / "run" / "merged", torch.device("cpu"))[0]
+    ids = torch.tensor([[5, 9, 3]])
+    with torch.no_grad():
+        expected = merged(ids)
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(ids).logits
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+    early = checkpoint.checkpoints(tmp_path / "run")[0]
+    with pytest.raises(UserError, match="step_00000002 holds adapters of base alone, expected a model, as in .*merged"):
+        exporting.main([str(early), "--out", str(tmp_path / "early")])
+    go("reward", "pairs.jsonl", tmp_path / "reward", "--lora.rank", "2", "--max-steps", "1")
+    with pytest.raises(UserError, match=r"holds adapters and a head alone; .*reward/model is the model for transf"):
+        exporting.main([str(tmp_path / "reward"), "--out", str(tmp_path / "head")])
 
 
 @pytest.fixture
