@@ -5,7 +5,7 @@ so what follows a segment in its subtree is contiguous. A token attends to its o
 the segments above. For each level of the tree the attention to the segments of that level is one call over packed
 sequences, and the parts are put together by their log-sum-exp:
 
-    lse = log sum_i exp(lse_i),  out = sum_i exp(lse_i - lse) out_i
+    lse = log(exp(lse_1) + exp(lse_2)),  out = out_1 + sigmoid(lse_2 - lse_1) (out_2 - out_1)
 
 Before the roots there may be a text that was read into a KVCache, which every token sees.
 
@@ -70,12 +70,10 @@ class TokenTree:
         parts = [torch.arange(a, b) for a, b in zip(starts, ends)]
         self.positions = torch.cat(parts).to(device)
         self.own = torch.tensor(first, dtype=torch.int32, device=device)
-        self.above: list[tuple[Tensor, Tensor]] = []  # cu_seqlens of queries and keys for each level but the last
-        for level in range(max(levels)):
-            spans = [(first[i], first[i + 1], last[i]) for i, at in enumerate(levels) if at == level]
-            q, k = _spans([s for s in spans if s[2] > s[1]], first[-1])
-            index = torch.tensor([q, k], dtype=torch.int32, device=device)
-            self.above.append((index[0], index[1]))
+        spans = [
+            [(first[i], first[i + 1], last[i]) for i, at in enumerate(levels) if at == n] for n in range(max(levels))
+        ]
+        self.above = [_level([s for s in level if s[2] > s[1]], first[-1], device) for level in spans]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, **options: Any) -> Tensor:
         """Return what the queries q (1, T, H, D) see in keys and values k and v (1, T, G, D): (1, T, H, D).
@@ -86,28 +84,44 @@ class TokenTree:
         """
         window = None if window is None or window >= self.longest else window
         own: dict[str, Any] = dict(cu_seqlens_q=self.own, cu_seqlens_k=self.own, causal=True, window=window)
-        total = ops.attention(q, k, v, **own, **options, return_lse=True)
-        for cu_q, cu_k in self.above:
-            part = ops.attention(q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options, return_lse=True)
-            total = _merged(total, part)
+        out, lse = ops.attention(q, k, v, **own, **options, return_lse=True)
+        for rows, cu_q, cu_k in self.above:
+            cu: dict[str, Any] = dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
+            _add(out, lse, rows, *ops.attention(q[:, rows], k, v, **cu, **options, return_lse=True))
         if self.before is not None and self.before.length:
             keys, values = (t[layer, :, : self.before.length] for t in (self.before.k, self.before.v))
-            total = _merged(total, ops.attention(q, keys, values, **options, return_lse=True))
-        return total[0]
+            _add(out, lse, slice(None), *ops.attention(q, keys, values, **options, return_lse=True))
+        return out
 
 
-def _spans(spans: Sequence[tuple[int, int, int]], total: int) -> tuple[list[int], list[int]]:
-    """Return cu_seqlens of queries and keys, so that the tokens b to c - 1 of each span (a, b, c) see a to b - 1, and
-    other tokens nothing: sequences without keys, and without queries, lie between."""
+class Level(NamedTuple):
+    """The attention of a row to the segments of a level.
+
+    Attributes:
+        rows: the tokens below these segments.
+        cu_seqlens_q, cu_seqlens_k: (n + 1,) int32, of these tokens, and of the keys of the row.
+    """
+
+    rows: slice | Tensor
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+
+
+def _level(spans: Sequence[tuple[int, int, int]], total: int, device: torch.device | str) -> Level:
+    """Return the level in which tokens b to c - 1 of each span (a, b, c) see tokens a to b - 1 of `total`."""
     q, k = [0], [0]
-    for a, b, c in spans:
-        q += [b, b, c]
-        k += [k[-1], a, b]
-    return [*q, total, total], [*k, k[-1], total]
+    for a, b, c in spans:  # before each sequence, one without queries over the keys in between
+        q += [q[-1], q[-1] + c - b]
+        k += [a, b]
+    cu = torch.tensor([[*q, q[-1]], [*k, total]], dtype=torch.int32, device=device)
+    if len(spans) == 1:
+        return Level(slice(*spans[0][1:]), cu[0], cu[1])
+    return Level(torch.cat([torch.arange(b, c) for _, b, c in spans]).to(device), cu[0], cu[1])
 
 
-def _merged(x: tuple[Tensor, Tensor], y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the attention (out (B, T, H, D), lse (B, H, T)) to the keys of both parts; each query sees some in x."""
-    lse = torch.logaddexp(x[1], y[1])
-    weights = [(part - lse).exp_().transpose(1, 2).unsqueeze(-1) for part in (x[1], y[1])]
-    return (x[0] * weights[0] + y[0] * weights[1]).to(x[0].dtype), lse
+def _add(out: Tensor, lse: Tensor, rows: slice | Tensor, more: Tensor, more_lse: Tensor) -> None:
+    """Add the attention of rows to more keys, (B, n, H, D) and (B, H, n), to out (B, T, H, D) and lse (B, H, T)."""
+    old = lse[:, :, rows]
+    share = torch.sigmoid(more_lse - old).transpose(1, 2).unsqueeze(-1)  # exp(more_lse) / (exp(old) + exp(more_lse))
+    out[:, rows] = torch.lerp(out[:, rows].to(share.dtype), more.to(share.dtype), share).to(out.dtype)
+    lse[:, :, rows] = torch.logaddexp(old, more_lse)
