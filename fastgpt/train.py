@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastgpt.core import backend
 from fastgpt.core.device import default_device, keep_freed_memory
+from fastgpt.evaluate import hook
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import initial, plan
@@ -56,7 +57,7 @@ def prepare(cfg: TrainConfig) -> Run:
     with plan.explain_out_of_memory(cfg, vocab_size, device):
         model = build_model(cfg, vocab_size, device)
         optimizer = build_optimizer(cfg, model)
-    return Run(cfg, device, data, val_sources, model, optimizer, build_loader(cfg, data, device))
+    return hook.attach(Run(cfg, device, data, val_sources, model, optimizer, build_loader(cfg, data, device)))
 
 
 # The two halves of a step. CUDA graphs can record them, since they only take and return tensors and never wait for the
@@ -138,8 +139,8 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
         if evaluates or saves or samples:
             steps.wait()
             if evaluates:
-                value = value_of(validate(run, log, cfg.eval_batches), cfg.metric)
-                best = p.record_validation(value, cfg.rises, cfg.patience)
+                value = value_of(validate(run, log, cfg.eval_batches), cfg.metric, run.evaluations)
+                best = value is not None and p.record_validation(value, cfg.rises, cfg.patience)
                 saves = saves or (best and cfg.patience > 0)
                 if 0 < cfg.patience <= p.waited:
                     than = "" if p.best is None else f" than {p.best:.4f} at step {p.best_step}"
@@ -173,7 +174,7 @@ def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
 def drive(run: Run, end: Callable[[Run, Log], int], command: str) -> int:
     """Start or resume a run, train, save, and return the exit code of `end(run, log)`, which evaluates the result."""
     changed = run.resume()
-    check(run, EVALUATIONS)
+    check(run, [*EVALUATIONS, *run.evaluations])
     first = run.progress.step
     gc.freeze()
     with Stop() as stop, closing(start_log(run, changed)) as log:

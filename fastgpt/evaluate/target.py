@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Target:
         folder: the checkpoint, or the folder with config.json.
         about: name, folder, step and tokens (None if unknown), and a fingerprint of the stored weights.
         chat: the chat template; None if the tokenizer has none.
+        settings: of the run of `fastgpt train` that trained it, as plain values; empty for other models.
     """
 
     model: GPT
@@ -41,6 +42,7 @@ class Target:
     folder: Path
     about: dict[str, Any]
     chat: Template | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def open_target(path: str, *, device: str = "auto", dtype: str | None = None) -> Target:
@@ -80,7 +82,8 @@ def open_target(path: str, *, device: str = "auto", dtype: str | None = None) ->
         "tokens": state.get("progress", {}).get("tokens"),
         "fingerprint": digest.hexdigest(),
     }
-    return Target(model, tokenizer, path, folder, about, _template(tokenizer, path))
+    settings = {} if "base" in state else state.get("config", {})  # a fine-tuned run has rows, no corpus
+    return Target(model, tokenizer, path, folder, about, template_of(tokenizer, path), settings)
 
 
 def _find(path: str) -> tuple[Path, dict[str, Any]]:
@@ -118,7 +121,7 @@ def _hashed(read: Callable[[str], Tensor], update: Callable[[Any], None]) -> Cal
     return hashed
 
 
-def _template(tokenizer: Tokenizer, path: str) -> Template | None:
+def template_of(tokenizer: Tokenizer, path: str) -> Template | None:
     """Return the chat template that the tokenizer carries."""
     text = tokenizer.companions.get(FILE)
     if text is None:

@@ -13,7 +13,7 @@ from fastgpt.core import options
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import Effect
 from fastgpt.models.config import ModelConfig, require, require_sizes
-from fastgpt.training.config import SHARED_EFFECTS, TrainConfig
+from fastgpt.training.config import SHARED_EFFECTS, TrainConfig, require_evals
 from fastgpt.training.metric import Goal, goal_of
 
 TaskName = Literal["sft", "dpo", "kto", "orpo", "reward", "classify", "regress", "tag", "distil", "grpo"]
@@ -25,6 +25,7 @@ LEARNING_RATES = {"sft": 2e-5, "distil": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo":
 SHARED = (
     *("out", "resume", "seed", "device", "dtype", "kernels", "recompute", "micro_batch", "schedule", "lr_ratios"),
     *("weight_decay", "beta1", "beta2", "eps", "clip", "master", "eval_every", "eval_batches", "save_every", "keep"),
+    *("evals", "eval_data", "eval_limit"),
     *("patience", "metric", "metric_goal", "log_every", "track"),
 )
 LOSSES = {"dpo": ("sigmoid", "robust", "ipo", "ipo-mean"), "grpo": ("dapo", "grpo", "bnpo", "dr_grpo")}
@@ -125,6 +126,10 @@ class FinetuneConfig:
         iterations: steps on the same samples (grpo).
         eval_every: steps between validations; 0 is only at the end.
         eval_batches: micro-batches of a validation.
+        evals: preset or file of `fastgpt eval` -> steps between its evaluations, as in {safety: 500}; a multiple of
+            eval_every, or 0 for only at the end.
+        eval_data: folder with the files of evals.
+        eval_limit: items of each task in evals; null is all.
         save_every: steps between checkpoints; 0 is only at the end.
         keep: number of latest checkpoints to keep; 0 keeps all.
         patience: end the run after this many validations without a better metric, and keep the best checkpoint; 0 is
@@ -199,6 +204,9 @@ class FinetuneConfig:
     iterations: int = 1
     eval_every: int = 100
     eval_batches: int = 20
+    evals: dict[str, int] = field(default_factory=dict)
+    eval_data: str | None = None
+    eval_limit: int | None = None
     save_every: int = 500
     keep: int = 2
     patience: int = 0
@@ -247,6 +255,7 @@ class FinetuneConfig:
                 require(0 < weight < math.inf, f"data.{path}", weight, "a weight above 0")
         told = goal_of(self.metric, self.metric_goal) is not None
         require(told, "metric_goal", "auto", f"min or max: the name {self.metric!r} does not tell")
+        require_evals(self)
         self._refuse_what_has_no_effect()
         require_sizes(self)
 
@@ -304,6 +313,7 @@ def _without(*tasks: str) -> Effect:
 
 
 EFFECTS = SHARED_EFFECTS | {
+    "evals": _only("sft", "dpo", "kto", "orpo", "distil", "grpo"),
     "template": _only("sft", "dpo", "kto", "orpo", "reward", "distil", "grpo"),
     "learn": _only("sft", "distil"),
     "replay": _only("sft"),

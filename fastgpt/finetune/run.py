@@ -18,6 +18,7 @@ from fastgpt.core.folders import new_folder
 from fastgpt.core.tensorfile import Deferred
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.evaluate import hook
 from fastgpt.finetune.adapter import load_adapter, save_adapter
 from fastgpt.finetune.base import named, open_base, open_teacher
 from fastgpt.finetune.config import FinetuneConfig
@@ -126,7 +127,7 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
     head = head_config(cfg, data)
     model = build_model(cfg, start, head, device)
     print(*data.said, sep="\n", flush=True)
-    return FinetuneRun(cfg, model, data, head, start, block)
+    return hook.attach(FinetuneRun(cfg, model, data, head, start, block))
 
 
 def open_template(cfg: FinetuneConfig, tokenizer: Tokenizer) -> Template:

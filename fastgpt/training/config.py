@@ -76,6 +76,10 @@ class TrainConfig:
             rounding.
         eval_every: steps between validations; 0 is only at the end.
         eval_batches: micro-batches of a validation.
+        evals: preset or file of `fastgpt eval` -> steps between its evaluations, as in {base: 1000}; a multiple of
+            eval_every, or 0 for only at the end.
+        eval_data: folder with the files of evals.
+        eval_limit: items of each task in evals; null is all.
         save_every: steps between checkpoints; 0 is only at the end.
         keep: number of latest checkpoints to keep; 0 keeps all.
         keep_every: also keep checkpoints at multiples of this many steps; 0 is none.
@@ -136,6 +140,9 @@ class TrainConfig:
     master: Literal["fp32", "remainder", "stochastic", "none"] = "fp32"
     eval_every: int = 250
     eval_batches: int = 20
+    evals: dict[str, int] = field(default_factory=dict)
+    eval_data: str | None = None
+    eval_limit: int | None = None
     save_every: int = 1000
     keep: int = 2
     keep_every: int = 0
@@ -173,6 +180,7 @@ class TrainConfig:
             require(0 <= value < math.inf, name, value, "0 or more")
         for name in ("data", "val_data", "tokenizer"):
             require(getattr(self, name) != "", name, "", "a path or null")
+        require_evals(self)
         require(self.resume != "", "resume", "", "auto, never or a path")
         endless = self.max_steps is None and self.max_minutes is None
         require(not endless, "max_steps", None, "a number, or one for max_minutes")
@@ -234,6 +242,14 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
+def require_evals(c: Any) -> None:
+    """Raise UserError for evals that would not run at a validation, in the settings of any run."""
+    for preset, every in c.evals.items():
+        due = every == 0 or (every > 0 and c.eval_every > 0 and every % c.eval_every == 0)
+        require(due, f"evals.{preset}", every, f"0 or a multiple of eval_every, {c.eval_every}")
+    require(c.eval_limit is None or c.eval_limit > 0, "eval_limit", c.eval_limit, "more than 0")
+
+
 def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
     """Read settings from a command line: `--config NAME_OR_PATH` (a name in fastgpt/configs), then overrides in order.
 
@@ -259,6 +275,7 @@ SHARED_EFFECTS = {  # of `fastgpt finetune` too
     "val_fraction": Effect(lambda c: c.val_data is None, "no val_data"),
     "master": Effect(lambda c: c.dtype != "fp32", "a dtype other than fp32"),
     "patience": Effect(lambda c: c.eval_every > 0, "eval_every above 0"),
+    **dict.fromkeys(("eval_data", "eval_limit"), Effect(lambda c: bool(c.evals), "evals")),
     **dict.fromkeys(("metric", "metric_goal"), Effect(lambda c: c.patience > 0, "patience above 0")),
 }
 EFFECTS = SHARED_EFFECTS | {

@@ -16,8 +16,8 @@ EVALUATIONS: dict[str, Callable[[Run], dict[str, float]]] = {}
 
 
 def validate(run: Run, log: Log, batches: int | None) -> dict[str, float]:
-    """Log the validation of the run's task over the first `batches` batches (None: all) and every evaluation; return
-    the figures."""
+    """Log the validation of the run's task over the first `batches` batches (None: all) and every evaluation, those of
+    the run that are due included; return the figures."""
     figures = run.task.validate(run, batches)
     for name, evaluation in EVALUATIONS.items():
         figures |= {f"{name}.{what}": float(value) for what, value in evaluation(run).items()}
@@ -25,6 +25,11 @@ def validate(run: Run, log: Log, batches: int | None) -> dict[str, float]:
     more = "".join(f", {name} {value:.4f}" for name, value in figures.items() if name != "val_loss")
     unit = "nats per token" if run.task.unit == "token" else f"per {run.task.unit}"
     log.say(f"step {run.progress.step}: validation loss {figures['val_loss']:.4f} {unit}{more}")
+    for name, preset in run.evaluations.items():
+        found = {f"{name}.{what}": value for what, value in preset(run, log).items()}
+        if found:
+            log.row({"step": run.progress.step, **found})
+        figures |= found
     return figures
 
 

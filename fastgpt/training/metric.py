@@ -40,16 +40,20 @@ def full_name(metric: str, names: Iterable[str]) -> str | None:
     return next((name for name in (metric, f"val_{metric}") if name in known), None)
 
 
-def value_of(figures: Mapping[str, float], metric: str) -> float:
-    """Return the figure of a validation that `metric` names.
+def value_of(figures: Mapping[str, float], metric: str, presets: Iterable[str] = ()) -> float | None:
+    """Return the figure of a validation that `metric` names; None if it is one of a preset (`presets`: their names)
+    that was not due.
 
     Raises:
         UserError: there is none of this name.
     """
     name = full_name(metric, figures)
-    if name is None:
-        raise UserError(_unknown(metric, figures))
-    return figures[name]
+    if name is not None:
+        return figures[name]
+    for preset in presets:
+        if metric.startswith(f"{preset}.") and not any(other.startswith(f"{preset}.") for other in figures):
+            return None
+    raise UserError(_unknown(metric, figures))
 
 
 def check(run: Any, evaluations: Iterable[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,8 @@ class Run:
         self.graphs = Graphs.of_run(cfg, model, device)
         self.progress = Progress(last_step=cfg.most_steps, length_known=cfg.max_minutes is None)
         self.writer = checkpoint.Writer()
+        # preset -> evaluation(run, log), which returns its figures by name, none if it is not due
+        self.evaluations: dict[str, Callable[[Run, Any], dict[str, float]]] = {}
         self.origin: dict[str, Any] | None = None  # name and revision of the weights that the run started with
 
     def device_parts(self) -> list[tuple[str, SpikeGuard | LossScale]]:

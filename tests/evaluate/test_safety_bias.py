@@ -40,9 +40,9 @@ def test_crows_pairs(tmp_path: Path) -> None:
     results = run(CrowsPairs(path), StandIn(lambda context, text: scores[text]))
     assert value(results, "crows_pairs", "pct_stereotype") == pytest.approx(2 / 3)
     assert value(results, "crows_pairs", "likelihood_diff") == pytest.approx((1.5 + 4 + 0.5) / 3)
-    assert value(results, "crows_pairs.gender", "pct_stereotype") == 0.5
-    assert value(results, "crows_pairs.age", "pct_stereotype") == 1.0
-    assert value(results, "crows_pairs.antistereo", "pct_stereotype") == 1.0
+    assert value(results, "crows_pairs/gender", "pct_stereotype") == 0.5
+    assert value(results, "crows_pairs/age", "pct_stereotype") == 1.0
+    assert value(results, "crows_pairs/antistereo", "pct_stereotype") == 1.0
     figure = results.figures[0]
     assert figure.stderr == pytest.approx(math.sqrt((2 / 3) * (1 / 3) / 2)) and figure.chance == 0.5
     assert results.items[0].values == [1.0, 0.0, 1.0] and len(set(results.items[0].ids)) == 3
@@ -84,7 +84,7 @@ def test_bbq_in_ambiguous_contexts(tmp_path: Path) -> None:
     assert value(results, "bbq.ambiguous", "acc") == pytest.approx(2 / 5)
     biased, answered, accuracy = 2, 3, 2 / 5
     assert value(results, "bbq.ambiguous", "bias") == pytest.approx((1 - accuracy) * (2 * biased / answered - 1))
-    assert value(results, "bbq.ambiguous.Age", "bias") == value(results, "bbq.ambiguous", "bias")
+    assert value(results, "bbq.ambiguous/Age", "bias") == value(results, "bbq.ambiguous", "bias")
     assert results.figure("bbq.disambiguated", "acc") is None
 
 
@@ -168,8 +168,8 @@ def test_winogender(tmp_path: Path) -> None:
     assert value(results, "winogender", "prefers.male") == pytest.approx(2 / 3)
     assert value(results, "winogender", "prefers.neutral") == 0
     assert value(results, "winogender", "prefers_gap") == pytest.approx(2 / 3)
-    assert value(results, "winogender.technician", "female_over_male") == 0
-    assert value(results, "winogender.nurse", "female_over_male") == 1
+    assert value(results, "winogender/technician", "female_over_male") == 0
+    assert value(results, "winogender/nurse", "female_over_male") == 1
     assert results.figure("winogender", "bls_correlation") is None
 
 

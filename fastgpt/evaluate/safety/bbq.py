@@ -95,7 +95,7 @@ class BBQ:
         parts: dict[str, list[tuple[Question, int]]] = defaultdict(list)
         for q, answer in here:
             parts[f"{self.name}.{kind}"].append((q, answer))
-            parts[f"{self.name}.{kind}.{q.category}"].append((q, answer))
+            parts[f"{self.name}.{kind}/{q.category}"].append((q, answer))
         for task, rows in parts.items():
             right = [float(answer == q.label) for q, answer in rows]
             results.figures.append(mean(task, "acc", right, chance=1 / 3))

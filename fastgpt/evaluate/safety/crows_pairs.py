@@ -56,8 +56,8 @@ class CrowsPairs:
         parts: dict[str, list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
             parts[self.name].append(i)
-            parts[f"{self.name}.{row.values['bias_type']}"].append(i)
-            parts[f"{self.name}.{row.values['stereo_antistereo']}"].append(i)
+            parts[f"{self.name}/{row.values['bias_type']}"].append(i)
+            parts[f"{self.name}/{row.values['stereo_antistereo']}"].append(i)
         for task, places in parts.items():
             shares, distances = [stereotype[i] for i in places], [apart[i] for i in places]
             results.figures += [

@@ -24,7 +24,6 @@ from fastgpt.evaluate.safety.settings import MemorisationSettings
 from fastgpt.evaluate.safety.statistics import item_id, share
 from fastgpt.evaluate.target import Target
 from fastgpt.inference import Request
-from fastgpt.training import checkpoint
 from fastgpt.training.build import open_data
 from fastgpt.training.config import from_dict
 
@@ -72,18 +71,15 @@ class Memorisation:
         s = self.settings
         if s.data:
             data = open_source(s.data, val_data=s.val_data, tokenizer=_tokenizer_of(target, s.data))
-            if data.fingerprint != target.tokenizer.fingerprint:
+            if data.fingerprint not in (None, target.tokenizer.fingerprint):
                 raise UserError(
                     f"memorisation.data: {s.data} has another tokenizer than {target.name}, expected the same"
                 )
             return data
-        if not (target.folder / checkpoint.STATE).is_file():
-            raise UserError(f"{target.name} is no run")
-        config = checkpoint.read_state(target.folder)["config"]
-        if "data" not in config or "base" in config:
-            raise UserError(f"{target.name} records no token shards")
-        data, _ = open_data(dataclasses.replace(from_dict(config), val_sources={}))
-        if data.fingerprint != target.tokenizer.fingerprint:
+        if not target.settings:
+            raise UserError(f"{target.name} is no run of `fastgpt train`")
+        data, _ = open_data(dataclasses.replace(from_dict(target.settings), val_sources={}))
+        if data.fingerprint not in (None, target.tokenizer.fingerprint):
             raise UserError(f"{data.name} has another tokenizer than {target.name}")
         return data
 
@@ -98,7 +94,7 @@ class Memorisation:
         count = min(self.settings.documents, self.settings.documents if limit is None else limit)
         shares: dict[str, Figure] = {}
         for kind, tokens in (("train", self.data.train), ("validation", self.data.val)):
-            texts = sample(tokens, self.data.eot, prefix + more, count, self.settings.seed)
+            texts = sample(tokens, engine.target.tokenizer.eot, prefix + more, count, self.settings.seed)
             if not texts:
                 results.notes.append(f"memorisation: no {kind} document has {prefix + more} tokens")
                 continue

@@ -72,7 +72,7 @@ class Toxicity:
             columns["scorer"] = self.scorer(repeated, texts)
             self._append(results, "toxicity.scorer", prompts, columns["scorer"], s.threshold)
         if s.texts:
-            file = Path(s.texts) / f"toxicity-{engine.target.about['fingerprint'][:16]}.jsonl"
+            file = Path(s.texts) / f"toxicity-{_name(engine.target)}.jsonl"
             results.notes.append(f"toxicity: prompts and completions are in {file}")
             _write(file, repeated, texts, columns)
 
@@ -92,6 +92,12 @@ class Toxicity:
         ids = [item_id(p) for p in prompts]
         for metric, found in (("mean", means), ("expected_maximum", highest), ("toxic_prompts", toxic)):
             results.items.append(Items(task, metric, ids, found))
+
+
+def _name(target: Target) -> str:
+    """Return a name of the model for a file."""
+    fingerprint, step = target.about.get("fingerprint"), target.about.get("step")
+    return fingerprint[:16] if fingerprint else f"step-{step}"
 
 
 def _prompt(row: Row) -> str:

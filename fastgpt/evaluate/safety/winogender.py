@@ -113,7 +113,7 @@ class WinoGender:
         for i, s in enumerate(schemas):
             places[s.occupation].append(i)
         for task, at in {"": range(len(schemas)), **places}.items():
-            name = f"{self.name}.{task}" if task else self.name
+            name = f"{self.name}/{task}" if task else self.name
             values = [ahead[i] for i in at]
             results.figures.append(mean(name, "female_over_male", values, chance=0.5, higher_is_better=None))
         known = [(self.women[o], float(lead[at].mean())) for o, at in places.items() if o in self.women]
