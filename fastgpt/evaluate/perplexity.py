@@ -28,7 +28,6 @@ from fastgpt.data.source import open_source, open_validation
 from fastgpt.evaluate.engine import Engine
 from fastgpt.evaluate.results import Figure, Items, Results
 from fastgpt.evaluate.target import Target
-from fastgpt.training import checkpoint
 
 BATCH = 256  # documents scored at a time
 
@@ -125,11 +124,9 @@ def validation_data(target: Target) -> dict[str, Tokens]:
     Raises:
         UserError: it is not a run, or its data is not where it was or was encoded with another tokenizer.
     """
-    if not (target.folder / checkpoint.STATE).is_file():
+    config = target.settings
+    if not config:
         raise UserError(f"{target.name} is not a run of fastgpt train")
-    config = checkpoint.read_state(target.folder)["config"]
-    if "data" not in config or "val_fraction" not in config:
-        raise UserError(f"{target.name} was not trained on token data")
     given = config["data"]
     if given is not None and "*" not in given and not Path(given).exists():
         raise UserError(f"{given}, the data of {target.name}, is not there")
