@@ -295,7 +295,14 @@ if __name__ == "__main__":
         packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), *unlinked],
         package_dir=unlinked and {"fastgpt": "fastgpt", **unlinked},
         package_data={
-            "fastgpt": ["configs/*.yaml", "configs/*/*.yaml", "data/files/*", "evaluate/tasks/*", "py.typed"]
+            "fastgpt": [
+                "configs/*.yaml",
+                "configs/*/*.yaml",
+                "data/files/*",
+                "evaluate/tasks/*",
+                "evaluate/human/page/*",
+                "py.typed",
+            ]
         },
         include_package_data=False,
         # a placeholder until BuildNative has determined what can be built

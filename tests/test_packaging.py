@@ -102,6 +102,8 @@ def test_pure_wheel_contents(pure_wheel: Path) -> None:
     names = zipfile.ZipFile(pure_wheel).namelist()
     expected = {f"fastgpt/{p.relative_to(ROOT / 'fastgpt').as_posix()}" for p in (ROOT / "fastgpt").rglob("*.py")}
     expected |= {f"fastgpt/configs/{p.name}" for p in (ROOT / "fastgpt" / "configs").glob("*.yaml")}
+    page = ROOT / "fastgpt" / "evaluate" / "human" / "page"
+    expected |= {f"fastgpt/evaluate/human/page/{p.name}" for p in page.iterdir()}
     expected |= {f"fastgpt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     expected |= {f"fastgpt/bench/{p.name}" for p in (ROOT / "bench").glob("*.py")}
     assert expected | {"fastgpt/_build_info.py"} <= set(names), "a package without __init__.py is left out of wheels"

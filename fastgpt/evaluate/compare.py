@@ -159,13 +159,16 @@ def open_all(places: list[str], preset: str | None) -> list[Results]:
 def _newest(run: Path) -> dict[str, Results]:
     """Return the evaluation of each preset in a run's folder `eval` at the last step."""
     newest: dict[str, Results] = {}
-    for file in sorted((run / "eval").glob("step-*.json")):
+    folder = run / "eval"
+    for file in sorted(folder.glob("step-*.json")) or sorted(folder.glob("*.json")):  # a folder of weights has no steps
         found = load_results(file)
         before = newest.get(found.preset)
-        if before is None or found.model.get("step", -1) >= before.model.get("step", -1):
+        if before is None or (found.model.get("step") or 0) >= (before.model.get("step") or 0):
             newest[found.preset] = found
     if not newest:
-        raise UserError(f"{run} has no evaluation, expected eval/step-*.json in it (`fastgpt eval {run}` writes them)")
+        raise UserError(
+            f"{run} has no evaluation, expected one in its folder eval, where `fastgpt eval {run}` writes it"
+        )
     return newest
 
 

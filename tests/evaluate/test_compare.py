@@ -178,6 +178,11 @@ def test_runs_are_compared_at_their_last_step(tmp_path: Path, capsys: pytest.Cap
     runs = [str(tmp_path / "one"), str(tmp_path / "two")]
     assert command.main(runs) == 0
     assert "0.5000  0.0000" in capsys.readouterr().out
+    weights = evaluation("weights", arc=ONES)  # a folder of another project's weights
+    weights.model["step"] = None
+    weights.save(tmp_path / "three" / "eval" / "base.json")
+    assert command.main([*runs, str(tmp_path / "three")]) == 0
+    assert "B is weights." in capsys.readouterr().out
     other = evaluation("one", arc=ONES)
     other.preset = "full"
     for run in runs:
