@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,7 +81,9 @@ def parts_of(preset: str, data: Path | None, texts: Sequence[Path] = ()) -> list
         raise UserError(f"data is {data}, expected a folder with the files of the benchmarks")
     more: list[Part] = [Perplexity(texts, validation=False)] if texts else []
     if preset == "safety":
-        return [*importlib.import_module("fastgpt.evaluate.safety").parts_of(data), *more]
+        from fastgpt.evaluate import safety
+
+        return [*safety.parts_of(data), *more]
     if preset == "full":
         return [Perplexity(texts, required=True), *(_required(name, data) for name in ORDER)]
     if preset == "base":
@@ -164,5 +165,6 @@ def _listed(benchmark: Benchmark, shots: int | None, where: str, data: Path | No
 
 
 def _suite(path: Path) -> Part:
-    part: Part = importlib.import_module("fastgpt.evaluate.suite").suite_of(path)
-    return part
+    from fastgpt.evaluate.suite import suite_of
+
+    return suite_of(path)

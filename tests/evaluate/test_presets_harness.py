@@ -5,19 +5,23 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
+import benchmark_files
 import pytest
 import yaml
 from benchmark_files import SUBJECTS, jsonl, write_all
 from small_target import small_target
 
 from fastgpt.convert import exporting
+from fastgpt.evaluate.presets import ORDER
 from fastgpt.evaluate.results import Results
 from fastgpt.evaluate.run import evaluate
-from fastgpt.evaluate.target import open_target
+from fastgpt.evaluate.target import Target, open_target
 from fastgpt.training import checkpoint
+from fastgpt.training.config import TrainConfig, to_dict
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
@@ -54,6 +58,16 @@ def plain_tasks(folder: Path, data: Path) -> list[str]:
     return ["plain_hellaswag", "plain_lambada", *(f"plain_{name}" for name in MMLU)]
 
 
+def saved(folder: Path, config: dict[str, Any]) -> Target:
+    """Save a small model as a run with these settings; return its target."""
+    small = small_target(folder)
+    state = {"progress": {"tokens": 64}, "model": dataclasses.asdict(small.model.config), "config": config}
+    state |= {"tokenizer": small.tokenizer.fingerprint, "loader": {}}
+    checkpoint.save(folder / "run", 1, small.model.state_dict(), {}, state, keep=0)
+    small.tokenizer.save(folder / "run" / "tokenizer.json")
+    return open_target(str(folder / "run"), device="cpu")
+
+
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Any]:
     """Return our results, and those of the harness."""
@@ -63,15 +77,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Any]:
 
     folder = tmp_path_factory.mktemp("harness")
     data = write_all(folder / "data", n=8)
-    small = small_target(folder)
-    state = {"progress": {"tokens": 64}, "model": dataclasses.asdict(small.model.config), "config": {}, "loader": {}}
-    state["tokenizer"] = small.tokenizer.fingerprint
-    checkpoint.save(folder / "run", 1, small.model.state_dict(), {}, state, keep=0)
-    small.tokenizer.save(folder / "run" / "tokenizer.json")
+    target = saved(folder, {})
     assert exporting.main([str(folder / "run"), "--out", str(folder / "hf")]) == 0
     listed = folder / "tasks.yaml"
     listed.write_text(json.dumps(["hellaswag", "lambada_openai", "mmlu"]), encoding="utf-8")
-    ours = evaluate(open_target(str(folder / "run"), device="cpu"), str(listed), data=data, progress=False)
+    ours = evaluate(target, str(listed), data=data, progress=False)
     names = plain_tasks(folder / "plain", data)
     theirs = simple_evaluate(
         HFLM(str(folder / "hf"), device="cpu", dtype="float32", batch_size=4),
@@ -110,3 +120,28 @@ def test_choices_are_far_enough_apart_to_compare(both: tuple[Results, Any]) -> N
             for scores in (answers, [a / n for a, n in zip(answers, lengths, strict=True)]):
                 best = sorted(scores)[-2:]
                 assert len(best) == 1 or best[1] - best[0] > 1e-4, name
+
+
+@pytest.mark.slow
+def test_full_runs_offline_with_every_subject_and_paradigm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval
+
+    tasks = Path(str(lm_eval.__file__)).parent / "tasks"
+    subjects = [path.stem.removeprefix("mmlu_") for path in sorted((tasks / "mmlu/default").glob("mmlu_*.yaml"))]
+    monkeypatch.setattr(benchmark_files, "SUBJECTS", subjects)
+    monkeypatch.setattr(benchmark_files, "PARADIGMS", [path.stem for path in (tasks / "blimp").glob("[a-z]*.yaml")])
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("a connection was opened"))
+    monkeypatch.chdir(tmp_path)
+    data = write_all(tmp_path / "data", n=2)
+    Path("text.txt").write_text(" ".join(benchmark_files.WORDS * 200), encoding="utf-8")
+    config = to_dict(TrainConfig(data="text.txt", tokenizer=str(tmp_path / "run")))
+    results = evaluate(saved(tmp_path, config), "full", data=data, limit=1, progress=False)
+    assert [f.task for f in results.figures if "/" not in f.task and f.metric in ("acc", "perplexity")] == [
+        "validation",
+        "lambada_openai",
+        *(name for name in ORDER),
+    ]
+    counts = {f.task: f.n for f in results.figures}
+    assert (counts["mmlu"], counts["blimp"]) == (57, 67)
+    categories = {f.task.split("/")[1]: f.n for f in results.figures if f.task.count("/") == 1 and "mmlu" in f.task}
+    assert categories == {"stem": 19, "humanities": 13, "social_sciences": 12, "other": 13}
