@@ -17,6 +17,7 @@ from fastgpt.evaluate.results import Figure, Items, Results
 from fastgpt.evaluate.statistics import Pairs, agresti_min_interval, bootstrap_interval, holm, sign_flip
 
 OVERALL = "overall"
+NAMED = 8  # of what is not compared
 
 
 @dataclass(frozen=True)
@@ -310,4 +311,5 @@ def _without_items(a: Results, b: Results, options: Options) -> list[str]:
     named: list[Figure | Items] = [*a.figures, *b.figures, *a.items, *b.items]
     found = dict.fromkeys((f.task, f.metric) for f in named)
     left = [f"{t} {m}" for t, m in found if (t, m) not in compared and (not options.metrics or m in options.metrics)]
-    return [f"not compared, because they have no items in both: {', '.join(left)}"] if left else []
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+    return [f"not compared, because they have no items in both: {', '.join(left[:NAMED])}{more}"] if left else []

@@ -237,6 +237,10 @@ def options(*words: str) -> Any:
     return parser.parse_args(["--tokens", "6", *words])
 
 
+def generated(path: str, questions: list[Question], cache: Path, args: Any) -> answers.Answers:
+    return answers.Generation(path, questions, cache, args).run()
+
+
 QUESTIONS = [
     Question("1", "the cat"),
     Question("2", [{"role": "user", "content": "the dog"}]),
@@ -247,20 +251,20 @@ QUESTIONS = [
 def test_answers_are_generated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "open_target", lambda path, device: opened(path))
     cache = tmp_path / "r.a.jsonl"
-    first = answers.generate("model", QUESTIONS, cache, options())
+    first = generated("model", QUESTIONS, cache, options())
     assert len(first.texts) == 3 and [r["model"] for r in rows(cache)] == ["model"] * 3
     assert {r["seed"] for r in rows(cache)} and rows(cache)[0]["settings"]["tokens"] == 6
     kept = cache.read_text().splitlines()
     cache.write_text("\n".join(kept[:2]) + "\n" + kept[2][:20])  # stopped while it wrote the third
-    assert answers.generate("model", QUESTIONS, cache, options()).texts == first.texts
+    assert generated("model", QUESTIONS, cache, options()).texts == first.texts
     assert len(rows(cache)) == 3
     monkeypatch.setattr(answers, "generator_of", None)  # nothing is generated any more
-    assert answers.generate("model", QUESTIONS, cache, options()).texts == first.texts
+    assert generated("model", QUESTIONS, cache, options()).texts == first.texts
     with pytest.raises(TypeError):
-        answers.generate("model", QUESTIONS, cache, options("--seed", "1"))
+        generated("model", QUESTIONS, cache, options("--seed", "1"))
     monkeypatch.setattr(answers, "open_target", lambda path, device: opened(path, "other weights"))
     with pytest.raises(TypeError):
-        answers.generate("model", QUESTIONS, cache, options())
+        generated("model", QUESTIONS, cache, options())
 
 
 @pytest.mark.parametrize(
@@ -276,7 +280,7 @@ def test_prompts_that_a_model_cannot_answer(
 ) -> None:
     monkeypatch.setattr(answers, "open_target", lambda path, device: opened(path, chat=chat))
     with pytest.raises(UserError, match=message):
-        answers.generate("model", [QUESTIONS[0], Question("7", prompt)], tmp_path / "c.jsonl", options())
+        generated("model", [QUESTIONS[0], Question("7", prompt)], tmp_path / "c.jsonl", options())
     assert not (tmp_path / "c.jsonl").exists()
 
 
@@ -361,3 +365,15 @@ def test_bad_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: li
     (tmp_path / "p.txt").write_text("new\n")
     with pytest.raises(UserError, match=message):
         command.main(words)
+
+
+def test_nothing_is_generated_if_the_second_model_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "p.txt").write_text("the cat\n")
+    real = answers.open_target
+    monkeypatch.setattr(answers, "open_target", lambda p, device: opened(p) if p == "a" else real(p, device=device))
+    with pytest.raises(UserError, match="b is no folder"):
+        command.main(["a", "b", "--prompts", "p.txt"])
+    assert not list(tmp_path.glob("*.jsonl"))

@@ -11,7 +11,7 @@ from fastgpt.core import progress
 from fastgpt.core.errors import UserError, counted
 from fastgpt.evaluate.human.files import Prompt, append, key_of, prompt_of, read
 from fastgpt.evaluate.target import Target, open_target
-from fastgpt.inference import Request
+from fastgpt.inference import Request, Result
 from fastgpt.inference.terminal import generator_of, request_of
 
 BATCH = 16  # texts generated at a time
@@ -92,44 +92,55 @@ def read_answers(path: Path) -> tuple[Answers, list[Question]]:
     return Answers(models.pop(), texts), questions
 
 
-def generate(path: str, questions: list[Question], cache: Path, args: argparse.Namespace) -> Answers:
-    """Return a model's answers; those that `cache` has from the same weights and settings are not generated again.
+class Generation:
+    """A model's answers to generate. All checks are made here, before the first text is generated.
 
     Args:
         path: of the model, as for `open_target`.
+        cache: JSONL that has answers, and gets those that it lacks; those of other weights or settings do not count.
         args: with the options of `terminal.add_options`.
 
     Raises:
-        UserError: a prompt does not fit into the context, or is a conversation and the model has no chat template.
+        UserError: there is no model, a prompt does not fit into the context, or is a conversation and the model has no
+            chat template.
     """
-    target = open_target(path, device=args.device)
-    settings = _settings(target, args)
-    prompts = {key_of(q.prompt): _encoded(target, q.prompt, args, f"prompt {q.id}") for q in questions}
-    texts: dict[str, str] = {}
-    for _, row in read(cache) if cache.exists() else ():
-        if row.get("settings") == settings and key_of(row["prompt"]) in prompts:
-            texts[key_of(row["prompt"])] = row["answer"]
-    missing = [q for q in questions if key_of(q.prompt) not in texts]
-    print(f"{path}: {counted(len(missing), 'answer')} to generate, {len(texts)} in {cache}", flush=True)
-    if missing:
-        generator = generator_of(target.model, target.tokenizer, args, BATCH)
-        shown = progress.bar(len(missing), unit="answers")
-        try:
-            for piece in generator.stream([prompts[key_of(q.prompt)] for q in missing]):
-                if piece.result is not None:
-                    question = missing[piece.number]
-                    answer = piece.result.text
-                    if not isinstance(question.prompt, str):
-                        answer = answer.strip()  # a template writes what separates messages
-                    row = {"id": question.id, "prompt": question.prompt, "answer": answer, "model": path}
-                    append(cache, row | {"seed": piece.result.seed, "settings": settings})
-                    texts[key_of(question.prompt)] = answer
-                    shown.update()
-        except ValueError as e:
-            raise UserError(f"{path}: {e}") from None
-        finally:
-            shown.close()
-    return Answers(path, texts)
+
+    def __init__(self, path: str, questions: list[Question], cache: Path, args: argparse.Namespace) -> None:
+        self.path, self.questions, self.cache, self.args = path, questions, cache, args
+        self.target = open_target(path, device=args.device)
+        self.settings = _settings(self.target, args)
+        self.requests = {key_of(q.prompt): _encoded(self.target, q.prompt, args, f"prompt {q.id}") for q in questions}
+        self.texts: dict[str, str] = {}
+        for number, row in read(cache) if cache.exists() else ():
+            key = key_of(prompt_of(row, f"{cache}, line {number}"))
+            if row.get("settings") == self.settings and key in self.requests:
+                self.texts[key] = row["answer"]
+
+    def run(self) -> Answers:
+        """Generate what is missing, each answer written as soon as it is complete; return all answers."""
+        missing = [q for q in self.questions if key_of(q.prompt) not in self.texts]
+        there = counted(len(self.texts), "answer")
+        print(f"{self.path}: {there} in {self.cache}, {len(missing)} to generate", flush=True)
+        if missing:
+            generator = generator_of(self.target.model, self.target.tokenizer, self.args, BATCH)
+            shown = progress.bar(len(missing), unit=" answers")
+            try:
+                for piece in generator.stream([self.requests[key_of(q.prompt)] for q in missing]):
+                    if piece.result is not None:
+                        self._keep(missing[piece.number], piece.result)
+                        shown.update()
+            except ValueError as e:
+                raise UserError(f"{self.path}: {e}") from None
+            finally:
+                shown.close()
+        return Answers(self.path, self.texts)
+
+    def _keep(self, question: Question, result: Result) -> None:
+        # a template writes what separates messages; a text is continued as it is
+        answer = result.text if isinstance(question.prompt, str) else result.text.strip()
+        row = {"id": question.id, "prompt": question.prompt, "answer": answer, "model": self.path}
+        append(self.cache, row | {"seed": result.seed, "settings": self.settings})
+        self.texts[key_of(question.prompt)] = answer
 
 
 def _settings(target: Target, args: argparse.Namespace) -> dict[str, Any]:

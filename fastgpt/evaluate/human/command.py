@@ -9,7 +9,7 @@ from pathlib import Path
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError, counted
 from fastgpt.evaluate.human import report
-from fastgpt.evaluate.human.answers import Answers, Question, generate, read_answers, read_prompts
+from fastgpt.evaluate.human.answers import Answers, Generation, Question, read_answers, read_prompts
 from fastgpt.evaluate.human.files import key_of
 from fastgpt.evaluate.human.ratings import Ratings, pairs_of
 from fastgpt.evaluate.human.server import Server
@@ -71,10 +71,12 @@ def _ratings(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Ratin
             if getattr(args, name) != parser.get_default(name):
                 raise UserError(f"--{name.replace('_', '-')} has no effect: A and B are files of answers")
     questions = _questions(args, given)
-    answers = []
-    for side, path, known in zip("ab", (args.a, args.b), given):
-        cache = args.out.with_suffix(f".{side}.jsonl")
-        answers.append(known[0] if known else generate(path, questions, cache, args))
+    caches = [args.out.with_suffix(f".{side}.jsonl") for side in "ab"]
+    sides = [
+        known[0] if known else Generation(path, questions, cache, args)
+        for path, cache, known in zip((args.a, args.b), caches, given)
+    ]
+    answers = [side if isinstance(side, Answers) else side.run() for side in sides]
     names = (answers[0].model, answers[1].model)
     if names[0] == names[1]:
         raise UserError(f"the answers of A and B are both of {names[0]}, expected two models")

@@ -85,11 +85,11 @@ def report(rows: list[Row], *, confidence: float = 0.95, resamples: int = 1000, 
     """
     if not rows:
         raise UserError("there are no votes, expected one or more")
-    rows = [_directed(r) for r in rows]
+    rows = _directed(rows)
     pairs: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for r in rows:
         pairs[r["a_model"], r["b_model"]].append(r)
-    matches = [_match(votes, confidence, resamples, seed) for _, votes in sorted(pairs.items())]
+    matches = [_match(votes, confidence, resamples, seed) for votes in pairs.values()]
     counts = Counter((_unit(r), r["winner"]) for r in rows)
     table = np.array([[counts[unit, o] for o in OUTCOMES] for unit in dict.fromkeys(_unit(r) for r in rows)])
     agreement = krippendorff_alpha(table, confidence=confidence, resamples=resamples, seed=seed)
@@ -102,13 +102,22 @@ def report(rows: list[Row], *, confidence: float = 0.95, resamples: int = 1000, 
     return found
 
 
-def _directed(row: Row) -> Row:
-    """Return the row with the models in the order of their names, so that files with A and B exchanged add up."""
-    if row["a_model"] <= row["b_model"]:
-        return row
-    order = {"ab": "ba", "ba": "ab"}.get(row.get("order", ""), "")
-    swapped = {"a": row["b"], "b": row["a"], "a_model": row["b_model"], "b_model": row["a_model"], "order": order}
-    return {**row, **swapped, "winner": SWAPPED.get(row["winner"], row["winner"])}
+def _directed(rows: list[Row]) -> list[Row]:
+    """Return the rows with the models of a pair in the order of its first row, so that A and B exchanged add up."""
+    found, known = [], set()
+    for row in rows:
+        names = (row["a_model"], row["b_model"])
+        if names[::-1] in known:
+            row = {
+                **row,
+                **{"a": row["b"], "b": row["a"], "a_model": names[1], "b_model": names[0]},
+                "winner": SWAPPED.get(row["winner"], row["winner"]),
+                "order": {"ab": "ba", "ba": "ab"}.get(row.get("order", ""), ""),
+            }
+        else:
+            known.add(names)
+        found.append(row)
+    return found
 
 
 def _unit(row: Row) -> tuple[str, ...]:
