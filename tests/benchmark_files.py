@@ -90,6 +90,10 @@ def mmlu(data: Path, hub: bool, n: int) -> None:
             lines = [",".join([r["question"], *r["choices"], "ABCD"[r["answer"]]]) for r in rows]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+    if not hub:  # training questions of other kinds, whose names look like those of a subject
+        (data / "mmlu" / "data" / "auxiliary_train").mkdir()
+        (data / "mmlu" / "data" / "auxiliary_train" / "mc_test.csv").write_text("a,b,c,d,e,A\n", encoding="utf-8")
+
 
 def lambada(data: Path, hub: bool, n: int) -> None:
     t = Texts(5)
@@ -145,7 +149,7 @@ def boolq(data: Path, hub: bool, n: int) -> None:
     for i in range(n):
         rows.append({"question": t(), "passage": f"{t()} -- {t()}", "idx": i, "label": t.pick(2)})
     if hub:
-        parquet(data / "boolq" / "validation-00000-of-00001.parquet", rows)
+        parquet(data / "boolq" / "default" / "validation" / "0000.parquet", rows)
         return
     official = []
     for row in rows:

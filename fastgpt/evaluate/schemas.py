@@ -79,7 +79,8 @@ def hellaswag(row: Row) -> dict[str, Any]:
     """Return a row of HellaSwag; official files have the label as a number, the hub as text."""
     endings = _texts(row, "endings")
     label = row.choice("label", range(len(endings)))
-    texts = {key: row.get(key) for key in ("activity_label", "ctx_a", "ctx_b")}
+    texts = {key: row.get(key) for key in ("activity_label", "ctx_a")}
+    texts["ctx_b"] = row.get("ctx_b") if "ctx_b" in row.values else ""
     return {**texts, "endings": endings, "label": str(label)}
 
 

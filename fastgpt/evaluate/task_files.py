@@ -76,13 +76,17 @@ def find(data: Path, benchmark: Benchmark, split: str) -> list[Path]:
 
 
 def _fits(path: Path, pattern: str) -> bool:
-    return fnmatch.fnmatch(path.as_posix(), pattern) or fnmatch.fnmatch(path.as_posix(), f"*/{pattern}")
+    """Return whether the end of a path fits; the hub has parquet files as test-00000-of-00001 and as test/0000."""
+    patterns = {pattern, pattern.replace("-*.parquet", "/*.parquet")}
+    return any(fnmatch.fnmatch(path.as_posix(), p) or fnmatch.fnmatch(path.as_posix(), f"*/{p}") for p in patterns)
 
 
 def where_to_put(benchmark: Benchmark, data: Path | None, shots: int) -> str:
-    """Say which files are wanted, and where."""
-    wanted = " and ".join(" or ".join(benchmark.splits[split]) for split in benchmark.needs(shots))
-    return f"{wanted} in {data or 'DIR'}/{benchmark.folders[0]}"
+    """Say which files are wanted, official or from the hub, and where."""
+    patterns = [benchmark.splits[split] for split in benchmark.needs(shots)]
+    official = " and ".join(each[0] for each in patterns)
+    hub = " and ".join(next(p for p in each if p.endswith(".parquet")) for each in patterns)
+    return f"{official}, or {hub}, in {data or 'DIR'}/{benchmark.folders[0]}"
 
 
 def read(benchmark: Benchmark, files: list[Path]) -> dict[str, list[dict[str, Any]]]:

@@ -68,7 +68,7 @@ def test_base_says_what_is_missing(base: Results, target: Target, data: Path, tm
     assert {f.task for f in found.figures} == {"boolq"}
     note = next(note for note in found.notes if note.startswith("left out for lack of files"))
     assert all(name in note for name in ORDER if name not in ("boolq", "arc_challenge")) and "boolq" not in note
-    assert f"valid.jsonl or validation.jsonl or validation-*.parquet in {folder}/piqa" in note
+    assert f"piqa (valid.jsonl, or validation-*.parquet, in {folder}/piqa)" in note
 
 
 def test_mmlu_is_the_mean_over_questions(base: Results) -> None:
@@ -124,7 +124,7 @@ def test_full_wants_every_file_and_every_part(data: Path, target: Target, tmp_pa
     some = tmp_path / "some"
     shutil.copytree(data, some)
     shutil.rmtree(some / "piqa")
-    with pytest.raises(UserError, match=r"piqa has no files, expected valid.jsonl or .* in .*/piqa"):
+    with pytest.raises(UserError, match=r"piqa has no files, expected valid.jsonl, or .* in .*/piqa"):
         parts_of("full", some)
 
 
