@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from fastgpt.core import options
 from fastgpt.core.errors import UserError
 from fastgpt.core.options import Effect
+from fastgpt.finetune.augment.steps import steps_of
 from fastgpt.models.config import ModelConfig, require, require_sizes
 from fastgpt.training.config import SHARED_EFFECTS, TrainConfig, require_evals
 from fastgpt.training.metric import Goal, goal_of
@@ -70,6 +71,8 @@ class FinetuneConfig:
         learn: completions learns completions, replies and plain texts; all learns prompts as well.
         too_long: what to do with rows longer than block_size; cut their end, skip them, or error. Plain text is split.
         defects: what to do with defective rows; fail at the first, or skip and count them.
+        augment: steps that make more training rows, each with swap (a file of terms), paraphrase (a model) or hook
+            (FILE.py:FUNCTION); and name, share and others.
         packing: best-fit puts several documents into a row, none puts one.
         replay: corpus (as data of fastgpt train) to mix in, so that the model does not forget it.
         replay_share: share of rows from the replay corpus.
@@ -151,6 +154,7 @@ class FinetuneConfig:
     learn: Literal["completions", "all"] = "completions"
     too_long: Literal["cut", "skip", "error"] = "cut"
     defects: Literal["fail", "skip"] = "fail"
+    augment: list[dict[str, Any]] = field(default_factory=list)
     packing: Literal["best-fit", "none"] = "best-fit"
     replay: str | None = None
     replay_share: float = 0.1
@@ -253,6 +257,8 @@ class FinetuneConfig:
         if isinstance(self.data, dict):
             for path, weight in self.data.items():
                 require(0 < weight < math.inf, f"data.{path}", weight, "a weight above 0")
+        paraphrased = any(step.paraphrase for step in steps_of(self.augment))
+        require(self.task != "tag" or not paraphrased, "augment", "paraphrase", "swap or hook with task tag")
         told = goal_of(self.metric, self.metric_goal) is not None
         require(told, "metric_goal", "auto", f"min or max: the name {self.metric!r} does not tell")
         require_evals(self)
@@ -334,7 +340,7 @@ EFFECTS = SHARED_EFFECTS | {
     "pooling": _only("reward", "classify", "regress"),
     **dict.fromkeys(("teacher", "divergence", "hard_share"), _only("distil")),
     "temperature": _only("distil", "grpo"),
-    **dict.fromkeys(("packing", "format", "too_long"), _without("grpo")),
+    **dict.fromkeys(("packing", "format", "too_long", "augment"), _without("grpo")),
     "dropout": _without("dpo", "kto", "grpo"),
     "adapter": Effect(lambda c: c.lora == LoraSettings(), "no lora.* settings, which the adapter decides"),
 }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,8 @@ from fastgpt.core.errors import UserError
 from fastgpt.data.loader import permute
 from fastgpt.data.source import open_source
 from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.finetune.augment.augment import Augmentation, Set
+from fastgpt.finetune.augment.steps import steps_of
 from fastgpt.finetune.batches import ExampleLoader, LabelledLoader, PairLoader, RatedLoader
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.encode import Example
@@ -38,6 +41,7 @@ class Data:
         weights: of the training sets; None reads each row once in an epoch.
         labels: names of the classes.
         said: lines for the console.
+        augmented: number of training rows that a step of the setting augment made, by its name.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Data:
     weights: list[float] | None
     labels: tuple[str, ...]
     said: list[str]
+    augmented: dict[str, int] = field(default_factory=dict)
 
     licences: None = None
 
@@ -58,7 +63,9 @@ class Data:
     def describe(self) -> str:
         """Return one line for the console and run.json."""
         rows = [sum(map(len, sets.values())) for sets in (self.train, self.val)]
-        return f"{self.name}: {rows[0]:,} training and {rows[1]:,} validation examples"
+        made = ", ".join(f"{n:,} by {name}" for name, n in self.augmented.items())
+        training = f"{rows[0]:,} training" + (f" ({made})" if made else "")
+        return f"{self.name}: {training} and {rows[1]:,} validation examples"
 
     def loader(self, cfg: FinetuneConfig, block: int, device: torch.device) -> Any:
         """Return the loader of the training sets."""
@@ -86,39 +93,40 @@ def open_data(cfg: FinetuneConfig, tokenizer: Tokenizer, tokenizer_path: str, te
     Raises:
         UserError: as the loaders of fastgpt/finetune/examples.py, or too few rows to hold some out.
     """
-    read = _reader(cfg, tokenizer, template, block)
-    train: dict[str, list[Any]] = {}
-    val: dict[str, list[Any]] = {}
-    said: list[str] = []
-    labels = tuple(cfg.labels)
-    shown = ""
+    read, labels, said = _reader(cfg, tokenizer, template, block), tuple(cfg.labels), list[str]()
+    augmentation = Augmentation(steps_of(cfg.augment), cfg.task, Path(cfg.out), cfg.seed, cfg.device)
+    sets: dict[str, Set] = {}
     for path in cfg.paths:
         loaded = read(path, labels)
         labels = loaded.labels or labels
         said += summary(loaded)
-        first = loaded.items[0]
-        shown = shown or (first.text if isinstance(first, Prompt) else rendered(first, tokenizer))
-        if cfg.val_data is None:
-            train[path], val[path] = split(loaded.items, cfg.val_fraction, cfg.seed, path)
-        else:
-            train[path] = loaded.items
+        held = set() if cfg.val_data is not None else held_out(len(loaded.items), cfg.val_fraction, cfg.seed, path)
+        sets[path] = (loaded, held)
+    train = {path: [item for i, item in enumerate(of.items) if i not in held] for path, (of, held) in sets.items()}
+    val = {path: [of.items[i] for i in sorted(held)] for path, (of, held) in sets.items() if held}
+    known = [loaded for loaded, _ in sets.values()]
     if cfg.val_data is not None:
-        loaded = read(cfg.val_data, labels)
-        said += summary(loaded)
-        val[cfg.val_data] = loaded.items
+        known.append(read(cfg.val_data, labels))
+        said += summary(known[-1])
+        val[cfg.val_data] = known[-1].items
+    for path, items in augmentation.items(sets, known).items():
+        train[path] += items
+    said += augmentation.said
     weights = list(cfg.paths.values()) if isinstance(cfg.data, dict) else None
     if cfg.replay is not None:
         weights = _add_replay(cfg, cfg.replay, tokenizer_path, block, train, val)
         said.append(f"{cfg.replay}: {len(train[REPLAY]):,} texts, {cfg.replay_share:.0%} of the rows (replay)")
+    first = known[0].items[0]
+    shown = first.text if isinstance(first, Prompt) else rendered(first, tokenizer)
     said += ["", "the first example, what is learned in [[ ]]:", shown, ""]
-    return Data(", ".join(cfg.paths), tokenizer, train, val, weights, labels, said)
+    return Data(", ".join(cfg.paths), tokenizer, train, val, weights, labels, said, dict(augmentation.made))
 
 
 def _reader(
     cfg: FinetuneConfig, tokenizer: Tokenizer, template: Template, block: int
 ) -> Callable[[str, tuple[str, ...]], Loaded[Any]]:
     """Return the function that reads a path, with the names of the classes so far."""
-    rows = Rows(cfg.format, cfg.columns, cfg.learn, cfg.too_long, cfg.defects)
+    rows = Rows(cfg.format, cfg.columns, cfg.learn, cfg.too_long, cfg.defects, keep=bool(cfg.augment))
     if cfg.task in HEAD_OF:
         return lambda path, labels: load_labelled(path, tokenizer, block, HEAD_OF[cfg.task], labels, rows)
     if cfg.task == "grpo":
@@ -127,21 +135,19 @@ def _reader(
     return lambda path, labels: load(path, tokenizer, template, block, rows)
 
 
-def split(items: list[Any], fraction: float, seed: int, name: str) -> tuple[list[Any], list[Any]]:
-    """Return training and validation items: a share drawn by the seed, at least one of each.
+def held_out(count: int, fraction: float, seed: int, name: str) -> set[int]:
+    """Return the numbers of the items that are held out: a share drawn by the seed, at least one, and not all.
 
     Raises:
         UserError: there are fewer than two items, or the fraction is 0.
     """
-    if fraction == 0 or len(items) < 2:
+    if fraction == 0 or count < 2:
         raise UserError(
-            f"{name} has {len(items)} examples and val_fraction is {fraction:g}, expected at least 2 examples and more "
+            f"{name} has {count} examples and val_fraction is {fraction:g}, expected at least 2 examples and more "
             "than 0, or val_data"
         )
-    held = min(max(1, round(fraction * len(items))), len(items) - 1)
-    chosen = set(permute(np.arange(held), len(items), seed).tolist())
-    rest = [item for i, item in enumerate(items) if i not in chosen]
-    return rest, [items[i] for i in sorted(chosen)]
+    held = min(max(1, round(fraction * count)), count - 1)
+    return set(permute(np.arange(held), count, seed).tolist())
 
 
 def _add_replay(

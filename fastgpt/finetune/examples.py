@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
@@ -62,6 +62,7 @@ class Rows:
         too_long: what to do with rows that are longer than the context: "cut" their end, "skip" them, or "error".
             Plain text is split instead. A row whose prompt fills the context cannot be cut and is skipped.
         defects: "fail" raises at the first defect of a file; "skip" leaves out and counts what is defective.
+        keep: keep what the items were made from, in Loaded.origins.
     """
 
     format: str = "auto"
@@ -69,6 +70,7 @@ class Rows:
     loss: Loss = "completions"
     too_long: TooLong = "cut"
     defects: Literal["fail", "skip"] = "fail"
+    keep: bool = False
 
     def __post_init__(self) -> None:
         for name, allowed in (("loss", Loss), ("too_long", TooLong), ("defects", Literal["fail", "skip"])):
@@ -103,6 +105,14 @@ class Counts:
         self.learned += sum(int(e.learned.sum()) for e in examples)
 
 
+class Origin(NamedTuple):
+    """What items were made from: a source, the number of its row, from 1, and the numbers of the items."""
+
+    source: Any
+    row: int
+    items: range
+
+
 @dataclass
 class Loaded(Generic[T]):
     """The examples of one path.
@@ -111,12 +121,16 @@ class Loaded(Generic[T]):
         name: the path, for messages.
         items: the examples, in the order of the files.
         labels: the names of the classes or tags; empty unless there are some.
+        origins: of the items, with Rows.keep.
+        read: makes items from another source, and counts them.
     """
 
     name: str
     items: list[T]
     counts: Counts
     labels: tuple[str, ...] = ()
+    origins: list[Origin] = field(default_factory=list)
+    read: Callable[[Any], Iterable[T]] = lambda source: ()
 
 
 def load_examples(
@@ -224,9 +238,13 @@ class _Load(Generic[T]):
     def run(self, read: Callable[[Any], Iterator[T]]) -> Loaded[T]:
         """Return what `read` makes of each row in its format."""
         items: list[T] = []
+        origins: list[Origin] = []
         for row, source in self.sources(self._count):
             try:
+                before = len(items)
                 items += read(source)
+                if self.rows.keep:
+                    origins.append(Origin(source, self.counts.rows, range(before, len(items))))
             except Wrong as wrong:
                 self._report(row, wrong)
             except Unused as reason:
@@ -237,7 +255,7 @@ class _Load(Generic[T]):
             raise UserError(
                 f"{self.path} has no row to train on, of {self.counts.rows}" + (f": {left}" if left else "")
             )
-        return Loaded(str(self.path), items, self.counts)
+        return Loaded(str(self.path), items, self.counts, origins=origins, read=read)
 
     def sources(self, on_defect: Callable[[Defect], None]) -> Iterator[tuple[Row, Any]]:
         """Yield each row with what its format makes of it. Votes are counted first, in a pass of their own."""

@@ -63,7 +63,8 @@ GOALS = {
         500,
         "val_loss on replies that are held out, and twenty conversations read by a person",
         "Only the replies are learned. Write them in the voice that the model shall have; a few hundred good ones do "
-        "more than thousands of mixed quality. The base needs a chat template, or name one by `template`.",
+        "more than thousands of mixed quality. The base needs a chat template, or name one by `template`. Afterwards "
+        "`fastgpt finetune make-pairs` makes preference pairs, for `task: dpo`.",
     ),
     "content": Goal(
         "writes texts like yours",

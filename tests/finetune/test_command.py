@@ -63,6 +63,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, make in makers.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(make(*s)) + "\n" for s in sums))
     (folder / "reward.py").write_text(REWARD)
+    (folder / "terms.txt").write_text("plus, and")
     (folder / "text.txt").write_text("\n".join(f"{q} {n}" for q, n in sums) * 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -89,6 +90,7 @@ CASES = {
     "conversations, adapters": ("sft", "chat.jsonl", ("--lora.rank", "2", "--lora.dropout", "0.1")),
     "replay, dropout": ("sft", "sft.jsonl", ("--replay", "text.txt", "--dropout", "0.1")),
     "two files": ("sft", "{sft.jsonl: 3, chat.jsonl: 1}", ("--layer-decay", "0.5", "--freeze-first", "1")),
+    "augmented": ("sft", "sft.jsonl", ("--augment", "[{swap: terms.txt, share: 0.5}]")),
     "dpo": ("dpo", "pairs.jsonl", ()),
     "kto, base in 8 bits": ("kto", "rated.jsonl", ("--lora.rank", "2", "--quantise", "int8")),
     "orpo": ("orpo", "pairs.jsonl", ()),
@@ -283,6 +285,16 @@ def test_a_template_goes_with_the_run(tmp_path: Path) -> None:
     go("sft", "chat.jsonl", tmp_path / "own", "--base", str(base), "--template", "own.jinja", "--lora.rank", "2")
     for folder in (tmp_path / "own", tmp_path / "own" / "merged"):
         assert "[{{ m.content }}]" in (folder / "chat_template.jinja").read_text()
+
+
+def test_augmented_rows_are_marked_in_the_record_of_a_run(tmp_path: Path) -> None:
+    go("sft", "sft.jsonl", tmp_path / "run", "--augment", "[{name: and, swap: terms.txt}]", "--max-steps", "1")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    made = len((tmp_path / "run" / "augmented.jsonl").read_text().splitlines())
+    assert f"({made} by and)" in record["data"] and made > 10
+    state = checkpoint.read_state(checkpoint.find(tmp_path / "run"))
+    assert state["config"]["augment"] == [{"name": "and", "swap": "terms.txt"}]
+    go("sft", str(tmp_path / "run" / "augmented.jsonl"), tmp_path / "again", "--max-steps", "1")
 
 
 def test_a_plan_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

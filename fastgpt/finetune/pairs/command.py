@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from fastgpt.data.read.rows import Row, open_rows
 from fastgpt.finetune.asking.dialogue import LEFT_OUT, Message, Replier
 from fastgpt.finetune.asking.endpoint import Endpoint
 from fastgpt.finetune.asking.journal import Journal, write_lines
+from fastgpt.finetune.asking.keys import key_of
 from fastgpt.finetune.asking.own import OwnModel
 from fastgpt.finetune.formats import Wrong, messages
 from fastgpt.finetune.pairs.constitution import Rule, load_constitution
@@ -103,20 +103,6 @@ def open_replier(args: argparse.Namespace) -> Replier:
     options = {name: value for name, value in options.items() if value is not None}
     options |= {"key": key_of(args.key_env), "body": _body(args.body), "at_once": args.at_once}
     return Endpoint(args.endpoint, args.model, **options)
-
-
-def key_of(variable: str | None) -> str:
-    """Return the value of an environment variable; empty without one.
-
-    Raises:
-        UserError: it is not set, or empty.
-    """
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(f"the environment variable {variable} is not set, expected the key for the endpoint")
-    return key
 
 
 def _body(text: str | None) -> dict[str, Any]:

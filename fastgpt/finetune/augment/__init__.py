@@ -1,0 +1,1 @@
+"""More rows for training, made from those that there are: the setting `augment` of `fastgpt finetune`."""
