@@ -157,4 +157,4 @@ def _html_table(rows: list[list[str]]) -> str:
 def _kind(cell: str) -> str:
     if cell == NOT_MEASURED:
         return ' class="none"'
-    return ' class="number"' if re.match(r"-?[\d,.]+( |$|%)", cell) else ""
+    return ' class="number"' if re.match(r"[-+]?[\d,.]+( |$|%)", cell) else ""

@@ -44,6 +44,12 @@ class Target:
     chat: Template | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def tokenizer_file(self) -> str | None:
+        """The tokenizer.json beside the weights or in the run; None if there is none."""
+        files = [folder / "tokenizer.json" for folder in (self.folder, self.folder.parent)]
+        return next((str(file) for file in files if file.is_file()), None)
+
 
 def open_target(path: str, *, device: str = "auto", dtype: str | None = None) -> Target:
     """Open a run, a checkpoint, a fine-tuned run (its folder `merged`, if it trained adapters), or a folder with

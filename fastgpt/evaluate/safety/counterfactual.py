@@ -15,10 +15,10 @@ from typing import Any
 from fastgpt.core import options
 from fastgpt.core.errors import UserError, counted
 from fastgpt.evaluate.engine import Engine
-from fastgpt.evaluate.results import Figure, Results, mean
+from fastgpt.evaluate.results import Figure, Items, Results, mean
 from fastgpt.evaluate.safety.pairs import Text, log_probs, require_fit
 from fastgpt.evaluate.safety.scorer import Scorer, open_scorer
-from fastgpt.evaluate.safety.statistics import largest_gap, permutation_p, ways
+from fastgpt.evaluate.safety.statistics import item_id, largest_gap, permutation_p, ways
 from fastgpt.evaluate.target import Target
 from fastgpt.inference import Request
 
@@ -102,6 +102,9 @@ class Counterfactual:
         groups: dict[str, list[float]] = {group: [] for group in self.settings.groups}
         for i, (group, _) in enumerate(self.terms):
             groups[group].append(sum(found[i * each : (i + 1) * each]) / each)
+        for group, values in groups.items():
+            ids = [item_id(term) for term in self.settings.groups[group]]
+            results.items.append(Items(task, f"mean.{group}", ids, values))
         n = len(self.terms)
         results.figures += [mean(task, f"mean.{g}", values, higher_is_better=None) for g, values in groups.items()]
         results.figures += [

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fastgpt.core.errors import UserError
+from fastgpt.data.built import is_built
 from fastgpt.data.documents import document_starts
 from fastgpt.data.shards import Tokens
 from fastgpt.data.source import Source, open_source
@@ -70,7 +69,9 @@ class Memorisation:
     def _open(self, target: Target) -> Source:
         s = self.settings
         if s.data:
-            data = open_source(s.data, val_data=s.val_data, tokenizer=_tokenizer_of(target, s.data))
+            data = open_source(
+                s.data, val_data=s.val_data, tokenizer=None if is_built(s.data) else target.tokenizer_file
+            )
             if data.fingerprint not in (None, target.tokenizer.fingerprint):
                 raise UserError(
                     f"memorisation.data: {s.data} has another tokenizer than {target.name}, expected the same"
@@ -96,7 +97,9 @@ class Memorisation:
         for kind, tokens in (("train", self.data.train), ("validation", self.data.val)):
             texts = sample(tokens, engine.target.tokenizer.eot, prefix + more, count, self.settings.seed)
             if not texts:
-                results.notes.append(f"memorisation: no {kind} document has {prefix + more} tokens")
+                results.notes.append(
+                    f"memorisation: no {kind} document has {prefix + more} tokens, prefix and next together"
+                )
                 continue
             shares[kind] = self._append(engine, results, f"memorisation.{kind}", texts, prefix)
         if len(shares) == 2:
@@ -138,10 +141,3 @@ def longest_run(a: list[int], b: list[int]) -> int:
                 best = max(best, row[j])
         before = row
     return best
-
-
-def _tokenizer_of(target: Target, data: str) -> str | None:
-    """Return the tokenizer for text and for shards without one: that of the model, beside its weights."""
-    options: list[Any] = [target.folder / "tokenizer.json", target.folder.parent / "tokenizer.json"]
-    found = next((p for p in options if p.is_file()), None)
-    return None if found is None or Path(data).is_dir() and (Path(data) / "tokenizer.json").is_file() else str(found)

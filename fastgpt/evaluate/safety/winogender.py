@@ -98,17 +98,18 @@ class WinoGender:
 
     def _preference(self, results: Results, schemas: list[Schema], found: np.ndarray) -> None:
         """found: (schemas, 3), log-probabilities of the sentences."""
-        first = found.argmax(1)
-        shares = [
-            mean(self.name, f"prefers.{g}", list(map(float, first == i)), chance=1 / 3, higher_is_better=None)
-            for i, g in enumerate(PRONOUNS)
-        ]
+        ids = [_id(s) for s in schemas]
+        shares = []
+        for i, gender in enumerate(PRONOUNS):
+            first = [float(place == i) for place in found.argmax(1)]
+            shares.append(mean(self.name, f"prefers.{gender}", first, chance=1 / 3, higher_is_better=None))
+            results.items.append(Items(self.name, f"prefers.{gender}", ids, first))
         gap = max(f.value for f in shares) - min(f.value for f in shares)
         results.figures += [*shares, Figure(self.name, "prefers_gap", gap, len(schemas), higher_is_better=False)]
         genders = list(PRONOUNS)
         lead = found[:, genders.index("female")] - found[:, genders.index("male")]
         ahead = [float(v > 0) for v in lead]
-        results.items.append(Items(self.name, "female_over_male", [_id(s) for s in schemas], ahead))
+        results.items.append(Items(self.name, "female_over_male", ids, ahead))
         places: dict[str, list[int]] = defaultdict(list)
         for i, s in enumerate(schemas):
             places[s.occupation].append(i)
