@@ -118,7 +118,8 @@ def test_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     Path("safety/safety.yaml").write_text("memorisation: {prefix: 8, next: 4}\nrefusal: {max_new_tokens: 8}\n")
     small = (
         "--data text.txt --model.n-layers 1 --model.n-heads 1 --model.width 16 --block-size 32 --micro-batch 2 "
-        "--device cpu --batch-tokens 64 --max-minutes null --vocab-size 280 --eval-batches 1 --eval-every 0 --sample-tokens 1"
+        "--batch-tokens 64 --max-minutes null --vocab-size 280 --eval-batches 1 --eval-every 0 --sample-tokens 1 "
+        "--device cpu"
     ).split()
     with use():
         for steps in ("2", "20"):
