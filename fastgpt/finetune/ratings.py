@@ -36,6 +36,7 @@ class Vote(NamedTuple):
         rater: of several votes of a rater on an item the last one counts; empty: each row is another rater.
         sides: what was rated, one or two.
         rated: whether to settle as [(chosen, True), (rejected, False)].
+        blank: whether a side has no text, as models write it now and then.
     """
 
     prompt: str
@@ -44,6 +45,7 @@ class Vote(NamedTuple):
     rater: str
     sides: tuple[Source, ...]
     rated: bool = False
+    blank: bool = False
 
 
 @dataclass
@@ -82,6 +84,8 @@ class Poll:
         if vote.item in self.settled:
             return None
         self.settled.add(vote.item)
+        if vote.blank:
+            raise Unused("an empty text")
         verdict = self.verdict(vote.item)
         if len(vote.sides) == 1:
             return self._pair_of_thumbs(vote, verdict)
@@ -110,7 +114,7 @@ def comparison(reader: Reader, row: Row) -> Vote:
     Raises:
         Wrong: as the methods of Reader, or an unknown winner, or equal sides.
     """
-    prompt, a, b = reader.side(row, "prompt"), reader.text(row, "a"), reader.text(row, "b")
+    prompt, a, b = reader.side(row, "prompt"), _written(reader, row, "a"), _written(reader, row, "b")
     winner, column = reader.text(row, "winner"), reader.names.get("winner", "winner")
     if winner not in WINNERS:
         problem = f"field {column!r} is {winner!r}, expected one of {', '.join(WINNERS)}"
@@ -121,7 +125,8 @@ def comparison(reader: Reader, row: Row) -> Vote:
     if b < a:
         a, b, choice = b, a, SWAPPED.get(choice, choice)
     sides = (_after(prompt, a), _after(prompt, b))
-    return Vote(_key(prompt), _key([prompt, a, b]), choice, reader.text(row, "rater", empty=True), sides)
+    rater, blank = reader.text(row, "rater", empty=True), not (a.strip() and b.strip())
+    return Vote(_key(prompt), _key([prompt, a, b]), choice, rater, sides, blank=blank)
 
 
 def rated_comparison(reader: Reader, row: Row) -> Vote:
@@ -147,6 +152,12 @@ def rated_thumb(reader: Reader, row: Row) -> list[tuple[Source, bool]]:
     """Return a completion and whether it has thumbs up."""
     vote = thumb(reader, row)
     return [(vote.sides[0], vote.choice == "up")]
+
+
+def _written(reader: Reader, row: Row, name: str) -> str:
+    """Return the text of a column, which may be empty but not missing."""
+    reader.value(row, name)
+    return reader.text(row, name, empty=True)
 
 
 def _after(prompt: Any, text: str) -> Source:

@@ -43,11 +43,12 @@ def test_the_most_frequent_verdict_on_an_item_counts_in_either_order_of_its_side
         vote("a", prompt="other?"),
         vote("tie", prompt="tie?"),
         vote("both_bad", prompt="bad?"),
+        vote("a", prompt="mute?", b=" "),
         *(vote(winner, prompt="tied?") for winner in ("a", "b", "tie")),
     )
     found, left = pairs(path)
     assert found == [("ok? no", "ok? yes"), ("other? yes", "other? no")]
-    assert left == {"tie": 1, "both bad": 1, "tied votes": 1}
+    assert left == {"tie": 1, "both bad": 1, "tied votes": 1, "an empty text": 1}
     assert pairs(path, format="ratings") == (found, left)
 
 
@@ -93,7 +94,8 @@ def test_both_kinds_are_rated_completions_for_kto(tmp_path: Path) -> None:
     [
         (vote("A"), r"line 2, .*field 'winner' is 'A', expected one of a, b, tie, both_bad"),
         (vote("a", b=" yes"), "line 2, .*a and b are equal"),
-        (vote("a", b=""), "line 2, .*field 'b' is empty"),
+        (vote("a") | {"b": None}, "line 2, .*field 'b' is null"),
+        (thumb("", "up"), "line 2, .*field 'response' is empty"),
         (thumb(" x", "top"), "line 2, .*field 'thumb' is 'top', expected up or down"),
         (thumb(" x", "up", prompt=None), "line 2, .*field 'prompt' is null"),
     ],

@@ -34,7 +34,7 @@ class OwnModel:
         self.template = target.chat or Template(eos_token=eos)
         self.identity = {"model": path, "weights": target.about["fingerprint"], "endpoint": None}
         self.engine = Engine(target)
-        self.generator = Generator(target.model, self.tokenizer, max_batch=at_once, graphs=False)
+        self.generator = Generator(target.model, self.tokenizer, max_batch=at_once)
         self.encoder = Encoder(self.tokenizer, self.template)
 
     def records(self, dialogues: Iterable[Dialogue]) -> Iterator[Record]:
