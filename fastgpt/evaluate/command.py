@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, and write the results."""
     from fastgpt.core import page as core_page
     from fastgpt.evaluate import page, table
+    from fastgpt.evaluate.presets import parts_of
     from fastgpt.evaluate.results import Results, load_results
-    from fastgpt.evaluate.run import evaluate
+    from fastgpt.evaluate.run import run_parts
     from fastgpt.evaluate.target import open_target
 
     models = _models(args)
@@ -75,17 +76,13 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"{path} is a folder, expected the name of a file")
     if args.page and len(models) > 1:
         core_page.figure(lambda axes: None, 1, 1)  # matplotlib is missed now, not at the end
+    parts = parts_of(args.preset, args.data, args.texts)
     found: list[Results] = []
     for model in models:
         target = open_target(model, device=args.device, dtype=args.dtype)
-        results = evaluate(
-            target,
-            args.preset,
-            data=args.data,
-            limit=args.limit,
-            progress=sys.stderr.isatty(),
-            texts=args.texts,
-            batch_tokens=args.batch_tokens,
+        shown = sys.stderr.isatty()
+        results = run_parts(
+            target, args.preset, parts, limit=args.limit, progress=shown, batch_tokens=args.batch_tokens
         )
         out = args.out or default_path(target.folder, results.model.get("step"), args.preset)
         results.save(out)

@@ -46,18 +46,23 @@ class HarnessTasks:
         self._category: dict[str, str] = {}  # part -> category
 
     def check(self, target: Target) -> None:
-        """Read the files and build the tasks.
+        """Read the files and build the tasks, the first time, and measure the prompts against the context.
 
         Raises:
             UserError: the harness is not installed, files are missing or wrong, there are fewer examples than shots, or
                 no prompt fits into the context.
         """
-        harness = _harness()
+        if not self._tasks:
+            self._tasks = self._load(_harness())
+        self._check_context(target)
+
+    def _load(self, harness: Path) -> dict[str, Any]:
+        """Return the tasks by name, after writing their files."""
         splits = {split: self._read(split) for split in self.benchmark.needs(self.shots)}
-        found = len(splits[self.benchmark.split])
-        if self.whole and found < self.benchmark.parts:
-            raise UserError(f"{self.name} has {found} parts below {self.data}, expected {self.benchmark.parts}")
-        for part in splits[self.benchmark.split]:
+        parts = list(splits[self.benchmark.split])
+        if self.whole and len(parts) < self.benchmark.parts:
+            raise UserError(f"{self.name} has {len(parts)} parts below {self.data}, expected {self.benchmark.parts}")
+        for part in parts:
             if self.shots:
                 self._check_pool(part, splits)
             self._write(part, {split: rows[part] for split, rows in splits.items()}, harness)
@@ -65,8 +70,8 @@ class HarnessTasks:
             from lm_eval.tasks import TaskManager
 
             manager = TaskManager(include_path=self._folder.name, include_defaults=False)
-            self._tasks = manager.load([self._task(part) for part in splits[self.benchmark.split]])["tasks"]
-        self._check_context(target)
+            tasks: dict[str, Any] = manager.load([self._task(part) for part in parts])["tasks"]
+        return tasks
 
     def run(self, engine: Engine, results: Results, limit: int | None) -> None:
         """Score the tasks, `limit` questions of each part (None: all)."""

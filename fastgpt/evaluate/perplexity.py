@@ -24,10 +24,11 @@ from fastgpt.core.errors import UserError, cause_of
 from fastgpt.data import Tokenizer
 from fastgpt.data.documents import document_starts
 from fastgpt.data.shards import Tokens
-from fastgpt.data.source import open_source, open_validation
 from fastgpt.evaluate.engine import Engine
 from fastgpt.evaluate.results import Figure, Items, Results
 from fastgpt.evaluate.target import Target
+from fastgpt.training.build import open_data
+from fastgpt.training.config import from_dict
 
 BATCH = 256  # documents scored at a time
 
@@ -124,17 +125,11 @@ def validation_data(target: Target) -> dict[str, Tokens]:
     Raises:
         UserError: it is not a run, or its data is not where it was or was encoded with another tokenizer.
     """
-    config = target.settings
-    if not config:
-        raise UserError(f"{target.name} is not a run of fastgpt train")
-    given = config["data"]
-    if given is not None and "*" not in given and not Path(given).exists():
-        raise UserError(f"{given}, the data of {target.name}, is not there")
-    keys = ("data_dtype", "val_data", "tokenizer", "vocab_size", "val_fraction")
-    source = open_source(given, **{key: config[key] for key in keys if key in config})
+    if not target.settings:
+        raise UserError(f"{target.name} is not a run of `fastgpt train`")
+    source, more = open_data(from_dict(target.settings))
     if source.fingerprint not in (None, target.tokenizer.fingerprint):
         raise UserError(f"{source.name} was encoded with another tokenizer than that of {target.name}")
-    more = open_validation(config.get("val_sources") or {}, source, config.get("data_dtype", "auto"))
     return {**(source.val_sources or {"validation": source.val}), **more}
 
 

@@ -131,7 +131,7 @@ def test_full_wants_every_file_and_every_part(data: Path, target: Target, tmp_pa
 def test_full_runs_all_that_is_there(data: Path, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = parts_of("full", data)
     assert [part.name for part in parts] == ["perplexity", *ORDER]
-    with pytest.raises(UserError, match="small is not a run of fastgpt train"):
+    with pytest.raises(UserError, match="small is not a run of `fastgpt train`"):
         parts[0].check(target)
 
 
