@@ -14,6 +14,7 @@ from fastgpt.core.errors import UserError
 SUBCOMMANDS = {
     "init": ("fastgpt.evaluate.suite_init", "write a template of a suite of your own"),
     "check": ("fastgpt.evaluate.suite_checks", "check a suite: duplicates, leaked documents, balance of the labels"),
+    "export-suite": ("fastgpt.evaluate.suite_export", "write a suite as a task of the LM Evaluation Harness"),
     "compare": ("fastgpt.evaluate.compare", "compare two evaluations, or refuse a regression (--gate)"),
     "human": ("fastgpt.evaluate.human.command", "let people rate the answers of two models, blind"),
     "power": ("fastgpt.evaluate.power", "say how many items tell two models apart"),

@@ -18,8 +18,10 @@ from fastgpt.evaluate.classification import classification, confusion_matrix
 from fastgpt.evaluate.engine import Engine, Scored
 from fastgpt.evaluate.judge import Judge, Question
 from fastgpt.evaluate.results import Figure, Items, Results, mean
-from fastgpt.evaluate.suite_file import GENERATES, Item, Suite, open_suite, schema_of
+from fastgpt.evaluate.suite_file import Suite, open_suite, schema_of
+from fastgpt.evaluate.suite_items import Item
 from fastgpt.evaluate.suite_schema import text_fits
+from fastgpt.evaluate.suite_settings import GENERATES
 from fastgpt.evaluate.target import Target
 from fastgpt.inference import Request
 

@@ -16,7 +16,9 @@ from fastgpt.core.command import Parser
 from fastgpt.core.errors import UserError
 from fastgpt.evaluate.classification import classification, confusion_matrix
 from fastgpt.evaluate.suite import SuitePart, suite_of
-from fastgpt.evaluate.suite_file import GENERATES, Item, Suite, open_suite
+from fastgpt.evaluate.suite_file import Suite, open_suite
+from fastgpt.evaluate.suite_items import Item
+from fastgpt.evaluate.suite_settings import GENERATES
 
 SCORING = '''\
 """Figures of the suite {name}, which fastgpt computes; written by `fastgpt eval export-suite`."""

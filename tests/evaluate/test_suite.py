@@ -15,8 +15,9 @@ from suite_files import items_of, run_part, texts_of, tiny_target, write_rows, w
 
 from fastgpt.core.errors import UserError
 from fastgpt.evaluate.suite import encode_pair, ratio, suite_of
-from fastgpt.evaluate.suite_file import KINDS, is_suite, open_suite, read_suite
+from fastgpt.evaluate.suite_file import is_suite, open_suite, read_suite
 from fastgpt.evaluate.suite_schema import check_schema, fits, text_fits
+from fastgpt.evaluate.suite_settings import KINDS
 from fastgpt.evaluate.target import Target
 
 
