@@ -114,7 +114,7 @@ class SuitePart:
     def _cloze(self, results: Results, items: list[Item], scored: list[Scored]) -> None:
         self._add(results, "acc", items, [float(one.greedy) for one in scored])
         nats = mean(self.name, "", [-one.logprob for one in scored])
-        value = math.exp(nats.value)
+        value = _exp(nats.value)
         stderr = None if nats.stderr is None else value * nats.stderr  # delta method
         shots = self.suite.settings.shots
         results.figures.append(
@@ -143,11 +143,11 @@ class SuitePart:
         words = np.array([len(re.split(r"\s+", text)) for text in texts], np.float64)
         for metric, units in (("word_perplexity", words), ("byte_perplexity", size), ("bits_per_byte", size)):
             rate, error = ratio(nats, units)
-            value, slope = (rate / math.log(2), 1 / math.log(2)) if metric == "bits_per_byte" else (math.exp(rate),) * 2
+            value, slope = (rate / math.log(2), 1 / math.log(2)) if metric == "bits_per_byte" else (_exp(rate),) * 2
             stderr = None if error is None else slope * error
             results.figures.append(Figure(self.name, metric, value, len(items), stderr, higher_is_better=False))
         ids, bits = [item.id for item in items], (nats / size / math.log(2)).tolist()
-        results.items.append(Items(self.name, "bits_per_byte", ids, bits))
+        results.items.append(Items(self.name, "bits_per_byte", ids, bits, size.tolist()))
 
     def _generations(self, engine: Engine, results: Results, items: list[Item]) -> None:
         """Generate answers and compare or judge them."""
@@ -215,6 +215,11 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, start: in
     whole = tokenizer.prompt(context + continuation)
     before = tokenizer.prompt(left)
     return before, whole[len(before) :]
+
+
+def _exp(value: float) -> float:
+    """Return e^value, at most the largest number that JSON can hold."""
+    return math.exp(min(value, 700.0))
 
 
 def ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float | None]:
