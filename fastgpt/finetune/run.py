@@ -105,7 +105,8 @@ class FinetuneRun(Run):
 
 
 def prepare(cfg: FinetuneConfig) -> FinetuneRun:
-    """Open the base, read the data, and build the model that trains, without writing to the run's folder.
+    """Open the base, read the data, and build the model that trains. The run's folder gets what the data and the
+    reference need alone: augmented rows, paraphrases, log-probabilities.
 
     Raises:
         UserError: what does not fit, before training starts.

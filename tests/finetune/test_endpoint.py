@@ -70,6 +70,7 @@ def test_key_and_fields_of_the_body(server: ChatServer) -> None:
 FAILURES: dict[str, Any] = {
     "429 with Retry-After": (429, {"Retry-After": "0.2"}, "slow down"),
     "500": (500, {}, "oops"),
+    "529": (529, {}, "overloaded"),
     "cut body": "cut",
     "no JSON": (200, {}, "<html>"),
     "no choices": (200, {}, '{"choices": []}'),

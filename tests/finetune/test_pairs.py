@@ -238,6 +238,7 @@ REFUSED = {
     "--model x --endpoint http://localhost/v1 --device cpu": "--device has no effect here",
     "--model x --endpoint http://localhost/v1 --key-env NO_KEY_HERE": "the environment variable NO_KEY_HERE is not set",
     "--model x --endpoint http://localhost/v1 --body [1]": "--body is .*, expected an object of JSON",
+    "--model x --mode compare --temperature 0": "--temperature is 0, expected more with --mode compare",
     "--model x --prompts no.jsonl": "no.jsonl",
     "--model no": "no is no folder, expected a run",
     "--model x --out rules.yaml": "rules.yaml exists, expected a new file",

@@ -173,7 +173,7 @@ class Endpoint:
         said = " ".join(said.split())[:WORDS]
         said = said.replace(self.key, "***") if self.key else said
         status = f"answers {e.code} {e.reason}" + (f" ({said})" if said else "")
-        if e.code in TRANSIENT:
+        if e.code in TRANSIENT or e.code >= 500:
             return Broken(status, retry_after(e.headers.get("Retry-After")))
         if e.code in REFUSED and self._answered:
             return LeftOut(f"refused by the endpoint ({e.code})")

@@ -15,6 +15,8 @@ from fastgpt.finetune.formats import Chat, Wrong
 from fastgpt.inference import Generator, Request
 from fastgpt.inference.chat import Template
 
+LABEL = 8  # tokens of a label, at most
+
 
 class OwnModel:
     """A model of this machine, as what replies in dialogues.
@@ -101,9 +103,9 @@ class OwnModel:
 
     def _labels(self, ask: Ask) -> Reply:
         """Return the log-probability that the reply begins with each label."""
+        self._prompt(ask, LABEL)
         pairs = []
         for label in ask.labels:
-            before = len(self._prompt(ask, 8))
             try:
                 chat = Chat([*ask.messages, {"role": "assistant", "content": label}], len(ask.messages))
                 example = self.encoder.example(chat)

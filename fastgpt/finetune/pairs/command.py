@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"make-pairs: {out} exists, expected a new file")
     names = [field.name for field in dataclasses.fields(Settings)]
     settings = Settings(**{name: getattr(args, name) for name in names})
+    if settings.mode == "compare" and settings.temperature == 0:
+        raise UserError("--temperature is 0, expected more with --mode compare: the two answers would be equal")
     rules = rules_of(load_constitution(args.constitution), settings.mode)
     prompts = read_prompts(args.prompts, args.limit)
     replier = open_replier(args)
