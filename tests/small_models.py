@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from fastgpt.data import Tokenizer, train_tokenizer
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
+from fastgpt.training import checkpoint
 
 ROPE: dict[str, Any] = dict(norm="rms", activation="swiglu", mlp_width=48, positions="rope", tied=False)
 CASES: dict[str, dict[str, Any]] = {
@@ -56,3 +59,13 @@ def model_that_says(ids: list[int], vocab_size: int) -> GPT:
 def byte_tokenizer() -> Tokenizer:
     """Return a tokenizer with a token for each byte, without merges."""
     return train_tokenizer(["a"], 257)
+
+
+def run_of(model: GPT, path: str) -> str:
+    """Write a model with the tokenizer of bytes as a run; return its path."""
+    state: dict[str, Any] = {"progress": {"step": 1, "tokens": 1}, "config": {}, "loader": {}}
+    state |= {"tokenizer": byte_tokenizer().fingerprint, "model": dataclasses.asdict(model.config)}
+    state |= {"source": {"name": "test", "revision": None}}
+    checkpoint.save(Path(path), 1, model.state_dict(), {}, state, 0)
+    byte_tokenizer().save(Path(path) / "tokenizer.json")
+    return path

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from chat_rows import write_rows
 from chat_server import ChatServer, chat_server
-from small_models import byte_tokenizer
+from small_models import byte_tokenizer, model_that_says, run_of
 
 from fastgpt.core.errors import UserError
 from fastgpt.finetune.augment.rows import FORMATS, answer, asked, row_of, source_of, with_asked
@@ -213,6 +213,19 @@ def test_paraphrases_are_checked_and_asked_for_once(server: ChatServer, monkeypa
     assert len(server.requests) == 16 and texts(again.train["a.jsonl"]) == texts(data.train["a.jsonl"])
     with pytest.raises(UserError, match="paraphrases-reworded.jsonl was begun with another temperature"):
         opened(rows, step | {"temperature": 0.1}, val_data="val.jsonl", val_fraction=0.05)
+
+
+def test_paraphrases_by_a_model_of_our_own() -> None:
+    rows = [{"prompt": f"He has {i}.", "completion": " it"} for i in range(4)]
+    encode, eot = byte_tokenizer().encode, byte_tokenizer().eot
+    asked_with = encode("User: Reword.\n\nHe has 0.\nAssistant:").tolist()
+    said = [*asked_with[1:], *encode(" It is 7.").tolist(), eot, *[0] * 30]
+    model = run_of(model_that_says(said, 257), "own")
+    step = {"paraphrase": model, "instruction": "Reword.", "max_tokens": 20, "temperature": 0}
+    with pytest.raises(UserError, match="left out: longer than max_tokens; expected at least one"):
+        opened(rows, {**step, "name": "short", "max_tokens": 3}, device="cpu")
+    opened(rows, step, device="cpu")
+    assert [row["prompt"] for row in written()] == ["It is 7."]  # the others are in the data already
 
 
 HOOK = """\

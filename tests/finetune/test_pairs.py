@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ import pytest
 import torch
 from chat_rows import write_rows
 from chat_server import ChatServer, chat_server
-from small_models import byte_tokenizer, model_that_says
+from small_models import byte_tokenizer, model_that_says, run_of
 
 from fastgpt.core.errors import UserError
 from fastgpt.finetune.asking.dialogue import LEFT_OUT, Ask
@@ -25,7 +24,6 @@ from fastgpt.finetune.pairs.constitution import load_constitution
 from fastgpt.inference.chat import Template
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
-from fastgpt.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 RULES = """\
@@ -143,16 +141,6 @@ def test_no_pair_at_all_is_an_error(server: ChatServer) -> None:
     assert not Path("pairs.jsonl").exists()
 
 
-def written(model: GPT, path: str) -> str:
-    """Write a model with the tokenizer of bytes as a run."""
-    state: dict[str, Any] = {"progress": {"step": 1, "tokens": 1}, "config": {}, "loader": {}}
-    state |= {"tokenizer": byte_tokenizer().fingerprint, "model": dataclasses.asdict(model.config)}
-    state |= {"source": {"name": "test", "revision": None}}
-    checkpoint.save(Path(path), 1, model.state_dict(), {}, state, 0)
-    byte_tokenizer().save(Path(path) / "tokenizer.json")
-    return path
-
-
 def random_model(scale: float) -> GPT:
     model = GPT(ModelConfig(n_layers=1, n_heads=1, width=16, vocab_size=257, vocab_multiple=1, block_size=700))
     g = torch.Generator().manual_seed(0)
@@ -164,7 +152,7 @@ def random_model(scale: float) -> GPT:
 
 def test_a_model_of_our_own_makes_the_same_pairs_in_batches_of_any_size() -> None:
     """Its logits are all 0, so rounding decides no token."""
-    run = written(random_model(0.0), "run")
+    run = run_of(random_model(0.0), "run")
     options = ("--model", run, "--max-tokens", "8", "--device", "cpu")
     found = {}
     for at_once in ("1", "4"):
@@ -182,10 +170,19 @@ def test_a_model_of_our_own_makes_the_same_pairs_in_batches_of_any_size() -> Non
         make(*options)
 
 
+def test_from_a_constitution_to_a_step_of_dpo() -> None:
+    run = run_of(random_model(0.02), "run")
+    make("--model", run, "--max-tokens", "8", "--device", "cpu", "--keep-cut")
+    sizes = "--block-size 128 --batch 2 --micro-batch 2 --max-steps 1 --val-fraction 0.2 --device cpu --out aligned"
+    assert main(["--task", "dpo", "--base", run, "--data", "pairs.jsonl", *sizes.split()]) == 0
+    rows = [json.loads(line) for line in Path("aligned/metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
 def test_the_text_of_a_model_is_its_reply() -> None:
     text = "User: q\nAssistant: yes\nUser:"
     ids = [*byte_tokenizer().encode(text).tolist(), byte_tokenizer().eot]
-    model = OwnModel(written(model_that_says([*ids[1:], 0] + [0] * 9, 257), "run"), device="cpu")
+    model = OwnModel(run_of(model_that_says([*ids[1:], 0] + [0] * 9, 257), "run"), device="cpu")
 
     def dialogue() -> Any:
         (reply,) = yield [Ask([{"role": "user", "content": "q"}], max_tokens=12, temperature=0.0)]
@@ -195,7 +192,7 @@ def test_the_text_of_a_model_is_its_reply() -> None:
 
 
 def test_labels_have_the_log_probabilities_of_the_logits() -> None:
-    model = OwnModel(written(random_model(0.3), "run"), device="cpu")
+    model = OwnModel(run_of(random_model(0.3), "run"), device="cpu")
     ask = Ask([{"role": "user", "content": "A or B?"}], labels=("A", "B"))
 
     def dialogue() -> Any:
