@@ -26,7 +26,7 @@ from fastgpt.evaluate.target import Target
 from fastgpt.evaluate.task_files import Benchmark, find, read, where_to_put
 
 SEED = 1234  # of the choice of examples; the harness's default
-SHORTEST = 8  # questions whose prompts are measured against the context
+SHORTEST = 8  # questions that are measured against the context
 
 
 class HarnessTasks:
@@ -86,6 +86,12 @@ class HarnessTasks:
             found = evaluate(model, {"tasks": self._tasks, "groups": {}}, limit=limit, bootstrap_iters=0)
         samples = {part: found["samples"][self._task(part)] for part in self._parts()}
         results.truncated[self.name] = model.truncated
+        prompts = len({s["arguments"][0][0] for part in samples.values() for s in part})
+        if self.shots and model.truncated >= prompts:
+            results.notes.append(
+                f"{self.name}: no prompt with {self.shots} examples fits into the context of {engine.context:,} "
+                "tokens, so each lost its first ones"
+            )
         if len(samples) < self.benchmark.parts:
             results.notes.append(f"{self.name}: {len(samples)} of its {self.benchmark.parts} parts have files")
         for metric in self.benchmark.metrics:
@@ -145,20 +151,27 @@ class HarnessTasks:
         (folder / f"{self._task(part)}.yaml").write_text(json.dumps(config), encoding="utf-8")
 
     def _check_context(self, target: Target) -> None:
-        """Refuse a context into which not even the shortest prompt of a task fits."""
-        limit = target.model.block_size
+        """Refuse a context that is shorter than a choice, or into which no question fits, even without examples."""
+        limit, encode = target.model.block_size, target.tokenizer.encode
         for part in self._parts():
-            task = self._tasks[self._task(part)]
-            task.set_fewshot_seed(seed=SEED)
-            docs = sorted(task.eval_docs, key=lambda doc: len(json.dumps(doc)))[:SHORTEST]
-            prompts = [task.fewshot_context(doc, self.shots) for doc in docs]
-            texts = [text for prompt in prompts for text in ([prompt] if isinstance(prompt, str) else prompt)]
-            least = min(len(target.tokenizer.encode(text)) for text in texts)
-            if least > limit:
-                raise UserError(
-                    f"{self._label(part)} has {least:,} tokens in its shortest prompt of {self.shots} examples, "
-                    f"expected at most {limit:,}, the context of {target.name}"
-                )
+            docs = sorted(self._tasks[self._task(part)].eval_docs, key=lambda doc: len(_canonical(doc)))
+            pairs = [pair for doc in docs[:SHORTEST] for pair in self._pairs(part, doc)]
+            least = min(len(encode(context + continuation)) for context, continuation in pairs)
+            # a choice is part of its question, and has at least one byte for each token
+            long = [doc for doc in docs if len(_canonical(doc).encode()) > limit]
+            most = max((len(encode(choice)) for doc in long for _, choice in self._pairs(part, doc)), default=0)
+            for what, tokens in (("its shortest question", least), ("its longest choice", most)):
+                if tokens > limit:
+                    raise UserError(
+                        f"{self._label(part)} has {tokens:,} tokens in {what}, "
+                        f"expected at most {limit:,}, the context of {target.name}"
+                    )
+
+    def _pairs(self, part: str, doc: dict[str, Any]) -> list[tuple[str, str]]:
+        """Return context and continuation of each choice of a question, without examples."""
+        task = self._tasks[self._task(part)]
+        made = task.construct_requests(doc=doc, ctx=task.fewshot_context(doc, 0), metadata=(task.config.task, 0, 1))
+        return [request.args for request in (made if isinstance(made, list) else [made])]
 
     def _add(self, metric: str, samples: dict[str, list[dict[str, Any]]], results: Results) -> None:
         """Append the figures of a metric: of the benchmark, its categories and its parts."""
@@ -194,9 +207,12 @@ class HarnessTasks:
         return Figure(name, metric, figure.value, figure.n, figure.stderr, chance, self.shots)
 
 
+def _canonical(doc: dict[str, Any]) -> str:
+    return json.dumps(doc, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
 def _id(doc: dict[str, Any]) -> str:
-    text = json.dumps(doc, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(text.encode()).hexdigest()[:16]
+    return hashlib.blake2b(_canonical(doc).encode()).hexdigest()[:16]
 
 
 def _bytes(text: str) -> int:

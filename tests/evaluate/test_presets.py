@@ -250,12 +250,22 @@ def test_an_unknown_subject_is_refused(target: Target, tmp_path: Path) -> None:
         HarnessTasks(benchmarks()["mmlu"], tmp_path).check(target)
 
 
-def test_a_context_shorter_than_a_prompt_is_refused(data: Path, tmp_path: Path) -> None:
-    short = small_target(tmp_path, block_size=16)
-    with pytest.raises(
-        UserError, match="hellaswag has .* tokens in its shortest prompt of 10 examples, expected at most 16"
-    ):
+def test_a_context_shorter_than_a_question_is_refused(data: Path, tmp_path: Path) -> None:
+    short = small_target(tmp_path, block_size=8)
+    message = r"hellaswag has \d+ tokens in its shortest question, expected at most 8, the context of small"
+    with pytest.raises(UserError, match=message):
         HarnessTasks(benchmarks()["hellaswag"], data).check(short)
+    folder = tmp_path / "data"
+    shutil.copytree(data, folder)
+    _edit(folder / "piqa/valid.jsonl", 2, sol1="the " * 70)
+    with pytest.raises(UserError, match=r"piqa has \d+ tokens in its longest choice, expected at most 64"):
+        HarnessTasks(benchmarks()["piqa"], folder).check(small_target(tmp_path, block_size=64))
+
+
+def test_a_context_shorter_than_every_prompt_is_said(data: Path, tmp_path: Path) -> None:
+    results = evaluate(small_target(tmp_path, block_size=96), _list(tmp_path, "hellaswag"), data=data, progress=False)
+    assert "hellaswag: no prompt with 10 examples fits into the context of 96 tokens" in results.notes[0]
+    assert results.truncated["hellaswag"] == 6
 
 
 def test_both_lengths_are_shown_where_another_choice_wins(data: Path, target: Target, tmp_path: Path) -> None:
