@@ -106,13 +106,15 @@ def _gate(args: argparse.Namespace, options: Options) -> int:
     if reasons := different(base, new, options):
         raise UserError(f"{args.results[0]} cannot be held against {args.gate}: {'; '.join(reasons)}")
     comparison = compare(base, new, options)
+    tested = [r for r in comparison.rows if r.p_worse is not None]
+    if not tested:
+        raise UserError(f"{args.gate} has no metric with a better direction and items, expected one or more to test")
     found = failures(comparison.rows, alpha, args.min_difference or 0.0)
     for row in found:
         print(
             f"FAIL {row.task} {row.metric}: {row.a:.4f} -> {row.b:.4f} ({_signed(row.difference)}, "
             f"{_interval(row)}, n={row.n}, p={_p(row.p_worse_holm)})"
         )
-    tested = [r for r in comparison.rows if r.p_worse is not None]
     untested = [f"{r.task} {r.metric}" for r in comparison.rows if r.p_worse is None]
     for note in [*comparison.notes, *(f"not tested, because it has no better direction: {u}" for u in untested)]:
         print(f"note: {note}")

@@ -218,6 +218,12 @@ def test_one_unlucky_item_passes_the_gate(tmp_path: Path) -> None:
     assert command.main(["--gate", saved(tmp_path, base), saved(tmp_path, new)]) == 0
 
 
+def test_a_gate_without_anything_to_test_is_an_error(tmp_path: Path) -> None:
+    base, new = (evaluation(n, crows=("pct_stereotype", None, ONES)) for n in ("base", "new"))
+    with pytest.raises(UserError, match="base.json has no metric with a better direction"):
+        command.main(["--gate", saved(tmp_path, base), saved(tmp_path, new)])
+
+
 def shots(results: Results, n: int) -> Results:
     results.figures = [Figure(**{**vars(f), "shots": n}) for f in results.figures]
     return results

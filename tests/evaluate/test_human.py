@@ -188,7 +188,7 @@ def test_bad_bodies(server: Server, ratings: Ratings) -> None:
 def test_a_vote_that_cannot_be_written_is_not_counted(server: Server, ratings: Ratings) -> None:
     ratings.path.mkdir()
     status, content, _ = ask(server, "/token/vote", {"rater": "ann", "place": 0, "choice": "tie", "seconds": 1})
-    assert status == 500 and "the vote could not be written" in content["error"]
+    assert status == 500 and "The vote could not be written" in content["error"]
     assert ratings.done("ann") == 0
 
 

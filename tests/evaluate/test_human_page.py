@@ -145,7 +145,7 @@ def test_a_vote_that_is_not_kept_is_reported(page: Any, ratings: Ratings) -> Non
     ratings.path.mkdir()
     page.keyboard.press("1")
     page.wait_for_selector("#problem:visible")
-    assert "the vote could not be written" in page.text_content("#problem")
+    assert "The vote could not be written" in page.text_content("#problem")
     ratings.path.rmdir()
     page.keyboard.press("1")
     at(page, 2)

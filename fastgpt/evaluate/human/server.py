@@ -108,7 +108,7 @@ class Handler(BaseHTTPRequestHandler):
             status, kind, body = e.status, "application/json", json.dumps({"error": str(e)}).encode()
         except OSError as e:  # a full disk: the rater must know that the vote is not kept
             status, kind = HTTPStatus.INTERNAL_SERVER_ERROR, "application/json"
-            body = json.dumps({"error": f"the vote could not be written ({cause_of(e)})"}).encode()
+            body = json.dumps({"error": f"The vote could not be written ({cause_of(e)}). Try again."}).encode()
         self.send_response(status)
         for name, value in {**HEADERS, "Content-Type": kind, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
