@@ -22,6 +22,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "generate": ("generate", "generated tokens/s against transformers and llama.cpp; share of what memory allows"),
     "data": ("data", "text to token shards against tiktoken, datasketch and datatrove: MB/s of one core, memory"),
     "finetune": ("finetune", "fine-tuning steps against transformers, TRL and PEFT: tokens/s, memory"),
+    "evaluate": ("evaluate", "log-likelihoods of benchmarks against lm_eval's own model: requests/s"),
     "all": ("cpu", "all benchmarks that need no GPU, in under 15 minutes, then the report"),
     "gpu": (
         "gpu",

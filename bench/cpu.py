@@ -38,6 +38,7 @@ def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
         Stage("host", [*module, "fastgpt.bench.host", *rows], 240, 90),
         Stage("roofline", [*module, "fastgpt.bench.roofline", "--device", "cpu", *rows], 90, 30),
         Stage("memory", [*module, "fastgpt.bench.memory", *rows], 60, 20),
+        Stage("evaluate", [*module, "fastgpt.bench.evaluate", "--quick", *rows], 60, 15),
         Stage("codegen", [*module, "fastgpt.bench.codegen", *rows], 300, 180),
         Stage(
             "report", [*module, "fastgpt.cli", "bench", "report", "--out", str(out), str(out / "rows.jsonl")], 60, 15

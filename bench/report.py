@@ -32,22 +32,10 @@ OTHERS = {
     "generate": ("Generation", "Tokens per second against transformers and llama.cpp; `fastgpt bench generate`."),
     "data": ("Data sets", "MB of text per second of one core against tiktoken, datasketch and datatrove."),
     "finetune": ("Fine-tuning", "Steps against transformers, TRL and PEFT; `fastgpt bench finetune`."),
+    "evaluate": ("Evaluation", "Log-likelihoods against lm_eval's own model; `fastgpt bench evaluate`."),
     "codegen": ("Codegen", "Compiler output for each kernel; `fastgpt bench codegen`. No GPU is needed."),
 }
-HIDDEN = (
-    "bench",
-    "figure",
-    "backend",
-    "machine",
-    "gpu",
-    "losses",
-    "sets",
-    "samples",
-    "cut_samples",
-    "reference",
-    "relative_low",
-    "red",
-)
+HIDDEN = "bench figure backend machine gpu losses sets samples cut_samples reference relative_low red".split()
 HERE, CHECKOUT = Path("bench-results"), Path("bench/results")
 
 
@@ -324,6 +312,17 @@ def readme_finetune(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
+def readme_evaluate(rows: list[Row]) -> list[list[str]]:
+    """Return the table of evaluation."""
+    lines = [["requests", "side", "requests/s", "tokens per request", "time / products", "speed against lm_eval"]]
+    for r in rows:
+        if r["bench"] == "evaluate" and r["shape"] == "gpt2-124m" and "ms" in r:
+            against = [spread(r, key) if key in r else "-" for key in ("over_products", "speed")]
+            figures = [number(r[key]) for key in ("requests_per_s", "tokens_per_request")]
+            lines.append([r["kind"], r["variant"], *figures, *against])
+    return lines
+
+
 README_TABLES = {
     "ops": readme_ops,
     "steps": readme_steps,
@@ -331,6 +330,7 @@ README_TABLES = {
     "generation": readme_generation,
     "data": readme_data,
     "finetune": readme_finetune,
+    "evaluate": readme_evaluate,
 }
 USED: dict[str, Callable[[Row], bool]] = {  # the rows of the tables that name their source
     "ops": lambda r: r["bench"] in OPS,
@@ -338,6 +338,7 @@ USED: dict[str, Callable[[Row], bool]] = {  # the rows of the tables that name t
     "generation": lambda r: r["bench"] == "generate" and r["shape"] == "gpt2-124m",
     "data": lambda r: r["bench"] == "data" and "mb_s" in r,
     "finetune": lambda r: r["bench"] == "finetune",
+    "evaluate": lambda r: r["bench"] == "evaluate" and r["shape"] == "gpt2-124m",
 }
 
 
