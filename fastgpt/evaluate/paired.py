@@ -166,7 +166,13 @@ def common(a: Items, b: Items) -> list[tuple[int, int]]:
 
 
 def weights_differ(a: Items, b: Items, ids: list[tuple[int, int]]) -> bool:
-    """Return whether an item has another weight on each side, so that the means are of different things."""
+    """Return whether an item has another weight on each side, so that the means are of different things.
+
+    Raises:
+        UserError: as `values_of`.
+    """
+    for items in (a, b):
+        values_of(items)
     if a.weights is None or b.weights is None:
         return a.weights is not b.weights
     return any(a.weights[i] != b.weights[j] for i, j in ids)

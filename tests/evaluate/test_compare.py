@@ -144,6 +144,8 @@ def change(results: Results, **changes: Any) -> Results:
             "arc acc: got 1 value without a finite number",
         ),
         (change(evaluation("b", arc=ONES), values=ONES[1:]), "arc acc: got 40 ids, 39 values and 39 weights"),
+        (change(evaluation("b", arc=ONES), weights=[1.0] * 39), "arc acc: got 40 ids, 40 values and 39 weights"),
+        (change(evaluation("b", arc=ONES), weights=[0.0] * 40), "arc acc: got 40 weights of 0 or less"),
         (change(evaluation("b", arc=ONES), ids=[f"x{i}" for i in range(40)]), "arc acc: no item is in both"),
         (evaluation("b", piqa=ONES), "have no metric with items in both"),
         (Results({"name": "b"}, "base"), "a at step 100 and b have no metric with items in both"),
