@@ -16,11 +16,10 @@ from fastgpt.data.load import load_tokenizer
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.models.config import ModelConfig
-from fastgpt.models.gpt import GPT
 from fastgpt.models.weights.families import family_of
 from fastgpt.models.weights.huggingface import CONFIG, read_settings
 from fastgpt.training import checkpoint
-from fastgpt.training.initial import Initial, load_start, open_initial
+from fastgpt.training.initial import Initial, open_initial
 
 Setting = Literal["base", "teacher"]
 RECORDED = {"base": "init", "teacher": "teacher"}  # keys of state.json with a model's origin
@@ -77,17 +76,15 @@ def _recorded(cfg: FinetuneConfig, setting: Setting) -> dict[str, Any] | None:
     return checkpoint.read_state(path).get(RECORDED[setting])
 
 
-def open_teacher(cfg: FinetuneConfig, tokenizer: Tokenizer, like: GPT) -> tuple[GPT | None, dict[str, Any] | None]:
-    """Return the model that cfg.teacher names, in the dtype and on the device of `like`, and its origin; None for both
-    without a teacher.
+def open_teacher(cfg: FinetuneConfig, tokenizer: Tokenizer) -> Initial | None:
+    """Open the model that cfg.teacher names; None without a teacher.
 
     Raises:
         UserError: it has another tokenizer, or cannot be read.
     """
     if not cfg.teacher:
-        return None, None
+        return None
     start = open_base(cfg, "teacher")
     if start.tokenizer is None or load_tokenizer(start.tokenizer).fingerprint != tokenizer.fingerprint:
         raise UserError(f"teacher: {cfg.teacher} has another tokenizer than the base, expected the same")
-    p = like.wte.weight
-    return load_start(start, start.config, p.dtype, p.device), start.origin
+    return start

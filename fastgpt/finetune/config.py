@@ -119,12 +119,15 @@ class FinetuneConfig:
         class_weights: balanced weighs each class by the inverse of its frequency.
         pooling: what a head reads of a text; the last token or the mean of all.
         teacher: model to learn from, named like the base (distil).
+        level: what distil learns; token: the teacher's distribution at each token of the data; sequence: completions
+            that the teacher writes of the data's prompts.
         divergence: forward_kl, reverse_kl or jsd between teacher and student (distil).
-        temperature: temperature of both distributions (distil) or of the samples (grpo).
+        temperature: temperature of both distributions (distil), or of what is written (grpo, distil with level
+            sequence, where 0 is the most likely tokens).
         hard_share: share of the loss on the data's own tokens (distil); the rest is the divergence.
         reward: what rates completions, FILE.py:FUNCTION or the folder of a reward model; their sum counts (grpo).
         group: samples of each prompt, which are compared with one another (grpo).
-        max_new_tokens: longest completion (grpo).
+        max_new_tokens: longest completion (grpo, distil with level sequence).
         epsilon: how far a token's probability may move in a step before its gradient is cut off (grpo).
         iterations: steps on the same samples (grpo).
         eval_every: steps between validations; 0 is only at the end.
@@ -198,6 +201,7 @@ class FinetuneConfig:
     class_weights: Literal["none", "balanced"] = "none"
     pooling: Literal["last", "mean"] = "last"
     teacher: str = ""
+    level: Literal["token", "sequence"] = "token"
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     temperature: float = 1.0
     hard_share: float = 0.5
@@ -229,12 +233,13 @@ class FinetuneConfig:
             "max_steps",
             "epochs",
             "lr",
-            "temperature",
             "eps",
             "epsilon",
         ):
             value = getattr(self, name)
             require(value is None or 0 < value < math.inf, name, value, "more than 0")
+        warm = self.temperature > 0 or (self.written and self.temperature == 0)
+        require(warm and self.temperature < math.inf, "temperature", self.temperature, "more than 0")
         for name in ("group", "max_new_tokens", "iterations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         require(self.beta is None or 0 <= self.beta < math.inf, "beta", self.beta, "0 or more")
@@ -282,6 +287,11 @@ class FinetuneConfig:
             raise UserError(f"{key} is {getattr(self, key)!r}, but it {clause}")
 
     @property
+    def written(self) -> bool:
+        """Whether a teacher writes what is learned."""
+        return self.task == "distil" and self.level == "sequence"
+
+    @property
     def adapted(self) -> bool:
         """Whether the run trains adapters."""
         return self.lora.rank > 0 or bool(self.adapter)
@@ -321,7 +331,7 @@ def _without(*tasks: str) -> Effect:
 EFFECTS = SHARED_EFFECTS | {
     "evals": _only("sft", "dpo", "kto", "orpo", "distil", "grpo"),
     "template": _only("sft", "dpo", "kto", "orpo", "reward", "distil", "grpo"),
-    "learn": _only("sft", "distil"),
+    "learn": Effect(lambda c: c.task in ("sft", "distil") and not c.written, "task sft, or distil with level token"),
     "replay": _only("sft"),
     "replay_share": Effect(lambda c: c.replay is not None, "replay"),
     "epochs": Effect(lambda c: c.max_steps is None, "no max_steps"),
@@ -332,15 +342,24 @@ EFFECTS = SHARED_EFFECTS | {
     ),
     "beta": _only("dpo", "kto", "orpo", "grpo"),
     "loss_type": _only("dpo", "grpo"),
-    **dict.fromkeys(("reward", "group", "max_new_tokens", "epsilon", "iterations"), _only("grpo")),
+    **dict.fromkeys(("reward", "group", "epsilon", "iterations"), _only("grpo")),
+    "max_new_tokens": Effect(lambda c: c.task == "grpo" or c.written, "task grpo, or distil with level sequence"),
     "label_smoothing": _only("dpo", "classify", "tag"),
     "length_norm": _only("dpo"),
     **dict.fromkeys(("good_weight", "bad_weight"), _only("kto")),
     **dict.fromkeys(("labels", "class_weights"), _only("classify", "tag")),
     "pooling": _only("reward", "classify", "regress"),
-    **dict.fromkeys(("teacher", "divergence", "hard_share"), _only("distil")),
+    **dict.fromkeys(("teacher", "level"), _only("distil")),
+    **dict.fromkeys(
+        ("divergence", "hard_share"),
+        Effect(lambda c: c.task == "distil" and not c.written, "task distil with level token"),
+    ),
     "temperature": _only("distil", "grpo"),
-    **dict.fromkeys(("packing", "format", "too_long", "augment"), _without("grpo")),
+    "packing": _without("grpo"),
+    **dict.fromkeys(
+        ("format", "too_long", "augment"),
+        Effect(lambda c: c.task != "grpo" and not c.written, "tasks other than grpo, and distil with level token"),
+    ),
     "dropout": _without("dpo", "kto", "grpo"),
     "adapter": Effect(lambda c: c.lora == LoraSettings(), "no lora.* settings, which the adapter decides"),
 }

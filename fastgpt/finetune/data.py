@@ -29,6 +29,7 @@ from fastgpt.inference.chat import Template
 LOADERS: dict[str, Any] = {"dpo": PairLoader, "orpo": PairLoader, "reward": PairLoader, "kto": RatedLoader}
 LOADERS |= {"sft": ExampleLoader, "distil": ExampleLoader}
 HEAD_OF: dict[str, Head] = {"classify": "classification", "regress": "regression", "tag": "tags"}
+Write = Callable[[Loaded[Prompt]], Loaded[Example]]
 REPLAY = "replay"  # name of the set
 
 
@@ -83,17 +84,25 @@ class Data:
         return kind(sets, cfg.micro_batch, block, pad=self.tokenizer.eot, **options)
 
 
-def open_data(cfg: FinetuneConfig, tokenizer: Tokenizer, tokenizer_path: str, template: Template, block: int) -> Data:
+def open_data(
+    cfg: FinetuneConfig,
+    tokenizer: Tokenizer,
+    tokenizer_path: str,
+    template: Template,
+    block: int,
+    write: Write | None = None,
+) -> Data:
     """Read the rows of `cfg.data`, and split or read the validation rows.
 
     Args:
         tokenizer_path: where the tokenizer is, to encode a replay corpus with.
         block: tokens T of a row.
+        write: completes prompts (cfg.written).
 
     Raises:
         UserError: as the loaders of fastgpt/finetune/examples.py, or too few rows to hold some out.
     """
-    read, labels, said = _reader(cfg, tokenizer, template, block), tuple(cfg.labels), list[str]()
+    read, labels, said = _reader(cfg, tokenizer, template, block, write), tuple(cfg.labels), list[str]()
     augmentation = Augmentation(steps_of(cfg.augment), cfg.task, Path(cfg.out), cfg.seed, cfg.device)
     sets: dict[str, Set] = {}
     for path in cfg.paths:
@@ -123,14 +132,17 @@ def open_data(cfg: FinetuneConfig, tokenizer: Tokenizer, tokenizer_path: str, te
 
 
 def _reader(
-    cfg: FinetuneConfig, tokenizer: Tokenizer, template: Template, block: int
+    cfg: FinetuneConfig, tokenizer: Tokenizer, template: Template, block: int, write: Write | None
 ) -> Callable[[str, tuple[str, ...]], Loaded[Any]]:
     """Return the function that reads a path, with the names of the classes so far."""
     rows = Rows(cfg.format, cfg.columns, cfg.learn, cfg.too_long, cfg.defects, keep=bool(cfg.augment))
     if cfg.task in HEAD_OF:
         return lambda path, labels: load_labelled(path, tokenizer, block, HEAD_OF[cfg.task], labels, rows)
+    longest = block - cfg.max_new_tokens  # of a prompt
     if cfg.task == "grpo":
-        return lambda path, labels: load_prompts(path, tokenizer, template, block - cfg.max_new_tokens, rows)
+        return lambda path, labels: load_prompts(path, tokenizer, template, longest, rows)
+    if write is not None:
+        return lambda path, labels: write(load_prompts(path, tokenizer, template, longest, rows))
     load: Any = {ExampleLoader: load_examples, PairLoader: load_pairs, RatedLoader: load_ratings}[LOADERS[cfg.task]]
     return lambda path, labels: load(path, tokenizer, template, block, rows)
 

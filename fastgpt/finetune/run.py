@@ -32,6 +32,7 @@ from fastgpt.finetune.plan import block_of, lora_of
 from fastgpt.finetune.rewarded import open_rewards
 from fastgpt.finetune.rollouts import Reward, RolloutLoader
 from fastgpt.finetune.tuned import Tuned, build_task, head_config
+from fastgpt.finetune.written import Teacher
 from fastgpt.inference.chat import FILE, Template
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
@@ -51,17 +52,27 @@ class FinetuneRun(Run):
         finetune: its settings.
         head: the task head; None for the LM head.
         adapters: whether it trains adapters alone; checkpoints then hold nothing else.
+        start, taught_by: the base, and the teacher if there is one.
     """
 
     task: Tuned
 
     def __init__(
-        self, cfg: FinetuneConfig, model: GPT, data: Data, head: HeadConfig | None, start: Initial, block: int
+        self,
+        cfg: FinetuneConfig,
+        model: GPT,
+        data: Data,
+        head: HeadConfig | None,
+        start: Initial,
+        block: int,
+        taught_by: Initial | None = None,
     ) -> None:
-        device = model.wte.weight.device
+        dtype, device = model.wte.weight.dtype, model.wte.weight.device
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
         folder = Path(cfg.out)
-        teacher, self.teacher = open_teacher(cfg, data.tokenizer, model)
+        self.taught_by, teacher = taught_by, None
+        if taught_by is not None and not cfg.written:
+            teacher = load_start(taught_by, taught_by.config, dtype, device)
         rewards = open_rewards(cfg.reward, data.tokenizer, device)
         loader: Any = None if cfg.task == "grpo" else data.loader(cfg, block, device)
         task = build_task(cfg, data, model, head, block, folder, teacher, rewards, loader)
@@ -100,13 +111,13 @@ class FinetuneRun(Run):
 
     def more_state(self) -> dict[str, Any]:
         head = None if self.head is None else self.head.to_dict()
-        more = {} if self.teacher is None else {"teacher": self.teacher}
+        more = {} if self.taught_by is None else {"teacher": self.taught_by.origin}
         return {"base": self.finetune.base, "adapters": self.adapters, "head": head, **more}
 
 
 def prepare(cfg: FinetuneConfig) -> FinetuneRun:
-    """Open the base, read the data, and build the model that trains. The run's folder gets what the data and the
-    reference need alone: augmented rows, paraphrases, log-probabilities.
+    """Open the base, read the data, and build the model that trains. The run's folder gets only what the data and the
+    reference need: augmented rows, paraphrases, completions of a teacher, log-probabilities.
 
     Raises:
         UserError: what does not fit, before training starts.
@@ -121,14 +132,18 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
         raise UserError(f"base: {cfg.base} has no tokenizer, expected one beside its weights")
     tokenizer = load_tokenizer(start.tokenizer)
     block = block_of(cfg, start.config)
-    if cfg.task == "grpo" and cfg.max_new_tokens >= block:
+    if (cfg.task == "grpo" or cfg.written) and cfg.max_new_tokens >= block:
         raise UserError(f"max_new_tokens is {cfg.max_new_tokens}, expected less than block_size, {block}")
     template = open_template(cfg, tokenizer)
-    data = open_data(cfg, tokenizer, str(start.tokenizer), template, block)
+    teacher, write = open_teacher(cfg, tokenizer), None
+    if teacher is not None and cfg.written:
+        write = Teacher(cfg, teacher, tokenizer, block, dtype_of(cfg.dtype, device.type), device)
+    data = open_data(cfg, tokenizer, str(start.tokenizer), template, block, write)
+    del write  # the teacher's weights with it
     head = head_config(cfg, data)
     model = build_model(cfg, start, head, device)
     print(*data.said, sep="\n", flush=True)
-    return hook.attach(FinetuneRun(cfg, model, data, head, start, block))
+    return hook.attach(FinetuneRun(cfg, model, data, head, start, block, teacher))
 
 
 def open_template(cfg: FinetuneConfig, tokenizer: Tokenizer) -> Template:

@@ -139,7 +139,7 @@ def _task(cfg: FinetuneConfig, data: Data, head: HeadConfig | None, teacher: GPT
     if cfg.task == "grpo":
         options = dict(epsilon=cfg.epsilon, beta=cfg.held, temperature=cfg.temperature)
         return GRPO(loss_type=cfg.loss_name, max_new_tokens=cfg.max_new_tokens, **options)
-    if cfg.task == "distil":
+    if cfg.task == "distil" and not cfg.written:
         assert teacher is not None
         options = dict(ce=cfg.hard_share, kind=cfg.divergence, temperature=cfg.temperature)
         return Distil(GPTTeacher(teacher), **options)

@@ -99,6 +99,11 @@ CASES = {
     "regress": ("regress", "numbers.jsonl", ("--pooling", "mean")),
     "tag": ("tag", "tags.jsonl", ()),
     "distil": ("distil", "sft.jsonl", ("--teacher", "base")),
+    "distil, sequences": (
+        "distil",
+        "sft.jsonl",
+        ("--teacher", "base", "--level", "sequence", "--max-new-tokens", "4", "--lora.rank", "2"),
+    ),
     "grpo": ("grpo", "prompts.jsonl", (*GRPO, "--iterations", "2", "--beta", "0.1", "--lora.rank", "2")),
 }
 
@@ -325,6 +330,19 @@ REFUSED = {
     "--task grpo --data prompts.jsonl --reward [reward.py:digits]": "max_new_tokens is 64, expected less than .* 48",
     "--task grpo --data prompts.jsonl --reward [reward.py:no] --max-new-tokens 3": "reward.py has no function 'no'",
     "--task grpo --data sft.jsonl --reward [reward.py:digits] --loss-type ipo": "loss_type is 'ipo', expected one of",
+    "--task distil --teacher base --data sft.jsonl --temperature 0": "temperature is 0.0, expected more than 0",
+    "--task distil --teacher base --data sft.jsonl --max-new-tokens 3": "max_new_tokens is 3, but it has no effect",
+    **{
+        f"--task distil --teacher base --data sft.jsonl --level sequence {option}": message
+        for option, message in {
+            "--hard-share 0.1": "hard_share is 0.1, but it has no effect here: .* task distil with level token",
+            "--divergence jsd": "divergence is 'jsd', but it has no effect here",
+            "--learn all": "learn is 'all', but it has no effect here",
+            "--max-new-tokens 48": "max_new_tokens is 48, expected less than block_size, 48",
+            "--max-new-tokens 4 --data classes.jsonl": "the field 'prompt' is None, expected a text or messages",
+        }.items()
+    },
+    "--level sequence --data sft.jsonl": "level is 'sequence', but it has no effect here: .* task distil",
     "--task distil --data sft.jsonl": "teacher is '', expected the model to learn from",
 }
 
