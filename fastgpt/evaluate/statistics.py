@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 CELLS = 2**22  # numbers drawn at a time
-FEW = 64  # up to so many distinct values, how often each is drawn is drawn, instead of items
+FEW = 256  # up to so many distinct values, how often each is drawn is drawn, instead of items
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def sign_flip(strata: Sequence[Pairs], shares: Sequence[float], resamples: int, 
     if not len(parts):
         return PValues(1.0, 1.0, 1.0)
     observed, slack = parts.sum(), 1e-12 * np.abs(parts).sum()  # sums in another order differ in the last bits
-    drawn = 2.0 ** len(parts) > resamples
+    drawn = len(parts) > math.log2(resamples)
     if drawn:
         flipped = _flipped_sums(parts, resamples, rng)
     else:
