@@ -102,17 +102,25 @@ def _find(path: str) -> tuple[Path, dict[str, Any]]:
     found = checkpoint.find(folder)
     state = checkpoint.read_state(found)
     if state.get("adapters"):
-        run = found.parent
-        if not checkpoint.checkpoints(run / "merged"):
-            raise UserError(f"{path} has adapters alone and no folder `merged`, which the end of a run writes")
-        found = checkpoint.find(run / "merged")
-        state = checkpoint.read_state(found)
+        found, state = _merged(found, state)
     if head := state.get("head"):
         raise UserError(
             f"{path} has a head for {head['kind']}, expected a language model; "
             "`fastgpt finetune` reports the metrics of a head at each validation"
         )
     return found, state
+
+
+def _merged(found: Path, state: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint with the adapters of another one merged into the weights, and its state.json."""
+    folder = found.parent / "merged"
+    last = checkpoint.checkpoints(folder)[-1:]
+    if not last:
+        raise UserError(f"{found} has adapters alone, expected a model in {folder}, which the end of a run writes")
+    merged = checkpoint.read_state(last[0])
+    if merged["step"] != state["step"]:
+        raise UserError(f"{found} has adapters alone, and {folder} is of step {merged['step']}, expected the same step")
+    return last[0], merged
 
 
 def _hashed(read: Callable[[str], Tensor], update: Callable[[Any], None]) -> Callable[[str], Tensor]:
