@@ -189,6 +189,7 @@ def drive(run: Run, end: Callable[[Run, Log], int], command: str) -> int:
         if done:
             run.save()
             log.checkpoints(run.writer.finished(wait=True))
+        log.say(run.best())
         if stop.asked:
             log.say(f"stopped at step {run.progress.step}; to resume: {command}")
             return 0

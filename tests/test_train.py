@@ -222,7 +222,9 @@ def test_patience_watches_any_figure(
     monkeypatch.setitem(train.EVALUATIONS, "quiz", lambda run: {"acc": next(scores)})
     more = ["--eval-every", "2", "--save-every", "0", "--max-steps", "12", "--keep", "1"]
     assert go(text, *more, "--patience", "2", "--metric", "quiz.acc") == 0
-    assert "stopping: 2 validations without a better quiz.acc than 0.7000 at step 6" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopping: 2 validations without a better quiz.acc than 0.7000 at step 6" in said
+    assert "best quiz.acc: 0.7000, of run/step_00000006" in said
     assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["step_00000006", "step_00000010"]
     assert go(text, *more, "--patience", "2", "--metric", "loss") == 0
     assert losses()[-1][0] == 12

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 from fastgpt.core import options
 from fastgpt.core.errors import UserError
-from fastgpt.core.options import Effect
 from fastgpt.finetune.augment.steps import steps_of
+from fastgpt.finetune.effects import EFFECTS
 from fastgpt.models.config import ModelConfig, require, require_sizes
-from fastgpt.training.config import SHARED_EFFECTS, TrainConfig, require_evals
+from fastgpt.training.config import TrainConfig, require_evals
 from fastgpt.training.metric import Goal, goal_of
 
 TaskName = Literal["sft", "dpo", "kto", "orpo", "reward", "classify", "regress", "tag", "distil", "grpo"]
@@ -121,6 +121,8 @@ class FinetuneConfig:
         teacher: model to learn from, named like the base (distil).
         level: what distil learns; token: the teacher's distribution at each token of the data; sequence: completions
             that the teacher writes of the data's prompts.
+        teacher_top_k: keep this many of the teacher's most likely tokens at each position in a file of the run, instead
+            of the teacher in memory (distil with level token); 0 keeps the teacher.
         divergence: forward_kl, reverse_kl or jsd between teacher and student (distil).
         temperature: temperature of both distributions (distil), or of what is written (grpo, distil with level
             sequence, where 0 is the most likely tokens).
@@ -202,6 +204,7 @@ class FinetuneConfig:
     pooling: Literal["last", "mean"] = "last"
     teacher: str = ""
     level: Literal["token", "sequence"] = "token"
+    teacher_top_k: int = 0
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     temperature: float = 1.0
     hard_share: float = 0.5
@@ -247,7 +250,17 @@ class FinetuneConfig:
         right = self.loss_type is None or not known or self.loss_type in known
         require(right, "loss_type", self.loss_type, f"one of {', '.join(known)} with task {self.task}")
         require(self.task != "grpo" or bool(self.reward), "reward", [], "at least one FILE.py:FUNCTION or reward model")
-        for name in ("eval_every", "eval_batches", "save_every", "keep", "patience", "seed", "weight_decay", "clip"):
+        for name in (
+            "teacher_top_k",
+            "eval_every",
+            "eval_batches",
+            "save_every",
+            "keep",
+            "patience",
+            "seed",
+            "weight_decay",
+            "clip",
+        ):
             require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
         for name in ("val_fraction", "dropout", "beta1", "beta2", "warmup", "replay_share"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 to less than 1")
@@ -318,51 +331,6 @@ class FinetuneConfig:
 
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-
-
-def _only(*tasks: str) -> Effect:
-    return Effect(lambda c: c.task in tasks, f"task {', '.join(tasks)}")
-
-
-def _without(*tasks: str) -> Effect:
-    return Effect(lambda c: c.task not in tasks, f"tasks other than {', '.join(tasks)}")
-
-
-EFFECTS = SHARED_EFFECTS | {
-    "evals": _only("sft", "dpo", "kto", "orpo", "distil", "grpo"),
-    "template": _only("sft", "dpo", "kto", "orpo", "reward", "distil", "grpo"),
-    "learn": Effect(lambda c: c.task in ("sft", "distil") and not c.written, "task sft, or distil with level token"),
-    "replay": _only("sft"),
-    "replay_share": Effect(lambda c: c.replay is not None, "replay"),
-    "epochs": Effect(lambda c: c.max_steps is None, "no max_steps"),
-    "merge": Effect(lambda c: c.adapted, "lora.rank above 0 or adapter"),
-    **dict.fromkeys(
-        ("freeze", "freeze_first"),
-        Effect(lambda c: not c.adapted, "lora.rank 0, since adapters freeze the weights"),
-    ),
-    "beta": _only("dpo", "kto", "orpo", "grpo"),
-    "loss_type": _only("dpo", "grpo"),
-    **dict.fromkeys(("reward", "group", "epsilon", "iterations"), _only("grpo")),
-    "max_new_tokens": Effect(lambda c: c.task == "grpo" or c.written, "task grpo, or distil with level sequence"),
-    "label_smoothing": _only("dpo", "classify", "tag"),
-    "length_norm": _only("dpo"),
-    **dict.fromkeys(("good_weight", "bad_weight"), _only("kto")),
-    **dict.fromkeys(("labels", "class_weights"), _only("classify", "tag")),
-    "pooling": _only("reward", "classify", "regress"),
-    **dict.fromkeys(("teacher", "level"), _only("distil")),
-    **dict.fromkeys(
-        ("divergence", "hard_share"),
-        Effect(lambda c: c.task == "distil" and not c.written, "task distil with level token"),
-    ),
-    "temperature": _only("distil", "grpo"),
-    "packing": _without("grpo"),
-    **dict.fromkeys(
-        ("format", "too_long", "augment"),
-        Effect(lambda c: c.task != "grpo" and not c.written, "tasks other than grpo, and distil with level token"),
-    ),
-    "dropout": _without("dpo", "kto", "grpo"),
-    "adapter": Effect(lambda c: c.lora == LoraSettings(), "no lora.* settings, which the adapter decides"),
-}
 
 
 def load_config(argv: Sequence[str]) -> FinetuneConfig:

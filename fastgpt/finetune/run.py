@@ -67,15 +67,12 @@ class FinetuneRun(Run):
         block: int,
         taught_by: Initial | None = None,
     ) -> None:
-        dtype, device = model.wte.weight.dtype, model.wte.weight.device
+        device = model.wte.weight.device
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
-        folder = Path(cfg.out)
-        self.taught_by, teacher = taught_by, None
-        if taught_by is not None and not cfg.written:
-            teacher = load_start(taught_by, taught_by.config, dtype, device)
+        self.taught_by = taught_by
         rewards = open_rewards(cfg.reward, data.tokenizer, device)
         loader: Any = None if cfg.task == "grpo" else data.loader(cfg, block, device)
-        task = build_task(cfg, data, model, head, block, folder, teacher, rewards, loader)
+        task = build_task(cfg, data, model, head, block, Path(cfg.out), taught_by, rewards, loader)
         if isinstance(task.task, GRPO):
             loader, epoch = _rollouts(cfg, model, data, task.task, start, block, rewards), _draws(cfg, data)
         else:

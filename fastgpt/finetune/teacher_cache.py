@@ -11,9 +11,12 @@ tokens together; temperature and vocab_size (1,).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,6 +93,33 @@ class TeacherCache:
                 "another tokenizer, or with shorter rows"
             )
         return self.ids[at].long(), torch.where(missing[:, None], torch.nan, self.log_probs[at])
+
+
+def cached(
+    folder: Path,
+    load: Callable[[], Teacher],
+    batches: Iterable[Batch],
+    k: int,
+    vocab_size: int,
+    temperature: float,
+    drawn_from: Any,
+) -> Path:
+    """Return the cache of a run, after writing it with the teacher that `load` returns if it is missing.
+
+    Args:
+        folder: of the run.
+        batches, k, vocab_size, temperature: as in write_teacher_cache.
+        drawn_from: plain values that identify the teacher and the data; with others the cache is another file.
+
+    Raises:
+        UserError: as write_teacher_cache.
+    """
+    digest = hashlib.sha256(json.dumps([drawn_from, k, vocab_size, temperature]).encode()).hexdigest()
+    path = folder / f"teacher-{digest[:12]}.safetensors"
+    if not path.is_file():
+        n = write_teacher_cache(path, load(), batches, k, vocab_size, temperature)
+        print(f"{path}: the teacher's {k} most likely tokens at {n:,} positions, {path.stat().st_size / 1e6:,.1f} MB")
+    return path
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.core.errors import UserError
 from fastgpt.data.batch import Batch
 from fastgpt.finetune.classify import Classify, Pairwise, Regress, Tag
 from fastgpt.finetune.config import FinetuneConfig
@@ -23,7 +24,9 @@ from fastgpt.finetune.reference import NAME, reference
 from fastgpt.finetune.rewarded import RewardCheck
 from fastgpt.finetune.rollouts import Reward
 from fastgpt.finetune.teacher import GPTTeacher
+from fastgpt.finetune.teacher_cache import TeacherCache, cached
 from fastgpt.models.gpt import GPT
+from fastgpt.training.initial import Initial, load_start
 from fastgpt.training.task import NextToken, Objective, mean_over
 
 HEADS: dict[str, Any] = {"classify": Classify, "regress": Regress, "tag": Tag, "reward": Pairwise}
@@ -97,7 +100,7 @@ def build_task(
     head: HeadConfig | None,
     block: int,
     folder: Path,
-    teacher: GPT | None,
+    taught_by: Initial | None,
     rewards: list[Reward],
     loader: Any,
 ) -> Tuned:
@@ -105,21 +108,25 @@ def build_task(
 
     Args:
         block: tokens T of a row.
-        folder: of the run; reference log-probabilities are stored there.
+        folder: of the run; reference log-probabilities and a teacher's most likely tokens are stored there.
+        taught_by: the teacher of distil.
         rewards: of grpo.
         loader: of the training sets; None with grpo.
 
     Raises:
         UserError: the settings, the data or the teacher do not fit the model.
     """
-    task = _task(cfg, data, head, teacher)
+    held = {} if cfg.task == "grpo" else data.checks(cfg, block, model.wte.weight.device)
+    if taught_by is not None and not cfg.written:
+        task: Any = _distil(cfg, model, taught_by, [loader, *held.values()], folder)
+    else:
+        task = _task(cfg, data, head)
     if hasattr(task, "prepare"):
         task.prepare(model)
-    device = model.wte.weight.device
     if isinstance(task, GRPO):
         limits = (data.tokenizer, cfg.max_new_tokens, block, cfg.micro_batch)
         return Tuned(task, {name: RewardCheck(items, rewards, *limits) for name, items in data.val.items()})
-    checks: dict[str, Any] = {name: Check(task, loader) for name, loader in data.checks(cfg, block, device).items()}
+    checks: dict[str, Any] = {name: Check(task, loader) for name, loader in held.items()}
     if isinstance(task, Referenced):
         task = _referenced(task, model, loader, data.train, folder / NAME)
         for i, (name, check) in enumerate(checks.items()):
@@ -128,7 +135,29 @@ def build_task(
     return Tuned(task, checks, Watch() if cfg.task == "dpo" else None)
 
 
-def _task(cfg: FinetuneConfig, data: Data, head: HeadConfig | None, teacher: GPT | None) -> Any:
+def _distil(cfg: FinetuneConfig, model: GPT, start: Initial, loaders: list[Any], folder: Path) -> Distil:
+    """Return the task with the teacher, or with the cache of its most likely tokens in the data of the loaders.
+
+    Raises:
+        UserError: teacher_top_k is larger than the vocabulary, or the cache cannot be written.
+    """
+    p, k = model.wte.weight, cfg.teacher_top_k
+
+    def load() -> GPTTeacher:
+        return GPTTeacher(load_start(start, start.config, p.dtype, p.device))
+
+    options: dict[str, Any] = dict(ce=cfg.hard_share, kind=cfg.divergence, temperature=cfg.temperature)
+    if not k:
+        return Distil(load(), **options)
+    if k > model.vocab_size:
+        raise UserError(f"teacher_top_k is {k}, expected at most {model.vocab_size}, the vocabulary")
+    batches = (batch for loader in loaders for batch in loader.once())
+    identity = [cfg.teacher, start.origin, str(p.dtype), [loader.state_dict()["data"] for loader in loaders]]
+    path = cached(folder, load, batches, k, model.vocab_size, cfg.temperature, identity)
+    return Distil(TeacherCache(path, p.device), **options)
+
+
+def _task(cfg: FinetuneConfig, data: Data, head: HeadConfig | None) -> Any:
     options: dict[str, Any]
     if cfg.task == "dpo":
         return DPO(cfg.held, loss_type=cfg.loss_name, label_smoothing=cfg.label_smoothing, length_norm=cfg.length_norm)
@@ -139,10 +168,6 @@ def _task(cfg: FinetuneConfig, data: Data, head: HeadConfig | None, teacher: GPT
     if cfg.task == "grpo":
         options = dict(epsilon=cfg.epsilon, beta=cfg.held, temperature=cfg.temperature)
         return GRPO(loss_type=cfg.loss_name, max_new_tokens=cfg.max_new_tokens, **options)
-    if cfg.task == "distil" and not cfg.written:
-        assert teacher is not None
-        options = dict(ce=cfg.hard_share, kind=cfg.divergence, temperature=cfg.temperature)
-        return Distil(GPTTeacher(teacher), **options)
     if head is None:
         return NextToken()
     if cfg.task not in ("classify", "tag"):

@@ -200,6 +200,12 @@ class Run:
             if state["config"].get(name) != (value := self.settings()[name]):
                 raise UserError(f"checkpoint {path} has {name} {state['config'].get(name)!r}, expected {value!r}")
 
+    def best(self) -> str:
+        """Return a sentence on the checkpoint with the best metric, if patience keeps it."""
+        p, metric = self.progress, self.cfg.metric
+        kept = [c for c in checkpoint.checkpoints(self.folder) if c.name == f"step_{p.best_step:08d}"]
+        return f"best {metric}: {p.best:.4f}, of {kept[0]}" if self.cfg.patience and kept else ""
+
     def ends(self) -> str:
         """Return a sentence on what will end the run."""
         p, minutes = self.progress, self.cfg.max_minutes

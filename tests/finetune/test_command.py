@@ -23,7 +23,7 @@ from transformers import (
 
 from fastgpt import train
 from fastgpt.core.errors import UserError
-from fastgpt.finetune import exporting
+from fastgpt.finetune import exporting, tuned
 from fastgpt.finetune.command import main
 from fastgpt.finetune.heads import HeadConfig, attach, sequence_scores, token_scores
 from fastgpt.models.config import model_from_dict
@@ -99,6 +99,7 @@ CASES = {
     "regress": ("regress", "numbers.jsonl", ("--pooling", "mean")),
     "tag": ("tag", "tags.jsonl", ()),
     "distil": ("distil", "sft.jsonl", ("--teacher", "base")),
+    "distil, cached": ("distil", "sft.jsonl", ("--teacher", "base", "--teacher-top-k", "8", "--packing", "none")),
     "distil, sequences": (
         "distil",
         "sft.jsonl",
@@ -124,6 +125,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(name: str, tmp_path: Path) -> No
     a, b = (checkpoint.find(tmp_path / run) for run in ("whole", "cut"))
     a, b = (checkpoint.read_tensors(p, checkpoint.MODEL, checkpoint.read_state(p)) for p in (a, b))
     assert all(torch.equal(t, b[name]) for name, t in a.items()) and a.keys() == b.keys()
+
+
+def test_a_cache_stands_for_the_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all tokens in it, its losses are the teacher's; a second run reads the file and loads no teacher."""
+    more = ("--teacher", "base", "--temperature", "2", "--divergence", "jsd", "--max-steps", "6", "--lr", "0.01")
+    size = load_run("base", torch.device("cpu"))[0].vocab_size
+    expected = go("distil", "sft.jsonl", tmp_path / "whole", *more)
+    found = go("distil", "sft.jsonl", tmp_path / "cached", *more, "--teacher-top-k", str(size))
+    for row, wanted in zip(found, expected, strict=True):
+        figures = [name for name in row if name in ("loss", "divergence") or name.startswith("val_")]
+        assert [row[name] for name in figures] == pytest.approx([wanted[name] for name in figures], 1e-4, 1e-8)
+    assert found[4]["divergence"] > 1e-4
+    assert len(list((tmp_path / "cached").glob("teacher-*.safetensors"))) == 1
+    monkeypatch.setattr(tuned, "GPTTeacher", None)
+    go("distil", "sft.jsonl", tmp_path / "cached", *more, "--teacher-top-k", str(size), "--max-steps", "8")
+    with pytest.raises(TypeError, match="not callable"):  # another file
+        go("distil", "sft.jsonl", tmp_path / "cached", *more, "--teacher-top-k", str(size - 1))
 
 
 def test_dpo_begins_with_ln_2_and_kto_with_a_half(tmp_path: Path) -> None:
@@ -331,6 +349,7 @@ REFUSED = {
     "--task grpo --data prompts.jsonl --reward [reward.py:no] --max-new-tokens 3": "reward.py has no function 'no'",
     "--task grpo --data sft.jsonl --reward [reward.py:digits] --loss-type ipo": "loss_type is 'ipo', expected one of",
     "--task distil --teacher base --data sft.jsonl --temperature 0": "temperature is 0.0, expected more than 0",
+    "--task distil --teacher base --data sft.jsonl --teacher-top-k 301": "teacher_top_k is 301, expected at most",
     "--task distil --teacher base --data sft.jsonl --max-new-tokens 3": "max_new_tokens is 3, but it has no effect",
     **{
         f"--task distil --teacher base --data sft.jsonl --level sequence {option}": message
