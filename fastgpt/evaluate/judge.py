@@ -147,11 +147,13 @@ class Judge:
             raise UserError(f"cannot write the verdicts of the judge to {self.path}: {cause_of(e)}") from None
         request = urllib.request.Request(f"{self.settings.url.rstrip('/')}/models", headers=self._headers())
         try:
-            with urllib.request.urlopen(request, timeout=self.settings.timeout):
+            with _open(request, self.settings.timeout):
                 return
         except urllib.error.HTTPError as e:
             if e.code in (401, 403):
                 raise UserError(f"the judge at {self.settings.url} refuses the key ({e.code} {e.reason})") from None
+            if e.code < 400:
+                raise UserError(f"the judge at {self.settings.url} is elsewhere ({e.code} {e.reason})") from None
         except OSError as e:
             raise UserError(f"the judge at {self.settings.url} does not answer: {_reason(e)}") from None
 
@@ -221,10 +223,10 @@ class Judge:
             wait = min(2.0**attempt, LONGEST_WAIT)
             request = urllib.request.Request(f"{s.url.rstrip('/')}/chat/completions", body, self._headers())
             try:
-                with urllib.request.urlopen(request, timeout=s.timeout) as response:
+                with _open(request, s.timeout) as response:
                     return str(json.load(response)["choices"][0]["message"]["content"])
             except urllib.error.HTTPError as e:
-                if e.code in FATAL:
+                if e.code < 400 or e.code in FATAL:
                     raise UserError(f"the judge at {s.url} refuses a request: {e.code} {e.reason}") from None
                 failure = f"status {e.code}"
                 after = e.headers.get("Retry-After", "")
@@ -252,6 +254,17 @@ class Judge:
                 f.write(json.dumps({"question": key, "value": value}) + "\n")
         except OSError as e:
             raise UserError(f"cannot write the verdicts of the judge to {self.path}: {cause_of(e)}") from None
+
+
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirection: it would send the key to another server."""
+
+    def redirect_request(self, *args: Any, **options: Any) -> None:
+        return None
+
+
+def _open(request: urllib.request.Request, timeout: float) -> Any:
+    return urllib.request.build_opener(_Stay).open(request, timeout=timeout)
 
 
 class _Failure(Exception):

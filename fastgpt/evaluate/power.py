@@ -160,8 +160,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"power: got --{' and --'.join(given)}, expected one of them")
     if (args.task or args.metric) and not args.results:
         raise UserError("power: --task and --metric have no effect without --results")
+    spreads = _spreads(args.results, args.task, args.metric, args.discordant, args.deviation)
     print(f"two models on the same items, two-sided test at {args.alpha:g}, power {args.power:g}")
-    for title, kind, spread in _spreads(args.results, args.task, args.metric, args.discordant, args.deviation):
+    for title, kind, spread in spreads:
         print(
             *([title] if title else []),
             *lines(kind, spread, args.items, args.difference, args.alpha, args.power),
@@ -180,12 +181,18 @@ def _spreads(
         return [("", "discordant", s) for s in ((discordant,) if discordant else DISCORDANT)]
     a, b = (load_results(path) for path in results)
     theirs = {(i.task, i.metric): i for i in b.items}
-    found = []
+    found, wrong = [], []
     for one in a.items:
         other = theirs.get((one.task, one.metric))
         if other and task in (None, one.task) and metric in (None, one.metric):
-            kind, spread, n = spread_of(one, other)
+            try:
+                kind, spread, n = spread_of(one, other)
+            except UserError as e:  # other metrics may have a spread
+                wrong.append(e)
+                continue
             found.append((f"{one.task} {one.metric}, measured on {n:,} items", kind, spread))
+    if not found and wrong:
+        raise wrong[0]
     if not found:
         raise UserError(f"{results[0]} and {results[1]} have no items of this task and metric in both")
     return found

@@ -55,13 +55,15 @@ class SuitePart:
                 f"{context} tokens of {target.name}"
             )
         for item in self.suite.items if s.kind in ("choice", "classification", "cloze") else []:
-            for text in item.choices or item.answers:
-                tokens = len(encode_pair(target.tokenizer, self.suite.context(item), s.delimiter + text)[1])
-                if tokens > context:
-                    raise UserError(
-                        f"{item.place}: an answer has {tokens} tokens, expected at most the context of {context} "
-                        f"tokens of {target.name}"
-                    )
+            answers = [s.delimiter + text for text in item.choices or item.answers]
+            if max(len(text.encode()) for text in answers) + len(item.prompt) - len(item.prompt.rstrip()) < context:
+                continue  # no token is shorter than a byte
+            tokens = max(len(after) for _, after in encode_pairs(target.tokenizer, self.suite.context(item), answers))
+            if tokens > context:
+                raise UserError(
+                    f"{item.place}: an answer has {tokens} tokens, expected at most the context of {context} "
+                    f"tokens of {target.name}"
+                )
         if self.judge:
             self.judge.check()
 
@@ -88,11 +90,12 @@ class SuitePart:
         """Score the answers of choice, classification and cloze."""
         s, tokenizer = self.suite.settings, engine.target.tokenizer
         texts = [item.choices or item.answers for item in items]
-        contexts = [self.suite.context(item) for item in items]
         pairs = [
-            encode_pair(tokenizer, context, s.delimiter + text, engine.start)
-            for context, answers in zip(contexts, texts)
-            for text in answers
+            pair
+            for item, answers in zip(items, texts)
+            for pair in encode_pairs(
+                tokenizer, self.suite.context(item), [s.delimiter + text for text in answers], engine.start
+            )
         ]
         scored = iter(engine.loglikelihoods(pairs))
         found = [[next(scored) for _ in answers] for answers in texts]
@@ -203,18 +206,18 @@ class SuitePart:
             results.notes.append(f"{self.name}: {counted(failed, 'item')} left out without a verdict ({reasons})")
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, start: int = 0) -> tuple[list[int], list[int]]:
-    """Return the ids of a context and of its continuation, divided as the harness does.
+def encode_pairs(
+    tokenizer: Tokenizer, context: str, continuations: Sequence[str], start: int = 0
+) -> list[tuple[list[int], list[int]]]:
+    """Return the ids of a context and of each of its continuations, divided as the harness does.
 
     Spaces at the end of the context belong to the continuation. Both are encoded as one text, of which the context has
     as many tokens as it has alone. An empty context is the token `start`.
     """
     if not context:
-        return [start], tokenizer.encode(continuation).tolist()
-    left = context.rstrip()
-    whole = tokenizer.prompt(context + continuation)
-    before = tokenizer.prompt(left)
-    return before, whole[len(before) :]
+        return [([start], tokenizer.encode(text).tolist()) for text in continuations]
+    before = tokenizer.prompt(context.rstrip())
+    return [(before, tokenizer.prompt(context + text)[len(before) :]) for text in continuations]
 
 
 def _exp(value: float) -> float:

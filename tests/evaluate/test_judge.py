@@ -30,6 +30,8 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
+                if self.path.startswith("/moved"):
+                    return self.answer(302, b"", {"Location": f"http://127.0.0.1:{self.server.server_port}/v1/models"})
                 self.answer(200 if self.headers.get("Authorization") != "Bearer wrong" else 401, b"{}", {})
 
             def do_POST(self) -> None:
@@ -159,6 +161,8 @@ def test_a_refused_request_and_an_absent_server_are_errors(server: Server, tmp_p
     server.reply = lambda text, number: (400, "", {})
     with pytest.raises(UserError, match="refuses a request: 400"):
         Judge(JudgeSettings(server.url, "m"), tmp_path)([Question("p", "a")])
+    with pytest.raises(UserError, match="is elsewhere .302"):  # the key stays here
+        Judge(JudgeSettings(server.url.replace("/v1", "/moved"), "m"), tmp_path).check()
     server.http.shutdown()
     server.http.server_close()
     with pytest.raises(UserError, match="does not answer: Connection refused"):

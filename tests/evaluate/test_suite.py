@@ -14,7 +14,7 @@ from small_models import byte_tokenizer, model_that_says
 from suite_files import items_of, run_part, texts_of, tiny_target, write_rows, write_suite
 
 from fastgpt.core.errors import UserError
-from fastgpt.evaluate.suite import encode_pair, ratio, suite_of
+from fastgpt.evaluate.suite import encode_pairs, ratio, suite_of
 from fastgpt.evaluate.suite_file import is_suite, open_suite, read_suite
 from fastgpt.evaluate.suite_schema import check_schema, fits, text_fits
 from fastgpt.evaluate.suite_settings import KINDS
@@ -151,7 +151,7 @@ def test_schemas() -> None:
 def test_pairs_are_divided_as_the_harness_does() -> None:
     tokenizer = tiny_target().tokenizer
     for context, continuation in (("the cat", " sees"), ("the cat ", "sees"), ("th", "e cat"), ("", " cat")):
-        before, after = encode_pair(tokenizer, context, continuation, start=7)
+        ((before, after),) = encode_pairs(tokenizer, context, [continuation], start=7)
         assert before == (tokenizer.prompt(context.rstrip()) if context else [7])
         left = "" if not context else tokenizer.decode(before)
         if context != "th":  # "the" is one token: the harness takes as many tokens as "th" has away
