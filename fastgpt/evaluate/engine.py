@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from fastgpt.models.cache import KVCache
 from fastgpt.models.gpt import GPT
 from fastgpt.models.tree import Segment, TokenTree
 
+Numbers = npt.NDArray[Any]
 Pair = tuple[Sequence[int], Sequence[int]]  # ids of a context and of its continuation
 
 LOGITS = 1 << 24  # computed at a time, 64 MB in fp32
@@ -100,7 +103,7 @@ class Engine:
                 f"pair {number} has {len(context)} and {len(continuation)} tokens, "
                 f"expected a context and a continuation of 1 to {self.context}"
             )
-        ids = np.array([*context, *continuation][-self.context - 1 :], np.int64)
+        ids = np.array([*context, *continuation][-self.context - 1 :], np.int32)
         if ids.min() < 0 or ids.max() >= self.model.vocab_size:
             raise ValueError(f"pair {number} has ids outside the vocabulary, expected 0 to {self.model.vocab_size - 1}")
         return ids, len(continuation)
@@ -219,7 +222,7 @@ class Work:
         if self.cache is None:
             like = self.model.get_parameter("blocks.0.norm1.weight")
             self.cache = KVCache(self.model.config, 1, self.engine.context, like.detach())
-        ids = torch.from_numpy(node.ids[node.start : node.end]).to(self.engine.device)
+        ids = self._tensor(node.ids[node.start : node.end])
         self._score(self.model.hidden(ids[None], kv_cache=self.cache)[0], [node])
         self.run(node.children)
         self.cache.length = node.start
@@ -229,13 +232,16 @@ class Work:
         ids = np.concatenate([node.ids[node.start : node.end] for node in nodes])
         segments = [Segment(node.end - node.start, parent) for node, parent in zip(nodes, parents)]
         tree = TokenTree(segments, self.cache, self.engine.device)
-        self._score(self.model.hidden(torch.from_numpy(ids).to(self.engine.device)[None], tree=tree)[0], nodes)
+        self._score(self.model.hidden(self._tensor(ids)[None], tree=tree)[0], nodes)
+
+    def _tensor(self, numbers: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(numbers.astype(np.int64)).to(self.engine.device)
 
     def _score(self, h: Tensor, nodes: Sequence[Node]) -> None:
         """Add what is asked for at the positions of parts to the requests. h: (T, C), the parts one after the other."""
-        rows: list[Ids] = []
-        targets: list[Ids] = []
-        requests: list[Ids] = []
+        rows: list[Numbers] = []
+        targets: list[Numbers] = []
+        requests: list[Numbers] = []
         at = finished = 0
         for node in nodes:
             for request, first, last in self.asked.pop(node, ()):
@@ -252,7 +258,7 @@ class Work:
         if self.progress is not None:
             self.progress(finished)
 
-    def _predict(self, h: Tensor, rows: Ids, targets: Ids, requests: Ids) -> None:
+    def _predict(self, h: Tensor, rows: Numbers, targets: Numbers, requests: Numbers) -> None:
         """Add the log-probability of each target after the token of its row to its request."""
         order = np.argsort(rows, kind="stable")
         rows, targets, requests = rows[order], targets[order], requests[order]
@@ -261,8 +267,8 @@ class Work:
         size = max(1, LOGITS // self.model.vocab_size)
         for first in range(0, len(unique), size):
             here = slice(*np.searchsorted(inverse, (first, first + size)))
-            part = h[torch.from_numpy(unique[first : first + size]).to(h.device)]
-            place, target = (torch.from_numpy(x[here]).to(h.device) for x in (inverse - first, targets))
+            part = h[self._tensor(unique[first : first + size])]
+            place, target = self._tensor(inverse[here] - first), self._tensor(targets[here])
             z = self.model.logits(part)
             z = z.to(torch.promote_types(z.dtype, torch.float32))
             logprobs = z[place, target] - z.logsumexp(-1)[place]

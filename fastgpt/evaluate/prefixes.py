@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-Ids = npt.NDArray[np.int64]
+Ids = npt.NDArray[np.int32]
 LEAST = 16  # tokens
 
 
@@ -42,7 +42,7 @@ class Node:
 def trees_of(texts: Sequence[Ids], limit: int | None = None) -> list[Node]:
     """Return the roots of the trees of texts; a text longer than `limit` tokens is a tree of its own."""
     keys = [t.astype(">u4").tobytes() for t in texts]  # sorts as the ids do
-    root = Node(np.empty(0, np.int64), 0)
+    root = Node(np.empty(0, np.int32), 0)
     path = [root]  # from the root to the last text
     for i in sorted(range(len(texts)), key=keys.__getitem__):
         text, before = texts[i], path[-1].ids

@@ -100,6 +100,27 @@ def test_a_prefix_is_kept_between_passes() -> None:
     assert engine.counted == {"passes": 2 * (1 + 2), "tokens": 2 * (20 + 10 * 8), "rows": 2 * 10}
 
 
+def test_memory_does_not_grow_with_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, sizes = engine_of(torch.float32, batch_tokens=200), {"hidden": [0], "logits": [0]}
+    for name in sizes:
+        call = getattr(engine.model, name)
+
+        def watched(x: Any, call: Any = call, name: str = name, **options: Any) -> Any:
+            sizes[name].append(x.numel() if name == "hidden" else len(x))
+            return call(x, **options)
+
+        monkeypatch.setattr(engine.model, name, watched)
+    monkeypatch.setattr("fastgpt.evaluate.engine.LOGITS", 50 * engine.model.vocab_size)
+    shots = draw(15)
+    given: list[Pair] = [(shots + draw(4, i % 250), draw(1 + i % 9, i)) for i in range(1000)]
+    scored = engine.loglikelihoods(given)
+    assert max(sizes["hidden"]) <= 200 and 25 < max(sizes["logits"]) <= 50
+    assert sum(sizes["hidden"]) == engine.counted["tokens"] and sum(sizes["logits"]) == engine.counted["rows"]
+    few = [3, 500, 999]
+    for i, one in zip(few, engine.loglikelihoods([given[i] for i in few])):
+        assert one.logprob == pytest.approx(scored[i].logprob, abs=1e-3)
+
+
 def test_each_token_of_a_text_is_scored_once() -> None:
     engine = engine_of()
     text = draw(100)
