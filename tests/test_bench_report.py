@@ -203,8 +203,9 @@ def test_readmes_figures_are_the_rows() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"<!-- bench:(\w+)", readme)) == {"ops", "steps", "gpus"}
     assert report.update_readme(readme, ROOT) == readme, "fastgpt bench report --readme README.md"
-    page = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
-    assert report.update_readme(page, ROOT / "docs") == page, "fastgpt bench report --readme docs/generation.md"
+    for name in ("generation", "evaluation_engine"):
+        page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert report.update_readme(page, ROOT / "docs") == page, f"fastgpt bench report --readme docs/{name}.md"
 
 
 def test_a_readme_is_updated_from_the_files_that_it_names(tmp_path: Path) -> None:

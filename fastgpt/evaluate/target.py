@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.core.device import DTYPES, default_device, dtype_of
+from fastgpt.core.device import DTYPES, default_device, dtype_of, keep_freed_memory
 from fastgpt.core.errors import UserError
 from fastgpt.data import Tokenizer
 from fastgpt.data.load import load_tokenizer
@@ -78,6 +78,8 @@ def open_target(path: str, *, device: str = "auto", dtype: str | None = None) ->
             "expected the tokenizer of the model"
         )
     on = default_device(device)
+    if on.type == "cpu":
+        keep_freed_memory()  # passes allocate the same sizes again and again
     digest = hashlib.sha256()
     read = dataclasses.replace(start, read=_hashed(start.read, digest.update))
     model = load_start(read, start.config, dtype_of(dtype or "auto", on.type), on).eval().requires_grad_(False)
