@@ -100,7 +100,9 @@ class HarnessTasks:
     def _read(self, split: str) -> dict[str, list[dict[str, Any]]]:
         files = find(self.data, self.benchmark, split)
         if not files:
-            raise UserError(f"{self.name} has no files, expected {where_to_put(self.benchmark, self.data, self.shots)}")
+            raise UserError(
+                f"{self.name} has no {split} files, expected {where_to_put(self.benchmark, self.data, self.shots)}"
+            )
         return read(self.benchmark, files)
 
     def _check_pool(self, part: str, splits: dict[str, dict[str, list[dict[str, Any]]]]) -> None:

@@ -112,7 +112,7 @@ def _required(name: str, data: Path | None) -> HarnessTasks:
         raise UserError(f"preset full needs the files of {', '.join(ORDER)}, expected --data DIR")
     for split in benchmark.needs(benchmark.shots):
         if not find(data, benchmark, split):
-            raise UserError(f"{name} has no files, expected {where_to_put(benchmark, data, benchmark.shots)}")
+            raise UserError(f"{name} has no {split} files, expected {where_to_put(benchmark, data, benchmark.shots)}")
     return HarnessTasks(benchmark, data, whole=True)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastgpt._version import __version__
 from fastgpt.core import progress as bars
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, counted
 from fastgpt.evaluate.engine import Engine
 from fastgpt.evaluate.presets import Part, parts_of
 from fastgpt.evaluate.results import Results
@@ -72,7 +72,7 @@ def run_parts(
             continue
         results.seconds[part.name] = round(seconds, 3)
         if progress:
-            bars.write(f"{part.name}: {len({f.task for f in added})} tasks in {seconds:.1f} s")
+            bars.write(f"{part.name}: {counted(len(added), 'figure')} in {seconds:.1f} s")
     if not results.figures:
         raise UserError(f"preset {preset} found nothing to evaluate: {'; '.join(results.notes)}")
     return results

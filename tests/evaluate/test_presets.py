@@ -124,7 +124,7 @@ def test_full_wants_every_file_and_every_part(data: Path, target: Target, tmp_pa
     some = tmp_path / "some"
     shutil.copytree(data, some)
     shutil.rmtree(some / "piqa")
-    with pytest.raises(UserError, match=r"piqa has no files, expected valid.jsonl, or .* in .*/piqa"):
+    with pytest.raises(UserError, match=r"piqa has no validation files, expected valid.jsonl, or .* in .*/piqa"):
         parts_of("full", some)
 
 
