@@ -62,8 +62,9 @@ def winogrande(data: Path, hub: bool, n: int) -> None:
     for split, seed, size in (("dev", 3, n), ("train_xl", 4, 8)):
         t, rows = Texts(seed), []
         for _ in range(size):
-            row = {"sentence": f"{t()} _ {t()}", "option1": t(1, 1), "option2": t(1, 1), "answer": str(1 + t.pick(2))}
-            rows.append(row)
+            one, other = t.random.sample(WORDS, 2)
+            answer = str(1 + t.pick(2))
+            rows.append({"sentence": f"{t()} _ {t()}", "option1": one, "option2": other, "answer": answer})
         if hub:
             name = {"dev": "validation", "train_xl": "train"}[split]
             parquet(data / "winogrande" / "winogrande_xl" / f"{name}-00000-of-00001.parquet", rows)

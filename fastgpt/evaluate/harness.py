@@ -108,10 +108,10 @@ class HarnessTasks:
     def _check_pool(self, part: str, splits: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
         """Refuse a pool of examples that is too small."""
         split = self.benchmark.needs(self.shots)[1]
-        pool = len(splits[split].get(part, []))
-        if pool < self.shots:
-            name = self._label(part)
-            raise UserError(f"{name} has {pool} examples in {split} below {self.data}, expected at least {self.shots}")
+        pool, name = len(splits[split].get(part, [])), self._label(part)
+        least = self.shots + ("test" not in splits)  # without a test split the harness draws one more, to leave one out
+        if pool < least:
+            raise UserError(f"{name} has {pool} examples in {split} below {self.data}, expected at least {least}")
 
     def _task(self, part: str) -> str:
         return f"fastgpt_{self.name}" + (f"_{part}" if part else "")
@@ -135,7 +135,6 @@ class HarnessTasks:
         for split, rows in splits.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             Path(files[split]).write_text(lines, encoding="utf-8")
-        ours, pool = self.benchmark.split, self.benchmark.needs(self.shots)[-1]
         config: dict[str, Any] = {
             "include": str(include),
             "task": self._task(part),
@@ -143,14 +142,21 @@ class HarnessTasks:
             "dataset_name": None,
             "dataset_kwargs": {"data_files": files, "cache_dir": str(folder / "cache")},
             "num_fewshot": self.shots,
-            "training_split": None,
-            "validation_split": None,
-            "test_split": ours,
-            "fewshot_split": pool,
+            **self._splits(files),
             "metric_list": [{"metric": metric} for metric in self.benchmark.metrics],
         }
-        # JSON is YAML; the harness's own names of splits do not matter, as each is set here
+        # JSON is YAML
         (folder / f"{self._task(part)}.yaml").write_text(json.dumps(config), encoding="utf-8")
+
+    def _splits(self, files: dict[str, str]) -> dict[str, str | None]:
+        """Return the settings that make the harness do without the splits that have no file.
+
+        With examples, its own settings stay: they decide which ones are drawn.
+        """
+        if self.shots:
+            names = {"training_split": "train", "validation_split": "validation", "test_split": "test"}
+            return {key: None for key, split in names.items() if split not in files}
+        return {"training_split": None, "validation_split": None, "test_split": self.benchmark.split}
 
     def _check_context(self, target: Target) -> None:
         """Refuse a context that is shorter than a choice, or into which no question fits, even without examples."""

@@ -161,6 +161,8 @@ def _entry(entry: Any, where: str, path: Path, data: Path | None) -> Part:
 def _listed(benchmark: Benchmark, shots: int | None, where: str, data: Path | None) -> HarnessTasks:
     if data is None:
         raise UserError(f"{where}: {benchmark.name} needs its files, expected --data DIR")
+    if shots and len(benchmark.splits) < 2:
+        raise UserError(f"{where}: shots is {shots}, but {benchmark.name} has no examples, expected 0")
     return HarnessTasks(benchmark, data, shots)
 
 

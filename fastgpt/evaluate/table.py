@@ -20,8 +20,8 @@ def rows(results: Results, parts: bool = False) -> list[list[str]]:
         first = f.task != last  # what belongs to the task stands in its first row
         cut = results.truncated.get(f.task) if first else None
         seconds = results.seconds.get(f.task) if first else None
-        interval = "" if f.low is None else f" ({value(f.low)} to {value(f.high)})"
-        cells = [value(f.value), value(f.stderr) + interval, value(f.chance), str(f.shots), f"{f.n:,}"]
+        error = value(f.stderr) if f.low is None else f"{value(f.low)} to {value(f.high)}"
+        cells = [value(f.value), error, value(f.chance), str(f.shots), f"{f.n:,}"]
         out.append(
             [f.task, f.metric, *cells, "" if cut is None else f"{cut:,}", "" if seconds is None else f"{seconds:.1f}"]
         )

@@ -162,6 +162,8 @@ def test_wrong_presets_are_refused(tmp_path: Path) -> None:
         parts_of("bass", tmp_path)
     with pytest.raises(UserError, match="expected a folder with the files of the benchmarks"):
         parts_of("base", tmp_path / "absent")
+    with pytest.raises(UserError, match="entry 1: shots is 2, but blimp has no examples, expected 0"):
+        parts_of(_list(tmp_path, {"task": "blimp", "shots": 2}), tmp_path)
     with pytest.raises(UserError, match="entry 1: piqa needs its files, expected --data DIR"):
         parts_of(_list(tmp_path, "piqa"), None)
 
@@ -217,7 +219,7 @@ def test_wrong_files_are_refused(data: Path, target: Target, tmp_path: Path) -> 
         HarnessTasks(benchmarks()[name], folder, **options).check(target)
 
     with pytest.raises(UserError, match="hellaswag has 14 examples in train below .*, expected at least 15"):
-        check("hellaswag", shots=15)
+        check("hellaswag", shots=14)
     (folder / "mmlu/data/dev/anatomy_dev.csv").unlink()
     with pytest.raises(UserError, match="mmlu/anatomy has 0 examples in dev below .*, expected at least 5"):
         check("mmlu")

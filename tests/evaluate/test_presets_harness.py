@@ -16,10 +16,12 @@ from benchmark_files import SUBJECTS, jsonl, write_all
 from small_target import small_target
 
 from fastgpt.convert import exporting
-from fastgpt.evaluate.presets import ORDER
+from fastgpt.evaluate.engine import Engine
+from fastgpt.evaluate.presets import ORDER, HarnessTasks
 from fastgpt.evaluate.results import Results
 from fastgpt.evaluate.run import evaluate
 from fastgpt.evaluate.target import Target, open_target
+from fastgpt.evaluate.task_files import benchmarks, read
 from fastgpt.training import checkpoint
 from fastgpt.training.config import TrainConfig, to_dict
 
@@ -47,6 +49,10 @@ def plain_tasks(folder: Path, data: Path) -> list[str]:
     folder.mkdir()
     hellaswag = {"validation": data / "hellaswag_val.jsonl", "train": data / "hellaswag_train.jsonl"}
     plain_task(folder, "plain_hellaswag", "hellaswag/hellaswag.yaml", hellaswag, 10)
+    winogrande = {"validation": folder / "winogrande.jsonl", "train": data / "winogrande_1.1/train_xl.jsonl"}
+    rows = read(benchmarks()["winogrande"], [data / "winogrande_1.1/dev.jsonl"])[""]
+    jsonl(winogrande["validation"], rows)
+    plain_task(folder, "plain_winogrande", "winogrande/default.yaml", winogrande, 5)
     lambada = {"test": data / "lambada_test.jsonl"}
     plain_task(folder, "plain_lambada", "lambada/lambada_openai.yaml", lambada, 0)
     for subject, name in zip(SUBJECTS, MMLU, strict=True):
@@ -55,7 +61,7 @@ def plain_tasks(folder: Path, data: Path) -> list[str]:
             cells = csv.reader((data / "mmlu/data" / split / f"{subject}_{split}.csv").open(encoding="utf-8"))
             jsonl(path, [{"question": c[0], "choices": c[1:5], "answer": "ABCD".index(c[5])} for c in cells])
         plain_task(folder, f"plain_{name}", f"mmlu/default/{name}.yaml", files, 5)
-    return ["plain_hellaswag", "plain_lambada", *(f"plain_{name}" for name in MMLU)]
+    return ["plain_hellaswag", "plain_winogrande", "plain_lambada", *(f"plain_{name}" for name in MMLU)]
 
 
 def saved(folder: Path, config: dict[str, Any]) -> Target:
@@ -80,7 +86,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Results, Any]:
     target = saved(folder, {})
     assert exporting.main([str(folder / "run"), "--out", str(folder / "hf")]) == 0
     listed = folder / "tasks.yaml"
-    listed.write_text(json.dumps(["hellaswag", "lambada_openai", "mmlu"]), encoding="utf-8")
+    listed.write_text(json.dumps(["hellaswag", "winogrande", "lambada_openai", "mmlu"]), encoding="utf-8")
     ours = evaluate(target, str(listed), data=data, progress=False)
     names = plain_tasks(folder / "plain", data)
     theirs = simple_evaluate(
@@ -108,7 +114,21 @@ def test_figures_are_those_of_the_harness(both: tuple[Results, Any]) -> None:
             if metric != "perplexity":  # theirs is a bootstrap
                 assert figure.stderr == pytest.approx(result[f"{metric}_stderr,none"], rel=1e-6), (name, metric)
             compared += 1
-    assert compared == 2 + 2 + len(MMLU)
+    assert compared == 2 + 1 + 2 + len(MMLU)
+
+
+@pytest.mark.slow
+def test_prompts_are_those_of_the_harness(both: tuple[Results, Any], tmp_path: Path) -> None:
+    """The same examples in the same order, which few questions of a small model would not show in the figures."""
+    target, data = small_target(tmp_path), write_all(tmp_path / "data", n=8)
+    for name in ("hellaswag", "winogrande", "lambada_openai", "mmlu"):
+        part = HarnessTasks(benchmarks()[name], data)
+        part.check(target)
+        part.run(Engine(target), Results({}, name), None)
+        for task, made in part._tasks.items():
+            other = task.replace("fastgpt_", "plain_").replace("lambada_openai", "lambada")
+            theirs = [tuple(pair) for sample in both[1]["samples"][other] for pair in sample["arguments"]]
+            assert [request.args for request in made.instances] == theirs, task
 
 
 @pytest.mark.slow
