@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "export-suite": ("fastgpt.evaluate.suite_export", "write a suite as a task of the LM Evaluation Harness"),
     "compare": ("fastgpt.evaluate.compare", "compare two evaluations, or refuse a regression (--gate)"),
     "human": ("fastgpt.evaluate.human.command", "let people rate the answers of two models, blind"),
+    "score": ("fastgpt.evaluate.score", "print BLEU, ROUGE, F1 and other metrics of predictions in a file"),
     "power": ("fastgpt.evaluate.power", "say how many items tell two models apart"),
     "safety-report": ("fastgpt.evaluate.safety.report", "report safety before and after fine-tuning"),
 }

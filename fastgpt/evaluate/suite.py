@@ -79,7 +79,7 @@ class SuitePart:
             self._generations(engine, results, items)
         else:
             self._likelihoods(engine, results, items)
-        results.seconds[self.name] = time.perf_counter() - start
+        results.seconds[self.name] = round(time.perf_counter() - start, 3)
 
     def _add(self, results: Results, metric: str, items: Sequence[Item], values: list[float], **more: Any) -> None:
         """Append the mean of a metric and the value of each item."""
@@ -212,12 +212,14 @@ def encode_pairs(
     """Return the ids of a context and of each of its continuations, divided as the harness does.
 
     Spaces at the end of the context belong to the continuation. Both are encoded as one text, of which the context has
-    as many tokens as it has alone. An empty context is the token `start`.
+    as many tokens as it has alone; if that leaves none, because the first token joins both, the continuation is encoded
+    by itself. An empty context is the token `start`.
     """
     if not context:
         return [([start], tokenizer.encode(text).tolist()) for text in continuations]
     before = tokenizer.prompt(context.rstrip())
-    return [(before, tokenizer.prompt(context + text)[len(before) :]) for text in continuations]
+    pairs = [(before, tokenizer.prompt(context + text)[len(before) :], text) for text in continuations]
+    return [(before, after or tokenizer.encode(text).tolist()) for before, after, text in pairs]
 
 
 def _exp(value: float) -> float:

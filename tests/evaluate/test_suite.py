@@ -158,6 +158,15 @@ def test_pairs_are_divided_as_the_harness_does() -> None:
             assert left + tokenizer.decode(after) == context + continuation
 
 
+def test_an_answer_that_joins_the_prompt_in_one_token_is_scored(tmp_path: Path) -> None:
+    """Without a delimiter the harness has no token left to score."""
+    tokenizer = tiny_target().tokenizer
+    assert len(tokenizer.encode("the")) == 1
+    assert encode_pairs(tokenizer, "th", ["e"]) == [(tokenizer.prompt("th"), tokenizer.encode("e").tolist())]
+    items = [{"question": "th", "choices": ["e", "ee"], "answer": 0}]
+    assert run_part(suite_of(write_suite(tmp_path, "choice", items, delimiter=""))).figures[0].n == 1
+
+
 def test_an_item_in_yaml_and_in_jsonl_is_the_same(tmp_path: Path) -> None:
     for kind in KINDS:
         settings: dict[str, Any] = {"judge": {"regex": "a"}} if kind == "generation" else {}
