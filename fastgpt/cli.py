@@ -137,6 +137,13 @@ def finetune(argv: list[str]) -> int:
     return finetune_main(argv)
 
 
+def serve(argv: list[str]) -> int:
+    """Run `fastgpt serve`; see fastgpt/serve/command.py."""
+    from fastgpt.serve.command import main as serve_main
+
+    return serve_main(argv)
+
+
 def import_(argv: list[str]) -> int:
     """Run `fastgpt import`; see fastgpt/convert/importing.py."""
     from fastgpt.convert.importing import main as import_main
@@ -179,6 +186,7 @@ COMMANDS = {
     "sample": sample,
     "chat": chat,
     "eval": evaluate,
+    "serve": serve,
     "data": data,
     "tokenizer": tokenizer,
     "import": import_,
@@ -195,6 +203,7 @@ HELP = """commands:
   sample     continue a prompt with a trained model
   chat       hold a conversation with a trained model
   eval       evaluate a model on benchmarks, texts, suites, safety and people's ratings
+  serve      answer requests over HTTP, as OpenAI's API does
   data       make data sets from raw text, check and inspect them, erase documents
   tokenizer  train, show and check tokenizers
   import     make a run from a model of another project

@@ -21,7 +21,7 @@ LAYERS = (
     {"config", "errors"},
     {"evaluate"},
     {"train", "convert"},
-    {"finetune"},
+    {"finetune", "serve"},
     {"bench"},
     {"cli"},
 )

@@ -65,7 +65,7 @@ def open_target(path: str, *, device: str = "auto", dtype: str | None = None) ->
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
-    folder, state = _find(path)
+    folder, state = find_model(path)
     start = open_initial(folder)
     if start.tokenizer is None:
         raise UserError(f"{path} has no tokenizer, expected one beside the weights")
@@ -94,7 +94,7 @@ def open_target(path: str, *, device: str = "auto", dtype: str | None = None) ->
     return Target(model, tokenizer, path, folder, about, template_of(tokenizer, path), settings)
 
 
-def _find(path: str) -> tuple[Path, dict[str, Any]]:
+def find_model(path: str) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint that a path stands for with its state.json, or a folder of another kind with nothing."""
     folder = Path(path)
     if not folder.is_dir():

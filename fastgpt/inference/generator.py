@@ -10,6 +10,7 @@ So the model reads the same tokens with and without a cache.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -184,7 +185,7 @@ class Generator:
                 numbers[self.add(request)] = i
             while self.waiting or self.running:
                 for p in self.step():
-                    yield Piece(numbers[p.number], p.id, p.text, p.result)
+                    yield dataclasses.replace(p, number=numbers[p.number])
         finally:
             for number in numbers:
                 self.cancel(number)
@@ -309,10 +310,11 @@ class Generator:
             reason = "stop" if r.stream.stopped else None
         if reason is None and len(r.ids) == r.wanted:
             reason = "length"
+        newest = (r.logprobs[-1], r.top_logprobs[-1]) if r.request.logprobs is not None else (None, None)
         if reason is None:
-            return Piece(r.number, token, text)
+            return Piece(r.number, token, text, None, *newest)
         text += r.stream.end()
-        return Piece(r.number, token, text, r.result(reason))
+        return Piece(r.number, token, text, r.result(reason), *newest)
 
     def _remove(self, gone: list[int]) -> None:
         """Remove rows; the last row moves to the place of each."""

@@ -127,9 +127,12 @@ class Piece:
         text: text that is certain now, perhaps empty: characters may need several tokens, and what may become a stop
             string is held back.
         result: of a request that is finished; else None.
+        logprob, top_logprobs: of the new token, as in Result; None if not asked for.
     """
 
     number: int
     id: int | None
     text: str
     result: Result | None = None
+    logprob: float | None = None
+    top_logprobs: list[tuple[int, float]] | None = None

@@ -1,0 +1,135 @@
+"""`fastgpt serve`: options, models, and the HTTP server."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from fastgpt.core.command import Parser, number
+from fastgpt.core.errors import UserError, cause_of
+
+KEYS = "FASTGPT_API_KEYS"  # separated by commas
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def main(argv: list[str]) -> int:
+    """Run `fastgpt serve` until a signal stops it; requests that run are finished."""
+    args = _parser().parse_args(argv)
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn
+    except ImportError as e:
+        raise UserError(f"serve needs {e.name}, expected `pip install fastgpt[serve]`") from None
+
+    from fastgpt.serve.app import Limits, build_app
+    from fastgpt.serve.engine import Model
+    from fastgpt.serve.served import serve_model
+
+    keys = read_keys(args.api_key_file)
+    limits = Limits(args.max_body, args.timeout, keys)
+    listening = listen(args.host, args.port)  # first: loading a model takes longer
+    options: dict[str, Any] = dict(device=args.device, weights=args.weights, rows=args.rows, context=args.context)
+    models = {}
+    try:
+        for name, path in named([args.run, *args.model]).items():
+            models[name] = serve_model(name, Model(path, **options, threads=args.threads), args.queue)
+        if args.host not in LOOPBACK and not keys:
+            print(f"warning: anyone who reaches {args.host} may use the server; set {KEYS} or --api-key-file")
+        for served in models.values():
+            print(f"model {served.name}: {served.link.model.path}, {served.context} tokens")
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        print(f"serving at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
+        config = uvicorn.Config(
+            build_app(models, limits), log_level="warning", timeout_graceful_shutdown=args.grace, server_header=False
+        )
+        uvicorn.Server(config).run(sockets=[listening])
+    finally:
+        for served in models.values():
+            served.link.close()
+        listening.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="fastgpt serve", description="Serve models over HTTP, as OpenAI's API does.")
+    parser.add_argument("run", metavar="[NAME=]RUN", help="run, checkpoint or folder of a model")
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN", help="a further model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=number(int, 0, 65535), default=8000, help="0 takes a free one (default: 8000)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+    parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), help="convert the weights (default: as stored)")
+    parser.add_argument("--context", type=number(int, 1), help="most tokens of a text (default: as the model trained)")
+    parser.add_argument("--rows", type=number(int, 1), default=16, help="requests that run at a time (default: 16)")
+    parser.add_argument("--queue", type=number(int, 0), default=64, help="requests that may wait (default: 64)")
+    parser.add_argument("--threads", type=number(int, 1), help="of PyTorch, for each model (default: all cores)")
+    parser.add_argument(
+        "--timeout", type=number(float, 0, open_least=True), default=600.0, help="seconds of a request (default: 600)"
+    )
+    parser.add_argument(
+        "--grace", type=number(int, 0), default=60, help="seconds to finish requests when the server ends (default: 60)"
+    )
+    parser.add_argument(
+        "--max-body", type=number(int, 1), default=1 << 22, metavar="BYTES", help="largest request (default: 4 MiB)"
+    )
+    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"one key on each line; {KEYS} has them, too")
+    return parser
+
+
+def named(places: list[str]) -> dict[str, str]:
+    """Return the paths of models by name, NAME=PATH; without a name it is the folder's.
+
+    Raises:
+        UserError: a name is empty or given twice.
+    """
+    found: dict[str, str] = {}
+    for place in places:
+        name, equal, path = place.partition("=")
+        if not equal:
+            name, path = Path(place).resolve().name, place
+        if not name or not path:
+            raise UserError(f"{place!r} is no model, expected NAME=RUN")
+        if name in found:
+            raise UserError(f"two models are named {name}, expected NAME=RUN with different names")
+        found[name] = path
+    return found
+
+
+def read_keys(file: Path | None) -> tuple[str, ...]:
+    """Return the API keys of the environment and of a file.
+
+    Raises:
+        UserError: the file cannot be read or has no key, or a key is not ASCII.
+    """
+    keys = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--api-key-file: {file} cannot be read ({cause_of(e)})") from None
+        own = [line.strip() for line in lines if line.strip()]
+        if not own:
+            raise UserError(f"--api-key-file: {file} has no key, expected one on each line")
+        keys += own
+    if any(not key.isascii() for key in keys):
+        raise UserError("an API key is not ASCII, expected letters, digits and signs")
+    return tuple(keys)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        UserError: the port is in use, or the address is not this machine's.
+    """
+    try:
+        kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(kind[0], kind[1])
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(kind[4])
+    except OSError as e:
+        raise UserError(f"cannot listen at {host}:{port} ({cause_of(e)}), expected a free --port") from None
+    return listening

@@ -1,0 +1,139 @@
+"""The process that generates: it holds a model, and answers the requests of the server's process through one pipe.
+
+Requests join and leave the running batch at any step. Messages are JSON, so nothing that comes from the network is
+ever unpickled. The server starts a new engine when this one dies.
+
+To the engine:      {"add": number, "request": {...}}   {"cancel": number}   {"stop": true}
+From the engine:    {"ready": {...}} or {"failed": "sentence"} once, then after each step
+                    {"pieces": [[number, a Piece's other values ...], ...], "running": rows, "waiting": requests}
+                    and {"refused": number, "why": "sentence"} for a request that cannot run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from fastgpt.core.errors import UserError
+from fastgpt.evaluate.target import open_target
+from fastgpt.inference import Generator, Piece, Request
+
+log = logging.getLogger("fastgpt")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to serve.
+
+    Attributes:
+        path: run, checkpoint or folder of a model.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        weights: "fp32", "bf16" or "int8"; None: as stored.
+        rows: most requests that run at a time.
+        context: most tokens of a text; None: as the model was trained.
+        threads: of PyTorch on a CPU; None: all cores.
+    """
+
+    path: str
+    device: str = "auto"
+    weights: str | None = None
+    rows: int = 16
+    context: int | None = None
+    threads: int | None = None
+
+
+def main(pipe: Connection, model: Model) -> None:
+    """Run the process of an engine, until the pipe ends or a message stops it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server stops its engines
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        generator = build(model)
+    except (UserError, ValueError) as e:
+        _send(pipe, {"failed": str(e)})
+        return
+    _send(pipe, {"ready": {"context": generator.context}})
+    try:
+        Engine(pipe, generator).run()
+    except (EOFError, ConnectionError):  # the server is gone
+        os._exit(0)
+
+
+def build(model: Model) -> Generator:
+    """Open a model and allocate its cache.
+
+    Raises:
+        UserError, ValueError: what does not fit.
+    """
+    if model.threads is not None:
+        torch.set_num_threads(model.threads)
+    target = open_target(model.path, device=model.device)
+    options: dict[str, Any] = dict(max_batch=model.rows, context=model.context, weights=model.weights)
+    generator = Generator(target.model, target.tokenizer, **options)
+    generator.reserve()
+    return generator
+
+
+class Engine:
+    """The loop of the process: read messages, run a step, send what it added."""
+
+    def __init__(self, pipe: Connection, generator: Generator) -> None:
+        self.pipe, self.generator = pipe, generator
+        self.numbers: dict[int, int] = {}  # of the generator -> of the server
+        self.stopped = False
+
+    def run(self) -> None:
+        while not self.stopped:
+            busy = bool(self.generator.waiting or self.generator.running)
+            while not self.stopped and self.pipe.poll(None if not busy else 0):
+                self.take(json.loads(self.pipe.recv_bytes()))
+                busy = True
+            if not self.stopped:
+                self.step()
+
+    def take(self, message: dict[str, Any]) -> None:
+        """Obey a message."""
+        if "add" in message:
+            number = message["add"]
+            try:
+                self.numbers[self.generator.add(Request(**message["request"]))] = number
+            except ValueError as e:
+                _send(self.pipe, {"refused": number, "why": str(e)})
+        elif "cancel" in message:
+            for own in [own for own, number in self.numbers.items() if number == message["cancel"]]:
+                self.generator.cancel(own)
+                del self.numbers[own]
+        else:
+            self.stopped = True
+
+    def step(self) -> None:
+        """Run one step and send what it added; a request without finite logits takes the running ones with it."""
+        try:
+            pieces = self.generator.step()
+        except ValueError as e:
+            left = {r.number for r in self.generator.waiting}
+            for own in [own for own in self.numbers if own not in left]:
+                _send(self.pipe, {"refused": self.numbers.pop(own), "why": str(e)})
+            return
+        found = [self._plain(piece) for piece in pieces if piece.number in self.numbers]
+        for piece in pieces:
+            if piece.result is not None:
+                self.numbers.pop(piece.number, None)
+        if found:
+            counts = {"running": len(self.generator.running), "waiting": len(self.generator.waiting)}
+            _send(self.pipe, {"pieces": found, **counts})
+
+    def _plain(self, piece: Piece) -> list[Any]:
+        result = None if piece.result is None else dataclasses.asdict(piece.result)
+        return [self.numbers[piece.number], piece.id, piece.text, result, piece.logprob, piece.top_logprobs]
+
+
+def _send(pipe: Connection, message: dict[str, Any]) -> None:
+    pipe.send_bytes(json.dumps(message).encode())

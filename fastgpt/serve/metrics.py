@@ -1,0 +1,49 @@
+"""What Prometheus reads at /metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from fastgpt.inference import Piece
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+
+class Metrics:
+    """Counters of a server."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        name: dict[str, Any] = {"registry": self.registry}
+        self.answers = Counter("fastgpt_http_requests", "Answers by route and status.", ["route", "status"], **name)
+        self.prompt_tokens = Counter("fastgpt_prompt_tokens", "Tokens of prompts.", **name)
+        self.new_tokens = Counter("fastgpt_generated_tokens", "Tokens that were generated.", **name)
+        self.requests = Gauge("fastgpt_requests", "Requests that run or wait.", **name)
+        self.restarts = Gauge("fastgpt_engine_restarts", "Engines that ended and were started again.", **name)
+        self.first = Histogram("fastgpt_first_token_seconds", "Time to the first token.", buckets=SECONDS, **name)
+        self.each = Histogram("fastgpt_token_seconds", "Time between tokens.", buckets=SECONDS, **name)
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request while it runs or waits."""
+        with self.requests.track_inprogress():
+            yield
+
+    def token(self, piece: Piece, first: float | None, since: float) -> None:
+        """Count a piece: seconds to the first token if it is the first, else since the last one."""
+        if piece.result is not None:
+            self.prompt_tokens.inc(piece.result.prompt_tokens)
+        if piece.id is not None:
+            self.new_tokens.inc()
+        if first is not None:
+            self.first.observe(first)
+        else:
+            self.each.observe(since)
+
+    def text(self) -> bytes:
+        """Return the metrics in the text format."""
+        return generate_latest(self.registry)
