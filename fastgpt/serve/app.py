@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from fastgpt._version import __version__
+from fastgpt.inference.chat import FILE
 from fastgpt.serve import answers
 from fastgpt.serve.calls import Call, ChatCall, CompletionCall
 from fastgpt.serve.errors import ApiError, of_validation
@@ -97,9 +98,15 @@ def build_app(models: Mapping[str, Served], limits: Limits) -> FastAPI:
     @app.post("/tokenize")
     async def tokenize(body: Tokenize) -> dict[str, Any]:
         served = find(body.model)
-        encode = served.tokenizer.prompt if body.add_special_tokens else served.tokenizer.encode
-        tokens = [int(i) for i in encode(body.prompt)]
+        prefix = served.tokenizer.prefix if body.add_special_tokens else ()
+        tokens = [*prefix, *served.tokenizer.encode(body.prompt, specials=True).tolist()]
         return {"tokens": tokens, "count": len(tokens), "max_model_len": served.context}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
+        tokenizer = find(model).tokenizer
+        marks = {"eos_token": tokenizer.decode_bytes([tokenizer.eot]).decode(), "bos_token": tokenizer.bos or None}
+        return {**marks, "pad_token": None, "chat_template": tokenizer.companions.get(FILE)}
 
     @app.post("/detokenize")
     async def detokenize(body: Detokenize) -> dict[str, Any]:

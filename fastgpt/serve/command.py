@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def main(argv: list[str]) -> int:
             print(f"model {served.name}: {served.link.model.path}, {served.context} tokens")
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"serving at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has ended
         config = uvicorn.Config(
             build_app(models, limits), log_level="warning", timeout_graceful_shutdown=args.grace, server_header=False
         )
@@ -130,6 +132,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(kind[0], kind[1])
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(kind[4])
+        listening.listen(2048)  # clients that come while models load wait
     except OSError as e:
         raise UserError(f"cannot listen at {host}:{port} ({cause_of(e)}), expected a free --port") from None
     return listening

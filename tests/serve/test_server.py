@@ -171,6 +171,8 @@ def test_tokens(client: httpx.Client) -> None:
     assert found["count"] == len(found["tokens"]) and found["max_model_len"] == CONTEXT
     assert client.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "ünï cat"}
     assert client.post("/detokenize", json={"tokens": [9999]}).status_code == 400
+    eos = client.get("/tokenizer_info").json()["eos_token"]
+    assert client.post("/tokenize", json={"prompt": eos}).json()["count"] == 1
 
 
 def test_what_a_monitor_asks(client: httpx.Client) -> None:
