@@ -65,7 +65,7 @@ class Evaluation:
         self.name, self.preset, self.every, self.parts, self.limit = name, preset, every, parts, limit
         self.spent, self.began = 0.0, time.perf_counter()
         self._said: set[str] = set()
-        self._last: tuple[int, dict[str, float]] = (-1, {})
+        self._step = -1  # of the last evaluation
 
     def require(self, run: Run, metric: str) -> None:
         """Raise UserError unless the preset has a figure like `metric`, by evaluating a few items."""
@@ -86,10 +86,9 @@ class Evaluation:
     def __call__(self, run: Run, log: Log) -> dict[str, float]:
         """Evaluate if it is time; write the results to the run's folder `eval`, and return them as "task.metric"."""
         step = run.progress.step
-        if not self.due(run):
+        if not self.due(run) or self._step == step:  # the last step may be validated again at the end
             return {}
-        if self._last[0] == step:  # the last step's validation may be followed by that of the end
-            return self._last[1]
+        self._step = step
         start = time.perf_counter()
         try:
             figures, said = self._evaluate(run)
@@ -99,7 +98,6 @@ class Evaluation:
         self.spent += seconds
         share = self.spent / (time.perf_counter() - self.began)
         log.say(f"step {step}: {self.name} took {seconds:.1f} s ({share:.1%} of the time since the start): {said}")
-        self._last = step, figures
         return figures | {"seconds": seconds, "share_of_time": share} if figures else {}
 
     def _evaluate(self, run: Run) -> tuple[dict[str, float], str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,6 +154,14 @@ def test_what_is_wrong_is_said_before_the_first_step(options: str, tmp_path: Pat
     with pytest.raises(UserError, match=BAD[options]):
         train.main([*SMALL, "--max-steps", "4", "--out", str(tmp_path / "run"), *shlex.split(words)])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_evals_imports_nothing_of_them() -> None:
+    code = (
+        "import sys, fastgpt.train, fastgpt.finetune.run; print([m for m in sys.modules if 'fastgpt.evaluate.' in m])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["['fastgpt.evaluate.hook']"]
 
 
 def test_random_states_and_mode_are_put_back() -> None:

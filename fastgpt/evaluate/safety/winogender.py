@@ -167,6 +167,7 @@ def _filled(text: str, occupation: str, participant: str) -> dict[str, str]:
         sentence = text
         for mark, pronoun in pronouns.items():
             sentence = sentence.replace(mark, pronoun)
+        sentence = sentence.replace("they was", "they were")
         filled[gender] = sentence[:1].upper() + sentence[1:]
     return filled
 
