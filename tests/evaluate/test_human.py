@@ -207,6 +207,18 @@ def test_votes_at_the_same_time_are_all_written(server: Server, ratings: Ratings
     assert len(rows(ratings.path)) == 12
 
 
+def test_a_browser_that_leaves_is_no_error(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    import socket
+    import struct
+
+    for _ in range(3):
+        with socket.create_connection(server.server_address[:2]) as s:  # type: ignore[arg-type]
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset
+            s.sendall(b"GET /token/page.js HTTP/1.0\r\n\r\n")
+    assert ask(server, "/token/")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_port_in_use(server: Server, ratings: Ratings) -> None:
     port = server.server_address[1]
     with pytest.raises(UserError, match=f"cannot serve on 127.0.0.1, port {port} .*expected a free --port"):
@@ -349,6 +361,7 @@ def test_command_with_files_of_answers(
         (["a.jsonl", "a2.jsonl"], "are both of one, expected two models"),
         (["a.jsonl", "d.jsonl"], "both models give the same answers"),
         (["a.jsonl", "run"], "--prompts is missing"),
+        (["a.jsonl", "b.jsonl", "--raters", "Ann", "x" * 61], "--raters has 'xxx"),
         (["a.jsonl", "p.txt"], "p.txt, line 1: got 'new', expected a JSON object"),
     ],
 )

@@ -12,7 +12,7 @@ from fastgpt.evaluate.human import report
 from fastgpt.evaluate.human.answers import Answers, Generation, Question, read_answers, read_prompts
 from fastgpt.evaluate.human.files import key_of
 from fastgpt.evaluate.human.ratings import Ratings, pairs_of
-from fastgpt.evaluate.human.server import Server
+from fastgpt.evaluate.human.server import NAME, Server, is_name
 from fastgpt.inference import terminal
 
 ABOUT = "Serve a page on which people compare the answers of two models without knowing which is which."
@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
         return report.main(argv)
     parser = _parser()
     args = parser.parse_args(argv)
+    if wrong := next((name for name in args.raters or () if not is_name(name)), None):
+        raise UserError(f"--raters has {wrong!r}, expected names of 1 to {NAME} printable characters")
     ratings = _ratings(args, parser)
     host = args.host or "127.0.0.1"
     with Server(ratings, secrets.token_urlsafe(24), tuple(args.raters or ()), host, args.port) as server:

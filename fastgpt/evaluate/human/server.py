@@ -14,6 +14,7 @@ from __future__ import annotations
 import hmac
 import json
 import math
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,6 +41,11 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+
+
+def is_name(name: str) -> bool:
+    """Return whether a rater may have this name."""
+    return 0 < len(name) <= NAME and name.isprintable() and name == name.strip()
 
 
 class Refused(Exception):
@@ -73,6 +79,11 @@ class Server(ThreadingHTTPServer):
             super().__init__((host, port), Handler)
         except OSError as e:
             raise UserError(f"cannot serve on {host}, port {port} ({cause_of(e)}), expected a free --port") from None
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing about a browser that has left; the traceback of another error is printed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     @property
     def url(self) -> str:
@@ -175,7 +186,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _rater(self, name: Any) -> str:
         name = name.strip() if isinstance(name, str) else ""
-        if not name or len(name) > NAME or not name.isprintable():
+        if not is_name(name):
             raise Refused(HTTPStatus.BAD_REQUEST, f"a name must have 1 to {NAME} printable characters")
         if self.server.raters and name not in self.server.raters:
             raise Refused(HTTPStatus.FORBIDDEN, "this name is not on the list of raters")
