@@ -249,9 +249,23 @@ def _fresh(folder: Path) -> Path:
     return folder
 
 
+def restore_best(run: FinetuneRun) -> str:
+    """Take the weights of the best checkpoint, if patience keeps one and it is not the last; return a sentence."""
+    p = run.progress
+    path = run.folder / f"step_{p.best_step:08d}"
+    if not run.cfg.patience or p.best_step == p.step or not path.is_dir():
+        return ""
+    run.load_weights(checkpoint.read_tensors(path, checkpoint.MODEL, checkpoint.read_state(path)))
+    best = p.best_step  # last_step too, so that evaluations of the end are due
+    run.progress = dataclasses.replace(p, step=best, last_step=best, tokens=best * run.cfg.batch_tokens)
+    return f"what follows is of the best checkpoint, {path}"
+
+
 def end(run: Run, log: Log) -> int:
-    """Validate, and write what others can use: adapters in the form of PEFT, a merged run, a model with its head."""
+    """Validate, and write what others can use: adapters in the form of PEFT, a merged run, a model with its head. With
+    patience these are of the best checkpoint."""
     assert isinstance(run, FinetuneRun)
+    log.say(restore_best(run))
     validate(run, log, None)
     for report in run.task.reports():
         log.say(report)

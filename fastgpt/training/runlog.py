@@ -139,7 +139,7 @@ class Log:
         rows = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
         fig, ax = plt.subplots(figsize=(8, 4.5))
         train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
-        val = [(r["step"], r["val_loss"]) for r in rows if "val_loss" in r]
+        val = sorted((r["step"], r["val_loss"]) for r in rows if "val_loss" in r)  # the last may be of the best step
         for points, name, style in ((train, "training", "-"), (val, "validation", "o-")):
             ax.plot(*zip(*points), style, label=name, linewidth=1) if points else None
         ax.set(xlabel="step", ylabel="loss (nats per token)", title=str(self.path.parent))

@@ -290,6 +290,25 @@ def test_a_base_that_the_hub_lacks_is_one_sentence(base: str, message: str, hub:
         go("sft", "sft.jsonl", tmp_path / "run", "--base", base)
 
 
+def test_what_is_written_is_the_best_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a rate that makes the loss rise, the first validation is the best."""
+    more = ("--patience", "2", "--max-steps", "20", "--lr", "3", "--schedule", "constant", "--save-every", "0")
+    rows = go("sft", "sft.jsonl", tmp_path / "run", *more, "--lora.rank", "2")
+    validations = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
+    best = min(validations[:-1], key=lambda v: v[1])
+    path = tmp_path / "run" / f"step_{best[0]:08d}"
+    said = capsys.readouterr().out
+    assert best[0] < max(validations)[0] and validations[-1][0] == best[0]
+    assert f"what follows is of the best checkpoint, {path}" in said
+    state = checkpoint.read_state(path)
+    adapters = checkpoint.read_tensors(path, checkpoint.MODEL, state)
+    merged = load_run(tmp_path / "run" / "merged", torch.device("cpu"))[0].state_dict()
+    start = load_run("base", torch.device("cpu"))[0].state_dict()
+    a, b = (adapters[f"blocks.1.mlp.down.lora_{side}"] for side in "AB")
+    torch.testing.assert_close(merged["blocks.1.mlp.down.weight"], start["blocks.1.mlp.down.weight"] + 2 * b @ a)
+    assert exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+
+
 def test_a_reward_model_rates_what_grpo_writes(tmp_path: Path) -> None:
     go("reward", "pairs.jsonl", tmp_path / "reward")
     rows = go("grpo", "prompts.jsonl", tmp_path / "run", *GRPO, "--reward", f"[{tmp_path / 'reward' / 'model'}]")
