@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,18 +160,18 @@ def open_all(places: list[str], preset: str | None) -> list[Results]:
 
 
 def _newest(run: Path) -> dict[str, Results]:
-    """Return the evaluation of each preset in a run's folder `eval` at the last step."""
+    """Return the evaluation of each preset in a run's folder `eval` at the last step, or at that of a checkpoint."""
     newest: dict[str, Results] = {}
-    folder = run / "eval"
-    for file in sorted(folder.glob("step-*.json")) or sorted(folder.glob("*.json")):  # a folder of weights has no steps
+    folder, steps = run / "eval", "step-*.json"
+    if step := re.fullmatch(r"step_0*(\d+)", run.name):
+        folder, steps = run.parent / "eval", f"step-{step[1]}-*.json"
+    for file in sorted(folder.glob(steps)) or ([] if step else sorted(folder.glob("*.json"))):  # weights have no steps
         found = load_results(file)
         before = newest.get(found.preset)
         if before is None or (found.model.get("step") or 0) >= (before.model.get("step") or 0):
             newest[found.preset] = found
     if not newest:
-        raise UserError(
-            f"{run} has no evaluation, expected one in its folder eval, where `fastgpt eval {run}` writes it"
-        )
+        raise UserError(f"{run} has no evaluation, expected one in {folder}, where `fastgpt eval {run}` writes it")
     return newest
 
 

@@ -312,10 +312,17 @@ def shots_that_differ(a: Results, b: Results) -> list[str]:
 
 
 def _without_items(a: Results, b: Results, options: Options) -> list[str]:
-    """Return what is not compared because one side lacks it, or it has no values per item."""
+    """Return what is not compared because one side lacks it, or it has no values per item.
+
+    The parts of a task, as "mmlu/stem", are compared with it.
+    """
     compared = {(one.task, one.metric) for one, _ in both(a, b, options)}
     named: list[Figure | Items] = [*a.figures, *b.figures, *a.items, *b.items]
     found = dict.fromkeys((f.task, f.metric) for f in named)
-    left = [f"{t} {m}" for t, m in found if (t, m) not in compared and (not options.metrics or m in options.metrics)]
+    left = [
+        f"{t} {m}"
+        for t, m in found
+        if (t.split("/")[0], m) not in compared and (not options.metrics or m in options.metrics)
+    ]
     more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
     return [f"not compared, because they have no items in both: {', '.join(left[:NAMED])}{more}"] if left else []

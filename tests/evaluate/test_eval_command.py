@@ -67,6 +67,11 @@ def test_checkpoints_become_a_page_with_plots(
     assert 'alt="accuracy of piqa over the checkpoints"' in page and "at step 10" in page
     assert page.count("data:image/png;base64") == 2 and "blimp/adjunct_island" in page and "<details>" in page
     assert "http" not in page  # it loads nothing else
+    capsys.readouterr()
+    assert command(monkeypatch, "compare", "run/step_00000002", "run") == 0
+    said = capsys.readouterr().out
+    assert "A is run/step_00000002 at step 2, B is run/step_00000010 at step 10" in said
+    assert "Not compared" not in said  # the paradigms of BLiMP are compared with it
     single = ["--out", "alone.json", "--page", "alone.html"]
     assert command(monkeypatch, "run", *options[:-2], *single) == 0
     assert "data:image" not in Path("alone.html").read_text(encoding="utf-8")
