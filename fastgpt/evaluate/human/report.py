@@ -23,12 +23,11 @@ from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError
 from fastgpt.evaluate.agreement import Agreement, krippendorff_alpha
 from fastgpt.evaluate.human.files import key_of
-from fastgpt.evaluate.human.ratings import read_ratings
+from fastgpt.evaluate.human.ratings import WINNERS, read_ratings
 from fastgpt.evaluate.ranking import groups, intervals, strengths
 from fastgpt.evaluate.statistics import Pairs, bootstrap_interval, mcnemar, sign_flip
 
 Row = dict[str, Any]
-OUTCOMES = ("a", "b", "tie", "both_bad")
 SWAPPED = {"a": "b", "b": "a"}
 
 
@@ -91,7 +90,7 @@ def report(rows: list[Row], *, confidence: float = 0.95, resamples: int = 1000, 
         pairs[r["a_model"], r["b_model"]].append(r)
     matches = [_match(votes, confidence, resamples, seed) for votes in pairs.values()]
     counts = Counter((_unit(r), r["winner"]) for r in rows)
-    table = np.array([[counts[unit, o] for o in OUTCOMES] for unit in dict.fromkeys(_unit(r) for r in rows)])
+    table = np.array([[counts[unit, o] for o in WINNERS] for unit in dict.fromkeys(_unit(r) for r in rows)])
     agreement = krippendorff_alpha(table, confidence=confidence, resamples=resamples, seed=seed)
     found = Report(agreement, matches, position=_position(rows, confidence))
     for name in sorted({r["rater"] for r in rows}):
@@ -150,7 +149,7 @@ def share_of(clusters: Pairs, confidence: float) -> Share:
 
 
 def _match(rows: list[Row], confidence: float, resamples: int, seed: int) -> Match:
-    shares = {o: share_of(_clusters(rows, [float(r["winner"] == o) for r in rows]), confidence) for o in OUTCOMES}
+    shares = {o: share_of(_clusters(rows, [float(r["winner"] == o) for r in rows]), confidence) for o in WINNERS}
     lead = _clusters(rows, [{"a": -1.0, "b": 1.0}.get(r["winner"], 0.0) for r in rows])  # b's wins less a's
     rng = np.random.default_rng(seed)
     interval = bootstrap_interval([lead], [1.0], confidence, resamples, rng)
@@ -203,7 +202,7 @@ def lines(found: Report, confidence: float) -> list[str]:
         names = {"a": f"{m.a} better", "b": f"{m.b} better", "tie": "tie", "both_bad": "both bad"}
         width = max(map(len, names.values()))
         text += [f"A = {m.a}, B = {m.b}: {m.votes} votes on {m.prompts} prompts"]
-        text += [f"  {names[o]:<{width}}  {_share(m.shares[o])}" for o in OUTCOMES]
+        text += [f"  {names[o]:<{width}}  {_share(m.shares[o])}" for o in WINNERS]
         ends = "" if m.low is None else f" ({m.low:.1%} to {m.high:.1%})"
         text += [f"  score of B: {m.score:.1%}{ends}, ties by half; p = {m.p:.4f} that both are equally good", ""]
     if found.ratings:
