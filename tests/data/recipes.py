@@ -7,7 +7,8 @@ from typing import Any
 import yaml
 
 from fastgpt.data.pipeline.stages import build
-from fastgpt.data.recipe import Recipe, load_recipe
+from fastgpt.data.recipe import Recipe
+from fastgpt.data.recipe_file import load_recipe
 
 WORDS = [f"{a}{b}" for a in ("val", "run", "tree", "node", "gain", "sum") for b in ("", "s", "ed", "ing", "er", "é")]
 

@@ -86,7 +86,7 @@ def test_the_split_stays_when_a_source_grows(done: Path, tmp_path: Path) -> None
 
 
 def stages_recipe(folder: Path, plain: dict[str, Any]) -> Any:
-    from fastgpt.data.recipe import load_recipe
+    from fastgpt.data.recipe_file import load_recipe
 
     return load_recipe(write_recipe(folder, plain))
 

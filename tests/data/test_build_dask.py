@@ -17,7 +17,8 @@ from fastgpt.data.pipeline import engine_dask, gather, stages
 from fastgpt.data.pipeline.command import build_main
 from fastgpt.data.pipeline.engine_dask import LOOPBACK, DaskEngine
 from fastgpt.data.pipeline.stages import build
-from fastgpt.data.recipe import Recipe, load_recipe
+from fastgpt.data.recipe import Recipe
+from fastgpt.data.recipe_file import load_recipe
 
 distributed = pytest.importorskip("distributed")
 

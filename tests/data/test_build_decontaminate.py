@@ -14,7 +14,7 @@ from fastgpt.data.pipeline import leaks
 from fastgpt.data.pipeline.card import _compared
 from fastgpt.data.pipeline.stages import build
 from fastgpt.data.pipeline.write import documents_of
-from fastgpt.data.recipe import load_recipe
+from fastgpt.data.recipe_file import load_recipe
 
 LEAK = text("leak", 13).strip(".\n")  # an n-gram
 PHRASE = text("phrase", 13).strip(".\n")  # another one, which many documents hold

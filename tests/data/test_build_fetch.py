@@ -23,7 +23,7 @@ from fastgpt.data.pipeline.stages import Share, build
 from fastgpt.data.pipeline.write import documents_of
 from fastgpt.data.read import SourceFile
 from fastgpt.data.read.hub import HubData
-from fastgpt.data.recipe import load_recipe
+from fastgpt.data.recipe_file import load_recipe
 
 
 def script(folder: Path, name: str, body: str) -> None:

@@ -132,7 +132,7 @@ def run_on(data: Path, folder: Path, **settings: Any) -> Target:
 def build(folder: Path) -> Path:
     """Build a data set of two sources; return its folder."""
     from fastgpt.data.pipeline.stages import build as build_data
-    from fastgpt.data.recipe import load_recipe
+    from fastgpt.data.recipe_file import load_recipe
 
     sources = {}
     for seed, name in enumerate(("code", "prose")):

@@ -18,7 +18,8 @@ from fastgpt.data.pipeline.forget import forget as erase
 from fastgpt.data.pipeline.show import PAGE, card, packing_rows, recipe_length, samples, write_page
 from fastgpt.data.pipeline.stages import ALONE, Share, build, dry_run
 from fastgpt.data.pipeline.store import read_json
-from fastgpt.data.recipe import Recipe, load_recipe
+from fastgpt.data.recipe import Recipe
+from fastgpt.data.recipe_file import load_recipe
 from fastgpt.data.recipe_reader import KeyedError, at_line
 from fastgpt.data.tokenizer import available_cores
 
