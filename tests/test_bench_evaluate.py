@@ -12,6 +12,7 @@ from fastgpt.bench.results import read_rows
 pytest.importorskip("lm_eval"), pytest.importorskip("transformers")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", evaluate.KINDS)
 def test_both_sides_score_the_same(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"

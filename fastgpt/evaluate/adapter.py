@@ -13,7 +13,7 @@ from typing import Any
 
 from fastgpt.core import progress
 from fastgpt.core.errors import UserError
-from fastgpt.evaluate.engine import Engine
+from fastgpt.evaluate.engine import Engine, Pair
 from fastgpt.inference import Request
 from fastgpt.inference.chat import FILE
 
@@ -82,7 +82,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return [*prefix, *self.text_tokenizer.encode(string, specials=True).tolist()]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Score the continuation of each request's (context, continuation)."""
+        """Score the continuation of each request's (context, continuation).
+
+        Raises:
+            UserError: a continuation has no token of its own, or more than fit into the context.
+        """
         found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
         return found
 
@@ -90,13 +94,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         bar = self._bar(len(requests), "log-likelihoods")
-        scored = self.engine.loglikelihoods([pair for _, *pair in requests], bar.update)  # type: ignore[misc]
+        scored = self.engine.loglikelihoods([self._pair(*request) for request in requests], bar.update)
         bar.close()
         self.truncated += len({texts[0] for (texts, *_), s in zip(requests, scored) if s.truncated})
         answers = [(s.logprob, s.greedy) for s in scored]
         for (texts, *_), answer in zip(requests, answers):
             self.cache_hook.add_partial("loglikelihood", texts, answer)
         return answers
+
+    def _pair(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> Pair:
+        if 0 < len(continuation) <= self.max_length:
+            return context or [self.prefix_token_id], continuation
+        raise UserError(
+            f"the continuation {texts[1][:40]!r} of {texts[0][-40:]!r} has {len(continuation)} tokens of its own, "
+            f"expected 1 to {self.max_length}"
+        )
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[float]:
         """Return the log-probability of each request's text in nats, each token scored once after a start token."""

@@ -133,6 +133,17 @@ def encoded(pair: Pair, context: str, ending: str) -> tuple[list[int], list[int]
     return [pair.theirs.prefix_token_id], pair.theirs.tok_encode(ending, add_special_tokens=False)
 
 
+def test_continuations_that_cannot_be_scored_are_errors(pair: Pair) -> None:
+    for texts, tokens in ((("the ca", ""), 0), (("the", " cat" * 99), 99)):
+        with pytest.raises(UserError, match=f"of {texts[0]!r} has {tokens}.* of its own, expected 1 to 48"):
+            pair.ours.loglikelihood(requests("loglikelihood", [texts]))
+
+
+def test_a_context_of_spaces_is_an_empty_one(pair: Pair) -> None:
+    one, other = pair.ours.loglikelihood(requests("loglikelihood", [(" ", "cat"), ("", " cat")]))
+    assert one == pytest.approx(other)
+
+
 def test_the_most_likely_continuation_is_greedy(pair: Pair) -> None:
     context = pair.ours.tok_encode("the cat")
     (result,) = pair.ours.engine.generate([Request(context, 3, temperature=0, ignore_eos=True)])
