@@ -24,6 +24,7 @@ from fastgpt.evaluate.suite_schema import text_fits
 from fastgpt.evaluate.suite_settings import GENERATES
 from fastgpt.evaluate.target import Target
 from fastgpt.inference import Request
+from fastgpt.inference.chat import Conversation
 
 RESAMPLES = 1000
 
@@ -46,7 +47,8 @@ class SuitePart:
         """Check that answers fit into the context, and that the judge is there.
 
         Raises:
-            UserError: an answer, or `max_new_tokens`, is as long as the context; or the judge does not answer.
+            UserError: an answer, `max_new_tokens` or a message does not fit into the context; the model has no chat
+                template, which the suite asks for; or the judge does not answer.
         """
         s, context = self.suite.settings, target.model.block_size
         if s.kind in GENERATES and s.max_new_tokens >= context:
@@ -54,6 +56,9 @@ class SuitePart:
                 f"{self.suite.path}: max_new_tokens is {s.max_new_tokens}, expected less than the context of "
                 f"{context} tokens of {target.name}"
             )
+        if s.chat:
+            for item in self.suite.items:
+                self._message(target, item, context - s.max_new_tokens)
         for item in self.suite.items if s.kind in ("choice", "classification", "cloze") else []:
             answers = [s.delimiter + text for text in item.choices or item.answers]
             if max(len(text.encode()) for text in answers) + len(item.prompt) - len(item.prompt.rstrip()) < context:
@@ -155,10 +160,15 @@ class SuitePart:
     def _generations(self, engine: Engine, results: Results, items: list[Item]) -> None:
         """Generate answers and compare or judge them."""
         s, tokenizer = self.suite.settings, engine.target.tokenizer
-        prompts = [tokenizer.prompt(self.suite.context(item)) or [engine.start] for item in items]
-        room = engine.context - s.max_new_tokens
+        room, stop = engine.context - s.max_new_tokens, list(s.stop)
+        if s.chat:
+            prompts = [self._message(engine.target, item, room) for item in items]
+            assert engine.target.chat is not None
+            stop += [engine.target.chat.stop] if engine.target.chat.stop else []
+        else:
+            prompts = [tokenizer.prompt(self.suite.context(item)) or [engine.start] for item in items]
         results.truncated[self.name] = sum(len(ids) > room for ids in prompts)
-        requests = [Request(ids[-room:], s.max_new_tokens, temperature=0.0, stop=s.stop) for ids in prompts]
+        requests = [Request(ids[-room:], s.max_new_tokens, temperature=0.0, stop=stop) for ids in prompts]
         texts = [result.text for result in engine.generate(requests)]
         if self.judge:
             self._judged(results, items, texts)
@@ -170,6 +180,15 @@ class SuitePart:
             answers = [list(item.answers) for item in items]
             options = {"tokenizer": s.tokenizer, "normalize": s.normalize}
             results.notes += [f"{self.name}, {note}" for note in metrics.score("f1", texts, answers, **options).notes]
+
+    def _message(self, target: Target, item: Item, room: int) -> list[int]:
+        """Return the ids of an item's prompt as the message of a user."""
+        if target.chat is None:
+            raise UserError(f"{self.suite.path} has `chat: true`, but {target.name} has no chat template")
+        try:
+            return Conversation(target.chat, target.tokenizer, room).ask(self.suite.context(item))[0]
+        except UserError as e:
+            raise UserError(f"{item.place}: {e}") from None
 
     def grade(self, text: str, answers: Sequence[str], regex: str) -> dict[str, float]:
         """Return the figures of a generated text."""

@@ -66,11 +66,15 @@ def export_suite(suite: Suite, out: Path) -> Path:
     """Write the task to a folder and return its YAML file. The name of the task is that of the suite.
 
     Raises:
-        UserError: a model judges the suite, or the folder cannot be written.
+        UserError: a model judges the suite, or it has `chat: true`.
     """
     s, name = suite.settings, suite.settings.suite
     if s.judge.model is not None:
         raise UserError(f"suite {suite.path} is judged by a model, which the harness cannot do, expected another judge")
+    if s.chat:
+        raise UserError(
+            f"suite {suite.path} has `chat: true`, expected a suite without it: the harness takes --apply_chat_template"
+        )
     out.mkdir(parents=True, exist_ok=True)
     files = {"test": out / f"{name}.jsonl"}
     _write_rows(files["test"], suite, suite.items)

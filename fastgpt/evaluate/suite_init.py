@@ -104,6 +104,7 @@ def template(kind: str, name: str) -> str:
         lines += [
             "max_new_tokens: 32  # longest answer",
             'stop: ["\\n"]  # what ends an answer; [] for none',
+            "chat: false  # true: the prompt is the message of a user, in the model's chat template",
         ]
     if kind in ("qa", "span"):
         lines += [

@@ -25,6 +25,7 @@ ONE_KIND = {  # settings that only some kinds have
     "labels": ("classification",),
     "max_new_tokens": GENERATES,
     "stop": GENERATES,
+    "chat": GENERATES,
     "tokenizer": ("qa", "span"),
     "normalize": ("qa", "span"),
     "judge": ("generation",),
@@ -74,6 +75,7 @@ class Settings:
         labels: of a classification.
         max_new_tokens: largest number of tokens of an answer.
         stop: texts that end an answer.
+        chat: send the prompt as the message of a user, in the model's chat template.
         tokenizer: words of F1: default, unicode or char.
         normalize: compare without case, punctuation and English articles.
         judge: of generated texts.
@@ -90,6 +92,7 @@ class Settings:
     labels: tuple[str, ...] = ()
     max_new_tokens: int = 32
     stop: tuple[str, ...] = ("\n",)
+    chat: bool = False
     tokenizer: Literal["default", "unicode", "char"] = "default"
     normalize: bool = True
     judge: Judging = field(default_factory=Judging)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from chat_rows import CHATML, chat_tokenizer
 from small_models import byte_tokenizer, model_that_says
 from suite_files import items_of, run_part, texts_of, tiny_target, write_rows, write_suite
 
@@ -19,6 +20,7 @@ from fastgpt.evaluate.suite_file import is_suite, open_suite, read_suite
 from fastgpt.evaluate.suite_schema import check_schema, fits, text_fits
 from fastgpt.evaluate.suite_settings import KINDS
 from fastgpt.evaluate.target import Target
+from fastgpt.inference.chat import Template
 
 
 def logprob(context: str, continuation: str) -> float:
@@ -261,6 +263,26 @@ def test_what_the_model_cannot_do_is_an_error_before_it_runs(tmp_path: Path) -> 
     (tmp_path / "items.jsonl").write_text("")
     with pytest.raises(UserError, match="has no items"):
         suite_of(write_suite(tmp_path, "cloze", []))
+
+
+def test_a_prompt_is_sent_in_the_chat_template(tmp_path: Path) -> None:
+    """The model says something only where the template's prompt ends."""
+    tokenizer = chat_tokenizer()
+    template = Template(CHATML, eos_token="<|endoftext|>")
+    prompt = tokenizer.encode(template.render([{"role": "user", "content": "the cat?"}]), specials=True).tolist()
+    reply = tokenizer.encode("the dog<|im_end|>", specials=True).tolist()
+    says = [*[0] * (len(prompt) - 1), *reply, *[0] * 20]
+    target = Target(model_that_says(says, tokenizer.n_vocab), tokenizer, "says", Path(), {}, template)
+    items = [{"prompt": "the cat?", "regex": "^the dog$"}]
+    path = write_suite(tmp_path, "generation", items, chat=True, max_new_tokens=8)
+    assert run_part(suite_of(path), target).figures[0].value == 1
+    with pytest.raises(UserError, match="has `chat: true`, but tiny has no chat template"):
+        suite_of(path).check(tiny_target())
+    long = [{"prompt": "the cat? " * 99, "regex": "a"}]
+    with pytest.raises(UserError, match=r"items.jsonl, line 1: the message needs \d+ tokens"):
+        suite_of(write_suite(tmp_path, "generation", long, chat=True, max_new_tokens=8)).check(target)
+    with pytest.raises(UserError, match="line 3: chat has no effect in a suite of kind choice"):
+        suite_of(write_suite(tmp_path, "choice", chat=True))
 
 
 def test_prompts_that_do_not_fit_are_counted(tmp_path: Path) -> None:

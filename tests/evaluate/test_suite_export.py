@@ -63,6 +63,11 @@ def test_figures_are_those_of_the_harness(kind: str, tmp_path: Path, monkeypatch
         assert any(0 < figure.value < 1 for figure in ours.figures)
 
 
+def test_a_chat_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="the harness takes --apply_chat_template"):
+        suite_export.export_suite(open_suite(write_suite(tmp_path, "qa", chat=True)), tmp_path / "task")
+
+
 def test_a_schema_is_exported_and_a_model_as_judge_is_not(tmp_path: Path) -> None:
     path = write_suite(tmp_path, "generation", [{"prompt": "a"}], judge={"schema": {"type": "object"}})
     assert suite_export.export_suite(open_suite(path), tmp_path / "task").is_file()
