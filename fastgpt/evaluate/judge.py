@@ -250,8 +250,8 @@ class Judge:
     def _keep(self, key: str, value: float) -> None:
         self._known[key] = value
         try:
-            with self.path.open("a", encoding="utf-8") as f:
-                f.write(json.dumps({"question": key, "value": value}) + "\n")
+            with self.path.open("a", encoding="utf-8") as f:  # a new line first: a killed run may have left half of one
+                f.write("\n" + json.dumps({"question": key, "value": value}))
         except OSError as e:
             raise UserError(f"cannot write the verdicts of the judge to {self.path}: {cause_of(e)}") from None
 

@@ -59,15 +59,6 @@ class Suite:
         return f"{s.description}{shown}{item.prompt}"
 
 
-def is_suite(path: str | Path) -> bool:
-    """Return whether a file is YAML with the key `suite`."""
-    try:
-        node = compose(Path(path).read_text(encoding="utf-8"), str(path))
-    except (OSError, ValueError, UserError):
-        return False
-    return isinstance(node.value, dict) and "suite" in node.value
-
-
 def read_suite(path: str | Path) -> Suite:
     """Read a suite. Wrong items are in `problems`.
 
@@ -142,7 +133,7 @@ def schema_of(settings: Settings, path: Path) -> Any:
     """Return the JSON schema of a suite, which may be in a file. Raises UserError if it cannot be read."""
     schema = settings.judge.schema
     if not isinstance(schema, str):
-        return _plain(path)["judge"]["schema"]  # in its own types: settings are read as text
+        return _plain(path)["judge"]["schema"]
     try:
         return json.loads((path.parent / schema).read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
@@ -165,10 +156,15 @@ def _read_items(key: str, node: Node, settings: Settings, path: Path, problems: 
 
 
 def _plain(path: Path) -> Any:
-    """Return the values of a YAML file in their own types, for the items."""
+    """Return the values of a YAML file in their own types, for items and schemas; settings are read as text."""
     import yaml
 
-    return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, ValueError) as e:  # a tag, or a date that does not exist
+        mark = getattr(e, "problem_mark", None)
+        at = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{at}: not valid YAML ({getattr(e, 'problem', None) or e})") from None
 
 
 def _jsonl(path: Path, where: str, problems: list[Problem]) -> list[tuple[str, Any]]:

@@ -92,7 +92,11 @@ def test_values_have_the_types_of_the_fields(tmp_path: Path) -> None:
         (("  web:", "  we b:"), 3, "source name is 'we b', expected letters, digits, - and _"),
         (("weight: 2", "defects: ignore\n    weight: 2"), 7, "expected fail, skip or replace"),
         (("mix:", "mix:\n  temperature: 2"), 11, "mix.temperature sets the shares, but sources.web has a weight"),
-        (("mix:", "packing: {method: fit}\nmix:"), 10, "packing.method is 'fit', expected concatenate, best-fit or pad"),
+        (
+            ("mix:", "packing: {method: fit}\nmix:"),
+            10,
+            "packing.method is 'fit', expected concatenate, best-fit or pad",
+        ),
         (("mix:", "packing: {length: 0}\nmix:"), 10, "packing.length is 0, expected 1 or more"),
         (("mix:", "shards: {dtype: int8}\nmix:"), 10, "expected auto, uint16 or uint32"),
         (("weight: 2", "weight: [2"), 8, "not valid YAML"),

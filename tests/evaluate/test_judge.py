@@ -81,11 +81,13 @@ def test_ratings_are_kept_and_not_asked_for_again(server: Server, tmp_path: Path
     )
     again = Judge(settings, tmp_path)(questions)
     assert again.values == first.values and (again.asked, again.kept, len(server.asked)) == (0, 2, 2)
-    Judge(JudgeSettings(server.url, "m", rubric="Short is good."), tmp_path)(questions)
+    other = JudgeSettings(server.url, "m", rubric="Short is good.")
+    Judge(other, tmp_path)(questions)
     assert len(server.asked) == 4  # another question
     text = (tmp_path / ".judge.jsonl").read_text()
     (tmp_path / ".judge.jsonl").write_text(text[:-5])  # a killed run
-    assert Judge(settings, tmp_path)(questions).values == first.values
+    assert Judge(other, tmp_path)(questions).kept == 1 and len(server.asked) == 5
+    assert Judge(other, tmp_path)(questions).kept == Judge(settings, tmp_path)(questions).kept == 2
     assert "good one" not in text and "ref" not in text
 
 

@@ -16,7 +16,7 @@ from suite_files import items_of, run_part, texts_of, tiny_target, write_rows, w
 
 from fastgpt.core.errors import UserError
 from fastgpt.evaluate.suite import encode_pairs, ratio, suite_of
-from fastgpt.evaluate.suite_file import is_suite, open_suite, read_suite
+from fastgpt.evaluate.suite_file import open_suite, read_suite
 from fastgpt.evaluate.suite_schema import check_schema, fits, text_fits
 from fastgpt.evaluate.suite_settings import KINDS
 from fastgpt.evaluate.target import Target
@@ -176,9 +176,7 @@ def test_an_item_in_yaml_and_in_jsonl_is_the_same(tmp_path: Path) -> None:
         inside = open_suite(write_suite(tmp_path, kind, inline=True, **settings))
         assert [i.id for i in beside.items] == [i.id for i in inside.items]
         assert [i.prompt for i in beside.items] == [i.prompt for i in inside.items]
-        assert is_suite(beside.path) and beside.items[2].place.endswith("items.jsonl, line 3")
-    (tmp_path / "list.yaml").write_text("- hellaswag\n")
-    assert not is_suite(tmp_path / "list.yaml") and not is_suite(tmp_path / "none.yaml")
+        assert beside.items[2].place.endswith("items.jsonl, line 3")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +240,14 @@ def test_wrong_settings(kind: str, settings: dict[str, Any], error: str, tmp_pat
     with pytest.raises(UserError, match=error) as raised:
         open_suite(path)
     assert str(raised.value).startswith(str(tmp_path))
+
+
+def test_values_that_yaml_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    for value in ("2019-13-45", "!!python/object:os.path {}"):
+        path.write_text(f"suite: s\nkind: cloze\nitems:\n- {{text: a, answer: b, day: {value}}}\n")
+        with pytest.raises(UserError, match="not valid YAML"):
+            open_suite(path)
 
 
 def test_an_example_is_not_an_item_too(tmp_path: Path) -> None:
