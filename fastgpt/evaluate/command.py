@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError
+
+if TYPE_CHECKING:
+    from fastgpt.evaluate.results import Results
 
 # name -> module and function that runs it (default: main), and what it does
 SUBCOMMANDS = {
@@ -66,9 +71,8 @@ def _parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print the table, and write the results."""
     from fastgpt.core import page as core_page
-    from fastgpt.evaluate import page, table
+    from fastgpt.evaluate import table
     from fastgpt.evaluate.presets import parts_of
-    from fastgpt.evaluate.results import Results, load_results
     from fastgpt.evaluate.run import run_parts
     from fastgpt.evaluate.target import open_target
 
@@ -91,12 +95,7 @@ def run(args: argparse.Namespace) -> int:
         found.append(results)
         print(f"{model}, preset {args.preset}\n{table.text(results)}\nresults: {out}")
     if args.page:
-        known = [load_results(path) for path in _earlier(args, target.folder)] if not args.out else found
-        args.page.parent.mkdir(parents=True, exist_ok=True)
-        aside = args.page.with_name(args.page.name + ".tmp")
-        aside.write_text(page.render(known), encoding="utf-8")
-        aside.replace(args.page)
-        print(f"page: {args.page}")
+        _write_page(args.page, found if args.out else _of_all_steps(found[-1], target.folder))
     return 0
 
 
@@ -128,8 +127,26 @@ def default_path(folder: Path, step: int | None, preset: str) -> Path:
     return folder.parent / "eval" / f"step-{step}-{name}.json"
 
 
-def _earlier(args: argparse.Namespace, folder: Path) -> list[Path]:
-    """Return the results of this preset for all steps of the run, oldest first."""
-    name = Path(args.preset).stem
-    found = [p for p in (folder.parent / "eval").glob(f"step-*-{name}.json")]
-    return sorted(found, key=lambda p: int(p.name.split("-")[1])) or [default_path(folder, None, args.preset)]
+def _of_all_steps(last: Results, folder: Path) -> list[Results]:
+    """Return the results of a preset for all steps of the run that have some, oldest first.
+
+    Args:
+        last: the newest ones. folder: checkpoint, or folder with config.json.
+    """
+    from fastgpt.evaluate.results import load_results
+
+    if last.model.get("step") is None:
+        return [last]
+    name = re.compile(rf"step-(\d+)-{re.escape(Path(last.preset).stem)}\.json")
+    steps = {int(m[1]): path for path in (folder.parent / "eval").iterdir() if (m := name.fullmatch(path.name))}
+    return [load_results(path) for _, path in sorted(steps.items())]
+
+
+def _write_page(path: Path, results: list[Results]) -> None:
+    from fastgpt.evaluate import page
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(page.render(results), encoding="utf-8")
+    aside.replace(path)
+    print(f"page: {path}")

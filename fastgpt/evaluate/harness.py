@@ -7,7 +7,6 @@ JSON file beside it. Nothing is downloaded. Means and standard errors are over t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -21,7 +20,7 @@ from typing import Any
 
 from fastgpt.core.errors import UserError
 from fastgpt.evaluate.engine import Engine
-from fastgpt.evaluate.results import Figure, Items, Results, mean
+from fastgpt.evaluate.results import Figure, Items, Results, item_id, mean
 from fastgpt.evaluate.target import Target
 from fastgpt.evaluate.task_files import Benchmark, find, read, where_to_put
 
@@ -50,7 +49,7 @@ class HarnessTasks:
 
         Raises:
             UserError: the harness is not installed, files are missing or wrong, there are fewer examples than shots, or
-                no prompt fits into the context.
+                the context is shorter than every question, or than a choice.
         """
         if not self._tasks:
             self._tasks = self._load(_harness())
@@ -145,8 +144,7 @@ class HarnessTasks:
             **self._splits(files),
             "metric_list": [{"metric": metric} for metric in self.benchmark.metrics],
         }
-        # JSON is YAML
-        (folder / f"{self._task(part)}.yaml").write_text(json.dumps(config), encoding="utf-8")
+        (folder / f"{self._task(part)}.yaml").write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
 
     def _splits(self, files: dict[str, str]) -> dict[str, str | None]:
         """Return the settings that make the harness do without the splits that have no file.
@@ -162,11 +160,11 @@ class HarnessTasks:
         """Refuse a context that is shorter than a choice, or into which no question fits, even without examples."""
         limit, encode = target.model.block_size, target.tokenizer.encode
         for part in self._parts():
-            docs = sorted(self._tasks[self._task(part)].eval_docs, key=lambda doc: len(_canonical(doc)))
+            docs = sorted(self._tasks[self._task(part)].eval_docs, key=lambda doc: len(json.dumps(doc)))
             pairs = [pair for doc in docs[:SHORTEST] for pair in self._pairs(part, doc)]
             least = min(len(encode(context + continuation)) for context, continuation in pairs)
             # a choice is part of its question, and has at least one byte for each token
-            long = [doc for doc in docs if len(_canonical(doc).encode()) > limit]
+            long = [doc for doc in docs if len(json.dumps(doc)) > limit]
             most = max((len(encode(choice)) for doc in long for _, choice in self._pairs(part, doc)), default=0)
             for what, tokens in (("its shortest question", least), ("its longest choice", most)):
                 if tokens > limit:
@@ -194,7 +192,7 @@ class HarnessTasks:
             )
         results.figures.append(self._figure(self.name, metric, every))
         if metric != "perplexity":  # which is no mean
-            ids = [_id(s["doc"]) for s in every]
+            ids = [item_id(s["doc"]) for s in every]
             results.items.append(Items(self.name, metric, ids, [float(s[metric]) for s in every]))
         if not self.benchmark.parts:
             return
@@ -207,20 +205,12 @@ class HarnessTasks:
         values = [float(s[metric]) for s in samples]
         figure = mean(name, metric, values, shots=self.shots)
         if metric == "perplexity":  # the values are log-probabilities; standard error by the delta method
-            value = math.exp(-figure.value)
+            value = math.exp(min(-figure.value, 700.0))  # a number in JSON, whatever the model
             stderr = None if figure.stderr is None else value * figure.stderr
             return Figure(name, metric, value, figure.n, stderr, shots=self.shots, higher_is_better=False)
         choices = [len(s["resps"]) for s in samples]
         chance = sum(1 / n for n in choices) / len(choices) if min(choices) > 1 else None
         return Figure(name, metric, figure.value, figure.n, figure.stderr, chance, self.shots)
-
-
-def _canonical(doc: dict[str, Any]) -> str:
-    return json.dumps(doc, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-def _id(doc: dict[str, Any]) -> str:
-    return hashlib.blake2b(_canonical(doc).encode()).hexdigest()[:16]
 
 
 def _bytes(text: str) -> int:

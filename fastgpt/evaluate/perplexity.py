@@ -9,7 +9,6 @@ Sampling Techniques, 1977, 2.11).
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import time
@@ -25,7 +24,7 @@ from fastgpt.data import Tokenizer
 from fastgpt.data.documents import document_starts
 from fastgpt.data.shards import Tokens
 from fastgpt.evaluate.engine import Engine
-from fastgpt.evaluate.results import Figure, Items, Results
+from fastgpt.evaluate.results import Figure, Items, Results, item_id
 from fastgpt.evaluate.target import Target
 from fastgpt.training.build import open_data
 from fastgpt.training.config import from_dict
@@ -84,7 +83,7 @@ class Perplexity:
                 results.notes.append(f"{name} has no documents")
                 continue
             results.figures += figures(name, rows)
-            ids = [_id(text) for text, _, _ in rows]
+            ids = [item_id(text) for text, _, _ in rows]
             sizes = [float(len(text.encode())) for text, _, _ in rows]
             per_byte = [nats / math.log(2) / size for (_, nats, _), size in zip(rows, sizes, strict=True)]
             results.items.append(Items(name, "bits_per_byte", ids, per_byte, sizes))
@@ -174,7 +173,3 @@ def _text(path: Path, number: int, line: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{path}:{number} is {line[:40]!r}, expected a JSON object with the key 'text'")
     return text
-
-
-def _id(text: str) -> str:
-    return hashlib.blake2b(json.dumps({"text": text}, ensure_ascii=False).encode()).hexdigest()[:16]

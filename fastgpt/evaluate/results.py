@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -122,3 +123,9 @@ def mean(task: str, metric: str, values: list[float], **more: Any) -> Figure:
     value = sum(values) / n
     stderr = math.sqrt(sum((v - value) ** 2 for v in values) / (n - 1) / n) if n > 1 else None
     return Figure(task, metric, value, n, stderr, **more)
+
+
+def item_id(item: Any) -> str:
+    """Return an id that depends on the contents of an item alone, a value that JSON can hold: 16 hex digits."""
+    text = json.dumps(item, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()

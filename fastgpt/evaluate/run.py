@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastgpt._version import __version__
-from fastgpt.core import progress as bars
 from fastgpt.core.errors import UserError, counted
 from fastgpt.evaluate.engine import Engine
 from fastgpt.evaluate.presets import Part, parts_of
@@ -72,7 +72,7 @@ def run_parts(
             continue
         results.seconds[part.name] = round(seconds, 3)
         if progress:
-            bars.write(f"{part.name}: {counted(len(added), 'figure')} in {seconds:.1f} s")
+            print(f"{part.name}: {counted(len(added), 'figure')} in {seconds:.1f} s", file=sys.stderr)
     if not results.figures:
         raise UserError(f"preset {preset} found nothing to evaluate: {'; '.join(results.notes)}")
     return results

@@ -39,6 +39,7 @@ class Row:
         value = self.values[key]
         if not isinstance(value, kind):
             raise UserError(f"{self.where}: {key} is {value!r}, expected {_kind(kind)}")
+        _require_text(value, f"{self.where}: {key}")
         return value
 
     def choice(self, key: str, choices: Sequence[Any]) -> int:
@@ -56,6 +57,13 @@ class Row:
         if not found:
             raise UserError(f"{self.where}: {key} is {value!r}, expected one of {_names(choices)}")
         return found[0]
+
+
+def _require_text(value: Any, what: str) -> None:
+    """Refuse a half of a surrogate pair, which JSON can hold and UTF-8 cannot."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError(f"{what} is {text!r}, expected text that UTF-8 can hold")
 
 
 def _names(values: Any) -> str:
