@@ -20,7 +20,7 @@ from fastgpt.data.load import load_tokenizer
 from fastgpt.data.tokenizer import Tokenizer
 from fastgpt.evaluate import hook
 from fastgpt.finetune.adapter import load_adapter, save_adapter
-from fastgpt.finetune.base import named, open_base, open_teacher
+from fastgpt.finetune.base import Teaching, named, open_base, open_teacher
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.data import Data, open_data
 from fastgpt.finetune.freeze import freeze, freeze_first, layer_decay
@@ -65,7 +65,7 @@ class FinetuneRun(Run):
         head: HeadConfig | None,
         start: Initial,
         block: int,
-        taught_by: Initial | None = None,
+        taught_by: Teaching | None = None,
     ) -> None:
         device = model.wte.weight.device
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
@@ -133,8 +133,8 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
         raise UserError(f"max_new_tokens is {cfg.max_new_tokens}, expected less than block_size, {block}")
     template = open_template(cfg, tokenizer)
     teacher, write = open_teacher(cfg, tokenizer), None
-    if teacher is not None and cfg.written:
-        write = Teacher(cfg, teacher, tokenizer, block, dtype_of(cfg.dtype, device.type), device)
+    if teacher is not None and teacher.start is not None and cfg.written:
+        write = Teacher(cfg, teacher.start, tokenizer, block, dtype_of(cfg.dtype, device.type), device)
     data = open_data(cfg, tokenizer, str(start.tokenizer), template, block, write)
     del write  # the teacher's weights with it
     head = head_config(cfg, data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.batch import Batch
+from fastgpt.finetune.base import Teaching
 from fastgpt.finetune.classify import Classify, Pairwise, Regress, Tag
 from fastgpt.finetune.config import FinetuneConfig
 from fastgpt.finetune.data import Data
@@ -23,10 +25,8 @@ from fastgpt.finetune.preference import DPO, KTO, ORPO, Referenced, Watch
 from fastgpt.finetune.reference import NAME, reference
 from fastgpt.finetune.rewarded import RewardCheck
 from fastgpt.finetune.rollouts import Reward
-from fastgpt.finetune.teacher import GPTTeacher
 from fastgpt.finetune.teacher_cache import TeacherCache, cached
 from fastgpt.models.gpt import GPT
-from fastgpt.training.initial import Initial, load_start
 from fastgpt.training.task import NextToken, Objective, mean_over
 
 HEADS: dict[str, Any] = {"classify": Classify, "regress": Regress, "tag": Tag, "reward": Pairwise}
@@ -100,7 +100,7 @@ def build_task(
     head: HeadConfig | None,
     block: int,
     folder: Path,
-    taught_by: Initial | None,
+    taught_by: Teaching | None,
     rewards: list[Reward],
     loader: Any,
 ) -> Tuned:
@@ -135,24 +135,21 @@ def build_task(
     return Tuned(task, checks, Watch() if cfg.task == "dpo" else None)
 
 
-def _distil(cfg: FinetuneConfig, model: GPT, start: Initial, loaders: list[Any], folder: Path) -> Distil:
+def _distil(cfg: FinetuneConfig, model: GPT, taught_by: Teaching, loaders: list[Any], folder: Path) -> Distil:
     """Return the task with the teacher, or with the cache of its most likely tokens in the data of the loaders.
 
     Raises:
         UserError: teacher_top_k is larger than the vocabulary, or the cache cannot be written.
     """
     p, k = model.wte.weight, cfg.teacher_top_k
-
-    def load() -> GPTTeacher:
-        return GPTTeacher(load_start(start, start.config, p.dtype, p.device))
-
+    load = partial(taught_by.load, p.dtype, p.device)
     options: dict[str, Any] = dict(ce=cfg.hard_share, kind=cfg.divergence, temperature=cfg.temperature)
     if not k:
         return Distil(load(), **options)
     if k > model.vocab_size:
         raise UserError(f"teacher_top_k is {k}, expected at most {model.vocab_size}, the vocabulary")
     batches = (batch for loader in loaders for batch in loader.once())
-    identity = [cfg.teacher, start.origin, str(p.dtype), [loader.state_dict()["data"] for loader in loaders]]
+    identity = [cfg.teacher, taught_by.origin, str(p.dtype), [loader.state_dict()["data"] for loader in loaders]]
     path = cached(folder, load, batches, k, model.vocab_size, cfg.temperature, identity)
     return Distil(TeacherCache(path, p.device), **options)
 

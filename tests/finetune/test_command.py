@@ -19,11 +19,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PhiConfig,
+    PhiForCausalLM,
 )
 
 from fastgpt import train
 from fastgpt.core.errors import UserError
-from fastgpt.finetune import exporting, tuned
+from fastgpt.finetune import base as finetune_base
+from fastgpt.finetune import exporting
 from fastgpt.finetune.command import main
 from fastgpt.finetune.heads import HeadConfig, attach, sequence_scores, token_scores
 from fastgpt.models.config import model_from_dict
@@ -138,10 +141,33 @@ def test_a_cache_stands_for_the_teacher(tmp_path: Path, monkeypatch: pytest.Monk
         assert [row[name] for name in figures] == pytest.approx([wanted[name] for name in figures], 1e-4, 1e-8)
     assert found[4]["divergence"] > 1e-4
     assert len(list((tmp_path / "cached").glob("teacher-*.safetensors"))) == 1
-    monkeypatch.setattr(tuned, "GPTTeacher", None)
+    monkeypatch.setattr(finetune_base, "GPTTeacher", None)
     go("distil", "sft.jsonl", tmp_path / "cached", *more, "--teacher-top-k", str(size), "--max-steps", "8")
     with pytest.raises(TypeError, match="not callable"):  # another file
         go("distil", "sft.jsonl", tmp_path / "cached", *more, "--teacher-top-k", str(size - 1))
+
+
+def test_a_teacher_that_only_transformers_has(tmp_path: Path) -> None:
+    """Its tokenizer is the base's; fastgpt has no family for it."""
+    size, folder = load_run("base", torch.device("cpu"))[0].vocab_size, tmp_path / "phi"
+    shape = dict(vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
+    theirs = PhiForCausalLM(PhiConfig(**shape, max_position_embeddings=64))
+    theirs.save_pretrained(folder)
+    with pytest.raises(UserError, match="has another tokenizer than the base, expected the same"):
+        go("distil", "sft.jsonl", tmp_path / "run", "--teacher", str(folder))
+    shutil.copy("base/tokenizer.json", folder)
+    more = ("--teacher", str(folder), "--hard-share", "0")
+    rows = go("distil", "sft.jsonl", tmp_path / "run", *more)
+    assert rows[0]["divergence"] > 1e-3 and rows[0]["loss"] == rows[0]["divergence"]
+    found = go("distil", "sft.jsonl", tmp_path / "cached", *more, "--teacher-top-k", str(size))
+    assert [row["loss"] for row in found if "loss" in row] == pytest.approx(
+        [r["loss"] for r in rows if "loss" in r], 1e-4
+    )
+    with pytest.raises(UserError, match="teacher: fastgpt cannot generate with .*phi, expected level token"):
+        go("distil", "sft.jsonl", tmp_path / "no", *more[:2], "--level", "sequence", "--max-new-tokens", "4")
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(UserError, match="teacher: .*phi"):
+        go("distil", "sft.jsonl", tmp_path / "no", *more)
 
 
 def test_dpo_begins_with_ln_2_and_kto_with_a_half(tmp_path: Path) -> None:
