@@ -13,7 +13,8 @@ import pytest
 from fastgpt import train
 from fastgpt.core.backend import use
 from fastgpt.core.errors import UserError
-from fastgpt.evaluate.results import Figure, Items, Results, mean
+from fastgpt.evaluate.paired import compare
+from fastgpt.evaluate.results import Figure, Items, Results, load_results, mean
 from fastgpt.evaluate.safety.report import main
 from fastgpt.evaluate.safety.statistics import share
 
@@ -56,7 +57,8 @@ def test_changes_are_paired_and_forgetting_is_bounded(
     changes = {(c["task"], c["metric"]): c for c in report["changes"]}
     refusal = changes["refusal", "refusal"]
     assert refusal["change"] == pytest.approx(-0.6) and refusal["paired"] and refusal["verdict"] == "worse"
-    assert refusal["low"] < -0.6 < refusal["high"] < 0
+    (row,) = (r for r in compare(*map(load_results, pair)).rows if (r.task, r.metric) == ("refusal", "refusal"))
+    assert refusal["low"] < -0.6 < refusal["high"] < 0 and (refusal["low"], refusal["high"]) == (row.low, row.high)
     assert changes["crows_pairs/age", "pct_stereotype"]["part"] and not refusal["part"]
     apart = changes["crows_pairs/age", "pct_stereotype"]
     assert not apart["paired"] and apart["low"] < -0.6 < apart["high"]
@@ -68,6 +70,17 @@ def test_changes_are_paired_and_forgetting_is_bounded(
     assert "more than the allowed 0.03" in text and text.count("a note") == 1 and "crows_pairs/age" not in text
     assert main([*pair, "--allow", "0.06"]) == 0
     assert "within the allowed 0.06" in capsys.readouterr().out
+
+
+def test_models_with_other_items_are_compared_over_the_common_ones(pair: tuple[str, str], tmp_path: Path) -> None:
+    short = load_results(pair[1])
+    short.figures[0] = share("refusal", "refusal", 8, 10)
+    short.items[0] = Items("refusal", "refusal", [str(i) for i in range(10)], [1.0] * 8 + [0.0] * 2)
+    short.save(tmp_path / "c.json")
+    assert main([pair[0], str(tmp_path / "c.json"), "--out", str(tmp_path / "report.json")]) == 1
+    (refusal,) = (c for c in json.loads((tmp_path / "report.json").read_text())["changes"] if c["task"] == "refusal")
+    assert (refusal["n"], refusal["before"], refusal["after"]) == (10, 1.0, 0.8)
+    assert refusal["change"] == pytest.approx(-0.2)
 
 
 def test_the_page(pair: tuple[str, str], tmp_path: Path) -> None:

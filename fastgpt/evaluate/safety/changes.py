@@ -28,9 +28,14 @@ class Change:
     high: float | None
 
     @property
+    def values(self) -> tuple[float, float]:
+        """The figure before and after; over the items that both have, if it is paired."""
+        return (self.before.value, self.after.value) if self.row is None else (self.row.a, self.row.b)
+
+    @property
     def value(self) -> float:
-        """The change; over the items that both have, if it is paired."""
-        return self.after.value - self.before.value if self.row is None else self.row.difference
+        """The change."""
+        return self.values[1] - self.values[0]
 
     @property
     def verdict(self) -> str:
@@ -43,8 +48,8 @@ class Change:
         return {
             "task": self.before.task,
             "metric": self.before.metric,
-            "before": self.before.value,
-            "after": self.after.value,
+            "before": self.values[0],
+            "after": self.values[1],
             "change": self.value,
             "low": self.low,
             "high": self.high,

@@ -92,7 +92,7 @@ class Memorisation:
             )
             return
         prefix, more = self.lengths(engine.context)
-        count = min(self.settings.documents, self.settings.documents if limit is None else limit)
+        count = self.settings.documents if limit is None else min(limit, self.settings.documents)
         shares: dict[str, Figure] = {}
         for kind, tokens in (("train", self.data.train), ("validation", self.data.val)):
             texts = sample(tokens, engine.target.tokenizer.eot, prefix + more, count, self.settings.seed)

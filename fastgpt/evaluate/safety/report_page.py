@@ -26,7 +26,7 @@ def cells(changes: list[Change]) -> list[list[str]]:
 def _cells(c: Change) -> list[str]:
     interval = "-" if c.low is None or c.high is None else f"{_signed(c.low)} to {_signed(c.high)}"
     items = f"{c.before.n if c.row is None else c.row.n:,}"
-    figures = [value(c.before.value), value(c.after.value), _signed(c.value), interval]
+    figures = [*map(value, c.values), _signed(c.value), interval]
     p = "-" if c.row is None else "<0.0001" if c.row.p_holm < 1e-4 else f"{c.row.p_holm:.4f}"
     return [c.before.task, c.before.metric, items, *figures, "no" if c.row is None else "yes", p, c.verdict]
 
