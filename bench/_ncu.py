@@ -29,7 +29,9 @@ def call(bench: Bench, setting: Setting, phases: list[str], found: list[Provider
 def command(bench: Bench, setting: Setting, phase: str, backend: str | None) -> str:
     """Return the command that profiles one launch of the op's kernel (of `backend` if given) after two warm-up ones."""
     shape, dtype = "x".join(map(str, setting.shape)), next(n for n, d in DTYPES.items() if d == setting.dtype)
-    kernels = {"rope": "rope", "cross_entropy": "cross_entropy", "linear_cross_entropy": "cross_entropy"}.get(bench.op)
+    kernels = {"linear_cross_entropy": "cross_entropy"}.get(bench.op)
+    if bench.op in ("rope", "cross_entropy", "linear_divergence"):  # their kernels are not named after phases
+        kernels = bench.op
     kernels = kernels or bench.op + {"forward": "_fwd", "backward": "_(bwd|dq|dkdv)"}.get(phase, "_")
     named = "" if backend is None else f"--backend {backend} "
     return (

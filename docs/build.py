@@ -29,7 +29,7 @@ LABELS = ("Saved for backward", "Determinism", "Limits")  # labelled paragraphs 
 BACKENDS = {"cuda": "CUDA (C++)", "triton": "Triton", "cpu": "CPU (C++)", "torch": "PyTorch (reference)"}
 EXTRA = {  # functions that users of an op need too
     "rope": ["fastgpt.ops.rope.rope_frequencies"],
-    "linear_cross_entropy": ["fastgpt.ops.linear_log_probs", "fastgpt.ops.linear_divergence"],
+    "linear_cross_entropy": ["fastgpt.ops.linear_log_probs"],
 }
 CLASSES = {"adamw": "fastgpt.optim.AdamW"}  # ops whose public interface is a class
 NO_PAGES = ("navigation.md", "numeric-cover.md")  # the second is the log that tests/numeric_cover.py writes

@@ -18,6 +18,8 @@ using namespace fastgpt;
 #define UNARY(name, out, in, expression) \\
   extern "C" void name(const in* x, out* y, int64_t n) { for (int64_t i = 0; i < n; ++i) y[i] = expression; }
 UNARY(exp_low_, float, float, exp_low(x[i]))
+UNARY(expm1_low_, float, float, expm1_low(x[i]))
+UNARY(log1p_low_, float, float, log1p_low(x[i]))
 UNARY(tanh_f_, float, float, tanh_f(x[i]))
 UNARY(to_bf16_, uint16_t, float, to_bf16(x[i]).bits)
 UNARY(to_f16_, uint16_t, float, to_f16(x[i]).bits)
@@ -63,6 +65,16 @@ def test_exp(call: Call) -> None:
     assert np.max(np.abs(call("exp_low", x, np.float32) / exact - 1)) <= 0.70 * U
     got = call("exp_low", np.array([-np.inf, -1e30, -88.0, np.nan, 0.0], np.float32), np.float32)
     assert got[:3].tolist() == [0, 0, 0] and np.isnan(got[3]) and got[4] == 1
+
+
+def test_expm1_and_log1p(call: Call) -> None:
+    for name, low, bound in (("expm1_low", -40.0, 1.0), ("log1p_low", -0.9999999, 1.7)):
+        x = floats(low, 0.0)
+        x = x[(x < -1e-37) & (x > low)]
+        exact = getattr(np, name.removesuffix("_low"))(x.astype(np.float64))
+        assert np.max(np.abs(call(name, x, np.float32) / exact - 1)) <= bound * U
+        assert call(name, np.zeros(1, np.float32), np.float32)[0] == 0
+    assert call("expm1_low", np.array([-np.inf], np.float32), np.float32)[0] == -1
 
 
 def test_tanh(call: Call) -> None:

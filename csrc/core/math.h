@@ -100,6 +100,41 @@ FASTGPT_HD float exp_low(float x) {
   return x < -87.33654f ? 0.0f : y;
 }
 
+// exp(x) - 1 for x <= 0: relative error 1 u, -1 below -30.
+FASTGPT_HD float expm1_low(float x) {
+  const float a = x < -30.0f ? -30.0f : x;
+  const float shifted = a * 1.44269504f + 12582912.0f;  // as in exp_near
+  const float n = shifted - 12582912.0f;
+  const float r = (a - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float power = bits_float((float_bits(shifted) + 127u) << 23);  // 2^n; the result is (e^r - 1) 2^n + 2^n - 1
+  return (p * r * r + r) * power + (power - 1.0f);
+}
+
+// log(1 + x) for -1 < x <= 0: relative error 1.7 u. 1 + x = 2^n m with m within a factor sqrt(2) of 1; a polynomial in
+// m - 1, which for n = 0 is x, not rounded.
+FASTGPT_HD float log1p_low(float x) {
+  const float y = 1.0f + x;
+  const int32_t n = static_cast<int32_t>(float_bits(y) - 0x3f3504f3u) >> 23;
+  const float f = n == 0 ? x : bits_float(float_bits(y) - (static_cast<uint32_t>(n) << 23)) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const float e = static_cast<float>(n);
+  return (((p * f * f * f - e * 2.12194440e-4f) - 0.5f * f * f) + f) + e * 0.693359375f;
+}
+
 // tanh(x) from e = exp(-2|x|): a polynomial below 0.625, (1 - e) / (1 + e) above. Relative error 1.25 u if e is from
 // exp_low.
 FASTGPT_HD float tanh_from_exp(float x, float e) {

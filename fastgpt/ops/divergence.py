@@ -17,7 +17,16 @@ import math
 import torch
 from torch import Tensor
 
-KINDS = ("forward_kl", "reverse_kl", "jsd")
+from fastgpt.ops._common import define, no_outputs
+
+KINDS = ("forward_kl", "reverse_kl", "jsd")  # the raw ops take the number
+OPTIONS = "int kind, float beta, float temperature, int ignore_index, int vocab_size"
+LINEAR_DIVERGENCE_ROWS = define(
+    "linear_divergence",
+    "linear_divergence_rows",
+    f"(Tensor(a!) logits, Tensor(b!) loss, Tensor teacher, Tensor? target, Tensor scale, {OPTIONS}) -> ()",
+    no_outputs,
+)
 
 
 def _log_mixture(logp: Tensor, logq: Tensor, beta: float) -> Tensor:
@@ -64,22 +73,23 @@ def _rows_at_once(z: Tensor) -> int:
     return max(1, (1 << 18 if z.device.type == "cpu" else 1 << 24) // max(1, z.shape[1]))
 
 
-def divergence_fwd_bwd(
-    logits: Tensor, teacher_logits: Tensor, counted: Tensor | None, kind: str, beta: float, temperature: float, k: int,
-    loss: Tensor, scale: Tensor | None,
+def divergence_rows(
+    logits: Tensor, loss: Tensor, teacher: Tensor, target: Tensor | None, scale: Tensor, kind: int, beta: float,
+    temperature: float, ignore_index: int, vocab_size: int,
 ) -> None:  # fmt: skip
-    """Write the loss (n,) of each row; with `scale`, (1,) or (n,), overwrite the logits with scale * gradient.
+    """Write the loss (n,) of each row and overwrite the logits with scale (1,) or (n,) times its gradient, as
+    LINEAR_DIVERGENCE_ROWS does.
 
-    Rows that are not counted have loss and gradient 0, and so have the columns from k on.
+    Rows whose target is ignore_index have loss and gradient 0, and so have the columns from vocab_size on.
     """
-    step = _rows_at_once(logits)
+    k, step = vocab_size, _rows_at_once(logits)
     for start in range(0, logits.shape[0], step):
         rows = slice(start, start + step)
-        some, grad = _rows(logits[rows, :k], teacher_logits[rows, :k], kind, beta, temperature)
-        on = None if counted is None else counted[rows]
-        loss[rows] = some if on is None else torch.where(on, some, 0.0)
-        if scale is None:
-            continue
+        some, grad = _rows(logits[rows, :k], teacher[rows, :k], KINDS[kind], beta, temperature)
         grad.mul_((scale if scale.numel() == 1 else scale[rows])[:, None])
-        logits[rows, :k] = grad if on is None else torch.where(on[:, None], grad, 0.0)
+        if target is not None:
+            on = target[rows] != ignore_index
+            some, grad = torch.where(on, some, 0.0), torch.where(on[:, None], grad, 0.0)
+        loss[rows] = some
+        logits[rows, :k] = grad
         logits[rows, k:] = 0.0

@@ -18,7 +18,7 @@ Saved for backward: dx and dW (fp32); for "none" the arguments.
 
 Determinism: bitwise wherever torch.mm is. The losses of the rows are summed in fp64 in a fixed order.
 
-Limits: runs on PyTorch ops on every device; there are no kernels of its own yet. First derivatives only.
+Limits: on kernels the teacher's logits are rounded to the student's dtype. First derivatives only.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.ops._common import autocast, check_float, check_like, needs_grad
-from fastgpt.ops._linear_cross_entropy import logits_budget, logits_of, product_in_fp32
-from fastgpt.ops.divergence import KINDS, divergence_fwd_bwd, divergence_ref
+from fastgpt.core.backend import Cell, register, select
+from fastgpt.ops._common import autocast, check_float, check_like, needs_grad, relative_error
+from fastgpt.ops._linear_cross_entropy import Gradients, logits_budget
+from fastgpt.ops._linear_divergence import LINEAR_DIVERGENCE_FWD, run
+from fastgpt.ops.divergence import KINDS, LINEAR_DIVERGENCE_ROWS, divergence_ref
 
 Head = tuple[Tensor, Tensor, Tensor | None]  # x (N, C), weight (V, C), bias (V,)
 
@@ -54,7 +56,7 @@ def linear_divergence_ref(
     return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.sum() / count
 
 
-Settings = tuple[str, float, float, int, int]  # kind, beta, temperature, vocab_size, rows of a chunk
+Settings = tuple[int, float, float, int, int, int]  # kind, beta, temperature, ignore_index, vocab_size, rows of a chunk
 
 
 def _reduced(loss: Tensor, reduction: str, count: Tensor | None) -> Tensor:
@@ -65,41 +67,10 @@ def _reduced(loss: Tensor, reduction: str, count: Tensor | None) -> Tensor:
     return (total if count is None else total / count[0]).to(loss.dtype)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a^T b to total, which is fp32 for 16-bit a and b."""
-    total.addmm_(a.t(), b) if a.dtype == total.dtype else product_in_fp32(a, b, total)
-
-
-def _run(
-    student: Head, teacher: Head, counted: Tensor | None, scale: Tensor | None, settings: Settings,
-    wanted: tuple[bool, bool, bool],
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the loss (N,) and the `wanted` gradients of sum(scale * loss): dx in x's dtype, dW and db in fp32."""
-    (x, w, b), (x_t, w_t, b_t) = student, teacher
-    options, chunk = settings[:4], settings[4]
-    (n, c), v = x.shape, w.shape[0]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    loss = torch.empty(n, dtype=wide, device=x.device)
-    most = min(chunk, n)
-    buffer, buffer_t = x.new_empty((most, v)), x_t.new_empty((most, w_t.shape[0]))  # (chunk, V)
-    dx = x.new_empty((n, c)) if wanted[0] else None
-    dw: Tensor | None = loss.new_zeros((v, c)) if wanted[1] else None
-    db = loss.new_zeros(v) if wanted[2] else None
-    with torch.autocast(x.device.type, enabled=False):
-        for start in range(0, n, chunk):
-            rows = slice(start, min(start + chunk, n))
-            z = logits_of(x[rows], w, b, buffer[: rows.stop - start])
-            z_t = logits_of(x_t[rows], w_t, b_t, buffer_t[: rows.stop - start])
-            on = None if counted is None else counted[rows]
-            factor = scale if scale is None or scale.numel() == 1 else scale[rows]
-            divergence_fwd_bwd(z, z_t, on, *options, loss[rows], factor)  # z is its gradient from here on
-            if dx is not None:
-                torch.mm(z, w, out=dx[rows])
-            if dw is not None:
-                _add_product(dw, z, x[rows])
-            if db is not None:
-                db += z.sum(0, dtype=wide)
-    return loss, dx, dw, db
+def _run(backend: str, *arguments: Any) -> Gradients:
+    """Return the loss and the gradients: from one opaque op, or from PyTorch's ops on the `torch` backend."""
+    results: Gradients = run("torch", *arguments) if backend == "torch" else LINEAR_DIVERGENCE_FWD[backend](*arguments)
+    return results
 
 
 def _split(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
@@ -122,12 +93,12 @@ class LinearDivergenceFn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, x_t: Tensor, w_t: Tensor, b_t: Tensor | None,
-        counted: Tensor | None, count: Tensor | None, settings: Settings, wanted: tuple[bool, bool, bool],
+        ctx: Any, backend: str, x: Tensor, w: Tensor, b: Tensor | None, x_t: Tensor, w_t: Tensor, b_t: Tensor | None,
+        target: Tensor | None, count: Tensor | None, settings: Settings, wanted: tuple[bool, bool, bool],
     ) -> Tensor:  # fmt: skip
-        scale = x.new_ones(1, dtype=torch.float64) if count is None else count.clamp(min=1).double().reciprocal()
+        scale = x.new_ones(1, dtype=_wide(x)) if count is None else count.clamp(min=1).to(_wide(x)).reciprocal()
         inner, outer = _split(scale, x.dtype)
-        loss, dx, dw, db = _run((x, w, b), (x_t, w_t, b_t), counted, inner, settings, wanted)
+        loss, dx, dw, db = _run(backend, x, w, b, x_t, w_t, b_t, target, inner, *settings, wanted)
         ctx.dtype = x.dtype
         ctx.save_for_backward(dx, dw, db, outer)
         return _reduced(loss, "sum" if count is None else "mean", count)
@@ -137,7 +108,7 @@ class LinearDivergenceFn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db, outer = ctx.saved_tensors
         factor = grad.reshape(1) if outer is None else grad.reshape(1) * outer
-        return *(_times(t, factor, ctx.dtype) for t in (dx, dw, db)), *[None] * 7
+        return None, *(_times(t, factor, ctx.dtype) for t in (dx, dw, db)), *[None] * 7
 
 
 class RecomputedLinearDivergenceFn(torch.autograd.Function):
@@ -145,20 +116,26 @@ class RecomputedLinearDivergenceFn(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, x_t: Tensor, w_t: Tensor, b_t: Tensor | None,
-        counted: Tensor | None, settings: Settings,
+        ctx: Any, backend: str, x: Tensor, w: Tensor, b: Tensor | None, x_t: Tensor, w_t: Tensor, b_t: Tensor | None,
+        target: Tensor | None, settings: Settings,
     ) -> Tensor:  # fmt: skip
-        ctx.settings = settings
-        ctx.save_for_backward(x, w, b, x_t, w_t, b_t, counted)
-        return _run((x, w, b), (x_t, w_t, b_t), counted, None, settings, (False, False, False))[0]
+        ctx.backend, ctx.settings = backend, settings
+        ctx.save_for_backward(x, w, b, x_t, w_t, b_t, target)
+        one = x.new_ones(1, dtype=_wide(x))
+        return _run(backend, x, w, b, x_t, w_t, b_t, target, one, *settings, (False, False, False))[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b, x_t, w_t, b_t, counted = ctx.saved_tensors
-        inner, outer = _split(grad, x.dtype)
-        _, *grads = _run((x, w, b), (x_t, w_t, b_t), counted, inner, ctx.settings, ctx.needs_input_grad[:3])
-        return *(_times(t, outer, x.dtype) for t in grads), *[None] * 5
+        *tensors, target = ctx.saved_tensors
+        dtype, wanted = tensors[0].dtype, list(ctx.needs_input_grad[1:4])
+        inner, outer = _split(grad.contiguous(), dtype)
+        _, *grads = _run(ctx.backend, *tensors, target, inner, *ctx.settings, wanted)
+        return None, *(_times(t, outer, dtype) for t in grads), *[None] * 5
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def rows_of_a_chunk(n: int, v: int, itemsize: int, budget: int) -> int:
@@ -184,6 +161,34 @@ def _check(op: str, student: Head, teacher: Head, target: Tensor | None, k: int)
     if not 1 <= k <= least:
         raise ValueError(f"{op}: vocab_size is {k}, expected 1 to {least}, the rows of both weights")
     check_like(op, "target", target, (n,), student[0], (torch.int64,), "to match x's rows")
+
+
+def _self_check(backend: str, device: torch.device) -> float:
+    """Compare rows of few and of many classes, with padding and an ignored row, in fp32 and 16 bits; and heads whose
+    products are exact in TF32 too."""
+    g = torch.Generator().manual_seed(0)
+    shapes = (7, 8), (33, 8), (7, 5), (36, 5)
+    x, w, x_t, w_t = (torch.randint(-2, 3, s, generator=g).to(device, torch.float32) for s in shapes)
+    options = (2, 0.3, 8.0, -100, 30, 3, [False, False, False])
+    loss = LINEAR_DIVERGENCE_FWD[backend](x, w, None, x_t, w_t, None, None, x.new_ones(1), *options)[0]
+    tensors = (t.double() for t in (x, w, x_t, w_t))
+    settings: dict[str, Any] = dict(kind="jsd", beta=0.3, temperature=8.0, vocab_size=30, reduction="none")
+    worst = relative_error([loss], [linear_divergence_ref(*tensors, **settings)])
+    for v, dtype in ((203, torch.float32), (50304, torch.bfloat16)):
+        z, z_t = (torch.randn(5, v, device=device).to(dtype) for _ in range(2))
+        target, scale = torch.tensor([0, -100, 1, 2, 3], device=device), torch.rand(5, device=device)
+        for kind in KINDS:
+            leaf = z.double().requires_grad_()
+            loss = divergence_ref(leaf[:, : v - 3], z_t[:, : v - 3].double(), kind, 0.3, 1.5)
+            exact = torch.where(target == -100, 0.0, loss)
+            (grad,) = torch.autograd.grad(exact, leaf, scale.double())
+            got, out = z.clone(), torch.empty(5, device=device)
+            LINEAR_DIVERGENCE_ROWS[backend](got, out, z_t, target, scale, KINDS.index(kind), 0.3, 1.5, -100, v - 3)
+            worst = max(worst, relative_error([out, got], [exact.detach(), grad]))
+    return worst
+
+
+register("linear_divergence", _self_check, cuda=Cell(), triton=Cell(), cpu=Cell())
 
 
 def linear_divergence(
@@ -257,16 +262,17 @@ def linear_divergence(
     (n, _), v = x.shape, max(linear_weight.shape[0], teacher_weight.shape[0])
     size = max(x.element_size(), teacher_x.element_size())
     rows = rows_of_a_chunk(n, v, size, logits_budget(x.device)) if isinstance(chunk, str) else chunk
-    settings: Settings = (kind, beta, temperature, k, rows)  # type: ignore[assignment]
-    counted = None if target is None else target != ignore_index
+    settings: Settings = (KINDS.index(kind), float(beta), float(temperature), ignore_index, k, rows)  # type: ignore
     heads: Any = (x, linear_weight, linear_bias, x_t, w_t, b_t)
-    count = None
+    backend, count = select(op, x), None
     if reduction == "mean":
-        count = x.new_full((1,), n, dtype=torch.float32) if counted is None else counted.sum(dtype=torch.float32)[None]
+        counted = x.new_full((), n) if target is None else (target != ignore_index).sum()
+        count = counted.to(torch.float32).reshape(1)
     if not needs_grad(*heads[:3]):
-        loss = _run(heads[:3], heads[3:], counted, None, settings, (False, False, False))[0]
+        one = x.new_ones(1, dtype=_wide(x))
+        loss = _run(backend, *heads, target, one, *settings, (False, False, False))[0]
         return _reduced(loss, reduction, count)
     if reduction == "none":
-        return RecomputedLinearDivergenceFn.apply(*heads, counted, settings)
+        return RecomputedLinearDivergenceFn.apply(backend, *heads, target, settings)
     wanted = tuple(t is not None and t.requires_grad for t in heads[:3])
-    return LinearDivergenceFn.apply(*heads, counted, count, settings, wanted)
+    return LinearDivergenceFn.apply(backend, *heads, target, count, settings, wanted)

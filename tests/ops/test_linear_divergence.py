@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastgpt import ops
-from fastgpt.ops.divergence import KINDS, divergence_fwd_bwd, divergence_ref
+from fastgpt import ops, parity
+from fastgpt.ops.divergence import KINDS, LINEAR_DIVERGENCE_ROWS, divergence_ref, divergence_rows
 from fastgpt.ops.linear_divergence import linear_divergence_ref, rows_of_a_chunk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON = pytest.mark.parametrize("name", [*parity.backends_here("linear_divergence"), "torch"])
 EACH = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -37,6 +38,11 @@ def results(fn: Callable[..., Tensor], student: list[Tensor], teacher: list[Tens
     loss = fn(leaves[0], leaves[1], teacher[0], teacher[1], linear_bias=leaves[2], teacher_bias=teacher[2], **o)
     upstream = torch.linspace(-2, 1, len(student[0]), device=DEVICE) if loss.dim() else loss.new_tensor(0.7)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, upstream.to(loss.dtype))]
+
+
+def rows_of(name: str) -> Callable[..., None]:
+    """Return the op on rows of a backend."""
+    return divergence_rows if name == "torch" else LINEAR_DIVERGENCE_ROWS[name]
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
@@ -106,40 +112,43 @@ def test_equal_heads_have_no_divergence(kind: str) -> None:
     assert all(float(t.abs().max()) < 1e-5 for t in got)
 
 
+@ON
 @EACH
 @pytest.mark.parametrize("scale,offset", [(1e4, 0.0), (1.0, 1e4), (1.0, -1e4)])
-def test_extreme_logits(kind: str, scale: float, offset: float) -> None:
+def test_extreme_logits(name: str, kind: str, scale: float, offset: float) -> None:
     """0 log 0 is 0: finite values of the right size at logits of 1e4 and with a large common offset."""
     z, z_t = scale * rand(7, 50) + offset, scale * rand(7, 50, seed=1) - offset
     wide, loss = z.double().requires_grad_(), torch.empty(7)
     exact = divergence_ref(wide, z_t.double(), kind, 0.4, 1.0)
     (grad,) = torch.autograd.grad(exact.sum(), wide)
-    divergence_fwd_bwd(z, z_t, None, kind, 0.4, 1.0, 50, loss, torch.ones(1))
+    rows_of(name)(z, loss, z_t, None, torch.ones(1), KINDS.index(kind), 0.4, 1.0, -100, 50)
     assert bool(z.isfinite().all()) and bool(loss.isfinite().all())
     torch.testing.assert_close(loss.double(), exact.detach(), rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(z.double(), grad, rtol=2e-3, atol=2e-3 * max(1.0, float(grad.abs().max())))
 
 
+@ON
 @EACH
-def test_classes_that_both_mask_do_not_count(kind: str) -> None:
+def test_classes_that_both_mask_do_not_count(name: str, kind: str) -> None:
     """-inf in both gives the loss and gradient of the other classes, and gradient 0."""
     z, z_t = rand(5, 20), rand(5, 20, seed=1)
     found = []
     for k in (20, 14):
         a, b, loss = z[:, :k].clone(), z_t[:, :k].clone(), torch.empty(5)
         a[:, 14:] = b[:, 14:] = -math.inf
-        divergence_fwd_bwd(a, b, None, kind, 0.5, 1.0, k, loss, torch.ones(1))
+        rows_of(name)(a, loss, b, None, torch.ones(1), KINDS.index(kind), 0.5, 1.0, -100, k)
         assert not a[:, 14:].any()
         found.append((loss, a[:, :14]))
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_a_class_that_only_the_student_masks() -> None:
+@ON
+def test_a_class_that_only_the_student_masks(name: str) -> None:
     """The forward KL is infinite, as it is; jsd stays finite, and so does its gradient."""
     for kind, finite in (("forward_kl", False), ("jsd", True)):
         z, loss = rand(3, 9), torch.empty(3)
         z[:, 4] = -math.inf
-        divergence_fwd_bwd(z, rand(3, 9, seed=1), None, kind, 0.5, 1.0, 9, loss, torch.ones(1))
+        rows_of(name)(z, loss, rand(3, 9, seed=1), None, torch.ones(1), KINDS.index(kind), 0.5, 1.0, -100, 9)
         assert bool(loss.isfinite().all()) == finite and bool(z.isfinite().all())
 
 

@@ -360,11 +360,11 @@ inline void __syncthreads() { emulator::machine().barrier(); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned, T v, int lane_mask) {
-  static_assert(sizeof(T) == 4);
-  uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  bits = emulator::machine().shuffle_xor(bits, lane_mask);
-  std::memcpy(&v, &bits, sizeof v);
+  static_assert(sizeof(T) % 4 == 0);  // a value of 8 bytes takes two shuffles, on the device as well
+  uint32_t bits[sizeof(T) / 4];
+  std::memcpy(bits, &v, sizeof v);
+  for (uint32_t& word : bits) word = emulator::machine().shuffle_xor(word, lane_mask);
+  std::memcpy(&v, bits, sizeof v);
   return v;
 }
 
