@@ -57,7 +57,12 @@ class Exported:
         path = checkpoint.find(run)
         state = checkpoint.read_state(path)
         if state.get("adapters"):
-            path = _merged(path, state, of_run=path != Path(run))
+            if state.get("head"):
+                made = path.parent / "model"
+                raise UserError(
+                    f"checkpoint {path} holds adapters and a head alone; {made} is the model for transformers"
+                )
+            path = checkpoint.merged(path, state, of_run=path != Path(run))
             state = checkpoint.read_state(path)
         entries = tensorfile.read_header(checkpoint.verified(path, checkpoint.MODEL, state))
         dtypes = {tensorfile.DTYPES[entry.dtype] for entry in entries.values()}
@@ -79,21 +84,6 @@ class Exported:
 Writer = Callable[
     [Exported, Path, str, int], None
 ]  # of a checkpoint into a folder, in a dtype and shards of some bytes
-
-
-def _merged(path: Path, state: dict[str, Any], of_run: bool) -> Path:
-    """Return the checkpoint with the adapters of checkpoint `path`, or else of the run's best, merged into the weights.
-
-    Raises:
-        UserError: there is none.
-    """
-    made, merged = path.parent / "model", path.parent / "merged"
-    if state.get("head"):
-        raise UserError(f"checkpoint {path} holds adapters and a head alone; {made} is the model for transformers")
-    found = checkpoint.checkpoints(merged)
-    if not found or not (of_run or found[-1].name == path.name):
-        checkpoint.require_model(path, state)
-    return found[-1]
 
 
 def main(argv: list[str], with_head: Writer | None = None) -> int:

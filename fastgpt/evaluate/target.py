@@ -52,8 +52,7 @@ class Target:
 
 
 def open_target(path: str, *, device: str = "auto", dtype: str | None = None) -> Target:
-    """Open a run, a checkpoint, a fine-tuned run (its folder `merged`, if it trained adapters), or a folder with
-    config.json and weights.
+    """Open a run, a checkpoint, or a folder with config.json and weights; of a run of adapters, its folder `merged`.
 
     Args:
         device: "auto", "cpu", "cuda" or "cuda:N".
@@ -103,26 +102,15 @@ def find_model(path: str) -> tuple[Path, dict[str, Any]]:
         return folder, {}
     found = checkpoint.find(folder)
     state = checkpoint.read_state(found)
-    if state.get("adapters"):
-        found, state = _merged(found, state)
     if head := state.get("head"):
         raise UserError(
             f"{path} has a head for {head['kind']}, expected a language model; "
             "`fastgpt finetune` reports the metrics of a head at each validation"
         )
+    if state.get("adapters"):
+        found = checkpoint.merged(found, state, of_run=found != folder)
+        state = checkpoint.read_state(found)
     return found, state
-
-
-def _merged(found: Path, state: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint with the adapters of another one merged into the weights, and its state.json."""
-    folder = found.parent / "merged"
-    last = checkpoint.checkpoints(folder)[-1:]
-    if not last:
-        raise UserError(f"{found} has adapters alone, expected a model in {folder}, which the end of a run writes")
-    merged = checkpoint.read_state(last[0])
-    if merged["step"] != state["step"]:
-        raise UserError(f"{found} has adapters alone, and {folder} is of step {merged['step']}, expected the same step")
-    return last[0], merged
 
 
 def _hashed(read: Callable[[str], Tensor], update: Callable[[Any], None]) -> Callable[[str], Tensor]:

@@ -248,6 +248,22 @@ def require_model(path: Path, state: dict[str, Any]) -> None:
         raise UserError(f"checkpoint {path} has a head for {state['head']['kind']}, expected a language model")
 
 
+def merged(path: Path, state: dict[str, Any], of_run: bool) -> Path:
+    """Return the checkpoint with the adapters of checkpoint `path` merged into the weights, which the end of a run of
+    `fastgpt finetune` writes.
+
+    Args:
+        of_run: whether the run is wanted, whose best checkpoint it is, and not this checkpoint.
+
+    Raises:
+        UserError: there is none, or it is of another step.
+    """
+    found = checkpoints(path.parent / "merged")
+    if not found or not (of_run or found[-1].name == path.name):
+        require_model(path, state)
+    return found[-1]
+
+
 def verified(path: Path, name: str, state: dict[str, Any]) -> Path:
     """Return one of a checkpoint's tensor files, after comparing it with state.json.
 

@@ -55,16 +55,18 @@ def test_runs_checkpoints_and_exports_open(tokenizer: Tokenizer, tmp_path: Path)
     assert open_target(run.name, device="cpu", dtype="bf16").model.wte.weight.dtype == torch.bfloat16
 
 
-def test_a_run_with_adapters_is_the_merged_one_of_the_same_step(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_run_with_adapters_is_its_merged_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
     run = tmp_path / "run"
     save(run, tokenizer, 3, adapters=True, base="base")
-    with pytest.raises(UserError, match="step_00000003 has adapters alone, expected a model in .*merged"):
+    with pytest.raises(UserError, match="step_00000003 holds adapters of base alone, expected a model, as in .*merged"):
         open_target(str(run), device="cpu")
-    save(run, tokenizer, 5, adapters=True, base="base")
+    for step in (5, 7):
+        save(run, tokenizer, step, adapters=True, base="base")
     model = save(run / "merged", tokenizer, 5)
     target = open_target(str(run), device="cpu")
     assert torch.equal(target.model.wte.weight, model.wte.weight) and target.about["step"] == 5
-    with pytest.raises(UserError, match="merged is of step 5, expected the same step"):
+    assert open_target(str(run / "step_00000005"), device="cpu").folder == target.folder
+    with pytest.raises(UserError, match="step_00000003 holds adapters of base alone, expected a model, as in .*merged"):
         open_target(str(run / "step_00000003"), device="cpu")
 
 
