@@ -104,6 +104,8 @@ def test_pure_wheel_contents(pure_wheel: Path) -> None:
     expected |= {f"fastgpt/configs/{p.name}" for p in (ROOT / "fastgpt" / "configs").glob("*.yaml")}
     page = ROOT / "fastgpt" / "evaluate" / "human" / "page"
     expected |= {f"fastgpt/evaluate/human/page/{p.name}" for p in page.iterdir()}
+    tasks = ROOT / "fastgpt" / "evaluate" / "tasks"
+    expected |= {f"fastgpt/evaluate/tasks/{p.name}" for p in tasks.glob("*.yaml")}
     expected |= {f"fastgpt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     expected |= {f"fastgpt/bench/{p.name}" for p in (ROOT / "bench").glob("*.py")}
     assert expected | {"fastgpt/_build_info.py"} <= set(names), "a package without __init__.py is left out of wheels"

@@ -184,6 +184,7 @@ def _edit(path: Path, line: int, **changes: Any) -> None:
         ("hellaswag", "hellaswag_train.jsonl", {"label": ""}, r"hellaswag_train.jsonl:2: label is '', expected one of"),
         ("lambada_openai", "lambada_test.jsonl", {"text": "one"}, r":2: text is 'one', expected at least 2 words"),
         ("piqa", "piqa/valid.jsonl", {"goal": "a \ud800"}, r":2: goal is .*ud800', expected text that UTF-8 can hold"),
+        ("lambada_openai", "lambada_test.jsonl", {"text": 3}, r":2: text is 3, expected text"),
         ("boolq", "boolq/dev.jsonl", {"answer": "maybe"}, r":2: answer is 'maybe', expected one of 0, 1, False, True"),
         ("winogrande", "winogrande_1.1/train_xl.jsonl", {"sentence": "no gap"}, r":2: sentence is 'no gap', expected"),
         ("winogrande", "winogrande_1.1/train_xl.jsonl", {"answer": "3"}, r":2: answer is '3', expected one of 1, 2"),
