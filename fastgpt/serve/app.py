@@ -18,14 +18,17 @@ from starlette.exceptions import HTTPException
 from fastgpt._version import __version__
 from fastgpt.inference.chat import FILE
 from fastgpt.serve import answers
-from fastgpt.serve.calls import Call, ChatCall, CompletionCall
+from fastgpt.serve.calls import ChatCall, CompletionCall
 from fastgpt.serve.errors import ApiError, of_validation
+from fastgpt.serve.messages import Messages, MessagesCall
 from fastgpt.serve.metrics import Metrics
+from fastgpt.serve.responses import Responses, ResponsesCall
 from fastgpt.serve.running import collect, run
 from fastgpt.serve.schemas import Chat, Completion, Detokenize, Tokenize
 from fastgpt.serve.served import Served
 
 log = logging.getLogger("fastgpt")
+Call = CompletionCall | ChatCall | ResponsesCall | MessagesCall
 OPEN = ("/health", "/ready")  # answered without a key
 
 
@@ -56,8 +59,8 @@ def build_app(models: Mapping[str, Served], limits: Limits) -> FastAPI:
 
     app = FastAPI(title="fastgpt", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, limits=limits, metrics=metrics)
-    app.add_exception_handler(ApiError, lambda _, e: e.response())  # type: ignore[attr-defined]
-    app.add_exception_handler(RequestValidationError, lambda _, e: of_validation(e).response())  # type: ignore[arg-type]
+    app.add_exception_handler(ApiError, lambda request, e: e.response(request.url.path))  # type: ignore[attr-defined]
+    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _plain_error)
 
     def find(name: str | None) -> Served:
@@ -86,6 +89,14 @@ def build_app(models: Mapping[str, Served], limits: Limits) -> FastAPI:
     @app.post("/v1/chat/completions")
     async def chat(body: Chat, request: Request) -> Response:
         return await answer(ChatCall(body, find(body.model)), request)
+
+    @app.post("/v1/responses")
+    async def responses(body: Responses, request: Request) -> Response:
+        return await answer(ResponsesCall(body, find(body.model)), request)
+
+    @app.post("/v1/messages")
+    async def messages(body: Messages, request: Request) -> Response:
+        return await answer(MessagesCall(body, find(body.model)), request)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -135,10 +146,15 @@ def build_app(models: Mapping[str, Served], limits: Limits) -> FastAPI:
     return app
 
 
+async def _invalid(request: Request, e: Exception) -> Response:
+    assert isinstance(e, RequestValidationError)
+    return of_validation(e).response(request.url.path)
+
+
 async def _plain_error(request: Request, e: Exception) -> Response:
     assert isinstance(e, HTTPException)
     message = f"{request.method} {request.url.path}: {str(e.detail).lower()}"
-    return ApiError(e.status_code, message, headers=e.headers).response()
+    return ApiError(e.status_code, message, headers=e.headers).response(request.url.path)
 
 
 def _about(served: Served) -> dict[str, Any]:
@@ -189,7 +205,7 @@ class Guard:
             await self.app(scope, await self._read(receive), counted)
         except ApiError as e:
             if not seen:
-                await e.response()(scope, receive, counted)
+                await e.response(scope["path"])(scope, receive, counted)
 
     def _check(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raise ApiError for a missing key or a body that says it is too long."""

@@ -197,6 +197,3 @@ class ChatCall:
 def _with_stop(request: Request, stop: str) -> Request:
     """Return the request, which also ends where the template ends a reply."""
     return replace(request, stop=[*request.stop, stop]) if stop else request
-
-
-Call = CompletionCall | ChatCall

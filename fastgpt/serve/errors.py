@@ -1,4 +1,5 @@
-"""Errors in the form of OpenAI's API: a status, and {"error": {"message", "type", "param", "code"}}."""
+"""Errors in the form of OpenAI's API: a status, and {"error": {"message", "type", "param", "code"}}. /v1/messages has
+Anthropic's: {"type": "error", "error": {"type", "message"}}."""
 
 from __future__ import annotations
 
@@ -7,6 +8,16 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+
+# https://docs.claude.com/en/api/errors; 503 has no name there
+ANTHROPIC = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
 
 
 class ApiError(Exception):
@@ -34,14 +45,17 @@ class ApiError(Exception):
         self.status, self.message, self.kind, self.param, self.code = status, message, kind, param, code
         self.headers = dict(headers or {})
 
-    def body(self) -> dict[str, Any]:
-        """Return the body of the answer."""
+    def body(self, anthropic: bool = False) -> dict[str, Any]:
+        """Return the body of the answer, in the form of OpenAI's or of Anthropic's API."""
+        if anthropic:
+            kind = ANTHROPIC.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
-    def response(self) -> JSONResponse:
-        """Return the answer."""
-        return JSONResponse(self.body(), self.status, self.headers)
+    def response(self, path: str) -> JSONResponse:
+        """Return the answer on a route."""
+        return JSONResponse(self.body(anthropic=path.startswith("/v1/messages")), self.status, self.headers)
 
 
 def of_validation(e: RequestValidationError) -> ApiError:
@@ -55,7 +69,7 @@ def of_validation(e: RequestValidationError) -> ApiError:
     if first["type"] == "model_attributes_type" and not place:
         return ApiError(400, "the body is no JSON object, expected one with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is not known, expected a parameter of this route", param=param)
+        return ApiError(400, f"{'.'.join(names)} is not known, expected a parameter of this route", param=param)
     if first["type"] == "missing":
         return ApiError(400, f"{'.'.join(names)} is missing", param=param)
     said = str(first["msg"]).removeprefix("Value error, ")
