@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 
@@ -43,17 +44,23 @@ class Memorisation:
         self.settings = settings
         self.data: Source | None = None
         self.missing = ""
+        self._opened: tuple[Any, ...] = ()  # what self.data was opened for
+        self._texts: dict[tuple[str, int, int], list[list[int]]] = {}  # drawn from it; large shards take a while
 
     def check(self, target: Target) -> None:
         """Open the data. Raise UserError if the ones that the settings name cannot be used."""
-        self.data, self.missing = None, ""
         self.lengths(target.model.block_size)
+        wanted = (target.name, target.tokenizer.fingerprint, str(target.settings.get("data")))
+        if wanted == self._opened:
+            return
+        self.data, self.missing, self._opened, self._texts = None, "", (), {}
         try:
             self.data = self._open(target)
         except UserError as e:
             if self.settings.data:
                 raise
             self.missing = str(e)
+        self._opened = wanted
 
     def lengths(self, context: int) -> tuple[int, int]:
         """Return the tokens of prefix and continuation. Raise UserError if they do not fit into the context."""
@@ -95,7 +102,11 @@ class Memorisation:
         count = self.settings.documents if limit is None else min(limit, self.settings.documents)
         shares: dict[str, Figure] = {}
         for kind, tokens in (("train", self.data.train), ("validation", self.data.val)):
-            texts = sample(tokens, engine.target.tokenizer.eot, prefix + more, count, self.settings.seed)
+            key = (kind, prefix + more, count)
+            if key not in self._texts:
+                eot = engine.target.tokenizer.eot
+                self._texts[key] = sample(tokens, eot, prefix + more, count, self.settings.seed)
+            texts = self._texts[key]
             if not texts:
                 results.notes.append(
                     f"memorisation: no {kind} document has {prefix + more} tokens, prefix and next together"
