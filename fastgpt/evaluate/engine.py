@@ -89,9 +89,15 @@ class Engine:
 
         Raises:
             ValueError: a context or a continuation is empty or too long, or an id is outside the vocabulary.
+            UserError: a log-probability is not finite.
         """
         work = Work(self, [self._fit(i, *pair) for i, pair in enumerate(pairs)], progress)
         work.run(work.trees)
+        if not np.isfinite(work.logprobs).all():
+            dtype = str(self.model.wte.weight.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self.target.name} has log-probabilities in {dtype} that are not finite, expected numbers"
+            )
         cut = [max(0, len(a) + len(b) - 1 - self.context) for a, b in pairs]
         found = zip(work.logprobs.tolist(), work.greedy.tolist(), cut)
         return [Scored(*values) for values in found]

@@ -9,7 +9,7 @@ sequences, and the parts are put together by their log-sum-exp:
 
 Before the roots there may be a text that was read into a KVCache, which every token sees.
 
-Source: cascade inference (Ye et al. 2024, arXiv:2501.01005), Hydragen (Juravsky et al. 2024, arXiv:2402.05099).
+Source: cascade inference (Ye et al. 2025, arXiv:2501.01005), Hydragen (Juravsky et al. 2024, arXiv:2402.05099).
 """
 
 from __future__ import annotations

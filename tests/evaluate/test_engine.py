@@ -152,6 +152,14 @@ def test_pairs_that_cannot_be_scored_are_errors(pair: Pair, message: str) -> Non
         engine_of().loglikelihoods([pair])
 
 
+def test_log_probabilities_that_are_not_finite_are_an_error() -> None:
+    engine = engine_of(torch.float16)
+    assert engine.model.norm_f is not None
+    engine.model.norm_f.weight.data.fill_(6e4)
+    with pytest.raises(UserError, match="small has log-probabilities in float16 that are not finite"):
+        engine.loglikelihoods([([1], [2])])
+
+
 def test_settings_that_cannot_be() -> None:
     target = target_of(model_of(vocab_size=300))
     with pytest.raises(UserError, match="batch_tokens is 0, expected at least 1"):
