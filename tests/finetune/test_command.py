@@ -25,6 +25,7 @@ from transformers import (
 
 from fastgpt import train
 from fastgpt.core.errors import UserError
+from fastgpt.core.tensorfile import load_file, save_file
 from fastgpt.finetune import base as finetune_base
 from fastgpt.finetune import exporting
 from fastgpt.finetune.command import main
@@ -257,14 +258,23 @@ def test_a_run_of_adapters_is_exported_merged(tmp_path: Path) -> None:
         exporting.main([str(tmp_path / "reward"), "--out", str(tmp_path / "head")])
 
 
+@pytest.fixture(scope="module")
+def published(files: Path) -> Path:
+    """Return a folder with the base for transformers, `main`, and another model of its shape, `v1`."""
+    folder = files / "published"
+    assert exporting.main([str(files / "base"), "--format", "hf", "--out", str(folder / "main")]) == 0
+    shutil.copytree(folder / "main", folder / "v1")
+    tensors = load_file(folder / "v1" / "model.safetensors")
+    save_file({name: 0.5 * t for name, t in tensors.items()}, folder / "v1" / "model.safetensors")
+    return folder
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub that has the base as someone/tiny, and another model at revision v1."""
     found = Hub()
-    assert train.main([*BASE, "--data", "text.txt", "--out", str(tmp_path / "other"), "--seed", "2"]) == 0
-    for run, name, revision in (("base", "hf", "main"), (str(tmp_path / "other"), "v1", "v1")):
-        assert exporting.main([run, "--format", "hf", "--out", str(tmp_path / name)]) == 0
-        found.add("someone/tiny", tmp_path / name, revision)
+    for revision in ("main", "v1"):
+        found.add("someone/tiny", published / revision, revision)
     with found.reached(monkeypatch, tmp_path):
         yield found
 
@@ -272,7 +282,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def test_a_base_comes_from_the_hub_at_one_commit(hub: Hub, tmp_path: Path) -> None:
     """The run is that of the same model in a folder, and goes on from its commit when the branch has moved."""
     more = ("--lora.rank", "2", "--save-every", "2")
-    local = go("sft", "sft.jsonl", tmp_path / "local", *more, "--base", str(tmp_path / "hf"))
+    local = go("sft", "sft.jsonl", tmp_path / "local", *more, "--base", "published/main")
     go("sft", "sft.jsonl", tmp_path / "run", *more, "--base", "someone/tiny")
     shutil.rmtree(checkpoint.checkpoints(tmp_path / "run")[-1])  # as if it was killed after step 2
     files = hub.repos["someone/tiny"]
