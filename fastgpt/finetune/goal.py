@@ -230,7 +230,7 @@ def _plan(answers: dict[str, str], out: Path) -> list[str]:
             f"fastgpt train --config {answers['size']} --out {answers['base']}   # on your own text: --data FILE",
             f"(or, with a published model: fastgpt import NAME {answers['base']})",
         ]
-    return [*first, f"fastgpt finetune {out}   # ends after 3 validations without a better loss"]
+    return [*first, f"fastgpt finetune {out}   # ends after 3 validations without an improvement"]
 
 
 def _wrapped(text: str, rows: list[str]) -> list[str]:
