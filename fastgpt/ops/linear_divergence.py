@@ -251,7 +251,7 @@ def linear_divergence(
         raise ValueError(f"{op}: kind is {kind!r}, expected {', '.join(map(repr, KINDS))}")
     if kind == "jsd" and not 0 < beta < 1:
         raise ValueError(f"{op}: beta is {beta}, expected a number between 0 and 1; use a KL for the ends")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:  # math.isfinite is not traced
         raise ValueError(f"{op}: temperature is {temperature}, expected a number above 0")
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{op}: reduction is {reduction!r}, expected 'none', 'mean' or 'sum'")

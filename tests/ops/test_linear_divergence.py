@@ -222,11 +222,12 @@ def test_backward_twice_and_no_gradient_for_the_teacher() -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_as_one_graph(reduction: str) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_as_one_graph(dynamic: bool, reduction: str) -> None:
     student, teacher, target = heads()
-    o: dict[str, Any] = dict(kind="jsd", chunk=5, reduction=reduction, target=target)
+    o: dict[str, Any] = dict(kind="jsd", chunk=5, temperature=1.5, reduction=reduction, target=target)
     torch._dynamo.reset()
-    compiled = torch.compile(ops.linear_divergence, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(ops.linear_divergence, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for got, wanted in zip(
         results(compiled, student, teacher, **o), results(ops.linear_divergence, student, teacher, **o)
     ):
