@@ -301,6 +301,7 @@ if __name__ == "__main__":
                 "data/files/*",
                 "evaluate/tasks/*",
                 "evaluate/human/page/*",
+                "serve/page.html",
                 "py.typed",
             ]
         },

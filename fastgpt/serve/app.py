@@ -22,6 +22,7 @@ from fastgpt.serve.calls import ChatCall, CompletionCall
 from fastgpt.serve.errors import ApiError, of_validation
 from fastgpt.serve.messages import Messages, MessagesCall
 from fastgpt.serve.metrics import Metrics
+from fastgpt.serve.page import page
 from fastgpt.serve.responses import Responses, ResponsesCall
 from fastgpt.serve.running import collect, run
 from fastgpt.serve.schemas import Chat, Completion, Detokenize, Tokenize
@@ -29,7 +30,7 @@ from fastgpt.serve.served import Served
 
 log = logging.getLogger("fastgpt")
 Call = CompletionCall | ChatCall | ResponsesCall | MessagesCall
-OPEN = ("/health", "/ready")  # answered without a key
+OPEN = ("/", "/health", "/ready")  # answered without a key
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,10 @@ def build_app(models: Mapping[str, Served], limits: Limits) -> FastAPI:
         if wrong is not None:
             raise ApiError(400, f"tokens has {wrong}, expected 0 to {tokenizer.n_vocab - 1}", param="tokens")
         return {"prompt": tokenizer.decode_bytes(body.tokens).decode(errors="replace")}
+
+    @app.get("/", include_in_schema=False)
+    async def chat_page() -> Response:
+        return page()
 
     @app.get("/health")
     async def health() -> Response:

@@ -1,0 +1,77 @@
+"""The chat page: needs no key, allows only its own script and style, and streams an answer in Chromium."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+
+import httpx
+from serve.servers import server, write_model
+
+from fastgpt.serve.app import Limits
+from fastgpt.serve.page import HTML, digest
+
+KEY = "secret"
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = write_model(tmp_path_factory.mktemp("model"))
+    with server(folder, limits=Limits(keys=(KEY,))) as (_, found):
+        yield found
+
+
+def test_the_page_needs_no_key_and_loads_nothing_else(client: httpx.Client) -> None:
+    answer = client.get("/")
+    assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
+    policy = answer.headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy
+    assert digest("script") in policy and digest("style") in policy
+    assert len(re.findall("<script", HTML)) == len(re.findall("<style", HTML)) == 1
+    assert not re.search(r"https?://|\bon\w+=|style=|innerHTML", HTML)
+    assert "Answers are AI-generated" in HTML
+
+
+def test_every_field_has_a_label() -> None:
+    fields = re.findall(r'<(?:input|select|textarea) id="(\w+)"', HTML)
+    labelled = re.findall(r'<label for="(\w+)"', HTML)
+    for block in re.findall(r"<label(?: class=\"wide\")?>(.*?)</label>", HTML, re.S):
+        labelled += re.findall(r'<(?:input|select|textarea) id="(\w+)"', block)
+    assert sorted(fields) == sorted(labelled) and len(fields) == 7
+
+
+@pytest.mark.slow
+def test_a_conversation_in_a_browser(client: httpx.Client) -> None:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("needs chromium")
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 20, "temperature": 0}
+    asked = client.post("/v1/chat/completions", json=body, headers={"x-api-key": KEY}).json()
+    expected = asked["choices"][0]["message"]["content"]
+    with playwright.sync_playwright() as p:
+        page = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"]).new_page()
+        broken: list[Any] = []
+        page.on("pageerror", lambda e: broken.append(e))
+        page.goto(str(client.base_url))
+        page.get_by_label("API key").fill(KEY)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#keys", state="hidden")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("Temperature").fill("0")
+        page.get_by_label("Max tokens").fill("20")
+        page.get_by_label("Message", exact=True).fill("the cat")
+        page.keyboard.press("Enter")
+        playwright.expect(page.locator("#status")).to_have_text("The answer is complete", timeout=60_000)
+        assert page.locator("article.assistant p").first.text_content() == expected
+        assert page.evaluate("document.activeElement.id") == "text"
+        page.reload()
+        assert page.locator("article").count() == 2
+        page.get_by_role("button", name="New chat").click()
+        assert page.locator("article").count() == 0 and not broken
