@@ -113,8 +113,10 @@ def load_results(path: str | Path) -> Results:
         values["figures"] = [Figure(**f) for f in values["figures"]]
         values["items"] = [Items(**i) for i in values["items"]]
         return Results(**values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is not the results of an evaluation ({e}), expected JSON of `fastgpt eval`") from None
+    except OSError as e:
+        raise UserError(f"cannot read the results {path}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not the results of an evaluation, expected JSON of `fastgpt eval`") from None
 
 
 def mean(task: str, metric: str, values: list[float], **more: Any) -> Figure:

@@ -253,13 +253,15 @@ def test_the_gate_refuses_another_evaluation(tmp_path: Path, new: Results, messa
         (["a.json", "b.json", "--gate", "a.json"], "--gate: got 2 evaluations, expected one"),
         (["a.json", "b.json", "--preset", "base"], "--preset is for runs"),
         (["a.json", "b.json", "--metrics", "f1"], "metric 'f1' has no items, expected one of acc"),
-        (["a.json", "c.json"], "c.json is not the results of an evaluation"),
+        (["a.json", "c.json"], "cannot read the results c.json: No such file or directory$"),
+        (["a.json", "list.json"], "list.json is not the results of an evaluation, expected"),
         (["a.json", "run"], "run has no evaluation"),
     ],
 )
 def test_bad_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
+    (tmp_path / "list.json").write_text("[1, 2]")
     for name in "ab":
         saved(Path(), evaluation(name, arc=ONES))
     with pytest.raises(UserError, match=message):
