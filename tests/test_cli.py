@@ -128,8 +128,9 @@ def test_chat_reads_a_pipe(trained: Path, monkeypatch: pytest.MonkeyPatch, capsy
     remarks = [line for line in out.err.splitlines() if not line.startswith("(cut")]
     assert remarks[0].startswith("(the message needs ") and remarks[0].endswith("tokens, expected at most 12)")
     assert remarks[1] == "(the conversation is forgotten)" and remarks[2].startswith("(/now is not a command, expected")
-    dropped = "(the oldest turn was dropped, because the conversation exceeds the context of 16 tokens)"
-    assert dropped in remarks[3:] and set(remarks[3:]) == {dropped}
+    # how many at a time depends on the length of the replies, and so on the text that the model has learned
+    turns = r"\((the oldest turn was|the \d oldest turns were) dropped, because .* the context of 16 tokens\)"
+    assert remarks[3:] and all(re.fullmatch(turns, line) for line in remarks[3:]), remarks
     assert len(out.out.splitlines()) >= 5
 
 

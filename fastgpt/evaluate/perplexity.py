@@ -17,14 +17,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 
 from fastgpt.core.errors import UserError, cause_of
 from fastgpt.data import Tokenizer
 from fastgpt.data.documents import document_starts
 from fastgpt.data.shards import Tokens
 from fastgpt.evaluate.engine import Engine
-from fastgpt.evaluate.results import Figure, Items, Results, item_id
+from fastgpt.evaluate.results import Figure, Items, Results, item_id, ratio
 from fastgpt.evaluate.target import Target
 from fastgpt.training.build import open_data
 from fastgpt.training.config import from_dict
@@ -96,26 +96,17 @@ def figures(name: str, rows: list[tuple[str, float, int]]) -> list[Figure]:
     Args:
         rows: text, nats and scored tokens of each document.
     """
-    nats = torch.tensor([n for _, n, _ in rows], dtype=torch.float64)
-    sizes = torch.tensor([len(text.encode()) for text, _, _ in rows], dtype=torch.float64)
-    tokens = torch.tensor([t for _, _, t in rows], dtype=torch.float64)
-    bits, bits_error = _ratio(nats / math.log(2), sizes)
-    per_token, error = _ratio(nats, tokens)
+    nats = np.array([n for _, n, _ in rows])
+    sizes = np.array([float(len(text.encode())) for text, _, _ in rows])
+    tokens = np.array([float(t) for _, _, t in rows])
+    bits, bits_error = ratio(nats / math.log(2), sizes)
+    per_token, error = ratio(nats, tokens)
     perplexity = math.exp(min(per_token, 700.0))  # a number in JSON, whatever the model
     n, down = len(rows), {"higher_is_better": False}
     return [
         Figure(name, "bits_per_byte", bits, n, bits_error, **down),
         Figure(name, "perplexity", perplexity, n, None if error is None else perplexity * error, **down),
     ]
-
-
-def _ratio(y: torch.Tensor, x: torch.Tensor) -> tuple[float, float | None]:
-    """Return sum(y) / sum(x) of (N,) fp64 and its standard error; None for one item."""
-    ratio, n = float(y.sum() / x.sum()), len(y)
-    if n < 2:
-        return ratio, None
-    residual = y - ratio * x
-    return ratio, float((residual.square().sum() / (n - 1) / n).sqrt() / x.mean())
 
 
 def validation_data(target: Target) -> dict[str, Tokens]:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from fastgpt.core.errors import UserError
 
 VERSION = 1  # of the JSON
@@ -131,3 +134,10 @@ def item_id(item: Any) -> str:
     """Return an id that depends on the contents of an item alone, a value that JSON can hold: 16 hex digits."""
     text = json.dumps(item, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def ratio(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> tuple[float, float | None]:
+    """Return sum(a) / sum(b) of (N,), and its standard error over items by the delta method; None for one item."""
+    value, n = float(a.sum() / b.sum()), len(a)
+    error = math.sqrt(float(((a - value * b) ** 2).sum()) * n / (n - 1)) / float(b.sum()) if n > 1 else None
+    return value, error

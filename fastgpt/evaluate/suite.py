@@ -17,7 +17,7 @@ from fastgpt.evaluate import metrics
 from fastgpt.evaluate.classification import classification, confusion_matrix
 from fastgpt.evaluate.engine import Engine, Scored
 from fastgpt.evaluate.judge import Judge, Question
-from fastgpt.evaluate.results import Figure, Items, Results, mean
+from fastgpt.evaluate.results import Figure, Items, Results, mean, ratio
 from fastgpt.evaluate.suite_file import Suite, open_suite, schema_of
 from fastgpt.evaluate.suite_items import Item
 from fastgpt.evaluate.suite_schema import text_fits
@@ -244,10 +244,3 @@ def encode_pairs(
 def _exp(value: float) -> float:
     """Return e^value, at most the largest number that JSON can hold."""
     return math.exp(min(value, 700.0))
-
-
-def ratio(a: np.ndarray, b: np.ndarray) -> tuple[float, float | None]:
-    """Return sum(a) / sum(b), and its standard error over items by the delta method; None for one item."""
-    value, n = float(a.sum() / b.sum()), len(a)
-    error = math.sqrt(float(((a - value * b) ** 2).sum()) * n / (n - 1)) / float(b.sum()) if n > 1 else None
-    return value, error

@@ -12,7 +12,6 @@ from typing import Any
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError, cause_of
 
-KEYS = "FASTGPT_API_KEYS"  # separated by commas
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -39,7 +38,7 @@ def main(argv: list[str]) -> int:
         for name, path in named([args.run, *args.model]).items():
             models[name] = serve_model(name, Model(path, **options, threads=args.threads), args.queue)
         if args.host not in LOOPBACK and not keys:
-            print(f"warning: anyone who reaches {args.host} may use the server; set {KEYS} or --api-key-file")
+            print(f"warning: anyone who reaches {args.host} may use the server; set FASTGPT_API_KEYS or --api-key-file")
         for served in models.values():
             print(f"model {served.name}: {served.link.model.path}, {served.context} tokens")
         host = f"[{args.host}]" if ":" in args.host else args.host
@@ -77,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-body", type=number(int, 1), default=1 << 22, metavar="BYTES", help="largest request (default: 4 MiB)"
     )
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"one key on each line; {KEYS} has them, too")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="one key on each line; FASTGPT_API_KEYS has them, too"
+    )
     return parser
 
 
@@ -106,7 +107,7 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
     Raises:
         UserError: the file cannot be read or has no key, or a key is not ASCII.
     """
-    keys = [key.strip() for key in os.environ.get(KEYS, "").split(",") if key.strip()]
+    keys = [key.strip() for key in os.environ.get("FASTGPT_API_KEYS", "").split(",") if key.strip()]
     if file is not None:
         try:
             lines = file.read_text(encoding="utf-8").splitlines()

@@ -78,6 +78,7 @@ def build(model: Model) -> Generator:
     options: dict[str, Any] = dict(max_batch=model.rows, context=model.context, weights=model.weights)
     generator = Generator(target.model, target.tokenizer, **options)
     generator.reserve()
+    generator.generate([Request([target.tokenizer.eot], 2)])  # what cannot run fails now, and kernels are compiled
     return generator
 
 

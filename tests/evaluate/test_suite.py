@@ -15,7 +15,8 @@ from small_models import byte_tokenizer, model_that_says
 from suite_files import items_of, run_part, texts_of, tiny_target, write_rows, write_suite
 
 from fastgpt.core.errors import UserError
-from fastgpt.evaluate.suite import encode_pairs, ratio, suite_of
+from fastgpt.evaluate.results import ratio
+from fastgpt.evaluate.suite import encode_pairs, suite_of
 from fastgpt.evaluate.suite_file import open_suite, read_suite
 from fastgpt.evaluate.suite_schema import check_schema, fits, text_fits
 from fastgpt.evaluate.suite_settings import KINDS

@@ -18,7 +18,7 @@ import httpx
 from serve.servers import write_model
 
 from fastgpt.core.errors import UserError
-from fastgpt.serve.command import KEYS, main, named, read_keys
+from fastgpt.serve.command import main, named, read_keys
 from fastgpt.serve.served import read_defaults
 
 
@@ -43,7 +43,7 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path, monkeypatch: pyte
 
 def test_keys_come_from_the_environment_and_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "keys"
-    monkeypatch.setenv(KEYS, "a, b,")
+    monkeypatch.setenv("FASTGPT_API_KEYS", "a, b,")
     file.write_text("c\n\nd\n")
     assert read_keys(file) == ("a", "b", "c", "d") and read_keys(None) == ("a", "b")
     file.write_text("\n")
