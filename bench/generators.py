@@ -140,7 +140,9 @@ class FastGPT:
         self.generator = Generator(model, **options)
         model = self.generator.model
         storages = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
-        self.weight_bytes = sum({s.data_ptr(): s.nbytes() for s in storages}.values())  # a tied head is no second one
+        self.weight_bytes = sum(
+            {s.data_ptr(): s.nbytes() for s in storages}.values()
+        )  # a tied head is not a second one
 
     def generate(self, prompts: Tokens, count: int) -> Tokens:
         requests = [Request(prompt, count, temperature=0, ignore_eos=True) for prompt in prompts]

@@ -9,7 +9,7 @@ timed      in addition: ms_q20, ms_q80 (quantiles over the samples), samples; an
            relative_low (ms_q20 over its ms_q20)
 red        in place of figures: why there are none
 
-Rows without provenance are neither written nor read: a figure that cannot be repeated is no figure.
+Rows without provenance are neither written nor read: a figure that cannot be repeated is not a figure.
 """
 
 from __future__ import annotations

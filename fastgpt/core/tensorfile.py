@@ -106,7 +106,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Return the entries of a file by name.
 
     Raises:
-        UserError: it cannot be read, is truncated, or is no tensor file.
+        UserError: it cannot be read, is truncated, or is not a tensor file.
     """
     try:
         size = path.stat().st_size

@@ -1,6 +1,6 @@
 """Data sets of `fastgpt data build`, opened and checked.
 
-The manifest is written last: a folder without one, or with files of other sizes than it says, is no data set.
+The manifest is written last: a folder without one, or with files of other sizes than it says, is not a data set.
 """
 
 from __future__ import annotations

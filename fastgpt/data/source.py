@@ -207,7 +207,7 @@ def read_vocab_size(meta: Path) -> int:
     follows the key.
 
     Raises:
-        UserError: it has no such key, or is no pickle.
+        UserError: it has no such key, or is not a pickle.
     """
     try:
         codes = [code for code in pickletools.genops(meta.read_bytes()) if not re.search("PUT|MEMOIZE", code[0].name)]

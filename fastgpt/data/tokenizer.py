@@ -30,7 +30,7 @@ from fastgpt.data.shards import atomic_file
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 PIECE = 1 << 18  # characters encoded in one call, where the text can be cut
 
-# Between "\n" and a character that is no space, after a character that is no space, every word ends: cutting there
+# Between "\n" and a character other than a space, after a character other than a space, every word ends: cutting there
 # changes no id.
 _SEAM = re.compile(r"(?<=\S\n)(?=\S)")
 

@@ -191,7 +191,7 @@ class HarnessTasks:
                 f"makes another one win in {other} of {len(every)} questions"
             )
         results.figures.append(self._figure(self.name, metric, every))
-        if metric != "perplexity":  # which is no mean
+        if metric != "perplexity":  # which is not a mean
             ids = [item_id(s["doc"]) for s in every]
             results.items.append(Items(self.name, metric, ids, [float(s[metric]) for s in every]))
         if not self.benchmark.parts:

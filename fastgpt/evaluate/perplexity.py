@@ -140,7 +140,7 @@ def read_texts(path: Path) -> list[str]:
     """Return the documents of a text file or a .jsonl file.
 
     Raises:
-        UserError: it cannot be read, has no text, or a line is no object with `text`.
+        UserError: it cannot be read, has no text, or a line is not an object with `text`.
     """
     try:
         text = path.read_text(encoding="utf-8")

@@ -160,6 +160,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"power: got --{' and --'.join(given)}, expected one of them")
     if (args.task or args.metric) and not args.results:
         raise UserError("power: --task and --metric have no effect without --results")
+    if args.discordant and args.difference and args.difference > args.discordant:
+        raise UserError(
+            f"power: --difference is {args.difference:g}, expected at most --discordant, {args.discordant:g}: "
+            "accuracies differ by no more than the share of the items on which exactly one model is right"
+        )
     spreads = _spreads(args.results, args.task, args.metric, args.discordant, args.deviation)
     print(f"two models on the same items, two-sided test at {args.alpha:g}, power {args.power:g}")
     for title, kind, spread in spreads:

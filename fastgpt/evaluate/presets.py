@@ -78,7 +78,8 @@ def parts_of(preset: str, data: Path | None, texts: Sequence[Path] = ()) -> list
         UserError: there is no such preset, folder or file, a benchmark is unknown, or `full` lacks files.
     """
     if data is not None and not data.is_dir():
-        raise UserError(f"data is {data}, expected a folder with the files of the benchmarks")
+        what = "probes" if preset == "safety" else "benchmarks"
+        raise UserError(f"--data: {data} is not a folder, expected one with the files of the {what}")
     more: list[Part] = [Perplexity(texts, validation=False)] if texts else []
     if preset == "safety":
         from fastgpt.evaluate import safety

@@ -82,7 +82,7 @@ def read_suite(path: str | Path) -> Suite:
     for key in set(node.value) & {"items", "examples"}:
         if not isinstance(node.value[key].value, (str, list)):
             reader.lines[key] = node.value[key].line
-            reader.fail(key, f"{key} is no file, expected a JSONL file or a list of items")
+            reader.fail(key, f"{key} is not a file, expected a JSONL file or a list of items")
     try:
         settings: Settings = reader.read(node, Settings, "")
     except KeyedError as e:

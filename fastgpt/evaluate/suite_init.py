@@ -136,7 +136,7 @@ def main(argv: list[str]) -> int:
         if file.exists():
             raise UserError(f"{file} exists, expected a new name")
     if not path.parent.is_dir():
-        raise UserError(f"{path.parent} is no folder, expected the folder of the suite")
+        raise UserError(f"{path.parent} is not a folder, expected the folder of the suite")
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ITEMS[args.kind])
     for file, text in ((items, rows), (path, template(args.kind, path.stem))):
         with atomic_file(file) as f:

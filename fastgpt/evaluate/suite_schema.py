@@ -38,7 +38,7 @@ OTHERS = ("type", "enum", "const", "properties", "required", "additionalProperti
 def check_schema(schema: Any, where: str = "schema") -> None:
     """Raise UserError unless a schema has only keywords of this file, with values of the right type."""
     if not isinstance(schema, dict):
-        raise UserError(f"{where} is no mapping, expected a JSON schema")
+        raise UserError(f"{where} is not a mapping, expected a JSON schema")
     for key, value in schema.items():
         known = (*LIMITS, *OTHERS, *REMARKS)
         if key not in known:

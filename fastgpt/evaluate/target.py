@@ -97,7 +97,9 @@ def find_model(path: str) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint that a path stands for with its state.json, or a folder of another kind with nothing."""
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{path} is no folder, expected a run, a checkpoint or a folder with config.json and weights")
+        raise UserError(
+            f"{path} is not a folder, expected a run, a checkpoint or a folder with config.json and weights"
+        )
     if not checkpoint.checkpoints(folder) and not (folder / checkpoint.STATE).is_file():
         return folder, {}
     found = checkpoint.find(folder)

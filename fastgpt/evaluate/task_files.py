@@ -165,7 +165,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         rows = parquet.read_table(path).to_pylist()
     except ValueError as e:
-        raise UserError(f"{path} is no parquet file ({cause_of(e)})") from None
+        raise UserError(f"{path} is not a parquet file ({cause_of(e)})") from None
     yield from enumerate(rows, 1)
 
 

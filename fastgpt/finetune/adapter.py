@@ -214,7 +214,7 @@ def _modules(
     try:
         chosen = {layer: [s for s in parts if selected(s)] for layer, parts in every.items()}
     except re.error as e:
-        raise UserError(f"{where} is damaged: target_modules is no regular expression ({e})") from e
+        raise UserError(f"{where} is damaged: target_modules is not a regular expression ({e})") from e
     chosen = {layer: parts for layer, parts in chosen.items() if parts}
     if not chosen:
         like = [s.module for parts in every.values() for s in parts]

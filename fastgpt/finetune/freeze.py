@@ -25,7 +25,7 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> int:
         try:
             found = [name for name in named if re.search(pattern, name)]
         except re.error as e:
-            raise UserError(f"freeze: {pattern!r} is no regular expression ({e})") from e
+            raise UserError(f"freeze: {pattern!r} is not a regular expression ({e})") from e
         if not found:
             raise UserError(
                 f"freeze: {pattern!r} is found in no parameter's name, expected a part of one like {next(iter(named))}"

@@ -62,7 +62,7 @@ GOALS = {
         ),
         500,
         "val_loss on replies that are held out, and twenty conversations read by a person",
-        "Only the replies are learned. Write them in the voice that the model shall have; a few hundred good ones do "
+        "Only the replies are learned. Write them in the voice that the model should have; a few hundred good ones do "
         "more than thousands of mixed quality. The base needs a chat template, or name one by `template`. Afterwards "
         "`fastgpt finetune make-pairs` makes preference pairs, for `task: dpo`.",
     ),
@@ -172,7 +172,7 @@ def _answers(name: str, ask: Callable[[str], str]) -> dict[str, str]:
     found = {"data": answer("data, a file with one row a line", f"data/{name}.jsonl")}
     found["base"] = answer("model to start from, a run or the folder of a model", _some_run())
     if not is_model(found["base"]):
-        known = answer(f"that is no model yet; size to train it in ({', '.join(SIZES)})", SIZES[0])
+        known = answer(f"that is not a model yet; size to train it in ({', '.join(SIZES)})", SIZES[0])
         if known not in SIZES:
             raise UserError(f"init: size is {known!r}, expected one of {', '.join(SIZES)}")
         found["size"] = known

@@ -127,7 +127,7 @@ def add_lora(
         The layers with adapters by name.
 
     Raises:
-        UserError: a target is found in no name, or is no regular expression; the model has adapters.
+        UserError: a target is found in no name, or is not a regular expression; the model has adapters.
     """
     return insert(model, _chosen(segments(model, family), settings.targets), settings, generator)
 
@@ -158,7 +158,7 @@ def _chosen(found: dict[str, list[Segment]], targets: tuple[str, ...]) -> dict[s
     try:
         patterns = {t: re.compile(t) for t in targets}
     except re.error as e:
-        raise UserError(f"lora.targets: {e.pattern!r} is no regular expression ({e})") from e
+        raise UserError(f"lora.targets: {e.pattern!r} is not a regular expression ({e})") from e
     names = [f"{layer} {s.module}" for layer, parts in found.items() for s in parts]
     for target, pattern in patterns.items():
         if not any(pattern.search(part) for name in names for part in name.split()):

@@ -179,7 +179,7 @@ def _writable(x: Tensor) -> bool:
 
 
 def _held_by(x: Tensor) -> Tensor | None:
-    """Return the tensor of which x is a plain view that covers all of it (x itself if it is no view), or None.
+    """Return the tensor of which x is a plain view that covers all of it (x itself if it is not a view), or None.
 
     The write is reported to autograd on that tensor. After a write to a view, backward copies the whole gradient three
     times. Compilers remove those copies, but cannot trace `_base`.

@@ -94,7 +94,7 @@ def named(places: list[str]) -> dict[str, str]:
         if not equal:
             name, path = Path(place).resolve().name, place
         if not name or not path:
-            raise UserError(f"{place!r} is no model, expected NAME=RUN")
+            raise UserError(f"{place!r} is not a model, expected NAME=RUN")
         if name in found:
             raise UserError(f"two models are named {name}, expected NAME=RUN with different names")
         found[name] = path

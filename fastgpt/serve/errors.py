@@ -67,7 +67,7 @@ def of_validation(e: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     if first["type"] == "model_attributes_type" and not place:
-        return ApiError(400, "the body is no JSON object, expected one with Content-Type: application/json")
+        return ApiError(400, "the body is not a JSON object with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{'.'.join(names)} is not known, expected a parameter of this route", param=param)
     if first["type"] == "missing":

@@ -163,7 +163,10 @@ class Run:
             part.state.copy_(seen.get(name, part.state))
         checkpoint.unflatten_optimizer(self.optimizer, extra, self.model.named_parameters())
         checkpoint.restore_random_states(rng, self.device)
-        self.loader.load_state_dict(state["loader"])
+        try:
+            self.loader.load_state_dict(state["loader"])
+        except UserError as e:
+            raise UserError(f"{path}: {e}; expected the settings of that run, or another --out") from None
         self.progress = p = Progress.of_state(state["progress"])
         before, now = state["config"], self.settings()
         if any(before.get(name, default) != now[name] for name, default in METRIC.items()):

@@ -137,7 +137,7 @@ class Killed(BaseException):
 def test_a_build_killed_at_any_rename_ends_in_the_same_shards(
     step: int, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A build stops dead at the n-th rename; what it leaves is no data set, and the next build finishes it."""
+    """A build stops dead at the n-th rename; what it leaves is not a data set, and the next build finishes it."""
     left = step
     for name in ("replace", "rename"):
         real = getattr(os, name)

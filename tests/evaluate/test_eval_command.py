@@ -81,10 +81,10 @@ def test_checkpoints_become_a_page_with_plots(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["nowhere"], "nowhere is no folder, expected a run"),
+        (["nowhere"], "nowhere is not a folder, expected a run"),
         (["run", "--preset", "bas"], "preset is 'bas', expected base, full, safety or a file"),
         (["run", "--preset", "base"], "preset base found nothing to evaluate: the validation data is not scored"),
-        (["run", "--data", "data/piqa/valid.jsonl"], "expected a folder with the files of the benchmarks"),
+        (["run", "--data", "data/piqa/valid.jsonl"], "is not a folder, expected one with the files of the benchmarks"),
         (["run", "--out", "data"], "data is a folder, expected the name of a file"),
         (["run", "--all-checkpoints", "--out", "x.json"], "expected no --out"),
         (["data", "--all-checkpoints"], "data has no checkpoints, expected the folder of a run"),

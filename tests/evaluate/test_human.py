@@ -387,6 +387,6 @@ def test_nothing_is_generated_if_the_second_model_is_missing(
     (tmp_path / "p.txt").write_text("the cat\n")
     real = answers.open_target
     monkeypatch.setattr(answers, "open_target", lambda p, device: opened(p) if p == "a" else real(p, device=device))
-    with pytest.raises(UserError, match="b is no folder"):
+    with pytest.raises(UserError, match="b is not a folder"):
         command.main(["a", "b", "--prompts", "p.txt"])
     assert not list(tmp_path.glob("*.jsonl"))

@@ -160,7 +160,7 @@ def test_wrong_lists_are_refused(entries: list[Any], message: str, tmp_path: Pat
 def test_wrong_presets_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="preset is 'bass', expected base, full, safety or a file"):
         parts_of("bass", tmp_path)
-    with pytest.raises(UserError, match="expected a folder with the files of the benchmarks"):
+    with pytest.raises(UserError, match="is not a folder, expected one with the files of the benchmarks"):
         parts_of("base", tmp_path / "absent")
     with pytest.raises(UserError, match="entry 1: shots is 2, but blimp has no examples, expected 0"):
         parts_of(_list(tmp_path, {"task": "blimp", "shots": 2}), tmp_path)
@@ -241,7 +241,7 @@ def test_wrong_files_are_refused(data: Path, target: Target, tmp_path: Path) -> 
         check("lambada_openai")
     parquet(folder / "blimp" / "b.parquet", [])
     (folder / "boolq/dev.jsonl").rename(folder / "boolq/validation-0.parquet")
-    with pytest.raises(UserError, match="validation-0.parquet is no parquet file"):
+    with pytest.raises(UserError, match="validation-0.parquet is not a parquet file"):
         check("boolq")
 
 

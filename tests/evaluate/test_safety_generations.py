@@ -146,7 +146,7 @@ def test_refusal_and_over_refusal(tmp_path: Path) -> None:
     [
         ("refusal.jsonl", '{"prompt": "a"}', "refusal.jsonl:1: should_refuse is missing, expected true or false"),
         ("refusal.jsonl", '{"prompt": "a", "should_refuse": 1}', "should_refuse is 1, expected true or false"),
-        ("refusal_patterns.txt", "(", "refusal_patterns.txt:1: '\\(' is no regular expression"),
+        ("refusal_patterns.txt", "(", "refusal_patterns.txt:1: '\\(' is not a regular expression"),
         ("toxicity_prompts.jsonl", '\n{"prompt": {}}', "toxicity_prompts.jsonl:2: prompt is {}, expected a text, or"),
         ("toxicity_prompts.txt", "a", "expected one of them"),
         ("safety.yaml", "toxicity: {samples: 0}", "safety.yaml: toxicity.samples is 0, expected 1 or more"),
@@ -181,7 +181,7 @@ def test_what_is_missing_is_said_once(tmp_path: Path) -> None:
     assert len(notes) == 1 and str(tmp_path) in notes[0] and "crows_pairs_anonymized.csv" in notes[0]
     assert "refusal" not in notes[0]
     assert [p.name for p in parts_of(None)] == ["memorisation", "missing"]
-    with pytest.raises(UserError, match="nowhere is no folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         parts_of(tmp_path / "nowhere")
 
 
@@ -222,7 +222,7 @@ def test_memorisation_of_a_model_without_a_run_is_skipped(tmp_path: Path) -> Non
     part, results = Memorisation(MemorisationSettings()), Results({}, "safety")
     part.check(target)
     part.run(Engine(target), results, None)
-    assert not results.figures and "memorisation is skipped: model is no run" in results.notes[0]
+    assert not results.figures and "memorisation is skipped: model is not a run" in results.notes[0]
     gone = Memorisation(MemorisationSettings(data=str(tmp_path / "gone.bin")))
     for _ in range(2):  # not only the first time
         with pytest.raises(UserError):

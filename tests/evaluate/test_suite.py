@@ -230,7 +230,7 @@ def test_wrong_items(kind: str, item: Any, error: str, tmp_path: Path) -> None:
         ("generation", {"judge": {"schema": "no.json"}}, "schema no.json cannot be read"),
         ("generation", {"judge": {"model": {"url": "here", "model": "m"}}}, "url is 'here', expected one such as"),
         ("choice", {"items": "no.jsonl"}, "items is .*no.jsonl, which cannot be read: No such file"),
-        ("choice", {"items": {"a": 1}}, "items is no file, expected a JSONL file or a list"),
+        ("choice", {"items": {"a": 1}}, "items is not a file, expected a JSONL file or a list"),
     ],
 )
 def test_wrong_settings(kind: str, settings: dict[str, Any], error: str, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_models_that_cannot_be_evaluated(
 def test_paths_and_settings_that_are_wrong(tokenizer: Tokenizer, tmp_path: Path) -> None:
     save(tmp_path / "run", tokenizer)
     assert exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "hf")]) == 0
-    with pytest.raises(UserError, match="nowhere is no folder, expected a run"):
+    with pytest.raises(UserError, match="nowhere is not a folder, expected a run"):
         open_target(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="dtype is 'int8', expected one of fp32, bf16, fp16"):
         open_target(str(tmp_path / "run"), dtype="int8")

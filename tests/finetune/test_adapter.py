@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fewer modules": (dict(target_modules=["q_proj"]), "another model: it has beyond the model's .*down_proj.lora_A"),
     "another rank": (dict(r=4), r"another model: it has in another shape .*\[3, 32\] for \[4, 32\]"),
     "no rank": (dict(r=None), "is damaged: r is None"),
-    "no expression": (dict(target_modules="("), "is damaged: target_modules is no regular expression"),
+    "no expression": (dict(target_modules="("), "is damaged: target_modules is not a regular expression"),
 }
 
 

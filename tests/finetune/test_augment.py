@@ -295,7 +295,7 @@ def test_what_a_step_needs_is_missing() -> None:
     for step, message in (
         ({"swap": "no.txt"}, "swap: no.txt cannot be read"),
         ({"hook": "no.py:f"}, "augment hook is 'no.py:f', expected a Python file and a function"),
-        ({"paraphrase": "no"}, "no is no folder, expected a run"),
+        ({"paraphrase": "no"}, "no is not a folder, expected a run"),
         ({"paraphrase": "m", "endpoint": "http://x/v1", "key_env": "NO_KEY_HERE"}, "NO_KEY_HERE is not set"),
     ):
         with pytest.raises(UserError, match=message):

@@ -237,7 +237,7 @@ REFUSED = {
     "--model x --endpoint http://localhost/v1 --body [1]": "--body is .*, expected an object of JSON",
     "--model x --mode compare --temperature 0": "--temperature is 0, expected more with --mode compare",
     "--model x --prompts no.jsonl": "no.jsonl",
-    "--model no": "no is no folder, expected a run",
+    "--model no": "no is not a folder, expected a run",
     "--model x --out rules.yaml": "rules.yaml exists, expected a new file",
 }
 

@@ -29,7 +29,7 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path, monkeypatch: pyte
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"cannot listen at 127.0.0.1:{port} \(Address already in use\)"):
             main([str(tmp_path), "--port", str(port)])
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         main([str(tmp_path / "none"), "--port", "0"])
     folder = write_model(tmp_path / "model")
     (folder / "tokenizer.json").unlink()
@@ -37,7 +37,7 @@ def test_what_cannot_be_served_is_one_sentence(tmp_path: Path, monkeypatch: pyte
         main([str(folder), "--port", "0"])
     with pytest.raises(UserError, match="two models are named a"):
         named(["a=x", "b=y", "runs/a"])
-    with pytest.raises(UserError, match="'=x' is no model, expected NAME=RUN"):
+    with pytest.raises(UserError, match="'=x' is not a model, expected NAME=RUN"):
         named(["=x"])
 
 

@@ -20,9 +20,9 @@ class Spam(Step):
     Attributes:
         words: a word list, or "built-in".
         max_phrase_ratio: largest number of phrases per word, counted from `min_phrases` on.
-        min_phrases: phrases below which a text is no spam.
+        min_phrases: phrases below which a text is not spam.
         max_link_ratio: largest number of links per word, counted from `min_links` on.
-        min_links: links below which a text is no spam.
+        min_links: links below which a text is not spam.
         max_capital_ratio: largest share of capitals among the cased letters.
     """
 

@@ -103,7 +103,7 @@ def _loaded(path: str) -> Tokenizer:
 def reorderings(recipe: Recipe, tokenizer: Tokenizer) -> dict[str, FillInTheMiddle]:
     """Return fill-in-the-middle with the ids of a tokenizer, for each source that uses it.
 
-    Raises UserError if one of its sentinels is no special token of the tokenizer.
+    Raises UserError if one of its sentinels is not a special token of the tokenizer.
     """
     found = {}
     for name, source in recipe.sources.items():

@@ -1,7 +1,7 @@
 """Topics of a sample of documents: clusters of texts with common words, named by the words that set them apart.
 
 Words are counted in a table by their hash, weighted by term frequency and inverse document frequency, and grouped by
-spherical k-means (Dhillon and Modha 2001). The result shows what a collection is about; it is no measurement.
+spherical k-means (Dhillon and Modha 2001). The result shows what a collection is about; it is not a measurement.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def scrape(
     wanted = list(dict.fromkeys(urldefrag(url.strip())[0] for url in urls if url.strip()))
     for url in wanted:
         if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise UserError(f"scrape: {url!r} is no address, expected http://... or https://...")
+            raise UserError(f"scrape: {url!r} is not an address, expected http://... or https://...")
     if record is None and out.exists():
         raise UserError(f"scrape: {out} exists: remove it to fetch the pages again")
     part = out.with_name(out.name + ".part") if record is None else Path(record)
@@ -234,7 +234,7 @@ class _Robot:
                 return self._document(url, at, status, headers, raw)
             at = urldefrag(urljoin(at, headers.get("Location", "")))[0]
             if urlsplit(at).scheme not in ("http", "https") or not urlsplit(at).hostname:
-                raise _Refused("redirect", "it redirects to something that is no page", "remove it")
+                raise _Refused("redirect", "it redirects to something that is not a page", "remove it")
         raise _Refused("redirect", f"it redirects more than {self.manners.max_redirects} times", "remove it")
 
     def _document(self, url: str, at: str, status: int, headers: Any, raw: bytes) -> dict[str, str]:

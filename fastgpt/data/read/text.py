@@ -21,7 +21,7 @@ def read_text(reading: Reading) -> Iterator[Document]:
     """Yield the documents of a file of text.
 
     Ids count bytes: "<file name>#<offset of the document>". Between two marks or blank lines, text that is only white
-    space is no document; a file that has nothing else is reported.
+    space is not a document; a file that has nothing else is reported.
     """
     split = reading.format.split
     pieces = _lines(reading) if split == "line" else _pieces(reading) if split == "piece" else _separated(reading)

@@ -191,7 +191,7 @@ def _content(reading: Reading, buffer: _Buffer, headers: dict[str, str], begin: 
 
 
 def _page(reading: Reading, record: _Record, kind: str) -> tuple[str, str] | None:
-    """Return (title, text) of a response or resource; None if it is no page, or not readable (then with a report)."""
+    """Return (title, text) of a response or resource; None if it is not a page or not readable (then with a report)."""
     content = record.content or b""
     mime = record.headers.get("content-type", "")
     at = record.at

@@ -88,7 +88,7 @@ def download(
 def _name(url: str) -> str:
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{url!r} is no address, expected http://... or https://...")
+        raise UserError(f"{url!r} is not an address, expected http://... or https://...")
     name = unquote(parts.path).rstrip("/").rpartition("/")[2].replace("\0", "")
     return name if name not in ("", ".", "..") else parts.hostname
 

@@ -69,7 +69,7 @@ def read_jsonl(path: Path) -> list[Row]:
     """Return the rows of a JSONL file.
 
     Raises:
-        UserError: the file cannot be read, has no rows, or a line is no JSON object.
+        UserError: the file cannot be read, has no rows, or a line is not a JSON object.
     """
     rows = []
     with _opened(path) as lines:

@@ -70,7 +70,7 @@ class Forgetting:
     Attributes:
         before, after: bits per byte.
         low, high: 95 % interval of the change, paired by document; None for one document.
-        allowed: the largest change that is no forgetting.
+        allowed: the largest change that is not forgetting.
     """
 
     task: str

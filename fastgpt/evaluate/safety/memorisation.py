@@ -85,7 +85,7 @@ class Memorisation:
                 )
             return data
         if not target.settings:
-            raise UserError(f"{target.name} is no run of `fastgpt train`")
+            raise UserError(f"{target.name} is not a run of `fastgpt train`")
         data, _ = open_data(dataclasses.replace(from_dict(target.settings), val_sources={}))
         if data.fingerprint not in (None, target.tokenizer.fingerprint):
             raise UserError(f"{data.name} has another tokenizer than {target.name}")

@@ -54,7 +54,7 @@ def parts_of(data: Path | None) -> list[Part]:
         UserError: the folder does not exist, or a file has another form; with file, line, key and what was expected.
     """
     if data is not None and not data.is_dir():
-        raise UserError(f"{data} is no folder, expected one with the files of the probes")
+        raise UserError(f"{data} is not a folder, expected one with the files of the probes")
     parts: list[Part] = []
     missing: dict[str, str] = {}
     settings = SafetySettings() if data is None else read_settings(data)

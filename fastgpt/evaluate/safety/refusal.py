@@ -105,5 +105,5 @@ def _patterns(path: Path) -> list[re.Pattern[str]]:
         try:
             found.append(re.compile(row.values["text"], re.IGNORECASE))
         except re.error as e:
-            raise UserError(f"{path}:{row.line}: {row.values['text']!r} is no regular expression ({e})") from None
+            raise UserError(f"{path}:{row.line}: {row.values['text']!r} is not a regular expression ({e})") from None
     return found

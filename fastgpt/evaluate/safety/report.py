@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         type=number(float, 0),
         default=ALLOWED,
         metavar="BITS",
-        help=f"rise in bits per byte that is no forgetting (default: {ALLOWED})",
+        help=f"rise in bits per byte that is not forgetting (default: {ALLOWED})",
     )
     parser.add_argument("--limit", type=number(int, 1), metavar="N", help="items of each probe (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the report as JSON")

@@ -198,7 +198,7 @@ class Endpoint:
 def _text(choice: dict[str, Any]) -> Reply:
     content = choice["message"].get("content")
     text = content if isinstance(content, str) else ""
-    text = text.encode("utf-8", errors="replace").decode()  # half a surrogate pair is no text
+    text = text.encode("utf-8", errors="replace").decode()  # half a surrogate pair is not text
     return Reply(text, choice.get("finish_reason") == "length")
 
 
