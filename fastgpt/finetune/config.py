@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,6 +31,17 @@ SHARED = (
 )
 LOSSES = {"dpo": ("sigmoid", "robust", "ipo", "ipo-mean"), "grpo": ("dapo", "grpo", "bnpo", "dr_grpo")}
 LORA_FACTOR = 10  # an adapter learns best at about ten times the rate of all weights
+
+
+# settings, the values they may have apart from null, and what is expected
+RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("micro_batch batch block_size max_steps epochs lr eps epsilon", lambda v: 0 < v < math.inf, "more than 0"),
+    ("group max_new_tokens iterations log_every", lambda v: v >= 1, "1 or more"),
+    ("beta teacher_top_k eval_every eval_batches save_every keep", lambda v: 0 <= v < math.inf, "0 or more"),
+    ("patience seed weight_decay clip", lambda v: 0 <= v < math.inf, "0 or more"),
+    ("val_fraction dropout beta1 beta2 warmup replay_share", lambda v: 0 <= v < 1, "0 to less than 1"),
+    ("hard_share", lambda v: 0 <= v <= 1, "0 to 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -229,59 +240,35 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         require(self.base != "", "base", "", "a run, a checkpoint, the folder of a model or a name on the hub")
         require(bool(self.data), "data", self.data, "a file, a folder or a glob")
-        for name in (
-            "micro_batch",
-            "batch",
-            "block_size",
-            "max_steps",
-            "epochs",
-            "lr",
-            "eps",
-            "epsilon",
-        ):
-            value = getattr(self, name)
-            require(value is None or 0 < value < math.inf, name, value, "more than 0")
+        for names, right, expected in RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                require(value is None or right(value), name, value, expected)
+        require(self.lora.rank >= 0, "lora.rank", self.lora.rank, "0 or more")
+        for path, weight in self.paths.items():
+            require(0 < weight < math.inf, f"data.{path}", weight, "a weight above 0")
+        self._check_combinations()
+        require_evals(self)
+        self._refuse_what_has_no_effect()
+        require_sizes(self)
+
+    def _check_combinations(self) -> None:
+        """Check settings that depend on one another."""
         warm = self.temperature > 0 or (self.written and self.temperature == 0)
         require(warm and self.temperature < math.inf, "temperature", self.temperature, "more than 0")
-        for name in ("group", "max_new_tokens", "iterations"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        require(self.beta is None or 0 <= self.beta < math.inf, "beta", self.beta, "0 or more")
         known = LOSSES.get(self.task, ())
         right = self.loss_type is None or not known or self.loss_type in known
         require(right, "loss_type", self.loss_type, f"one of {', '.join(known)} with task {self.task}")
         require(self.task != "grpo" or bool(self.reward), "reward", [], "at least one FILE.py:FUNCTION or reward model")
-        for name in (
-            "teacher_top_k",
-            "eval_every",
-            "eval_batches",
-            "save_every",
-            "keep",
-            "patience",
-            "seed",
-            "weight_decay",
-            "clip",
-        ):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or more")
-        for name in ("val_fraction", "dropout", "beta1", "beta2", "warmup", "replay_share"):
-            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 to less than 1")
-        require(0 <= self.hard_share <= 1, "hard_share", self.hard_share, "0 to 1")
-        require(self.log_every > 0, "log_every", self.log_every, "1 or more")
-        require(self.lora.rank >= 0, "lora.rank", self.lora.rank, "0 or more")
         whole = self.batch % self.micro_batch == 0
         require(whole, "batch", self.batch, f"a multiple of micro_batch, {self.micro_batch}")
         require(self.task != "distil" or self.teacher != "", "teacher", "", "the model to learn from")
         adapted = self.lora.rank > 0 or self.adapter != ""
         require(self.quantise == "none" or adapted, "quantise", self.quantise, "none, or lora.rank above 0")
-        if isinstance(self.data, dict):
-            for path, weight in self.data.items():
-                require(0 < weight < math.inf, f"data.{path}", weight, "a weight above 0")
         paraphrased = any(step.paraphrase for step in steps_of(self.augment))
         require(self.task != "tag" or not paraphrased, "augment", "paraphrase", "swap or hook with task tag")
         told = goal_of(self.metric, self.metric_goal) is not None
         require(told, "metric_goal", "auto", f"min or max: the name {self.metric!r} does not tell")
-        require_evals(self)
-        self._refuse_what_has_no_effect()
-        require_sizes(self)
 
     @property
     def held(self) -> float:

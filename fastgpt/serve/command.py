@@ -25,8 +25,9 @@ def main(argv: list[str]) -> int:
     except ImportError as e:
         raise UserError(f"serve needs {e.name}, expected `pip install fastgpt[serve]`") from None
 
-    from fastgpt.serve.app import Limits, build_app
+    from fastgpt.serve.app import build_app
     from fastgpt.serve.engine import Model
+    from fastgpt.serve.guard import Limits
     from fastgpt.serve.served import serve_model
 
     keys = read_keys(args.api_key_file)

@@ -16,9 +16,10 @@ from fastgpt.data import train_tokenizer
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.models.weights import save_pretrained
-from fastgpt.serve.app import Limits, build_app
+from fastgpt.serve.app import build_app
 from fastgpt.serve.command import listen
 from fastgpt.serve.engine import Model
+from fastgpt.serve.guard import Limits
 from fastgpt.serve.served import Served, serve_model
 
 TEXT = "the cat sat on the mat; ünïcödé ran to it\nand on. "

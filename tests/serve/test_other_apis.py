@@ -13,7 +13,7 @@ pytest.importorskip("fastapi")
 import httpx
 from serve.servers import server, write_model
 
-from fastgpt.serve.app import Limits
+from fastgpt.serve.guard import Limits
 
 KEY = "secret"
 ASKED = "the cat"

@@ -14,7 +14,7 @@ pytest.importorskip("fastapi")
 import httpx
 from serve.servers import server, write_model
 
-from fastgpt.serve.app import Limits
+from fastgpt.serve.guard import Limits
 from fastgpt.serve.page import HTML, digest
 
 KEY = "secret"

@@ -19,7 +19,7 @@ from serve.servers import CONTEXT, server, write_model
 
 from fastgpt.evaluate.target import open_target
 from fastgpt.inference import Generator, Request
-from fastgpt.serve.app import Limits
+from fastgpt.serve.guard import Limits
 from fastgpt.serve.served import Served
 
 

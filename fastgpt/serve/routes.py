@@ -1,0 +1,159 @@
+"""The routes of a server: what generates, the tokenizer, and what a monitor asks."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+
+from fastgpt.inference.chat import FILE
+from fastgpt.serve import answers
+from fastgpt.serve.calls import ChatCall, CompletionCall
+from fastgpt.serve.errors import ApiError
+from fastgpt.serve.messages import Messages, MessagesCall
+from fastgpt.serve.metrics import Metrics
+from fastgpt.serve.page import page
+from fastgpt.serve.responses import Responses, ResponsesCall
+from fastgpt.serve.running import collect, run
+from fastgpt.serve.schemas import Chat, Completion, Detokenize, Tokenize
+from fastgpt.serve.served import Served
+
+Call = CompletionCall | ChatCall | ResponsesCall | MessagesCall
+
+
+@dataclass
+class Server:
+    """What the routes answer with.
+
+    Attributes:
+        models: by name; the first one answers requests that name none.
+        timeout: seconds after which a request is cancelled.
+        metrics: counters.
+    """
+
+    models: Mapping[str, Served]
+    timeout: float
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def find(self, name: str | None) -> Served:
+        """Return a model. Raises ApiError if there is none of this name."""
+        if name is None:
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            known = ", ".join(self.models)
+            said = f"there is no model {name[:200]!r}, expected one of {known}"
+            raise ApiError(404, said, param="model", code="model_not_found")
+        return self.models[name]
+
+    async def answer(self, call: Call, request: Request) -> Response:
+        """Run a call; the answer comes whole or as a stream, as its body says."""
+        requests = call.requests()
+        pieces = run(call.served.link, requests, self.metrics, self.timeout)
+        if not call.body.stream:
+            return JSONResponse(call.answer(requests, await collect(pieces, len(requests), request.is_disconnected)))
+        # the first piece comes before the headers, so that a full queue is still status 429
+        first = await anext(pieces)
+        return StreamingResponse(_events(call, requests, _again(first, pieces)), media_type="text/event-stream")
+
+
+def add_generation(app: FastAPI, server: Server) -> None:
+    """Add the routes that generate."""
+
+    @app.post("/v1/completions")
+    async def completions(body: Completion, request: Request) -> Response:
+        return await server.answer(CompletionCall(body, server.find(body.model)), request)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: Chat, request: Request) -> Response:
+        return await server.answer(ChatCall(body, server.find(body.model)), request)
+
+    @app.post("/v1/responses")
+    async def responses(body: Responses, request: Request) -> Response:
+        return await server.answer(ResponsesCall(body, server.find(body.model)), request)
+
+    @app.post("/v1/messages")
+    async def messages(body: Messages, request: Request) -> Response:
+        return await server.answer(MessagesCall(body, server.find(body.model)), request)
+
+
+def add_tokenizer(app: FastAPI, server: Server) -> None:
+    """Add the routes of the tokenizer."""
+
+    @app.post("/tokenize")
+    async def tokenize(body: Tokenize) -> dict[str, Any]:
+        served = server.find(body.model)
+        prefix = served.tokenizer.prefix if body.add_special_tokens else ()
+        tokens = [*prefix, *served.tokenizer.encode(body.prompt, specials=True).tolist()]
+        return {"tokens": tokens, "count": len(tokens), "max_model_len": served.context}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info(model: str | None = None) -> dict[str, Any]:
+        tokenizer = server.find(model).tokenizer
+        marks = {"eos_token": tokenizer.decode_bytes([tokenizer.eot]).decode(), "bos_token": tokenizer.bos or None}
+        return {**marks, "pad_token": None, "chat_template": tokenizer.companions.get(FILE)}
+
+    @app.post("/detokenize")
+    async def detokenize(body: Detokenize) -> dict[str, Any]:
+        tokenizer = server.find(body.model).tokenizer
+        wrong = next((i for i in body.tokens if i >= tokenizer.n_vocab), None)
+        if wrong is not None:
+            raise ApiError(400, f"tokens has {wrong}, expected 0 to {tokenizer.n_vocab - 1}", param="tokens")
+        return {"prompt": tokenizer.decode_bytes(body.tokens).decode(errors="replace")}
+
+
+def add_overview(app: FastAPI, server: Server) -> None:
+    """Add the chat page, the list of models, and what a monitor asks."""
+
+    @app.get("/", include_in_schema=False)
+    async def chat_page() -> Response:
+        return page()
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [_about(served) for served in server.models.values()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        return _about(server.find(name))
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Answer while the server runs."""
+        return PlainTextResponse("ok")
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """Answer 200 while every model can take requests."""
+        down = [name for name, served in server.models.items() if not served.link.alive]
+        return PlainTextResponse(f"not ready: {', '.join(down)}" if down else "ok", 503 if down else 200)
+
+    @app.get("/metrics")
+    async def show_metrics() -> Response:
+        server.metrics.restarts.set(sum(served.link.restarts for served in server.models.values()))
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _about(served: Served) -> dict[str, Any]:
+    about = {"id": served.name, "object": "model", "created": served.created, "owned_by": "fastgpt"}
+    return {**about, "max_model_len": served.context}
+
+
+async def _again(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async with aclosing(rest):  # type: ignore[type-var]
+        yield first
+        async for one in rest:
+            yield one
+
+
+async def _events(call: Call, requests: list[Any], pieces: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """Yield the events of a call; an error after the headers is an event, too."""
+    async with aclosing(pieces):  # type: ignore[type-var]
+        try:
+            async for text in call.events(requests, pieces):
+                yield text
+        except ApiError as e:
+            yield answers.event(e.body())
