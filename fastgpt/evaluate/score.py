@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from fastgpt.core.command import Parser, number
-from fastgpt.core.errors import UserError, cause_of
+from fastgpt.core.errors import UserError
 from fastgpt.evaluate import metrics
+from fastgpt.evaluate.json_lines import read_objects
 
 OPTIONS = ("tokenizer", "sentences", "model", "num_layers")
 
@@ -19,23 +19,13 @@ def read_pairs(path: Path) -> tuple[list[str], list[str | list[str]]]:
     Raises:
         UserError: the file cannot be read, or a line lacks a key.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read {path}: {cause_of(e)}") from None
     predictions: list[str] = []
     references: list[str | list[str]] = []
-    for at, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{path}, line {at}: not JSON ({e})") from None
-        reference: Any = row.get("reference") if isinstance(row, dict) else None
+    for at, row in read_objects(path):
+        reference: Any = row.get("reference")
         several = isinstance(reference, list) and all(isinstance(r, str) for r in reference)
         if not isinstance(reference, str) and not several or not isinstance(row.get("prediction"), str):
-            raise UserError(f"{path}, line {at}: expected prediction, a text, and reference, a text or a list of texts")
+            raise UserError(f"{path}:{at}: expected prediction, a text, and reference, a text or a list of texts")
         predictions.append(row["prediction"])
         references.append(reference)
     return predictions, references

@@ -6,7 +6,6 @@ import csv
 import fnmatch
 import functools
 import importlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from fastgpt.core.errors import UserError, cause_of
+from fastgpt.evaluate.json_lines import read_objects
 from fastgpt.evaluate.schemas import SCHEMAS, Row
 
 TEMPLATES = Path(__file__).with_name("tasks")
@@ -131,20 +131,6 @@ def _labels(path: Path, benchmark: Benchmark) -> list[str] | None:
     return beside.read_text(encoding="utf-8").split() if beside.is_file() else None
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{path}:{number} is not JSON ({e}), expected an object on each line") from None
-            if not isinstance(values, dict):
-                raise UserError(f"{path}:{number} is {line.strip()[:40]!r}, expected a JSON object")
-            yield number, values
-
-
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows of MMLU's files, which have no header: question, four choices, letter of the answer."""
     with path.open(encoding="utf-8", newline="") as file:
@@ -169,4 +155,4 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(rows, 1)
 
 
-_READERS = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+_READERS = {".jsonl": read_objects, ".csv": _csv, ".parquet": _parquet}

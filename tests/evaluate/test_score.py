@@ -35,8 +35,8 @@ def test_the_command_prints_metrics_and_notes(tmp_path: Path, capsys: pytest.Cap
         (ROWS, ["--metric", "exact_match", "--tokenizer", "char"], "--tokenizer has no effect on exact_match"),
         (ROWS, ["--metric", "f1", "--tokenizer", "zh"], "tokenizer of f1 is 'zh'"),
         (ROWS, ["--metric", "f2"], "invalid choice: 'f2'"),
-        ([ROWS[0], {"prediction": "a"}], ["--metric", "f1"], "p.jsonl, line 2: expected prediction, a text, and ref"),
-        ([["a"]], ["--metric", "f1"], "line 1: expected prediction"),
+        ([ROWS[0], {"prediction": "a"}], ["--metric", "f1"], "p.jsonl:2: expected prediction, a text, and ref"),
+        ([["a"]], ["--metric", "f1"], ":1 is .*, expected a JSON object"),
         ([], ["--metric", "f1"], "got 0 predictions"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastgpt.core.errors import UserError, cause_of
+from fastgpt.evaluate.json_lines import read_objects
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,7 @@ def read_jsonl(path: Path) -> list[Row]:
     Raises:
         UserError: the file cannot be read, has no rows, or a line is not a JSON object.
     """
-    rows = []
-    with _opened(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line)
-            except ValueError as e:
-                raise UserError(f"{path}:{number}: no JSON ({e}), expected an object in each line") from None
-            if not isinstance(values, dict):
-                raise UserError(f"{path}:{number}: {line.strip():.60}, expected a JSON object")
-            rows.append(Row(path, number, values))
-    return _some(path, rows)
+    return _some(path, [Row(path, number, values) for number, values in read_objects(path)])
 
 
 def read_lines(path: Path) -> list[Row]:
