@@ -18,6 +18,9 @@ trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
 def test_sft(family: str, tmp_path: Path) -> None:
     """Ours packs several documents into a row; TRL pads each. Completions alone are learned."""
     theirs, ours = models(family, tmp_path)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0  # SFTTrainer leaves it on
     args = trl.SFTConfig(str(tmp_path / "out"), **PLAIN, dataset_kwargs={"skip_prepare_dataset": True})
     data = datasets.Dataset.from_dict({"input_ids": [[3, 4, 5]]})
     trainer = trl.SFTTrainer(theirs, args=args, train_dataset=data, processing_class=words())
