@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,11 +207,15 @@ def test_killed_workers_and_an_interrupted_build_lose_nothing(tmp_path: Path) ->
     whole = expected(tmp_path)
     out = tmp_path / "out"
     run = command(tmp_path, out, "--engine", "dask", "--workers", "2")
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
-    started(process, out, "clean")
-    process.send_signal(signal.SIGINT)
-    workers = descendants(process.pid)
-    _, said = process.communicate(timeout=60)
+    for _ in range(5):
+        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+        started(process, out, "clean")
+        process.send_signal(signal.SIGINT)
+        workers = descendants(process.pid)
+        _, said = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(out)  # on a busy machine a build may end before the signal comes
     assert process.returncode == 130 and "Traceback" not in said, said
     assert not any(map(alive, workers)), "workers outlive the build"
     process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
