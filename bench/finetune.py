@@ -6,12 +6,16 @@ sides. A step is forward, backward, clipping and AdamW:
     sft   all weights, 2 rows of 512 tokens that all count; TRL's SFTTrainer
     lora  adapters of rank 16 in all linear layers of the blocks, the same rows; SFTTrainer with PEFT
     dpo   all weights, 2 pairs, sides of 256 tokens of which 128 count; DPOTrainer; the reference is computed before,
-          on both sides (precompute_ref_log_probs)
+          on both sides (precompute_ref_log_probs). fastgpt and TRL also run with the activations of the blocks
+          recomputed ("recompute"; gradient checkpointing in TRL)
+    distil  all weights, the forward KL divergence from a teacher of the same shape at 2 rows of 512 tokens; for TRL
+          the loss of GKDTrainer on the models of transformers, with PyTorch's AdamW. A further side ("no-loss") runs
+          both models without heads, so that the memory of the loss itself is known
 
-Each side runs in a separate process; in every round each does one step, while the other waits. Ratios are medians over
-the rounds, above 1 is faster. Memory: the peak resident memory of the process in its steps after the first, beyond
-what it had before it built the model. TRL's trainer runs its own training_step and its optimizer, without gradient
-checkpointing and without bf16. --quick: tiny models, for trying this program.
+Each side runs in a separate process; in every round each does one step, while the others wait. Ratios are medians over
+the rounds against TRL; above 1 is faster. Memory: the peak resident memory of the process in its steps after the first,
+beyond what it had before it built the model. TRL's trainer runs its own training_step and its optimizer, without bf16
+and, unless named so, without gradient checkpointing. --quick: tiny models, for trying this program.
 """
 
 from __future__ import annotations
@@ -39,11 +43,19 @@ from fastgpt.data.batch import Batch
 from fastgpt.data.tokenizer import available_cores, train_tokenizer
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
+from fastgpt.training.task import NextToken
 
-KINDS = ("sft", "lora", "dpo")
-SIDES = ("fastgpt", "trl")
+SIDES = {
+    "sft": ("fastgpt", "trl"),
+    "lora": ("fastgpt", "trl"),
+    "dpo": ("fastgpt", "fastgpt-recompute", "trl", "trl-recompute"),
+    "distil": ("fastgpt", "fastgpt-no-loss", "trl"),
+}
 PACKAGES = ("transformers", "trl", "peft")
-IMPORTS = {"fastgpt": ("fastgpt.train", "fastgpt.finetune.preference"), "trl": ("datasets", "trl", "peft")}
+IMPORTS = {
+    "fastgpt": ("fastgpt.train", "fastgpt.finetune.distil", "fastgpt.finetune.preference"),
+    "trl": ("datasets", "trl", "peft"),
+}
 RANK = 16
 LR = 1e-5
 STEPS = 8  # different batches
@@ -91,23 +103,29 @@ class Setup:
     kind: str
     folder: Path
     threads: int
+    side: str
 
 
 def own_step(setup: Setup) -> Callable[[int], float]:
     """Return fastgpt's step: number -> loss."""
+    from fastgpt.finetune.distil import Distil
     from fastgpt.finetune.lora import Lora, add_lora
     from fastgpt.finetune.preference import DPO
+    from fastgpt.finetune.teacher import GPTTeacher
     from fastgpt.models.weights import load_pretrained
     from fastgpt.optim import AdamW
     from fastgpt.train import forward_backward, optimizer_step
-    from fastgpt.training.task import NextToken
 
     model, shape = load_pretrained(setup.folder / "hf"), setup.shape
     if setup.kind == "lora":
         add_lora(model, Lora(RANK, 2.0 * RANK), generator=torch.Generator().manual_seed(0))
+    model.recompute = "block" if setup.side.endswith("recompute") else "none"
     model.train()
     optimizer = AdamW(model.param_groups(0.0), lr=LR, max_norm=1.0)
     task: Any = NextToken()
+    if setup.kind == "distil":
+        teacher = GPTTeacher(load_pretrained(setup.folder / "teacher"))
+        task = NoLoss(teacher) if setup.side.endswith("no-loss") else Distil(teacher, ce=0.0)
     if setup.kind == "dpo":
         task = DPO()
         with torch.no_grad():
@@ -122,6 +140,16 @@ def own_step(setup: Setup) -> Callable[[int], float]:
         return float(optimizer_step(optimizer, None, None, loss)[0])
 
     return step
+
+
+class NoLoss(NextToken):
+    """What a step of distillation does apart from both heads and the loss."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+
+    def loss(self, model: Any, batch: Batch) -> torch.Tensor:
+        return (model.hidden(batch.ids) * self.teacher.hidden(batch).view(*batch.ids.shape, -1)).sum().view(1)
 
 
 def pairs(shape: Shape, step: int, index: int | None = None) -> Batch:
@@ -148,11 +176,17 @@ def trl_step(setup: Setup) -> Callable[[int], float]:
     datasets.disable_progress_bars()
     transformers.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(setup.folder / "hf", dtype=torch.float32)
+    if setup.kind == "distil":
+        return gkd_step(setup, model)
     file = str(setup.folder / "tokenizer.json")
     words = transformers.PreTrainedTokenizerFast(tokenizer_file=file, eos_token="<|endoftext|>", pad_token="!")
     shape = setup.shape
     common: dict[str, Any] = dict(output_dir=str(setup.folder / "out"), bf16=False, use_cpu=True, report_to=[])
-    common |= dict(gradient_checkpointing=False, per_device_train_batch_size=shape.rows, learning_rate=LR)
+    common |= dict(
+        gradient_checkpointing=setup.side.endswith("recompute"),
+        per_device_train_batch_size=shape.rows,
+        learning_rate=LR,
+    )
     common |= dict(max_length=shape.block, lr_scheduler_type="constant", dataloader_num_workers=0, disable_tqdm=True)
     if setup.kind == "dpo":
         half, quarter = shape.block // 2, shape.block // 4
@@ -197,15 +231,41 @@ def trl_step(setup: Setup) -> Callable[[int], float]:
     return step
 
 
+def gkd_step(setup: Setup, model: Any) -> Callable[[int], float]:
+    """Return the step of a distillation by TRL's loss: number -> loss."""
+    import transformers
+    from trl.experimental.gkd import GKDTrainer
+
+    teacher = transformers.AutoModelForCausalLM.from_pretrained(setup.folder / "teacher", dtype=torch.float32).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
+    model.train()
+
+    def step(number: int) -> float:
+        ids = setup.shape.ids(number % STEPS)[:, :-1]
+        with torch.no_grad():
+            wanted = teacher(ids, use_cache=False).logits
+        logits = model(ids, use_cache=False).logits
+        loss = GKDTrainer.generalized_jsd_loss(logits, wanted, beta=0, reduction="sum") / ids.numel()
+        del logits, wanted
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+
+    return step
+
+
 def serve(pipe: Connection, name: str, setup: Setup) -> None:
     """Run the process of a side: one step for each number that arrives, until 0."""
     torch.set_num_threads(setup.threads)
-    for module in IMPORTS[name]:  # they are no part of the memory of a step
+    project = name.split("-")[0]
+    for module in IMPORTS[project]:  # they are no part of the memory of a step
         importlib.import_module(module)
     gc.collect()
     before = resident_mb("VmRSS")
     try:
-        step = {"fastgpt": own_step, "trl": trl_step}[name](setup)
+        step = {"fastgpt": own_step, "trl": trl_step}[project](setup)
     except Exception as e:
         pipe.send({"failed": reason(e)})
         return
@@ -246,11 +306,10 @@ def compare(shape_name: str, kind: str, rounds: int, threads: int) -> list[dict[
     about |= {"versions": versions(), "machine": provenance(torch.device("cpu"))}
     with tempfile.TemporaryDirectory() as folder:
         write_base(shape, Path(folder))
-        setup = Setup(shape, kind, Path(folder), threads)
-        sides, samples, losses = {}, {name: Samples() for name in SIDES}, dict[str, list[float]]()
+        sides, samples, losses = {}, {name: Samples() for name in SIDES[kind]}, dict[str, list[float]]()
         try:
-            for name in SIDES:
-                sides[name] = Side(name, setup)
+            for name in SIDES[kind]:
+                sides[name] = Side(name, Setup(shape, kind, Path(folder), threads, name))
             for turn in range(-1, rounds):
                 for name in turns(list(sides), turn):
                     taken, loss = sides[name].step()
@@ -260,24 +319,28 @@ def compare(shape_name: str, kind: str, rounds: int, threads: int) -> list[dict[
         finally:
             for side in sides.values():
                 side.close()
-    own, peer = sides["fastgpt"], sides["trl"]
     rows = []
     for name, side in sides.items():
         middle = samples[name].quantile(0.5)
         row = {"variant": name, **samples[name].figures(), "tokens_per_s": tokens / middle, "peak_mb": side.peak_mb}
+        if name != "trl":
+            ratio = samples["trl"].shares(samples[name])
+            row |= {f"speed{key}": ratio.quantile(q) for key, q in (("", 0.5), ("_q20", 0.2), ("_q80", 0.8))}
+            row["memory"] = side.peak_mb / sides["trl"].peak_mb
+        if name == "fastgpt" and kind == "distil":
+            row["loss_mb"] = side.peak_mb - sides["fastgpt-no-loss"].peak_mb
+            row["two_logits_mb"] = 2 * tokens * shape.vocab * 4 / 2**20
         rows.append({**about, **row, "losses": losses[name]})
-    ratio = samples["trl"].shares(samples["fastgpt"])
-    rows[0] |= {f"speed{key}": ratio.quantile(q) for key, q in (("", 0.5), ("_q20", 0.2), ("_q80", 0.8))}
-    rows[0]["memory"] = own.peak_mb / peer.peak_mb
-    return rows
+    return [row for row in rows if row["variant"] != "fastgpt-no-loss"]
 
 
 def write_base(shape: Shape, folder: Path) -> None:
-    """Write the model both sides load, and a tokenizer for TRL, which insists on one."""
+    """Write the model both sides load, a teacher, and a tokenizer for TRL, which insists on one."""
     from fastgpt.models.weights import save_pretrained
 
-    model = GPT(shape.config(), generator=torch.Generator().manual_seed(0)).eval()
-    save_pretrained(model, folder / "hf", extra={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1})
+    for seed, name in enumerate(("hf", "teacher")):
+        model = GPT(shape.config(), generator=torch.Generator().manual_seed(seed)).eval()
+        save_pretrained(model, folder / name, extra={"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1})
     train_tokenizer(["only ids are used, so any text will do"], 260).save(folder / "tokenizer.json")
 
 
@@ -290,11 +353,13 @@ def show(rows: list[dict[str, Any]]) -> str:
     """Return the rows of a comparison as text."""
     lines = []
     for r in rows:
-        line = f"{r['shape']:<12}{r['kind']:<6}{r['variant']:<9}{r['ms']:>9,.0f} ms{r['tokens_per_s']:>9,.0f} tokens/s"
+        line = f"{r['shape']:<12}{r['kind']:<7}{r['variant']:<18}{r['ms']:>9,.0f} ms{r['tokens_per_s']:>9,.0f} tokens/s"
         line += f"{r['peak_mb']:>8,.0f} MB  loss {r['losses'][0]:.5f} -> {r['losses'][-1]:.5f}"
         if "speed" in r:
             line += f"  {r['speed']:.2f} ({r['speed_q20']:.2f} .. {r['speed_q80']:.2f}) times as fast, "
             line += f"{r['memory']:.2f} of the memory"
+        if "loss_mb" in r:
+            line += f"; the loss itself {r['loss_mb']:,.0f} MB, two logit tensors {r['two_logits_mb']:,.0f}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -304,7 +369,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="fastgpt bench finetune", description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated (default: both of 125M)")
-    parser.add_argument("--kind", action="append", choices=KINDS, help="may be repeated (default: all)")
+    parser.add_argument("--kind", action="append", choices=SIDES, help="may be repeated (default: all)")
     parser.add_argument("--rounds", type=number(int, 1), default=7, help="timed steps (default: 7)")
     parser.add_argument("--threads", type=number(int, 1), default=available_cores(), help="default: all cores")
     parser.add_argument("--quick", action="store_true", help="tiny models, for trying this program")
@@ -316,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = False
     print(f"fine-tuning in fp32, {where(provenance(torch.device('cpu')))}")
     for shape in shapes:
-        for kind in args.kind or KINDS:
+        for kind in args.kind or SIDES:
             try:
                 rows = compare(shape, kind, 2 if args.quick else args.rounds, args.threads)
             except Exception as e:

@@ -304,11 +304,13 @@ def readme_data(rows: list[Row]) -> list[list[str]]:
 def readme_finetune(rows: list[Row]) -> list[list[str]]:
     """Return the table of fine-tuning: both sides of each comparison."""
     lines = [["model", "task", "side", "ms per step", "tokens/s", "peak MB", "speed against TRL", "memory against TRL"]]
+    lines[0].append("memory of the loss against two logit tensors")
     for r in rows:
         if r["bench"] == "finetune" and "ms" in r:
             cells = [r["shape"], r["kind"], r["variant"], number(r["ms"]), number(r["tokens_per_s"])]
             against = [spread(r, "speed"), f"{r['memory']:.2f}"] if "speed" in r else ["-", "-"]
-            lines.append([*cells, number(r["peak_mb"]), *against])
+            loss = f"{r['loss_mb'] / r['two_logits_mb']:.2f}" if "loss_mb" in r else "-"
+            lines.append([*cells, number(r["peak_mb"]), *against, loss])
     return lines
 
 
