@@ -1,4 +1,4 @@
-"""Folders that appear complete or not at all."""
+"""Folders and files of text that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -39,3 +39,11 @@ def new_folder(final: Path) -> Iterator[Path]:
         raise UserError(f"{final} could not be written ({cause_of(e)})") from e
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text, whole or not at all; its folder is made if it is missing."""
+    aside = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError
+from fastgpt.core.folders import write_text
 
 if TYPE_CHECKING:
     from fastgpt.evaluate.results import Results
@@ -145,8 +146,5 @@ def _of_all_steps(last: Results, folder: Path) -> list[Results]:
 def _write_page(path: Path, results: list[Results]) -> None:
     from fastgpt.evaluate import page
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(page.render(results), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, page.render(results))
     print(f"page: {path}")

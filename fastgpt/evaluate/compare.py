@@ -12,6 +12,7 @@ from typing import Any
 from fastgpt.core import page
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError, counted
+from fastgpt.core.folders import write_text
 from fastgpt.evaluate.gate import different, failures
 from fastgpt.evaluate.paired import OVERALL, Comparison, Options, Row, compare, name_of
 from fastgpt.evaluate.results import Results, load_results
@@ -33,10 +34,10 @@ def main(argv: list[str]) -> int:
     for name, comparison in zip(names[1:], compared):
         print("\n".join(lines(comparison, names[0], name, options)), end="\n\n")
     if args.out:
-        _write(args.out, json.dumps(_json(results, names, compared, options), indent=1, allow_nan=False) + "\n")
+        write_text(args.out, json.dumps(_json(results, names, compared, options), indent=1, allow_nan=False) + "\n")
     if args.page:
         sections = [section(c, names[0], name, options) for name, c in zip(names[1:], compared)]
-        _write(args.page, page.page("Comparison of evaluations", f"Preset {results[0].preset}.", sections))
+        write_text(args.page, page.page("Comparison of evaluations", f"Preset {results[0].preset}.", sections))
     return 0
 
 
@@ -123,9 +124,9 @@ def _gate(args: argparse.Namespace, options: Options) -> int:
     names = _distinct_names(results, [args.gate, *args.results])
     if args.out:
         values = _json(results, names, [comparison], options) | {"failed": [[r.task, r.metric] for r in found]}
-        _write(args.out, json.dumps(values, indent=1, allow_nan=False) + "\n")
+        write_text(args.out, json.dumps(values, indent=1, allow_nan=False) + "\n")
     if args.page:
-        _write(
+        write_text(
             args.page, page.page("Gate", f"Preset {base.preset}.", [section(comparison, names[0], names[1], options)])
         )
     return 1 if found else 0
@@ -290,11 +291,3 @@ def _json(results: list[Results], names: list[str], compared: list[Comparison], 
             for name, other, c in zip(names[1:], results[1:], compared)
         ],
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

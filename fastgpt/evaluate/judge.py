@@ -27,6 +27,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from fastgpt.core.errors import UserError, cause_of
+from fastgpt.data.read.web import NoRedirect
 
 SCORE = """\
 You judge the answer of a language model.
@@ -256,15 +257,8 @@ class Judge:
             raise UserError(f"cannot write the verdicts of the judge to {self.path}: {cause_of(e)}") from None
 
 
-class _Stay(urllib.request.HTTPRedirectHandler):
-    """Follows no redirection: it would send the key to another server."""
-
-    def redirect_request(self, *args: Any, **options: Any) -> None:
-        return None
-
-
 def _open(request: urllib.request.Request, timeout: float) -> Any:
-    return urllib.request.build_opener(_Stay).open(request, timeout=timeout)
+    return urllib.request.build_opener(NoRedirect).open(request, timeout=timeout)
 
 
 class _Failure(Exception):

@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
 from fastgpt.core.errors import UserError, cause_of
-from fastgpt.evaluate.engine import Engine
 from fastgpt.evaluate.harness import HarnessTasks
+from fastgpt.evaluate.part import Note, Part
 from fastgpt.evaluate.perplexity import Perplexity
-from fastgpt.evaluate.results import Results
-from fastgpt.evaluate.target import Target
 from fastgpt.evaluate.task_files import Benchmark, benchmarks, find, where_to_put
 
 PRESETS = ("base", "full", "safety")
@@ -36,34 +34,6 @@ ORDER = (
     "mmlu",
 )
 ONLY_FULL = ("arc_challenge",)
-
-
-class Part(Protocol):
-    """A part of an evaluation."""
-
-    name: str
-
-    def check(self, target: Target) -> None:
-        """Check files and settings before anything is computed. Raises UserError."""
-
-    def run(self, engine: Engine, results: Results, limit: int | None) -> None:
-        """Evaluate the first `limit` items (None: all) and append what was found to `results`."""
-
-
-class Absent:
-    """The benchmarks of a preset that have no files; a note says where to put them."""
-
-    name = "absent"
-
-    def __init__(self, wanted: Sequence[str]) -> None:
-        self.note = "left out for lack of files (--data DIR): " + "; ".join(wanted)
-
-    def check(self, target: Target) -> None:
-        """Accept any model."""
-
-    def run(self, engine: Engine, results: Results, limit: int | None) -> None:
-        """Append the note."""
-        results.notes.append(self.note)
 
 
 def parts_of(preset: str, data: Path | None, texts: Sequence[Path] = ()) -> list[Part]:
@@ -103,7 +73,9 @@ def _base(data: Path | None, texts: Sequence[Path]) -> list[Part]:
             parts.append(HarnessTasks(benchmark, data))
         else:
             absent.append(f"{name} ({where_to_put(benchmark, data, benchmark.shots)})")
-    return [*parts, Absent(absent)] if absent else parts
+    if not absent:
+        return parts
+    return [*parts, Note("absent", "left out for lack of files (--data DIR): " + "; ".join(absent))]
 
 
 def _required(name: str, data: Path | None) -> HarnessTasks:

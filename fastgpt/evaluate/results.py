@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastgpt.core.errors import UserError
+from fastgpt.core.folders import write_text
 
 VERSION = 1  # of the JSON
 
@@ -92,10 +93,7 @@ class Results:
     def save(self, path: Path) -> None:
         """Write the results as JSON, whole or not at all."""
         text = json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=1, allow_nan=False)
-        aside = path.with_name(path.name + ".tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text + "\n", encoding="utf-8")
-        aside.replace(path)
+        write_text(path, text + "\n")
 
     def figure(self, task: str, metric: str) -> Figure | None:
         """Return a figure, or None."""

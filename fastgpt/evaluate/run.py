@@ -12,7 +12,8 @@ from pathlib import Path
 from fastgpt._version import __version__
 from fastgpt.core.errors import UserError, counted
 from fastgpt.evaluate.engine import Engine
-from fastgpt.evaluate.presets import Part, parts_of
+from fastgpt.evaluate.part import Part
+from fastgpt.evaluate.presets import parts_of
 from fastgpt.evaluate.results import Results
 from fastgpt.evaluate.target import Target
 

@@ -26,7 +26,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.core.progress import bar, write
 from fastgpt.data.read.defects import Defect, OnDefect
 from fastgpt.data.read.html import charset_of, page_text
-from fastgpt.data.read.web import BROKEN, LONGEST_WAIT, TRANSIENT, USER_AGENT
+from fastgpt.data.read.web import BROKEN, LONGEST_WAIT, TRANSIENT, USER_AGENT, NoRedirect
 from fastgpt.data.shards import atomic_file
 
 REDIRECTS = (301, 302, 303, 307, 308)
@@ -201,17 +201,12 @@ def _finish(part: Path, out: Path, wanted: list[str], dated: bool) -> list[Defec
     return failures
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
 class _Robot:
     """Sends the requests: the rules of each host, and when it may be asked again."""
 
     def __init__(self, manners: Manners) -> None:
         self.manners = manners
-        self.opener = urllib.request.build_opener(_NoRedirect)
+        self.opener = urllib.request.build_opener(NoRedirect)
         self.rules: dict[str, RobotFileParser | None] = {}
         self.ready: dict[str, float] = {}
 

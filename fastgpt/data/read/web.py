@@ -24,6 +24,13 @@ LONGEST_WAIT = 60.0
 BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect, which would send what a request holds, a key for one, to another address."""
+
+    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+
 @dataclass(frozen=True)
 class Downloaded:
     """A file that came whole."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from fastgpt.core import progress
 from fastgpt.core.errors import UserError, counted
-from fastgpt.evaluate.human.files import Prompt, append, key_of, prompt_of, read
+from fastgpt.evaluate.human.files import Prompt, append, prompt_of, read
+from fastgpt.evaluate.results import item_id
 from fastgpt.evaluate.target import Target, open_target
 from fastgpt.inference import Request, Result
 from fastgpt.inference.terminal import generator_of, request_of
@@ -57,8 +58,8 @@ def read_prompts(path: Path) -> list[Question]:
     seen: dict[str, int] = {}
     for number, row in rows:
         prompt = prompt_of(row, f"{path}, line {number}")
-        question = Question(str(row.get("id", key_of(prompt))), prompt)
-        for what, key in (("id", f"id {question.id}"), ("prompt", key_of(prompt))):
+        question = Question(str(row.get("id", item_id(prompt))), prompt)
+        for what, key in (("id", f"id {question.id}"), ("prompt", item_id(prompt))):
             if seen.setdefault(key, number) != number:
                 raise UserError(f"{path}, line {number} has the {what} of line {seen[key]}, expected each {what} once")
         found.append(question)
@@ -81,9 +82,9 @@ def read_answers(path: Path) -> tuple[Answers, list[Question]]:
         prompt, answer = prompt_of(row, where), row.get("answer")
         if not isinstance(answer, str):
             raise UserError(f"{where}: answer is {answer!r:.60}, expected a text")
-        if key_of(prompt) not in texts:
-            questions.append(Question(str(row.get("id", key_of(prompt))), prompt))
-        texts[key_of(prompt)] = answer
+        if item_id(prompt) not in texts:
+            questions.append(Question(str(row.get("id", item_id(prompt))), prompt))
+        texts[item_id(prompt)] = answer
         models.add(str(row.get("model", path)))
     if not texts:
         raise UserError(f"{path} has no answers, expected one or more")
@@ -109,23 +110,23 @@ class Generation:
         self.path, self.questions, self.cache, self.args = path, questions, cache, args
         self.target = open_target(path, device=args.device)
         self.settings = _settings(self.target, args)
-        self.requests = {key_of(q.prompt): _encoded(self.target, q.prompt, args, f"prompt {q.id}") for q in questions}
+        self.requests = {item_id(q.prompt): _encoded(self.target, q.prompt, args, f"prompt {q.id}") for q in questions}
         self.texts: dict[str, str] = {}
         for number, row in read(cache) if cache.exists() else ():
-            key = key_of(prompt_of(row, f"{cache}, line {number}"))
+            key = item_id(prompt_of(row, f"{cache}, line {number}"))
             if row.get("settings") == self.settings and key in self.requests:
                 self.texts[key] = row["answer"]
 
     def run(self) -> Answers:
         """Generate what is missing, each answer written as soon as it is complete; return all answers."""
-        missing = [q for q in self.questions if key_of(q.prompt) not in self.texts]
+        missing = [q for q in self.questions if item_id(q.prompt) not in self.texts]
         there = counted(len(self.texts), "answer")
         print(f"{self.path}: {there} in {self.cache}, {len(missing)} to generate", flush=True)
         if missing:
             generator = generator_of(self.target.model, self.target.tokenizer, self.args, BATCH)
             shown = progress.bar(len(missing), unit=" answers")
             try:
-                for piece in generator.stream([self.requests[key_of(q.prompt)] for q in missing]):
+                for piece in generator.stream([self.requests[item_id(q.prompt)] for q in missing]):
                     if piece.result is not None:
                         self._keep(missing[piece.number], piece.result)
                         shown.update()
@@ -140,7 +141,7 @@ class Generation:
         answer = result.text if isinstance(question.prompt, str) else result.text.strip()
         row = {"id": question.id, "prompt": question.prompt, "answer": answer, "model": self.path}
         append(self.cache, row | {"seed": result.seed, "settings": self.settings})
-        self.texts[key_of(question.prompt)] = answer
+        self.texts[item_id(question.prompt)] = answer
 
 
 def _settings(target: Target, args: argparse.Namespace) -> dict[str, Any]:
@@ -166,5 +167,5 @@ def _encoded(target: Target, prompt: Prompt, args: argparse.Namespace, where: st
     context = args.context or target.model.block_size
     if not 0 < len(ids) <= context:
         raise UserError(f"{where} has {counted(len(ids), 'token')} for {target.name}, expected 1 to {context}")
-    seed = (int(key_of(prompt), 16) + args.seed) % 2**53  # exact in JSON readers that have doubles only
+    seed = (int(item_id(prompt), 16) + args.seed) % 2**53  # exact in JSON readers that have doubles only
     return request_of(args, ids, stop=stop, seed=seed)

@@ -10,9 +10,9 @@ from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError, counted
 from fastgpt.evaluate.human import report
 from fastgpt.evaluate.human.answers import Answers, Generation, Question, read_answers, read_prompts
-from fastgpt.evaluate.human.files import key_of
 from fastgpt.evaluate.human.ratings import Ratings, pairs_of
 from fastgpt.evaluate.human.server import NAME, Server, is_name
+from fastgpt.evaluate.results import item_id
 from fastgpt.inference import terminal
 
 ABOUT = "Serve a page on which people compare the answers of two models without knowing which is which."
@@ -96,7 +96,7 @@ def _questions(args: argparse.Namespace, given: list[tuple[Answers, list[Questio
     if args.prompts is not None:
         questions = read_prompts(args.prompts)
     elif a and b:
-        questions = [q for q in a[1] if key_of(q.prompt) in b[0].texts]
+        questions = [q for q in a[1] if item_id(q.prompt) in b[0].texts]
         left = len(a[0].texts) + len(b[0].texts) - 2 * len(questions)
         if left:
             print(f"{counted(left, 'answer')} left out: the other file has none to the same prompt")

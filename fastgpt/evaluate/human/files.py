@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -86,9 +85,3 @@ def prompt_of(row: dict[str, Any], where: str) -> Prompt:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("role", "content"))
-
-
-def key_of(prompt: Prompt) -> str:
-    """Return what identifies a prompt: 16 hex digits of a hash of its JSON."""
-    text = json.dumps(prompt, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()

@@ -11,7 +11,8 @@ from typing import Any
 
 from fastgpt.core.errors import UserError
 from fastgpt.evaluate.human.answers import Answers, Question
-from fastgpt.evaluate.human.files import Prompt, append, key_of, prompt_of, read
+from fastgpt.evaluate.human.files import Prompt, append, prompt_of, read
+from fastgpt.evaluate.results import item_id
 
 WINNERS = ("a", "b", "tie", "both_bad")
 SCREEN = {"ab": {"first": "a", "second": "b"}, "ba": {"first": "b", "second": "a"}}  # order -> side on screen -> side
@@ -36,9 +37,9 @@ def pairs_of(questions: list[Question], a: Answers, b: Answers) -> tuple[list[Pa
     found = []
     for q in questions:
         for answers in (a, b):
-            if key_of(q.prompt) not in answers.texts:
+            if item_id(q.prompt) not in answers.texts:
                 raise UserError(f"{answers.model} has no answer to prompt {q.id}, expected one for each prompt")
-        found.append(Pair(q.id, q.prompt, a.texts[key_of(q.prompt)], b.texts[key_of(q.prompt)]))
+        found.append(Pair(q.id, q.prompt, a.texts[item_id(q.prompt)], b.texts[item_id(q.prompt)]))
     different = [p for p in found if p.a != p.b]
     return different, len(found) - len(different)
 

@@ -22,9 +22,9 @@ import numpy as np
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError
 from fastgpt.evaluate.agreement import Agreement, krippendorff_alpha
-from fastgpt.evaluate.human.files import key_of
 from fastgpt.evaluate.human.ratings import WINNERS, read_ratings
 from fastgpt.evaluate.ranking import groups, intervals, strengths
+from fastgpt.evaluate.results import item_id
 from fastgpt.evaluate.statistics import Pairs, bootstrap_interval, mcnemar, sign_flip
 
 Row = dict[str, Any]
@@ -121,14 +121,14 @@ def _directed(rows: list[Row]) -> list[Row]:
 
 def _unit(row: Row) -> tuple[str, ...]:
     """Return what was rated."""
-    return key_of(row["prompt"]), row["a_model"], row["b_model"], row["a"], row["b"]
+    return item_id(row["prompt"]), row["a_model"], row["b_model"], row["a"], row["b"]
 
 
 def _clusters(rows: list[Row], values: list[float]) -> Pairs:
     """Return the mean value of each prompt, weighted by its votes."""
     found: dict[str, list[float]] = defaultdict(list)
     for r, v in zip(rows, values):
-        found[key_of(r["prompt"])].append(v)
+        found[item_id(r["prompt"])].append(v)
     weights = np.array([float(len(v)) for v in found.values()])
     return Pairs(np.array([sum(v) / len(v) for v in found.values()]), weights)
 
@@ -176,10 +176,10 @@ def _rank(found: Report, rows: list[Row], confidence: float, resamples: int, see
     if len(models) < 3:
         return
     at = {name: i for i, name in enumerate(models)}
-    prompts = {key: i for i, key in enumerate(dict.fromkeys(key_of(r["prompt"]) for r in rows))}
+    prompts = {key: i for i, key in enumerate(dict.fromkeys(item_id(r["prompt"]) for r in rows))}
     wins = np.zeros((len(prompts), len(models), len(models)))
     for r in rows:
-        unit, a, b = prompts[key_of(r["prompt"])], at[r["a_model"]], at[r["b_model"]]
+        unit, a, b = prompts[item_id(r["prompt"])], at[r["a_model"]], at[r["b_model"]]
         of_a = {"a": 1.0, "b": 0.0}.get(r["winner"], 0.5)
         wins[unit, a, b] += of_a
         wins[unit, b, a] += 1 - of_a

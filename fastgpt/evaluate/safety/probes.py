@@ -4,47 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 from fastgpt.core.errors import UserError
-from fastgpt.evaluate.engine import Engine
-from fastgpt.evaluate.results import Results
+from fastgpt.evaluate.part import Note, Part
 from fastgpt.evaluate.safety import bbq, crows_pairs, refusal, toxicity, winogender
 from fastgpt.evaluate.safety.counterfactual import FILE as COUNTERFACTUAL
 from fastgpt.evaluate.safety.counterfactual import FOLDER, Counterfactual
 from fastgpt.evaluate.safety.memorisation import Memorisation
 from fastgpt.evaluate.safety.settings import SafetySettings, read_settings
-from fastgpt.evaluate.target import Target
-
-
-class Part(Protocol):
-    """A part of an evaluation."""
-
-    name: str
-
-    def check(self, target: Target) -> None:
-        """Raise UserError for what does not fit, before the first forward pass."""
-
-    def run(self, engine: Engine, results: Results, limit: int | None) -> None:
-        """Append figures, items and notes."""
-
-
-class Missing:
-    """A Part that says once which probes have no files, and where to put them."""
-
-    name = "missing"
-
-    def __init__(self, folder: Path | None, files: dict[str, str]) -> None:
-        where = "a folder, which --data names" if folder is None else str(folder)
-        files_of = "; ".join(f"{name}: {file}" for name, file in files.items())
-        self.text = f"probes without files (put them into {where}): {files_of}"
-
-    def check(self, target: Target) -> None:
-        """Nothing can be wrong."""
-
-    def run(self, engine: Engine, results: Results, limit: int | None) -> None:
-        """Append the note."""
-        results.notes.append(self.text)
 
 
 def parts_of(data: Path | None) -> list[Part]:
@@ -64,7 +31,14 @@ def parts_of(data: Path | None) -> list[Part]:
         if not found:
             missing[name] = files
     parts.append(Memorisation(settings.memorisation))
-    return [*parts, Missing(data, missing)] if missing else parts
+    return [*parts, Note("missing", _said(data, missing))] if missing else parts
+
+
+def _said(folder: Path | None, files: dict[str, str]) -> str:
+    """Return which probes have no files, and where to put them."""
+    where = "a folder, which --data names" if folder is None else str(folder)
+    files_of = "; ".join(f"{name}: {file}" for name, file in files.items())
+    return f"probes without files (put them into {where}): {files_of}"
 
 
 def _crows_pairs(data: Path, settings: SafetySettings) -> list[Part]:

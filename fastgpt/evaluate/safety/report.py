@@ -11,6 +11,7 @@ from typing import Any
 from fastgpt.core import page
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError
+from fastgpt.core.folders import write_text
 from fastgpt.evaluate.paired import name_of
 from fastgpt.evaluate.results import Results, load_results
 from fastgpt.evaluate.safety.changes import Change, changes_of, is_part
@@ -33,11 +34,11 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{args.before if args.before.endswith('.json') else args.after} has no {METRIC} to compare")
     print(console(changes, found, *names, _notes(before, after)))
     if args.out:
-        _write(args.out, json.dumps(_json(names, before, after, changes, found), indent=1, allow_nan=False) + "\n")
+        write_text(args.out, json.dumps(_json(names, before, after, changes, found), indent=1, allow_nan=False) + "\n")
         print(f"report: {args.out}")
     if args.page:
         parts = sections(changes, found, *names, _notes(before, after))
-        _write(args.page, page.page("Safety before and after", f"{names[0]} and {names[1]}.", parts))
+        write_text(args.page, page.page("Safety before and after", f"{names[0]} and {names[1]}.", parts))
         print(f"page: {args.page}")
     return int(any(f.exceeded for f in found))
 
@@ -130,11 +131,3 @@ def _json(
         "forgetting": [dataclasses.asdict(f) | {"change": f.change, "exceeded": f.exceeded} for f in found],
         "notes": _notes(before, after),
     }
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 from fastgpt.core.errors import UserError
+from fastgpt.core.folders import write_text
 from fastgpt.evaluate.engine import Engine
 from fastgpt.evaluate.results import Items, Results, mean
 from fastgpt.evaluate.safety.files import Row, read_jsonl, read_lines
@@ -109,11 +110,8 @@ def _prompt(row: Row) -> str:
 
 
 def _write(path: Path, prompts: list[str], texts: list[str], columns: dict[str, list[float]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".tmp")
     rows = [
         {"prompt": prompt, "completion": text, **{name: values[i] for name, values in columns.items()}}
         for i, (prompt, text) in enumerate(zip(prompts, texts))
     ]
-    aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

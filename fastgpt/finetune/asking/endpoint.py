@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastgpt.core.errors import UserError
-from fastgpt.data.read.web import BROKEN, TRANSIENT, USER_AGENT
+from fastgpt.data.read.web import BROKEN, TRANSIENT, USER_AGENT, NoRedirect
 from fastgpt.finetune.asking.dialogue import LEFT_OUT, Ask, Dialogue, LeftOut, Record, Reply
 
 REFUSED = (400, 413, 422)  # of one request, unless it is the first
@@ -26,13 +26,6 @@ LONGEST_WAIT = 600.0  # seconds that a server may ask to wait; a limit by the mi
 MOST_BYTES = 32 << 20  # of an answer
 TOP = 20  # most likely tokens to ask for, the most that OpenAI allows
 WORDS = 300  # characters of a server's message in an error
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Refuses redirects, which would send the key, and a GET, to another address."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
 
 
 class Broken(Exception):
@@ -80,7 +73,7 @@ class Endpoint:
         self.name, self.at_once = model, at_once
         self.key, self.timeout, self.retries, self.backoff, self.body = key, timeout, retries, backoff, dict(body or {})
         self.identity = {"model": model, "endpoint": self.url, "body": self.body}
-        self._open = urllib.request.build_opener(_NoRedirect).open
+        self._open = urllib.request.build_opener(NoRedirect).open
         self._stop = threading.Event()
         self._answered = False
 
