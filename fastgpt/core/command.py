@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from fastgpt.core.errors import UserError
@@ -65,3 +66,19 @@ def number(kind: type, least: float, most: float = math.inf, open_least: bool = 
         return value
 
     return read
+
+
+# name of a subcommand -> module, or module:function (default: main), and what it does
+Subcommands = Mapping[str, tuple[str, str]]
+
+
+def listed(subcommands: Subcommands) -> str:
+    """Return a line of help for each subcommand."""
+    width = max(map(len, subcommands))
+    return "\n".join(f"  {name:<{width}}  {about}" for name, (_, about) in subcommands.items())
+
+
+def run_subcommand(subcommands: Subcommands, name: str, argv: list[str]) -> int:
+    """Import a subcommand, run it with `argv`, and return its exit code."""
+    module, _, function = subcommands[name][0].partition(":")
+    return int(getattr(importlib.import_module(module), function or "main")(argv))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 
-from fastgpt.core.command import Parser
+from fastgpt.core.command import Parser, listed, run_subcommand
 
 # name -> module and function that runs it (default: main), and what it does
 SUBCOMMANDS = {
@@ -26,16 +25,12 @@ SUBCOMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run `fastgpt data`."""
-    width = max(map(len, SUBCOMMANDS))
-    listed = "\n".join(f"  {name:<{width}}  {about}" for name, (_, about) in SUBCOMMANDS.items())
     parser = Parser(
         prog="fastgpt data",
         usage="fastgpt data [-h] COMMAND ...",
         description="Make token shards from raw text, and check it.\n\ncommands:\n"
-        f"{listed}\n\n`fastgpt data COMMAND --help` explains a command.",
+        f"{listed(SUBCOMMANDS)}\n\n`fastgpt data COMMAND --help` explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=SUBCOMMANDS, help=argparse.SUPPRESS)
-    module, _ = SUBCOMMANDS[parser.parse_args(argv[:1]).command]
-    name, _, function = module.partition(":")
-    return int(getattr(importlib.import_module(name), function or "main")(argv[1:]))
+    return run_subcommand(SUBCOMMANDS, parser.parse_args(argv[:1]).command, argv[1:])

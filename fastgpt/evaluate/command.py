@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastgpt.core.command import Parser, number
+from fastgpt.core.command import Parser, listed, number, run_subcommand
 from fastgpt.core.errors import UserError
 from fastgpt.core.folders import write_text
 
@@ -32,19 +31,16 @@ SUBCOMMANDS = {
 def main(argv: list[str]) -> int:
     """Run `fastgpt eval`."""
     if argv and argv[0] in SUBCOMMANDS:
-        name, _, function = SUBCOMMANDS[argv[0]][0].partition(":")
-        return int(getattr(importlib.import_module(name), function or "main")(argv[1:]))
+        return run_subcommand(SUBCOMMANDS, argv[0], argv[1:])
     return run(_parser().parse_args(argv))
 
 
 def _parser() -> Parser:
-    width = max(map(len, SUBCOMMANDS))
-    listed = "\n".join(f"  {name:<{width}}  {about}" for name, (_, about) in SUBCOMMANDS.items())
     parser = Parser(
         prog="fastgpt eval",
         usage="fastgpt eval [-h] RUN [options] | COMMAND ...",
         description="Evaluate a model on benchmarks, perplexity, suites of your own and safety, from local files.\n\n"
-        f"commands:\n{listed}\n\n`fastgpt eval COMMAND --help` explains a command.",
+        f"commands:\n{listed(SUBCOMMANDS)}\n\n`fastgpt eval COMMAND --help` explains a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="RUN", help="run, checkpoint, or folder with config.json and weights")
