@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from data.recipes import settings, shards, text, write_recipe
-from data.test_build_killed import alive, command, descendants, expected
+from data.test_build_killed import command, expected
+from processes import command_line, descendants, outlive
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.pipeline import engine_dask, gather, stages
@@ -203,33 +204,36 @@ def test_a_wrong_address_does_not_hang(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_killed_workers_and_an_interrupted_build_lose_nothing(tmp_path: Path) -> None:
+def test_an_interrupted_build_and_a_killed_worker_lose_nothing(tmp_path: Path) -> None:
     whole = expected(tmp_path)
     out = tmp_path / "out"
     run = command(tmp_path, out, "--engine", "dask", "--workers", "2")
-    for _ in range(5):
-        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
-        started(process, out, "clean")
-        process.send_signal(signal.SIGINT)
-        workers = descendants(process.pid)
-        _, said = process.communicate(timeout=60)
-        if process.returncode != 0:
-            break
-        shutil.rmtree(out)  # on a busy machine a build may end before the signal comes
+    process, workers = at_stage(run, out, "clean", lambda process, _: process.send_signal(signal.SIGINT))
+    _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert not any(map(alive, workers)), "workers outlive the build"
-    process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
-    started(process, out, "tokens")
-    victim = next(p for p in descendants(process.pid) if "spawn_main" in Path(f"/proc/{p}/cmdline").read_text())
-    os.kill(victim, signal.SIGKILL)
+    assert not outlive(workers)
+    process, _ = at_stage(run, out, "tokens", lambda _, workers: os.kill(workers[0], signal.SIGKILL))
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in said, said
     assert shards(out) == whole
 
 
-def started(process: "subprocess.Popen[str]", out: Path, stage: str) -> None:
-    """Wait until a build has finished a part of a stage."""
-    deadline = time.monotonic() + 60
-    while not list((out / "work").glob(f"{stage}/[!.]*")) and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.005)
+def at_stage(
+    run: list[str], out: Path, stage: str, act: Callable[["subprocess.Popen[str]", list[int]], None]
+) -> tuple["subprocess.Popen[str]", list[int]]:
+    """Start a build and act on it and its workers once it has finished a part of a stage, while it still runs. On a
+    busy machine it may end unseen; then it starts anew."""
+    for _ in range(5):
+        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and not list((out / "work").glob(f"{stage}/[!.]*")):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)  # so that it cannot end in between
+        workers = [p for p in descendants(process.pid) if "spawn_main" in command_line(p)]
+        if process.poll() is None and workers and (out / "work").is_dir():
+            act(process, workers)
+            process.send_signal(signal.SIGCONT)
+            return process, workers
+        process.send_signal(signal.SIGCONT)
+        assert process.communicate(timeout=60) and process.returncode == 0
+        shutil.rmtree(out)
+    pytest.fail(f"no build was seen at its stage {stage}")

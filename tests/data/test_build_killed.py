@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from data.recipes import built, settings, shards, write_recipe, write_source
-from processes import descendants, parents
+from processes import descendants, outlive, parents
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.built import MANIFEST, open_built
@@ -59,10 +59,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_shards(what: str, tmp_path: Pa
             process.kill()
             process.wait()
             killed += 1
-            deadline = time.monotonic() + 20
-            while any(map(alive, workers)) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            assert not any(map(alive, workers)), "workers outlive the build"
+            assert not outlive(workers)
             if (out / MANIFEST).is_file():  # killed after the manifest, which makes it whole, and before the page
                 assert shards(out) == whole
             else:
@@ -72,10 +69,6 @@ def test_killed_at_any_moment_it_ends_in_the_same_shards(what: str, tmp_path: Pa
             break
     assert process.returncode == 0 and killed and shards(out) == whole
     assert {p.name for p in out.iterdir()} == {*open_built(out).manifest["files"], "manifest.json", "report.html"}
-
-
-def alive(pid: int) -> bool:
-    return pid in parents()
 
 
 def kill_a_worker(process: "subprocess.Popen[str]") -> int:
