@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
 
     keys = read_keys(args.api_key_file)
     limits = Limits(args.max_body, args.timeout, keys)
-    listening = listen(args.host, args.port)  # first: loading a model takes longer
+    listening = listen(args.host, args.port, args.timeout)  # first: loading a model takes longer
     options: dict[str, Any] = dict(device=args.device, weights=args.weights, rows=args.rows, context=args.context)
     models = {}
     try:
@@ -123,8 +123,9 @@ def read_keys(file: Path | None) -> tuple[str, ...]:
     return tuple(keys)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
+def listen(host: str, port: int, stalled: float = 600.0) -> socket.socket:
+    """Return a socket that listens. A connection whose client takes no data for `stalled` seconds is dropped, where the
+    system can (Linux).
 
     Raises:
         UserError: the port is in use, or the address is not this machine's.
@@ -133,6 +134,9 @@ def listen(host: str, port: int) -> socket.socket:
         kind = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(kind[0], kind[1])
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # finds clients whose machine is gone
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, min(int(1e3 * stalled) + 1, 1 << 30))
         listening.bind(kind[4])
         listening.listen(2048)  # clients that come while models load wait
     except OSError as e:

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import anyio
+
 from fastgpt.serve.errors import ApiError
 from fastgpt.serve.metrics import Metrics
 
@@ -21,11 +23,13 @@ class Limits:
         body: largest body of a request, in bytes.
         timeout: seconds after which a request is cancelled.
         keys: keys of which a client must send one; none: no key is needed.
+        upload: seconds in which the body of a request must arrive.
     """
 
     body: int = 1 << 22
     timeout: float = 600.0
     keys: tuple[str, ...] = field(default=(), repr=False)
+    upload: float = 60.0
 
 
 class Guard:
@@ -76,13 +80,18 @@ class Guard:
     async def _read(self, receive: Callable[[], Awaitable[Any]]) -> Callable[[], Awaitable[Any]]:
         """Read the body, and return a `receive` that gives it in one piece; FastAPI would make its own error of one
         that is raised while it reads."""
-        body, more = b"", True
-        while more:
-            message = await receive()
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > self.limits.body:
-                raise self._too_long()
-        pending: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+        body, more = bytearray(), True
+        with anyio.move_on_after(self.limits.upload) as scope:
+            while more:
+                message = await receive()
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(body) > self.limits.body:
+                    raise self._too_long()
+        if scope.cancelled_caught:
+            said = f"the body did not arrive within {self.limits.upload:g} seconds"
+            raise ApiError(408, said, kind="timeout_error")
+        pending: list[Any] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Any:
             return pending.pop() if pending else await receive()

@@ -8,9 +8,11 @@ import json
 import logging
 import multiprocessing
 import threading
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 from fastgpt.core.errors import UserError
@@ -19,6 +21,9 @@ from fastgpt.serve import engine
 
 log = logging.getLogger("fastgpt")
 SECONDS_TO_END = 10.0
+SECONDS_BETWEEN_STARTS = 5.0  # of an engine that cannot be started again
+FIELDS = dataclasses.fields(Request)
+Take = Callable[["Piece | Refused | EngineDied"], None]
 
 
 class Refused(Exception):
@@ -44,6 +49,9 @@ class Load:
 class Link:
     """An engine, as the server's event loop uses it.
 
+    Two threads write and read the pipe, so that an engine in a long step never holds up the event loop. Requests are
+    registered and looked up in the event loop alone.
+
     Args:
         model: what it serves.
         queue: requests that may wait beside those that run.
@@ -57,11 +65,15 @@ class Link:
         self.context = 0
         self.load = Load()
         self.restarts = 0
-        self._jobs: dict[int, Callable[[Any], None]] = {}  # number -> what takes its messages
+        self._jobs: dict[int, Take] = {}  # number -> what takes its messages
+        self._unfinished = set[int]()  # those that the engine has
         self._next = 0
-        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._outbox = SimpleQueue[Any]()
         self._closed = False
         self._start()
+        threading.Thread(target=self._read, daemon=True).start()
+        threading.Thread(target=self._write, daemon=True).start()
 
     @property
     def alive(self) -> bool:
@@ -83,93 +95,95 @@ class Link:
         if "failed" in answer:
             raise UserError(answer["failed"])
         self.context = answer["ready"]["context"]
-        threading.Thread(target=self._read, args=(self._pipe,), daemon=True).start()
 
-    def _read(self, pipe: Any) -> None:
-        """Hand out the engine's messages until it ends; then fail its requests and start another one."""
-        with suppress(EOFError, OSError):
-            while True:
-                self._hand_out(json.loads(pipe.recv_bytes()))
-        with self._lock:
-            jobs, self._jobs = self._jobs, {}
-        for take in jobs.values():
-            take(EngineDied("the engine ended while the request ran; send it again"))
-        self.load = Load()
-        if self._closed:
-            return
-        log.error("%s: the engine ended (exit code %s); starting another one", self.model.path, self._process.exitcode)
-        try:
-            self._start()
-            self.restarts += 1
-        except (UserError, OSError) as e:
-            log.error("%s: the engine cannot be started again: %s", self.model.path, e)
+    def _read(self) -> None:
+        """Hand out the messages of one engine after the other until the link is closed."""
+        while True:
+            with suppress(EOFError, OSError):
+                while True:
+                    self._in_loop(self._hand_out, json.loads(self._pipe.recv_bytes()))
+            self._in_loop(self._fail_all)
+            if self._closed:
+                return
+            self._process.join(SECONDS_TO_END)
+            code = self._process.exitcode
+            log.error("%s: the engine ended (exit code %s); starting another one", self.model.path, code)
+            while not self._closed:
+                try:
+                    self._start()
+                    self.restarts += 1
+                    break
+                except (UserError, OSError) as e:
+                    log.error("%s: the engine cannot be started again: %s", self.model.path, e)
+                self._in_loop(self._fail_all)
+                time.sleep(SECONDS_BETWEEN_STARTS)
+
+    def _write(self) -> None:
+        """Send messages until the link is closed."""
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._pipe.send_bytes(json.dumps(message).encode())
+            except OSError:
+                if "add" in message:
+                    died = EngineDied("the engine is being started again; try again in a moment")
+                    self._in_loop(self._give, message["add"], died)
+
+    def _in_loop(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Run a call in the event loop; without one there is no request."""
+        if self._loop is not None:
+            with suppress(RuntimeError):  # the server has stopped
+                self._loop.call_soon_threadsafe(call, *arguments)
 
     def _hand_out(self, message: dict[str, Any]) -> None:
         if "refused" in message:
-            self._give(message["refused"], Refused(message["why"]), last=True)
+            self._give(message["refused"], Refused(message["why"]))
             return
         self.load.running = message["running"]
         for number, token, text, result, *newest in message["pieces"]:
             found = None if result is None else Result(**result)
-            self._give(number, Piece(number, token, text, found, *newest), last=found is not None)
+            self._give(number, Piece(number, token, text, found, *newest))
 
-    def _give(self, number: int, what: Any, last: bool) -> None:
-        with self._lock:
-            take = self._jobs.pop(number, None) if last else self._jobs.get(number)
-            self.load.requests = len(self._jobs)
-        if take is not None:
-            take(what)
+    def _give(self, number: int, what: Piece | Refused | EngineDied) -> None:
+        if not isinstance(what, Piece) or what.result is not None:
+            self._unfinished.discard(number)
+        if number in self._jobs:
+            self._jobs[number](what)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        try:
-            self._pipe.send_bytes(json.dumps(message).encode())
-        except OSError:
-            raise EngineDied("the engine is being started again; try again in a moment") from None
+    def _fail_all(self) -> None:
+        self.load.running = 0
+        for number in list(self._unfinished):
+            self._give(number, EngineDied("the engine ended while the request ran; send it again"))
 
-    async def stream(self, request: Request) -> AsyncIterator[Piece]:
-        """Yield the pieces of a request as they come. Leaving the loop, or cancelling its task, cancels the request.
+    def begin(self, request: Request, take: Take) -> int:
+        """Send a request from the event loop; return its number. `take` is called there with each piece, or with what
+        went wrong. The request counts until `end`, so that the answers which clients do not read are bounded, too.
 
         Raises:
             QueueFull: too many requests wait.
-            Refused: the engine cannot run it.
-            EngineDied: its process ended.
         """
-        loop, found = asyncio.get_running_loop(), asyncio.Queue[Any]()
+        self._loop = asyncio.get_running_loop()
+        if len(self._jobs) >= self.model.rows + self.queue:
+            raise QueueFull(f"{len(self._jobs)} requests run or wait, expected fewer")
+        number, self._next = self._next, self._next + 1
+        self._jobs[number] = take
+        self._unfinished.add(number)
+        self.load.requests = len(self._jobs)
+        self._outbox.put({"add": number, "request": {f.name: getattr(request, f.name) for f in FIELDS}})
+        return number
 
-        def take(what: Any) -> None:
-            with suppress(RuntimeError):  # the server has stopped
-                loop.call_soon_threadsafe(found.put_nowait, what)
-
-        with self._lock:
-            if len(self._jobs) >= self.model.rows + self.queue:
-                raise QueueFull(f"{len(self._jobs)} requests run or wait, expected fewer")
-            number, self._next = self._next, self._next + 1
-            self._jobs[number] = take
-            self.load.requests = len(self._jobs)
-        done = False
-        try:
-            values = {f.name: getattr(request, f.name) for f in dataclasses.fields(request)}
-            self._send({"add": number, "request": values})
-            while not done:
-                piece = await found.get()
-                if isinstance(piece, Exception):
-                    done = True
-                    raise piece
-                done = piece.result is not None
-                yield piece
-        finally:
-            if not done:
-                with self._lock:
-                    self._jobs.pop(number, None)
-                    self.load.requests = len(self._jobs)
-                with suppress(EngineDied):
-                    self._send({"cancel": number})
+    def end(self, number: int) -> None:
+        """Forget a request; one that runs is cancelled."""
+        del self._jobs[number]
+        self.load.requests = len(self._jobs)
+        if number in self._unfinished:
+            self._unfinished.remove(number)
+            self._outbox.put({"cancel": number})
 
     def close(self) -> None:
         """End the engine."""
         self._closed = True
-        with suppress(EngineDied):
-            self._send({"stop": True})
+        self._outbox.put({"stop": True})
+        self._outbox.put(None)
         self._process.join(SECONDS_TO_END)
         if self._process.is_alive():
             self._process.kill()

@@ -28,21 +28,21 @@ class Metrics:
         self.each = Histogram("fastgpt_token_seconds", "Time between tokens.", buckets=SECONDS, **name)
 
     @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request while it runs or waits."""
-        with self.requests.track_inprogress():
+    def running(self, count: int) -> Iterator[None]:
+        """Count requests while they run or wait."""
+        self.requests.inc(count)
+        try:
             yield
+        finally:
+            self.requests.dec(count)
 
-    def token(self, piece: Piece, first: float | None, since: float) -> None:
-        """Count a piece: seconds to the first token if it is the first, else since the last one."""
+    def token(self, piece: Piece, seconds: float, first: bool) -> None:
+        """Count a piece, and the seconds since the one before it or, for the first one, since the request came."""
         if piece.result is not None:
             self.prompt_tokens.inc(piece.result.prompt_tokens)
         if piece.id is not None:
             self.new_tokens.inc()
-        if first is not None:
-            self.first.observe(first)
-        else:
-            self.each.observe(since)
+        (self.first if first else self.each).observe(seconds)
 
     def text(self) -> bytes:
         """Return the metrics in the text format."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 
 from fastgpt.inference.chat import FILE
 from fastgpt.serve import answers
@@ -18,7 +18,7 @@ from fastgpt.serve.messages import Messages, MessagesCall
 from fastgpt.serve.metrics import Metrics
 from fastgpt.serve.page import page
 from fastgpt.serve.responses import Responses, ResponsesCall
-from fastgpt.serve.running import collect, run
+from fastgpt.serve.running import SECONDS_TO_SAY, EventStream, collect, run, while_here
 from fastgpt.serve.schemas import Chat, Completion, Detokenize, Tokenize
 from fastgpt.serve.served import Served
 
@@ -54,10 +54,11 @@ class Server:
         requests = call.requests()
         pieces = run(call.served.link, requests, self.metrics, self.timeout)
         if not call.body.stream:
-            return JSONResponse(call.answer(requests, await collect(pieces, len(requests), request.is_disconnected)))
+            results = await while_here(collect(pieces, len(requests)), request.is_disconnected)
+            return JSONResponse(call.answer(requests, results))
         # the first piece comes before the headers, so that a full queue is still status 429
-        first = await anext(pieces)
-        return StreamingResponse(_events(call, requests, _again(first, pieces)), media_type="text/event-stream")
+        first = await while_here(anext(pieces), request.is_disconnected)
+        return EventStream(_events(call, requests, _again(first, pieces)), self.timeout + SECONDS_TO_SAY)
 
 
 def add_generation(app: FastAPI, server: Server) -> None:
@@ -149,7 +150,7 @@ async def _again(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
             yield one
 
 
-async def _events(call: Call, requests: list[Any], pieces: AsyncIterator[Any]) -> AsyncIterator[str]:
+async def _events(call: Call, requests: list[Any], pieces: AsyncIterator[Any]) -> AsyncGenerator[str, None]:
     """Yield the events of a call; an error after the headers is an event, too."""
     async with aclosing(pieces):  # type: ignore[type-var]
         try:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from typing import Any
+from functools import partial
+from typing import TypeVar
+
+import anyio
+from fastapi.responses import StreamingResponse
+from starlette.types import Send
 
 from fastgpt.inference import Piece, Request, Result
 from fastgpt.serve.errors import ApiError
-from fastgpt.serve.link import EngineDied, Link, QueueFull, Refused
+from fastgpt.serve.link import EngineDied, Link, QueueFull
 from fastgpt.serve.metrics import Metrics
+
+T = TypeVar("T")
+SECONDS_TO_SAY = 1.0  # that an error has to reach a client after its time is over
 
 
 def error_of(e: Exception) -> ApiError:
@@ -33,59 +41,46 @@ async def run(
     Raises:
         ApiError: the queue is full, a request cannot run, the engine ended, or the time is over.
     """
-    found = asyncio.Queue[tuple[int, Piece] | Exception | None]()
+    found = asyncio.Queue[tuple[int, Piece | Exception]]()
+    last = [time.perf_counter()] * len(requests)
+    begun = set[int]()
 
-    async def one(i: int, request: Request) -> None:
-        try:
-            with metrics.request():
-                async with aclosing(link.stream(request)) as pieces:  # type: ignore[type-var]
-                    start = last = time.perf_counter()
-                    async for piece in pieces:
-                        now = time.perf_counter()
-                        metrics.token(piece, now - start if last == start else None, now - last)
-                        last = now
-                        found.put_nowait((i, piece))
-        except (Refused, QueueFull, EngineDied) as e:
-            found.put_nowait(e)
-        finally:
-            found.put_nowait(None)
+    def take(i: int, what: Piece | Exception) -> None:
+        if isinstance(what, Piece):
+            now = time.perf_counter()
+            metrics.token(what, now - last[i], first=i not in begun)
+            last[i] = now
+            begun.add(i)
+        found.put_nowait((i, what))
 
-    tasks = [asyncio.create_task(one(i, request)) for i, request in enumerate(requests)]
-    end, left = time.monotonic() + timeout, len(tasks)
+    over = asyncio.get_running_loop().call_later(timeout, take, -1, asyncio.TimeoutError())
+    numbers: list[int] = []
     try:
-        while left:
-            what = await asyncio.wait_for(found.get(), max(0.0, end - time.monotonic()))
-            if what is None:
-                left -= 1
-            elif isinstance(what, Exception):
-                raise error_of(what)
-            else:
-                yield what
-    except asyncio.TimeoutError as e:
+        with metrics.running(len(requests)):
+            for i, request in enumerate(requests):
+                numbers.append(link.begin(request, partial(take, i)))
+            left = len(requests)
+            while left:
+                i, what = await found.get()
+                if isinstance(what, Exception):
+                    raise error_of(what)
+                left -= what.result is not None
+                yield i, what
+    except QueueFull as e:
         raise error_of(e) from None
     finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        over.cancel()
+        for number in numbers:
+            link.end(number)
 
 
-async def collect(pieces: AsyncIterator[tuple[int, Piece]], count: int, gone: Callable[[], Any]) -> list[Result]:
-    """Return the results of `count` requests. `gone` is asked each second whether the client has left; then the
-    requests are cancelled.
+async def while_here(work: Awaitable[T], gone: Callable[[], Awaitable[bool]]) -> T:
+    """Return what `work` gives; cancel it if the client leaves, for which `gone` is asked each second.
 
     Raises:
-        ApiError: as `run`; status 499 if the client has left.
+        ApiError: status 499, the client has left.
     """
-
-    async def wait() -> list[Result]:
-        results: dict[int, Result] = {}
-        async with aclosing(pieces) as all_pieces:  # type: ignore[type-var]
-            async for i, piece in all_pieces:
-                if piece.result is not None:
-                    results[i] = piece.result
-        return [results[i] for i in range(count)]
-
-    task = asyncio.create_task(wait())
+    task = asyncio.ensure_future(work)
     try:
         while not task.done():
             await asyncio.wait([task], timeout=1.0)
@@ -97,3 +92,36 @@ async def collect(pieces: AsyncIterator[tuple[int, Piece]], count: int, gone: Ca
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
+
+
+async def collect(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> list[Result]:
+    """Return the results of `count` requests.
+
+    Raises:
+        ApiError: as `run`.
+    """
+    results: dict[int, Result] = {}
+    async with aclosing(pieces) as all_pieces:  # type: ignore[type-var]
+        async for i, piece in all_pieces:
+            if piece.result is not None:
+                results[i] = piece.result
+    return [results[i] for i in range(count)]
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events. A client that does not read them is cut off after `seconds`.
+
+    Args:
+        events: closed when the response ends, however it does.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[str, None], seconds: float) -> None:
+        super().__init__(events, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.events, self.seconds = events, seconds
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self.events):
+            with anyio.move_on_after(self.seconds):
+                await super().stream_response(send)
