@@ -144,6 +144,13 @@ def serve(argv: list[str]) -> int:
     return serve_main(argv)
 
 
+def store(argv: list[str]) -> int:
+    """Run `fastgpt store`; see fastgpt/serve/watch/store_command.py."""
+    from fastgpt.serve.watch.store_command import main as store_main
+
+    return store_main(argv)
+
+
 def import_(argv: list[str]) -> int:
     """Run `fastgpt import`; see fastgpt/convert/importing.py."""
     from fastgpt.convert.importing import main as import_main
@@ -187,6 +194,7 @@ COMMANDS = {
     "chat": chat,
     "eval": evaluate,
     "serve": serve,
+    "store": store,
     "data": data,
     "tokenizer": tokenizer,
     "import": import_,
@@ -204,6 +212,7 @@ HELP = """commands:
   chat       hold a conversation with a trained model
   eval       evaluate a model on benchmarks, texts, suites, safety and people's ratings
   serve      answer requests over HTTP, as OpenAI's API does
+  store      show, export and delete what a server has kept
   data       make data sets from raw text, check and inspect them, erase documents
   tokenizer  train, show and check tokenizers
   import     make a run from a model of another project
