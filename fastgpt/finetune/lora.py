@@ -1,8 +1,7 @@
 """LoRA on fastgpt.models.gpt.GPT: put adapters into its linear layers, merge them, switch them off.
 
-The segments of a layer (fastgpt/nn/lora.py) are the modules that its family has at Hugging Face: q_proj, k_proj and
-v_proj of a Llama are three adapters in one packed layer, GPT-2's c_attn is one. So files of PEFT, which know those
-modules, come in and go out exactly.
+Each segment of a layer (fastgpt/models/weights/segments.py) is a module of its family at Hugging Face. So files of
+PEFT, which know those modules, come in and go out exactly.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.core.errors import UserError
-from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
-from fastgpt.models.weights import family_for
-from fastgpt.models.weights.layouts import Layout
+from fastgpt.models.weights.segments import Segment, linear_layers, lora_layers, segments
 from fastgpt.nn import Linear
 from fastgpt.nn.lora import FrozenLinear, LoraLinear
 
@@ -49,67 +46,6 @@ class Lora:
             raise UserError(f"lora.alpha is {self.alpha}, expected more than 0")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout is {self.dropout}, expected 0 or more and less than 1")
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A module of the family's file within a layer.
-
-    Attributes:
-        module: its name at Hugging Face; of a model that no family hosts, the layer's name here.
-        rows: the rows of the layer's weight that it consists of, in its order.
-        fan_in_fan_out: its file keeps the weight as (in, out), as GPT-2's Conv1D.
-    """
-
-    module: str
-    rows: Tensor
-    fan_in_fan_out: bool
-
-    @property
-    def columns(self) -> tuple[int, int]:
-        """First and last + 1 output column of the layer."""
-        return int(self.rows.min()), int(self.rows.max()) + 1
-
-
-def linear_layers(model: GPT) -> dict[str, nn.Module]:
-    """Return the linear layers of the blocks by name, with adapters or without."""
-    kinds = (Linear, FrozenLinear, LoraLinear)
-    return {name: m for name, m in model.named_modules() if name.startswith("blocks.") and type(m) in kinds}
-
-
-def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Return the layers with adapters by name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLinear)}
-
-
-def segments_of(name: str, rows: int, c: ModelConfig, layouts: dict[str, Layout]) -> list[Segment]:
-    """Return the segments of a layer, in the order of its rows.
-
-    Args:
-        name: of the layer. rows: of its weight.
-        layouts: of the model's family; empty if it has none.
-    """
-    layer = re.search(r"(?<=blocks\.)\d+", name)
-    layout = layouts.get(re.sub(r"(?<=blocks\.)\d+", "{i}", name))
-    if layout is None:
-        return [Segment(name, torch.arange(rows), False)]
-    index = torch.arange(rows)[:, None]
-    turned = layout.shapes((rows, rows + 1), c)[0] == (rows + 1, rows)
-    modules = [m.format(i=layer[0] if layer else "") for m in layout.modules]
-    return [Segment(m, part.reshape(-1), turned) for m, part in zip(modules, layout.unpack(index, c), strict=True)]
-
-
-def segments(model: GPT, family: str | None = None) -> dict[str, list[Segment]]:
-    """Return the segments of each linear layer of the blocks by the layer's name.
-
-    Args:
-        family: the model_type whose modules they are, where several host the model.
-    """
-    try:
-        layouts = family_for(model.config, family).layouts
-    except UserError:
-        layouts = {}
-    return {n: segments_of(n, m.out_features, model.config, layouts) for n, m in linear_layers(model).items()}  # type: ignore[arg-type]
 
 
 def add_lora(

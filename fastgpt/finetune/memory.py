@@ -14,10 +14,11 @@ from typing import NamedTuple
 import torch
 
 from fastgpt.core.device import dtype_of
-from fastgpt.finetune.lora import Lora, add_lora, linear_layers, lora_layers
+from fastgpt.finetune.lora import Lora, add_lora
 from fastgpt.finetune.quantised import KINDS, stored_bytes
 from fastgpt.models.gpt import GPT
 from fastgpt.models.recompute import Level
+from fastgpt.models.weights.segments import linear_layers, lora_layers
 from fastgpt.nn import Linear
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.memory import LEVELS, Plan, Shape, Target, plan, shape_of

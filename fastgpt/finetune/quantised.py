@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from fastgpt.core.errors import UserError
-from fastgpt.finetune.lora import linear_layers, lora_layers
 from fastgpt.inference.weights import quantise
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
+from fastgpt.models.weights.segments import linear_layers, lora_layers
 from fastgpt.nn import Linear
 from fastgpt.nn.lora import FrozenLinear
 

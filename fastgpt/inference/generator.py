@@ -13,11 +13,13 @@ from __future__ import annotations
 import dataclasses
 import random
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
+from fastgpt.inference.adapters import Adapter, Adapters, Selection
 from fastgpt.inference.requests import FinishReason, Piece, Request, Result, TextTokenizer, bytes_of
 from fastgpt.inference.rows import PREFILL_TOKENS, Rows, options_of
 from fastgpt.inference.sampling import Choice, Options
@@ -47,6 +49,7 @@ class Running:
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
     scores: Scores | None = None  # of the prompt
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -83,12 +86,15 @@ class Generator:
             positions are learned; the rotary tables are extended.
         eos: id or ids that end a text; default those of the tokenizer.
         weights: "fp32", "bf16" or "int8" converts the model itself (`convert_weights`); None leaves it as it is.
+        adapters: low-rank adapters by name, which requests choose: folders in PEFT's format, or runs of `fastgpt
+            finetune` with adapters. `self.adapters` loads and unloads others between steps.
         graphs: on a GPU, run the steps after the first few from CUDA graphs, which hold memory for one step.
 
     The cache is allocated for the requests that wait when no request runs; `reserve` allocates the largest one.
 
     Raises:
         ValueError: names the argument, its value and what is expected.
+        UserError: an adapter is damaged, or does not fit the model.
     """
 
     def __init__(
@@ -100,6 +106,7 @@ class Generator:
         context: int | None = None,
         eos: int | Sequence[int] | None = None,
         weights: str | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
         graphs: bool = True,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("context", context)):
@@ -119,6 +126,9 @@ class Generator:
         self._rows: Rows | None = None
         self._options: Options | None = None  # of the running requests
         self._added = 0
+        self.adapters = Adapters(model)
+        for name, path in (adapters or {}).items():
+            self.adapters.load(name, path)
 
     def reserve(self) -> None:
         """Allocate the cache for max_batch texts of the whole context, so that no request waits for memory."""
@@ -129,7 +139,7 @@ class Generator:
 
         Raises:
             ValueError: the prompt is empty, has ids that the model lacks, or is longer than the context although its
-                log-probabilities are asked for; or a text needs a tokenizer.
+                log-probabilities are asked for; a text needs a tokenizer; or there is no such adapter.
         """
         if self.tokenizer is None and (isinstance(request.prompt, str) or request.stop):
             raise ValueError("Generator: a prompt or a stop string is a text, expected a tokenizer")
@@ -143,10 +153,11 @@ class Generator:
             raise ValueError(f"Generator: the prompt has id {wrong}, expected 0 to {self.model.vocab_size - 1}")
         if request.prompt_logprobs is not None and len(ids) > self.context:
             raise ValueError(f"Generator: the prompt has {len(ids)} tokens, expected at most {self.context}")
+        adapter = None if request.adapter is None else self.adapters.find(request.adapter)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         number = self._added
         self._added += 1
-        self.waiting.append(Running(number, request, ids, len(ids), seed, TextStream(request.stop)))
+        self.waiting.append(Running(number, request, ids, len(ids), seed, TextStream(request.stop), adapter=adapter))
         return number
 
     def cancel(self, number: int) -> None:
@@ -242,7 +253,7 @@ class Generator:
                 break  # it waits until a larger cache can be allocated
             new.append(self.waiting.pop(0))
         for r in sorted(new, key=lambda r: len(r.ids)):  # texts of similar length side by side need little padding
-            rows.set(len(self.running), r.request, r.ids)
+            rows.set(len(self.running), r.request, r.ids, 0 if r.adapter is None else r.adapter.number)
             self.running.append(r)
             self._options = None
         return pieces
@@ -268,7 +279,8 @@ class Generator:
         options = options_of([r.request for r in group])
         u = [r.random.random() for r in group] if options.sampled else []
         assert self._rows is not None
-        choice, scores = self._rows.prefill(first, [r.ids[r.start :] for r in group], options, u, scored)
+        texts, selection = [r.ids[r.start :] for r in group], self._selection(group)
+        choice, scores = self._rows.prefill(first, texts, options, u, scored, selection)
         for r, found in zip(group, scores):
             r.scores = found or r.scores
         return self._take(choice, first, last)
@@ -278,7 +290,11 @@ class Generator:
         rows, count = self._rows, len(self.running)
         assert rows is not None
         rows.draw(0, [r.random.random() for r in self.running] if self._options.sampled else [])
-        return self._take(rows.decode(count, self._options), 0, count)
+        return self._take(rows.decode(count, self._options, self._selection(self.running)), 0, count)
+
+    def _selection(self, group: Sequence[Running]) -> Selection | None:
+        """Return layers with the adapters of some rows, None if they have none."""
+        return self.adapters.select({r.adapter for r in group if r.adapter is not None})
 
     def _take(self, choice: Choice, first: int, last: int) -> list[Piece]:
         """Append the chosen tokens to the rows first to last - 1; the finished ones leave."""

@@ -88,6 +88,12 @@ class DecodeGraphs:
             self.calls.pop(self.recorded.popitem(last=False)[0], None)
         return True
 
+    def drop(self, part: Hashable) -> None:
+        """Drop the graphs with `part` in their key, a tuple, and the memory that it keeps."""
+        for table in (self.recorded, self.calls):
+            for key in [key for key in table if isinstance(key, tuple) and part is not None and part in key]:
+                del table[key]
+
     def _forget(self) -> None:
         self.recorded.clear()
         self.calls.clear()

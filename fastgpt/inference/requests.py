@@ -51,6 +51,7 @@ class Request:
             else is in the batch, up to the rounding of the logits.
         logprobs: None: no log-probabilities; n: those of the chosen tokens and of the n most likely ones.
         prompt_logprobs: the same for the tokens of the prompt, which then has to fit into the context.
+        adapter: name of the adapter to use; None: the base model.
 
     Raises:
         ValueError: names the setting, its value and what is expected.
@@ -68,6 +69,7 @@ class Request:
     seed: int | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:

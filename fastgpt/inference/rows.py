@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastgpt.inference.adapters import Selection
 from fastgpt.inference.graphs import DecodeGraphs
 from fastgpt.inference.requests import Request
 from fastgpt.inference.sampling import Choice, Options, Settings, choose
@@ -22,7 +25,7 @@ class Rows:
 
     All tensors are allocated here. `decode` has the same shapes in every step and reads no host numbers but `options`,
     so on a GPU it runs from a CUDA graph (graphs.py), one for each number of rows and Options, unless `graphs` is
-    false.
+    false. With adapters it is one for each Selection, too; the graphs of an earlier Selection are dropped.
     """
 
     def __init__(self, model: GPT, count: int, size: int, graphs: bool = True) -> None:
@@ -35,10 +38,17 @@ class Rows:
         self.settings = Settings.of_rows(count, self.device)
         self.u = torch.zeros(count, dtype=torch.float64, device=self.device)
         self.seen: Tensor | None = None  # (B, V), once a row has a repetition penalty
+        self.adapters = torch.zeros(count, dtype=torch.int64, device=self.device)  # numbers; 0: none
+        self.selection: Selection | None = None  # the last one
         self.graphs = DecodeGraphs(model, self.lens, graphs)
 
-    def set(self, row: int, request: Request, ids: Sequence[int]) -> None:
-        """Set up a row for a request whose text is ids."""
+    def set(self, row: int, request: Request, ids: Sequence[int], adapter: int = 0) -> None:
+        """Set up a row for a request whose text is ids.
+
+        Args:
+            adapter: number of its adapter, 0 for none.
+        """
+        self.adapters[row] = adapter
         values = (request.temperature, request.top_k or self.model.vocab_size, request.top_p, request.min_p)
         for t, value in zip(self.settings, (*values, request.repetition_penalty), strict=True):
             t[row] = value
@@ -51,7 +61,7 @@ class Rows:
     def move(self, source: int, to: int, length: int) -> None:
         """Copy a row of `length` tokens over another."""
         self.cache.move(source, to, length)
-        for t in (self.lens, self.tokens, *self.settings, *(() if self.seen is None else (self.seen,))):
+        for t in (self.lens, self.tokens, self.adapters, *self.settings, *(() if self.seen is None else (self.seen,))):
             t[to] = t[source]
 
     def prefill(
@@ -61,6 +71,7 @@ class Rows:
         options: Options,
         u: Sequence[float],
         scored: Sequence[int | None] = (),
+        selection: Selection | None = None,
     ) -> tuple[Choice, list[Scores | None]]:
         """Read texts into the rows from `first` on, padded on the right to the longest, and choose the next tokens.
 
@@ -82,7 +93,8 @@ class Rows:
         size = longest if dynamic else max(1, PREFILL_TOKENS // len(texts))
         part, final = self.cache.part(first, last), self.cache.k.new_empty(len(texts), self.model.config.width)
         for start in range(0, longest, size):
-            h = self.model.hidden(ids[:, start : start + size], kv_cache=part)
+            with self._adapted(selection, first, last):
+                h = self.model.hidden(ids[:, start : start + size], kv_cache=part)
             for row, end in enumerate(ends):
                 if start < end <= start + size:
                     final[row] = h[row, end - 1 - start]
@@ -99,14 +111,26 @@ class Rows:
         if u:
             self.u[first : first + len(u)] = torch.tensor(u, dtype=torch.float64)
 
-    def decode(self, count: int, options: Options) -> Choice:
-        """Read the last tokens of the first `count` rows, and choose the next ones; valid until the next step."""
-        return self.graphs((count, options), lambda: self._decode(count, options))
+    def decode(self, count: int, options: Options, selection: Selection | None = None) -> Choice:
+        """Read the last tokens of the first `count` rows, and choose the next ones; valid until the next step.
 
-    def _decode(self, count: int, options: Options) -> Choice:
-        h = self.model.hidden(self.tokens[:count, None], kv_cache=self.cache.part(0, count, self.lens[:count]))
+        Args:
+            selection: as in `prefill`.
+        """
+        if selection is not None and selection is not self.selection:
+            self.graphs.drop(self.selection)
+            self.selection = selection
+        return self.graphs((count, options, selection), lambda: self._decode(count, options, selection))
+
+    def _decode(self, count: int, options: Options, selection: Selection | None) -> Choice:
+        with self._adapted(selection, 0, count):
+            h = self.model.hidden(self.tokens[:count, None], kv_cache=self.cache.part(0, count, self.lens[:count]))
         self.lens[:count] += 1
         return self._choose(h[:, 0], 0, count, options)
+
+    def _adapted(self, selection: Selection | None, first: int, last: int) -> Any:
+        """Return a context in which the model has the adapters of these rows."""
+        return nullcontext() if selection is None else selection.on(self.adapters[first:last, None])
 
     def _choose(self, h: Tensor, first: int, last: int, options: Options) -> Choice:
         seen = self.seen[first:last] if options.penalised and self.seen is not None else None

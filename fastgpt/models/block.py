@@ -23,10 +23,11 @@ from fastgpt.models.tree import TokenTree
 from fastgpt.nn import LayerNorm, Linear, RMSNorm, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
 from fastgpt.nn.lora import FrozenLinear, LoraLinear
+from fastgpt.nn.lora_rows import RowsLora
 from fastgpt.nn.mlp import product_and_bias
 from fastgpt.nn.narrow import NarrowLinear
 
-FRESH = (Linear, NarrowLinear, LoraLinear, FrozenLinear)  # layers whose output belongs to the caller
+FRESH = (Linear, NarrowLinear, LoraLinear, FrozenLinear, RowsLora)  # layers whose output belongs to the caller
 
 
 class Pass(NamedTuple):

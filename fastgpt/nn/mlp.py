@@ -11,6 +11,7 @@ from fastgpt import ops
 from fastgpt.nn._hooks import fusable
 from fastgpt.nn.linear import Linear
 from fastgpt.nn.lora import FrozenLinear, LoraLinear
+from fastgpt.nn.lora_rows import RowsLora
 
 
 class GELU(nn.GELU):
@@ -56,6 +57,9 @@ def product_and_bias(up: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
         return ops.linear(x, up.weight), up.bias
     if fusable(up, LoraLinear) or fusable(up, FrozenLinear):
         return up.product(x), up.bias
+    if fusable(up, RowsLora):
+        y, bias = product_and_bias(up.base, x)
+        return up.add(y, x), bias
     return up(x), None
 
 

@@ -27,6 +27,7 @@ class NarrowLinear(nn.Module):
         super().__init__()
         for name, t in (("weight", weight), ("scale", scale), ("bias", bias)):
             self.register_buffer(name, None if t is None else t.detach())
+        self.out_features, self.in_features = weight.shape
 
     def forward(self, input: Tensor, tied: Tensor | None = None) -> Tensor:
         """Return the product. tied: ignored; a head shares the memory of the embedding it is tied to."""

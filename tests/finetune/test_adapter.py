@@ -18,6 +18,7 @@ from fastgpt.core import tensorfile
 from fastgpt.core.errors import UserError
 from fastgpt.finetune.adapter import adapter_state, load_adapter, save_adapter
 from fastgpt.finetune.lora import Lora, add_lora, lora_layers, read_merged, remove_lora
+from fastgpt.inference import Generator, Request
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.models.weights import load_pretrained, save_pretrained, write_pretrained
@@ -103,6 +104,34 @@ def test_some_modules_of_a_packed_layer(options: dict[str, Any], bases: dict[str
     assert distance(logits(again, ids()), logits(theirs, ids())) < LIMIT
     sent, back = (tensorfile.load_file(tmp_path / f / "adapter_model.safetensors") for f in ("in", "out"))
     assert sent.keys() == back.keys()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt_neox"])
+def test_each_row_of_a_batch_is_as_peft_with_its_adapter(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    """Three adapters of PEFT and none; ranks, scales and modules differ."""
+    packed = {"gpt2": "c_attn", "llama": "v_proj", "gpt_neox": "query_key_value"}[name]
+    kinds: dict[str, dict[str, Any]] = {
+        "a": {},
+        "b": dict(r=8, lora_alpha=3, use_rslora=True, target_modules=[packed], layers_to_transform=[1]),
+        "c": dict(r=2, target_modules=[packed]),
+    }
+    theirs: dict[str | None, Any] = {key: with_peft(bases[name], **options) for key, options in kinds.items()}
+    for key, model in theirs.items():
+        model.save_pretrained(tmp_path / str(key))
+    theirs[None] = transformers.AutoModelForCausalLM.from_pretrained(bases[name])
+    asked = [
+        Request(ids()[0, : 4 + 2 * i].tolist(), 6 - i % 3, temperature=0, logprobs=4, ignore_eos=True, adapter=key)
+        for i, key in enumerate(["a", None, "b", "c", "a", "b", None])
+    ]
+    base = load_pretrained(bases[name])
+    for request, result in zip(asked, Generator(base, adapters={k: tmp_path / k for k in kinds}).generate(asked)):
+        start = len(request.prompt) - 1
+        z = logits(theirs[request.adapter], torch.tensor([[*request.prompt, *result.ids]]))[0, start:-1]
+        limit = 2 * LIMIT * float(z.abs().max())
+        assert result.logprobs is not None and result.top_logprobs is not None
+        for row, token, logprob, top in zip(z.log_softmax(-1), result.ids, result.logprobs, result.top_logprobs):
+            assert all(abs(float(row[i]) - value) < limit for i, value in [(token, logprob), *top])
+            assert float(row[token]) > float(row.max()) - limit, "the most likely token, or one that is as likely"
 
 
 def test_the_adapter_of_a_model_with_adjacent_pairs_is_reordered_as_its_weights(tmp_path: Path) -> None:
