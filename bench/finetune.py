@@ -5,7 +5,7 @@ sides. A step is forward, backward, clipping and AdamW:
 
     sft   all weights, 2 rows of 512 tokens that all count; TRL's SFTTrainer
     lora  adapters of rank 16 in all linear layers of the blocks, the same rows; SFTTrainer with PEFT
-    dpo   all weights, 2 pairs, sides of 256 tokens of which 128 count; DPOTrainer; the reference is computed before,
+    dpo   all weights, 2 pairs, sides of 512 tokens of which 256 count; DPOTrainer; the reference is computed before,
           on both sides (precompute_ref_log_probs). fastgpt and TRL also run with the activations of the blocks
           recomputed ("recompute"; gradient checkpointing in TRL)
     distil  all weights, the forward KL divergence from a teacher of the same shape at 2 rows of 512 tokens; for TRL
@@ -63,7 +63,7 @@ STEPS = 8  # different batches
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and what a step has: rows of `block` tokens, or pairs of sides of block / 2, half of them a prompt."""
+    """A model, and what a step has: rows of `block` tokens, or as many pairs of such sides, half of them a prompt."""
 
     layers: int
     heads: int
@@ -153,15 +153,13 @@ class NoLoss(NextToken):
 
 
 def pairs(shape: Shape, step: int, index: int | None = None) -> Batch:
-    """Return the batch of a step's pairs: each row holds both sides, with the same prompt."""
-    ids, half, quarter = shape.ids(step), shape.block // 2, shape.block // 4
-    ids[:, half : half + quarter] = ids[:, :quarter]
-    targets = torch.full_like(ids, IGNORE)
-    side = torch.arange(shape.block) // half
-    place = torch.arange(shape.block) % half
-    learned = (place >= quarter - 1) & (place < half - 1)
-    targets[:, learned] = ids.roll(-1, 1)[:, learned]
-    sequence = 2 * torch.arange(shape.rows)[:, None] + side
+    """Return the batch of a step's pairs: each row is a side, and both sides of a pair have the same prompt."""
+    half, n = shape.block // 2, 2 * shape.rows
+    ids = torch.cat([shape.ids(step), shape.ids(STEPS + step)]).view(2, shape.rows, -1).transpose(0, 1).reshape(n, -1)
+    ids[1::2, :half] = ids[::2, :half]
+    place = torch.arange(shape.block)
+    targets = torch.where((place >= half - 1) & (place < shape.block - 1), ids.roll(-1, 1), IGNORE)
+    sequence = torch.arange(n)[:, None].expand_as(ids).contiguous()
     first = step * shape.rows if index is None else index
     extra = {"sequence": sequence, "index": first + torch.arange(shape.rows)}
     return Batch(ids, targets, sequence.int(), place.expand_as(ids).contiguous(), extra)
@@ -189,13 +187,15 @@ def trl_step(setup: Setup) -> Callable[[int], float]:
     )
     common |= dict(max_length=shape.block, lr_scheduler_type="constant", dataloader_num_workers=0, disable_tqdm=True)
     if setup.kind == "dpo":
-        half, quarter = shape.block // 2, shape.block // 4
+        half = shape.block // 2
         rows = [row.tolist() for step in range(STEPS) for row in pairs(shape, step).ids]
         data = datasets.Dataset.from_dict({name: [name] for name in ("prompt", "chosen", "rejected")})
         args: Any = trl.DPOConfig(**common, precompute_ref_log_probs=True)
         trainer: Any = trl.DPOTrainer(model, args=args, train_dataset=data, processing_class=words)
-        spans = {"prompt": (0, quarter), "chosen": (quarter, half), "rejected": (half + quarter, shape.block)}
-        made: list[Any] = [{f"{name}_ids": row[a:b] for name, (a, b) in spans.items()} for row in rows]
+        made: list[Any] = [
+            {"prompt_ids": chosen[:half], "chosen_ids": chosen[half:], "rejected_ids": rejected[half:]}
+            for chosen, rejected in zip(rows[::2], rows[1::2])
+        ]
         batches = [trainer.data_collator(made[i * shape.rows : (i + 1) * shape.rows]) for i in range(STEPS)]
         with torch.no_grad():
             for batch in batches:
@@ -301,7 +301,7 @@ class Side(Apart):
 def compare(shape_name: str, kind: str, rounds: int, threads: int) -> list[dict[str, Any]]:
     """Return a row for each side."""
     shape = SHAPES[shape_name]
-    tokens = shape.rows * shape.block
+    tokens = shape.rows * shape.block * (2 if kind == "dpo" else 1)
     about = {"bench": "finetune", "shape": shape_name, "kind": kind, "dtype": "fp32", "block": shape.block}
     about |= {"versions": versions(), "machine": provenance(torch.device("cpu"))}
     with tempfile.TemporaryDirectory() as folder:
