@@ -54,10 +54,10 @@ class Server:
         requests = call.requests()
         pieces = run(call.served.link, requests, self.metrics, self.timeout)
         if not call.body.stream:
-            results = await while_here(collect(pieces, len(requests)), request.is_disconnected)
+            results = await while_here(collect(pieces, len(requests)), request)
             return JSONResponse(call.answer(requests, results))
         # the first piece comes before the headers, so that a full queue is still status 429
-        first = await while_here(anext(pieces), request.is_disconnected)
+        first = await while_here(anext(pieces), request)
         return EventStream(_events(call, requests, _again(first, pieces)), self.timeout + SECONDS_TO_SAY)
 
 

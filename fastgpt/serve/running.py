@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import TypeVar
 
 import anyio
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Send
 
-from fastgpt.inference import Piece, Request, Result
+from fastgpt import inference
+from fastgpt.inference import Piece, Result
 from fastgpt.serve.errors import ApiError
 from fastgpt.serve.link import EngineDied, Link, QueueFull
 from fastgpt.serve.metrics import Metrics
@@ -34,7 +36,7 @@ def error_of(e: Exception) -> ApiError:
 
 
 async def run(
-    link: Link, requests: Sequence[Request], metrics: Metrics, timeout: float
+    link: Link, requests: Sequence[inference.Request], metrics: Metrics, timeout: float
 ) -> AsyncIterator[tuple[int, Piece]]:
     """Yield (request, piece) of all requests as they come. Leaving the loop cancels the rest.
 
@@ -66,6 +68,8 @@ async def run(
                     raise error_of(what)
                 left -= what.result is not None
                 yield i, what
+                if not found.empty():
+                    await asyncio.sleep(0)  # others go on, and the loop notices that the client has left
     except QueueFull as e:
         raise error_of(e) from None
     finally:
@@ -74,24 +78,27 @@ async def run(
             link.end(number)
 
 
-async def while_here(work: Awaitable[T], gone: Callable[[], Awaitable[bool]]) -> T:
-    """Return what `work` gives; cancel it if the client leaves, for which `gone` is asked each second.
+async def while_here(work: Awaitable[T], client: Request) -> T:
+    """Return what `work` gives; cancel it if the client leaves. The body of the request has been read.
 
     Raises:
         ApiError: status 499, the client has left.
     """
-    task = asyncio.ensure_future(work)
+
+    async def leaves() -> None:
+        while (await client.receive())["type"] != "http.disconnect":
+            pass
+
+    task, left = asyncio.ensure_future(work), asyncio.create_task(leaves())
     try:
-        while not task.done():
-            await asyncio.wait([task], timeout=1.0)
-            if not task.done() and await gone():
-                raise ApiError(499, "the client has left")
+        await asyncio.wait([task, left], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client has left")
         return task.result()
     finally:
-        if not task.done():
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        for one in (task, left):
+            one.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
 
 
 async def collect(pieces: AsyncIterator[tuple[int, Piece]], count: int) -> list[Result]:

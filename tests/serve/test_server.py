@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 pytest.importorskip("fastapi")
 
 import httpx
-from serve.servers import CONTEXT, server, write_model
+from serve.servers import CONTEXT, server, until, write_model
 
 from fastgpt.evaluate.target import open_target
 from fastgpt.inference import Generator, Request
@@ -50,14 +49,6 @@ def events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
     found = [line.removeprefix("data: ") for line in lines if line]
     assert found[-1] == "[DONE]"
     yield from map(json.loads, found[:-1])
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait until something is true, for a minute at most."""
-    end = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_completions_are_those_of_the_generator(client: httpx.Client, generator: Generator) -> None:
