@@ -2,7 +2,8 @@
 
 from fastgpt.inference.generate import generate
 from fastgpt.inference.generator import Generator
+from fastgpt.inference.grammar import Grammar
 from fastgpt.inference.requests import Piece, Request, Result
 from fastgpt.inference.weights import convert_weights
 
-__all__ = ["Generator", "Piece", "Request", "Result", "convert_weights", "generate"]
+__all__ = ["Generator", "Grammar", "Piece", "Request", "Result", "convert_weights", "generate"]

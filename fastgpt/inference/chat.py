@@ -29,8 +29,6 @@ Message = dict[str, str]
 class ChatTokenizer(TextTokenizer, Protocol):
     """A tokenizer that knows special tokens."""
 
-    specials: dict[str, int]
-
     def encode(self, text: str, specials: bool = False) -> Any:
         """Return the ids of a text; specials: special tokens in it become their ids."""
 

@@ -18,8 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastgpt.inference.adapters import Adapter, Adapters, Selection
+from fastgpt.inference.grammar import Grammar
+from fastgpt.inference.matcher import Grammars, Matcher
 from fastgpt.inference.requests import FinishReason, Piece, Request, Result, TextTokenizer, bytes_of
 from fastgpt.inference.rows import PREFILL_TOKENS, Rows, options_of
 from fastgpt.inference.sampling import Choice, Options
@@ -45,6 +48,7 @@ class Running:
     prompt_tokens: int
     seed: int
     stream: TextStream
+    matcher: Matcher | None = None  # of its grammar
     start: int = -1  # the first token in the cache; -1: nothing was read yet
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
@@ -58,6 +62,11 @@ class Running:
     def wanted(self) -> int:
         """Tokens of the text at its longest."""
         return self.prompt_tokens + self.request.max_new_tokens
+
+    @property
+    def allowed(self) -> Tensor | None:
+        """The tokens that may come next, as Tables.allowed has them; None: all."""
+        return None if self.matcher is None else self.matcher.allowed
 
     def result(self, reason: FinishReason) -> Result:
         asked = self.request.logprobs is not None
@@ -125,6 +134,7 @@ class Generator:
         self.running: list[Running] = []  # in the order of the rows
         self._rows: Rows | None = None
         self._options: Options | None = None  # of the running requests
+        self._grammars: Grammars | None = None
         self._added = 0
         self.adapters = Adapters(model)
         for name, path in (adapters or {}).items():
@@ -139,10 +149,12 @@ class Generator:
 
         Raises:
             ValueError: the prompt is empty, has ids that the model lacks, or is longer than the context although its
-                log-probabilities are asked for; a text needs a tokenizer; or there is no such adapter.
+                log-probabilities are asked for; a text needs a tokenizer; there is no such adapter; or the grammar
+                cannot be compiled.
+            UserError: a grammar needs llguidance, which is not installed.
         """
-        if self.tokenizer is None and (isinstance(request.prompt, str) or request.stop):
-            raise ValueError("Generator: a prompt or a stop string is a text, expected a tokenizer")
+        if self.tokenizer is None and (isinstance(request.prompt, str) or request.stop or request.grammar):
+            raise ValueError("Generator: a prompt, a stop string or a grammar is a text, expected a tokenizer")
         prompt = request.prompt
         ids = self.tokenizer.prompt(prompt) if isinstance(prompt, str) and self.tokenizer is not None else prompt
         ids = [int(i) for i in ids]
@@ -154,11 +166,22 @@ class Generator:
         if request.prompt_logprobs is not None and len(ids) > self.context:
             raise ValueError(f"Generator: the prompt has {len(ids)} tokens, expected at most {self.context}")
         adapter = None if request.adapter is None else self.adapters.find(request.adapter)
+        if request.logit_bias and not 0 <= min(request.logit_bias) <= max(request.logit_bias) < self.model.vocab_size:
+            raise ValueError(f"Generator: logit_bias has ids beyond 0 to {self.model.vocab_size - 1}, expected none")
+        matcher = None if request.grammar is None else self._matcher(request.grammar, request.stop)
         seed = secrets.randbits(63) if request.seed is None else request.seed
         number = self._added
         self._added += 1
-        self.waiting.append(Running(number, request, ids, len(ids), seed, TextStream(request.stop), adapter=adapter))
+        stream = TextStream(request.stop)
+        self.waiting.append(Running(number, request, ids, len(ids), seed, stream, matcher, adapter=adapter))
         return number
+
+    def _matcher(self, grammar: Grammar, stop: Sequence[str]) -> Matcher:
+        """Return what a grammar allows. A special token that is a stop string may end the text, too."""
+        assert self.tokenizer is not None
+        if self._grammars is None:
+            self._grammars = Grammars(self.tokenizer, self.eos, self.model.vocab_size)
+        return self._grammars.start(grammar, [i for s in stop if (i := self.tokenizer.specials.get(s)) is not None])
 
     def cancel(self, number: int) -> None:
         """Drop a request that waits or runs; one that is finished is ignored."""
@@ -184,7 +207,7 @@ class Generator:
         """Generate; yield the pieces of all requests as they come, numbered from 0. Leaving the loop cancels the rest.
 
         Raises:
-            ValueError: as `add` and `step`; or requests of `add` are not finished.
+            ValueError: as `add` and `step`; requests of `add` are not finished; or a grammar reached a limit.
         """
         if self.waiting or self.running:
             raise ValueError("Generator: other requests are running, expected none (many callers share add and step)")
@@ -196,6 +219,8 @@ class Generator:
                 numbers[self.add(request)] = i
             while self.waiting or self.running:
                 for p in self.step():
+                    if p.error is not None:
+                        raise ValueError(f"Generator: {p.error}")
                     yield dataclasses.replace(p, number=numbers[p.number])
         finally:
             for number in numbers:
@@ -280,6 +305,7 @@ class Generator:
         u = [r.random.random() for r in group] if options.sampled else []
         assert self._rows is not None
         texts, selection = [r.ids[r.start :] for r in group], self._selection(group)
+        self._rows.tables.allow(first, [r.allowed for r in group])
         choice, scores = self._rows.prefill(first, texts, options, u, scored, selection)
         for r, found in zip(group, scores):
             r.scores = found or r.scores
@@ -289,6 +315,7 @@ class Generator:
         self._options = self._options or options_of([r.request for r in self.running])
         rows, count = self._rows, len(self.running)
         assert rows is not None
+        rows.tables.allow(0, [r.allowed for r in self.running])
         rows.draw(0, [r.random.random() for r in self.running] if self._options.sampled else [])
         return self._take(rows.decode(count, self._options, self._selection(self.running)), 0, count)
 
@@ -310,7 +337,7 @@ class Generator:
             self.running = []
             raise ValueError(f"Generator: the logits after {length} tokens are not finite, expected finite numbers")
         pieces = [self._append(r, token) for r, token in zip(self.running[first:last], tokens)]
-        self._remove([first + i for i, piece in enumerate(pieces) if piece.result is not None])
+        self._remove([first + i for i, piece in enumerate(pieces) if piece.result is not None or piece.error])
         return pieces
 
     def _append(self, r: Running, token: int) -> Piece:
@@ -324,6 +351,11 @@ class Generator:
         elif self.tokenizer is not None:
             text = r.stream.push(bytes_of(self.tokenizer, token))
             reason = "stop" if r.stream.stopped else None
+        if r.matcher is not None and reason is None:
+            r.matcher.accept(token)
+            if r.matcher.error:
+                return Piece(r.number, token, text, error=r.matcher.error)
+            reason = "stop" if r.matcher.complete else None
         if reason is None and len(r.ids) == r.wanted:
             reason = "length"
         newest = (r.logprobs[-1], r.top_logprobs[-1]) if r.request.logprobs is not None else (None, None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
+
+from fastgpt.inference.grammar import Grammar
 
 FinishReason = Literal["length", "stop", "eos"]
 
@@ -16,6 +18,7 @@ class TextTokenizer(Protocol):
     n_vocab: int
     prefix: tuple[int, ...]  # before every prompt
     ends: tuple[int, ...]  # end a text
+    specials: dict[str, int]  # special token -> id
 
     def encode(self, text: str) -> Any:
         """Return the ids of a text, a sequence of ints."""
@@ -52,6 +55,11 @@ class Request:
         logprobs: None: no log-probabilities; n: those of the chosen tokens and of the n most likely ones.
         prompt_logprobs: the same for the tokens of the prompt, which then has to fit into the context.
         adapter: name of the adapter to use; None: the base model.
+        presence_penalty: subtracted from the logits of tokens that were added before; 0 changes nothing.
+        frequency_penalty: subtracted from the logits of a token for each time that it was added; 0 changes nothing.
+        logit_bias: numbers to add to the logits of tokens, by id.
+        grammar: what the new text must be; it ends where the grammar does. A text that is cut by max_new_tokens or by
+            a stop string is only the beginning of one.
 
     Raises:
         ValueError: names the setting, its value and what is expected.
@@ -70,6 +78,25 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     adapter: str | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+    grammar: Grammar | None = None
+
+    @classmethod
+    def of_plain(cls, values: Mapping[str, Any]) -> Request:
+        """Return the request of values that went through JSON: a grammar is a dictionary there, and ids are texts."""
+        grammar, bias = values.get("grammar"), values.get("logit_bias")
+        made = {
+            "grammar": None if grammar is None else Grammar(**grammar),
+            "logit_bias": None if bias is None else {int(i): value for i, value in bias.items()},
+        }
+        return cls(**{**values, **made})
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether a penalty needs the number of times that each token was added."""
+        return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, expected: str) -> None:
@@ -86,6 +113,10 @@ class Request:
         texts = not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop)
         require(texts, "stop", "a sequence of texts that are not empty")
         require(self.seed is None or self.seed >= 0, "seed", "0 or more")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(-inf < getattr(self, name) < inf, name, "a finite number")
+        require(all(-inf < b < inf for b in (self.logit_bias or {}).values()), "logit_bias", "finite numbers")
+        require(self.grammar is None or not self.ignore_eos, "ignore_eos", "False beside a grammar")
         for name in ("logprobs", "prompt_logprobs"):
             require(getattr(self, name) is None or getattr(self, name) >= 0, name, "0 or more")
 
@@ -97,7 +128,8 @@ class Result:
     Attributes:
         ids: the new tokens, with those of an end-of-text token or a stop string.
         text: the new text, without them; empty without a tokenizer.
-        finish_reason: "length": max_new_tokens was reached; "stop": a stop string; "eos": an end-of-text token.
+        finish_reason: "length": max_new_tokens was reached; "stop": a stop string, or the grammar is complete; "eos":
+            an end-of-text token.
         prompt_tokens: number of tokens of the prompt.
         seed: of the random numbers.
         logprobs: log-probability of each of ids by the model, before penalty, temperature and filters; None if not
@@ -130,6 +162,7 @@ class Piece:
             string is held back.
         result: of a request that is finished; else None.
         logprob, top_logprobs: of the new token, as in Result; None if not asked for.
+        error: why the request ended without a result: its grammar reached a limit of the library.
     """
 
     number: int
@@ -138,3 +171,4 @@ class Piece:
     result: Result | None = None
     logprob: float | None = None
     top_logprobs: list[tuple[int, float]] | None = None
+    error: str | None = None

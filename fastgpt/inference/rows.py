@@ -14,6 +14,7 @@ from fastgpt.inference.graphs import DecodeGraphs
 from fastgpt.inference.requests import Request
 from fastgpt.inference.sampling import Choice, Options, Settings, choose
 from fastgpt.inference.scoring import Scores, score
+from fastgpt.inference.tables import Tables
 from fastgpt.models.cache import KVCache
 from fastgpt.models.gpt import GPT
 
@@ -37,7 +38,7 @@ class Rows:
         self.tokens = torch.zeros(count, dtype=torch.int64, device=self.device)  # the last ones, not in the cache yet
         self.settings = Settings.of_rows(count, self.device)
         self.u = torch.zeros(count, dtype=torch.float64, device=self.device)
-        self.seen: Tensor | None = None  # (B, V), once a row has a repetition penalty
+        self.tables = Tables(count, model.vocab_size, self.device)
         self.adapters = torch.zeros(count, dtype=torch.int64, device=self.device)  # numbers; 0: none
         self.selection: Selection | None = None  # the last one
         self.graphs = DecodeGraphs(model, self.lens, graphs)
@@ -50,19 +51,17 @@ class Rows:
         """
         self.adapters[row] = adapter
         values = (request.temperature, request.top_k or self.model.vocab_size, request.top_p, request.min_p)
-        for t, value in zip(self.settings, (*values, request.repetition_penalty), strict=True):
+        penalties = (request.repetition_penalty, request.presence_penalty, request.frequency_penalty)
+        for t, value in zip(self.settings, (*values, *penalties), strict=True):
             t[row] = value
-        if request.repetition_penalty != 1:
-            if self.seen is None:
-                self.seen = torch.zeros(self.count, self.model.vocab_size, dtype=torch.bool, device=self.device)
-            self.seen[row] = False
-            self.seen[row, torch.tensor(ids, device=self.device)] = True
+        self.tables.set(row, request, ids)
 
     def move(self, source: int, to: int, length: int) -> None:
         """Copy a row of `length` tokens over another."""
         self.cache.move(source, to, length)
-        for t in (self.lens, self.tokens, self.adapters, *self.settings, *(() if self.seen is None else (self.seen,))):
+        for t in (self.lens, self.tokens, self.adapters, *self.settings):
             t[to] = t[source]
+        self.tables.move(source, to)
 
     def prefill(
         self,
@@ -133,12 +132,10 @@ class Rows:
         return nullcontext() if selection is None else selection.on(self.adapters[first:last, None])
 
     def _choose(self, h: Tensor, first: int, last: int, options: Options) -> Choice:
-        seen = self.seen[first:last] if options.penalised and self.seen is not None else None
-        settings = self.settings.rows(first, last)
-        choice = choose(self.model.logits(h), settings, options, self.u[first:last], seen)
+        settings, tables = self.settings.rows(first, last), self.tables.rows(first, last)
+        choice = choose(self.model.logits(h), settings, options, self.u[first:last], tables)
         self.tokens[first:last] = choice.token
-        if seen is not None:
-            seen.scatter_(1, choice.token.clamp(min=0)[:, None], True)
+        tables.add(choice.token)
         return choice
 
 
@@ -155,4 +152,7 @@ def options_of(requests: Sequence[Request]) -> Options:
         every_top_k=all(r.top_k is not None for r in filtered),
         min_p=any(r.min_p > 0 for r in drawn),
         logprobs=max(alternatives, default=None),
+        counted=any(r.counts_tokens for r in requests),
+        biased=any(r.logit_bias for r in requests),
+        constrained=any(r.grammar is not None for r in requests),
     )

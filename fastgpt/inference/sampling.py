@@ -1,6 +1,9 @@
 """Choose the next tokens of a batch, each row with settings of its own.
 
-    z = logits; of tokens already in the text: z / penalty if z > 0, z penalty else  (Keskar 2019, arXiv:1909.05858)
+    z = logits + bias
+    of tokens already in the text: z / penalty if z > 0, z penalty else             (Keskar 2019, arXiv:1909.05858)
+    z = z - frequency n - presence [n > 0], n times a token was added               (as OpenAI's API defines them)
+    z = -inf where a grammar forbids the token                                      (grammar.py)
     z = z / temperature
     keep z >= the top_k-th largest                                                  (Fan 2018, arXiv:1805.04833)
     keep the most likely tokens, until their probabilities sum to top_p             (Holtzman 2019, arXiv:1904.09751)
@@ -19,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastgpt.inference.tables import Tables, unpack
+
 
 class Options(NamedTuple):
     """What any row of a batch needs. These are host numbers, fixed in a recorded graph."""
@@ -30,6 +35,9 @@ class Options(NamedTuple):
     every_top_k: bool = False  # all sampled rows with top_p have a top_k, so no row needs all logits sorted
     min_p: bool = False
     logprobs: int | None = None  # most alternatives that a row returns; None: no row asks for log-probabilities
+    counted: bool = False  # a row with a presence or frequency penalty
+    biased: bool = False
+    constrained: bool = False  # a row with a grammar
 
 
 class Settings(NamedTuple):
@@ -40,12 +48,15 @@ class Settings(NamedTuple):
     top_p: Tensor  # fp32; 1 is off
     min_p: Tensor  # fp32; 0 is off
     penalty: Tensor  # fp32; 1 is off
+    presence: Tensor  # fp32; 0 is off
+    frequency: Tensor  # fp32; 0 is off
 
     @classmethod
     def of_rows(cls, rows: int, device: torch.device) -> Settings:
         """Allocate settings for greedy rows."""
         zeros, ones = torch.zeros(rows, device=device), torch.ones(rows, device=device)
-        return cls(zeros, torch.ones(rows, dtype=torch.int64, device=device), ones, zeros.clone(), ones.clone())
+        whole = torch.ones(rows, dtype=torch.int64, device=device)
+        return cls(zeros, whole, ones, zeros.clone(), ones.clone(), zeros.clone(), zeros.clone())
 
     def rows(self, first: int, last: int) -> Settings:
         """Return the settings of rows first to last - 1, as views."""
@@ -93,18 +104,31 @@ def draw(z: Tensor, u: Tensor) -> Tensor:
     return torch.searchsorted(total, u[:, None] * total[:, -1:], right=True)[:, 0]
 
 
-def choose(logits: Tensor, s: Settings, o: Options, u: Tensor, seen: Tensor | None = None) -> Choice:
+def adjust(z: Tensor, s: Settings, o: Options, tables: Tables) -> Tensor:
+    """Apply bias, penalties and grammars to the logits z (B, V)."""
+    if o.biased and tables.bias is not None:
+        z = z + tables.bias
+    if o.penalised and tables.seen is not None:
+        z = penalise(z, tables.seen, s.penalty)
+    if o.counted and (n := tables.counts) is not None:
+        z = z - (s.frequency[:, None] * n + s.presence[:, None] * (n > 0))
+    if o.constrained and tables.allowed is not None:
+        z = z.masked_fill(~unpack(tables.allowed, z.shape[-1]), -torch.inf)
+    return z
+
+
+def choose(logits: Tensor, s: Settings, o: Options, u: Tensor, tables: Tables | None = None) -> Choice:
     """Choose a token for each row of logits (B, V).
 
     Args:
         s, o: the settings of the rows, and what any of them needs.
         u: (B,) fp64, 0 <= u < 1; not read for rows with temperature 0.
-        seen: (B, V) bool, the tokens of each row's text; read only with a repetition penalty.
+        tables: of the rows; those are read that the options name.
     """
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     wanted = z
-    if o.penalised and seen is not None:
-        z = penalise(z, seen, s.penalty)
+    if tables is not None:
+        z = adjust(z, s, o, tables)
     best = z.max(-1)
     token = best.indices
     if o.sampled:

@@ -104,8 +104,8 @@ class Engine:
         if "add" in message:
             number = message["add"]
             try:
-                self.numbers[self.generator.add(Request(**message["request"]))] = number
-            except ValueError as e:
+                self.numbers[self.generator.add(Request.of_plain(message["request"]))] = number
+            except (ValueError, UserError) as e:
                 _send(self.pipe, {"refused": number, "why": str(e)})
         elif "cancel" in message:
             for own in [own for own, number in self.numbers.items() if number == message["cancel"]]:
@@ -123,6 +123,8 @@ class Engine:
             for own in [own for own in self.numbers if own not in left]:
                 _send(self.pipe, {"refused": self.numbers.pop(own), "why": str(e)})
             return
+        for piece in [piece for piece in pieces if piece.error is not None and piece.number in self.numbers]:
+            _send(self.pipe, {"refused": self.numbers.pop(piece.number), "why": piece.error})
         found = [self._plain(piece) for piece in pieces if piece.number in self.numbers]
         for piece in pieces:
             if piece.result is not None:

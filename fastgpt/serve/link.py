@@ -122,7 +122,7 @@ class Link:
         """Send messages until the link is closed."""
         while (message := self._outbox.get()) is not None:
             try:
-                self._pipe.send_bytes(json.dumps(message).encode())
+                self._pipe.send_bytes(json.dumps(message, default=dataclasses.asdict).encode())
             except OSError:
                 if "add" in message:
                     died = EngineDied("the engine is being started again; try again in a moment")

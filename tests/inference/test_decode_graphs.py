@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from recorder import recording
-from small_models import ROPE, model_of
+from small_models import ROPE, byte_tokenizer, model_of
 from torch import Tensor
 
 from fastgpt.core import fallback
 from fastgpt.core.errors import UserError
 from fastgpt.core.graphs import WARM_STEPS
-from fastgpt.inference import Generator, Request, graphs
+from fastgpt.inference import Generator, Grammar, Request, graphs
 from fastgpt.inference.rows import Rows
 from fastgpt.models.gpt import GPT
 
@@ -24,7 +24,7 @@ REQUESTS = [
     Request([3, 1, 4], 22, temperature=0.9, top_k=20, seed=3, logprobs=0),
     Request([1, 5], 13, temperature=0.0, logprobs=1),
     Request([9, 2, 6, 5], 9, top_p=0.9, min_p=0.05, seed=4, repetition_penalty=1.3, logprobs=0),
-    Request([3, 5], 12, temperature=1.2, seed=5, logprobs=0),
+    Request([3, 5], 12, temperature=1.2, seed=5, logprobs=0, frequency_penalty=0.5, logit_bias={7: 2.0}),
 ]
 
 
@@ -35,7 +35,8 @@ def some_model() -> GPT:
 def tensors(rows: Rows) -> list[Tensor]:
     """Return everything that a step may change."""
     found = [rows.cache.k, rows.cache.v, rows.lens, rows.tokens, rows.u, *rows.settings]
-    return found if rows.seen is None else [*found, rows.seen]
+    tables = (rows.tables.seen, rows.tables.counts, rows.tables.bias, rows.tables.allowed)
+    return [*found, *(table for table in tables if table is not None)]
 
 
 @pytest.fixture
@@ -79,6 +80,21 @@ def test_replayed_steps_generate_what_called_ones_do(generator: Generator, monke
         results(generator)
     before = len(called)
     assert results(generator) == expected and len(called) == before, "nothing but replays"
+
+
+@pytest.mark.usefixtures("unlooked")
+def test_replayed_steps_follow_a_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    requests = [Request("a", 20, seed=i, grammar=Grammar("regex", "[a-f]{3,6}(x|y)+z")) for i in range(3)]
+    made = [Generator(model_of(**ROPE, vocab_size=257).float().eval(), byte_tokenizer()) for _ in range(2)]
+    made[0].reserve()
+    rows = made[0]._rows
+    assert rows is not None
+    rows.graphs.enabled = True
+    monkeypatch.setattr(graphs, "record", recording(lambda: tensors(rows)))
+    for _ in range(2):
+        assert [r.ids for r in made[0].generate(requests)] == [r.ids for r in made[1].generate(requests)]
+    assert any(options.constrained for _, options, *_ in rows.graphs.recorded)  # type: ignore[misc]
 
 
 @pytest.mark.usefixtures("unlooked")

@@ -9,13 +9,15 @@ import torch
 from draws import generator
 from torch import Tensor
 
+from fastgpt.inference.grammar import Grammar
 from fastgpt.inference.requests import Request
 from fastgpt.inference.rows import options_of
-from fastgpt.inference.sampling import Settings, choose, draw, keep_likely, penalise
+from fastgpt.inference.sampling import Settings, adjust, choose, draw, keep_likely, penalise
+from fastgpt.inference.tables import Tables
 
 
 def settings(requests: list[Request], vocabulary: int) -> Settings:
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     columns = [[getattr(r, name) or (vocabulary if name == "top_k" else 0) for r in requests] for name in names]
     return Settings(*(torch.tensor(c, dtype=torch.int64 if n == "top_k" else None) for n, c in zip(names, columns)))
 
@@ -99,15 +101,18 @@ def test_a_row_does_not_depend_on_the_settings_of_others() -> None:
         alone = int(chosen(logits[1:], u[1:], **mine))
         for other in [*cases, dict(temperature=0.0, logprobs=3, repetition_penalty=2.0)]:
             requests = [Request([0], **other), Request([0], **mine)]
-            seen = torch.ones(2, 50, dtype=torch.bool)
-            both = choose(logits, settings(requests, 50), options_of(requests), u, seen)
+            tables = Tables(2, 50, logits.device)
+            tables.seen = torch.ones(2, 50, dtype=torch.bool)
+            both = choose(logits, settings(requests, 50), options_of(requests), u, tables)
             assert int(both.token[1]) == alone, (mine, other)
 
 
 def test_logprobs_are_those_of_the_model() -> None:
     logits = torch.randn(2, 50, generator=generator(4))
     requests = [Request([0], temperature=0.0, repetition_penalty=3.0, logprobs=3)] * 2
-    out = choose(logits, settings(requests, 50), options_of(requests), torch.zeros(2), torch.ones(2, 50) > 0)
+    tables = Tables(2, 50, logits.device)
+    tables.seen = torch.ones(2, 50, dtype=torch.bool)
+    out = choose(logits, settings(requests, 50), options_of(requests), torch.zeros(2), tables)
     exact = logits.log_softmax(-1)
     assert out.logprob is not None and out.top_logprobs is not None and out.top_ids is not None
     assert torch.equal(out.logprob, exact.gather(1, out.token[:, None])[:, 0])
@@ -120,3 +125,43 @@ def test_logits_that_are_not_finite_choose_nothing(wrong: float, temperature: fl
     logits = torch.zeros(2, 5)
     logits[1, 2] = wrong
     assert chosen(logits, torch.zeros(2, dtype=torch.float64), temperature=temperature).tolist()[1] == -1
+
+
+def test_bias_and_penalties_change_the_logits() -> None:
+    """As in OpenAI's documentation: a presence once, a frequency for each time that the token was added."""
+    logits = torch.randn(2, 70, generator=generator(5))
+    requests = [Request([0], presence_penalty=0.7, frequency_penalty=-0.2), Request([0], logit_bias={3: 9.0, 69: -9.0})]
+    tables, s = Tables(2, 70, logits.device), settings(requests, 70)
+    for row, request in enumerate(requests):
+        tables.set(row, request, [0, 1])
+    for tokens in ([5, 5], [5, 6], [8, 8]):
+        tables.add(torch.tensor(tokens))
+    expected = logits.clone()
+    expected[0, 5] -= 0.7 - 0.2 * 2
+    expected[0, 8] -= 0.7 - 0.2
+    expected[1, 3] += 9
+    expected[1, 69] -= 9
+    torch.testing.assert_close(adjust(logits, s, options_of(requests), tables), expected)
+    tables.set(1, Request([0]), [0])  # another request takes the row
+    assert tables.bias is not None and not tables.bias[1].any()
+    tables.move(0, 1)
+    assert tables.counts is not None and tables.counts[1].tolist() == tables.counts[0].tolist()
+
+
+def test_a_grammar_leaves_the_tokens_that_it_allows() -> None:
+    logits = torch.randn(3, 70, generator=generator(6))
+    bits = torch.zeros(3, dtype=torch.int32)
+    bits[0], bits[1], bits[2] = -(2**31), 1, 1 << 5  # tokens 31, 32 and 69
+    tables = Tables(3, 70, logits.device)
+    tables.allow(0, [None, None])
+    assert tables.allowed is None
+    tables.allow(1, [bits, None])
+    tables.allow(0, [None])
+    requests = [Request([0]), Request([0], temperature=0.0, grammar=Grammar("json_object"), logprobs=0)]
+    s, o = settings([*requests, requests[0]], 70), options_of(requests)
+    found = adjust(logits[1:], s.rows(1, 3), o, tables.rows(1, 3))
+    assert found[0].isfinite().nonzero()[:, 0].tolist() == [31, 32, 69] and torch.equal(found[1], logits[2])
+    out = choose(logits[1:], s.rows(1, 3), o, torch.zeros(2, dtype=torch.float64), tables.rows(1, 3))
+    best = max((31, 32, 69), key=lambda i: float(logits[1, i]))
+    assert out.token[0] == best and out.logprob is not None
+    assert out.logprob[0] == logits[1].log_softmax(-1)[best]
