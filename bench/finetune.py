@@ -115,12 +115,13 @@ def own_step(setup: Setup) -> Callable[[int], float]:
     from fastgpt.models.weights import load_pretrained
     from fastgpt.optim import AdamW
     from fastgpt.train import forward_backward, optimizer_step
+    from fastgpt.training.build import keep_sums
 
     model, shape = load_pretrained(setup.folder / "hf"), setup.shape
     if setup.kind == "lora":
         add_lora(model, Lora(RANK, 2.0 * RANK), generator=torch.Generator().manual_seed(0))
     model.recompute = "block" if setup.side.endswith("recompute") else "none"
-    model.train()
+    keep_sums(model.train(), 1)
     optimizer = AdamW(model.param_groups(0.0), lr=LR, max_norm=1.0)
     task: Any = NextToken()
     if setup.kind == "distil":

@@ -36,9 +36,8 @@ from fastgpt.finetune.written import Teacher
 from fastgpt.inference.chat import FILE, Template
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
-from fastgpt.nn import keep_gradients
 from fastgpt.training import checkpoint
-from fastgpt.training.build import build_optimizer
+from fastgpt.training.build import build_optimizer, keep_sums
 from fastgpt.training.evaluation import validate
 from fastgpt.training.initial import Initial, load_start
 from fastgpt.training.run import Run
@@ -184,8 +183,7 @@ def build_model(cfg: FinetuneConfig, start: Initial, head: HeadConfig | None, de
         freeze(model, cfg.freeze)
     if head is not None:
         model.head.requires_grad_(True)
-    if cfg.batch > cfg.micro_batch:  # a step adds several gradients
-        keep_gradients(model)
+    keep_sums(model, cfg.batch // cfg.micro_batch)
     return model.train()
 
 

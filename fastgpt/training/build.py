@@ -65,9 +65,15 @@ def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device) -> GPT:
     model = GPT(settings, generator=torch.Generator().manual_seed(cfg.seed))
     model.recompute = cfg.recompute
     model.to(device=device, dtype=dtype_of(cfg.dtype, device.type))
-    if not cfg.compile and (cfg.accumulation > 1 or cfg.model.tied):  # a step adds several gradients
-        keep_gradients(model if cfg.accumulation > 1 else model.wte)
+    if not cfg.compile:
+        keep_sums(model, cfg.accumulation)
     return model
+
+
+def keep_sums(model: GPT, micro_batches: int) -> None:
+    """Keep the gradients that a step adds up in the same buffers: those of several micro-batches, or of a tied head."""
+    if micro_batches > 1 or model.config.tied:
+        keep_gradients(model if micro_batches > 1 else model.wte)
 
 
 def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
