@@ -83,7 +83,8 @@ static std::vector<int32_t> indices(int64_t n, int64_t top) {
 }
 
 // Sum of the output of attention_decode for the same queries and keys, with causal order and the lengths of `a`.
-static double decode(AttentionArgs a, int64_t element) {
+static double decode(const AttentionArgs& of_attention, int64_t element) {
+  DecodeArgs a{of_attention, nullptr, 0, 0};
   a.causal = true, a.rng = nullptr, a.cu_q = a.cu_k = nullptr, a.doc_ids = nullptr;
   Heads out(a.n_batch, a.n_queries, a.n_heads, a.head_dim, element, true, true);
   std::vector<float> workspace(cpu::attention_decode_workspace(a, {}));

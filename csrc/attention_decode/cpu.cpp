@@ -2,7 +2,8 @@
 //
 // A task is one key head of one batch and kSplit keys, whatever the number of threads. It goes through tiles of kTile
 // keys: scores of all queries that share the head, online softmax, the sum over values. Keys and values in fp32 are read
-// where they are; others are converted to fp32, once per tile. A second pass adds the splits of a head.
+// where they are; others are converted to fp32, once per tile. A second pass adds the splits of a head. Tiles have the
+// same keys and sums the same order with pages as without.
 #if defined(__clang__)
 #pragma clang fp contract(fast)  // no formula here needs a product to be rounded
 #elif defined(__GNUC__)
@@ -21,7 +22,8 @@ namespace {
 
 constexpr int64_t kSplit = 512, kTile = 64;
 constexpr int64_t kGrain = 131072;  // products that a task has at least: fewer cost more to schedule
-constexpr int64_t kAhead = 8;  // rows between the one that is read and the one that is prefetched
+constexpr int64_t kGroup = 16;  // rows that are added before their sum is added to others; divides kTile
+constexpr int64_t kAhead = 8;   // rows between the one that is read and the one that is prefetched
 
 // Adds kLanes parts by halves.
 FASTGPT_INLINE float sum_parts(const float* parts) {
@@ -32,6 +34,19 @@ FASTGPT_INLINE float sum_parts(const float* parts) {
   for (int i = 0; i < 4; ++i) four[i] = eight[i] + eight[i + 4];
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
+
+// n rows from `row` on, of one group. The first row to prefetch is `ahead`.
+struct Run {
+  const float *row, *ahead;
+  int64_t n;
+  bool ends_group;
+};
+
+// Runs [runs, last) of rows that are `step` apart.
+struct Rows {
+  const Run *runs, *last;
+  int64_t step;
+};
 
 #if defined(FASTGPT_LEVELS)
 #define FASTGPT_SET DecodeV4
@@ -53,7 +68,7 @@ FASTGPT_INLINE float sum_parts(const float* parts) {
 struct Sizes {
   int64_t group, n_rows, width, heads, splits, part;
 
-  explicit Sizes(const AttentionArgs& a)
+  explicit Sizes(const DecodeArgs& a)
       : group(a.n_heads / a.n_kv_heads),
         n_rows(a.n_queries * group),
         width(ceil_div(a.head_dim, kLanes) * kLanes),
@@ -63,10 +78,11 @@ struct Sizes {
 };
 
 // Memory of a task: the queries of a head, a tile of keys or values in fp32, and for each row kTile scores and the factor
-// of its earlier sums.
+// of its earlier sums; the runs of a tile.
 struct DecodeScratch {
   std::unique_ptr<float[]> memory;
   float *q, *rows, *z, *shrink;
+  Run runs[kTile];
 
   explicit DecodeScratch(const Sizes& s)
       : memory(new float[(s.n_rows + kTile) * s.width + s.n_rows * (kTile + 1) + 2 * kLanes]) {
@@ -84,24 +100,72 @@ inline void widen_rows(const T* x, int64_t step, int64_t n, int64_t dim, int64_t
   }
 }
 
-struct Rows {
-  const float* x;
-  int64_t step;
+// The keys or the values of a head of one batch.
+template <class T>
+struct HeadRows {
+  const T* x;
+  int64_t step, page;  // distances between rows and, with `pages`, between pages
+  const int32_t* pages;
+  int bits;
+
+  FASTGPT_INLINE const T* at(int64_t key) const {
+    if (pages == nullptr) return x + key * step;
+    return x + pages[key >> bits] * page + (key & ((int64_t{1} << bits) - 1)) * step;
+  }
+
+  // Returns how many rows from `key` on are `step` apart.
+  FASTGPT_INLINE int64_t even(int64_t key) const {
+    return pages == nullptr ? INT64_MAX : (((key >> bits) + 1) << bits) - key;
+  }
 };
 
-// Returns n rows of keys or values from `x` on, in place if possible.
+// Returns n rows of keys or values from `first` on, in place if possible. Rows from `end` on are not read.
 template <class T>
-inline Rows rows_of(const T* x, int64_t step, int64_t n, int64_t dim, int64_t width, float* scratch) {
+inline Rows rows_of(const HeadRows<T>& x, int64_t first, int64_t n, int64_t end, int64_t dim, int64_t width,
+                    DecodeScratch& w) {
+  Run* run = w.runs;
   if constexpr (sizeof(T) == 4) {
-    if (dim == width) return {x, step};
+    if (dim == width) {
+      for (int64_t i = 0; i < n; ++run) {
+        const int64_t key = first + i, ahead = x.pages == nullptr || key + kAhead < end ? key + kAhead : key;
+        const int64_t left = min_of(kGroup - i % kGroup, n - i), count = min_of(left, min_of(x.even(key), x.even(ahead)));
+        *run = {x.at(key), x.at(ahead), count, count == left};
+        i += count;
+      }
+      return {w.runs, run, x.step};
+    }
   }
-  widen_rows(x, step, n, dim, width, scratch);
-  return {scratch, width};
+  for (int64_t i = 0; i < n;) {
+    const int64_t count = min_of(n - i, x.even(first + i));
+    widen_rows(x.at(first + i), x.step, count, dim, width, w.rows + i * width);
+    i += count;
+  }
+  for (int64_t i = 0; i < n; i += kGroup, ++run) {
+    *run = {w.rows + i * width, w.rows + (i + kAhead) * width, min_of(kGroup, n - i), true};
+  }
+  return {w.runs, run, width};
+}
+
+// Returns the rows of the keys or values x of a batch and a head.
+template <class T>
+inline HeadRows<T> head_rows(const DecodeArgs& a, const void* x, const AttentionStrides& at, int64_t batch,
+                             int64_t kv_head) {
+  const T* first = static_cast<const T*>(x) + kv_head * at.head;
+  if (a.pages == nullptr) return {first + batch * at.batch, at.row, 0, nullptr, 0};
+  return {first, at.row, at.batch, a.pages + batch * (a.n_keys >> a.page_bits), a.page_bits};
+}
+
+// Returns whether the keys [low, high) of a row are in pages of the pool.
+template <class T>
+inline bool in_pool(const DecodeArgs& a, const HeadRows<T>& x, int64_t low, int64_t high) {
+  if (x.pages == nullptr || low >= high) return true;
+  const int32_t *first = x.pages + (low >> x.bits), *last = x.pages + ((high - 1) >> x.bits);
+  return std::all_of(first, last + 1, [&](int32_t page) { return page >= 0 && page < a.n_pages; });
 }
 
 // Computes the powers of n scores z and returns their factor for the earlier sums. The keys [begin, end) are seen. z has
 // whole vectors; what follows the scores becomes 0.
-inline float softmax(const AttentionArgs& a, float* z, int64_t n, int64_t begin, int64_t end, float& top, float& total) {
+inline float softmax(const DecodeArgs& a, float* z, int64_t n, int64_t begin, int64_t end, float& top, float& total) {
   const int64_t whole = ceil_div(n, kLanes) * kLanes;
   FASTGPT_SIMD
   for (int64_t i = 0; i < n; ++i) z[i] *= a.scale;
@@ -131,7 +195,7 @@ inline float softmax(const AttentionArgs& a, float* z, int64_t n, int64_t begin,
 
 // Stores the sums of a row, divided by their total.
 template <class T>
-inline void store_row(const AttentionArgs& a, const Sizes& s, int64_t head, int64_t row, const float* sums,
+inline void store_row(const DecodeArgs& a, const Sizes& s, int64_t head, int64_t row, const float* sums,
                       float total) {
   const int64_t batch = head / a.n_kv_heads, first = head % a.n_kv_heads * s.group, query = row / s.group;
   T* out = static_cast<T*>(a.out) + ((batch * a.n_queries + query) * a.n_heads + first + row % s.group) * a.head_dim;
@@ -140,46 +204,54 @@ inline void store_row(const AttentionArgs& a, const Sizes& s, int64_t head, int6
   for (int64_t d = 0; d < a.head_dim; ++d) out[d] = from_float<T>(sums[d] / divisor);
 }
 
-// Computes the part of each row of a head for the keys of a split: parts (n_rows, splits, part).
-template <class Set, class T>
-inline void split_of(const AttentionArgs& a, const Sizes& s, int64_t item, DecodeScratch& w, float* parts) {
-  const int64_t head = item / s.splits, split = item % s.splits;
-  const int64_t batch = head / a.n_kv_heads, kv_head = head % a.n_kv_heads;
-  int64_t low = (split + 1) * kSplit, high = split * kSplit;
+// Returns the keys of a split that any query of a batch sees; none if begin >= end.
+inline KeyRange seen_keys(const DecodeArgs& a, int64_t batch, int64_t split) {
+  KeyRange seen{(split + 1) * kSplit, split * kSplit};
   for (int64_t t = 0; t < a.n_queries; ++t) {
     const KeyRange keys = key_range(a, batch, t, 0);
     if (keys.begin >= keys.end) continue;
-    low = min_of(low, max_of(keys.begin, split * kSplit)), high = max_of(high, min_of(keys.end, (split + 1) * kSplit));
+    seen.begin = min_of(seen.begin, max_of(keys.begin, split * kSplit));
+    seen.end = max_of(seen.end, min_of(keys.end, (split + 1) * kSplit));
   }
+  return seen;
+}
+
+// Computes the part of each row of a head for the keys of a split: parts (n_rows, splits, part).
+template <class Set, class T>
+inline void split_of(const DecodeArgs& a, const Sizes& s, int64_t item, DecodeScratch& w, float* parts) {
+  const int64_t head = item / s.splits, split = item % s.splits;
+  const int64_t batch = head / a.n_kv_heads, kv_head = head % a.n_kv_heads;
+  const KeyRange seen = seen_keys(a, batch, split);
+  const HeadRows<T> k = head_rows<T>(a, a.k, a.k_at, batch, kv_head), v = head_rows<T>(a, a.v, a.v_at, batch, kv_head);
+  const bool readable = in_pool(a, k, seen.begin, seen.end);
   for (int64_t r = 0; r < s.n_rows; ++r) {
     const int64_t at = batch * a.q_at.batch + r / s.group * a.q_at.row + (kv_head * s.group + r % s.group) * a.q_at.head;
-    if (low < high) widen_rows(static_cast<const T*>(a.q) + at, 0, 1, a.head_dim, s.width, w.q + r * s.width);
+    if (seen.begin < seen.end) widen_rows(static_cast<const T*>(a.q) + at, 0, 1, a.head_dim, s.width, w.q + r * s.width);
     float* part = parts + r * s.splits * s.part;
     std::fill(part, part + s.width, 0.0f);
-    part[s.width] = -INFINITY, part[s.width + 1] = 0.0f;
+    part[s.width] = -INFINITY, part[s.width + 1] = readable ? 0.0f : NAN;
   }
-  const T* k = static_cast<const T*>(a.k) + batch * a.k_at.batch + kv_head * a.k_at.head;
-  const T* v = static_cast<const T*>(a.v) + batch * a.v_at.batch + kv_head * a.v_at.head;
-  for (int64_t key = low; key < high; key += kTile) {
-    const int64_t n = min_of(kTile, high - key);
-    Rows rows = rows_of(k + key * a.k_at.row, a.k_at.row, n, a.head_dim, s.width, w.rows);
+  if (!readable) return;
+  for (int64_t key = seen.begin, n; key < seen.end; key += n) {
+    n = min_of(kTile - key % kTile, seen.end - key);  // whole tiles start at whole groups of a page
+    Rows rows = rows_of(k, key, n, seen.end, a.head_dim, s.width, w);
     for (int64_t r = 0; r < s.n_rows; ++r) {
       const KeyRange keys = key_range(a, batch, r / s.group, 0);
       const int64_t begin = min_of(n, max_of(keys.begin - key, 0)), end = max_of(begin, min_of(n, keys.end - key));
       float *z = w.z + r * kTile, *part = parts + r * s.splits * s.part;
-      Set::products(w.q + r * s.width, rows.x, rows.step, n, s.width, z);
+      Set::products(w.q + r * s.width, rows, s.width, z);
       w.shrink[r] = softmax(a, z, n, begin, end, part[s.width], part[s.width + 1]);
     }
-    rows = rows_of(v + key * a.v_at.row, a.v_at.row, n, a.head_dim, s.width, w.rows);
+    rows = rows_of(v, key, n, seen.end, a.head_dim, s.width, w);
     for (int64_t r = 0; r < s.n_rows; ++r) {
-      Set::add(w.z + r * kTile, rows.x, rows.step, n, s.width, w.shrink[r], parts + r * s.splits * s.part);
+      Set::add(w.z + r * kTile, rows, s.width, w.shrink[r], parts + r * s.splits * s.part);
     }
   }
 }
 
 // Adds the splits of the rows [begin, end) among heads x n_rows.
 template <class T>
-inline void add_splits(const AttentionArgs& a, const Sizes& s, int64_t begin, int64_t end) {
+inline void add_splits(const DecodeArgs& a, const Sizes& s, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
     float* parts = a.workspace + row * s.splits * s.part;
     float top = -INFINITY, total = 0.0f;
@@ -197,7 +269,7 @@ inline void add_splits(const AttentionArgs& a, const Sizes& s, int64_t begin, in
 }
 
 template <class Set>
-inline void splits_of(const AttentionArgs& a, int64_t begin, int64_t end) {
+inline void splits_of(const DecodeArgs& a, int64_t begin, int64_t end) {
   const Sizes s(a);
   DecodeScratch w(s);
   for (int64_t item = begin; item < end; ++item) {
@@ -210,18 +282,18 @@ inline void splits_of(const AttentionArgs& a, int64_t begin, int64_t end) {
 }
 
 #if defined(FASTGPT_LEVELS)
-FASTGPT_FLAT FASTGPT_V4 void splits_v4(const AttentionArgs& a, int64_t begin, int64_t end) {
+FASTGPT_FLAT FASTGPT_V4 void splits_v4(const DecodeArgs& a, int64_t begin, int64_t end) {
   splits_of<DecodeV4>(a, begin, end);
 }
-FASTGPT_FLAT FASTGPT_V3 void splits_v3(const AttentionArgs& a, int64_t begin, int64_t end) {
+FASTGPT_FLAT FASTGPT_V3 void splits_v3(const DecodeArgs& a, int64_t begin, int64_t end) {
   splits_of<DecodeV3>(a, begin, end);
 }
 #endif
-FASTGPT_FLAT void splits_base(const AttentionArgs& a, int64_t begin, int64_t end) {
+FASTGPT_FLAT void splits_base(const DecodeArgs& a, int64_t begin, int64_t end) {
   splits_of<DecodeBase>(a, begin, end);
 }
 
-FASTGPT_CLONES void add_rows(const AttentionArgs& a, int64_t begin, int64_t end) {
+FASTGPT_CLONES void add_rows(const DecodeArgs& a, int64_t begin, int64_t end) {
   const Sizes s(a);
   with_type(a.dtype, [&](auto tag) { add_splits<decltype(tag)>(a, s, begin, end); });
 }
@@ -230,12 +302,12 @@ FASTGPT_CLONES void add_rows(const AttentionArgs& a, int64_t begin, int64_t end)
 
 // ---- launchers ----
 
-int64_t attention_decode_workspace(const AttentionArgs& a, Stream) {
+int64_t attention_decode_workspace(const DecodeArgs& a, Stream) {
   const Sizes s(a);
   return s.heads * s.n_rows * s.splits * s.part;
 }
 
-void attention_decode_fwd(const AttentionArgs& a, Stream) {
+void attention_decode_fwd(const DecodeArgs& a, Stream) {
   const Sizes s(a);
   const int64_t keys = min_of(a.n_keys, kSplit);
   const int64_t grain = max_of(1, kGrain / max_of(1, 2 * keys * s.width * s.n_rows));

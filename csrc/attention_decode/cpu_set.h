@@ -11,56 +11,57 @@ struct FASTGPT_SET {
     return v;
   }
 
-  // z[n] = x . rows[n] for n rows, `step` apart. Each sum has kLanes parts, so its order is the same for every set.
-  FASTGPT_TARGET FASTGPT_NOINLINE static void products(const float* x, const float* rows, int64_t step, int64_t n,
-                                                       int64_t width, float* z) {
-    for (int64_t r = 0; r < n; ++r) {
-      const float* row = rows + r * step;
-      __builtin_prefetch(row + kAhead * step);
-      __builtin_prefetch(row + kAhead * step + kLanes);
-      __builtin_prefetch(row + kAhead * step + 2 * kLanes);
-      __builtin_prefetch(row + kAhead * step + 3 * kLanes);
-      Vector sum[kVectors] = {};
-      for (int64_t d = 0; d < width; d += kLanes) {
-        FASTGPT_UNROLL
-        for (int i = 0; i < kVectors; ++i) sum[i] += load(x + d + i * L) * load(row + d + i * L);
+  // z[n] = x . rows[n]. Each sum has kLanes parts, so its order is the same for every set.
+  FASTGPT_TARGET FASTGPT_NOINLINE static void products(const float* x, const Rows& rows, int64_t width, float* z) {
+    const int64_t step = rows.step;
+    for (const Run* run = rows.runs; run < rows.last; ++run) {
+      const float *row = run->row, *ahead = run->ahead;
+      for (const float* end = z + run->n; z < end; ++z, row += step, ahead += step) {
+        __builtin_prefetch(ahead);
+        __builtin_prefetch(ahead + kLanes);
+        __builtin_prefetch(ahead + 2 * kLanes);
+        __builtin_prefetch(ahead + 3 * kLanes);
+        Vector sum[kVectors] = {};
+        for (int64_t d = 0; d < width; d += kLanes) {
+          FASTGPT_UNROLL
+          for (int i = 0; i < kVectors; ++i) sum[i] += load(x + d + i * L) * load(row + d + i * L);
+        }
+        alignas(64) float parts[kLanes];
+        memcpy(parts, sum, sizeof parts);
+        *z = sum_parts(parts);
       }
-      alignas(64) float parts[kLanes];
-      memcpy(parts, sum, sizeof parts);
-      z[r] = sum_parts(parts);
     }
   }
 
   // c[d] = shrink c[d] + sum_n p[n] rows[n][d], in blocks of columns that fit the registers.
-  FASTGPT_TARGET FASTGPT_NOINLINE static void add(const float* p, const float* rows, int64_t step, int64_t n,
-                                                  int64_t width, float shrink, float* c) {
+  FASTGPT_TARGET FASTGPT_NOINLINE static void add(const float* p, const Rows& rows, int64_t width, float shrink,
+                                                  float* c) {
     constexpr int kWide = L == 16 ? 4 : 2;
     int64_t d = 0;
-    for (; d + kWide * kLanes <= width; d += kWide * kLanes) add_block<kWide>(p, rows + d, step, n, shrink, c + d);
-    for (; d < width; d += kLanes) add_block<1>(p, rows + d, step, n, shrink, c + d);
+    for (; d + kWide * kLanes <= width; d += kWide * kLanes) add_block<kWide>(p, rows, d, shrink, c + d);
+    for (; d < width; d += kLanes) add_block<1>(p, rows, d, shrink, c + d);
   }
 
-  // The error of a sum grows with its length, so 16 rows are added first, then these sums.
+  // The error of a sum grows with its length, so kGroup rows are added first, then these sums.
   template <int N>
-  FASTGPT_TARGET FASTGPT_INLINE static void add_block(const float* p, const float* rows, int64_t step, int64_t n,
-                                                      float shrink, float* c) {
+  FASTGPT_TARGET FASTGPT_INLINE static void add_block(const float* p, const Rows& rows, int64_t column, float shrink,
+                                                      float* c) {
     constexpr int kSums = N * kVectors;
-    Vector sum[kSums];
+    const int64_t step = rows.step;
+    Vector sum[kSums], part[kSums];
     FASTGPT_UNROLL
-    for (int i = 0; i < kSums; ++i) sum[i] = Vector{};
-    for (int64_t first = 0; first < n; first += 16) {
-      Vector part[kSums];
-      FASTGPT_UNROLL
-      for (int i = 0; i < kSums; ++i) part[i] = Vector{};
-      for (int64_t r = first; r < min_of(n, first + 16); ++r) {
-        const float* row = rows + r * step;
+    for (int i = 0; i < kSums; ++i) sum[i] = part[i] = Vector{};
+    for (const Run* run = rows.runs; run < rows.last; ++run) {
+      const float *row = run->row + column, *ahead = run->ahead + column;
+      for (const float* end = p + run->n; p < end; ++p, row += step, ahead += step) {
         FASTGPT_UNROLL
-        for (int i = 0; i < N; ++i) __builtin_prefetch(row + kAhead * step + i * kLanes);
+        for (int i = 0; i < N; ++i) __builtin_prefetch(ahead + i * kLanes);
         FASTGPT_UNROLL
-        for (int i = 0; i < kSums; ++i) part[i] += p[r] * load(row + i * L);
+        for (int i = 0; i < kSums; ++i) part[i] += *p * load(row + i * L);
       }
+      if (!run->ends_group) continue;
       FASTGPT_UNROLL
-      for (int i = 0; i < kSums; ++i) sum[i] += part[i];
+      for (int i = 0; i < kSums; ++i) sum[i] += part[i], part[i] = Vector{};
     }
     FASTGPT_UNROLL
     for (int i = 0; i < kSums; ++i) sum[i] += shrink * load(c + i * L);

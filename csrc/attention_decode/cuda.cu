@@ -43,7 +43,7 @@ struct DecodeTile {
 
 // Argument of the kernels. A row is a query of a head: number t group + g of the T x group rows of a key head.
 struct DecodeLaunch {
-  AttentionArgs a;
+  DecodeArgs a;
   int n_rows, group, chunks, splits;
   float inverse_softcap;
   bool aligned;  // keys and values are whole 16-byte pieces at aligned addresses
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) attention_decode_fwd_kernel(const __
   using Tile = DecodeTile<T, LANES, ROWS>;
   constexpr int U = Tile::kUnroll, kPieces = 8 / kLanes<T>;
   __shared__ float tops[kWarps][ROWS], totals[kWarps][ROWS], accs[kWarps][ROWS][Tile::kWidth];
-  const AttentionArgs& a = l.a;
+  const DecodeArgs& a = l.a;
   const int split = static_cast<int>(blockIdx.x % l.splits), chunk = static_cast<int>(blockIdx.x / l.splits % l.chunks);
   const int head = static_cast<int>(blockIdx.x / l.splits / l.chunks);  // among B Hkv
   const int64_t batch = head / a.n_kv_heads, kv_head = head % a.n_kv_heads;
@@ -263,7 +263,7 @@ __global__ void __launch_bounds__(kThreads) attention_decode_fwd_kernel(const __
 template <typename T>
 __global__ void __launch_bounds__(kThreads) attention_decode_fwd_add_kernel(const __grid_constant__ DecodeLaunch l) {
   __shared__ float scratch[2][kMaxWarps], factors[kMaxSplits];
-  const AttentionArgs& a = l.a;
+  const DecodeArgs& a = l.a;
   const int64_t row = blockIdx.x, head = row / l.n_rows, number = row % l.n_rows;
   const int split = static_cast<int>(threadIdx.x);
   const float* stats = l.stats + 2 * (row * l.splits + split);
@@ -293,7 +293,7 @@ using Number = std::integral_constant<int, N>;
 
 // Calls f(type, lanes, rows) with the tags of the kernel for this dtype, head dimension and number of queries.
 template <typename F>
-void with_kernel(const AttentionArgs& a, F f) {
+void with_kernel(const DecodeArgs& a, F f) {
   if (a.n_keys > INT_MAX / 4 || a.n_queries > INT_MAX / 4 || a.head_dim > 256) {  // keep numbers of keys in 32 bits
     throw std::runtime_error("fastgpt: attention_decode: more than 2^29 keys or queries, or over 256 columns");
   }
@@ -312,7 +312,7 @@ void with_kernel(const AttentionArgs& a, F f) {
 
 // Sets everything except the alignment.
 template <typename T, int LANES, int ROWS>
-DecodeLaunch decode_launch(const AttentionArgs& a) {
+DecodeLaunch decode_launch(const DecodeArgs& a) {
   constexpr int64_t kKeys = DecodeTile<T, LANES, ROWS>::kKeys;
   DecodeLaunch l{};
   l.a = a;
@@ -330,7 +330,7 @@ DecodeLaunch decode_launch(const AttentionArgs& a) {
 
 }  // namespace
 
-int64_t attention_decode_workspace(const AttentionArgs& a, Stream) {
+int64_t attention_decode_workspace(const DecodeArgs& a, Stream) {
   int64_t size = 0;
   with_kernel(a, [&](auto type, auto lanes, auto rows) {
     const DecodeLaunch l = decode_launch<decltype(type), lanes(), rows()>(a);
@@ -339,7 +339,7 @@ int64_t attention_decode_workspace(const AttentionArgs& a, Stream) {
   return size;
 }
 
-void attention_decode_fwd(const AttentionArgs& a, Stream stream) {
+void attention_decode_fwd(const DecodeArgs& a, Stream stream) {
   with_kernel(a, [&](auto type, auto lanes, auto rows) {
     using T = decltype(type);
     DecodeLaunch l = decode_launch<T, lanes(), rows()>(a);

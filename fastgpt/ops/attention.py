@@ -132,28 +132,30 @@ def check_values(op: str, name: str, x: Tensor | None, top: int, rising: bool) -
         raise ValueError(f"{op}: {name} are {x.tolist()[:8]}, expected starts from 0 on that never fall")
 
 
-def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless q is (B, T, H, D), and k and v are (B, S, Hkv, D) of its dtype and device, with Hkv dividing H."""
+def check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, pool: bool = False) -> None:
+    """Raise unless q is (B, T, H, D), and k and v are (B, S, Hkv, D) of its dtype and device, with Hkv dividing H.
+    With `pool`, k and v are pages of a cache, (n_pages, page_size, Hkv, D)."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_float(op, name, x)
         if x.dim() != 4:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, expected (B, T, H, D)")
     b, _, h, d = q.shape
-    if k.shape[0] != b or k.shape[3] != d:
-        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, expected ({b}, S, Hkv, {d}) as q")
+    if not (pool or k.shape[0] == b) or k.shape[3] != d:
+        wanted = "n_pages, page_size" if pool else f"{b}, S"
+        raise ValueError(f"{op}: k has shape {tuple(k.shape)}, expected ({wanted}, Hkv, {d}) as q")
     check_like(op, "k", k, tuple(k.shape), q, (q.dtype,), "as q")
     check_like(op, "v", v, tuple(k.shape), q, (q.dtype,), "as k")
     if k.shape[2] == 0 or h % k.shape[2]:
         raise ValueError(f"{op}: q has {h} heads, expected a multiple of k's {k.shape[2]}")
 
 
-def check_keys(op: str, q: Tensor, k: Tensor, o: dict[str, Any]) -> None:
-    """Raise unless window, softcap, kv_lens and kv_start are valid for q and k."""
+def check_keys(op: str, q: Tensor, n_keys: int, o: dict[str, Any]) -> None:
+    """Raise unless window, softcap, kv_lens and kv_start are valid for q and this number of keys in a row."""
     if o["window"] is not None and o["window"] < 1:
         raise ValueError(f"{op}: window is {o['window']}, expected at least 1 key (the query's own)")
     for name in ("kv_lens", "kv_start"):
         check_index(op, name, o[name], (q.shape[0],), q)
-        check_values(op, name, o[name], k.shape[1], rising=False)
+        check_values(op, name, o[name], n_keys, rising=False)
     if o["softcap"] < 0:
         raise ValueError(f"{op}: softcap is {o['softcap']}, expected 0 (off) or more")
 
@@ -175,7 +177,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, o: dict[str, Any]) -> None:
     if o["doc_ids"] is not None and t != s:
         raise ValueError(f"attention: got doc_ids with {t} queries and {s} keys, expected equal numbers")
     check_index("attention", "doc_ids", o["doc_ids"], (b, t), q)
-    check_keys("attention", q, k, o)
+    check_keys("attention", q, s, o)
     if not 0.0 <= o["dropout_p"] < 1.0:
         raise ValueError(f"attention: dropout_p is {o['dropout_p']}, expected 0 to less than 1")
 

@@ -72,6 +72,11 @@ void fill(AttentionArgs& a, const py::dict& values) {
   FIELD(softcap); FIELD(scale); FIELD(causal); FIELD(dtype);
 }
 
+void fill(DecodeArgs& a, const py::dict& values) {
+  fill(static_cast<AttentionArgs&>(a), values);
+  FIELD(pages); FIELD(n_pages); FIELD(page_bits);
+}
+
 // While it exists, launchers plan for a device of 108 multiprocessors and launch nothing.
 struct Planning {
   Planning() {
@@ -152,7 +157,7 @@ PYBIND11_MODULE(kernels, m) {
   m.def("attention_bwd_workspace", size<cuda::attention_bwd_workspace, int64_t, int64_t, int64_t>);
   m.def("attention_decode_fwd", planned(cuda::attention_decode_fwd));
   m.def("attention_decode_workspace", [](const py::kwargs& values) {
-    AttentionArgs a{};
+    DecodeArgs a{};
     fill(a, values);
     const Planning planning;
     return cuda::attention_decode_workspace(a, {});
