@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from fastgpt._version import __version__
+from fastgpt.serve.adapters import add_adapters
 from fastgpt.serve.errors import ApiError, of_validation
 from fastgpt.serve.guard import Guard, Limits
 from fastgpt.serve.routes import Server, add_generation, add_overview, add_tokenizer
 from fastgpt.serve.served import Served
 
 
-def build_app(models: Mapping[str, Served], limits: Limits) -> FastAPI:
-    """Return the application. The first model answers requests that name none."""
-    server = Server(models, limits.timeout)
+def build_app(models: Mapping[str, Served], limits: Limits, adapters: Path | None = None) -> FastAPI:
+    """Return the application. The first model answers requests that name none.
+
+    Args:
+        adapters: folder from which clients may load adapters of the first model; None: they may not.
+    """
+    server = Server(dict(models), limits.timeout)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -35,6 +41,8 @@ def build_app(models: Mapping[str, Served], limits: Limits) -> FastAPI:
     add_generation(app, server)
     add_tokenizer(app, server)
     add_overview(app, server)
+    if adapters is not None:
+        add_adapters(app, server, adapters)
     return app
 
 

@@ -47,6 +47,7 @@ def requests_of(
         for k in range(body.n):
             seed = None if body.seed is None else (body.seed + number * body.n + k) % (1 << 63)
             values = {**body.settings(served.defaults), "max_new_tokens": wanted, "stop": body.stops, "seed": seed}
+            values["adapter"] = served.adapter
             try:
                 made.append(Request(ids, **values, **more))
             except ValueError as e:

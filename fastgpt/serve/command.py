@@ -6,6 +6,7 @@ import argparse
 import os
 import signal
 import socket
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +29,31 @@ def main(argv: list[str]) -> int:
     from fastgpt.serve.app import build_app
     from fastgpt.serve.engine import Model
     from fastgpt.serve.guard import Limits
-    from fastgpt.serve.served import serve_model
+    from fastgpt.serve.served import serve_adapter, serve_model
 
+    places = named([args.run, *args.model])
+    adapters = named_adapters(args.adapter, places)
+    changes = folder_of(args.allow_adapter_changes)
     keys = read_keys(args.api_key_file)
     limits = Limits(args.max_body, args.timeout, keys)
     listening = listen(args.host, args.port, args.timeout)  # first: loading a model takes longer
     options: dict[str, Any] = dict(device=args.device, weights=args.weights, rows=args.rows, context=args.context)
-    models = {}
+    models: dict[str, Any] = {}
     try:
-        for name, path in named([args.run, *args.model]).items():
-            models[name] = serve_model(name, Model(path, **options, threads=args.threads), args.queue)
+        for name, path in places.items():
+            own = {} if models else adapters
+            models[name] = serve_model(name, Model(path, **options, threads=args.threads, adapters=own), args.queue)
+        base = next(iter(models.values()))
+        models |= {name: serve_adapter(name, path, base) for name, path in adapters.items()}
         if args.host not in LOOPBACK and not keys:
             print(f"warning: anyone who reaches {args.host} may use the server; set FASTGPT_API_KEYS or --api-key-file")
         for served in models.values():
-            print(f"model {served.name}: {served.link.model.path}, {served.context} tokens")
+            print(f"model {served.name}: {served.root}, {served.context} tokens")
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"serving at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has ended
-        config = uvicorn.Config(
-            build_app(models, limits), log_level="warning", timeout_graceful_shutdown=args.grace, server_header=False
-        )
+        app = build_app(models, limits, changes)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.grace, server_header=False)
         uvicorn.Server(config).run(sockets=[listening])
     finally:
         for served in models.values():
@@ -60,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastgpt serve", description="Serve models over HTTP, as OpenAI's API does.")
     parser.add_argument("run", metavar="[NAME=]RUN", help="run, checkpoint or folder of a model")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN", help="a further model")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=PATH", help="a LoRA adapter of the first model, by name"
+    )
+    parser.add_argument(
+        "--allow-adapter-changes", metavar="DIR", help="let clients load adapters in this folder, and unload them"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=number(int, 0, 65535), default=8000, help="0 takes a free one (default: 8000)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
@@ -100,6 +112,34 @@ def named(places: list[str]) -> dict[str, str]:
             raise UserError(f"two models are named {name}, expected NAME=RUN with different names")
         found[name] = path
     return found
+
+
+def named_adapters(places: list[str], models: Collection[str]) -> dict[str, str]:
+    """Return the paths of adapters by name, NAME=PATH.
+
+    Raises:
+        UserError: a name is missing, given twice, or that of a model.
+    """
+    found: dict[str, str] = {}
+    for place in places:
+        name, _, path = place.partition("=")
+        if not name or not path:
+            raise UserError(f"--adapter is {place!r}, expected NAME=PATH")
+        if name in found or name in models:
+            raise UserError(f"--adapter: two models are named {name}, expected different names")
+        found[name] = path
+    return found
+
+
+def folder_of(path: str | None) -> Path | None:
+    """Return the folder of --allow-adapter-changes.
+
+    Raises:
+        UserError: it does not exist.
+    """
+    if path is not None and not Path(path).is_dir():
+        raise UserError(f"--allow-adapter-changes is {path!r}, expected a folder")
+    return None if path is None else Path(path)
 
 
 def read_keys(file: Path | None) -> tuple[str, ...]:

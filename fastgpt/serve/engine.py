@@ -4,9 +4,11 @@ Requests join and leave the running batch at any step. Messages are JSON, so not
 ever unpickled. The server starts a new engine when this one dies.
 
 To the engine:      {"add": number, "request": {...}}   {"cancel": number}   {"stop": true}
+                    {"change": number, "load": name, "path": path}   {"change": number, "unload": name}
 From the engine:    {"ready": {...}} or {"failed": "sentence"} once, then after each step
                     {"pieces": [[number, a Piece's other values ...], ...], "running": rows, "waiting": requests}
-                    and {"refused": number, "why": "sentence"} for a request that cannot run
+                    {"refused": number, "why": "sentence"} for a request that cannot run, or a change, and
+                    {"changed": number} for a change of adapters that was made
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import logging
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -40,6 +42,8 @@ class Model:
         rows: most requests that run at a time.
         context: most tokens of a text; None: as the model was trained.
         threads: of PyTorch on a CPU; None: all cores.
+        adapters: paths by name.
+        again: the model was served before; an adapter whose files have gone since then is left out.
     """
 
     path: str
@@ -48,6 +52,8 @@ class Model:
     rows: int = 16
     context: int | None = None
     threads: int | None = None
+    adapters: dict[str, str] = field(default_factory=dict)
+    again: bool = False
 
 
 def main(pipe: Connection, model: Model) -> None:
@@ -77,6 +83,13 @@ def build(model: Model) -> Generator:
     target = open_target(model.path, device=model.device)
     options: dict[str, Any] = dict(max_batch=model.rows, context=model.context, weights=model.weights)
     generator = Generator(target.model, target.tokenizer, **options)
+    for name, path in model.adapters.items():
+        try:
+            generator.adapters.load(name, path)
+        except UserError as e:
+            if not model.again:
+                raise
+            log.error("adapter %s is left out: %s", name, e)
     generator.reserve()
     generator.generate([Request([target.tokenizer.eot], 2)])  # what cannot run fails now, and kernels are compiled
     return generator
@@ -107,12 +120,29 @@ class Engine:
                 self.numbers[self.generator.add(Request.of_plain(message["request"]))] = number
             except (ValueError, UserError) as e:
                 _send(self.pipe, {"refused": number, "why": str(e)})
+        elif "change" in message:
+            self.change(message)
         elif "cancel" in message:
             for own in [own for own, number in self.numbers.items() if number == message["cancel"]]:
                 self.generator.cancel(own)
                 del self.numbers[own]
         else:
             self.stopped = True
+
+    def change(self, message: dict[str, Any]) -> None:
+        """Load or unload an adapter. The server knows which ones there are: one of this name is from before the engine
+        was started again."""
+        adapters, number = self.generator.adapters, message["change"]
+        name: str = message["load"] if "load" in message else message["unload"]
+        if name in adapters.named:
+            adapters.unload(name)
+        try:
+            if "load" in message:
+                adapters.load(name, message["path"])
+        except UserError as e:
+            _send(self.pipe, {"refused": number, "why": str(e)})
+        else:
+            _send(self.pipe, {"changed": number})
 
     def step(self) -> None:
         """Run one step and send what it added; a request without finite logits takes the running ones with it."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -83,7 +83,8 @@ class Link:
         """Start the process and wait until it has loaded the model."""
         methods = multiprocessing.get_context("spawn")
         self._pipe, end = methods.Pipe()
-        self._process = methods.Process(target=engine.main, args=(end, self.model), daemon=True)
+        model = replace(self.model, again=self.context > 0)
+        self._process = methods.Process(target=engine.main, args=(end, model), daemon=True)
         with closing(end):
             self._process.start()
         try:
@@ -124,9 +125,9 @@ class Link:
             try:
                 self._pipe.send_bytes(json.dumps(message, default=dataclasses.asdict).encode())
             except OSError:
-                if "add" in message:
+                if (number := message.get("add", message.get("change"))) is not None:
                     died = EngineDied("the engine is being started again; try again in a moment")
-                    self._in_loop(self._give, message["add"], died)
+                    self._in_loop(self._give, number, died)
 
     def _in_loop(self, call: Callable[..., None], *arguments: Any) -> None:
         """Run a call in the event loop; without one there is no request."""
@@ -138,12 +139,16 @@ class Link:
         if "refused" in message:
             self._give(message["refused"], Refused(message["why"]))
             return
+        if "changed" in message:
+            self._give(message["changed"], None)
+            return
         self.load.running = message["running"]
         for number, token, text, result, *newest in message["pieces"]:
             found = None if result is None else Result(**result)
             self._give(number, Piece(number, token, text, found, *newest))
 
-    def _give(self, number: int, what: Piece | Refused | EngineDied) -> None:
+    def _give(self, number: int, what: Any) -> None:
+        """Hand over a Piece, None for a change that was made, Refused or EngineDied."""
         if not isinstance(what, Piece) or what.result is not None:
             self._unfinished.discard(number)
         if number in self._jobs:
@@ -178,6 +183,36 @@ class Link:
         if number in self._unfinished:
             self._unfinished.remove(number)
             self._outbox.put({"cancel": number})
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Load an adapter between two steps.
+
+        Raises:
+            Refused: it is damaged or does not fit.
+            EngineDied: the engine ended.
+        """
+        await self._change({"load": name, "path": path})
+        self.model = replace(self.model, adapters={**self.model.adapters, name: path})
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unload an adapter; requests that run or wait with it are finished. Raises as `load_adapter`."""
+        self.model = replace(self.model, adapters={n: p for n, p in self.model.adapters.items() if n != name})
+        await self._change({"unload": name})
+
+    async def _change(self, what: dict[str, Any]) -> None:
+        self._loop = asyncio.get_running_loop()
+        done = self._loop.create_future()
+        number, self._next = self._next, self._next + 1
+        self._jobs[number] = done.set_result
+        self._unfinished.add(number)
+        self._outbox.put({"change": number, **what})
+        try:
+            said = await done
+        finally:
+            del self._jobs[number]
+            self._unfinished.discard(number)
+        if said is not None:
+            raise said
 
     def close(self) -> None:
         """End the engine."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +35,7 @@ class Server:
         metrics: counters.
     """
 
-    models: Mapping[str, Served]
+    models: dict[str, Served]
     timeout: float
     metrics: Metrics = field(default_factory=Metrics)
 
@@ -134,13 +134,13 @@ def add_overview(app: FastAPI, server: Server) -> None:
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        server.metrics.restarts.set(sum(served.link.restarts for served in server.models.values()))
+        server.metrics.restarts.set(sum(link.restarts for link in {served.link for served in server.models.values()}))
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 def _about(served: Served) -> dict[str, Any]:
     about = {"id": served.name, "object": "model", "created": served.created, "owned_by": "fastgpt"}
-    return {**about, "max_model_len": served.context}
+    return {**about, "root": served.root, "parent": served.parent, "max_model_len": served.context}
 
 
 async def _again(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from fastgpt.core.errors import UserError, cause_of
 from fastgpt.data import Tokenizer
-from fastgpt.data.load import load_tokenizer
+from fastgpt.data.load import has_tokenizer, load_tokenizer
 from fastgpt.evaluate.target import find_model
-from fastgpt.inference.chat import Template
+from fastgpt.inference.adapters import adapter_folder
+from fastgpt.inference.chat import FILE, Template
+from fastgpt.models.weights.peft import CONFIG
 from fastgpt.serve.engine import Model
 from fastgpt.serve.link import Link
+from fastgpt.training import checkpoint
 from fastgpt.training.initial import open_initial
 
 DEFAULTS = ("temperature", "top_p", "top_k", "repetition_penalty", "min_p")  # read from generation_config.json
@@ -30,6 +33,9 @@ class Served:
         link: its engine.
         defaults: settings of generation_config.json that a request does not give.
         created: seconds since 1970 at which the weights were written.
+        adapter: name of the adapter in the engine; None: the base model.
+        parent: name of the base model of an adapter.
+        root: path of the weights.
     """
 
     name: str
@@ -38,6 +44,9 @@ class Served:
     link: Link
     defaults: dict[str, Any] = field(default_factory=dict)
     created: int = 0
+    adapter: str | None = None
+    parent: str | None = None
+    root: str = ""
 
     @property
     def context(self) -> int:
@@ -49,7 +58,7 @@ def serve_model(name: str, model: Model, queue: int) -> Served:
     """Open a model's tokenizer and start its engine.
 
     Raises:
-        UserError: it has no tokenizer, or cannot be served.
+        UserError: it has no tokenizer, or cannot be served, or an adapter does not fit.
     """
     folder, _ = find_model(model.path)
     start = open_initial(folder)
@@ -59,7 +68,43 @@ def serve_model(name: str, model: Model, queue: int) -> Served:
     eos = tokenizer.decode_bytes([tokenizer.eot]).decode()
     template = Template.of_run(folder, eos, tokenizer.bos)
     defaults = read_defaults(folder / "generation_config.json")
-    return Served(name, tokenizer, template, Link(model, queue), defaults, int(folder.stat().st_mtime))
+    for path in model.adapters.values():
+        require_tokenizer(path, tokenizer)
+    created = int(folder.stat().st_mtime)
+    return Served(name, tokenizer, template, Link(model, queue), defaults, created, root=model.path)
+
+
+def serve_adapter(name: str, path: str, base: Served) -> Served:
+    """Return an adapter that the base's engine has, or is to load, as a model: with the base's tokenizer and defaults,
+    and a chat template of its own if its folder has one.
+
+    Raises:
+        UserError: there is none, or it was trained with another tokenizer.
+    """
+    require_tokenizer(path, base.tokenizer)
+    template, folder = base.template, adapter_folder(path)
+    if (place := next((f for f in _folders(path) if (f / FILE).is_file()), None)) is not None:
+        eos = base.tokenizer.decode_bytes([base.tokenizer.eot]).decode()
+        template = Template.of_run(place, eos, base.tokenizer.bos)
+    created = int((folder / CONFIG).stat().st_mtime)
+    return replace(base, name=name, template=template, created=created, adapter=name, parent=base.name, root=path)
+
+
+def require_tokenizer(path: str, tokenizer: Tokenizer) -> None:
+    """Refuse an adapter whose folder, or whose run, has another tokenizer than its base.
+
+    Raises:
+        UserError: it has, or there is no adapter.
+    """
+    place = next((folder for folder in _folders(path) if has_tokenizer(folder)), None)
+    if place is not None and load_tokenizer(place).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"adapter {path} was trained with another tokenizer, {place}, expected that of the base")
+
+
+def _folders(path: str) -> list[Path]:
+    """Return the folders that may have what an adapter was trained with: its own, and its run."""
+    folder = adapter_folder(path)
+    return [folder, folder.parent] if checkpoint.checkpoints(folder.parent) else [folder]
 
 
 def read_defaults(file: Path) -> dict[str, Any]:

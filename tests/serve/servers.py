@@ -44,10 +44,10 @@ def write_model(folder: Path, **options: Any) -> Path:
 
 
 @contextmanager
-def serving(models: dict[str, Served], limits: Limits) -> Iterator[httpx.Client]:
+def serving(models: dict[str, Served], limits: Limits, adapters: Path | None = None) -> Iterator[httpx.Client]:
     """Serve models while the block runs; yield a client."""
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(models, limits), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(build_app(models, limits, adapters), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"
