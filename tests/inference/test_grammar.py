@@ -255,9 +255,10 @@ def test_wrong_grammars_and_requests() -> None:
 
 def test_characters_that_a_tokenizer_lacks_are_refused(tmp_path: Path) -> None:
     generator = generator_of("bpe, no fallback", tmp_path)
-    for grammar in (Grammar("regex", "é+"), Grammar("json_object")):
-        with pytest.raises(ValueError, match="no token of the tokenizer continues the text"):
-            generator.add(Request("the", grammar=grammar))
+    with pytest.raises(ValueError, match="no token of the tokenizer continues the text"):
+        generator.add(Request("the", grammar=Grammar("regex", "é+")))
+    with pytest.raises(ValueError, match="the text cannot be continued"):
+        generator.generate([Request("the", grammar=Grammar("json_object"))])
 
 
 def test_a_grammar_beyond_the_limits_ends_its_request_alone() -> None:
