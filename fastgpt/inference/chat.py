@@ -99,6 +99,19 @@ class Template:
         begin, end = self._marks
         return self._marked(messages, ask, tools).replace(begin, "").replace(end, "")
 
+    def render_open(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """Return the text of a conversation up to the end of its last message's content, where a model can continue it.
+
+        Raises:
+            UserError: the template does not write that content.
+        """
+        *before, last = messages
+        mark = "\ufdd2"  # a noncharacter, which no text has
+        text, found, _ = self.render([*before, {**last, "content": last["content"] + mark}], ask=False).rpartition(mark)
+        if not found:
+            raise UserError(f"{self.where} does not write the last message, expected one that a model can continue")
+        return text
+
     def generated(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[tuple[int, int]]:
         """Return where the `{% generation %}` blocks of a template lie in the text of a conversation, as (first
         character, last + 1); none if it has no such blocks."""

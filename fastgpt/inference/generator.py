@@ -179,9 +179,22 @@ class Generator:
     def _matcher(self, grammar: Grammar, stop: Sequence[str]) -> Matcher:
         """Return what a grammar allows. A special token that is a stop string may end the text, too."""
         assert self.tokenizer is not None
+        return self.load_grammars().start(
+            grammar, [i for s in stop if (i := self.tokenizer.specials.get(s)) is not None]
+        )
+
+    def load_grammars(self) -> Grammars:
+        """Read the tokenizer for grammars, which takes up to a second; otherwise the first request with one does so.
+
+        Raises:
+            ValueError: there is no tokenizer, or no end-of-text token.
+            UserError: llguidance is not installed.
+        """
+        if self.tokenizer is None:
+            raise ValueError("Generator: a grammar is about texts, expected a tokenizer")
         if self._grammars is None:
             self._grammars = Grammars(self.tokenizer, self.eos, self.model.vocab_size)
-        return self._grammars.start(grammar, [i for s in stop if (i := self.tokenizer.specials.get(s)) is not None])
+        return self._grammars
 
     def cancel(self, number: int) -> None:
         """Drop a request that waits or runs; one that is finished is ignored."""

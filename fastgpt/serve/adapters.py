@@ -15,8 +15,8 @@ from fastgpt.serve.errors import ApiError
 from fastgpt.serve.link import EngineDied, Refused
 from fastgpt.serve.routes import Server
 from fastgpt.serve.running import error_of
-from fastgpt.serve.schemas import Strict
 from fastgpt.serve.served import serve_adapter
+from fastgpt.serve.strict import Strict
 
 
 class LoadAdapter(Strict):

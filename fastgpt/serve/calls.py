@@ -13,6 +13,7 @@ from fastgpt.inference.requests import bytes_of
 from fastgpt.serve import answers
 from fastgpt.serve.answers import REASONS, CompletionLogprobs, chat_logprob, new_id
 from fastgpt.serve.errors import ApiError
+from fastgpt.serve.infill import infill
 from fastgpt.serve.schemas import Chat, Completion, Sampling
 from fastgpt.serve.served import Served
 
@@ -30,7 +31,7 @@ def requests_of(
     Raises:
         ApiError: a prompt is empty or, with what is to be added, longer than the context.
     """
-    made = []
+    made, grammar = [], body.grammar()
     for number, ids in enumerate(prompts):
         if not ids:
             raise ApiError(400, "prompt is empty, expected at least one token", param="prompt")
@@ -47,7 +48,7 @@ def requests_of(
         for k in range(body.n):
             seed = None if body.seed is None else (body.seed + number * body.n + k) % (1 << 63)
             values = {**body.settings(served.defaults), "max_new_tokens": wanted, "stop": body.stops, "seed": seed}
-            values["adapter"] = served.adapter
+            values |= {"adapter": served.adapter, "grammar": grammar}
             try:
                 made.append(Request(ids, **values, **more))
             except ValueError as e:
@@ -73,8 +74,11 @@ class CompletionCall:
     def requests(self) -> list[Request]:
         """Return the requests. Raises ApiError."""
         tokenizer, body = self.served.tokenizer, self.body
-        prompts = [tokenizer.prompt(p) if isinstance(p, str) else p for p in body.prompts]
-        more = {} if body.logprobs is None else {"logprobs": body.logprobs}
+        if body.suffix:
+            prompts = [infill(tokenizer, str(body.prompt), body.suffix)]
+        else:
+            prompts = [tokenizer.prompt(p) if isinstance(p, str) else p for p in body.prompts]
+        more: dict[str, Any] = {} if body.logprobs is None else {"logprobs": body.logprobs}
         if body.echo and body.logprobs is not None:
             more["prompt_logprobs"] = body.logprobs
         return requests_of(body, self.served, prompts, body.max_tokens, **more)
@@ -137,6 +141,13 @@ class ChatCall:
 
     def requests(self) -> list[Request]:
         """Return the requests. Raises ApiError."""
+        body, template = self.body, self.served.template
+        more: dict[str, Any] = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
+        found = requests_of(body, self.served, [self.prompt()], body.most, **more)
+        return [_with_stop(request, template.stop, self.served) for request in found]
+
+    def prompt(self) -> list[int]:
+        """Return the ids of the messages. Raises ApiError."""
         body, served = self.body, self.served
         messages = [message.plain for message in body.messages]
         for message in messages:
@@ -147,14 +158,14 @@ class ChatCall:
                 )
         template = served.template
         try:
-            text = template.render(messages)
+            if body.continue_final_message:
+                text = template.render_open(messages)
+            else:
+                text = template.render(messages, ask=body.add_generation_prompt is not False)
         except UserError as e:
             raise ApiError(400, str(e), param="messages") from None
         prefix = served.tokenizer.prefix if template.default else ()  # another template writes its bos_token
-        ids = [*prefix, *(int(i) for i in served.tokenizer.encode(text, specials=True))]
-        more: dict[str, Any] = {"logprobs": body.top_logprobs or 0} if body.logprobs else {}
-        found = requests_of(body, served, [ids], body.most, **more)
-        return [_with_stop(request, template.stop) for request in found]
+        return [*prefix, *(int(i) for i in served.tokenizer.encode(text, specials=True))]
 
     def answer(self, requests: list[Request], results: list[Result]) -> dict[str, Any]:
         """Return the whole answer."""
@@ -195,6 +206,8 @@ class ChatCall:
         yield answers.event(None)
 
 
-def _with_stop(request: Request, stop: str) -> Request:
-    """Return the request, which also ends where the template ends a reply."""
-    return replace(request, stop=[*request.stop, stop]) if stop else request
+def _with_stop(request: Request, stop: str, served: Served) -> Request:
+    """Return the request, which also ends where the template ends a reply. A grammar says itself where it ends, except
+    that a special token is no part of its text."""
+    ends = stop and (request.grammar is None or stop in served.tokenizer.specials)
+    return replace(request, stop=[*request.stop, stop]) if ends else request

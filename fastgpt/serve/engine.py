@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import signal
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -92,6 +93,8 @@ def build(model: Model) -> Generator:
             log.error("adapter %s is left out: %s", name, e)
     generator.reserve()
     generator.generate([Request([target.tokenizer.eot], 2)])  # what cannot run fails now, and kernels are compiled
+    with suppress(UserError, ValueError):  # without llguidance, the server refuses what needs it
+        generator.load_grammars()
     return generator
 
 

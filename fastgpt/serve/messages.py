@@ -14,8 +14,10 @@ from fastgpt.inference.requests import bytes_of
 from fastgpt.serve.answers import new_id
 from fastgpt.serve.calls import ChatCall, Pieces
 from fastgpt.serve.errors import ApiError
-from fastgpt.serve.schemas import Chat, Part, Strict
+from fastgpt.serve.schemas import Chat, Part
 from fastgpt.serve.served import Served
+from fastgpt.serve.strict import Strict
+from fastgpt.serve.structured import NamelessSchema
 
 
 def as_blocks(content: Any) -> Any:
@@ -23,7 +25,18 @@ def as_blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-Blocks = Annotated[list[Part], BeforeValidator(as_blocks)]
+class CacheControl(Strict):
+    """Accepted, and without effect: what prompts begin with in common is kept anyway, as long as there is room."""
+
+    type: Literal["ephemeral"]
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class Block(Part):
+    cache_control: CacheControl | None = None
+
+
+Blocks = Annotated[list[Block], BeforeValidator(as_blocks)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -40,13 +53,33 @@ class Disabled(Strict):
     type: Literal["disabled"]
 
 
-class Messages(Strict):
-    """Body of /v1/messages. Settings of Anthropic's API that change nothing at their default are accepted."""
+class OutputConfig(Strict):
+    format: NamelessSchema | None = None
+
+
+class CountTokens(Strict):
+    """Body of /v1/messages/count_tokens. Settings that change nothing at their default are accepted."""
 
     model: str | None = None
     messages: Annotated[list[Turn], Field(min_length=1)]
-    max_tokens: int = Field(ge=1)
     system: Blocks | None = None
+    cache_control: CacheControl | None = None
+    output_config: OutputConfig | None = None
+    thinking: Disabled | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    def chat(self, **more: Any) -> Chat:
+        """Return it as a body of /v1/chat/completions; a last message of the assistant is to be continued."""
+        head = [{"role": "system", "content": _parts(self.system)}] if self.system else []
+        turns = [{"role": turn.role, "content": _parts(turn.content)} for turn in self.messages]
+        last = self.messages[-1].role == "assistant"
+        return Chat.model_validate({**more, "messages": [*head, *turns], "continue_final_message": last})
+
+
+class Messages(CountTokens):
+    """Body of /v1/messages."""
+
+    max_tokens: int = Field(ge=1)
     stop_sequences: Annotated[list[Stop], Field(max_length=16)] = []
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -54,15 +87,14 @@ class Messages(Strict):
     stream: bool = False
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
-    thinking: Disabled | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
-    def chat(self) -> Chat:
+    def chat(self, **more: Any) -> Chat:
         """Return it as a body of /v1/chat/completions."""
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        turns = [{"role": turn.role, "content": turn.content} for turn in self.messages]
         values = {name: getattr(self, name) for name in ("max_tokens", "temperature", "top_p", "top_k")}
-        return Chat.model_validate({**values, "messages": [*head, *turns], "stop": self.stop_sequences or None})
+        schema = self.output_config.format.schema_ if self.output_config and self.output_config.format else None
+        if schema is not None:
+            values["structured_outputs"] = {"json": schema}
+        return super().chat(**values, stop=self.stop_sequences or None, **more)
 
 
 @dataclass
@@ -74,10 +106,6 @@ class MessagesCall:
 
     def requests(self) -> list[Request]:
         """Return the request. Raises ApiError."""
-        if self.body.messages[-1].role == "assistant":
-            raise ApiError(
-                400, "messages ends with the assistant, which this server cannot continue, expected the user"
-            )
         return ChatCall(self.body.chat(), self.served).requests()
 
     def answer(self, requests: list[Request], results: list[Result]) -> dict[str, Any]:
@@ -118,6 +146,10 @@ class MessagesCall:
             if found is not None:
                 return {"stop_reason": "stop_sequence", "stop_sequence": found}
         return {"stop_reason": "end_turn", "stop_sequence": None}
+
+
+def _parts(blocks: list[Block]) -> list[dict[str, str]]:
+    return [_block(block.text) for block in blocks]
 
 
 def _block(text: str) -> dict[str, str]:

@@ -14,8 +14,10 @@ from fastgpt.inference import Request, Result
 from fastgpt.serve.answers import new_id
 from fastgpt.serve.calls import ChatCall, Pieces
 from fastgpt.serve.errors import ApiError
-from fastgpt.serve.schemas import Chat, ResponseFormat, Strict, Text
+from fastgpt.serve.schemas import Chat, Text
 from fastgpt.serve.served import Served
+from fastgpt.serve.strict import Strict
+from fastgpt.serve.structured import FlatFormat, as_chat_format
 
 
 def as_parts(content: Any) -> Any:
@@ -53,7 +55,7 @@ class Item(Strict):
 
 
 class TextOptions(Strict):
-    format: ResponseFormat | None = None
+    format: FlatFormat | None = None
 
 
 class Responses(Strict):
@@ -82,8 +84,10 @@ class Responses(Strict):
     def chat(self) -> Chat:
         """Return it as a body of /v1/chat/completions."""
         head = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        values = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
+        values: dict[str, Any] = {name: getattr(self, name) for name in ("temperature", "top_p", "top_k")}
         messages = [*head, *(item.message() for item in self.input)]
+        if self.text is not None and self.text.format is not None:
+            values["response_format"] = as_chat_format(self.text.format)
         return Chat.model_validate({**values, "messages": messages, "max_tokens": self.max_output_tokens})
 
 
@@ -166,7 +170,7 @@ class ResponsesCall:
             "previous_response_id": None,
             "store": False,
             "temperature": request.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": self._format()},
             "tool_choice": body.tool_choice or "auto",
             "tools": [],
             "top_p": request.top_p,
@@ -174,6 +178,10 @@ class ResponsesCall:
             "usage": None,
             "user": body.user,
         }
+
+    def _format(self) -> dict[str, Any]:
+        given = None if self.body.text is None else self.body.text.format
+        return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_unset=True)
 
     def _message(self, status: str, text: str | None) -> dict[str, Any]:
         content = [] if text is None else [_part(text)]

@@ -14,13 +14,14 @@ from fastgpt.inference.chat import FILE
 from fastgpt.serve import answers
 from fastgpt.serve.calls import ChatCall, CompletionCall
 from fastgpt.serve.errors import ApiError
-from fastgpt.serve.messages import Messages, MessagesCall
+from fastgpt.serve.messages import CountTokens, Messages, MessagesCall
 from fastgpt.serve.metrics import Metrics
 from fastgpt.serve.page import page
 from fastgpt.serve.responses import Responses, ResponsesCall
 from fastgpt.serve.running import SECONDS_TO_SAY, EventStream, collect, run, while_here
 from fastgpt.serve.schemas import Chat, Completion, Detokenize, Tokenize
 from fastgpt.serve.served import Served
+from fastgpt.serve.structured import GrammarCheck
 
 Call = CompletionCall | ChatCall | ResponsesCall | MessagesCall
 
@@ -33,11 +34,13 @@ class Server:
         models: by name; the first one answers requests that name none.
         timeout: seconds after which a request is cancelled.
         metrics: counters.
+        check_grammars: refuses those that cannot be compiled.
     """
 
     models: dict[str, Served]
     timeout: float
     metrics: Metrics = field(default_factory=Metrics)
+    check_grammars: GrammarCheck = field(default_factory=GrammarCheck)
 
     def find(self, name: str | None) -> Served:
         """Return a model. Raises ApiError if there is none of this name."""
@@ -52,6 +55,7 @@ class Server:
     async def answer(self, call: Call, request: Request) -> Response:
         """Run a call; the answer comes whole or as a stream, as its body says."""
         requests = call.requests()
+        await self.check_grammars(requests, call.served.tokenizer)
         pieces = run(call.served.link, requests, self.metrics, self.timeout)
         if not call.body.stream:
             results = await while_here(collect(pieces, len(requests)), request)
@@ -79,6 +83,10 @@ def add_generation(app: FastAPI, server: Server) -> None:
     @app.post("/v1/messages")
     async def messages(body: Messages, request: Request) -> Response:
         return await server.answer(MessagesCall(body, server.find(body.model)), request)
+
+    @app.post("/v1/messages/count_tokens")
+    async def count_tokens(body: CountTokens) -> dict[str, int]:
+        return {"input_tokens": len(ChatCall(body.chat(), server.find(body.model)).prompt())}
 
 
 def add_tokenizer(app: FastAPI, server: Server) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from fastgpt.inference import Grammar
+from fastgpt.serve.strict import Strict
+from fastgpt.serve.structured import ChatFormat, StructuredOutputs, grammar_of
 
 MAX_N = 64
 Text = Annotated[str, Field(max_length=1 << 22)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
-class Strict(BaseModel):
-    """A body in which every field is known."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Strict):
@@ -37,9 +36,10 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     user: str | None = Field(None, max_length=512)
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @model_validator(mode="after")
     def _agree(self) -> Sampling:
@@ -57,9 +57,22 @@ class Sampling(Strict):
 
     def settings(self, defaults: dict[str, Any]) -> dict[str, Any]:
         """Return the sampling settings of a request, those of the model where the client gave none."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        names = (
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        )
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return {**defaults, **given, "ignore_eos": self.ignore_eos}
+        bias = {int(token): value for token, value in (self.logit_bias or {}).items()}
+        return {**defaults, **given, "ignore_eos": self.ignore_eos, "logit_bias": bias or None}
+
+    def grammar(self) -> Grammar | None:
+        """Return what the text must be, if the client says so. Raises ApiError."""
+        return grammar_of(None, self.structured_outputs)
 
 
 class Completion(Sampling):
@@ -70,7 +83,7 @@ class Completion(Sampling):
     logprobs: int | None = Field(None, ge=0, le=100)
     echo: bool = False
     best_of: Literal[1] | None = None
-    suffix: Literal[""] | None = None
+    suffix: Text | None = None
 
     @model_validator(mode="after")
     def _streams_what_it_can(self) -> Completion:
@@ -78,6 +91,8 @@ class Completion(Sampling):
             raise ValueError("echo is not for stream, expected stream false")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens is 0, expected at least 1, or echo true")
+        if self.suffix and (self.echo or not isinstance(self.prompt, str)):
+            raise ValueError("suffix is for one prompt that is a text, without echo")
         return self
 
     @property
@@ -105,10 +120,6 @@ class Message(Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ResponseFormat(Strict):
-    type: Literal["text"]
-
-
 class Chat(Sampling):
     """Body of /v1/chat/completions."""
 
@@ -117,7 +128,9 @@ class Chat(Sampling):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: ResponseFormat | None = None
+    response_format: ChatFormat | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
@@ -127,7 +140,15 @@ class Chat(Sampling):
         both = self.max_tokens is not None and self.max_completion_tokens is not None
         if both and self.max_tokens != self.max_completion_tokens:
             raise ValueError("max_tokens and max_completion_tokens differ, expected one of them")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("add_generation_prompt and continue_final_message are both true, expected one of them")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise ValueError("continue_final_message is true, expected a last message of the assistant")
         return self
+
+    def grammar(self) -> Grammar | None:
+        """Return what the text must be, if the client says so. Raises ApiError."""
+        return grammar_of(self.response_format, self.structured_outputs)
 
     @property
     def most(self) -> int | None:

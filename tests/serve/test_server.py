@@ -133,7 +133,7 @@ WRONG: dict[str, tuple[int, str, dict[str, Any]]] = {
     "no such id": (400, "the prompt has id 9999, expected 0 to", {"prompt": [9999]}),
     "temperature": (400, "temperature: ", {"prompt": "a", "temperature": -1}),
     "wrong type": (400, "max_tokens: ", {"prompt": "a", "max_tokens": "7"}),
-    "penalty": (400, "presence_penalty: ", {"prompt": "a", "presence_penalty": 0.5}),
+    "penalty": (400, "presence_penalty: ", {"prompt": "a", "presence_penalty": 3}),
     "contradiction": (400, "stream_options is for stream", {"prompt": "a", "stream_options": {}}),
     "large": (413, "the body is too long, expected at most 10,000 bytes", {"prompt": "a" * 20_000}),
 }  # fmt: skip
