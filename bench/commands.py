@@ -23,6 +23,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "data": ("data", "text to token shards against tiktoken, datasketch and datatrove: MB/s of one core, memory"),
     "finetune": ("finetune", "fine-tuning steps against transformers, TRL and PEFT: tokens/s, memory"),
     "evaluate": ("evaluate", "log-likelihoods of benchmarks against lm_eval's own model: requests/s"),
+    "serve": ("serve", "the server with 1 and 16 clients against llama.cpp's: tokens/s, first token, memory, cost"),
     "all": ("cpu", "all benchmarks that need no GPU, in under 15 minutes, then the report"),
     "gpu": (
         "gpu",

@@ -11,6 +11,7 @@ from fastgpt.data import Tokenizer
 from fastgpt.inference import Result
 from fastgpt.inference.requests import bytes_of
 
+encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every token
 REASONS = {"length": "length", "stop": "stop", "eos": "stop"}
 
 
@@ -21,7 +22,7 @@ def new_id(prefix: str) -> str:
 
 def event(value: Any) -> str:
     """Return a server-sent event; None ends the stream."""
-    return f"data: {'[DONE]' if value is None else json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {'[DONE]' if value is None else encode(value)}\n\n"
 
 
 def usage(results: Sequence[Result], n: int = 1) -> dict[str, int]:
