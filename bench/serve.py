@@ -194,7 +194,7 @@ def compare(args: Any, llama: str | None) -> list[dict[str, Any]]:
     rows = []
     for (name, server), waves in found.items():
         w = WORKLOADS[name]
-        row = {**about, "workload": name, "variant": server, "clients": w.clients, "samples": len(waves)}
+        row = {**about, "kind": name, "variant": server, "clients": w.clients, "samples": len(waves)}
         row |= {"prompt": list(w.prompt), "new_tokens": list(w.new), "shared": w.shared}
         row |= {**figures(waves), "memory_mb": memory[server]}
         if server == OWN and (name, PEER) in found:
@@ -212,7 +212,7 @@ def show(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'load':<8}{'clients':>8}  {'server':<11}{'tokens/s':>9}{'/ one':>7}{'first p50':>11}{'p99 ms':>8}"]
     lines[0] += f"{'token p50':>11}{'p99 ms':>8}{'peak MB':>9}{'per million':>13}  against llama.cpp"
     for r in rows:
-        line = f"{r['workload']:<8}{r['clients']:>8}  {r['variant']:<11}{r['tokens_per_s']:>9.1f}"
+        line = f"{r['kind']:<8}{r['clients']:>8}  {r['variant']:<11}{r['tokens_per_s']:>9.1f}"
         line += f"{r['speed_vs_one']:>7.2f}" if "speed_vs_one" in r else f"{'':>7}"
         line += f"{r['first_p50_ms']:>11,.0f}{r['first_p99_ms']:>8,.0f}"
         line += f"{r['token_p50_ms']:>11,.1f}{r['token_p99_ms']:>8,.1f}"

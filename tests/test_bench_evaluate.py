@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.bench import evaluate, report
+from fastgpt.bench import evaluate, readme
 from fastgpt.bench.results import read_rows
 
 pytest.importorskip("lm_eval"), pytest.importorskip("transformers")
@@ -21,7 +21,7 @@ def test_both_sides_score_the_same(kind: str, tmp_path: Path, capsys: pytest.Cap
     assert ours["difference"] < 1e-4 and ours["requests"] == 12
     assert all(row["tokens_per_request"] > 2 * ours["tokens_per_request"] for row in theirs[1:])
     assert "times as fast" in capsys.readouterr().out
-    head, first, *others = report.readme_evaluate([row | {"shape": "gpt2-124m"} for row in (ours, *theirs)])
+    head, first, *others = readme.readme_evaluate([row | {"shape": "gpt2-124m"} for row in (ours, *theirs)])
     assert first[1] == "fastgpt" and len(first) == len(head) and [row[-1] for row in others] == ["-", "-"]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.bench import finetune, report
+from fastgpt.bench import finetune, readme
 from fastgpt.bench.results import read_rows
 
 pytest.importorskip("trl"), pytest.importorskip("peft")
@@ -23,7 +23,7 @@ def test_both_sides_have_the_same_losses(kind: str, tmp_path: Path, capsys: pyte
     for theirs in others:
         assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-4) and len(ours["losses"]) == 3
     assert "times as fast" in capsys.readouterr().out
-    head, first, *more = report.readme_finetune([ours, *others])
+    head, first, *more = readme.readme_finetune([ours, *others])
     assert first[2] == "fastgpt" and all(len(line) == len(head) for line in (first, *more))
     trl = next(line for line in more if line[2] == "trl")
     assert trl[6:8] == ["-", "-"] and (first[8] == "-") == (kind != "distil")

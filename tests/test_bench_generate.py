@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastgpt.bench import generate, generators, report
+from fastgpt.bench import generate, generators, readme
 from fastgpt.bench.compare import ours
 from fastgpt.bench.generators import MACHINE, SHAPES, Setup, Tokens
 from fastgpt.bench.results import read_rows
@@ -67,7 +67,7 @@ def test_figures_follow_from_the_times(rows: list[dict[str, Any]]) -> None:
     assert whole["cache_mb"] == cache / 1e6 and whole["peak_share"] == pytest.approx(1.5e6 / (1e6 + cache))
     assert by["llama.cpp", "generate"]["tokens_agree"] == 5 / TINY.new
     assert {r["variant"] for r in rows if ours(r)} == {"fastgpt"}
-    table = report.readme_generation([{**r, "shape": "gpt2-124m"} for r in rows])
+    table = readme.readme_generation([{**r, "shape": "gpt2-124m"} for r in rows])
     assert len(table) == 1 + len(PER_STEP)
     speeds = ["1.39 (1.39 .. 1.39)", "0.611 (0.611 .. 0.611)"]
     assert table[1][:5] == ["2", "fastgpt", "7.11", "250.0", "50%"] and table[1][-2:] == speeds

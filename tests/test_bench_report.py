@@ -203,7 +203,7 @@ def test_readmes_figures_are_the_rows() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"<!-- bench:(\w+)", readme)) == {"ops", "steps", "gpus"}
     assert report.update_readme(readme, ROOT) == readme, "fastgpt bench report --readme README.md"
-    for name in ("generation", "evaluation_engine"):
+    for name in ("generation", "evaluation_engine", "serving"):
         page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
         assert report.update_readme(page, ROOT / "docs") == page, f"fastgpt bench report --readme docs/{name}.md"
 
