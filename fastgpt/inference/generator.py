@@ -1,8 +1,12 @@
 """Generate from a model for many requests at once.
 
-A step is one pass of the model and adds a token to every row of the batch: it reads the prompts of new requests, or, if
-there are none, the last token of every row. The rows in use are always the first ones: if a request is finished, the
-last row moves to its place, so no pass computes what nobody asked for.
+A step is one pass of the model. It reads prompts, or it reads the last token of every text that is generated and adds
+one to it. The two take turns, and a pass reads `prefill_tokens` of prompts at most, so a long prompt delays other texts
+by a bounded time. The rows in use are always the first ones: if a request is finished, the last row moves to its place,
+so no pass computes what nobody asked for.
+
+Keys and values are in pages (pages.py). A text takes the pages of an earlier one that begins alike, and reads the rest.
+If there are too few pages, the youngest request gives its own back, waits, and is read again later.
 
 If a text is longer than the context, its first tokens are dropped, half a context at a time, and the rest is read anew.
 So the model reads the same tokens with and without a cache.
@@ -11,76 +15,24 @@ So the model reads the same tokens with and without a cache.
 from __future__ import annotations
 
 import dataclasses
-import random
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from fastgpt.inference.adapters import Adapter, Adapters, Selection
+from fastgpt.inference.adapters import Adapters, Selection
 from fastgpt.inference.grammar import Grammar
 from fastgpt.inference.matcher import Grammars, Matcher
 from fastgpt.inference.requests import FinishReason, Piece, Request, Result, TextTokenizer, bytes_of
-from fastgpt.inference.rows import PREFILL_TOKENS, Rows, options_of
-from fastgpt.inference.sampling import Choice, Options
-from fastgpt.inference.scoring import Scores
+from fastgpt.inference.rows import Part, options_of
+from fastgpt.inference.running import Running, context_start
+from fastgpt.inference.sampling import Choice
+from fastgpt.inference.schedule import PAGE_SIZE, PAGE_SIZES, PREFILL_TOKENS, Limits, Schedule
 from fastgpt.inference.stream import TextStream
 from fastgpt.inference.weights import convert_weights
 from fastgpt.models.gpt import GPT
-
-
-def context_start(length: int, context: int) -> int:
-    """Return the first token that the model reads of a text of `length` tokens."""
-    half = max(1, context // 2)
-    return 0 if length <= context else -(-(length - context) // half) * half
-
-
-@dataclass
-class Running:
-    """A request and what came of it so far."""
-
-    number: int
-    request: Request
-    ids: list[int]  # of the prompt and the new text
-    prompt_tokens: int
-    seed: int
-    stream: TextStream
-    matcher: Matcher | None = None  # of its grammar
-    start: int = -1  # the first token in the cache; -1: nothing was read yet
-    logprobs: list[float] = field(default_factory=list)
-    top_logprobs: list[list[tuple[int, float]]] = field(default_factory=list)
-    scores: Scores | None = None  # of the prompt
-    adapter: Adapter | None = None
-
-    def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
-
-    @property
-    def wanted(self) -> int:
-        """Tokens of the text at its longest."""
-        return self.prompt_tokens + self.request.max_new_tokens
-
-    @property
-    def allowed(self) -> Tensor | None:
-        """The tokens that may come next, as Tables.allowed has them; None: all."""
-        return None if self.matcher is None else self.matcher.allowed
-
-    def result(self, reason: FinishReason) -> Result:
-        asked = self.request.logprobs is not None
-        return Result(
-            self.ids[self.prompt_tokens :],
-            self.stream.text,
-            reason,
-            self.prompt_tokens,
-            self.seed,
-            self.logprobs if asked else None,
-            self.top_logprobs if asked else None,
-            None if self.scores is None else [None, *self.scores.logprobs],
-            None if self.scores is None else [[], *self.scores.top],
-        )
+from fastgpt.models.paged import Span
 
 
 class Generator:
@@ -98,6 +50,11 @@ class Generator:
         adapters: low-rank adapters by name, which requests choose: folders in PEFT's format, or runs of `fastgpt
             finetune` with adapters. `self.adapters` loads and unloads others between steps.
         graphs: on a GPU, run the steps after the first few from CUDA graphs, which hold memory for one step.
+        prefill_tokens: tokens of prompts that are read between two steps of the texts that are generated; default and
+            most 4096. A prompt is read in passes of 4096 if there is nothing else to do.
+        cache_tokens: tokens of all texts in the cache; default max_batch texts of the whole context.
+        page_size: tokens of a page, a power of two from 8 to 256.
+        reuse: take the pages of earlier texts that begin alike.
 
     The cache is allocated for the requests that wait when no request runs; `reserve` allocates the largest one.
 
@@ -117,23 +74,35 @@ class Generator:
         weights: str | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         graphs: bool = True,
+        prefill_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        page_size: int = PAGE_SIZE,
+        reuse: bool = True,
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("context", context)):
+        numbers = dict(max_batch=max_batch, context=context, prefill_tokens=prefill_tokens)
+        for name, value in numbers.items():
             if value is not None and value < 1:
                 raise ValueError(f"Generator: {name} is {value}, expected at least 1")
-        if (model.config.rope_scaling or {}).get("rope_type") == "dynamic":
-            max_batch = 1
+        if page_size not in PAGE_SIZES:
+            raise ValueError(f"Generator: page_size is {page_size}, expected a power of two from 8 to 256")
+        dynamic = (model.config.rope_scaling or {}).get("rope_type") == "dynamic"
+        if dynamic:  # the keys of a text depend on its length
+            max_batch, reuse = 1, False
         if weights is not None:
             convert_weights(model, weights)
-        self.model, self.tokenizer, self.max_batch, self.graphs = model, tokenizer, max_batch, graphs
+        self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.context = model.block_size if context is None else context
         model.extend(self.context)
+        if cache_tokens is not None and cache_tokens < self.context:
+            raise ValueError(
+                f"Generator: cache_tokens is {cache_tokens}, expected at least the context, {self.context}"
+            )
+        prefill_tokens = min(prefill_tokens or PREFILL_TOKENS, PREFILL_TOKENS)
+        limits = (max_batch, self.context, prefill_tokens, cache_tokens, page_size, reuse, dynamic, graphs)
+        self.schedule = Schedule(model, Limits(*limits))
         eos = tokenizer.ends if eos is None and tokenizer is not None else eos
         self.eos = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
-        self.waiting: list[Running] = []
-        self.running: list[Running] = []  # in the order of the rows
-        self._rows: Rows | None = None
-        self._options: Options | None = None  # of the running requests
+        self._read_last = False
         self._grammars: Grammars | None = None
         self._added = 0
         self.adapters = Adapters(model)
@@ -142,7 +111,12 @@ class Generator:
 
     def reserve(self) -> None:
         """Allocate the cache for max_batch texts of the whole context, so that no request waits for memory."""
-        self._rows = Rows(self.model, self.max_batch, self.context, self.graphs)
+        self.schedule.allocate(self.max_batch, self.context)
+
+    @property
+    def busy(self) -> bool:
+        """There are requests that are not finished."""
+        return self.schedule.busy
 
     def add(self, request: Request) -> int:
         """Add a request; return its number.
@@ -173,7 +147,7 @@ class Generator:
         number = self._added
         self._added += 1
         stream = TextStream(request.stop)
-        self.waiting.append(Running(number, request, ids, len(ids), seed, stream, matcher, adapter=adapter))
+        self.schedule.waiting.append(Running(number, request, ids, len(ids), seed, stream, matcher, adapter=adapter))
         return number
 
     def _matcher(self, grammar: Grammar, stop: Sequence[str]) -> Matcher:
@@ -198,8 +172,7 @@ class Generator:
 
     def cancel(self, number: int) -> None:
         """Drop a request that waits or runs; one that is finished is ignored."""
-        self.waiting = [r for r in self.waiting if r.number != number]
-        self._remove([row for row, r in enumerate(self.running) if r.number == number])
+        self.schedule.cancel(number)
 
     @torch.no_grad()
     def step(self) -> list[Piece]:
@@ -209,12 +182,10 @@ class Generator:
         Raises:
             ValueError: the logits of a row are not finite; all running requests are dropped.
         """
-        pieces = self._admit()
-        unread = [row for row, r in enumerate(self.running) if r.start != context_start(len(r.ids), self.context)]
-        if unread:
-            first, last = self._group(unread)
-            return pieces + self._prefill(first, last)
-        return pieces + self._decode() if self.running else pieces
+        pieces, schedule = self._end_idle(), self.schedule
+        schedule.admit()
+        self._read_last = bool(schedule.reading) and not (self._read_last and schedule.running)
+        return pieces + (self._read() if self._read_last else self._decode())
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Piece]:
         """Generate; yield the pieces of all requests as they come, numbered from 0. Leaving the loop cancels the rest.
@@ -222,7 +193,7 @@ class Generator:
         Raises:
             ValueError: as `add` and `step`; requests of `add` are not finished; or a grammar reached a limit.
         """
-        if self.waiting or self.running:
+        if self.busy:
             raise ValueError("Generator: other requests are running, expected none (many callers share add and step)")
         was_training = self.model.training
         self.model.eval()
@@ -230,7 +201,7 @@ class Generator:
         try:
             for i, request in enumerate(requests):
                 numbers[self.add(request)] = i
-            while self.waiting or self.running:
+            while self.busy:
                 for p in self.step():
                     if p.error is not None:
                         raise ValueError(f"Generator: {p.error}")
@@ -270,87 +241,81 @@ class Generator:
         results = self.generate([Request(text, 0, prompt_logprobs=0) for text in texts])
         return [[p for p in result.prompt_logprobs or () if p is not None] for result in results]
 
-    def _admit(self) -> list[Piece]:
-        """Give rows to waiting requests, as long as they fit; return the results of requests for no tokens."""
-        idle = [r for r in self.waiting if not r.request.max_new_tokens and r.request.prompt_logprobs is None]
-        pieces = [Piece(r.number, None, "", r.result("length")) for r in idle]
-        self.waiting = [r for r in self.waiting if r not in idle]
-        if not self.waiting:
-            return pieces
-        if not self.running:
-            count = min(self.max_batch, len(self.waiting))
-            size = min(self.context, max(r.wanted for r in self.waiting))
-            if self._rows is None or self._rows.count < count or self._rows.size < size:
-                self._rows = None  # free the old one first
-                self._rows = Rows(self.model, count, size, self.graphs)
-        rows = self._rows
-        assert rows is not None
-        new: list[Running] = []
-        while self.waiting and len(self.running) + len(new) < rows.count:
-            if min(self.context, self.waiting[0].wanted) > rows.size:
-                break  # it waits until a larger cache can be allocated
-            new.append(self.waiting.pop(0))
-        for r in sorted(new, key=lambda r: len(r.ids)):  # texts of similar length side by side need little padding
-            rows.set(len(self.running), r.request, r.ids, 0 if r.adapter is None else r.adapter.number)
-            self.running.append(r)
-            self._options = None
-        return pieces
+    def _end_idle(self) -> list[Piece]:
+        """End the requests that ask for nothing."""
+        idle = [r for r in self.schedule.waiting if not r.request.max_new_tokens and r.request.prompt_logprobs is None]
+        for r in idle:
+            self.schedule.waiting.remove(r)
+        return [Piece(r.number, None, "", r.result("length")) for r in idle]
 
-    def _group(self, unread: list[int]) -> tuple[int, int]:
-        """Return the first rows to read together: neighbours that need at most a quarter of padding."""
-        first = last = unread[0]
-        total = longest = 0
-        for row in unread:
-            text = self.running[row].ids
-            n = len(text) - context_start(len(text), self.context)
-            padded = max(longest, n) * (row - first + 1)
-            if row != last or (row > first and (padded > 1.25 * (total + n) or padded > PREFILL_TOKENS)):
-                break
-            total, longest, last = total + n, max(longest, n), row + 1
-        return first, last
-
-    def _prefill(self, first: int, last: int) -> list[Piece]:
-        group = self.running[first:last]
-        scored = [r.request.prompt_logprobs if r.start < 0 else None for r in group]
-        for r in group:
-            r.start = context_start(len(r.ids), self.context)
+    def _read(self) -> list[Piece]:
+        """Read prompts, and add a token to each of those that are read completely."""
+        schedule = self.schedule
+        plan, rows, first = schedule.plan(), schedule.rows, len(schedule.running)
+        if not plan or rows is None:
+            return []
+        h = rows.read([self._part(r, count) for r, count in plan], self._selection([r for r, _ in plan]))
+        done = []
+        for i, (r, count) in enumerate(plan):
+            schedule.keep(r, count)
+            if r.read == len(r.text):
+                schedule.start(r)
+                done.append(i)
+        if not done:
+            return []
+        group = schedule.running[first:]
         options = options_of([r.request for r in group])
-        u = [r.random.random() for r in group] if options.sampled else []
-        assert self._rows is not None
-        texts, selection = [r.ids[r.start :] for r in group], self._selection(group)
-        self._rows.tables.allow(first, [r.allowed for r in group])
-        choice, scores = self._rows.prefill(first, texts, options, u, scored, selection)
-        for r, found in zip(group, scores):
-            r.scores = found or r.scores
-        return self._take(choice, first, last)
+        rows.tables.allow(first, [r.allowed for r in group])
+        rows.draw(first, [r.random.random() for r in group] if options.sampled else [])
+        return self._take(rows.choose(h[done], first, first + len(group), options), first)
+
+    def _part(self, r: Running, count: int) -> Part:
+        span, end = Span(count, r.read, r.chain.pages), r.read + count
+        if r.unscored and r.request.prompt_logprobs is not None:
+            return Part(r.text[r.read : end + 1], span, r.adapter_number, r.request.prompt_logprobs, r.scores)
+        return Part(r.text[r.read : end], span, r.adapter_number)
 
     def _decode(self) -> list[Piece]:
-        self._options = self._options or options_of([r.request for r in self.running])
-        rows, count = self._rows, len(self.running)
+        """Read the last token of each row, and add one to it."""
+        schedule = self.schedule
+        if not schedule.place():
+            return []
+        rows, running, options = schedule.rows, schedule.running, schedule.options
         assert rows is not None
-        rows.tables.allow(0, [r.allowed for r in self.running])
-        rows.draw(0, [r.random.random() for r in self.running] if self._options.sampled else [])
-        return self._take(rows.decode(count, self._options, self._selection(self.running)), 0, count)
+        rows.tables.allow(0, [r.allowed for r in running])
+        rows.draw(0, [r.random.random() for r in running] if options.sampled else [])
+        choice = rows.decode(len(running), options, self._selection(running))
+        for r in running:
+            schedule.keep(r, 1)
+        return self._take(choice, 0)
 
     def _selection(self, group: Sequence[Running]) -> Selection | None:
-        """Return layers with the adapters of some rows, None if they have none."""
+        """Return layers with the adapters of some requests, None if they have none."""
         return self.adapters.select({r.adapter for r in group if r.adapter is not None})
 
-    def _take(self, choice: Choice, first: int, last: int) -> list[Piece]:
-        """Append the chosen tokens to the rows first to last - 1; the finished ones leave."""
+    def _take(self, choice: Choice, first: int) -> list[Piece]:
+        """Append the chosen tokens to the rows from `first` on. The finished ones leave, and those that are too long
+        for the context are read anew."""
         tokens = choice.token.tolist()
+        group = self.schedule.running[first:]
         if choice.logprob is not None and choice.top_logprobs is not None and choice.top_ids is not None:
             tops = zip(choice.logprob.tolist(), choice.top_ids.tolist(), choice.top_logprobs.tolist())
-            for r, (logprob, ids, values) in zip(self.running[first:last], tops):
+            for r, (logprob, ids, values) in zip(group, tops):
                 if (n := r.request.logprobs) is not None:
                     r.logprobs.append(logprob)
                     r.top_logprobs.append(list(zip(ids[:n], values[:n])))
         if -1 in tokens:
-            length = len(self.running[first + tokens.index(-1)].ids)
-            self.running = []
+            length = len(group[tokens.index(-1)].ids)
+            self.schedule.remove(range(len(self.schedule.running)))
+            self.schedule.pages.forget()
             raise ValueError(f"Generator: the logits after {length} tokens are not finite, expected finite numbers")
-        pieces = [self._append(r, token) for r, token in zip(self.running[first:last], tokens)]
-        self._remove([first + i for i, piece in enumerate(pieces) if piece.result is not None or piece.error])
+        pieces = [self._append(r, token) for r, token in zip(group, tokens)]
+        ended = [piece.result is not None or piece.error is not None for piece in pieces]
+        anew = [r.start != context_start(len(r.ids), self.context) for r in group]
+        self.schedule.remove([first + i for i in range(len(group)) if ended[i] or anew[i]])
+        for r, end, again in zip(group, ended, anew):
+            if again and not end:
+                self.schedule.reread(r)
         return pieces
 
     def _append(self, r: Running, token: int) -> Piece:
@@ -376,13 +341,3 @@ class Generator:
             return Piece(r.number, token, text, None, *newest)
         text += r.stream.end()
         return Piece(r.number, token, text, r.result(reason), *newest)
-
-    def _remove(self, gone: list[int]) -> None:
-        """Remove rows; the last row moves to the place of each."""
-        for row in sorted(gone, reverse=True):
-            last = self.running.pop()
-            if row < len(self.running):
-                assert self._rows is not None
-                self._rows.move(len(self.running), row, len(last.ids) - last.start if last.start >= 0 else 0)
-                self.running[row] = last
-            self._options = None

@@ -138,6 +138,7 @@ class Result:
             for.
         prompt_logprobs, prompt_top_logprobs: the same for the tokens of the prompt; the first one has no
             log-probability (None) and no alternatives. None if not asked for.
+        cached_tokens: tokens of the prompt that were not read again, because an earlier text begins with them.
     """
 
     ids: list[int]
@@ -149,6 +150,7 @@ class Result:
     top_logprobs: list[list[tuple[int, float]]] | None = None
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[list[tuple[int, float]]] | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

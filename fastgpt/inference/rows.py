@@ -1,10 +1,10 @@
-"""The state of a batch on the device, and the two passes over it: read prompts, and generate a token for each row."""
+"""The cache and the rows of a batch on the device; the two passes: read texts, and generate a token for each row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,25 +15,52 @@ from fastgpt.inference.requests import Request
 from fastgpt.inference.sampling import Choice, Options, Settings, choose
 from fastgpt.inference.scoring import Scores, score
 from fastgpt.inference.tables import Tables
-from fastgpt.models.cache import KVCache
 from fastgpt.models.gpt import GPT
+from fastgpt.models.paged import PagedCache, Reading, Span, Stepping
 
-PREFILL_TOKENS = 4096  # in one pass
+
+class Part(NamedTuple):
+    """A part of a text that a pass reads.
+
+    Attributes:
+        ids: of the part, and, with `into`, the token after them if the text has one.
+        span: where it is in the text, and the text's pages.
+        adapter: number of the text's adapter, 0 for none.
+        scored, into: add the scores of the tokens after each of the part to `into`, with the `scored` most likely ones.
+    """
+
+    ids: Sequence[int]
+    span: Span
+    adapter: int = 0
+    scored: int = 0
+    into: Scores | None = None
 
 
 class Rows:
-    """Cache, last tokens and settings of up to `count` texts of up to `size` tokens; the first rows are in use.
+    """Cache of `pages` pages, and pages, last tokens and settings of up to `count` texts of up to `size` tokens, which
+    are generated; the first rows are in use.
 
     All tensors are allocated here. `decode` has the same shapes in every step and reads no host numbers but `options`,
     so on a GPU it runs from a CUDA graph (graphs.py), one for each number of rows and Options, unless `graphs` is
     false. With adapters it is one for each Selection, too; the graphs of an earlier Selection are dropped.
     """
 
-    def __init__(self, model: GPT, count: int, size: int, graphs: bool = True) -> None:
-        self.model, self.count, self.size = model, count, size
+    def __init__(
+        self,
+        model: GPT,
+        count: int,
+        size: int,
+        pages: int,
+        page_size: int,
+        graphs: bool = True,
+    ) -> None:
+        self.model, self.count = model, count
+        most = -(-size // page_size)
+        self.size = most * page_size
         activations: Tensor = model.get_parameter("blocks.0.norm1.weight")  # other weights may be narrower than they
         self.device = activations.device
-        self.cache = KVCache(model.config, count, size, activations.detach())
+        self.cache = PagedCache(model.config, pages, page_size, activations.detach())
+        self.pages = torch.zeros(count, most, dtype=torch.int32, device=self.device)
         self.lens = torch.zeros(count, dtype=torch.int64, device=self.device)  # tokens in the cache
         self.tokens = torch.zeros(count, dtype=torch.int64, device=self.device)  # the last ones, not in the cache yet
         self.settings = Settings.of_rows(count, self.device)
@@ -43,67 +70,59 @@ class Rows:
         self.selection: Selection | None = None  # the last one
         self.graphs = DecodeGraphs(model, self.lens, graphs)
 
-    def set(self, row: int, request: Request, ids: Sequence[int], adapter: int = 0) -> None:
+    def set(
+        self, row: int, request: Request, ids: Sequence[int], new: Sequence[int] = (), read: int = 0, adapter: int = 0
+    ) -> None:
         """Set up a row for a request whose text is ids.
 
         Args:
+            new: the tokens of ids that were added to the prompt.
+            read: tokens in the cache.
             adapter: number of its adapter, 0 for none.
         """
-        self.adapters[row] = adapter
         values = (request.temperature, request.top_k or self.model.vocab_size, request.top_p, request.min_p)
         penalties = (request.repetition_penalty, request.presence_penalty, request.frequency_penalty)
         for t, value in zip(self.settings, (*values, *penalties), strict=True):
             t[row] = value
-        self.tables.set(row, request, ids)
+        self.lens[row], self.adapters[row] = read, adapter
+        self.tables.set(row, request, ids, new)
 
-    def move(self, source: int, to: int, length: int) -> None:
-        """Copy a row of `length` tokens over another."""
-        self.cache.move(source, to, length)
-        for t in (self.lens, self.tokens, self.adapters, *self.settings):
+    def place(self, places: Sequence[tuple[int, int, int]]) -> None:
+        """Set pages of rows: (row, place in the text, page)."""
+        row, place, page = torch.tensor(places).to(self.device).unbind(1)
+        self.pages.index_put_((row, place), page.int())
+
+    def move(self, source: int, to: int) -> None:
+        """Copy a row over another. The cache stays as it is."""
+        for t in (self.pages, self.lens, self.tokens, self.adapters, *self.settings):
             t[to] = t[source]
         self.tables.move(source, to)
 
-    def prefill(
-        self,
-        first: int,
-        texts: Sequence[Sequence[int]],
-        options: Options,
-        u: Sequence[float],
-        scored: Sequence[int | None] = (),
-        selection: Selection | None = None,
-    ) -> tuple[Choice, list[Scores | None]]:
-        """Read texts into the rows from `first` on, padded on the right to the longest, and choose the next tokens.
-
-        No token sees the padding, because attention is causal; later tokens overwrite it in the cache. A pass reads
-        PREFILL_TOKENS at most, so the memory for activations does not grow with the texts. Dynamic rotary scaling
-        depends on the length of a text, which is then read in one pass.
+    def read(self, parts: Sequence[Part], selection: Selection | None = None) -> Tensor:
+        """Read parts of texts, packed into one row. Returns the input of the head at the last token of each part,
+        (len(parts), C).
 
         Args:
-            scored: for each text how many of the most likely tokens the scores of its tokens list; None: no scores.
-
-        Returns:
-            The choice, and for each of `scored` the scores of the text's tokens but the first, or None.
+            selection: layers with the adapters of the texts; None: they have none.
         """
-        last, longest = first + len(texts), max(map(len, texts))
-        ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts]).to(self.device)
-        ends = [len(text) for text in texts]
-        scores = [None if n is None else Scores([], []) for n in scored]
-        dynamic = (self.model.config.rope_scaling or {}).get("rope_type") == "dynamic"
-        size = longest if dynamic else max(1, PREFILL_TOKENS // len(texts))
-        part, final = self.cache.part(first, last), self.cache.k.new_empty(len(texts), self.model.config.width)
-        for start in range(0, longest, size):
-            with self._adapted(selection, first, last):
-                h = self.model.hidden(ids[:, start : start + size], kv_cache=part)
-            for row, end in enumerate(ends):
-                if start < end <= start + size:
-                    final[row] = h[row, end - 1 - start]
-            for row, (n, into) in enumerate(zip(scored, scores, strict=True)):
-                count = min(ends[row] - 1 - start, h.shape[1])  # of tokens with a next one
-                if n is not None and into is not None and count > 0:
-                    score(self.model, h[row, :count], ids[row, start + 1 : start + 1 + count], n, into)
-        self.lens[first:last] = torch.tensor(ends).to(self.device)
-        self.draw(first, u)
-        return self._choose(final, first, last, options), scores
+        ids = torch.tensor([i for part in parts for i in part.ids[: part.span.tokens]]).to(self.device)
+        cache = Reading(self.cache, [part.span for part in parts])
+        with self._adapted(selection, parts):
+            h = self.model.hidden(ids[None], kv_cache=cache)[0]
+        ends, end = [], 0
+        for part in parts:
+            start, end = end, end + part.span.tokens
+            ends.append(end - 1)
+            if part.into is not None and (targets := torch.tensor(part.ids[1:], device=self.device)).numel():
+                score(self.model, h[start : start + len(targets)], targets, part.scored, part.into)
+        return h[torch.tensor(ends).to(self.device)]
+
+    def _adapted(self, selection: Selection | None, parts: Sequence[Part]) -> Any:
+        """Return a context in which each token of a row of parts has its adapter."""
+        if selection is None:
+            return nullcontext()
+        index = torch.tensor([part.adapter for part in parts for _ in range(part.span.tokens)])
+        return selection.on(index[None].to(self.device))
 
     def draw(self, first: int, u: Sequence[float]) -> None:
         """Set the random numbers of the rows from `first` on."""
@@ -114,7 +133,7 @@ class Rows:
         """Read the last tokens of the first `count` rows, and choose the next ones; valid until the next step.
 
         Args:
-            selection: as in `prefill`.
+            selection: as in `read`.
         """
         if selection is not None and selection is not self.selection:
             self.graphs.drop(self.selection)
@@ -122,16 +141,14 @@ class Rows:
         return self.graphs((count, options, selection), lambda: self._decode(count, options, selection))
 
     def _decode(self, count: int, options: Options, selection: Selection | None) -> Choice:
-        with self._adapted(selection, 0, count):
-            h = self.model.hidden(self.tokens[:count, None], kv_cache=self.cache.part(0, count, self.lens[:count]))
+        cache = Stepping(self.cache, self.pages[:count], self.lens[:count])
+        with nullcontext() if selection is None else selection.on(self.adapters[:count, None]):
+            h = self.model.hidden(self.tokens[:count, None], kv_cache=cache)
         self.lens[:count] += 1
-        return self._choose(h[:, 0], 0, count, options)
+        return self.choose(h[:, 0], 0, count, options)
 
-    def _adapted(self, selection: Selection | None, first: int, last: int) -> Any:
-        """Return a context in which the model has the adapters of these rows."""
-        return nullcontext() if selection is None else selection.on(self.adapters[first:last, None])
-
-    def _choose(self, h: Tensor, first: int, last: int, options: Options) -> Choice:
+    def choose(self, h: Tensor, first: int, last: int, options: Options) -> Choice:
+        """Choose the next tokens of rows `first` to `last` - 1 from h (last - first, C), the input of the head."""
         settings, tables = self.settings.rows(first, last), self.tables.rows(first, last)
         choice = choose(self.model.logits(h), settings, options, self.u[first:last], tables)
         self.tokens[first:last] = choice.token

@@ -29,15 +29,16 @@ class Tables:
         self.bias: Tensor | None = None
         self.allowed: Tensor | None = None
 
-    def set(self, row: int, request: Request, ids: Sequence[int]) -> None:
-        """Set up a row for a request whose text is ids."""
+    def set(self, row: int, request: Request, ids: Sequence[int], new: Sequence[int] = ()) -> None:
+        """Set up a row for a request whose text is ids, of which `new` were added to the prompt."""
         if request.repetition_penalty != 1:
             self.seen = self._of(self.seen, torch.bool)
             self.seen[row] = False
             self.seen[row, torch.tensor(ids, device=self._device)] = True
         if request.counts_tokens:
             self.counts = self._of(self.counts, torch.int32)
-            self.counts[row] = 0
+            at = torch.tensor(new, dtype=torch.int64, device=self._device)
+            self.counts[row] = at.bincount(minlength=self._shape[1])
         if request.logit_bias or self.bias is not None:
             self.bias = self._of(self.bias, torch.float32)
             self.bias[row] = 0

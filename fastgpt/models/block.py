@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from fastgpt import ops
-from fastgpt.models.cache import KVCache
+from fastgpt.models.cache import Cache
 from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.recompute import MadeAgain
 from fastgpt.models.tree import TokenTree
@@ -36,7 +36,7 @@ class Pass(NamedTuple):
     rotary: RotaryEmbedding | None
     positions: Tensor | None  # (T,) or (B, T)
     doc_ids: Tensor | None  # (B, T)
-    cache: KVCache | None
+    cache: Cache | None
     again: MadeAgain | None  # records what backward recomputes
     tree: TokenTree | None = None
 
@@ -82,7 +82,7 @@ class SelfAttention(nn.Module):
         return torch.cat((*rotary(q, k, run.positions), v), dim=2)
 
     def _heads(self, qkv: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
-        """Split (B, T, H + 2G, D) into q (B, T, H, D), k and v (B, S, G, D): normalised, rotated, with cached keys."""
+        """Split (B, T, H + 2G, D) into q (B, T, H, D), k and v (B, T, G, D): normalised and rotated."""
         sizes = [self.n_heads, self.kv_heads, self.kv_heads]
         if self.q_norm is None or self.k_norm is None:
             q, k, v = self._rotate(qkv, run).split(sizes, dim=2)
@@ -91,39 +91,26 @@ class SelfAttention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
             if run.rotary is not None:
                 q, k = run.rotary(q, k, run.positions)
-        if run.cache is not None:
-            k, v = run.cache.append(self.layer, k, v)
         return q, k, v
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         b, t, _ = x.shape
         qkv = self.qkv(x).view(b, t, -1, self.d_head)
-        options: dict[str, Any] = dict(
-            causal=t > 1,
-            scale=self.scale,
-            window=self.window,
-            softcap=self.softcap,
-            dropout_p=self.attn_dropout if self.training else 0.0,
-            doc_ids=run.doc_ids,
-        )
+        options: dict[str, Any] = dict(scale=self.scale, softcap=self.softcap)
         if run.tree is not None:
-            q, k, v = self._heads(qkv, run)
-            y = run.tree.attend(self.layer, q, k, v, self.window, scale=self.scale, softcap=self.softcap)
-        elif self.q_norm is None and run.cache is None:
-            options["window"] = None if self.window is None or self.window >= t else self.window
-            y = ops.attention_qkv(self._rotate(qkv, run), n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
+            y = run.tree.attend(self.layer, *self._heads(qkv, run), self.window, **options)
         else:
-            q, k, v = self._heads(qkv, run)
-            if run.cache is not None and run.cache.lens is not None:
-                start, lens = run.cache.span(self.window)
-                y = ops.attention_decode(
-                    q, k, v, lens, kv_start=start, softcap=self.softcap, scale=self.scale
-                )  # (B, 1, H, D)
+            options["dropout_p"] = self.attn_dropout if self.training else 0.0
+            if run.cache is not None:
+                y = run.cache.attend(self.layer, *self._heads(qkv, run), self.window, **options)
             else:
-                if self.window is not None and t == 1:  # one query sees the last keys, so no mask is needed
-                    k, v = k[:, -self.window :], v[:, -self.window :]
-                options["window"] = None if self.window is None or self.window >= k.shape[1] else self.window
-                y = ops.attention(q, k, v, **options)
+                window = None if self.window is None or self.window >= t else self.window
+                options |= dict(causal=t > 1, window=window, doc_ids=run.doc_ids)
+                if self.q_norm is None:
+                    qkv = self._rotate(qkv, run)
+                    y = ops.attention_qkv(qkv, n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
+                else:
+                    y = ops.attention(*self._heads(qkv, run), **options)
         return dropout(self.proj(y.reshape(b, t, -1)), self.resid_dropout, self.training)
 
 

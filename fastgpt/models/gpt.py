@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastgpt import ops
 from fastgpt.models.block import Block, Pass, add_norm, dropout, make_module, norm_of
-from fastgpt.models.cache import KVCache
+from fastgpt.models.cache import Cache
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.flops import flops_per_token
 from fastgpt.models.recompute import Level, MadeAgain
@@ -102,7 +102,7 @@ class GPT(nn.Module):
         *,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
         tree: TokenTree | None = None,
     ) -> Tensor:
         """Compute the input of the head, (B, T, C), from ids (B, T).
@@ -133,22 +133,19 @@ class GPT(nn.Module):
                     x, residual = block(x, residual, run)
             if self.norm_f is not None:
                 x, _ = add_norm(self.norm_f, x, residual, run)
-        if kv_cache is not None and kv_cache.lens is None:
-            kv_cache.length += ids.shape[1]
+        if kv_cache is not None:
+            kv_cache.advance(ids.shape[1])
         return x
 
-    def _positions(self, ids: Tensor, positions: Tensor | None, cache: KVCache | None) -> Tensor | None:
-        """Return the positions of ids (B, T), or None for 0, 1, 2, ...; check that the model and the cache have them.
-        The lengths of `cache.lens` are on the device, so their values are the caller's responsibility."""
-        t, room = ids.shape[1], min(self.max_positions, self.max_positions if cache is None else cache.size)
-        if cache is not None and cache.lens is not None:
-            if t != 1:
-                raise ValueError(f"GPT: ids has shape {tuple(ids.shape)}, expected (B, 1) with kv_cache.lens")
-            return cache.lens[:, None] if positions is None else positions
-        past = 0 if cache is None else cache.length
-        if past + t > room:
-            raise ValueError(f"GPT: ids reach position {past + t}, expected at most {room} (block_size or kv_cache)")
-        return torch.arange(past, past + t, device=ids.device) if past and positions is None else positions
+    def _positions(self, ids: Tensor, positions: Tensor | None, cache: Cache | None) -> Tensor | None:
+        """Return the positions of ids (B, T), or None for 0, 1, 2, ...; check that model and cache have them."""
+        if cache is not None:
+            found = cache.positions(ids, self.max_positions)
+            return found if positions is None else positions
+        end, most = ids.shape[1], self.max_positions
+        if end > most:
+            raise ValueError(f"GPT: ids reach position {end}, expected at most {most} (block_size or kv_cache)")
+        return positions
 
     def _of_tree(self, ids: Tensor, tree: TokenTree) -> Tensor:
         if tree.end > self.max_positions or ids.shape != (1, len(tree.positions)):
@@ -211,7 +208,7 @@ class GPT(nn.Module):
         *,
         positions: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        kv_cache: KVCache | None = None,
+        kv_cache: Cache | None = None,
         reduction: str = "mean",
     ) -> Tensor:
         """Return the loss of predicting `targets`, or logits (B, T, vocab_size) without targets.
@@ -221,8 +218,7 @@ class GPT(nn.Module):
             targets: (B, T) int64, the token after each of ids; -100 does not count.
             positions: (T,) or (B, T) int64; default 0, 1, 2, ... after the positions in kv_cache.
             doc_ids: (B, T) int: tokens attend only within their own document.
-            kv_cache: keys and values of earlier calls; this call appends its keys and values. If kv_cache.lens is set,
-                T is 1, there is no dropout, and gradients must be off.
+            kv_cache: keys and values of earlier calls; this call appends its keys and values.
             reduction: "mean" and "sum" return a 0-dim loss in fp32, "none" (B, T).
 
         Raises:

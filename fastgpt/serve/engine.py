@@ -108,7 +108,7 @@ class Engine:
 
     def run(self) -> None:
         while not self.stopped:
-            busy = bool(self.generator.waiting or self.generator.running)
+            busy = self.generator.busy
             while not self.stopped and self.pipe.poll(None if not busy else 0):
                 self.take(json.loads(self.pipe.recv_bytes()))
                 busy = True
@@ -152,7 +152,7 @@ class Engine:
         try:
             pieces = self.generator.step()
         except ValueError as e:
-            left = {r.number for r in self.generator.waiting}
+            left = {r.number for r in (*self.generator.schedule.waiting, *self.generator.schedule.reading)}
             for own in [own for own in self.numbers if own not in left]:
                 _send(self.pipe, {"refused": self.numbers.pop(own), "why": str(e)})
             return
@@ -163,7 +163,9 @@ class Engine:
             if piece.result is not None:
                 self.numbers.pop(piece.number, None)
         if found:
-            counts = {"running": len(self.generator.running), "waiting": len(self.generator.waiting)}
+            schedule = self.generator.schedule
+            running = len(schedule.reading) + len(schedule.running)
+            counts = {"running": running, "waiting": len(schedule.waiting)}
             _send(self.pipe, {"pieces": found, **counts})
 
     def _plain(self, piece: Piece) -> list[Any]:

@@ -198,10 +198,10 @@ def test_graphs_of_other_layers_are_dropped(paths: dict[str, Path], monkeypatch:
         monkeypatch.setattr(importlib.import_module(f"fastgpt.ops.{op}"), "checks_values", lambda t: False)
     generator = Generator(base().float(), adapters=paths, max_batch=3)
     generator.reserve()
-    rows = generator._rows
+    rows = generator.schedule.rows
     assert rows is not None
     rows.graphs.enabled = True
-    changed = [rows.cache.k, rows.cache.v, rows.lens, rows.tokens, rows.u, *rows.settings]
+    changed = [rows.cache.k, rows.cache.v, rows.pages, rows.lens, rows.tokens, rows.u, *rows.settings]
     monkeypatch.setattr(graphs, "record", recording(lambda: changed))
     requests = [Request(r.prompt, 12, temperature=0, seed=0, adapter=r.adapter) for r in asked("all", None, "few")]
     expected = Generator(base().float(), adapters=paths).generate(requests)

@@ -34,7 +34,7 @@ def some_model() -> GPT:
 
 def tensors(rows: Rows) -> list[Tensor]:
     """Return everything that a step may change."""
-    found = [rows.cache.k, rows.cache.v, rows.lens, rows.tokens, rows.u, *rows.settings]
+    found = [rows.cache.k, rows.cache.v, rows.pages, rows.lens, rows.tokens, rows.u, *rows.settings]
     tables = (rows.tables.seen, rows.tables.counts, rows.tables.bias, rows.tables.allowed)
     return [*found, *(table for table in tables if table is not None)]
 
@@ -51,7 +51,7 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> Generator:
     """Return a generator whose steps are recorded on a CPU."""
     found = Generator(some_model(), max_batch=3)
     found.reserve()
-    rows = found._rows
+    rows = found.schedule.rows
     assert rows is not None and not rows.graphs.enabled, "a CPU has no graphs"
     rows.graphs.enabled = True
     monkeypatch.setattr(graphs, "record", recording(lambda: tensors(rows)))
@@ -65,7 +65,7 @@ def results(generator: Generator) -> list[Any]:
 @pytest.mark.usefixtures("unlooked")
 def test_replayed_steps_generate_what_called_ones_do(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of rows and the settings change on the way. Tensors stay where they are."""
-    rows = generator._rows
+    rows = generator.schedule.rows
     assert rows is not None
     called, step = [], rows._decode
     monkeypatch.setattr(rows, "_decode", lambda *key: called.append(key) or step(*key))
@@ -88,7 +88,7 @@ def test_replayed_steps_follow_a_grammar(monkeypatch: pytest.MonkeyPatch) -> Non
     requests = [Request("a", 20, seed=i, grammar=Grammar("regex", "[a-f]{3,6}(x|y)+z")) for i in range(3)]
     made = [Generator(model_of(**ROPE, vocab_size=257).float().eval(), byte_tokenizer()) for _ in range(2)]
     made[0].reserve()
-    rows = made[0]._rows
+    rows = made[0].schedule.rows
     assert rows is not None
     rows.graphs.enabled = True
     monkeypatch.setattr(graphs, "record", recording(lambda: tensors(rows)))
@@ -99,7 +99,7 @@ def test_replayed_steps_follow_a_grammar(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("unlooked")
 def test_moved_weights_are_recorded_again(generator: Generator) -> None:
-    rows = generator._rows
+    rows = generator.schedule.rows
     assert rows is not None
     first = results(generator)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_the_graph_that_was_not_used_for_longest_is_dropped(
 ) -> None:
     monkeypatch.setattr(graphs, "MOST", 1)
     assert results(generator) == results(Generator(some_model(), max_batch=3))
-    assert generator._rows is not None and len(generator._rows.graphs.recorded) == 1
+    assert generator.schedule.rows is not None and len(generator.schedule.rows.graphs.recorded) == 1
 
 
 @pytest.mark.usefixtures("unlooked")
@@ -148,4 +148,5 @@ def test_a_graph_of_the_gpu_generates_what_called_steps_do() -> None:
     generator.reserve()
     for _ in range(2):
         assert results(generator) == expected
-    assert generator._rows is not None and generator._rows.graphs.enabled and generator._rows.graphs.recorded
+    rows = generator.schedule.rows
+    assert rows is not None and rows.graphs.enabled and rows.graphs.recorded

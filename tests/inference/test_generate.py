@@ -11,6 +11,7 @@ from small_models import CASES, model_of
 from fastgpt.inference import generate
 from fastgpt.models.cache import KVCache
 from fastgpt.models.gpt import GPT
+from fastgpt.models.paged import PagedCache, Reading, Span, Stepping
 
 
 def prompt(length: int = 4) -> torch.Tensor:
@@ -28,22 +29,35 @@ def test_logits_with_cache_equal_the_whole_pass(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
-def test_rows_of_different_lengths_equal_the_whole_pass(name: str) -> None:
-    model, ids = model_of(**CASES[name]).eval(), prompt(16)
-    whole, cache = model(ids), KVCache(model.config, 3, 16, model.wte.weight)
-    lens = torch.tensor([1, 5, 11])
-    model(ids[:, :11], kv_cache=cache.part(0, 3))  # slots 1 and 5 on hold what no later token may see
+def test_pages_equal_the_whole_pass(name: str) -> None:
+    """Texts of different lengths are read in parts, of which some begin in the middle of a page; the second text has
+    the first one's first page. Then each grows by a token a step."""
+    model, ids = model_of(**CASES[name], block_size=24).eval(), prompt(24)
+    ids[1, :8] = ids[0, :8]
+    whole, cache = model(ids), PagedCache(model.config, 8, 8, model.wte.weight)
+    pages, lens = [[5, 0, 3], [5, 7, 1], [2, 4, 6]], [0, 8, 0]
+    for tokens in ((9, 0, 3), (4, 3, 3), (1, 8, 0)):
+        spans = [Span(n, lens[i], pages[i]) for i, n in enumerate(tokens) if n]
+        packed = torch.cat([ids[i, lens[i] : lens[i] + n] for i, n in enumerate(tokens)])
+        z = model(packed[None], kv_cache=Reading(cache, spans))[0]
+        wanted = torch.cat([whole[i, lens[i] : lens[i] + n] for i, n in enumerate(tokens)])
+        torch.testing.assert_close(z, wanted, rtol=1e-9, atol=1e-10)
+        lens = [a + n for a, n in zip(lens, tokens)]
+    table, at = torch.tensor(pages, dtype=torch.int32), torch.tensor(lens)
     for _ in range(5):
-        z = model(ids.gather(1, lens[:, None]), kv_cache=cache.part(0, 3, lens))
-        torch.testing.assert_close(z[:, 0], whole[torch.arange(3), lens], rtol=1e-9, atol=1e-10)
-        lens += 1
+        z = model(ids.gather(1, at[:, None]), kv_cache=Stepping(cache, table, at))
+        torch.testing.assert_close(z[:, 0], whole[torch.arange(3), at], rtol=1e-9, atol=1e-10)
+        at += 1
 
 
-def test_a_cache_of_lengths_takes_one_token() -> None:
+def test_passes_refuse_other_tokens() -> None:
     model = model_of()
-    cache = KVCache(model.config, 3, 16, model.wte.weight).part(0, 3, torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"ids has shape \(3, 4\), expected \(B, 1\) with kv_cache.lens"):
-        model(prompt(), kv_cache=cache)
+    cache = PagedCache(model.config, 3, 8, model.wte.weight)
+    step = Stepping(cache, torch.zeros(3, 1, dtype=torch.int32), torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"ids has shape \(3, 4\), expected \(B, 1\) in a step"):
+        model(prompt(), kv_cache=step)
+    with pytest.raises(ValueError, match=r"ids has shape \(3, 4\), expected \(1, 12\)"):
+        model(prompt(), kv_cache=Reading(cache, [Span(4, 0, [n]) for n in range(3)]))
 
 
 def test_a_long_text_fills_the_cache_anew_only_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +69,7 @@ def test_a_long_text_fills_the_cache_anew_only_now_and_then(monkeypatch: pytest.
 
     monkeypatch.setattr(GPT, "hidden", spy)
     generate(model, prompt(4), 30)
-    assert [n for n in lengths if n > 1] == [4, 9, 9, 9] and len(lengths) == 30
+    assert [n for n in lengths if n > 1] == [12, 27, 27, 27] and len(lengths) == 30
 
 
 def test_temperature_zero_is_greedy_and_so_are_the_narrowest_filters() -> None:

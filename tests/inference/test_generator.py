@@ -13,10 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from fastgpt.core import backend
-from fastgpt.inference import Generator, Piece, Request, Result, scoring
-from fastgpt.inference import rows as rows_module
-from fastgpt.inference.generator import context_start
+from fastgpt.inference import Generator, Piece, Request, Result, schedule, scoring
 from fastgpt.inference.rows import Rows, options_of
+from fastgpt.inference.running import context_start
 from fastgpt.models.gpt import GPT
 
 
@@ -28,13 +27,13 @@ def prompt(length: int, seed: int = 0) -> list[int]:
 def plain(model: GPT, request: Request, context: int = 16) -> tuple[list[int], list[float]]:
     """Generate without a cache, alone: the model reads the whole context for each token. Returns ids and logprobs."""
     model.eval()
-    rows, ids, logprobs = Rows(model, 1, 1), [int(i) for i in request.prompt], []
+    rows, ids, logprobs = Rows(model, 1, 1, 1, 8), [int(i) for i in request.prompt], []
     drawn, options = random.Random(request.seed), options_of([request])._replace(logprobs=0)
     for _ in range(request.max_new_tokens):
         rows.set(0, request, ids)
         rows.draw(0, [drawn.random()])
         h = model.hidden(torch.tensor([ids[context_start(len(ids), context) :]]))
-        choice = rows._choose(h[:, -1], 0, 1, options)
+        choice = rows.choose(h[:, -1], 0, 1, options)
         assert choice.logprob is not None
         ids.append(int(choice.token))
         logprobs.append(float(choice.logprob))
@@ -66,8 +65,8 @@ def test_a_request_does_not_depend_on_the_batch_or_the_cache(name: str) -> None:
     assert [[len(top) for top in r.top_logprobs or ()] for r in results[1:3]] == [[0] * 5, [2] * 18]
 
 
-def test_prompts_of_similar_length_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Padded on the right, in one pass, unless the padding is more than a quarter; with the tokens of each alone."""
+def test_prompts_are_read_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one pass without padding, with the tokens of each alone."""
     model, shapes, hidden = model_of(), [], GPT.hidden
 
     def spy(self: GPT, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -77,7 +76,7 @@ def test_prompts_of_similar_length_are_read_together(monkeypatch: pytest.MonkeyP
     requests = [Request(prompt(n, n), 3, seed=n, temperature=2.0, logprobs=0) for n in (8, 2, 9, 7)]
     monkeypatch.setattr(GPT, "hidden", spy)
     results = Generator(model).generate(requests)
-    assert shapes == [(1, 2), (3, 9), (4, 1), (4, 1)]
+    assert shapes == [(1, 26), (4, 1), (4, 1)]
     for request, result in zip(requests, results):
         assert_plain(model, request, result)
 
@@ -103,10 +102,10 @@ def test_logprobs_score_the_text() -> None:
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("tokens", [5, 4096])
 def test_a_prompt_is_scored_in_one_reading(name: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By passes of 5 tokens for all rows and logits of 3 tokens, or at once; with and without further tokens."""
+    """By passes of 5 tokens for all rows, or at once, and logits of 4 tokens; with and without further tokens."""
     model = model_of(**CASES[name]).eval()
-    monkeypatch.setattr(rows_module, "PREFILL_TOKENS", tokens)
-    monkeypatch.setattr(scoring, "LOGITS", 3 * 50)
+    monkeypatch.setattr(schedule, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(scoring, "LOGITS", 4 * 50)
     passes, logits, hidden, head = [], [], GPT.hidden, GPT.logits
 
     def spy(self: GPT, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
@@ -122,8 +121,8 @@ def test_a_prompt_is_scored_in_one_reading(name: str, tokens: int, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(GPT, "hidden", spy)
         patched.setattr(GPT, "logits", spy_logits)
-        results = Generator(model).generate(requests)
-    assert max(passes) <= tokens and max(logits) <= 3
+        results = Generator(model, prefill_tokens=tokens).generate(requests)
+    assert max(passes) <= tokens and max(logits) <= 4
     assert results[3].prompt_logprobs is None
     assert_plain(model, requests[3], results[3])
     for request, result in zip(requests[:3], results):
@@ -225,7 +224,7 @@ def test_requests_join_and_leave_while_others_run() -> None:
     steps(2)
     generator.cancel(first)
     steps(40)
-    assert generator.step() == [] and not generator.running
+    assert generator.step() == [] and not generator.busy
     assert out[first] == plain(model, requests[0])[0][:4]  # the second's prompt was read in a step of its own
     assert results.keys() == {second, third}
     for number, request in ((second, requests[1]), (third, requests[2])):
@@ -252,7 +251,7 @@ def test_leaving_a_stream_leaves_nothing_behind() -> None:
     generator = Generator(model)
     for _ in generator.stream([Request(prompt(3), 9), Request(prompt(4), 9)]):
         break
-    assert model.training and not generator.running and not generator.waiting
+    assert model.training and not generator.busy
     assert len(generator.generate([Request(prompt(3), 2)])[0].ids) == 2
 
 
@@ -285,16 +284,16 @@ def test_every_step_makes_the_same_calls_and_waits_for_nothing(monkeypatch: pyte
     for request in requests:
         generator.add(request)
     generator.step()
-    assert generator._rows is not None
     steps = []
     for _ in range(4):
+        assert generator.schedule.rows is not None
         with Calls() as calls, torch.no_grad():
-            generator._rows.decode(2, options_of(requests))
+            generator.schedule.rows.decode(2, options_of(requests))
         steps.append(calls.seen)
     assert len(steps[0]) > 50 and all(step == steps[0] for step in steps)
     assert not [name for name, _ in steps[0] if "_local_scalar" in name or "nonzero" in name]
     if backend.missing("cpu") is None:
-        assert [name for name, _ in steps[0] if "attention" in name] == ["fastgpt.attention_decode_fwd.cpu"] * 2
+        assert [name for name, _ in steps[0] if "attention" in name] == ["fastgpt.attention_decode_paged_fwd.cpu"] * 2
 
 
 def test_logits_that_are_not_finite_end_the_call() -> None:
