@@ -23,13 +23,15 @@ def sample(argv: list[str]) -> int:
         metavar="N",
         help="print the log-probability of each token, and the N most likely tokens",
     )
+    terminal.add_grammar_options(parser)
     args = parser.parse_args(argv)
+    grammar = terminal.grammar_of(args)
 
     from fastgpt.core.device import default_device
     from fastgpt.training.load import load_run
 
     model, tokenizer, _ = load_run(args.run, default_device(args.device))
-    return terminal.sample(model, tokenizer, args)
+    return terminal.sample(model, tokenizer, args, grammar)
 
 
 def chat(argv: list[str]) -> int:

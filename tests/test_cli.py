@@ -1,6 +1,7 @@
 """The console commands: sample, doctor, parity, and how errors are reported to the user."""
 
 import errno
+import importlib.util
 import io
 import os
 import re
@@ -78,6 +79,17 @@ def test_sample_refuses_a_foreign_tokenizer_and_missing_runs(
     assert run(monkeypatch, "sample", "--run", "run", "--prompt", "") == 2
 
 
+def test_sample_writes_texts_of_a_grammar(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llguidance")
+    Path("schema.json").write_text('{"enum": ["one", 2]}')
+    capsys.readouterr()
+    for words, fits in ((["--regex", "[0-9]{3}"], "x=[0-9]{3}\n"), (["--json-schema", "schema.json"], 'x=("one"|2)\n')):
+        assert run(monkeypatch, "sample", "--run", "run", "--prompt", "x=", *words) == 0
+        assert re.fullmatch(fits, capsys.readouterr().out)
+
+
 def test_sample_prints_several_texts_and_logprobs(
     trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,7 +109,12 @@ def test_sample_refuses_what_the_model_cannot_do(
     for words, said in (
         (["--context", "17"], "--context: GPT: 17 positions, expected at most 16, the size of the learned table"),
         (["--stop", ""], "--stop is an empty text"),
+        (["--json-schema", "none.json"], "--json-schema: none.json cannot be read"),
+        (["--regex", "["], "sample: grammar: the regex cannot be used (unclosed character class)"),
+        (["--regex", "a" * 40_000], "sample: the text has 40,000 characters, expected at most 32,768"),
     ):
+        if "[" in words:
+            pytest.importorskip("llguidance")
         capsys.readouterr()
         assert run(monkeypatch, "sample", "--run", "run", *words) == 2
         err = capsys.readouterr().err
@@ -107,9 +124,11 @@ def test_sample_refuses_what_the_model_cannot_do(
 def test_the_commands_of_the_page_on_generation(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(trained, "runs/tiny")
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    if importlib.util.find_spec("llguidance") is None:
+        pytest.skip("needs llguidance")
     page = (Path(__file__).parent.parent / "docs" / "generation.md").read_text(encoding="utf-8")
     commands = re.findall("^fastgpt (.*)", page, re.M)
-    assert len(commands) == 3
+    assert len(commands) == 4
     for command in commands:
         assert run(monkeypatch, *shlex.split(command)) == 0, command
 

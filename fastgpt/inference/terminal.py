@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastgpt.core.command import number
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, cause_of
 from fastgpt.inference.chat import ChatTokenizer, Conversation, Template
 from fastgpt.inference.generator import Generator
+from fastgpt.inference.grammar import Grammar
 from fastgpt.inference.requests import Request, Result, TextTokenizer, bytes_of
 from fastgpt.inference.weights import KINDS, convert_weights
 
@@ -89,13 +91,37 @@ def generator_of(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace,
         raise UserError(f"--context: {e}") from None
 
 
-def sample(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace) -> int:
+def add_grammar_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what a text must be."""
+    some = parser.add_mutually_exclusive_group()
+    some.add_argument("--json-schema", type=Path, metavar="FILE", help="write JSON that this schema describes")
+    some.add_argument("--regex", metavar="TEXT", help="write a text that this expression matches as a whole")
+
+
+def grammar_of(args: argparse.Namespace) -> Grammar | None:
+    """Return the grammar that the options name, if any.
+
+    Raises:
+        UserError: the file cannot be read, or the text is too long.
+    """
+    try:
+        if args.json_schema is not None:
+            return Grammar("json_schema", args.json_schema.read_text(encoding="utf-8"))
+        return None if args.regex is None else Grammar("regex", args.regex)
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--json-schema: {args.json_schema} cannot be read ({cause_of(e)})") from None
+    except ValueError as e:
+        raise UserError(f"sample: {str(e).removeprefix('Grammar: ')}") from None
+
+
+def sample(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace, grammar: Grammar | None = None) -> int:
     """Print --n continuations of --prompt; a single one as it comes."""
     if not tokenizer.prompt(args.prompt):
         raise UserError("sample: --prompt is empty, expected at least one token")
     generator = generator_of(model, tokenizer, args, max_batch=min(args.n, 16))
     requests = [
-        request_of(args, args.prompt, seed=(args.seed + i) % 2**63, logprobs=args.logprobs) for i in range(args.n)
+        request_of(args, args.prompt, seed=(args.seed + i) % 2**63, logprobs=args.logprobs, grammar=grammar)
+        for i in range(args.n)
     ]
     if args.n == 1:
         print(args.prompt, end="", flush=True)
