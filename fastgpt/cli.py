@@ -153,6 +153,20 @@ def store(argv: list[str]) -> int:
     return store_main(argv)
 
 
+def deploy(argv: list[str]) -> int:
+    """Run `fastgpt deploy`; see fastgpt/serve/rollout/command.py."""
+    from fastgpt.serve.rollout.command import main as deploy_main
+
+    return deploy_main(argv)
+
+
+def feedback(argv: list[str]) -> int:
+    """Run `fastgpt feedback`; see fastgpt/serve/feedback/command.py."""
+    from fastgpt.serve.feedback.command import main as feedback_main
+
+    return feedback_main(argv)
+
+
 def import_(argv: list[str]) -> int:
     """Run `fastgpt import`; see fastgpt/convert/importing.py."""
     from fastgpt.convert.importing import main as import_main
@@ -197,6 +211,8 @@ COMMANDS = {
     "eval": evaluate,
     "serve": serve,
     "store": store,
+    "deploy": deploy,
+    "feedback": feedback,
     "data": data,
     "tokenizer": tokenizer,
     "import": import_,
@@ -215,6 +231,8 @@ HELP = """commands:
   eval       evaluate a model on benchmarks, texts, suites, safety and people's ratings
   serve      answer requests over HTTP, as OpenAI's API does
   store      show, export and delete what a server has kept
+  deploy     roll out a new version of a served model, and roll it back
+  feedback   make preference pairs from thumbs of a server's users
   data       make data sets from raw text, check and inspect them, erase documents
   tokenizer  train, show and check tokenizers
   import     make a run from a model of another project

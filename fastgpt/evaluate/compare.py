@@ -13,7 +13,7 @@ from fastgpt.core import page
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError, counted
 from fastgpt.core.folders import write_text
-from fastgpt.evaluate.gate import different, failures
+from fastgpt.evaluate.gate import held_against
 from fastgpt.evaluate.paired import OVERALL, Comparison, Options, Row, compare, name_of
 from fastgpt.evaluate.results import Results, load_results
 
@@ -105,31 +105,30 @@ def _gate(args: argparse.Namespace, options: Options) -> int:
     """Compare one evaluation with that of --gate, print what became worse, and return the exit code."""
     alpha = 0.05 if args.alpha is None else args.alpha
     base, new = results = open_all([args.gate, *args.results], args.preset)
-    if reasons := different(base, new, options):
-        raise UserError(f"{args.results[0]} cannot be held against {args.gate}: {'; '.join(reasons)}")
-    comparison = compare(base, new, options)
-    tested = [r for r in comparison.rows if r.p_worse is not None]
-    if not tested:
-        raise UserError(f"{args.gate} has no metric with a better direction and items, expected one or more to test")
-    found = failures(comparison.rows, alpha, args.min_difference or 0.0)
+    names = (args.gate, args.results[0])
+    verdict = held_against(base, new, options, alpha, args.min_difference or 0.0, names)
+    comparison, tested, found = verdict.comparison, verdict.tested, verdict.failed
     for row in found:
-        print(
-            f"FAIL {row.task} {row.metric}: {row.a:.4f} -> {row.b:.4f} ({_signed(row.difference)}, "
-            f"{_interval(row)}, n={row.n}, p={_p(row.p_worse_holm)})"
-        )
+        print(f"FAIL {row_line(row)}")
     untested = [f"{r.task} {r.metric}" for r in comparison.rows if r.p_worse is None]
     for note in [*comparison.notes, *(f"not tested, because it has no better direction: {u}" for u in untested)]:
         print(f"note: {note}")
     print(f"{len(found)} of {counted(len(tested), 'test')} failed at alpha {alpha:g}, corrected for their number")
-    names = _distinct_names(results, [args.gate, *args.results])
+    shown = _distinct_names(results, list(names))
     if args.out:
-        values = _json(results, names, [comparison], options) | {"failed": [[r.task, r.metric] for r in found]}
+        values = _json(results, shown, [comparison], options) | {"failed": [[r.task, r.metric] for r in found]}
         write_text(args.out, json.dumps(values, indent=1, allow_nan=False) + "\n")
     if args.page:
         write_text(
-            args.page, page.page("Gate", f"Preset {base.preset}.", [section(comparison, names[0], names[1], options)])
+            args.page, page.page("Gate", f"Preset {base.preset}.", [section(comparison, shown[0], shown[1], options)])
         )
     return 1 if found else 0
+
+
+def row_line(row: Row) -> str:
+    """Return a metric that became worse as a line of text."""
+    change = f"{row.a:.4f} -> {row.b:.4f} ({_signed(row.difference)}, {_interval(row)}"
+    return f"{row.task} {row.metric}: {change}, n={row.n}, p={_p(row.p_worse_holm)})"
 
 
 def open_all(places: list[str], preset: str | None) -> list[Results]:

@@ -4,10 +4,52 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from fastgpt.core.errors import counted
-from fastgpt.evaluate.paired import Options, Row, common, keys, name_of, shots_that_differ, weights_differ
+from fastgpt.core.errors import UserError, counted
+from fastgpt.evaluate.paired import (
+    Comparison,
+    Options,
+    Row,
+    common,
+    compare,
+    keys,
+    name_of,
+    shots_that_differ,
+    weights_differ,
+)
 from fastgpt.evaluate.results import Results
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a gate found: the comparison, the rows that were tested, and those of them that became worse."""
+
+    comparison: Comparison
+    tested: list[Row]
+    failed: list[Row]
+
+
+def held_against(
+    base: Results, new: Results, options: Options, alpha: float, min_difference: float, names: tuple[str, str]
+) -> Verdict:
+    """Hold an evaluation against a base; a gate passes if no row failed.
+
+    Args:
+        alpha: chance of a failed row although nothing became worse.
+        min_difference: smaller regressions pass, in the unit of the metric.
+        names: of base and new, for messages.
+
+    Raises:
+        UserError: they cannot be compared item by item, or there is nothing to test.
+    """
+    if reasons := different(base, new, options):
+        raise UserError(f"{names[1]} cannot be held against {names[0]}: {'; '.join(reasons)}")
+    comparison = compare(base, new, options)
+    tested = [r for r in comparison.rows if r.p_worse is not None]
+    if not tested:
+        raise UserError(f"{names[0]} has no metric with a better direction and items, expected one or more to test")
+    return Verdict(comparison, tested, failures(comparison.rows, alpha, min_difference))
 
 
 def failures(rows: Sequence[Row], alpha: float, min_difference: float) -> list[Row]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -18,18 +18,28 @@ from fastgpt.serve.guard import Guard, Limits
 from fastgpt.serve.routes import Server, add_generation, add_overview, add_tokenizer
 from fastgpt.serve.served import Served
 
+Part = Callable[[FastAPI, Server], None]
 
-def build_app(models: Mapping[str, Served], limits: Limits, adapters: Path | None = None) -> FastAPI:
-    """Return the application. The first model answers requests that name none.
+
+def build_app(
+    models: dict[str, Served], limits: Limits, adapters: Path | None = None, parts: Sequence[Part] = ()
+) -> FastAPI:
+    """Return the application.
 
     Args:
+        models: by name; the first one answers requests that name none. Roll-outs and adapters change it.
         adapters: folder from which clients may load adapters of the first model; None: they may not.
+        parts: what else the server does; each adds its routes, observers and background work.
     """
-    server = Server(dict(models), limits.timeout)
+    server = Server(models, limits.timeout)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(work()) for work in server.background]
         yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for served in models.values():
             await asyncio.to_thread(served.link.close)
 
@@ -43,6 +53,8 @@ def build_app(models: Mapping[str, Served], limits: Limits, adapters: Path | Non
     add_overview(app, server)
     if adapters is not None:
         add_adapters(app, server, adapters)
+    for add in parts:
+        add(app, server)
     return app
 
 

@@ -26,10 +26,11 @@ def main(argv: list[str]) -> int:
     except ImportError as e:
         raise UserError(f"serve needs {e.name}, expected `pip install fastgpt[serve]`") from None
 
-    from fastgpt.serve.app import build_app
+    from fastgpt.serve.app import Part, build_app
     from fastgpt.serve.engine import Model
     from fastgpt.serve.guard import Limits
-    from fastgpt.serve.served import serve_adapter, serve_model
+    from fastgpt.serve.rollout.swap import Rollouts
+    from fastgpt.serve.served import Served, serve_adapter, serve_model
 
     places = named([args.run, *args.model])
     adapters = named_adapters(args.adapter, places)
@@ -38,11 +39,17 @@ def main(argv: list[str]) -> int:
     limits = Limits(args.max_body, args.timeout, keys)
     listening = listen(args.host, args.port, args.timeout)  # first: loading a model takes longer
     options: dict[str, Any] = dict(device=args.device, weights=args.weights, rows=args.rows, context=args.context)
-    models: dict[str, Any] = {}
+
+    def start(name: str, path: str) -> Served:
+        own = adapters if name == next(iter(places)) else {}
+        return serve_model(name, Model(path, **options, threads=args.threads, adapters=own), args.queue)
+
+    models: dict[str, Served] = {}
+    rollouts = Rollouts(start)
+    parts: list[Part] = [rollouts.add]
     try:
         for name, path in places.items():
-            own = {} if models else adapters
-            models[name] = serve_model(name, Model(path, **options, threads=args.threads, adapters=own), args.queue)
+            models[name] = rollouts.open(name, path)
         base = next(iter(models.values()))
         models |= {name: serve_adapter(name, path, base) for name, path in adapters.items()}
         if args.host not in LOOPBACK and not keys:
@@ -52,7 +59,7 @@ def main(argv: list[str]) -> int:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"serving at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has ended
-        app = build_app(models, limits, changes)
+        app = build_app(models, limits, changes, parts)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.grace, server_header=False)
         uvicorn.Server(config).run(sockets=[listening])
     finally:
@@ -64,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastgpt serve", description="Serve models over HTTP, as OpenAI's API does.")
-    parser.add_argument("run", metavar="[NAME=]RUN", help="run, checkpoint or folder of a model")
+    parser.add_argument("run", metavar="[NAME=]RUN", help="run, checkpoint, folder of a model, or deployment")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN", help="a further model")
     parser.add_argument(
         "--adapter", action="append", default=[], metavar="NAME=PATH", help="a LoRA adapter of the first model, by name"

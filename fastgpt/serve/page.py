@@ -28,6 +28,7 @@ HEADERS = {
 }
 
 
-def page() -> Response:
-    """Return the page."""
-    return Response(HTML, media_type="text/html", headers=HEADERS)
+def page(feedback: bool = False) -> Response:
+    """Return the page; with thumbs, if the server keeps feedback."""
+    html = HTML.replace('<html lang="en">', '<html lang="en" data-feedback>') if feedback else HTML
+    return Response(html, media_type="text/html", headers=HEADERS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
+from fastgpt.inference import Piece, Result
 from fastgpt.inference.chat import FILE
 from fastgpt.serve import answers
 from fastgpt.serve.calls import ChatCall, CompletionCall
@@ -26,6 +28,22 @@ from fastgpt.serve.structured import GrammarCheck
 Call = CompletionCall | ChatCall | ResponsesCall | MessagesCall
 
 
+@dataclass(frozen=True)
+class Answered:
+    """A call that was answered.
+
+    Attributes:
+        call: what was asked, and of which model.
+        results: of its requests.
+        first, seconds: time to the first token, and to the last one, from the start of the call.
+    """
+
+    call: Call
+    results: list[Result]
+    first: float
+    seconds: float
+
+
 @dataclass
 class Server:
     """What the routes answer with.
@@ -35,12 +53,18 @@ class Server:
         timeout: seconds after which a request is cancelled.
         metrics: counters.
         check_grammars: refuses those that cannot be compiled.
+        feedback: whether thumbs are kept, so that the page shows them.
+        observers: called with what each answered call was, and what came of it.
+        background: run while the server does.
     """
 
     models: dict[str, Served]
     timeout: float
     metrics: Metrics = field(default_factory=Metrics)
     check_grammars: GrammarCheck = field(default_factory=GrammarCheck)
+    feedback: bool = False
+    observers: list[Callable[[Answered], None]] = field(default_factory=list)
+    background: list[Callable[[], Coroutine[Any, Any, None]]] = field(default_factory=list)
 
     def find(self, name: str | None) -> Served:
         """Return a model. Raises ApiError if there is none of this name."""
@@ -54,15 +78,30 @@ class Server:
 
     async def answer(self, call: Call, request: Request) -> Response:
         """Run a call; the answer comes whole or as a stream, as its body says."""
-        requests = call.requests()
-        await self.check_grammars(requests, call.served.tokenizer)
-        pieces = run(call.served.link, requests, self.metrics, self.timeout)
-        if not call.body.stream:
-            results = await while_here(collect(pieces, len(requests)), request)
-            return JSONResponse(call.answer(requests, results))
-        # the first piece comes before the headers, so that a full queue is still status 429
-        first = await while_here(anext(pieces), request)
+        with call.served.hold():
+            requests = call.requests()
+            await self.check_grammars(requests, call.served.tokenizer)
+            pieces = self._observed(call, run(call.served.link, requests, self.metrics, self.timeout))
+            if not call.body.stream:
+                results = await while_here(collect(pieces, len(requests)), request)
+                return JSONResponse(call.answer(requests, results))
+            # the first piece comes before the headers, so that a full queue is still status 429
+            first = await while_here(anext(pieces), request)
         return EventStream(_events(call, requests, _again(first, pieces)), self.timeout + SECONDS_TO_SAY)
+
+    async def _observed(self, call: Call, pieces: AsyncIterator[tuple[int, Piece]]) -> AsyncIterator[tuple[int, Piece]]:
+        """Yield pieces, and tell the observers when the last one has come; a call that ends early is not told."""
+        start, first = time.perf_counter(), None
+        results: dict[int, Result] = {}
+        async with aclosing(pieces):  # type: ignore[type-var]
+            async for i, piece in pieces:
+                first = time.perf_counter() - start if first is None else first
+                if piece.result is not None:
+                    results[i] = piece.result
+                yield i, piece
+        done = Answered(call, [results[i] for i in sorted(results)], first or 0.0, time.perf_counter() - start)
+        for observe in self.observers:
+            observe(done)
 
 
 def add_generation(app: FastAPI, server: Server) -> None:
@@ -119,7 +158,7 @@ def add_overview(app: FastAPI, server: Server) -> None:
 
     @app.get("/", include_in_schema=False)
     async def chat_page() -> Response:
-        return page()
+        return page(server.feedback)
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -148,7 +187,9 @@ def add_overview(app: FastAPI, server: Server) -> None:
 
 def _about(served: Served) -> dict[str, Any]:
     about = {"id": served.name, "object": "model", "created": served.created, "owned_by": "fastgpt"}
-    return {**about, "root": served.root, "parent": served.parent, "max_model_len": served.context}
+    version = {} if served.version is None else {"version": served.version}
+    root = {"root": served.root, "parent": served.parent}
+    return {**about, **root, **version, "max_model_len": served.context}
 
 
 async def _again(first: Any, rest: AsyncIterator[Any]) -> AsyncIterator[Any]:

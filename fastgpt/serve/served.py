@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ class Served:
         adapter: name of the adapter in the engine; None: the base model.
         parent: name of the base model of an adapter.
         root: path of the weights.
+        version: number in its deployment; None where it is not of one.
+        held: calls that have found this model and may not have reached the engine yet.
     """
 
     name: str
@@ -47,6 +51,17 @@ class Served:
     adapter: str | None = None
     parent: str | None = None
     root: str = ""
+    version: int | None = None
+    held: int = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep the engine from being closed by a roll-out while the block runs."""
+        self.held += 1
+        try:
+            yield
+        finally:
+            self.held -= 1
 
     @property
     def context(self) -> int:

@@ -27,13 +27,13 @@ TEXT = "the cat sat on the mat; ünïcödé ran to it\nand on. "
 CONTEXT = 64
 
 
-def write_model(folder: Path, **options: Any) -> Path:
+def write_model(folder: Path, seed: int = 0, **options: Any) -> Path:
     """Write a random model and its tokenizer in the form of transformers."""
     tokenizer = train_tokenizer([TEXT * 20], 280)
     config = ModelConfig(
         n_layers=2, n_heads=2, width=32, vocab_size=tokenizer.n_vocab, vocab_multiple=1, block_size=CONTEXT, **options
     )
-    model = GPT(config, generator=torch.Generator().manual_seed(0)).eval()
+    model = GPT(config, generator=torch.Generator().manual_seed(seed)).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "norm" not in name:
