@@ -7,11 +7,12 @@ import os
 import signal
 import socket
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError, cause_of
+from fastgpt.serve.rollout import options as rollout
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -31,27 +32,32 @@ def main(argv: list[str]) -> int:
     from fastgpt.serve.guard import Limits
     from fastgpt.serve.rollout.swap import Rollouts
     from fastgpt.serve.served import Served, serve_adapter, serve_model
+    from fastgpt.serve.shadow import Shadow
 
     places = named([args.run, *args.model])
+    rollout.check(args, next(iter(places.values())))
     adapters = named_adapters(args.adapter, places)
     changes = folder_of(args.allow_adapter_changes)
     keys = read_keys(args.api_key_file)
     limits = Limits(args.max_body, args.timeout, keys)
     listening = listen(args.host, args.port, args.timeout)  # first: loading a model takes longer
-    options: dict[str, Any] = dict(device=args.device, weights=args.weights, rows=args.rows, context=args.context)
+
+    engine = Model("", args.device, args.weights, args.rows, args.context, args.threads)
 
     def start(name: str, path: str) -> Served:
         own = adapters if name == next(iter(places)) else {}
-        return serve_model(name, Model(path, **options, threads=args.threads, adapters=own), args.queue)
+        return serve_model(name, replace(engine, path=path, adapters=own), args.queue)
 
     models: dict[str, Served] = {}
     rollouts = Rollouts(start)
-    parts: list[Part] = [rollouts.add]
+    parts: list[Part] = [rollouts.add, *rollout.feedback_of(args)]
+    shadows: list[Shadow] = []
     try:
         for name, path in places.items():
             models[name] = rollouts.open(name, path)
         base = next(iter(models.values()))
         models |= {name: serve_adapter(name, path, base) for name, path in adapters.items()}
+        shadows = rollout.shadow_of(args, next(iter(models)), engine, args.queue)
         if args.host not in LOOPBACK and not keys:
             print(f"warning: anyone who reaches {args.host} may use the server; set FASTGPT_API_KEYS or --api-key-file")
         for served in models.values():
@@ -59,11 +65,11 @@ def main(argv: list[str]) -> int:
         host = f"[{args.host}]" if ":" in args.host else args.host
         print(f"serving at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has ended
-        app = build_app(models, limits, changes, parts)
+        app = build_app(models, limits, changes, [*parts, *(shadow.add for shadow in shadows)])
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.grace, server_header=False)
         uvicorn.Server(config).run(sockets=[listening])
     finally:
-        for served in models.values():
+        for served in [*models.values(), *(shadow.candidate for shadow in shadows)]:
             served.link.close()
         listening.close()
     return 0
@@ -99,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="one key on each line; FASTGPT_API_KEYS has them, too"
     )
+    rollout.add_options(parser)
     return parser
 
 

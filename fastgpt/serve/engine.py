@@ -45,6 +45,7 @@ class Model:
         threads: of PyTorch on a CPU; None: all cores.
         adapters: paths by name.
         again: the model was served before; an adapter whose files have gone since then is left out.
+        nice: added to the process's niceness; 19 is the lowest priority.
     """
 
     path: str
@@ -55,12 +56,15 @@ class Model:
     threads: int | None = None
     adapters: dict[str, str] = field(default_factory=dict)
     again: bool = False
+    nice: int = 0
 
 
 def main(pipe: Connection, model: Model) -> None:
     """Run the process of an engine, until the pipe ends or a message stops it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server stops its engines
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if model.nice:
+        os.nice(model.nice)
     try:
         generator = build(model)
     except (UserError, ValueError) as e:

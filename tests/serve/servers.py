@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fastgpt.data import train_tokenizer
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.models.weights import save_pretrained
-from fastgpt.serve.app import build_app
+from fastgpt.serve.app import Part, build_app
 from fastgpt.serve.command import listen
 from fastgpt.serve.engine import Model
 from fastgpt.serve.guard import Limits
@@ -44,10 +44,12 @@ def write_model(folder: Path, seed: int = 0, **options: Any) -> Path:
 
 
 @contextmanager
-def serving(models: dict[str, Served], limits: Limits, adapters: Path | None = None) -> Iterator[httpx.Client]:
+def serving(
+    models: dict[str, Served], limits: Limits, adapters: Path | None = None, parts: Sequence[Part] = ()
+) -> Iterator[httpx.Client]:
     """Serve models while the block runs; yield a client."""
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(models, limits, adapters), log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(build_app(models, limits, adapters, parts), log_level="warning"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -62,7 +62,7 @@ def start(name: str, path: str) -> Served:
 def served_in(folder: Path) -> tuple[TestClient, dict[str, Served]]:
     rollouts = Rollouts(start)
     models = {"m": rollouts.open("m", str(folder))}
-    return TestClient(build_app(models, Limits(), [rollouts.add])), models
+    return TestClient(build_app(models, Limits(), parts=[rollouts.add])), models
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -172,7 +172,7 @@ def test_a_server_that_ends_while_a_version_starts_ends_that_engine(folder: Path
 
     rollouts = Rollouts(slow)
     models = {"m": rollouts.open("m", str(folder))}
-    with TestClient(build_app(models, Limits(), [rollouts.add])):
+    with TestClient(build_app(models, Limits(), parts=[rollouts.add])):
         roll_out(folder, 2)
         assert started.wait(30)
     assert len(found) == 2 and not any(served.link.alive for served in found)
