@@ -88,6 +88,25 @@ def test_each_row_is_as_its_adapter_alone(paths: dict[str, Path]) -> None:
             assert result.logprobs != pytest.approx(plain.logprobs, rel=1e-3), "the adapter changes nothing"
 
 
+def test_equal_prompts_are_read_for_each_adapter(paths: dict[str, Path]) -> None:
+    """Keys and values depend on the adapter. The name of an unloaded one may mean another, later."""
+    model = model_of(**{**SHAPE, "block_size": 128}).eval()
+    generator = Generator(model, adapters={**paths, "name": paths["all"]})
+    prompt = torch.randint(50, (80,), generator=torch.Generator().manual_seed(2)).tolist()
+
+    def logprobs(*names: str | None) -> list[Any]:
+        asked = [Request(prompt, 4, temperature=0, seed=0, logprobs=0, adapter=name) for name in names]
+        return [result.logprobs for result in generator.generate(asked)]
+
+    base, every, few, named, again = logprobs(None, "all", "few", "name", "all")
+    assert every == pytest.approx(again, rel=1e-9) and every == pytest.approx(named, rel=1e-9)
+    for one, other in ((base, every), (every, few), (base, few)):
+        assert one != pytest.approx(other, rel=1e-3)
+    generator.adapters.unload("name")
+    generator.adapters.load("name", paths["few"])
+    assert logprobs("name", None, "all") == [pytest.approx(values, rel=1e-9) for values in (few, base, every)]
+
+
 def test_prompts_are_scored_with_the_adapter(paths: dict[str, Path]) -> None:
     (request,) = asked("all", prompt_logprobs=2)
     (result,) = Generator(base(), adapters=paths).generate([request])
