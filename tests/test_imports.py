@@ -21,7 +21,8 @@ LAYERS = (
     {"config", "errors"},
     {"evaluate"},
     {"train", "convert"},
-    {"finetune", "serve"},
+    {"finetune"},
+    {"serve"},
     {"bench"},
     {"cli"},
 )

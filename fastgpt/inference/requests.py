@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from fastgpt.inference.grammar import Grammar
 
-FinishReason = Literal["length", "stop", "eos"]
+FinishReason = Literal["length", "stop", "eos", "content_filter"]
 
 
 class TextTokenizer(Protocol):
@@ -129,7 +129,7 @@ class Result:
         ids: the new tokens, with those of an end-of-text token or a stop string.
         text: the new text, without them; empty without a tokenizer.
         finish_reason: "length": max_new_tokens was reached; "stop": a stop string, or the grammar is complete; "eos":
-            an end-of-text token.
+            an end-of-text token; "content_filter": whoever watched the text ended it.
         prompt_tokens: number of tokens of the prompt.
         seed: of the random numbers.
         logprobs: log-probability of each of ids by the model, before penalty, temperature and filters; None if not

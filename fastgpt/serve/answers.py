@@ -12,7 +12,7 @@ from fastgpt.inference import Result
 from fastgpt.inference.requests import bytes_of
 
 encode = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make an encoder for every token
-REASONS = {"length": "length", "stop": "stop", "eos": "stop"}
+REASONS = {"length": "length", "stop": "stop", "eos": "stop", "content_filter": "content_filter"}
 
 
 def new_id(prefix: str) -> str:

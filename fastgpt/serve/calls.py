@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastgpt.core.errors import UserError
@@ -70,6 +70,7 @@ class CompletionCall:
 
     body: Completion
     served: Served
+    id: str = field(default_factory=lambda: new_id("cmpl"))
 
     def requests(self) -> list[Request]:
         """Return the requests. Raises ApiError."""
@@ -87,18 +88,19 @@ class CompletionCall:
         """Return the whole answer."""
         choices = []
         for i, (request, result) in enumerate(zip(requests, results)):
-            prompt = ""
-            if self.body.echo:
-                asked = self.body.prompts[i // self.body.n]
-                prompt = asked if isinstance(asked, str) else self._text(asked)
+            prompt = self.prompt(i) if self.body.echo else ""
             shown = None if self.body.logprobs is None else self._logprobs(request, result)
             reason = REASONS[result.finish_reason]
             choices.append({"index": i, "text": prompt + result.text, "logprobs": shown, "finish_reason": reason})
-        head = _head(new_id("cmpl"), "text_completion", self.served)
+        head = _head(self.id, "text_completion", self.served)
         return {**head, "choices": choices, "usage": answers.usage(results, self.body.n)}
 
-    def _text(self, ids: list[int]) -> str:
-        return b"".join(bytes_of(self.served.tokenizer, i) for i in ids).decode(errors="replace")
+    def prompt(self, i: int) -> str:
+        """Return the text of the prompt of request i."""
+        asked = self.body.prompts[i // self.body.n]
+        if isinstance(asked, str):
+            return asked
+        return b"".join(bytes_of(self.served.tokenizer, token) for token in asked).decode(errors="replace")
 
     def _logprobs(self, request: Request, result: Result) -> dict[str, Any]:
         made, n = CompletionLogprobs(self.served.tokenizer), self.body.logprobs or 0
@@ -112,7 +114,7 @@ class CompletionCall:
 
     async def events(self, requests: list[Request], pieces: Pieces) -> AsyncIterator[str]:
         """Yield the answer as server-sent events."""
-        head = _head(new_id("cmpl"), "text_completion", self.served)
+        head = _head(self.id, "text_completion", self.served)
         results: dict[int, Result] = {}
         shown = [CompletionLogprobs(self.served.tokenizer) for _ in requests]
         async for i, piece in pieces:
@@ -138,6 +140,7 @@ class ChatCall:
 
     body: Chat
     served: Served
+    id: str = field(default_factory=lambda: new_id("chatcmpl"))
 
     def requests(self) -> list[Request]:
         """Return the requests. Raises ApiError."""
@@ -178,12 +181,12 @@ class ChatCall:
             message = {"role": "assistant", "content": result.text}
             reason = REASONS[result.finish_reason]
             choices.append({"index": i, "message": message, "logprobs": logprobs, "finish_reason": reason})
-        head = _head(new_id("chatcmpl"), "chat.completion", self.served)
+        head = _head(self.id, "chat.completion", self.served)
         return {**head, "choices": choices, "usage": answers.usage(results, self.body.n)}
 
     async def events(self, requests: list[Request], pieces: Pieces) -> AsyncIterator[str]:
         """Yield the answer as server-sent events."""
-        head = _head(new_id("chatcmpl"), "chat.completion.chunk", self.served)
+        head = _head(self.id, "chat.completion.chunk", self.served)
         results: dict[int, Result] = {}
         for i in range(len(requests)):
             first = {"index": i, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}

@@ -13,6 +13,7 @@ from pathlib import Path
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError, cause_of
 from fastgpt.serve.rollout import options as rollout
+from fastgpt.serve.watch import options as watching
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     rollout.check(args, next(iter(places.values())))
     adapters = named_adapters(args.adapter, places)
     changes = folder_of(args.allow_adapter_changes)
-    keys = read_keys(args.api_key_file)
+    keys, watchers = read_keys(args.api_key_file), watching.watchers_of(args)
     limits = Limits(args.max_body, args.timeout, keys)
     listening = listen(args.host, args.port, args.timeout)  # first: loading a model takes longer
 
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
 
     models: dict[str, Served] = {}
     rollouts = Rollouts(start)
-    parts: list[Part] = [rollouts.add, *rollout.feedback_of(args)]
+    parts: list[Part] = [*watchers, rollouts.add, *rollout.feedback_of(args)]
     shadows: list[Shadow] = []
     try:
         for name, path in places.items():
@@ -106,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--api-key-file", type=Path, metavar="FILE", help="one key on each line; FASTGPT_API_KEYS has them, too"
     )
     rollout.add_options(parser)
+    watching.add_options(parser)
     return parser
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -103,6 +103,7 @@ class MessagesCall:
 
     body: Messages
     served: Served
+    id: str = field(default_factory=lambda: new_id("msg"))
 
     def requests(self) -> list[Request]:
         """Return the request. Raises ApiError."""
@@ -133,12 +134,14 @@ class MessagesCall:
             yield _event("error", error=e.body(anthropic=True)["error"])
 
     def _head(self) -> dict[str, Any]:
-        return {"id": new_id("msg"), "type": "message", "role": "assistant", "model": self.served.name}
+        return {"id": self.id, "type": "message", "role": "assistant", "model": self.served.name}
 
     def _end(self, result: Result) -> dict[str, str | None]:
         """Return why the message ends. Only a stop string of the client is a stop_sequence, not the template's."""
         if result.finish_reason == "length":
             return {"stop_reason": "max_tokens", "stop_sequence": None}
+        if result.finish_reason == "content_filter":
+            return {"stop_reason": "refusal", "stop_sequence": None}
         if result.finish_reason == "stop":
             whole = b"".join(bytes_of(self.served.tokenizer, i) for i in result.ids)
             rest = whole[len(result.text.encode()) :].decode(errors="replace")

@@ -71,6 +71,7 @@ class Responses(Strict):
     stream: bool = False
     metadata: dict[str, str] | None = None
     user: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
     store: Literal[False] | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
@@ -108,8 +109,8 @@ class ResponsesCall:
     def answer(self, requests: list[Request], results: list[Result]) -> dict[str, Any]:
         """Return the whole answer."""
         (result,) = results
-        cut = result.finish_reason == "length"
-        status = "incomplete" if cut else "completed"
+        why = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(result.finish_reason)
+        status = "incomplete" if why else "completed"
         new = len(result.ids)
         usage = {
             "input_tokens": result.prompt_tokens,
@@ -118,7 +119,7 @@ class ResponsesCall:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": result.prompt_tokens + new,
         }
-        details = {"reason": "max_output_tokens"} if cut else None
+        details = {"reason": why} if why else None
         made = {"status": status, "incomplete_details": details, "output": [self._message(status, result.text)]}
         return {**self._head(requests[0]), **made, "usage": usage}
 

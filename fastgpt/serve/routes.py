@@ -24,6 +24,7 @@ from fastgpt.serve.running import SECONDS_TO_SAY, EventStream, collect, run, whi
 from fastgpt.serve.schemas import Chat, Completion, Detokenize, Tokenize
 from fastgpt.serve.served import Served
 from fastgpt.serve.structured import GrammarCheck
+from fastgpt.serve.watch.watcher import Watcher
 
 Call = CompletionCall | ChatCall | ResponsesCall | MessagesCall
 
@@ -53,6 +54,7 @@ class Server:
         timeout: seconds after which a request is cancelled.
         metrics: counters.
         check_grammars: refuses those that cannot be compiled.
+        watcher: sees every piece before the client does; None: nobody does.
         feedback: whether thumbs are kept, so that the page shows them.
         observers: called with what each answered call was, and what came of it.
         background: run while the server does.
@@ -62,6 +64,7 @@ class Server:
     timeout: float
     metrics: Metrics = field(default_factory=Metrics)
     check_grammars: GrammarCheck = field(default_factory=GrammarCheck)
+    watcher: Watcher | None = None
     feedback: bool = False
     observers: list[Callable[[Answered], None]] = field(default_factory=list)
     background: list[Callable[[], Coroutine[Any, Any, None]]] = field(default_factory=list)
@@ -81,7 +84,10 @@ class Server:
         with call.served.hold():
             requests = call.requests()
             await self.check_grammars(requests, call.served.tokenizer)
-            pieces = self._observed(call, run(call.served.link, requests, self.metrics, self.timeout))
+            pieces = run(call.served.link, requests, self.metrics, self.timeout)
+            if self.watcher is not None:
+                pieces = self.watcher.seen(call, requests, pieces)
+            pieces = self._observed(call, pieces)
             if not call.body.stream:
                 results = await while_here(collect(pieces, len(requests)), request)
                 return JSONResponse(call.answer(requests, results))

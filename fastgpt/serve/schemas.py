@@ -36,6 +36,7 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     user: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: Annotated[dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)] | None = None

@@ -27,7 +27,10 @@ class Words:
 
     def __init__(self, terms: Sequence[str]) -> None:
         self.terms = sorted({normal(term) for term in terms} - {""}, key=len, reverse=True)  # the longest first
-        self._pattern = re.compile(f"(?=({'|'.join(map(re.escape, self.terms))}))")
+        self._pattern = re.compile(f"(?={_alternatives(self.terms)})" if self.terms else "(?!)")
+        self._begin: dict[str, list[str]] = {}  # terms by their first two characters, the longest first
+        for term in self.terms:
+            self._begin.setdefault(term[:2], []).append(term)
 
     def count(self, text: str) -> int:
         """Return how many terms are in a text; one within another is not counted again."""
@@ -36,10 +39,32 @@ class Words:
             at = match.start()
             if at < end:
                 continue
-            fits = [t for t in self.terms if text.startswith(t, at) and _whole(text, at, at + len(t))]
+            terms = self._begin.get(text[at : at + 2], []) + self._begin.get(text[at], [])
+            fits = [t for t in terms if text.startswith(t, at) and _whole(text, at, at + len(t))]
             if fits:
                 found, end = found + 1, at + len(fits[0])
         return found
+
+
+def last_border(text: str) -> int:
+    """Return the last place before the end of a text where a word ends whatever may follow the text; 0 if there is
+    none."""
+    for at in range(len(text) - 1, 0, -1):
+        before, after = unicodedata.normalize("NFKC", text[at - 1]), unicodedata.normalize("NFKC", text[at])
+        if _kind(after[0]) != "M" and not _joined(before[-1], after[0]):
+            return at
+    return 0
+
+
+def _alternatives(terms: Sequence[str]) -> str:
+    """Return a regular expression for terms that shares what they begin with, so that it is fast for many of them."""
+    by_first: dict[str, list[str]] = {}
+    for term in filter(None, terms):
+        by_first.setdefault(term[0], []).append(term[1:])
+    parts = [re.escape(first) + _alternatives(rest) for first, rest in by_first.items()]
+    if not parts:
+        return ""
+    return f"(?:{'|'.join(parts)})?" if "" in terms else parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
 
 
 def _whole(text: str, first: int, last: int) -> bool:

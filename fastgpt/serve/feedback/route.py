@@ -88,9 +88,12 @@ class Feedback:
         """Return model, prompt and answer: of the store that has them, else of the body."""
         names = ("model", "prompt", "messages") + (("answer",) if body.rating else ())
         for store in self.answers:
-            found = store.find(body.id) or {}
-            if body.index == found.get("index", 0) and isinstance(found.get("answer"), str):
-                return {name: found[name] for name in names if found.get(name) is not None}
+            found = store.find(body.id, index=body.index) or {}
+            if isinstance(found.get("answer"), str):
+                about = {name: found[name] for name in names if found.get(name) is not None}
+                if store is self.store and found.get("user"):
+                    about["author"] = found["user"]  # so that the store forgets the copy with the user
+                return about
         given = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
         if body.messages is not None:
             given["messages"] = [message.plain for message in body.messages]

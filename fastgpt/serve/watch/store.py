@@ -131,13 +131,13 @@ class Store:
             for line in _lines(path):
                 yield from _parsed(line)
 
-    def find(self, id: str, kind: str = "answers") -> Record | None:
-        """Return the newest record with an id."""
+    def find(self, id: str, kind: str = "answers", index: int = 0) -> Record | None:
+        """Return the newest record with an id, of the choice with this index."""
         needle = json.dumps(id).encode()
         for path, _ in reversed(self.files(kind)):
             for line in reversed(_lines(path)):
                 found = next(_parsed(line), {}) if needle in line else {}
-                if found.get("id") == id:
+                if found.get("id") == id and found.get("index", 0) == index:
                     return found
         return None
 
