@@ -231,7 +231,7 @@ def test_what_cannot_be_compiled_is_one_sentence(name: str) -> None:
         with pytest.raises(ValueError, match=expected) as error:
             generator.add(Request("a", grammar=grammar))
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
-    assert not generator.waiting
+    assert not generator.busy
 
 
 def test_wrong_grammars_and_requests() -> None:
@@ -271,7 +271,7 @@ def test_a_grammar_beyond_the_limits_ends_its_request_alone() -> None:
     assert [piece.result for piece in found if piece.number == other][-1] is not None
     with pytest.raises(ValueError, match="cannot be continued"):
         generator.generate([Request("a", 10, grammar=TOO_MUCH)])
-    assert not generator.running and not generator.waiting
+    assert not generator.busy
 
 
 def test_bits_are_packed_lowest_first() -> None:

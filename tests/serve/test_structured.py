@@ -247,3 +247,23 @@ def test_infilling_needs_its_tokens() -> None:
     assert [i for i in ids if i in tokenizer.specials.values()] == [tokenizer.specials[m] for m in marks]
     with pytest.raises(ApiError, match="no fill-in-the-middle tokens"):
         infill(train_tokenizer(["a b"], 270), "a", "b")
+
+
+def test_the_clients_ask_for_structured_output(running: tuple[Served, httpx.Client]) -> None:
+    openai, anthropic = pytest.importorskip("openai"), pytest.importorskip("anthropic")
+    served, client = running
+    url, extra = str(client.base_url).rstrip("/"), {"logit_bias": biased(served)}
+    api = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    form: Any = {"type": "json_schema", "json_schema": NAMED}
+    asked: dict[str, Any] = dict(model="m", messages=ASKED, max_tokens=40)
+    answer = api.chat.completions.create(**asked, response_format=form, extra_body=extra)
+    assert is_object(answer.choices[0].message.content)
+    some = api.completions.create(model="m", prompt="a", extra_body={"structured_outputs": {"choice": ["b", "c"]}})
+    assert some.choices[0].text in ("b", "c")
+    with pytest.raises(openai.BadRequestError, match="the regex cannot be used"):
+        api.completions.create(model="m", prompt="a", extra_body={"structured_outputs": {"regex": "["}})
+    other = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+    message = other.messages.create(**asked, output_config={"format": {"type": "json_schema", "schema": SCHEMA}})
+    assert message.content[0].text.startswith("{")
+    counted = other.messages.count_tokens(model="m", messages=ASKED)
+    assert counted.input_tokens == message.usage.input_tokens
