@@ -135,7 +135,8 @@ class FastGPT:
     """fastgpt's Generator."""
 
     def __init__(self, name: str, setup: Setup) -> None:
-        options: dict[str, Any] = {} if OWN[name] == "fp32" else {"weights": OWN[name]}
+        options: dict[str, Any] = {"reuse": False}  # rounds repeat their prompts
+        options |= {} if OWN[name] == "fp32" else {"weights": OWN[name]}
         model = load_pretrained(setup.folder / "hf")
         self.generator = Generator(model, **options)
         model = self.generator.model
