@@ -66,6 +66,10 @@ class Pages:
         """Pages that texts use."""
         return self.count - self.available
 
+    def counts(self) -> dict[str, int]:
+        """Return the pages that texts use, those that are kept for others, and those that are free."""
+        return {"used": self.used, "kept": len(self._unused), "free": len(self._free)}
+
     def needed(self, tokens: int) -> int:
         """Return the number of pages of a text."""
         return -(-tokens // self.size)

@@ -25,10 +25,12 @@ def event(value: Any) -> str:
     return f"data: {'[DONE]' if value is None else encode(value)}\n\n"
 
 
-def usage(results: Sequence[Result], n: int = 1) -> dict[str, int]:
+def usage(results: Sequence[Result], n: int = 1) -> dict[str, Any]:
     """Return the tokens of prompts, each of which has n results, and of what was added."""
     prompt, new = sum(r.prompt_tokens for r in results[::n]), sum(len(r.ids) for r in results)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    cached = {"cached_tokens": sum(r.cached_tokens for r in results[::n])}
+    total = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {**total, "prompt_tokens_details": cached}
 
 
 def text_of(tokenizer: Tokenizer, token: int) -> str:

@@ -43,7 +43,8 @@ def main(argv: list[str]) -> int:
     limits = Limits(args.max_body, args.timeout, keys)
     listening = listen(args.host, args.port, args.timeout)  # first: loading a model takes longer
 
-    engine = Model("", args.device, args.weights, args.rows, args.context, args.threads)
+    cache = {"cache_tokens": args.cache_tokens, "reuse": not args.no_reuse}
+    engine = Model("", args.device, args.weights, args.rows, args.context, args.threads, **cache)
 
     def start(name: str, path: str) -> Served:
         own = adapters if name == next(iter(places)) else {}
@@ -92,6 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--weights", choices=("fp32", "bf16", "int8"), help="convert the weights (default: as stored)")
     parser.add_argument("--context", type=number(int, 1), help="most tokens of a text (default: as the model trained)")
     parser.add_argument("--rows", type=number(int, 1), default=16, help="requests that run at a time (default: 16)")
+    parser.add_argument(
+        "--cache-tokens",
+        type=number(int, 1),
+        metavar="N",
+        help="tokens of all texts in the cache (default: --rows texts of the whole context)",
+    )
+    parser.add_argument("--no-reuse", action="store_true", help="read prompts whole, whatever was read before")
     parser.add_argument("--queue", type=number(int, 0), default=64, help="requests that may wait (default: 64)")
     parser.add_argument("--threads", type=number(int, 1), help="of PyTorch, for each model (default: all cores)")
     parser.add_argument(

@@ -6,7 +6,8 @@ ever unpickled. The server starts a new engine when this one dies.
 To the engine:      {"add": number, "request": {...}}   {"cancel": number}   {"stop": true}
                     {"change": number, "load": name, "path": path}   {"change": number, "unload": name}
 From the engine:    {"ready": {...}} or {"failed": "sentence"} once, then after each step
-                    {"pieces": [[number, a Piece's other values ...], ...], "running": rows, "waiting": requests}
+                    {"pieces": [[number, a Piece's other values ...], ...], "running": requests,
+                     "pages": {state: number}}
                     {"refused": number, "why": "sentence"} for a request that cannot run, or a change, and
                     {"changed": number} for a change of adapters that was made
 """
@@ -30,6 +31,7 @@ from fastgpt.evaluate.target import open_target
 from fastgpt.inference import Generator, Piece, Request
 
 log = logging.getLogger("fastgpt")
+PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}  # read between two steps: more would be hardly faster, and tokens come late
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Model:
         adapters: paths by name.
         again: the model was served before; an adapter whose files have gone since then is left out.
         nice: added to the process's niceness; 19 is the lowest priority.
+        cache_tokens: tokens of all texts in the cache; None: `rows` texts of the whole context.
+        reuse: take keys and values of earlier texts that begin alike.
     """
 
     path: str
@@ -57,6 +61,8 @@ class Model:
     adapters: dict[str, str] = field(default_factory=dict)
     again: bool = False
     nice: int = 0
+    cache_tokens: int | None = None
+    reuse: bool = True
 
 
 def main(pipe: Connection, model: Model) -> None:
@@ -87,6 +93,8 @@ def build(model: Model) -> Generator:
         torch.set_num_threads(model.threads)
     target = open_target(model.path, device=model.device)
     options: dict[str, Any] = dict(max_batch=model.rows, context=model.context, weights=model.weights)
+    options |= dict(cache_tokens=model.cache_tokens, reuse=model.reuse)
+    options["prefill_tokens"] = PREFILL_TOKENS[next(target.model.parameters()).device.type]
     generator = Generator(target.model, target.tokenizer, **options)
     for name, path in model.adapters.items():
         try:
@@ -133,6 +141,7 @@ class Engine:
             for own in [own for own, number in self.numbers.items() if number == message["cancel"]]:
                 self.generator.cancel(own)
                 del self.numbers[own]
+            self._send_pieces([])
         else:
             self.stopped = True
 
@@ -167,10 +176,12 @@ class Engine:
             if piece.result is not None:
                 self.numbers.pop(piece.number, None)
         if found:
-            schedule = self.generator.schedule
-            running = len(schedule.reading) + len(schedule.running)
-            counts = {"running": running, "waiting": len(schedule.waiting)}
-            _send(self.pipe, {"pieces": found, **counts})
+            self._send_pieces(found)
+
+    def _send_pieces(self, pieces: list[Any]) -> None:
+        schedule = self.generator.schedule
+        running = len(schedule.reading) + len(schedule.running)
+        _send(self.pipe, {"pieces": pieces, "running": running, "pages": schedule.pages.counts()})
 
     def _plain(self, piece: Piece) -> list[Any]:
         result = None if piece.result is None else dataclasses.asdict(piece.result)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from typing import Any
 
@@ -40,10 +40,11 @@ class QueueFull(Exception):
 
 @dataclass
 class Load:
-    """What an engine does now: requests that run, and requests in all."""
+    """What an engine does now: requests that run, requests in all, and pages of its cache by state."""
 
     running: int = 0
     requests: int = 0
+    pages: dict[str, int] = field(default_factory=dict)
 
 
 class Link:
@@ -142,7 +143,7 @@ class Link:
         if "changed" in message:
             self._give(message["changed"], None)
             return
-        self.load.running = message["running"]
+        self.load.running, self.load.pages = message["running"], message["pages"]
         for number, token, text, result, *newest in message["pieces"]:
             found = None if result is None else Result(**result)
             self._give(number, Piece(number, token, text, found, *newest))

@@ -112,8 +112,8 @@ class MessagesCall:
     def answer(self, requests: list[Request], results: list[Result]) -> dict[str, Any]:
         """Return the whole answer."""
         (result,) = results
-        usage = {"input_tokens": result.prompt_tokens, "output_tokens": len(result.ids)}
-        return {**self._head(), "content": [_block(result.text)], **self._end(result), "usage": usage}
+        content = [_block(result.text)]
+        return {**self._head(), "content": content, **self._end(result), "usage": _usage(result)}
 
     async def events(self, requests: list[Request], pieces: Pieces) -> AsyncIterator[str]:
         """Yield the answer as server-sent events; an error after the first one is an event, too."""
@@ -127,8 +127,8 @@ class MessagesCall:
                     yield _event("content_block_delta", index=0, delta={"type": "text_delta", "text": piece.text})
                 if piece.result is not None:
                     yield _event("content_block_stop", index=0)
-                    new = {"output_tokens": len(piece.result.ids)}
-                    yield _event("message_delta", delta=self._end(piece.result), usage=new)
+                    end = self._end(piece.result)
+                    yield _event("message_delta", delta=end, usage=_usage(piece.result))
                     yield _event("message_stop")
         except ApiError as e:
             yield _event("error", error=e.body(anthropic=True)["error"])
@@ -153,6 +153,13 @@ class MessagesCall:
 
 def _parts(blocks: list[Block]) -> list[dict[str, str]]:
     return [_block(block.text) for block in blocks]
+
+
+def _usage(result: Result) -> dict[str, int]:
+    """Return the tokens of a message; `input_tokens` are those that were read, without those of the cache."""
+    cached = result.cached_tokens
+    read = {"input_tokens": result.prompt_tokens - cached, "cache_read_input_tokens": cached}
+    return {**read, "cache_creation_input_tokens": 0, "output_tokens": len(result.ids)}
 
 
 def _block(text: str) -> dict[str, str]:

@@ -21,6 +21,9 @@ class Metrics:
         name: dict[str, Any] = {"registry": self.registry}
         self.answers = Counter("fastgpt_http_requests", "Answers by route and status.", ["route", "status"], **name)
         self.prompt_tokens = Counter("fastgpt_prompt_tokens", "Tokens of prompts.", **name)
+        self.cached = Counter("fastgpt_cached_prompt_tokens", "Tokens of prompts that were not read again.", **name)
+        pages = "Pages of the cache that texts use, that are kept for texts that begin alike, and that are free."
+        self.pages = Gauge("fastgpt_cache_pages", pages, ["model", "state"], **name)
         self.new_tokens = Counter("fastgpt_generated_tokens", "Tokens that were generated.", **name)
         self.requests = Gauge("fastgpt_requests", "Requests that run or wait.", **name)
         self.restarts = Gauge("fastgpt_engine_restarts", "Engines that ended and were started again.", **name)
@@ -40,6 +43,7 @@ class Metrics:
         """Count a piece, and the seconds since the one before it or, for the first one, since the request came."""
         if piece.result is not None:
             self.prompt_tokens.inc(piece.result.prompt_tokens)
+            self.cached.inc(piece.result.cached_tokens)
         if piece.id is not None:
             self.new_tokens.inc()
         (self.first if first else self.each).observe(seconds)

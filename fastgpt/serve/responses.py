@@ -114,7 +114,7 @@ class ResponsesCall:
         new = len(result.ids)
         usage = {
             "input_tokens": result.prompt_tokens,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": result.cached_tokens},
             "output_tokens": new,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": result.prompt_tokens + new,

@@ -188,6 +188,9 @@ def add_overview(app: FastAPI, server: Server) -> None:
     @app.get("/metrics")
     async def show_metrics() -> Response:
         server.metrics.restarts.set(sum(link.restarts for link in {served.link for served in server.models.values()}))
+        for name, served in server.models.items():
+            for state, count in served.link.load.pages.items():
+                server.metrics.pages.labels(name, state).set(count)
         return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 

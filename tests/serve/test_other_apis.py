@@ -58,9 +58,11 @@ def test_messages_are_those_of_the_chat(client: httpx.Client) -> None:
     answer = client.post("/v1/messages", json=message()).json()
     assert answer["content"] == [{"type": "text", "text": expected["choices"][0]["message"]["content"]}]
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("max_tokens", None)
-    used = expected["usage"]
-    usage = {"input_tokens": used["prompt_tokens"], "output_tokens": used["completion_tokens"]}
-    assert answer["usage"] == usage and answer["role"] == "assistant" and answer["model"] == "m"
+    used, usage = expected["usage"], answer["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == used["prompt_tokens"]
+    assert (
+        usage["output_tokens"] == used["completion_tokens"] and answer["role"] == "assistant" and answer["model"] == "m"
+    )
 
 
 def test_a_message_names_its_stop_sequence(client: httpx.Client) -> None:
@@ -77,11 +79,12 @@ def test_a_stream_of_messages(client: httpx.Client) -> None:
     kinds = [e["type"] for e in (start, begin, end, last, stop)]
     ends = ["content_block_stop", "message_delta", "message_stop"]
     assert kinds == ["message_start", "content_block_start", *ends]
-    assert start["message"]["usage"]["input_tokens"] == whole["usage"]["input_tokens"]
     assert "".join(p["delta"]["text"] for p in parts) == whole["content"][0]["text"] and len(parts) > 1
     assert {p["type"] for p in parts} == {"content_block_delta"}
     assert last["delta"] == {"stop_reason": "max_tokens", "stop_sequence": None}
-    assert last["usage"] == {"output_tokens": 12}
+    assert last["usage"]["output_tokens"] == 12
+    for used in (whole["usage"], last["usage"]):  # the start does not know yet what is in the cache
+        assert used["input_tokens"] + used["cache_read_input_tokens"] == start["message"]["usage"]["input_tokens"]
 
 
 def test_responses_are_those_of_the_chat(client: httpx.Client) -> None:

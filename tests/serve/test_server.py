@@ -63,7 +63,7 @@ def test_completions_are_those_of_the_generator(client: httpx.Client, generator:
         assert choice["logprobs"]["token_logprobs"] == pytest.approx(result.logprobs, abs=1e-4)
     prompt_tokens, new = sum(r.prompt_tokens for r in expected) // 2, sum(len(r.ids) for r in expected)
     total = {"prompt_tokens": prompt_tokens, "completion_tokens": new, "total_tokens": prompt_tokens + new}
-    assert answer["usage"] == total
+    assert answer["usage"] == {**total, "prompt_tokens_details": {"cached_tokens": 0}}
 
 
 def test_seeds_follow_one_another(client: httpx.Client) -> None:
@@ -181,6 +181,33 @@ def test_what_a_monitor_asks(client: httpx.Client) -> None:
         )
 
     assert count(after) - count(before) == usage["completion_tokens"] == 3
+
+
+def test_a_prompt_that_begins_like_an_earlier_one_is_read_in_part(folder: Path) -> None:
+    """Every API says how much; pages are counted, and --no-reuse turns it off."""
+    ids = [5, 7, 11] * 13  # a page has 32 tokens
+    with server(folder, cache_tokens=CONTEXT) as (_, client):
+
+        def ask(path: str, **body: Any) -> dict[str, Any]:
+            usage: dict[str, Any] = client.post(path, json={"max_tokens": 2, "temperature": 0, **body}).json()["usage"]
+            return usage
+
+        told = [ask("/v1/completions", prompt=[*ids, n])["prompt_tokens_details"]["cached_tokens"] for n in (1, 2)]
+        assert told == [0, 32]
+        said = {"messages": [{"role": "user", "content": "the cat sat on the mat and ran to it; and on."}]}
+        whole = ask("/v1/messages", **said)
+        assert ask("/v1/messages", **said)["cache_read_input_tokens"] == 32
+        assert ask("/v1/messages", **said)["input_tokens"] == whole["input_tokens"] - 32
+        details = client.post("/v1/responses", json={"input": said["messages"], "max_output_tokens": 2}).json()["usage"]
+        assert details["input_tokens_details"] == {"cached_tokens": 32}
+        lines = client.get("/metrics").text.splitlines()
+        assert "fastgpt_cached_prompt_tokens_total 128.0" in lines
+        pages = {state: f'fastgpt_cache_pages{{model="m",state="{state}"}}' for state in ("used", "kept", "free")}
+        found = {state: next(int(float(x.split()[-1])) for x in lines if x.startswith(p)) for state, p in pages.items()}
+        assert found["used"] == 0 and found["kept"] + found["free"] == CONTEXT // 32
+    with server(folder, reuse=False) as (_, client):
+        told = [ask("/v1/completions", prompt=[*ids, n])["prompt_tokens_details"]["cached_tokens"] for n in (1, 2)]
+        assert told == [0, 0]
 
 
 def long_call(**more: Any) -> dict[str, Any]:

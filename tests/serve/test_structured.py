@@ -203,7 +203,8 @@ def test_a_last_message_of_the_assistant_is_continued(client: httpx.Client) -> N
     expected = client.post("/v1/completions", json=prompt).json()
     message = client.post("/v1/messages", json={"messages": begun, **plain}).json()
     assert message["content"][0]["text"] == expected["choices"][0]["text"]
-    assert message["usage"]["input_tokens"] == expected["usage"]["prompt_tokens"]
+    used = message["usage"]
+    assert used["input_tokens"] + used["cache_read_input_tokens"] == expected["usage"]["prompt_tokens"]
     body = {"messages": begun, **plain, "continue_final_message": True, "add_generation_prompt": False}
     answer = client.post("/v1/chat/completions", json=body).json()
     assert answer["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
@@ -217,7 +218,8 @@ def test_tokens_of_messages_are_counted(client: httpx.Client) -> None:
     counted = client.post("/v1/messages/count_tokens", json=body).json()
     settings = {"max_tokens": 4, "temperature": 0, "metadata": {"user_id": "somebody"}}
     answer = client.post("/v1/messages", json={**body, **settings}).json()
-    assert counted == {"input_tokens": answer["usage"]["input_tokens"]}
+    used = answer["usage"]
+    assert counted == {"input_tokens": used["input_tokens"] + used["cache_read_input_tokens"]}
     plain = {"messages": ASKED, "system": "be brief"}
     assert client.post("/v1/messages", json={**plain, **settings}).json()["content"] == answer["content"]
     wrong = client.post("/v1/messages/count_tokens", json={**body, "max_tokens": 4})
