@@ -6,14 +6,18 @@ import argparse
 import os
 import signal
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastgpt.core.command import Parser, number
 from fastgpt.core.errors import UserError, cause_of
 from fastgpt.serve.rollout import options as rollout
 from fastgpt.serve.watch import options as watching
+
+if TYPE_CHECKING:
+    from fastgpt.serve.served import Served
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
@@ -21,18 +25,14 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 def main(argv: list[str]) -> int:
     """Run `fastgpt serve` until a signal stops it; requests that run are finished."""
     args = _parser().parse_args(argv)
-    try:
-        import fastapi  # noqa: F401
-        import prometheus_client  # noqa: F401
-        import uvicorn
-    except ImportError as e:
-        raise UserError(f"serve needs {e.name}, expected `pip install fastgpt[serve]`") from None
+    _require_libraries()
+    import uvicorn
 
     from fastgpt.serve.app import Part, build_app
     from fastgpt.serve.engine import Model
     from fastgpt.serve.guard import Limits
     from fastgpt.serve.rollout.swap import Rollouts
-    from fastgpt.serve.served import Served, serve_adapter, serve_model
+    from fastgpt.serve.served import serve_adapter, serve_model
     from fastgpt.serve.shadow import Shadow
 
     places = named([args.run, *args.model])
@@ -60,12 +60,7 @@ def main(argv: list[str]) -> int:
         base = next(iter(models.values()))
         models |= {name: serve_adapter(name, path, base) for name, path in adapters.items()}
         shadows = rollout.shadow_of(args, next(iter(models)), engine, args.queue)
-        if args.host not in LOOPBACK and not keys:
-            print(f"warning: anyone who reaches {args.host} may use the server; set FASTGPT_API_KEYS or --api-key-file")
-        for served in models.values():
-            print(f"model {served.name}: {served.root}, {served.context} tokens")
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        print(f"serving at http://{host}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
+        _announce(models.values(), args.host, listening, keys)
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has ended
         app = build_app(models, limits, changes, [*parts, *(shadow.add for shadow in shadows)])
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=args.grace, server_header=False)
@@ -75,6 +70,26 @@ def main(argv: list[str]) -> int:
             served.link.close()
         listening.close()
     return 0
+
+
+def _require_libraries() -> None:
+    """Raise UserError if a library of the extra is missing."""
+    try:
+        import fastapi  # noqa: F401
+        import prometheus_client  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as e:
+        raise UserError(f"serve needs {e.name}, expected `pip install fastgpt[serve]`") from None
+
+
+def _announce(models: Iterable[Served], host: str, listening: socket.socket, keys: tuple[str, ...]) -> None:
+    """Print what is served, and where."""
+    if host not in LOOPBACK and not keys:
+        print(f"warning: anyone who reaches {host} may use the server; set FASTGPT_API_KEYS or --api-key-file")
+    for served in models:
+        print(f"model {served.name}: {served.root}, {served.context} tokens")
+    shown = f"[{host}]" if ":" in host else host
+    print(f"serving at http://{shown}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -103,7 +103,7 @@ class Shadow:
         share: of the calls, 0 to 1.
         timeout: seconds after which a call of the candidate is given up.
         file: gets the report; None: no file.
-        flags: finds what is wrong with an answer; None: nothing is looked for.
+        flags: finds what is wrong with an answer; None: as the server's own flags, if it has some.
         draw: returns a number from 0 to 1 for each call, which is taken if it is less than `share`.
     """
 
@@ -131,6 +131,9 @@ class Shadow:
         registry = server.metrics.registry
         self.total = Metric("fastgpt_shadow_calls", "Calls of the shadow by outcome.", ["outcome"], registry=registry)
         self.same = Metric("fastgpt_shadow_equal_answers", "Answers equal to the live ones.", registry=registry)
+        if server.watcher is not None and self.flags is None:
+            watched = server.watcher.watch.flags
+            self.flags = lambda text: [flag.name for flag in watched if flag.found(text)]
         server.observers.append(self.see)
         server.background.append(self._run)
 

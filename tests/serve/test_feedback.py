@@ -107,11 +107,12 @@ def test_users_who_compare_the_other_way_are_no_majority(client: TestClient, sto
 
 
 def test_the_store_knows_the_answer(client: TestClient, store: Store) -> None:
-    store.add({"id": "chatcmpl-1", "model": "m", "messages": ASKED, "answer": "Yes."})
+    store.add({"id": "chatcmpl-1", "model": "m", "user": store.hash("ann"), "messages": ASKED, "answer": "Yes."})
     assert give(client, "chatcmpl-1", rating="up", comment="right")["rating"] == "up"
     give(client, "chatcmpl-1", rating="up", prompt="something", answer="else")
     for record in store.records("feedback"):
         assert (record["model"], record["messages"], record["answer"]) == ("m", ASKED, "Yes.")
+    assert store.forget("ann") == 3  # the thumbs have the texts of the answer
     said = "the server has no answer 'other', expected prompt or messages, and answer with the feedback"
     assert give(client, "other", rating="up") == (404, said)
     assert give(client, "other", rating="up", prompt="a") == (404, said)

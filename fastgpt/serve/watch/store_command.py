@@ -39,7 +39,8 @@ def show(argv: list[str]) -> int:
     store = Store(_parser("show").parse_args(argv).store)
     about = store.about
     texts = "prompts and answers" if about.get("keep_texts") else "no texts of calls"
-    print(f"kept: {texts}; each record for at most {counted(about.get('keep_days', 0), 'day')}")
+    days = about.get("keep_days")
+    print(f"kept: {texts}; each record " + (f"for at most {counted(days, 'day')}" if days else "until it is deleted"))
     for path, _ in store.files():
         print(f"{path.name}: {counted(sum(1 for _ in path.open('rb')), 'record')}")
     rows = list(store.records())
