@@ -25,6 +25,7 @@ from stand_in_link import StandInLink, stand_in
 
 from fastgpt.core.errors import UserError
 from fastgpt.serve.app import build_app
+from fastgpt.serve.command import main
 from fastgpt.serve.guard import Limits
 from fastgpt.serve.rollout import actions, swap
 from fastgpt.serve.rollout.state import State, Version, changing, write
@@ -171,6 +172,12 @@ def test_a_server_that_ends_while_a_version_starts_ends_that_engine(folder: Path
         roll_out(folder, 2)
         assert started.wait(30)
     assert len(found) == 2 and not any(served.link.alive for served in found)
+
+
+def test_adapters_of_a_deployment_are_refused(folder: Path) -> None:
+    for words in (["--adapter", "a=runs/a"], ["--allow-adapter-changes", "runs"]):
+        with pytest.raises(UserError, match="is a deployment, whose weights change, expected a model for adapters"):
+            main([f"m={folder}", *words])
 
 
 @pytest.mark.slow
