@@ -325,4 +325,8 @@ def _without_items(a: Results, b: Results, options: Options) -> list[str]:
         if (t.split("/")[0], m) not in compared and (not options.metrics or m in options.metrics)
     ]
     more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
-    return [f"not compared, because they have no items in both: {', '.join(left[:NAMED])}{more}"] if left else []
+    return (
+        [f"not compared, because not both sides have a value for each item: {', '.join(left[:NAMED])}{more}"]
+        if left
+        else []
+    )

@@ -109,7 +109,7 @@ def test_what_is_not_compared_is_said() -> None:
     b.figures[0] = Figure("arc", "acc", 0.5, 40, shots=0)
     assert compare(a, b).notes == [
         "arc: prompts of a at step 100 have 5 examples, those of b at step 100 0",
-        "not compared, because they have no items in both: piqa acc, boolq acc, wmt bleu",
+        "not compared, because not both sides have a value for each item: piqa acc, boolq acc, wmt bleu",
     ]
 
 
