@@ -5,6 +5,7 @@ Bytes, e per element: reads q, k, v; writes out: 2 B (H + S G) D e. The partial 
 
 from __future__ import annotations
 
+import functools
 import sys
 from typing import Any
 
@@ -17,6 +18,8 @@ from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, installed
 from fastgpt.core.command import run_command
 from fastgpt.models.config import ModelConfig
+
+PAGE = 16  # slots of a page
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor) -> Tensor:
@@ -32,6 +35,18 @@ def unmasked(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor) -> Tensor:
     grouped = q.shape[2] != k.shape[2]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped).transpose(1, 2)
+
+
+def paged(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor) -> Tensor:
+    """Call fastgpt's op with the same memory as a pool of pages, whose order is the reverse."""
+    size = min(PAGE, k.shape[1])
+    k_pool, v_pool = (x.reshape(-1, size, *x.shape[2:]) for x in (k, v))
+    return ops.attention_decode(q, k_pool, v_pool, kv_lens, pages=table(k.shape[0], k.shape[1] // size, str(k.device)))
+
+
+@functools.cache
+def table(batch: int, of_row: int, device: str) -> Tensor:
+    return torch.arange(batch * of_row - 1, -1, -1, dtype=torch.int32, device=device).view(batch, of_row)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor) -> Tensor:
@@ -68,8 +83,8 @@ def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, A
 
 
 def others(setting: Setting) -> list[Provider]:
-    """Return SDPA without a mask, and flash-attn."""
-    found = [Provider("sdpa no mask", unmasked)]
+    """Return SDPA without a mask, fastgpt's op over pages, and flash-attn."""
+    found = [Provider("sdpa no mask", unmasked), Provider(f"pages of {PAGE}", paged)]
     return [*found, *installed(setting, flash_attn=flash_attn, flash_attn_interface=flash_attn_3)]
 
 
@@ -85,7 +100,7 @@ BENCH = Bench(
         "cpu": ((1, 256, 12, 12, 64), (1, 4096, 32, 8, 128)),
         "cuda": ((1, 32768, 32, 8, 128), (16, 1024, 12, 12, 64), (64, 4096, 32, 8, 128)),
     },
-    tiny=(1, 2, 2, 1, 16),
+    tiny=(1, 8, 2, 1, 16),
     phases=("forward",),
     gate_cases=lambda shape: [((1, 1, min(shape[1], 600), *shape[2:]), {})],
     others=others,

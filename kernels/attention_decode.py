@@ -6,6 +6,7 @@ Fused: scores, mask, online softmax, product with v. A program has BLOCK_M rows 
 of the heads that share the key head) and every SPLITS-th block of keys, so short rows are spread over the splits, too.
 It stores its sums; a second kernel adds the splits of a row. A split without keys stores that its sum is 0 and ends.
 The number of splits depends on shapes and the number of multiprocessors only, so a launch can be recorded.
+With pages, the keys of a block are loaded from the pages of the table; the rest is the same.
 Bytes: k and v once for each BLOCK_M rows, q read and out written, 4 (D + 2) for each row and split. Saved: nothing.
 """
 
@@ -54,18 +55,34 @@ def _range(row, G, T, S, kv_lens_ptr, kv_start_ptr, b, window):
     return tl.where(seen, lo, S), tl.where(seen, hi, 0)
 
 
-@jit_kernel(do_not_specialize=["n_heads", "G", "T", "S", "chunks", "splits", "window"])
+@triton.jit
+def _load_paged(
+    ptr, n, row, batch, page, page_bits, some, BLOCK_N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Load (BLOCK_N, BLOCK_D) keys or values from n on, zero where not `some` (BLOCK_N).
+
+    page: the page of each in the pool. batch: distance between pages.
+    """
+    UNIT: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+    slot = (n + tl.arange(0, BLOCK_N)) & ((1 << page_bits) - 1)
+    at, d = tl.multiple_of(page.to(tl.int64) * batch + slot * row, UNIT), tl.arange(0, BLOCK_D)[None, :]
+    x = tl.load(ptr + at[:, None] + d, some[:, None] & (d < D), other=0.0)
+    return x.to(tl.float32) if INTERPRETED else x
+
+
+@jit_kernel(do_not_specialize=["n_heads", "G", "T", "S", "chunks", "splits", "window", "n_pages", "page_bits"])
 def attention_decode_fwd_kernel(
     q_ptr,  # (B, T, H, D)
-    k_ptr,  # (B, S, H / G, D)
-    v_ptr,  # (B, S, H / G, D)
+    k_ptr,  # (B, S, H / G, D); with pages (n_pages, 2^page_bits, H / G, D)
+    v_ptr,  # as k
     out_ptr,  # (B, T, H, D) contiguous; ONE only
     sums_ptr,  # (B H / G, T G, splits, D), not divided by the sum of powers; not ONE
     stats_ptr,  # (B H / G, T G, splits, 2): largest score, sum of powers; not ONE
     kv_lens_ptr,  # (B) or None
     kv_start_ptr,  # (B) or None
+    pages_ptr,  # (B, S / 2^page_bits) or None
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, n_heads, G, T, S, chunks, splits, window,
-    scale, cap, SOFTCAP: tl.constexpr, ONE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    n_pages, page_bits, scale, cap, SOFTCAP: tl.constexpr, ONE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """Compute BLOCK_M rows of one key head for one split per program.
@@ -85,22 +102,39 @@ def attention_decode_fwd_kernel(
     q_at = b * q_batch + (row // G).to(tl.int64) * q_row + (h * G + row % G) * q_head
     q = tl.load(q_ptr + q_at[:, None] + d[None, :], inside[:, None] & (d[None, :] < D), other=0.0)
     q = q.to(tl.float32) if INTERPRETED else q
-    k_ptr += b * k_batch + h * k_head
-    v_ptr += b * v_batch + h * v_head
+    k_ptr += h * k_head
+    v_ptr += h * v_head
+    if pages_ptr is None:
+        k_ptr += b * k_batch
+        v_ptr += b * v_batch
+    else:
+        pages_ptr += b * (S >> page_bits)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top, total = tl.full([BLOCK_M], -float("inf"), tl.float32), tl.zeros([BLOCK_M], tl.float32)
     for n in tl.range((low // BLOCK_N + split) * BLOCK_N, high, splits * BLOCK_N):
         cols = n + tl.arange(0, BLOCK_N)
         some = (cols >= low) & (cols < high)  # other keys may be uninitialised
-        z = dot(q, tl.trans(load_tile(k_ptr, n, k_row, some, BLOCK_N, D, BLOCK_D))) * scale
+        if pages_ptr is None:
+            k = load_tile(k_ptr, n, k_row, some, BLOCK_N, D, BLOCK_D)
+        else:
+            page = tl.load(pages_ptr + (cols >> page_bits), some, other=0)
+            lost = (page < 0) | (page >= n_pages)
+            some = some & (lost == 0)
+            k = _load_paged(k_ptr, n, k_row, k_batch, page, page_bits, some, BLOCK_N, D, BLOCK_D)
+        z = dot(q, tl.trans(k)) * scale
         if SOFTCAP:
             z = cap * tanh(z)
+        if pages_ptr is not None:
+            z = tl.where(lost[None, :], float("nan"), z)
         z = tl.where((cols[None, :] >= lo[:, None]) & (cols[None, :] < hi[:, None]), z, -float("inf"))
         peak = tl.maximum(top, tl.max(z, 1))
         base = tl.where(peak == -float("inf"), 0.0, peak)  # no key yet: the power of -inf - 0 is 0
         p, shrink = power(z - base[:, None], dtype), power(top - base, dtype)
         total = total * shrink + tl.sum(p, 1)
-        v = load_tile(v_ptr, n, v_row, some, BLOCK_N, D, BLOCK_D)
+        if pages_ptr is None:
+            v = load_tile(v_ptr, n, v_row, some, BLOCK_N, D, BLOCK_D)
+        else:
+            v = _load_paged(v_ptr, n, v_row, v_batch, page, page_bits, some, BLOCK_N, D, BLOCK_D)
         acc = acc * shrink[:, None] + dot(operand(p, dtype), v)
         top = peak
     keep = inside[:, None] & (d[None, :] < D)
@@ -162,7 +196,23 @@ def attention_decode_fwd(
     softcap: float,
 ) -> Tensor:  # fmt: skip
     """Return out (B, T, H, D), contiguous."""
-    (B, T, H, width), (S, heads), device = q.shape, k.shape[1:3], q.device
+    return _decode(q, k, v, None, k.shape[1], kv_lens, kv_start, scale, window, softcap)
+
+
+def attention_decode_paged_fwd(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor, kv_lens: Tensor | None, kv_start: Tensor | None, scale: float,
+    window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    """Return out (B, T, H, D), contiguous. pages: (B, pages of a row) int32, contiguous."""
+    return _decode(q, k, v, pages, pages.shape[1] * k.shape[1], kv_lens, kv_start, scale, window, softcap)
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None, S: int, kv_lens: Tensor | None, kv_start: Tensor | None,
+    scale: float, window: int, softcap: float,
+) -> Tensor:  # fmt: skip
+    (B, T, H, width), heads, device = q.shape, k.shape[2], q.device
+    pool = (k.shape[0], k.shape[1].bit_length() - 1)  # number of pages, log2 of the slots of one
     q, k, v = tiled(q), tiled(k), tiled(v)
     D = q.shape[3]
     out = torch.empty((B, T, H, D), dtype=q.dtype, device=device)
@@ -178,11 +228,11 @@ def attention_decode_fwd(
         stats = torch.empty((B * heads * T * G * splits, 2), device=device)
     base = 1.0 if q.dtype == torch.float32 else LOG2E.value  # the base of `power`
     inner = scale / softcap if softcap > 0 else scale * base
-    sizes = (heads, G, T, S, chunks, splits, window if 0 < window < S else S)
+    sizes = (heads, G, T, S, chunks, splits, window if 0 < window < S else S, *pool)
     with on_device(q):
         attention_decode_fwd_kernel[(B * heads * chunks * splits,)](
-            q, k, v, out, sums, stats, kv_lens, kv_start, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *sizes,
-            inner, softcap * base, softcap > 0, splits == 1, D, columns(D), **shape)  # fmt: skip
+            q, k, v, out, sums, stats, kv_lens, kv_start, pages, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *sizes, inner, softcap * base, softcap > 0, splits == 1, D, columns(D), **shape)  # fmt: skip
         if splits > 1:
             attention_decode_fwd_add_kernel[(B * T * H,)](
                 out, sums, stats, heads, G, T, splits, D, columns(D), ceil_pow2(splits), num_warps=4)  # fmt: skip
@@ -195,21 +245,21 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
         return
     f32, i32 = torch.float32, torch.int32
     strides = dict.fromkeys((f"{t}_{of}" for t in "qkv" for of in ("batch", "row", "head")), "i32")
-    sizes = dict.fromkeys(("n_heads", "G", "T", "S", "chunks", "splits", "window"), "i32") | {
-        "scale": "fp32",
-        "cap": "fp32",
-    }
+    numbers = ("n_heads", "G", "T", "S", "chunks", "splits", "window", "n_pages", "page_bits")
+    sizes = dict.fromkeys(numbers, "i32") | {"scale": "fp32", "cap": "fp32"}
     for D in (16, 40, 64, 80, 96, 128, 256):
         full = D in (64, 128, 256)
         shape = _tile(1, columns(D), dtype)
         launch: dict[str, Any] = {"num_stages": shape.pop("num_stages"), "quick": D in (64, 128)}
         warps = shape.pop("num_warps")
-        for one, softcap in ((True, False), (False, True)) if full else ((False, False),):
+        options = ((True, False, False), (False, True, False), (False, False, True), (True, True, True))
+        for one, softcap, paged in options if full else ((False, False, False), (False, False, True)):
             arguments = pointers(q_ptr=dtype, k_ptr=dtype, v_ptr=dtype, out_ptr=dtype)
             arguments |= pointers(sums_ptr=None if one else f32, stats_ptr=None if one else f32)
-            arguments |= pointers(kv_lens_ptr=i32, kv_start_ptr=i32 if softcap else None) | strides | sizes
+            arguments |= pointers(kv_lens_ptr=i32, kv_start_ptr=i32 if softcap else None)
+            arguments |= pointers(pages_ptr=i32 if paged else None) | strides | sizes
             meta = {"SOFTCAP": softcap, "ONE": one, "D": D, "BLOCK_D": columns(D), **shape}
-            case = f"D={D} {'one split' if one else 'splits'}{' softcap' if softcap else ''}"
+            case = f"D={D} {'one split' if one else 'splits'}{' softcap' if softcap else ''}{' pages' if paged else ''}"
             yield Configuration(attention_decode_fwd_kernel, case, arguments, warps, meta, **launch)
         arguments = pointers(out_ptr=dtype, sums_ptr=f32, stats_ptr=f32)
         arguments |= dict.fromkeys(("n_heads", "G", "T", "splits"), "i32")

@@ -83,14 +83,28 @@ static std::vector<int32_t> indices(int64_t n, int64_t top) {
 }
 
 // Sum of the output of attention_decode for the same queries and keys, with causal order and the lengths of `a`.
-static double decode(const AttentionArgs& of_attention, int64_t element) {
-  DecodeArgs a{of_attention, nullptr, 0, 0};
+static double decode(DecodeArgs a, int64_t element) {
   a.causal = true, a.rng = nullptr, a.cu_q = a.cu_k = nullptr, a.doc_ids = nullptr;
   Heads out(a.n_batch, a.n_queries, a.n_heads, a.head_dim, element, true, true);
   std::vector<float> workspace(cpu::attention_decode_workspace(a, {}));
   a.out = out.data, a.out_at = out.at, a.workspace = workspace.data();
   cpu::attention_decode_fwd(a, {});
   return out.sum();
+}
+
+// Sum of its output for the first 2^n keys of each batch as the pages of a pool.
+static double decode_paged(const AttentionArgs& of_attention, int64_t element) {
+  DecodeArgs a{of_attention, nullptr, of_attention.n_batch, 0};
+  if (a.n_keys == 0) return 0.0;
+  while (2 << a.page_bits <= a.n_keys && below(4)) ++a.page_bits;
+  const int64_t of_row = below(40);
+  a.n_keys = of_row << a.page_bits;
+  std::vector<int32_t> pages(a.n_batch * of_row), wild = indices(a.n_batch * of_row, a.n_batch);
+  for (int32_t& page : pages) page = static_cast<int32_t>(below(a.n_batch));
+  a.pages = wild.data();
+  decode(a, element);  // rows become NaN, and nothing outside the pool is read
+  a.pages = pages.data();
+  return decode(a, element);
 }
 
 static void run_once() {
@@ -122,7 +136,8 @@ static void run_once() {
   a.dq_at = dq.at, a.dk_at = dk.at, a.dv_at = dv.at;
   cpu::attention_fwd(a, {});
   cpu::attention_bwd(a, {});
-  printf("%.6f %.6f %.6f %.6f %.6f\n", out.sum(), dq.sum(), dk.sum(), dv.sum(), decode(a, element));
+  const double decoded = decode(DecodeArgs{a, nullptr, 0, 0}, element), paged = decode_paged(a, element);
+  printf("%.6f %.6f %.6f %.6f %.6f %.6f\n", out.sum(), dq.sum(), dk.sum(), dv.sum(), decoded, paged);
 }
 
 int main(int, char** argv) {

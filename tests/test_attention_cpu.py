@@ -190,6 +190,6 @@ def test_no_byte_out_of_bounds_on_any_instruction_set(tmp_path: Path) -> None:
         done = subprocess.run([tmp_path / "bounds", "200", level], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         figures.append(torch.tensor([[float(x) for x in line.split()] for line in done.stdout.splitlines()]))
-    assert figures[0].shape == (200, 5) and not figures[0].isnan().any()
+    assert figures[0].shape == (200, 6) and not figures[0].isnan().any()
     for other in figures[1:]:
         torch.testing.assert_close(other, figures[0], rtol=1e-4, atol=1e-2)

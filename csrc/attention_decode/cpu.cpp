@@ -35,15 +35,15 @@ FASTGPT_INLINE float sum_parts(const float* parts) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// n rows from `row` on, of one group. The first row to prefetch is `ahead`.
+// n rows of one group, and the first to prefetch: distances of `row` and `ahead` from some address.
 struct Run {
-  const float *row, *ahead;
-  int64_t n;
+  int64_t row, ahead, n;
   bool ends_group;
 };
 
-// Runs [runs, last) of rows that are `step` apart.
+// Runs [runs, last) of rows that are `step` apart, by their distances from x.
 struct Rows {
+  const float* x;
   const Run *runs, *last;
   int64_t step;
 };
@@ -108,9 +108,10 @@ struct HeadRows {
   const int32_t* pages;
   int bits;
 
-  FASTGPT_INLINE const T* at(int64_t key) const {
-    if (pages == nullptr) return x + key * step;
-    return x + pages[key >> bits] * page + (key & ((int64_t{1} << bits) - 1)) * step;
+  // Returns the distance of a row from x.
+  FASTGPT_INLINE int64_t at(int64_t key) const {
+    if (pages == nullptr) return key * step;
+    return pages[key >> bits] * page + (key & ((int64_t{1} << bits) - 1)) * step;
   }
 
   // Returns how many rows from `key` on are `step` apart.
@@ -119,31 +120,33 @@ struct HeadRows {
   }
 };
 
-// Returns n rows of keys or values from `first` on, in place if possible. Rows from `end` on are not read.
+// Returns n rows of keys or values from `first` on, in place if possible. Rows from `end` on are not read. known: the end
+// of the runs in w.runs if they are right for these rows, too; else null.
 template <class T>
 inline Rows rows_of(const HeadRows<T>& x, int64_t first, int64_t n, int64_t end, int64_t dim, int64_t width,
-                    DecodeScratch& w) {
+                    const Run* known, DecodeScratch& w) {
   Run* run = w.runs;
   if constexpr (sizeof(T) == 4) {
     if (dim == width) {
+      if (known != nullptr) return {x.x, w.runs, known, x.step};
       for (int64_t i = 0; i < n; ++run) {
         const int64_t key = first + i, ahead = x.pages == nullptr || key + kAhead < end ? key + kAhead : key;
         const int64_t left = min_of(kGroup - i % kGroup, n - i), count = min_of(left, min_of(x.even(key), x.even(ahead)));
         *run = {x.at(key), x.at(ahead), count, count == left};
         i += count;
       }
-      return {w.runs, run, x.step};
+      return {x.x, w.runs, run, x.step};
     }
   }
   for (int64_t i = 0; i < n;) {
     const int64_t count = min_of(n - i, x.even(first + i));
-    widen_rows(x.at(first + i), x.step, count, dim, width, w.rows + i * width);
+    widen_rows(x.x + x.at(first + i), x.step, count, dim, width, w.rows + i * width);
     i += count;
   }
   for (int64_t i = 0; i < n; i += kGroup, ++run) {
-    *run = {w.rows + i * width, w.rows + (i + kAhead) * width, min_of(kGroup, n - i), true};
+    *run = {i * width, (i + kAhead) * width, min_of(kGroup, n - i), true};
   }
-  return {w.runs, run, width};
+  return {w.rows, w.runs, run, width};
 }
 
 // Returns the rows of the keys or values x of a batch and a head.
@@ -223,6 +226,7 @@ inline void split_of(const DecodeArgs& a, const Sizes& s, int64_t item, DecodeSc
   const int64_t batch = head / a.n_kv_heads, kv_head = head % a.n_kv_heads;
   const KeyRange seen = seen_keys(a, batch, split);
   const HeadRows<T> k = head_rows<T>(a, a.k, a.k_at, batch, kv_head), v = head_rows<T>(a, a.v, a.v_at, batch, kv_head);
+  const bool alike = k.step == v.step && k.page == v.page;
   const bool readable = in_pool(a, k, seen.begin, seen.end);
   for (int64_t r = 0; r < s.n_rows; ++r) {
     const int64_t at = batch * a.q_at.batch + r / s.group * a.q_at.row + (kv_head * s.group + r % s.group) * a.q_at.head;
@@ -234,7 +238,7 @@ inline void split_of(const DecodeArgs& a, const Sizes& s, int64_t item, DecodeSc
   if (!readable) return;
   for (int64_t key = seen.begin, n; key < seen.end; key += n) {
     n = min_of(kTile - key % kTile, seen.end - key);  // whole tiles start at whole groups of a page
-    Rows rows = rows_of(k, key, n, seen.end, a.head_dim, s.width, w);
+    Rows rows = rows_of(k, key, n, seen.end, a.head_dim, s.width, nullptr, w);
     for (int64_t r = 0; r < s.n_rows; ++r) {
       const KeyRange keys = key_range(a, batch, r / s.group, 0);
       const int64_t begin = min_of(n, max_of(keys.begin - key, 0)), end = max_of(begin, min_of(n, keys.end - key));
@@ -242,7 +246,7 @@ inline void split_of(const DecodeArgs& a, const Sizes& s, int64_t item, DecodeSc
       Set::products(w.q + r * s.width, rows, s.width, z);
       w.shrink[r] = softmax(a, z, n, begin, end, part[s.width], part[s.width + 1]);
     }
-    rows = rows_of(v, key, n, seen.end, a.head_dim, s.width, w);
+    rows = rows_of(v, key, n, seen.end, a.head_dim, s.width, alike ? rows.last : nullptr, w);
     for (int64_t r = 0; r < s.n_rows; ++r) {
       Set::add(w.z + r * kTile, rows, s.width, w.shrink[r], parts + r * s.splits * s.part);
     }

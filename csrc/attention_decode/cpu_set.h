@@ -15,7 +15,7 @@ struct FASTGPT_SET {
   FASTGPT_TARGET FASTGPT_NOINLINE static void products(const float* x, const Rows& rows, int64_t width, float* z) {
     const int64_t step = rows.step;
     for (const Run* run = rows.runs; run < rows.last; ++run) {
-      const float *row = run->row, *ahead = run->ahead;
+      const float *row = rows.x + run->row, *ahead = rows.x + run->ahead;
       for (const float* end = z + run->n; z < end; ++z, row += step, ahead += step) {
         __builtin_prefetch(ahead);
         __builtin_prefetch(ahead + kLanes);
@@ -52,7 +52,7 @@ struct FASTGPT_SET {
     FASTGPT_UNROLL
     for (int i = 0; i < kSums; ++i) sum[i] = part[i] = Vector{};
     for (const Run* run = rows.runs; run < rows.last; ++run) {
-      const float *row = run->row + column, *ahead = run->ahead + column;
+      const float *row = rows.x + run->row + column, *ahead = rows.x + run->ahead + column;
       for (const float* end = p + run->n; p < end; ++p, row += step, ahead += step) {
         FASTGPT_UNROLL
         for (int i = 0; i < N; ++i) __builtin_prefetch(ahead + i * kLanes);

@@ -12,14 +12,16 @@
 // of a score by shuffles. Each such group of lanes has its own online softmax, so nothing waits for another warp
 // before the end. There, the groups are added over the warp and over the block. Products are fp32 FMA, not tensor
 // cores: with one query for each key head, loading takes longer. A split without keys writes that its sum is 0 and
-// ends. The number of splits depends on shapes only.
+// ends. The number of splits depends on the shapes and on the number of multiprocessors only.
+//
+// With pages, a lane looks up the page of a key one tile ahead; the rest, the order of sums included, is the same.
 #include "attention_decode/op.h"
 
 #include "attention/mask.h"
 #include "core/cuda/launch.cuh"
+#include "core/cuda/multiprocessors.cuh"
 #include "core/cuda/reduce.cuh"
 #include "core/cuda/vec.cuh"
-#include "core/cuda/wave.cuh"
 #include "core/with_type.h"
 
 #include <algorithm>
@@ -57,11 +59,36 @@ __device__ __forceinline__ float power(float x) {
   else return fast_exp(x);
 }
 
-// Loads the columns of this lane of U keys `step` apart, from `key` on; others than those in [low, high), and columns
-// from `dim` on, are 0.
+// Loads the numbers of the pages of U keys `step` apart, from `key` on, from a row of the table; -1 for keys outside
+// [low, high) and for pages outside the pool.
+template <int U>
+__device__ __forceinline__ void load_pages(int (&page)[U], const DecodeArgs& a, const int32_t* table, int key, int step,
+                                           int low, int high) {
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int k = key + u * step;
+    page[u] = k >= low && k < high ? table[k >> a.page_bits] : -1;
+    if (page[u] >= a.n_pages) page[u] = -1;
+  }
+}
+
+// Sets the distances in elements of U keys `step` apart, from `key` on, from the first key of the row or of the pool;
+// -1 for keys outside [low, high) and for pages outside the pool.
+template <bool PAGED, int U>
+__device__ __forceinline__ void place_keys(int64_t (&at)[U], const AttentionStrides& s, const int (&page)[U], int bits,
+                                           int key, int step, int low, int high) {
+#pragma unroll
+  for (int u = 0; u < U; ++u) {
+    const int k = key + u * step;
+    if constexpr (PAGED) at[u] = page[u] >= 0 ? page[u] * s.batch + (k & ((1 << bits) - 1)) * s.row : -1;
+    else at[u] = k >= low && k < high ? k * s.row : -1;
+  }
+}
+
+// Loads the columns of this lane of U keys, at these distances from x; keys at -1 and columns from `dim` on are 0.
 template <typename T, int LANES, int U>
-__device__ __forceinline__ void load_keys(uint4 (&raw)[U][8 / kLanes<T>], const T* x, int64_t row, int key, int step,
-                                          int low, int high, int dim, bool aligned) {
+__device__ __forceinline__ void load_keys(uint4 (&raw)[U][8 / kLanes<T>], const T* x, const int64_t (&at)[U], int dim,
+                                          bool aligned) {
   const int lane = threadIdx.x % LANES;
 #pragma unroll
   for (int u = 0; u < U; ++u) {
@@ -71,24 +98,22 @@ __device__ __forceinline__ void load_keys(uint4 (&raw)[U][8 / kLanes<T>], const 
   if (aligned) {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const int k = key + u * step;
 #pragma unroll
       for (int p = 0; p < 8 / kLanes<T>; ++p) {
         const int column = (p * LANES + lane) * kLanes<T>;
-        if (k >= low && k < high && column < dim) raw[u][p] = *reinterpret_cast<const uint4*>(x + k * row + column);
+        if (at[u] >= 0 && column < dim) raw[u][p] = *reinterpret_cast<const uint4*>(x + at[u] + column);
       }
     }
   } else {
 #pragma unroll
     for (int u = 0; u < U; ++u) {
-      const int k = key + u * step;
-      if (k < low || k >= high) continue;
+      if (at[u] < 0) continue;
 #pragma unroll
       for (int p = 0; p < 8 / kLanes<T>; ++p) {
         const int column = (p * LANES + lane) * kLanes<T>;
         float values[kLanes<T>];
 #pragma unroll
-        for (int l = 0; l < kLanes<T>; ++l) values[l] = column + l < dim ? widen(x[k * row + column + l]) : 0.0f;
+        for (int l = 0; l < kLanes<T>; ++l) values[l] = column + l < dim ? widen(x[at[u] + column + l]) : 0.0f;
         raw[u][p] = pack<T>(values);  // exact: the values were of type T
       }
     }
@@ -119,7 +144,7 @@ __device__ __forceinline__ void merge_tops(float& top, float other, float& own_f
   top = most;
 }
 
-template <typename T, int LANES, int ROWS>
+template <typename T, int LANES, int ROWS, bool PAGED>
 __global__ void __launch_bounds__(kThreads) attention_decode_fwd_kernel(const __grid_constant__ DecodeLaunch l) {
   using Tile = DecodeTile<T, LANES, ROWS>;
   constexpr int U = Tile::kUnroll, kPieces = 8 / kLanes<T>;
@@ -157,13 +182,21 @@ __global__ void __launch_bounds__(kThreads) attention_decode_fwd_kernel(const __
     }
     s.top[r] = -INFINITY, s.total[r] = 0.0f;
   }
-  const T* k = static_cast<const T*>(a.k) + batch * a.k_at.batch + kv_head * a.k_at.head;
-  const T* v = static_cast<const T*>(a.v) + batch * a.v_at.batch + kv_head * a.v_at.head;
+  const T* k = static_cast<const T*>(a.k) + (PAGED ? 0 : batch * a.k_at.batch) + kv_head * a.k_at.head;
+  const T* v = static_cast<const T*>(a.v) + (PAGED ? 0 : batch * a.v_at.batch) + kv_head * a.v_at.head;
+  const int32_t* table = PAGED ? a.pages + batch * (a.n_keys >> a.page_bits) : nullptr;
+  const int group = static_cast<int>(threadIdx.x) / LANES;
+  int page[U] = {};
+  if constexpr (PAGED) load_pages(page, a, table, first + group, Tile::kAtOnce, low, high);
   for (int tile = first; tile < high; tile += Tile::kKeys * l.splits) {
-    const int key = tile + static_cast<int>(threadIdx.x) / LANES;
+    const int key = tile + group;
     uint4 k_raw[U][kPieces], v_raw[U][kPieces];
-    load_keys<T, LANES>(k_raw, k, a.k_at.row, key, Tile::kAtOnce, low, high, dim, l.aligned);
-    load_keys<T, LANES>(v_raw, v, a.v_at.row, key, Tile::kAtOnce, low, high, dim, l.aligned);
+    int64_t k_place[U], v_place[U];
+    place_keys<PAGED>(k_place, a.k_at, page, a.page_bits, key, Tile::kAtOnce, low, high);
+    place_keys<PAGED>(v_place, a.v_at, page, a.page_bits, key, Tile::kAtOnce, low, high);
+    load_keys<T, LANES>(k_raw, k, k_place, dim, l.aligned);
+    load_keys<T, LANES>(v_raw, v, v_place, dim, l.aligned);
+    if constexpr (PAGED) load_pages(page, a, table, key + Tile::kKeys * l.splits, Tile::kAtOnce, low, high);
     float z[ROWS][U];
 #pragma unroll
     for (int u = 0; u < U; ++u) {
@@ -193,6 +226,7 @@ __global__ void __launch_bounds__(kThreads) attention_decode_fwd_kernel(const __
         const int at = key + u * Tile::kAtOnce;
         z[r][u] *= a.scale;
         if (a.softcap > 0.0f) z[r][u] = softcap_f(z[r][u], a.softcap, l.inverse_softcap);
+        if (PAGED && k_place[u] < 0) z[r][u] = NAN;  // if it is seen: a page outside the pool
         if (at < begin[r] || at >= end[r]) z[r][u] = -INFINITY;
         top = fmaxf(top, z[r][u]);
       }
@@ -320,7 +354,7 @@ DecodeLaunch decode_launch(const DecodeArgs& a) {
   l.chunks = (l.n_rows + ROWS - 1) / ROWS;
   const int64_t blocks = a.n_batch * a.n_kv_heads * l.chunks;
   const int64_t most = std::min<int64_t>(kMaxSplits, (a.n_keys + kKeys - 1) / kKeys);
-  const int64_t wanted = blocks == 0 ? 1 : (kBlocks * kSms + blocks - 1) / blocks;
+  const int64_t wanted = blocks == 0 ? 1 : (int64_t{kBlocks} * multiprocessors() + blocks - 1) / blocks;
   l.splits = static_cast<int>(std::max<int64_t>(1, std::min(most, wanted)));
   l.inverse_softcap = a.softcap > 0.0f ? 1.0f / a.softcap : 0.0f;
   const int64_t parts = a.n_batch * a.n_kv_heads * l.n_rows * l.splits;
@@ -348,8 +382,11 @@ void attention_decode_fwd(const DecodeArgs& a, Stream stream) {
     };
     l.aligned = pieces(a.k, a.k_at) && pieces(a.v, a.v_at);
     const int64_t heads = a.n_batch * a.n_kv_heads;
-    launch("attention_decode_fwd_kernel", attention_decode_fwd_kernel<T, lanes(), rows()>, Grid{heads * l.chunks * l.splits},
-           dim3(kThreads), 0, stream, l);
+    const auto run = [&](auto kernel) {
+      launch("attention_decode_fwd_kernel", kernel, Grid{heads * l.chunks * l.splits}, dim3(kThreads), 0, stream, l);
+    };
+    if (a.pages == nullptr) run(attention_decode_fwd_kernel<T, lanes(), rows(), false>);
+    else run(attention_decode_fwd_kernel<T, lanes(), rows(), true>);
     if (l.splits == 1) return;
     launch("attention_decode_fwd_add_kernel", attention_decode_fwd_add_kernel<T>, Grid{heads * l.n_rows}, dim3(kThreads), 0,
            stream, l);

@@ -17,7 +17,7 @@ gives the bits of a cache of S keys.
 Saved for backward: nothing. The op is for inference and has no gradient.
 
 Determinism: bitwise, for any number of threads and any lengths of the other rows. The splits of a CPU have a fixed
-number of keys; those of a GPU depend on the shapes and, for Triton, on the number of multiprocessors.
+number of keys; those of a GPU depend on the shapes and on its number of multiprocessors.
 
 Limits: heads wider than 256 columns run on the formula on a GPU. Many queries are slower here than in `attention`:
 each group of queries reads all its keys.
@@ -67,7 +67,7 @@ flop_formula("attention_decode_fwd", _flop)
 flop_formula("attention_decode_paged_fwd", _paged_flop)
 
 
-def _gather(pool: Tensor, pages: Tensor) -> Tensor:
+def gather_pages(pool: Tensor, pages: Tensor) -> Tensor:
     """Return the keys or values of each row, (B, S, Hkv, D), from a pool (n_pages, page_size, Hkv, D)."""
     return pool[pages.long()].flatten(1, 2)
 
@@ -75,7 +75,7 @@ def _gather(pool: Tensor, pages: Tensor) -> Tensor:
 def attention_decode_ref(q: Tensor, k: Tensor, v: Tensor, *, pages: Tensor | None = None, **o: Any) -> Tensor:
     """Return the formula in fp32 (fp64 for fp64 input); options as in `attention_decode`."""
     if pages is not None:
-        k, v = _gather(k, pages), _gather(v, pages)
+        k, v = gather_pages(k, pages), gather_pages(v, pages)
     none: dict[str, Any] = dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "doc_ids"))
     return attention_ref(q, k, v, causal=True, dropout_p=0.0, **none, **o)[0]
 
@@ -122,9 +122,6 @@ def _self_check(backend: str, device: torch.device) -> float:
             "kv_start": torch.tensor([130, 3], device=device),
         }
         exact = attention_decode_ref(q.double(), k.double(), v.double(), **o)
-        if backend != "cpu":
-            errors.append(relative_error([ATTENTION_DECODE_FWD[backend](q, k, v, *pack(q, o))], [exact]))
-            continue
         pool = [x.reshape(150, 4, 2, d).flip(0) for x in (k, v)]
         pages = torch.arange(149, -1, -1, dtype=torch.int32, device=device).view(2, 75)
         got = [
@@ -212,8 +209,6 @@ def attention_decode(
         return attention_decode_ref(q, k, v, pages=pages, **options)
     if pages is None:
         out: Tensor = ATTENTION_DECODE_FWD[backend](q, k, v, *pack(q, options))
-    elif backend != "cpu":
-        out = ATTENTION_DECODE_FWD[backend](q, _gather(k, pages), _gather(v, pages), *pack(q, options))
     else:
         out = ATTENTION_DECODE_PAGED_FWD[backend](q, k, v, pages.int().contiguous(), *pack(q, options))
     return out

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from fastgpt import ops
-from fastgpt.ops.attention_decode import attention_decode_ref
+from fastgpt.ops.attention_decode import attention_decode_ref, gather_pages
 from fastgpt.parity.attention import DEFAULTS, baseline
 from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import Case, Outputs, Subject, Variant
 
 
 def run_attention_decode(case: Case, fn: Callable[..., Tensor], inputs: Inputs) -> Outputs:
-    """Run `fn` and return its output; shape: B, T, S, H, Hkv, D."""
+    """Run `fn` and return its output; shape: B, T, S, H, Hkv, D. With the option `page`, rows of at least S keys lie in
+    pages of so many slots."""
     b, t, s, h, g, d = case.shape
     o = dict(case.options)
     spread = o.pop("spread", 1.0)
@@ -24,11 +25,17 @@ def run_attention_decode(case: Case, fn: Callable[..., Tensor], inputs: Inputs) 
         o["kv_lens"] = inputs.place((s - s // 2 * (torch.arange(b) % 3)).int())
     if o.pop("start", False):
         o["kv_start"] = inputs.place((torch.arange(b) % 3 * 2 + 1).clamp(max=s))
-    q = inputs.tensor((b, t, h, d), case.dtype, spread)
-    return {"out": fn(q, *(inputs.tensor((b, s, g, d), case.dtype, spread) for _ in "kv"), **o)}
+    q, keys = inputs.tensor((b, t, h, d), case.dtype, spread), (b, s)
+    if page := o.pop("page", 0):
+        of_row = -(-s // page)
+        keys = (b * of_row + 1, page)
+        o["pages"] = inputs.place((torch.arange(b * of_row).flip(0) + 1).view(b, of_row).int())
+    return {"out": fn(q, *(inputs.tensor((*keys, g, d), case.dtype, spread) for _ in "kv"), **o)}
 
 
-def _torch(q: Tensor, k: Tensor, v: Tensor, **o: Any) -> Tensor:
+def _torch(q: Tensor, k: Tensor, v: Tensor, pages: Tensor | None = None, **o: Any) -> Tensor:
+    if pages is not None:
+        k, v = gather_pages(k, pages), gather_pages(v, pages)
     return baseline(q, k, v, {**DEFAULTS, "causal": True, **o})
 
 
@@ -43,6 +50,7 @@ SINGLE: tuple[dict[str, Any], ...] = ({"lens": True}, {"start": True}, {"window"
 def _bases(dtype: torch.dtype) -> Iterator[Variant]:
     yield (2, 1, 11, 4, 2, 16), {"lens": True}
     yield (2, 3, 11, 2, 1, 16), {}
+    yield (2, 1, 20, 4, 2, 16), {"lens": True, "page": 8}
 
 
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:
@@ -52,6 +60,13 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
         yield (3, 1, 23, 8, 1, 16), o
     for o in (*SINGLE, everything):
         yield (3, 3, 23, 4, 1, 16), o
+    for page in (8, 16, 64, 256):
+        yield (2, 1, 70, 8, 1, 16), {"page": page, "start": True}
+        yield (2, 3, 300, 4, 2, 20), {**everything, "page": page, "window": 90}
+    yield (1, 1, 600, 8, 1, 64), {"page": 32}
+    yield (1, 1, 70, 8, 1, 256), {"page": 16}
+    yield (0, 1, 8, 2, 1, 16), {"page": 8}
+    yield (2, 1, 0, 2, 1, 16), {"page": 8}
     for d in (1, 20, 40, 64, 80, 96, 128, 256):
         yield (4 if d < 64 else 2, 1, 60, 1, 1, d), {}
         yield (1, 1, 60, 8, 1, d), {}

@@ -1,6 +1,7 @@
 // Launch arithmetic, for tests: the launchers of csrc/*/*.cu as Python functions that launch nothing and return the
 // launches they would make. Arguments have the names of the structs' fields; pointers are integers, dtypes the numbers
-// of DType. Omitted arguments are zero or null. The same library holds the ops themselves (csrc/*/glue.cpp).
+// of DType. Omitted arguments are zero or null; `multiprocessors` is 108. The same library holds the ops themselves
+// (csrc/*/glue.cpp).
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -77,13 +78,13 @@ void fill(DecodeArgs& a, const py::dict& values) {
   FIELD(pages); FIELD(n_pages); FIELD(page_bits);
 }
 
-// While it exists, launchers plan for a device of 108 multiprocessors and launch nothing.
+// While it exists, launchers plan for a device of so many multiprocessors and launch nothing.
 struct Planning {
-  Planning() {
+  explicit Planning(int multiprocessors = 108) {
     emulator::machine().launches.clear();
-    emulator::machine().dry = true, cuda::kSms = 108;
+    emulator::machine().dry = true, emulator::machine().multiprocessors = cuda::kSms = multiprocessors;
   }
-  ~Planning() { emulator::machine().dry = false, cuda::kSms = 1; }
+  ~Planning() { emulator::machine().dry = false, emulator::machine().multiprocessors = cuda::kSms = 1; }
 };
 
 // Returns a launcher's launches: (grid x, y, z, block x, y, z, bytes of dynamic shared memory) each.
@@ -92,7 +93,7 @@ auto planned(void (*launcher)(const Args&, cuda::Stream)) {
   return [launcher](const py::kwargs& values) {
     Args a{};
     fill(a, values);
-    const Planning planning;
+    const Planning planning(values.contains("multiprocessors") ? values["multiprocessors"].cast<int>() : 108);
     launcher(a, {});
     return emulator::machine().launches;
   };

@@ -113,6 +113,10 @@ def test_splits_of_a_cache_fill_the_device(kernels: Any) -> None:
         if add:
             check(add[0])
             assert add[0][0] == b * heads * rows and splits <= 128
+        sizes |= {"causal": True, "multiprocessors": 132}
+        assert kernels.attention_decode_fwd(**sizes)[0][0] >= min(
+            4 * 132, b * heads * chunks * math.ceil(s / (4 * keys))
+        )
 
 
 def test_shared_memory_of_attention_is_what_codegen_counts_with(kernels: Any) -> None:

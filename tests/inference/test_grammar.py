@@ -163,6 +163,18 @@ def _is_text(data: bytes) -> bool:
         return False
 
 
+def test_a_text_without_alternatives_has_the_tokens_of_the_tokenizer() -> None:
+    """The longest token first would be another way to cut it, which the model has not seen in training."""
+    tokenizer = train_tokenizer(["bcd\n" * 100 + "abc\n" * 50], 270)
+    assert [tokenizer.decode([i]) for i in tokenizer.encode("abcd")] == ["a", "bcd"]
+    (longest,) = tokenizer.encode("abc")
+    bias = {int(longest): 50.0}
+    (result,) = Generator(model_of(tokenizer), tokenizer).generate(
+        [Request("x", 9, grammar=Grammar.of_choices(["abcd"]), logit_bias=bias)]
+    )
+    assert result.ids == tokenizer.encode("abcd").tolist()
+
+
 def test_a_special_stop_string_ends_where_the_grammar_may() -> None:
     """A chat model ends with a mark of its template, which is not among the tokenizer's ends."""
     tokenizer = train_tokenizer([TEXT], 280, ["<|im_end|>"])

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastgpt import ops, parity
 from fastgpt.core.backend import use
-from fastgpt.ops.attention_decode import ATTENTION_DECODE_FWD, pack
+from fastgpt.ops.attention_decode import ATTENTION_DECODE_FWD, ATTENTION_DECODE_PAGED_FWD, pack
 
 ON = pytest.mark.parametrize("name", parity.backends_here("attention_decode"))
 
@@ -90,6 +90,81 @@ def test_a_call_launches_the_same_whatever_the_lengths_are(name: str, monkeypatc
     assert seen[0] == seen[1]
 
 
+def pool_of(x: Tensor, size: int, pages: Tensor) -> Tensor:
+    """Return a pool with x (B, S, Hkv, D) in these pages (B, S / size); what is left is NaN."""
+    pool = x.new_full((int(pages.max()) + 2, size, *x.shape[2:]), torch.nan)
+    pool[pages.long().flatten()] = x.unflatten(1, (-1, size)).flatten(0, 1)
+    return pool
+
+
+PAGES = torch.tensor([[5, 0, 3], [1, 6, 2]], dtype=torch.int32, device=DEVICE)
+
+
+@ON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size,d", [(8, 16), (32, 40), (64, 64)])
+def test_pages_give_the_bits_of_a_cache(name: str, dtype: torch.dtype, size: int, d: int) -> None:
+    s = 3 * size
+    q, k, v = (x.to(dtype) for x in qkv(t=1 if size == 8 else 2, s=s, d=d))
+    k_pool, v_pool, lens = pool_of(k, size, PAGES), pool_of(v, size, PAGES), integers(s, s - 5)
+    options: dict[str, Any]
+    for options in ({}, {"window": 13, "softcap": 2.0}, {"kv_start": integers(0, 11)}):
+        with use(attention_decode=name, strict=True):
+            wanted = ops.attention_decode(q, k, v, lens, **options)
+            for pages in (PAGES, PAGES.long()):
+                assert torch.equal(ops.attention_decode(q, k_pool, v_pool, lens, pages=pages, **options), wanted)
+    assert wanted.isfinite().all()
+
+
+@ON
+def test_pages_over_several_splits(name: str) -> None:
+    """A few pages appear in a table again and again, so rows share them, too."""
+    pages = torch.arange(2 * 70, device=DEVICE).view(2, 70) * 7 % 10
+    q, *pools = rand(2, 1, 4, 64), rand(10, 16, 2, 64, seed=1), rand(10, 16, 2, 64, seed=2)
+    caches, lens = [pool[pages].flatten(1, 2) for pool in pools], integers(1120, 1001)
+    with use(attention_decode=name, strict=True):
+        got = ops.attention_decode(q, *pools, lens, pages=pages)
+        assert torch.equal(got, ops.attention_decode(q, *caches, lens))
+    torch.testing.assert_close(got, ops.attention_decode(q, *caches, lens), rtol=1e-5, atol=1e-6)
+
+
+def test_the_formula_reads_pages() -> None:
+    q, k, v = qkv(s=24)
+    with use(attention_decode="torch"):
+        wanted = ops.attention_decode(q, k, v, window=9)
+        pools = pool_of(k, 8, PAGES), pool_of(v, 8, PAGES)
+        assert torch.equal(ops.attention_decode(q, *pools, pages=PAGES, window=9), wanted)
+
+
+@ON
+@pytest.mark.parametrize("wrong", [8, 2**31 - 1, -1, -(2**31)])
+def test_a_page_outside_the_pool_makes_the_rows_that_see_it_nan(name: str, wrong: int) -> None:
+    """The public function checks numbers where that does not wait for a GPU; the kernels read nothing there."""
+    q, k, v = qkv(s=24)
+    pools = pool_of(k, 8, PAGES), pool_of(v, 8, PAGES)
+    bad = PAGES.clone()
+    bad[0, 2] = wrong
+    raw, numbers = ATTENTION_DECODE_PAGED_FWD[name], (0.25, 0, 0.0)
+    wanted = raw(q, *pools, PAGES, None, None, *numbers)
+    got = raw(q, *pools, bad, None, None, *numbers)
+    assert got[0].isnan().all() and torch.equal(got[1], wanted[1])
+    unseen = raw(q, *pools, bad, integers(16, 24).int(), None, *numbers)
+    assert torch.equal(unseen, raw(q, *pools, PAGES, integers(16, 24).int(), None, *numbers)), "the page is not seen"
+
+
+@ON
+def test_pages_compile_with_dynamic_shapes(name: str) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, lens: Tensor, pages: Tensor) -> Tensor:
+        return ops.attention_decode(q * 2, k, v, lens, pages=pages, window=5) + 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    with use(attention_decode=name, strict=True):
+        for of_row, n in ((2, 5), (3, 9)):
+            k, v, pages = rand(n, 8, 2, 16, seed=1), rand(n, 8, 2, 16, seed=2), PAGES[:, :of_row] % n
+            args = (rand(2, 1, 4, 16), k, v, integers(8 * of_row, 3), pages)
+            torch.testing.assert_close(compiled(*args), call(*args), rtol=0, atol=0)
+
+
 @ON
 def test_fullgraph_compile_with_dynamic_shapes(name: str) -> None:
     def call(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> Tensor:
@@ -109,6 +184,9 @@ def test_flops_are_counted(name: str) -> None:
         ATTENTION_DECODE_FWD[name](q, k, v, *pack(q, {"kv_lens": None, "kv_start": None, "window": None,
                                                       "softcap": 0.0, "scale": None}))  # fmt: skip
     assert counter.get_total_flops() == 4 * 2 * 4 * 9 * 16
+    with FlopCounterMode(display=False) as counter:
+        ATTENTION_DECODE_PAGED_FWD[name](q, rand(7, 8, 2, 16), rand(7, 8, 2, 16), PAGES, None, None, 0.25, 0, 0.0)
+    assert counter.get_total_flops() == 4 * 2 * 4 * 24 * 16
 
 
 @pytest.mark.skipif("cpu" not in parity.backends_here("attention_decode"), reason="the CPU kernels are not built")

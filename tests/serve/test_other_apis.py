@@ -60,9 +60,8 @@ def test_messages_are_those_of_the_chat(client: httpx.Client) -> None:
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("max_tokens", None)
     used, usage = expected["usage"], answer["usage"]
     assert usage["input_tokens"] + usage["cache_read_input_tokens"] == used["prompt_tokens"]
-    assert (
-        usage["output_tokens"] == used["completion_tokens"] and answer["role"] == "assistant" and answer["model"] == "m"
-    )
+    assert usage["output_tokens"] == used["completion_tokens"]
+    assert answer["role"] == "assistant" and answer["model"] == "m"
 
 
 def test_a_message_names_its_stop_sequence(client: httpx.Client) -> None:

@@ -74,7 +74,7 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
 };
@@ -150,6 +150,7 @@ struct Machine {
   unsigned live = 0, waiting = 0;
   Schedule schedule = Schedule::forward;
   std::mt19937 random{0};
+  int multiprocessors = 1;                          // so one block computes several pieces of even a small tensor
   bool misaligned = false, dry = false;             // dry: launches are recorded, and nothing runs
   std::vector<std::array<uint64_t, 7>> launches;    // grid, block, bytes of dynamic shared memory
   std::set<const void*> kernels;                    // the launched ones
@@ -379,7 +380,10 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 // Like a device of sm_80 on which every kernel has this much static shared memory.
 constexpr int kStaticShared = 4096;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *value = 163 * 1024, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::machine().multiprocessors : 163 * 1024;
+  return cudaSuccess;
+}
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
   return of->sharedSizeBytes = kStaticShared, cudaSuccess;
 }

@@ -26,6 +26,7 @@ from fastgpt.data import train_tokenizer
 from fastgpt.models.weights import save_pretrained
 from fastgpt.serve.app import Part
 from fastgpt.serve.engine import Model
+from fastgpt.serve.feedback.route import Feedback
 from fastgpt.serve.guard import Limits
 from fastgpt.serve.served import Served, serve_model
 from fastgpt.serve.watch import scorers
@@ -133,7 +134,7 @@ def test_flags_are_counted_and_sent(served: Served, folder: Path) -> None:
         assert flagged(client, "rude", "prompt") == 0
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", [pytest.param(r, marks=[pytest.mark.slow] * ("chat" not in r)) for r in ROUTES])
 def test_flags_end_answers(served: Served, folder: Path, route: str) -> None:
     with serving({"m": served}, Limits()) as client:
         plain, _ = said(client, route, False)
@@ -146,6 +147,7 @@ def test_flags_end_answers(served: Served, folder: Path, route: str) -> None:
         until(lambda: served.link.load.requests == 0)
 
 
+@pytest.mark.slow
 def test_an_answer_without_flags_is_whole(served: Served, folder: Path) -> None:
     """Pieces wait where flags stop answers, but none is lost, nor its log-probability."""
     body = {"prompt": "the cat", "max_tokens": 20, "temperature": 0, "logprobs": 1, "stream": True, "n": 2}
@@ -186,6 +188,7 @@ def test_scorers(served: Served, folder: Path, caplog: pytest.LogCaptureFixture)
     assert "watching: scorer bad failed (ValueError)" in caplog.messages and "cat sat" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_scorer_that_hangs_delays_nobody(served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
     rate = scorers.open_rater("s", f"{folder / 's.py'}:long", 0.5).rate
@@ -201,6 +204,7 @@ def test_a_scorer_that_hangs_delays_nobody(served: Served, folder: Path, monkeyp
         until(lambda: flagged(client, "s") >= 2)
 
 
+@pytest.mark.slow
 def test_drift_is_reported_once(served: Served, folder: Path) -> None:
     """The first answers are the baseline, of which a second server reads the file."""
     file = folder / "baseline.json"
@@ -257,26 +261,28 @@ def test_no_text_is_kept_unless_asked(served: Served, folder: Path, capfd: Any, 
     assert len(records) == 20 and records[0]["flags"] == ["rude", "number"] and records[0]["prompt_flags"] == ["rude"]
 
 
+@pytest.mark.slow
 def test_texts_are_kept_and_forgotten(served: Served, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = str(folder / "store")
-    with serving(
-        {"m": served}, Limits(), parts=watching("--store", where, "--keep-texts", "--keep-days", "7")
-    ) as client:
+    parts = watching("--store", where, "--keep-texts", "--keep-days", "7")
+    store = Store(where)
+    parts.append(Feedback(store, (store,)).add)
+    with serving({"m": served}, Limits(), parts=parts) as client:
         ids = [
             client.post(route, json={**ROUTES[route], **user}).json()["id"]
             for route, user in zip(ROUTES, ({"user": "ann"}, {"safety_identifier": "ann"}, {"user": "bob"}, {}))
         ]
         client.post("/v1/messages", json={**ROUTES["/v1/messages"], "metadata": {"user_id": "ann"}})
-        store = Store(where)
         until(lambda: len(list(store.records())) == 5)
+        assert client.post("/v1/feedback", json={"id": ids[0], "rating": "up"}).status_code == 200  # ann's answer
         first, chat = store.find(ids[0]), store.find(ids[1])
         assert first is not None and first["prompt"] == "the cat" and "very bad" in first["answer"]
         assert chat is not None and chat["messages"] == [{"role": "user", "content": "the cat"}]
         assert first["user"] == chat["user"] == store.hash("ann") and first["flags"] == []
         assert store_main(["show", where]) == store_main(["export", where, "--user", "ann"]) == 0
         shown = capsys.readouterr().out
-        assert "kept: prompts and answers; each record for at most 7 days" in shown and shown.count('"answer"') == 3
-        assert store_main(["forget", where, "--user", "ann"]) == 0 and "deleted: 3 records" in capsys.readouterr().out
+        assert "kept: prompts and answers; each record for at most 7 days" in shown and shown.count('"answer"') == 4
+        assert store_main(["forget", where, "--user", "ann"]) == 0 and "deleted: 4 records" in capsys.readouterr().out
         client.post("/v1/completions", json={**ROUTES["/v1/completions"], "user": "ann"})
         until(lambda: len(store.export("ann")) == 1)
         assert {r["id"] for r in store.records()} >= set(ids[2:])
