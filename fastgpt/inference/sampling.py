@@ -89,7 +89,8 @@ def keep_likely(z: Tensor, s: Settings, o: Options) -> Tensor:
         if o.top_p:
             p = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
             before = p.cumsum(-1) - p
-            kept = kept & ((before < s.top_p[:, None]) | (s.top_p[:, None] >= 1))
+            # the first one whatever happens: a tiny top_p is 0 in fp32
+            kept = kept & ((before < s.top_p[:, None]) | (s.top_p[:, None] >= 1) | (ranks == 0))
         lowest = ordered.masked_fill(~kept, torch.inf).amin(-1, keepdim=True)
         whole = (s.top_k >= size) & (s.top_p >= 1)  # a row without these filters; `ordered` may not hold all its logits
         z = z.masked_fill((z < lowest) & ~whole[:, None], -torch.inf)

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from fastgpt._version import __version__
 from fastgpt.serve.adapters import add_adapters
+from fastgpt.serve.description import Api
 from fastgpt.serve.errors import ApiError, of_validation
 from fastgpt.serve.guard import Guard, Limits
 from fastgpt.serve.routes import Server, add_generation, add_overview, add_tokenizer
@@ -43,7 +44,7 @@ def build_app(
         for served in models.values():
             await asyncio.to_thread(served.link.close)
 
-    app = FastAPI(title="fastgpt", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
+    app = Api(title="fastgpt", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, limits=limits, metrics=server.metrics)
     app.add_exception_handler(ApiError, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

@@ -43,6 +43,7 @@ def test_a_token_is_drawn_in_proportion_to_its_probability() -> None:
         (dict(top_k=99), [0.05, 0.5, 0.15, 0.3, 0]),
         (dict(top_p=0.6), [0, 0.5, 0, 0.3, 0]),  # 0.5 alone does not reach 0.6
         (dict(top_p=0.45), [0, 1.0, 0, 0, 0]),
+        (dict(top_p=1e-300), [0, 1.0, 0, 0, 0]),  # 0 in fp32
         (dict(top_p=0.6, top_k=1), [0, 1.0, 0, 0, 0]),
         (dict(min_p=0.4), [0, 0.5, 0, 0.3, 0]),
         (dict(temperature=0.5), [0.05**2, 0.5**2, 0.15**2, 0.3**2, 0]),

@@ -27,11 +27,11 @@ TEXT = "the cat sat on the mat; ünïcödé ran to it\nand on. "
 CONTEXT = 64
 
 
-def write_model(folder: Path, seed: int = 0, **options: Any) -> Path:
+def write_model(folder: Path, seed: int = 0, context: int = CONTEXT, **options: Any) -> Path:
     """Write a random model and its tokenizer in the form of transformers."""
     tokenizer = train_tokenizer([TEXT * 20], 280)
     config = ModelConfig(
-        n_layers=2, n_heads=2, width=32, vocab_size=tokenizer.n_vocab, vocab_multiple=1, block_size=CONTEXT, **options
+        n_layers=2, n_heads=2, width=32, vocab_size=tokenizer.n_vocab, vocab_multiple=1, block_size=context, **options
     )
     model = GPT(config, generator=torch.Generator().manual_seed(seed)).eval()
     with torch.no_grad():
