@@ -302,6 +302,7 @@ if __name__ == "__main__":
                 "evaluate/tasks/*",
                 "evaluate/human/page/*",
                 "serve/page.html",
+                "serve/page.js",
                 "py.typed",
             ]
         },

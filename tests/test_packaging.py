@@ -103,7 +103,10 @@ def test_pure_wheel_contents(pure_wheel: Path) -> None:
     expected = {f"fastgpt/{p.relative_to(ROOT / 'fastgpt').as_posix()}" for p in (ROOT / "fastgpt").rglob("*.py")}
     expected |= {f"fastgpt/configs/{p.name}" for p in (ROOT / "fastgpt" / "configs").glob("*.yaml")}
     page = ROOT / "fastgpt" / "evaluate" / "human" / "page"
-    expected |= {f"fastgpt/evaluate/human/page/{p.name}" for p in page.iterdir()} | {"fastgpt/serve/page.html"}
+    expected |= {f"fastgpt/evaluate/human/page/{p.name}" for p in page.iterdir()} | {
+        "fastgpt/serve/page.html",
+        "fastgpt/serve/page.js",
+    }
     tasks = ROOT / "fastgpt" / "evaluate" / "tasks"
     expected |= {f"fastgpt/evaluate/tasks/{p.name}" for p in tasks.glob("*.yaml")}
     expected |= {f"fastgpt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}

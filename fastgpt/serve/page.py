@@ -1,4 +1,4 @@
-"""The chat page at /: one HTML file that loads nothing but answers of this server."""
+"""The chat page at /: page.html and its script page.js as one document, which loads only answers of this server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from pathlib import Path
 
 from fastapi import Response
 
-HTML = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+_HERE = Path(__file__).parent
+_SCRIPT = (_HERE / "page.js").read_text(encoding="utf-8")
+HTML = (_HERE / "page.html").read_text(encoding="utf-8").replace("<script></script>", f"<script>\n{_SCRIPT}</script>")
 
 
 def digest(tag: str) -> str:

@@ -22,8 +22,6 @@ SUBCOMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run `fastgpt deploy`."""
-    if argv and argv[0] in SUBCOMMANDS:
-        return run_subcommand(SUBCOMMANDS, argv[0], argv[1:])
     parser = Parser(
         prog="fastgpt deploy",
         usage="fastgpt deploy [-h] COMMAND DIR ...",
@@ -32,8 +30,7 @@ def main(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=SUBCOMMANDS, help=argparse.SUPPRESS)
-    parser.parse_args(argv[:1])
-    return 0
+    return run_subcommand(SUBCOMMANDS, parser.parse_args(argv[:1]).command, argv[1:])
 
 
 def _parser(name: str) -> Parser:
