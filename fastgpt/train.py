@@ -20,11 +20,13 @@ from torch import Tensor
 
 from fastgpt.core import backend
 from fastgpt.core.device import default_device, keep_freed_memory
+from fastgpt.distributed.mesh import connected, find_mesh
+from fastgpt.distributed.parallelize import Spread
 from fastgpt.evaluate import hook
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import initial, plan
-from fastgpt.training.build import build_loader, build_model, build_optimizer, open_data
+from fastgpt.training.build import build_loader, build_model, build_optimizer, open_data, spread_over
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.evaluation import EVALUATIONS, finish, sample, validate
 from fastgpt.training.metric import check, value_of
@@ -36,18 +38,18 @@ from fastgpt.training.stability import LossScale, SpikeGuard
 from fastgpt.training.start import start_log
 from fastgpt.training.steplog import StepLog
 from fastgpt.training.stop import Stop
-from fastgpt.training.task import Batch, Task
+from fastgpt.training.task import Batch, NextToken, Task
 
 __all__ = ["EVALUATIONS", "Run", "drive", "forward_backward", "loop", "main", "optimizer_step", "prepare", "train"]
 
 
 def prepare(cfg: TrainConfig) -> Run:
     """Prepare data, model and optimizer of a new run, without writing to the run's folder."""
-    cfg = initial.settle(cfg)
-    device = default_device(cfg.device)
+    cfg, mesh = initial.settle(cfg), find_mesh()
+    device = mesh.device(default_device(cfg.device))
     if device.type == "cuda":
         torch.cuda.set_device(device)  # for calls without a device: events, streams, kernels of other libraries
-    torch.manual_seed(cfg.seed)
+    torch.manual_seed(cfg.seed + mesh.rank)
 
     data, val_sources = open_data(cfg)
     vocab_size = cfg.model.vocab_size or data.n_vocab
@@ -55,9 +57,11 @@ def prepare(cfg: TrainConfig) -> Run:
 
     keep_freed_memory()
     with plan.explain_out_of_memory(cfg, vocab_size, device):
-        model = build_model(cfg, vocab_size, device)
+        model = build_model(cfg, vocab_size, device, mesh)
+        task = spread_over(mesh, cfg, NextToken(), model)
         optimizer = build_optimizer(cfg, model)
-    return hook.attach(Run(cfg, device, data, val_sources, model, optimizer, build_loader(cfg, data, device)))
+    loader = build_loader(cfg, data, device, mesh)
+    return hook.attach(Run(cfg, device, data, val_sources, model, optimizer, loader, task, mesh))
 
 
 # The two halves of a step. CUDA graphs can record them, since they only take and return tensors and never wait for the
@@ -104,13 +108,13 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
 
     The host launches steps without waiting for their results; it stays at most two steps ahead (see StepLog).
     """
-    cfg, p, optimizer, graphs, task = run.cfg, run.progress, run.optimizer, run.graphs, run.task
+    cfg, p, optimizer, graphs, task, mesh = run.cfg, run.progress, run.optimizer, run.graphs, run.task, run.mesh
     model = torch.compile(run.model) if cfg.compile else run.model
     micro_step = partial(forward_backward, model, task, run.scaling)
     update = partial(optimizer_step, optimizer, run.guard, run.scaling)
     steps, profile = StepLog(run, log), Profile(cfg.profile, cfg.profiler, run.folder, run.device)
 
-    while p.step < p.last_step and not stop.asked and not run.too_slow():
+    while p.step < p.last_step and not steps.ended(stop):
         profile.before(p.step + 1)
         rate = learning_rate(cfg, p.step, p.last_step)
         for group in optimizer.param_groups:
@@ -118,15 +122,17 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
         graphs.begin(optimizer)  # graphs("name", f, x) is f(x), or the replay of a CUDA graph that was recorded from it
 
         # Forward and backward: the first micro-batch writes the gradients, the others add to them.
-        batches = [Batch(*next(run.loader)) for _ in range(cfg.accumulation)]
+        batches = [Batch(*next(run.loader)) for _ in range(cfg.accumulation // mesh.world)]
         none = torch.zeros((), dtype=torch.int64, device=run.device)
-        counted = sum((task.counted(batch) for batch in batches), none)
+        counted = mesh.sum(sum((task.counted(batch) for batch in batches), none))
         loss = torch.zeros(1 + len(task.figures), device=run.device)
         for i, batch in enumerate(batches):
+            if isinstance(task, Spread):  # several processes sum the gradients once in a step
+                task.reduces(i + 1 == len(batches))
             loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch.parts())
 
         # Optimizer step. Loss, gradient norm and spike flag stay on the device; `steps` logs them when they arrive.
-        values = graphs("optimizer_step", update, loss)
+        values = graphs("optimizer_step", update, steps.summed(loss, stop))
         p.step += 1
         p.tokens += cfg.batch_tokens
         log.say(graphs.note())
@@ -168,7 +174,9 @@ def train(cfg: TrainConfig, command: str = "run the same command again") -> int:
         0 as the exit code, or 1 if check_baseline is set and the model is too close to a unigram model.
     """
     backend.use(**backend.parse_choices(cfg.kernels))
-    return drive(prepare(cfg), finish, command)
+    mesh = find_mesh()
+    with connected(mesh, mesh.device(default_device(cfg.device))):
+        return drive(prepare(cfg), finish, command)
 
 
 def drive(run: Run, end: Callable[[Run, Log], int], command: str) -> int:

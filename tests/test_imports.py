@@ -17,6 +17,7 @@ LAYERS = (
     {"nn", "optim"},
     {"models", "patching", "parity"},
     {"data", "inference", "checks"},
+    {"distributed"},
     {"training"},
     {"config", "errors"},
     {"evaluate"},

@@ -18,6 +18,7 @@ from fastgpt.core.folders import new_folder
 from fastgpt.core.tensorfile import Deferred
 from fastgpt.data.load import load_tokenizer
 from fastgpt.data.tokenizer import Tokenizer
+from fastgpt.distributed.mesh import find_mesh
 from fastgpt.evaluate import hook
 from fastgpt.finetune.adapter import load_adapter, save_adapter
 from fastgpt.finetune.base import Teaching, named, open_base, open_teacher
@@ -118,6 +119,8 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
     Raises:
         UserError: what does not fit, before training starts.
     """
+    if (world := find_mesh().world) > 1:
+        raise UserError(f"finetune was started in {world} processes, expected one: it does not share a model yet")
     device = default_device(cfg.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastgpt.core.errors import UserError, cause_of
 from fastgpt.core.tensorfile import Deferred, load_file, save_file
+from fastgpt.distributed.mesh import ALONE, Mesh
 
 FORMAT = 2  # format 1 names the optimizer's state by the numbers of the parameters, not by their names
 READS = (1, FORMAT)
@@ -80,19 +81,22 @@ def unflatten_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Ten
         raise UserError(f"optimizer: the checkpoint's state does not fit ({e})") from e
 
 
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of the generators that training draws from."""
+def random_states(device: torch.device, mesh: Mesh = ALONE) -> dict[str, Tensor]:
+    """Return the states of the generators that the processes of training draw from; those of process 2 end in ".2"."""
     states = {"rng.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["rng.cuda"] = torch.cuda.get_rng_state(device)
-    return states
+    each = mesh.gather(states)
+    return {f"{name}.{i}" if i else name: t for i, found in enumerate(each) for name, t in found.items()}
 
 
-def restore_random_states(states: dict[str, Tensor], device: torch.device) -> None:
+def restore_random_states(states: dict[str, Tensor], device: torch.device, mesh: Mesh = ALONE) -> None:
     """Restore what `random_states` returned; a generator that the checkpoint does not contain is left unchanged."""
-    torch.set_rng_state(states["rng.cpu"])
-    if device.type == "cuda" and "rng.cuda" in states:
-        torch.cuda.set_rng_state(states["rng.cuda"], device)
+    end = f".{mesh.rank}" if mesh.rank else ""
+    if f"rng.cpu{end}" in states:
+        torch.set_rng_state(states[f"rng.cpu{end}"])
+    if device.type == "cuda" and f"rng.cuda{end}" in states:
+        torch.cuda.set_rng_state(states[f"rng.cuda{end}"], device)
 
 
 def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from fastgpt.core import options
 from fastgpt.core.options import Effect
+from fastgpt.distributed.mesh import find_mesh
 from fastgpt.models.config import ModelConfig, require, require_sizes
 from fastgpt.training.metric import Goal, goal_of
 from fastgpt.training.trackers import TRACKERS
@@ -50,6 +51,9 @@ class TrainConfig:
         graphs: replay steps from CUDA graphs (on a GPU, with optimizer adamw); --no-graphs launches every kernel.
         recompute: activations to recompute in backward instead of keeping them; norms includes the MLP's activation,
             block is everything but the input of a block.
+        parallel: how several processes (torchrun) share the model: ddp copies it, fsdp shards parameters, gradients and
+            optimizer state.
+        reduce_dtype: of the sums of gradients over processes; auto is the dtype of the gradients.
         block_size: tokens T of a training sequence, at most model.block_size.
         micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan).
         packing: how documents share sequences; concatenate cuts them where a sequence ends, best-fit and pad only if
@@ -117,6 +121,8 @@ class TrainConfig:
     compile: bool = False
     graphs: bool = True
     recompute: Literal["none", "norms", "block"] = "none"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    reduce_dtype: Literal["auto", "fp32"] = "auto"
     block_size: int = 1024
     micro_batch: int | Literal["auto"] = 32
     packing: Literal["auto", "concatenate", "best-fit", "pad"] = "auto"
@@ -287,6 +293,9 @@ EFFECTS = SHARED_EFFECTS | {
         "text data and no tokenizer (model.vocab_size sets the size for the model)",
     ),
     "profiler": Effect(lambda c: bool(c.profile), "profile"),
+    **dict.fromkeys(
+        ("parallel", "reduce_dtype"), Effect(lambda c: find_mesh().world > 1, "several processes (torchrun)")
+    ),
     "graphs": Effect(lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),
     "model.norm_bias": Effect(lambda c: c.model.norm == "layer", "model.norm layer"),
     **{

@@ -21,6 +21,7 @@ def validate(run: Run, log: Log, batches: int | None) -> dict[str, float]:
     figures = run.task.validate(run, batches)
     for name, evaluation in EVALUATIONS.items():
         figures |= {f"{name}.{what}": float(value) for what, value in evaluation(run).items()}
+    figures = run.mesh.share(figures)
     log.row({"step": run.progress.step, **figures})
     more = "".join(f", {name} {value:.4f}" for name, value in figures.items() if name != "val_loss")
     unit = "nats per token" if run.task.unit == "token" else f"per {run.task.unit}"
@@ -40,20 +41,22 @@ def sample(run: Run, prompt: str) -> str:
     if tokenizer is None:
         return "no samples: the data has no tokenizer (pass --tokenizer tokenizer.json)"
     request = Request(prompt or [tokenizer.eot], cfg.sample_tokens, temperature=0.8, top_k=50, seed=cfg.seed)
-    return prompt + Generator(run.model, tokenizer, graphs=False).generate([request])[0].text
+    model = run.whole_model()
+    return "" if model is None else prompt + Generator(model, tokenizer, graphs=False).generate([request])[0].text
 
 
 def finish(run: Run, log: Log) -> int:
     """Validate against a unigram model, write samples and the loss curve, and return the exit code of the run."""
     cfg = run.cfg
     loss = validate(run, log, None if run.device.type == "cuda" else 40 * cfg.eval_batches)["val_loss"]
-    unigram = unigram_nats(run.data.train, run.data.val, run.data.n_vocab)
     prompts = cfg.prompt.split("|") if run.data.tokenizer is not None else [cfg.prompt]
     texts = [sample(run, prompt) for prompt in prompts]
-    (run.folder / "samples.txt").write_text("\n\n=====\n\n".join(texts), encoding="utf-8")
-    for text in texts:
-        log.say(f"--- sample ---\n{text}")
-    log.say(f"loss curve: {log.plot()}; samples: {run.folder / 'samples.txt'}; metrics: {log.path}")
+    unigram = run.mesh.share(unigram_nats(run.data.train, run.data.val, run.data.n_vocab) if run.mesh.main else 0.0)
+    if run.mesh.main:
+        (run.folder / "samples.txt").write_text("\n\n=====\n\n".join(texts), encoding="utf-8")
+        for text in texts:
+            log.say(f"--- sample ---\n{text}")
+        log.say(f"loss curve: {log.plot()}; samples: {run.folder / 'samples.txt'}; metrics: {log.path}")
     log.say(f"validation loss {loss:.4f} nats per token, unigram model of the same tokens {unigram:.4f}")
     if cfg.check_baseline and loss > unigram - 1.0:
         log.say(f"the model is {unigram - loss:.2f} nats per token below the unigram model, expected at least 1")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fastgpt.core.errors import UserError
 from fastgpt.core.graphs import WARM_STEPS, CaptureLost, record, sentence
+from fastgpt.distributed.mesh import ALONE, Mesh
 from fastgpt.optim import AdamW
 from fastgpt.training.config import TrainConfig
 
@@ -41,9 +42,10 @@ class Graphs:
         self.failure = ""
 
     @classmethod
-    def of_run(cls, cfg: TrainConfig, model: nn.Module, device: torch.device) -> Graphs:
+    def of_run(cls, cfg: TrainConfig, model: nn.Module, device: torch.device, mesh: Mesh = ALONE) -> Graphs:
         """Create the graphs of a run; if enabled, make a new stream current, as the default one cannot be captured."""
         enabled = cfg.graphs and device.type == "cuda" and cfg.optimizer == "adamw"  # Muon waits for the device
+        enabled = enabled and mesh.world == 1  # hooks that reduce gradients run on the host
         if enabled:
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastgpt.core import tensorfile
 from fastgpt.core.errors import UserError
 from fastgpt.data.load import has_tokenizer, load_tokenizer
+from fastgpt.distributed.shards import share
 from fastgpt.models.config import ModelConfig, model_from_dict
 from fastgpt.models.gpt import GPT
 from fastgpt.models.weights import open_pretrained
@@ -92,7 +93,7 @@ def load_initial(model: GPT, path: str) -> dict[str, Any]:
     """
     start = open_initial(path)
     for name, p in model.named_parameters():
-        p.copy_(start.read(name))
+        p.copy_(share(start.read(name), p))
     return start.origin
 
 

@@ -15,6 +15,9 @@ from fastgpt.core.errors import UserError
 from fastgpt.data.batch import Loader
 from fastgpt.data.shards import Tokens
 from fastgpt.data.source import Source
+from fastgpt.distributed.mesh import ALONE, Mesh
+from fastgpt.distributed.parallelize import Spread
+from fastgpt.distributed.shards import is_sharded, share, whole
 from fastgpt.models.config import model_from_dict
 from fastgpt.models.gpt import GPT
 from fastgpt.optim import AdamW
@@ -78,13 +81,15 @@ class Run:
         optimizer: AdamW | MuonAdamW,
         loader: Loader,
         task: Task | None = None,
+        mesh: Mesh = ALONE,
     ) -> None:
         self.cfg, self.folder, self.device = cfg, Path(cfg.out or "runs/train"), device
         self.data, self.val_sources, self.loader = data, val_sources, loader
         self.model, self.optimizer, self.task = model, optimizer, task or NextToken()
+        self.mesh = mesh
         self.guard = SpikeGuard(cfg.spike_sigmas, device) if cfg.spike_sigmas > 0 else None
         self.scaling = LossScale(device) if cfg.dtype == "fp16" else None
-        self.graphs = Graphs.of_run(cfg, model, device)
+        self.graphs = Graphs.of_run(cfg, model, device, mesh)
         self.progress = Progress(last_step=cfg.most_steps, length_known=cfg.max_minutes is None)
         self.writer = checkpoint.Writer()
         # preset -> evaluation(run, log), which returns its figures by name, none if it is not due
@@ -102,11 +107,30 @@ class Run:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the tensors of the model that a checkpoint holds."""
+        return whole(self.own_weights())
+
+    def own_weights(self) -> dict[str, Tensor]:
+        """Return this process's tensors of the model: with FSDP2 shards."""
+        if isinstance(self.task, Spread):
+            self.task.reshard()
         return self.model.state_dict()
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Load what `weights` returned."""
-        self.model.load_state_dict(tensors)
+        own = self.own_weights()
+        self.model.load_state_dict({name: share(t, own.get(name)) for name, t in tensors.items()})
+
+    def whole_model(self) -> GPT | None:
+        """Return the model with all its parameters; where they are shards, a copy in the main process, and None in the
+        others. Every process calls it."""
+        if not any(map(is_sharded, self.own_weights().values())):
+            return self.model if self.mesh.main else None
+        weights = self.weights()
+        if not self.mesh.main:
+            return None
+        model = GPT(self.model.config).to(device=self.device, dtype=next(iter(weights.values())).dtype)
+        model.load_state_dict(weights)
+        return model
 
     def begin(self) -> None:
         """Load the weights that a new run starts with, if there are any."""
@@ -128,13 +152,16 @@ class Run:
             "init": self.origin,
             **self.more_state(),
         }
-        moments = checkpoint.flatten_optimizer(self.optimizer, self.model.named_parameters())
-        extra = {**moments, **checkpoint.random_states(self.device)}
+        weights = self.weights()
+        moments = whole(checkpoint.flatten_optimizer(self.optimizer, self.model.named_parameters()))
+        extra = {**moments, **checkpoint.random_states(self.device, self.mesh)}
+        if not self.mesh.main:
+            return
         extra.update({name: part.state for name, part in self.device_parts()})
         cfg, step = self.cfg, self.progress.step
         stays = {self.progress.best_step} if cfg.patience else set()
         stays |= set(range(0, step, cfg.keep_every)) if cfg.keep_every else set()
-        self.writer.save(self.folder, step, self.weights(), extra, state, cfg.keep, stays)
+        self.writer.save(self.folder, step, weights, extra, state, cfg.keep, stays)
 
     def resume(self) -> list[str]:
         """Resume from the newest checkpoint of the run folder, or from cfg.resume; in a new folder load cfg.init.
@@ -161,8 +188,10 @@ class Run:
         seen: dict[str, Tensor] = {name: extra.pop(name) for name in ("guard", "scaling") if name in extra}
         for name, part in self.device_parts():
             part.state.copy_(seen.get(name, part.state))
+        owners = dict(self.model.named_parameters())
+        extra = {name: share(t, owners.get(name.rpartition(".")[0])) for name, t in extra.items()}
         checkpoint.unflatten_optimizer(self.optimizer, extra, self.model.named_parameters())
-        checkpoint.restore_random_states(rng, self.device)
+        checkpoint.restore_random_states(rng, self.device, self.mesh)
         try:
             self.loader.load_state_dict(state["loader"])
         except UserError as e:

@@ -23,8 +23,8 @@ AHEAD = 2  # steps that the host may launch before the device has finished the o
 class Lagged:
     """Queue of numbers on their way from the device; the host does not wait, so the device always has a step to run."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, exact: bool = False) -> None:
+        self.device, self.exact = device, exact
         self.queue: deque[tuple[dict[str, Any], Tensor, Any]] = deque()
 
     def put(self, row: dict[str, Any], values: Tensor) -> None:
@@ -37,8 +37,13 @@ class Lagged:
         self.queue.append((row, host, event))
 
     def ready(self, ahead: int = AHEAD) -> Iterator[tuple[dict[str, Any], list[float]]]:
-        """Yield rows whose numbers have arrived, oldest first; wait until at most `ahead` are missing."""
-        while self.queue and (len(self.queue) > ahead or self.queue[0][2] is None or self.queue[0][2].query()):
+        """Yield rows whose numbers have arrived, oldest first; wait until at most `ahead` are missing. With `exact`
+        yield none that came earlier, so that several processes have the same rows at the same step."""
+
+        def here(event: Any) -> bool:
+            return event is None or (not self.exact and event.query())
+
+        while self.queue and (len(self.queue) > ahead or here(self.queue[0][2])):
             row, host, event = self.queue.popleft()
             if event is not None:
                 event.synchronize()
@@ -149,3 +154,25 @@ class Log:
         fig.savefig(self.path.with_name("loss.png"), dpi=120)
         plt.close(fig)
         return self.path.with_name("loss.png")
+
+
+class Quiet(Log):
+    """What the processes of a run other than the main one use in place of its log."""
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "metrics.jsonl"
+
+    def row(self, row: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, row: dict[str, Any], last_step: int, figures: Sequence[str] = ()) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def plot(self) -> Path | str:
+        return ""

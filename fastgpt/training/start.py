@@ -8,7 +8,7 @@ from typing import Any
 from fastgpt.core import backend
 from fastgpt.core.device import describe_machine
 from fastgpt.training.run import Run
-from fastgpt.training.runlog import Log
+from fastgpt.training.runlog import Log, Quiet
 
 
 def start_log(run: Run, changed: list[str]) -> Log:
@@ -17,6 +17,8 @@ def start_log(run: Run, changed: list[str]) -> Log:
     Args:
         changed: the settings that differ from the resumed checkpoint, as Run.resume returns them.
     """
+    if not run.mesh.main:
+        return Quiet(run.folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     dtype = next(run.model.parameters()).dtype
     kernels = {op: backend.explain(op, run.device.type, dtype) for op in backend.ops()}
@@ -30,9 +32,10 @@ def start_log(run: Run, changed: list[str]) -> Log:
     if run.data.tokenizer is not None:  # so `fastgpt sample` needs nothing but the run folder
         run.data.tokenizer.save(run.folder / "tokenizer.json")
     p = run.progress
+    spread = f" and {run.mesh.world - 1} more ({run.cfg.parallel})" if run.mesh.world > 1 else ""
     log = Log(run.folder, run.cfg, p.step, p.last_step)
     log.say(
-        f"{run.folder}: {run.model.num_params():,} parameters, {run.data.describe()}, device {run.device}, "
+        f"{run.folder}: {run.model.num_params():,} parameters, {run.data.describe()}, device {run.device}{spread}, "
         f"kernels {', '.join(f'{op} {picked}' for op, (picked, _) in kernels.items())}"
     )
     if p.step:

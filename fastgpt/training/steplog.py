@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastgpt.core.device import memory_gb, peak_flops
@@ -12,6 +13,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.training import checkpoint
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import AHEAD, Lagged, Log, Pace
+from fastgpt.training.stop import Stop
 
 WARM_STEPS = 6  # not counted when speed is measured; graphs are recorded in the fourth
 MEASURED_STEPS = 15  # after these, the number of steps of a run limited by minutes is set
@@ -27,14 +29,30 @@ class StepLog:
 
     def __init__(self, run: Run, log: Log) -> None:
         self.run, self.log = run, log
-        self.lagged, self.pace = Lagged(run.device), Pace(WARM_STEPS)
+        self.lagged, self.pace = Lagged(run.device, exact=run.mesh.world > 1), Pace(WARM_STEPS)
+        self._asked: Tensor | None = None  # by how many processes, in the step just launched
+        self._agreed = False
+
+    def ended(self, stop: Stop) -> bool:
+        """Return whether the run should end before its length. Several processes agree on that with the losses of a
+        step, so all of them end after the same one."""
+        return self._agreed if self.run.mesh.world > 1 else stop.asked or self.run.too_slow()
+
+    def summed(self, loss: Tensor, stop: Stop) -> Tensor:
+        """Return the loss and figures of a step, summed over the processes."""
+        if self.run.mesh.world == 1:
+            return loss
+        asked = float(stop.asked or self.run.too_slow())
+        both = self.run.mesh.sum(torch.cat((loss, loss.new_full((1,), asked))))
+        self._asked = both[-1:]
+        return both[:-1]
 
     def put(self, rate: float, values: Tensor) -> None:
         """Queue the step just launched: its learning rate, and (loss, gradient norm, spike,
         figures of the task) on the device."""
         p = self.run.progress
         row = {"step": p.step, "tokens": p.tokens, "lr": rate, "memory_gb": memory_gb(self.run.device)}
-        self.lagged.put(row, values)
+        self.lagged.put(row, values if self._asked is None else torch.cat((values, self._asked)))
         self._log(AHEAD)
 
     def wait(self) -> None:
@@ -50,6 +68,8 @@ class StepLog:
         arrived = list(self.lagged.ready(ahead))
         seconds = pace.step(len(arrived)) if arrived else 0.0
         for row, (loss, norm, spike, *figures) in arrived:
+            if self._asked is not None:
+                self._agreed = self._agreed or figures.pop() > 0
             p.seconds += seconds if p.length_known or pace.steps > WARM_STEPS else 0.0
             row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **self._speed(seconds))
             row.update(zip(run.task.figures, figures, strict=True))
@@ -57,7 +77,8 @@ class StepLog:
             for sentence in run.task.watch(row):
                 self.log.say(sentence)
             if not p.length_known and pace.steps >= MEASURED_STEPS:
-                self.log.say(run.fix_length(int(row["step"]), pace.seconds / (pace.steps - WARM_STEPS)))
+                each = run.mesh.share(pace.seconds / (pace.steps - WARM_STEPS))
+                self.log.say(run.fix_length(int(row["step"]), each))
             if math.isfinite(norm) and math.isfinite(loss) and not spike:
                 p.skipped = 0
             else:
@@ -67,7 +88,7 @@ class StepLog:
         """Return tokens per second and model FLOP utilisation of a step that took `seconds`."""
         run = self.run
         speed = run.cfg.batch_tokens / seconds
-        peak, _ = peak_flops(run.device, next(run.model.parameters()).dtype)
+        peak = run.mesh.world * peak_flops(run.device, next(run.model.parameters()).dtype)[0]
         flops = run.model.flops_per_token(run.cfg.block_size)
         return {"tokens_per_second": speed, **{f"mfu_{name}": f * speed / peak for name, f in flops.items()}}
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastgpt.data import IGNORE, sequential
 from fastgpt.data.batch import Batch
 from fastgpt.data.shards import Tokens
+from fastgpt.distributed.mesh import ALONE, Mesh
 
 __all__ = ["Batch", "NextToken", "Objective", "Task", "mean_over"]
 
@@ -65,13 +66,14 @@ class NextToken:
 
     def validate(self, run: Any, batches: int | None) -> dict[str, float]:
         """Return the loss on the validation data and on each of its sources, in nats per token."""
-        cfg = run.cfg
-
+        cfg, mesh = run.cfg, run.mesh
+        each = None if batches is None else -(-batches // mesh.world)
+        options: dict[str, Any] = dict(max_batches=each, rank=mesh.rank, world=mesh.world, device=run.device)
         eot = run.data.eot if cfg.doc_masks else None
 
         def loss_on(tokens: Tokens) -> float:
-            windows = sequential(tokens, cfg.sequences, cfg.block_size, max_batches=batches, device=run.device, eot=eot)
-            return mean_over(self, run.model, (Batch(*window) for window in windows))["loss"]
+            windows = sequential(tokens, cfg.sequences, cfg.block_size, eot=eot, **options)
+            return mean_over(run.task, run.model, (Batch(*window) for window in windows), mesh)["loss"]
 
         losses = {f"val_loss.{name}": loss_on(tokens) for name, tokens in run.val_sources.items()}
         return {"val_loss": loss_on(run.data.val), **losses}
@@ -80,8 +82,9 @@ class NextToken:
         return []
 
 
-def mean_over(task: Objective, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
-    """Return the means of "loss" and the task's figures over the units of batches, with dropout off."""
+def mean_over(task: Objective, model: Any, batches: Iterable[Batch], mesh: Mesh = ALONE) -> dict[str, float]:
+    """Return the means of "loss" and the task's figures over the units of batches, with dropout off. Each process of
+    the mesh has batches of its own, as many as the others."""
     sums, counted = [0.0] * (1 + len(task.figures)), 0
     model.eval()
     with torch.no_grad():
@@ -89,4 +92,5 @@ def mean_over(task: Objective, model: Any, batches: Iterable[Batch]) -> dict[str
             sums = [a + b for a, b in zip(sums, task.loss(model, batch).tolist())]
             counted += int(task.counted(batch))
     model.train()
-    return {name: total / counted for name, total in zip(("loss", *task.figures), sums)}
+    *sums, total = [sum(values) for values in zip(*mesh.gather([*sums, counted]))]
+    return {name: value / total for name, value in zip(("loss", *task.figures), sums)}

@@ -1,0 +1,110 @@
+"""The processes of a run, as torchrun starts them, and what they say to one another.
+
+A run without torchrun is a mesh of one process, whose sums are what they are given. NCCL carries tensors between GPUs,
+gloo between CPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fastgpt.core.errors import UserError
+
+TIMEOUT = timedelta(minutes=10)  # a process that waits longer for the others gives up
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The processes of a run.
+
+    Attributes:
+        rank: number of this process, from 0 on.
+        world: number of processes.
+        local: number of this process on its machine, which is that of its GPU.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes logs and the files of a run."""
+        return self.rank == 0
+
+    def device(self, device: torch.device) -> torch.device:
+        """Return the device of this process: of several GPUs the one with its number."""
+        several = self.world > 1 and device.type == "cuda" and device.index is None
+        return torch.device("cuda", self.local) if several else device
+
+    def sum(self, t: Tensor) -> Tensor:
+        """Sum a tensor over the processes, in place, without waiting for the device; return it."""
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def share(self, value: Any) -> Any:
+        """Return the value that the main process passes: any plain object."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of each process, in the order of the ranks: any plain object."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        dist.all_gather_object(found, value)
+        return found
+
+
+ALONE = Mesh()
+
+
+def find_mesh() -> Mesh:
+    """Return the mesh that torchrun describes in the environment, not connected yet; without it, that of one process.
+
+    Raises:
+        UserError: a part of the description is missing.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return ALONE
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        rank, world, local = (int(os.environ[name]) for name in names)
+    except (KeyError, ValueError):
+        raise UserError(f"WORLD_SIZE is set, but {', '.join(names)} are not all numbers, expected torchrun") from None
+    return Mesh(rank, world, local)
+
+
+@contextlib.contextmanager
+def connected(mesh: Mesh, device: torch.device) -> Iterator[None]:
+    """Connect the processes inside this context.
+
+    Raises:
+        UserError: another process has ended; its own message says why.
+    """
+    if mesh.world == 1:
+        yield
+        return
+    cuda = device.type == "cuda"
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+    try:
+        yield
+    except RuntimeError as e:
+        if any(sign in str(e) for sign in ("Connection closed by peer", "Connection reset by peer", "gloo")):
+            raise UserError(f"process {mesh.rank} stops, because another one has ended; its message says why") from e
+        raise
+    finally:
+        dist.destroy_process_group()
