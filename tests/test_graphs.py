@@ -207,7 +207,7 @@ def test_a_run_says_that_it_goes_on_without_graphs(
 ) -> None:
     (tmp_path / "text.txt").write_text(Path(train.__file__).read_text())
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(graphs.Graphs, "of_run", lambda cfg, model, device: graphs.Graphs(model))
+    monkeypatch.setattr(graphs.Graphs, "of_run", lambda cfg, model, device, mesh: graphs.Graphs(model))
 
     def fails(*args: object) -> None:
         raise RuntimeError("no recording here")
