@@ -25,6 +25,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "finetune": ("finetune", "fine-tuning steps against transformers, TRL and PEFT: tokens/s, memory"),
     "evaluate": ("evaluate", "log-likelihoods of benchmarks against lm_eval's own model: requests/s"),
     "serve": ("serve", "the server with 1 and 16 clients against llama.cpp's: tokens/s, first token, memory, cost"),
+    "watch": ("watch", "what flags cost the server for each token"),
     "all": ("cpu", "all benchmarks that need no GPU, in under 15 minutes, then the report"),
     "gpu": (
         "gpu",

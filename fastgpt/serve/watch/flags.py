@@ -84,20 +84,27 @@ class PatternFlag:
             raise UserError("--flag-patterns needs google-re2, expected `pip install fastgpt[serve]`") from None
         options = re2.Options()
         options.log_errors = False
+        options.never_capture = True  # groups are not needed, and slow
         self.name = name
-        # an expression; with a character behind it; and with one before it, too, so that ^ matches no window's start
-        self._whole, self._first, self._later = list[Any](), list[Any](), list[Any]()
+        texts = list[str]()
         for row in read_lines(path):
-            text = row.values["text"]
+            texts.append(row.values["text"])
             try:
-                self._whole.append(re2.compile(text, options=options))
-                self._first.append(re2.compile(f"(?:{text})(?s:.)", options=options))
-                self._later.append(re2.compile(f"(?s:.)(?:{text})(?s:.)", options=options))
+                re2.compile(texts[-1], options=options)
             except re2.error as e:
                 why = e.args[0].decode(errors="replace") if isinstance(e.args[0], bytes) else e
                 raise UserError(
-                    f"{path}:{row.line}: {text!r:.80} is not a regular expression of RE2 ({why:.80})"
+                    f"{path}:{row.line}: {texts[-1]!r:.80} is not a regular expression of RE2 ({why:.80})"
                 ) from None
+
+        def compiled(form: str) -> list[Any]:
+            try:  # one automaton for all
+                return [re2.compile(form.format("|".join(f"(?:{text})" for text in texts)), options=options)]
+            except re2.error:  # which would be too large
+                return [re2.compile(form.format(text), options=options) for text in texts]
+
+        # an expression; with a character behind it; and with one before it, too, so that ^ matches no window's start
+        self._whole, self._first, self._later = map(compiled, ("{}", "(?:{})(?s:.)", "(?s:.)(?:{})(?s:.)"))
 
     def found(self, text: str) -> bool:
         text = _encodable(text)

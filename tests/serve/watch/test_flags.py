@@ -106,6 +106,15 @@ def test_a_long_word_does_not_seem_to_end(tmp_path: Path) -> None:
     assert scan.clear == 2 and scan.end() == []
 
 
+def test_several_patterns_are_one_flag(tmp_path: Path) -> None:
+    """As one automaton, or each alone where that would be too large."""
+    for large in ([], [rf"{i}\pL{{400}}" for i in range(4)]):
+        flag = pattern(tmp_path, "\n".join([r"(?P<n>\d)x", "(?i)YES", "(?P<n>b)|2{1}c", *large]))
+        assert len(flag._whole) == (1 if not large else 7)
+        assert [flag.found(t) for t in ("1x", "yes", "b", "2c", "x y")] == [True] * 4 + [False]
+        assert Scan([flag]).push("so yes, ") == [flag.name]
+
+
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     for text in ("(a", r"(a)\1", "a(?=b)", "x{2000}"):
         with pytest.raises(UserError, match=r"patterns.txt:1: .* is not a regular expression of RE2 \("):
