@@ -74,9 +74,9 @@ class Typist:
             self.here /= rest
             self.patch.chdir(self.here)
         elif command.startswith("fastgpt serve "):  # of the second terminal
-            log = (self.here / "serve.log").open("wb")
             words = [*shlex.split(command), "--port", self.port]
-            self.servers.append(subprocess.Popen(words, cwd=self.here, env=self.env, stdout=log, stderr=log))
+            with (self.here / "serve.log").open("wb") as log:
+                self.servers.append(subprocess.Popen(words, cwd=self.here, env=self.env, stdout=log, stderr=log))
         elif re.fullmatch(r"fastgpt [^|&;<>]*", command):
             self.said[command] = called(self._shell(f"printf '%s\\0' {command}").split("\0")[:-1])
         elif word != "export":
@@ -104,7 +104,10 @@ class Typist:
         """End the servers."""
         for server in self.servers:
             server.send_signal(signal.SIGINT)
-            server.wait(60)
+            try:
+                server.wait(60)
+            finally:
+                server.kill()
 
 
 @pytest.mark.slow
