@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from serve.servers import write_model
+from small_models import model_of, run_of
 
 from fastgpt.core.errors import UserError
 from fastgpt.evaluate.results import Items, Results, mean
@@ -128,10 +129,19 @@ def test_two_gates_share_alpha(deployment: Path, models: dict[str, Path], evalua
 def test_a_version_outlives_its_run(deployment: Path, models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["new"], tmp_path / "run")
     version = actions.propose(deployment, str(tmp_path / "run"))
+    (tmp_path / "run" / "model.safetensors").write_bytes(b"in place")
     shutil.rmtree(tmp_path / "run")
     kept = open_target(str(deployment / version.folder), device="cpu")
     assert kept.about["fingerprint"] == version.fingerprint
     assert not list(deployment.glob("versions/.*"))
+
+
+def test_weights_of_a_checkpoint_are_linked(deployment: Path, tmp_path: Path) -> None:
+    run = Path(run_of(model_of(vocab_size=257).float(), str(tmp_path / "run")))
+    version = actions.propose(deployment, str(run))
+    kept = deployment / version.folder / "model.safetensors"
+    assert kept.samefile(next(run.glob("step_*")) / "model.safetensors")
+    assert open_target(str(kept.parent), device="cpu").about["fingerprint"] == version.fingerprint
 
 
 def test_proposals_at_the_same_time_have_numbers_of_their_own(deployment: Path, models: dict[str, Path]) -> None:

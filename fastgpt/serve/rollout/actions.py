@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from fastgpt.core.errors import UserError
@@ -29,7 +30,7 @@ from fastgpt.serve.rollout.state import (
 )
 from fastgpt.training.checkpoint import OPTIMIZER, STATE
 
-WEIGHTS = (".safetensors", ".bin")  # linked where the file system can, as they are never changed in place
+WEIGHTS = (".safetensors", ".bin")
 OTHERS = (".json", ".jinja", ".txt", ".model")
 
 
@@ -171,14 +172,14 @@ def _take(folder: Path, number: int, source: Path, fingerprint: str, gate: Gate 
 
 
 def _take_files(source: Path, target: Path, endings: tuple[str, ...]) -> None:
+    """Copy the files of a folder. Weights of a checkpoint, which is never changed in place, are linked where the file
+    system can."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if not file.is_file() or file.suffix not in endings or file.name == OPTIMIZER:
             continue
-        if file.suffix in WEIGHTS:
-            try:
+        if file.suffix in WEIGHTS and (source / STATE).is_file():
+            with suppress(OSError):  # another file system
                 os.link(file.resolve(), target / file.name)
                 continue
-            except OSError:
-                pass  # another file system
         shutil.copyfile(file, target / file.name)
