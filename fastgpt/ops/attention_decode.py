@@ -20,7 +20,8 @@ Determinism: bitwise, for any number of threads and any lengths of the other row
 number of keys; those of a GPU depend on the shapes and on its number of multiprocessors.
 
 Limits: heads wider than 256 columns run on the formula on a GPU. Many queries are slower here than in `attention`:
-each group of queries reads all its keys.
+each group of queries reads all its keys. The Triton kernel copies a pool, in each call, unless the rows of a head start
+at multiples of 16 bytes.
 """
 
 from __future__ import annotations

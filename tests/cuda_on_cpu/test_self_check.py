@@ -43,7 +43,10 @@ def attend(n_heads: int, n_kv_heads: int, dim: int) -> None:
 
 def decode(n_heads: int, n_kv_heads: int, dim: int) -> None:
     with torch.no_grad():
-        ops.attention_decode(rand(1, 1, n_heads, dim), *(rand(1, N, n_kv_heads, dim) for _ in "kv"))
+        q, k, v = rand(1, 1, n_heads, dim), rand(1, N, n_kv_heads, dim), rand(1, N, n_kv_heads, dim)
+        ops.attention_decode(q, k, v)
+        k, v = (x.view(N // 8, 8, n_kv_heads, dim) for x in (k, v))
+        ops.attention_decode(q, k, v, pages=torch.arange(N // 8)[None])
 
 
 def turn(n_heads: int, n_kv_heads: int, dim: int) -> None:
