@@ -6,8 +6,10 @@ single answers or users.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ class Baselines:
 
     def __init__(self, file: Path, n: int | None, alpha: float) -> None:
         self.file, self.alpha = file, alpha
+        if not file.exists():
+            _require_writable(file)
         found: dict[str, Any] = _read(file) if file.exists() else {"window": n or WINDOW, "models": {}}
         self.n: int = found["window"]
         if n is not None and n != self.n:
@@ -58,6 +62,16 @@ class Baselines:
             about = {"version": VERSION, "window": self.n, "models": self._recorded}
             write_text(self.file, json.dumps(about) + "\n")
         return found
+
+
+def _require_writable(file: Path) -> None:
+    """Raise UserError if a file cannot be made: its numbers come only after many answers."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(file.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as e:
+        raise UserError(f"--baseline: {file} cannot be written ({cause_of(e)})") from None
 
 
 def _read(file: Path) -> dict[str, Any]:

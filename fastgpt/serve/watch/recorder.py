@@ -92,10 +92,11 @@ class Recorder:
             self._expire()
             batch = self._take()
             answers = [answer for answer in batch if answer is not None]
-            if answers:
-                self._score(answers)
-                self._compare(answers)
-                self._keep(answers)
+            for step in (self._score, self._compare, self._keep) if answers else ():
+                try:
+                    step(answers)
+                except Exception as e:  # whatever it is, the next answers are to be watched
+                    self.reports.failed(step.__name__.strip("_"), e)
             if len(answers) < len(batch):
                 return
 

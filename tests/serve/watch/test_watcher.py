@@ -30,6 +30,7 @@ from fastgpt.serve.feedback.route import Feedback
 from fastgpt.serve.guard import Limits
 from fastgpt.serve.served import Served, serve_model
 from fastgpt.serve.watch import scorers
+from fastgpt.serve.watch.baseline import Baselines
 from fastgpt.serve.watch.options import add_options, watchers_of
 from fastgpt.serve.watch.store import Store
 from fastgpt.serve.watch.store_command import main as store_main
@@ -159,6 +160,18 @@ def test_an_answer_without_flags_is_whole(served: Served, folder: Path) -> None:
             choices = [e["choices"][0] for e in events]
             found.append(sorted((c["index"], json.dumps(c, sort_keys=True)) for c in choices))
     assert sorted(map(repr, found[0])) == sorted(map(repr, found[1])) and len(found[0]) == 40
+
+
+def test_the_recorder_outlives_what_nobody_foresaw(
+    served: Served, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Baselines, "add", lambda *args: 1 // 0)
+    options = ["--baseline", str(folder / "b.json"), "--store", str(folder / "store"), "--keep-texts"]
+    with serving({"m": served}, Limits(), parts=watching(*options)) as client:
+        for n in (1, 2):
+            said(client, "/v1/completions", False, max_tokens=1)
+            until(lambda n=n: len(list(Store(folder / "store").records())) == n)  # type: ignore[misc]
+    assert "watching: compare failed (ZeroDivisionError)" in caplog.messages
 
 
 def test_a_flagged_prompt(served: Served, folder: Path) -> None:
@@ -308,6 +321,7 @@ def test_settings_without_effect(folder: Path) -> None:
         (["--flag-scorer", "s=none:toxic"], "none:toxic is neither FILE.py:FUNCTION nor RUN:LABEL"),
         (["--flag-scorer", f"s={folder}:toxic"], "has no model with a task head"),
         (["--baseline", rude], "rude.txt cannot be read"),
+        (["--baseline", f"{rude}/b.json"], "b.json cannot be written"),
         (["--store", str(folder)], "has other files, expected a store"),
     ):
         with pytest.raises(UserError, match=message):
