@@ -150,7 +150,8 @@ class Rows:
     def choose(self, h: Tensor, first: int, last: int, options: Options) -> Choice:
         """Choose the next tokens of rows `first` to `last` - 1 from h (last - first, C), the input of the head."""
         settings, tables = self.settings.rows(first, last), self.tables.rows(first, last)
-        choice = choose(self.model.logits(h), settings, options, self.u[first:last], tables)
+        waits = self.device.type == "cpu" and not self.graphs.enabled
+        choice = choose(self.model.logits(h), settings, options, self.u[first:last], tables, waits)
         self.tokens[first:last] = choice.token
         tables.add(choice.token)
         return choice

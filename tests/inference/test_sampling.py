@@ -9,6 +9,7 @@ import torch
 from draws import generator
 from torch import Tensor
 
+from fastgpt.inference import sampling
 from fastgpt.inference.grammar import Grammar
 from fastgpt.inference.requests import Request
 from fastgpt.inference.rows import options_of
@@ -58,8 +59,22 @@ def test_settings_give_the_right_distribution(options: dict[str, Any], expected:
     assert (got - wanted).abs().max() < 1e-3, got
 
 
-def test_filters_equal_those_of_transformers_row_by_row() -> None:
+def test_top_p_sorts_a_few_logits_if_they_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same result; rows with top_k and rows without filters are in the batch."""
+    monkeypatch.setattr(sampling, "FEW", 8)
+    requests = [Request([0], top_p=0.9), Request([0], top_p=0.5, top_k=3), Request([0], top_k=5), Request([0])]
+    s, o = settings(requests, 60), options_of(requests)
+    for scale, width in ((6.0, 8), (0.1, 60)):
+        z = torch.randn(4, 60, generator=generator(1)) * scale
+        assert sampling.largest(z, s, o, waits=True).shape == (4, width)
+        assert torch.equal(keep_likely(z, s, o, waits=True), keep_likely(z, s, o))
+    assert sampling.largest(z, s, o, waits=False).shape == (4, 60)
+
+
+@pytest.mark.parametrize("few", [1024, 40])
+def test_filters_equal_those_of_transformers_row_by_row(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every row of a batch has other settings, and each equals transformers' processors for that row alone."""
+    monkeypatch.setattr(sampling, "FEW", few)
     from transformers.generation import logits_process as hf
 
     requests = [
@@ -78,7 +93,7 @@ def test_filters_equal_those_of_transformers_row_by_row() -> None:
     seen = torch.zeros(logits.shape, dtype=torch.bool).scatter_(1, text, True)
     s = Settings(*(t.double() if t.is_floating_point() else t for t in settings(requests, 60)))
     ours = penalise(logits, seen, s.penalty) / s.temperature[:, None]
-    ours = keep_likely(ours, s, options_of(requests)).softmax(-1)
+    ours = keep_likely(ours, s, options_of(requests), waits=True).softmax(-1)
     for row, r in enumerate(requests):
         processors: list[Any] = [
             hf.RepetitionPenaltyLogitsProcessor(r.repetition_penalty),
