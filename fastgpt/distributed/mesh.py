@@ -80,12 +80,12 @@ def find_mesh() -> Mesh:
     """
     if "WORLD_SIZE" not in os.environ:
         return ALONE
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
-        rank, world, local = (int(os.environ[name]) for name in names)
+        return Mesh(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_RANK"]))
     except (KeyError, ValueError):
-        raise UserError(f"WORLD_SIZE is set, but {', '.join(names)} are not all numbers, expected torchrun") from None
-    return Mesh(rank, world, local)
+        raise UserError(
+            "WORLD_SIZE is set, but RANK, WORLD_SIZE and LOCAL_RANK are not all numbers, expected torchrun"
+        ) from None
 
 
 @contextlib.contextmanager
