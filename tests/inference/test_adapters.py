@@ -107,6 +107,16 @@ def test_equal_prompts_are_read_for_each_adapter(paths: dict[str, Path]) -> None
     assert logprobs("name", None, "all") == [pytest.approx(values, rel=1e-9) for values in (few, base, every)]
 
 
+def test_texts_with_different_adapters_share_no_keys(paths: dict[str, Path]) -> None:
+    generator = Generator(base(), adapters=paths, page_size=8)
+    generator.reserve()
+    requests = [Request([5] * 12, 3, temperature=0, logprobs=4, adapter=name) for name in (None, "all", "few", "all")]
+    results = [generator.generate([request])[0] for request in requests]
+    assert [r.cached_tokens for r in results] == [0, 0, 0, 8]
+    for request, result in zip(requests, results):
+        assert_same(result, alone(request, paths))
+
+
 def test_prompts_are_scored_with_the_adapter(paths: dict[str, Path]) -> None:
     (request,) = asked("all", prompt_logprobs=2)
     (result,) = Generator(base(), adapters=paths).generate([request])

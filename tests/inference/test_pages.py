@@ -77,6 +77,13 @@ def test_the_page_that_was_not_used_for_longest_goes_first_and_never_one_that_ot
     assert not pages._index
 
 
+def test_the_end_of_a_text_goes_before_its_beginning() -> None:
+    pages = Pages(3, 8)
+    pages.release(text_in(pages, [*A, *B, 0]))
+    assert pages.grow(Chain(), 16) and pages.counts() == {"used": 2, "kept": 1, "free": 0}
+    assert pages.key(Chain(), [*A, 9]) in pages._index, "the beginning"
+
+
 def test_a_page_that_two_texts_read_at_once_is_kept_once() -> None:
     pages, text = Pages(6, 8), [*A, *B, 0]
     one, two = Chain(), Chain()
