@@ -102,7 +102,7 @@ class Generator:
         self.schedule = Schedule(model, Limits(*limits))
         eos = tokenizer.ends if eos is None and tokenizer is not None else eos
         self.eos = frozenset(() if eos is None else (eos,) if isinstance(eos, int) else eos)
-        self._read_last = False
+        self._read_last = self._kept = False
         self._grammars: Grammars | None = None
         self._added = 0
         self.adapters = Adapters(model)
@@ -110,7 +110,9 @@ class Generator:
             self.adapters.load(name, path)
 
     def reserve(self) -> None:
-        """Allocate the cache for max_batch texts of the whole context, so that no request waits for memory."""
+        """Allocate the cache for max_batch texts of the whole context, so that no request waits for memory. From then
+        on, texts stay in it from call to call, so the weights must not change."""
+        self._kept = True
         self.schedule.allocate(self.max_batch, self.context)
 
     @property
@@ -195,6 +197,8 @@ class Generator:
         """
         if self.busy:
             raise ValueError("Generator: other requests are running, expected none (many callers share add and step)")
+        if not self._kept:
+            self.schedule.pages.forget()  # the model may have been trained since then
         was_training = self.model.training
         self.model.eval()
         numbers: dict[int, int] = {}

@@ -84,6 +84,19 @@ def test_a_conversation_reads_only_what_is_new() -> None:
     assert_same(second, alone(model, turn))
 
 
+def test_a_model_that_was_trained_reads_its_prompts_again() -> None:
+    model = model_of(**ROPE, block_size=64).eval()
+    generator = Generator(model, page_size=8)
+    request = Request(prompt(30, 1), 3, temperature=0, logprobs=0)
+    generator.generate([request])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    (result,) = generator.generate([request])
+    assert result.cached_tokens == 0
+    assert_same(result, alone(model, request))
+
+
 def test_scores_of_a_prompt_are_complete_and_its_pages_are_kept() -> None:
     model = model_of(**ROPE, block_size=64).eval()
     generator = Generator(model, max_batch=2, page_size=8)
