@@ -102,6 +102,7 @@ def connected(mesh: Mesh, device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
     try:
         yield
+        dist.barrier()  # a process that ends earlier would close connections that others still use
     except RuntimeError as e:
         if any(sign in str(e) for sign in ("Connection closed by peer", "Connection reset by peer", "gloo")):
             raise UserError(f"process {mesh.rank} stops, because another one has ended; its message says why") from e
