@@ -34,6 +34,7 @@ def blocks(language: str) -> list[str]:
 
 PYTHON = blocks("python")
 CURL = [c for block in blocks("bash") for c in re.findall(r"^curl (?:.*\\\n)*.*", block, re.M)]
+CURL += re.findall(r"^    (curl .*)", TEXT, re.M)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_there_are_clients_of_every_kind() -> None:
-    assert CURL and all(any(f"from {name} import" in block for block in PYTHON) for name in ("openai", "anthropic"))
+    assert all(any(f"from {name} import" in block for block in PYTHON) for name in ("openai", "anthropic"))
+    assert len([c for c in CURL if "\n" in c]) > 1 and len([c for c in CURL if "\n" not in c]) == 1  # README's
 
 
 @pytest.mark.slow
