@@ -91,7 +91,7 @@ def test_the_length_in_minutes_is_the_devices(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(train, "optimizer_step", step)
     monkeypatch.setattr(task, "mean_over", validation)
     monkeypatch.setattr(steplog, "peak_flops", lambda *args: (1e12, "fake"))
-    monkeypatch.setattr(steplog, "Lagged", lambda device: runlog.Lagged(torch.device("cuda:0")))
+    monkeypatch.setattr(steplog, "Lagged", lambda device, exact: runlog.Lagged(torch.device("cuda:0")))
     monkeypatch.setattr(run, "save", lambda: None)
     with Stop() as stop, closing(runlog.Log(run.folder, cfg, 0, run.progress.last_step)) as log:
         train.loop(run, log, stop)
