@@ -301,6 +301,8 @@ if __name__ == "__main__":
                 "data/files/*",
                 "evaluate/tasks/*",
                 "evaluate/human/page/*",
+                "report/page.css",
+                "report/page.js",
                 "serve/page.html",
                 "serve/page.js",
                 "py.typed",

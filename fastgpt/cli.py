@@ -188,6 +188,20 @@ def evaluate(argv: list[str]) -> int:
     return evaluate_main(argv)
 
 
+def report(argv: list[str]) -> int:
+    """Run `fastgpt report`; see fastgpt/report/command.py."""
+    from fastgpt.report.command import main as report_main
+
+    return report_main(argv)
+
+
+def watch(argv: list[str]) -> int:
+    """Run `fastgpt watch`; see fastgpt/report/watch.py."""
+    from fastgpt.report.watch import main as watch_main
+
+    return watch_main(argv)
+
+
 def parity(argv: list[str]) -> int:
     """Run `fastgpt parity`; see fastgpt/parity."""
     from fastgpt.parity import main as parity_main
@@ -206,6 +220,8 @@ COMMANDS = {
     "train": train,
     "init": init,
     "finetune": finetune,
+    "watch": watch,
+    "report": report,
     "sample": sample,
     "chat": chat,
     "eval": evaluate,
@@ -226,6 +242,8 @@ HELP = """commands:
   train      train a model, resume a run, or plan one (--plan)
   init       write a recipe for fine-tuning from a goal
   finetune   train a model further: on instructions, preferences, labels, or a teacher
+  watch      show a run in the terminal while it trains
+  report     write a page that shows runs and compares them
   sample     continue a prompt with a trained model
   chat       hold a conversation with a trained model
   eval       evaluate a model on benchmarks, texts, suites, safety and people's ratings

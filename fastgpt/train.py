@@ -154,7 +154,7 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
             if saves:
                 run.save()  # in the background; `run.writer` returns the path when it is written
             if samples:
-                log.say(sample(run, cfg.prompt))
+                log.sample(p.step, sample(run, cfg.prompt))
             steps.restart()
 
     steps.wait()

@@ -20,7 +20,7 @@ LAYERS = (
     {"distributed"},
     {"training"},
     {"config", "errors"},
-    {"evaluate"},
+    {"evaluate", "report"},
     {"train", "convert"},
     {"finetune"},
     {"serve"},

@@ -18,11 +18,13 @@ NOT_MEASURED = "not measured"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; the first row is the header. `long`: folded in the page."""
+    """Cells of text; the first row is the header. `long`: folded in the page. `marked`: the rows that stand out there,
+    by their first cell."""
 
     title: str
     rows: list[list[str]]
     long: bool = False
+    marked: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,13 @@ class Plot:
 
 @dataclass
 class Section:
-    """A heading, sentences (`code` between back quotes), tables and plots."""
+    """A heading, sentences (`code` between back quotes), tables and plots; in the page also `body`, which is HTML."""
 
     title: str
     about: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
+    body: str = ""
 
 
 def figure(draw: Callable[[Any], None], width: float, height: float) -> bytes:
@@ -102,26 +105,31 @@ def markdown(title: str, about: str, sections: list[Section], plots: Path) -> st
 
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #1b1f24; }
-h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #d0d7de; padding-bottom: .3rem; }
+:root { --ink: #1b1f24; --paper: #fff; --line: #d0d7de; --soft: #f6f8fa; --even: #fafbfc; --faint: #8b949e;
+  --mark: #fff3c4; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: var(--ink);
+  background: var(--paper); }
+h1 { font-size: 1.6rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .3rem; }
 .wide { overflow-x: auto; } img { max-width: 100%; }
 table { border-collapse: collapse; margin: .6rem 0 1.2rem; font-size: 13px; font-variant-numeric: tabular-nums; }
-th, td { border: 1px solid #d0d7de; padding: .25rem .6rem; text-align: left; white-space: nowrap; }
-th { background: #f6f8fa; position: sticky; top: 0; } tr:nth-child(even) td { background: #fafbfc; }
-td.none { color: #8b949e; font-style: italic; } td.number { text-align: right; }
-code { background: #f6f8fa; padding: 0 .25rem; } nav a { margin-right: 1rem; } summary, .title { font-weight: 600; }
+th, td { border: 1px solid var(--line); padding: .25rem .6rem; text-align: left; white-space: nowrap; }
+th { background: var(--soft); position: sticky; top: 0; } tr:nth-child(even) td { background: var(--even); }
+td.none { color: var(--faint); font-style: italic; } td.number { text-align: right; }
+tr.marked td { background: var(--mark); }
+code { background: var(--soft); padding: 0 .25rem; } nav a { margin-right: 1rem; } summary, .title { font-weight: 600; }
 """
 
 
-def page(title: str, about: str, sections: list[Section]) -> str:
-    """Return the report as one HTML page that loads nothing else."""
+def page(title: str, about: str, sections: list[Section], style: str = "", script: str = "") -> str:
+    """Return the report as one HTML page that loads nothing else; `style` and `script` are added to it."""
     links = "".join(f'<a href="#{_anchor(s.title)}">{html.escape(s.title)}</a>' for s in sections)
     body = "\n".join(_html_section(s) for s in sections)
     head = (
         f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>'
     )
+    code = f"<script>{script}</script>" if script else ""
     top = f"<h1>{html.escape(title)}</h1>\n<p>{_text(about)}</p>\n<nav>{links}</nav>"
-    whole = f"<head>{head}<style>{STYLE}</style></head><body>\n{top}\n{body}\n</body>"
+    whole = f"<head>{head}<style>{STYLE}{style}</style></head><body>\n{top}\n{body}\n{code}</body>"
     return f'<!doctype html>\n<html lang="en">{whole}</html>\n'
 
 
@@ -135,22 +143,24 @@ def _text(text: str) -> str:
 
 def _html_section(s: Section) -> str:
     parts = [f'<h2 id="{_anchor(s.title)}">{html.escape(s.title)}</h2>', *(f"<p>{_text(line)}</p>" for line in s.about)]
+    parts += [s.body] * bool(s.body)
     for p in s.plots:
         data = base64.b64encode(p.png).decode("ascii")
         parts.append(f'<p><img alt="{html.escape(p.about)}" src="data:image/png;base64,{data}"></p>')
     for t in s.tables:
-        table = f'<div class="wide">{_html_table(t.rows)}</div>'
+        table = f'<div class="wide">{_html_table(t)}</div>'
         title = html.escape(t.title)
         folded = f"<details><summary>{title}</summary>{table}</details>"
         parts.append(folded if t.long else f'<p class="title">{title}</p>{table}')
     return "\n".join(parts)
 
 
-def _html_table(rows: list[list[str]]) -> str:
-    head, *body = rows
+def _html_table(table: Table) -> str:
+    head, *body = table.rows
     lines = ["<tr>" + "".join(f"<th>{html.escape(cell)}</th>" for cell in head) + "</tr>"]
     for row in body:
-        lines.append("<tr>" + "".join(f"<td{_kind(cell)}>{html.escape(cell)}</td>" for cell in row) + "</tr>")
+        mark = ' class="marked"' if row[0] in table.marked else ""
+        lines.append(f"<tr{mark}>" + "".join(f"<td{_kind(cell)}>{html.escape(cell)}</td>" for cell in row) + "</tr>")
     return "<table>" + "\n".join(lines) + "</table>"
 
 

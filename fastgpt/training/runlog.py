@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import platform
 import sys
 import time
 from collections import deque
@@ -17,6 +20,7 @@ from fastgpt.core import progress
 from fastgpt.training.config import ENDLESS, TrainConfig, to_dict
 from fastgpt.training.trackers import Trackers
 
+PROGRESS, SAMPLES = "progress.json", "samples.jsonl"
 AHEAD = 2  # steps that the host may launch before the device has finished the one before them
 
 
@@ -70,13 +74,31 @@ class Pace:
         return each
 
 
+def _replace(path: Path, text: str) -> None:
+    """Write a file aside, then rename it."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Drop the rows after `step`: a killed run may have logged steps after its checkpoint, which will run again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        _replace(path, "".join(kept))
+
+
 class Log:
-    """Log of the run in folder `run`, at step `step`: a progress bar, a line every log_every steps, metrics.jsonl."""
+    """Log of the run in folder `run`, at step `step`: a progress bar, a line every log_every steps, metrics.jsonl,
+    samples.jsonl, and progress.json, which says how long the run is and whether it is running."""
 
     def __init__(self, run: Path, cfg: TrainConfig, step: int, last_step: int) -> None:
         self.path, self.cfg = run / "metrics.jsonl", cfg
-        self._drop_after(step)
+        for path in (self.path, run / SAMPLES):
+            _drop_after(path, step)
         self.file = self.path.open("a", encoding="utf-8")
+        self._progress(last_step)
         self.trackers = Trackers(cfg.trackers, run, to_dict(cfg))
         self.terminal = sys.stderr.isatty()
         self.bar = progress.bar(
@@ -87,14 +109,13 @@ class Log:
             dynamic_ncols=True,
         )
 
-    def _drop_after(self, step: int) -> None:
-        """Drop the rows after `step`: a killed run may have logged steps after its checkpoint, which will run again."""
-        if self.path.exists():
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            aside = self.path.with_suffix(".tmp")
-            aside.write_text("".join(kept), encoding="utf-8")
-            aside.replace(self.path)
+    def _progress(self, last_step: int, ended: bool = False) -> None:
+        """Write progress.json, for `fastgpt watch`; a full disk is left to the files that the run needs."""
+        self.last_step = last_step
+        of = last_step if last_step < ENDLESS else None
+        row = {"last_step": of, "ended": ended, "process": os.getpid(), "host": platform.node()}
+        with contextlib.suppress(OSError):
+            _replace(self.path.with_name(PROGRESS), json.dumps(row))
 
     def row(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")
@@ -106,6 +127,12 @@ class Log:
         if text:
             progress.write(text) if self.terminal else print(text, flush=True)
 
+    def sample(self, step: int, text: str) -> None:
+        """Print a sample of the model at step `step`, and add it to samples.jsonl."""
+        with self.path.with_name(SAMPLES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "text": text}) + "\n")
+        self.say(text)
+
     def checkpoints(self, written: list[Path]) -> None:
         """Print the paths of the checkpoints that have been written."""
         for path in written:
@@ -113,6 +140,8 @@ class Log:
 
     def step(self, row: dict[str, Any], last_step: int, figures: Sequence[str] = ()) -> None:
         self.row(row)
+        if last_step != self.last_step:
+            self._progress(last_step)
         self.bar.total = last_step if last_step < ENDLESS else None
         self.bar.update(1)
         self.bar.set_postfix_str(f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tok/s", refresh=False)
@@ -129,6 +158,7 @@ class Log:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+        self._progress(self.last_step, ended=True)
         self.trackers.close()
 
     def plot(self) -> Path | str:
@@ -166,6 +196,9 @@ class Quiet(Log):
         pass
 
     def say(self, text: str) -> None:
+        pass
+
+    def sample(self, step: int, text: str) -> None:
         pass
 
     def step(self, row: dict[str, Any], last_step: int, figures: Sequence[str] = ()) -> None:

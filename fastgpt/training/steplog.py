@@ -73,13 +73,15 @@ class StepLog:
             p.seconds += seconds if p.length_known or pace.steps > WARM_STEPS else 0.0
             row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **self._speed(seconds))
             row.update(zip(run.task.figures, figures, strict=True))
+            applied = math.isfinite(norm) and math.isfinite(loss) and not spike
+            row.update({} if applied else {"skipped": 1})
             self.log.step(row, p.last_step, run.task.figures)
             for sentence in run.task.watch(row):
                 self.log.say(sentence)
             if not p.length_known and pace.steps >= MEASURED_STEPS:
                 each = run.mesh.share(pace.seconds / (pace.steps - WARM_STEPS))
                 self.log.say(run.fix_length(int(row["step"]), each))
-            if math.isfinite(norm) and math.isfinite(loss) and not spike:
+            if applied:
                 p.skipped = 0
             else:
                 self._skipped(row, spike)
