@@ -129,7 +129,7 @@
       const span = document.createElement("span");
       span.textContent = words;
       if (r !== undefined) span.className = `c${r % COLOURS}`;
-      out.append(span);
+      out.append(span, " ");
     };
     say(`${UNITS[x.value]} ${x.value === "steps" ? Math.round(value).toLocaleString("en") : text(value)}`);
     const near = view.right * .02;

@@ -95,7 +95,7 @@ def status(run: RunFiles) -> str:
     if "val_loss" in m.latest:
         parts.append(f"val_loss {digits(m.latest['val_loss'][1])}")
     parts.append(f"{number(m.recent_mean('tokens_per_second'))} tok/s")
-    left = time_left(run)
+    left = None if run.ended() else time_left(run)
     return " | ".join([*parts, *([f"{duration(left)} left"] if left else [])])
 
 
