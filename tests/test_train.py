@@ -516,6 +516,7 @@ def test_gradients_that_stay_nan_stop_the_run(text: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(train, "forward_backward", broken)
     with pytest.raises(UserError, match="3 steps in a row were skipped, .*; there is no checkpoint yet"):
         go(text)
+    assert [row.get("skipped") for row in rows()] == [1, 1, 1]
 
 
 def test_token_shards_train_without_a_tokenizer(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
