@@ -14,6 +14,7 @@ from fastgpt.report.run import RunFiles
 
 COLOURS = 10  # of page.css; more runs share them, and differ in their dashes
 SAMPLES, CHARACTERS = 6, 4000  # of each run; of each sample
+HINT = "Point at a chart for its values, or focus it and press the arrow keys. The controls are those of all charts."
 _HERE = Path(__file__).parent
 
 
@@ -66,6 +67,7 @@ def _chart_sections(runs: Sequence[RunFiles], charts: Sequence[Chart], left_out:
     for title in (LOSS, STEPS, EVALUATIONS):
         indices = [i for i, chart in enumerate(charts) if chart.section == title]
         section = Section(title, tables=[last] if title == EVALUATIONS and last else [])
+        section.about += [HINT] * (title == LOSS)
         if title == EVALUATIONS and left_out:
             section.about.append(f"{left_out} figures beyond the first {MOST_CHARTS} have no chart.")
         if indices:
