@@ -52,11 +52,12 @@ def server() -> Iterator[Server]:
             site.requests.append((self.path, asked))
             found = site.answers.get(self.path, lambda headers: (404, {}, b""))
             status, headers, body = found(asked)
+            part = body[: site.cut.pop(0)] if site.cut else body  # before the client knows that there is an answer
             self.send_response(status)
             for name, value in {"Content-Length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
-            self.wfile.write(body[: site.cut.pop(0)] if site.cut else body)
+            self.wfile.write(part)
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
