@@ -208,14 +208,23 @@ def test_an_interrupted_build_and_a_killed_worker_lose_nothing(tmp_path: Path) -
     whole = expected(tmp_path)
     out = tmp_path / "out"
     run = command(tmp_path, out, "--engine", "dask", "--workers", "2")
-    process, workers = at_stage(run, out, "clean", lambda process, _: process.send_signal(signal.SIGINT))
-    _, said = process.communicate(timeout=60)
+    for _ in range(5):
+        process, workers = at_stage(run, out, "clean", lambda process, _: process.send_signal(signal.SIGINT))
+        _, said = process.communicate(timeout=60)
+        assert not outlive(workers)
+        if process.returncode != 0:
+            break
+        shutil.rmtree(out)  # on a busy machine the signal may come when everything is done
     assert process.returncode == 130 and "Traceback" not in said, said
-    assert not outlive(workers)
     process, _ = at_stage(run, out, "tokens", lambda _, workers: os.kill(workers[0], signal.SIGKILL))
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in said, said
     assert shards(out) == whole
+
+
+def heed_interrupts() -> None:
+    """Heed SIGINT in a child, which a shell without a terminal lets its background jobs ignore."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def at_stage(
@@ -224,7 +233,7 @@ def at_stage(
     """Start a build and act on it and its workers once it has finished a part of a stage, while it still runs. On a
     busy machine it may end unseen; then it starts anew."""
     for _ in range(5):
-        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=heed_interrupts)
         while process.poll() is None and not list((out / "work").glob(f"{stage}/[!.]*")):
             time.sleep(0.005)
         process.send_signal(signal.SIGSTOP)  # so that it cannot end in between
