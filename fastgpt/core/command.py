@@ -78,6 +78,23 @@ def listed(subcommands: Subcommands) -> str:
     return "\n".join(f"  {name:<{width}}  {about}" for name, (_, about) in subcommands.items())
 
 
+def run_group(prog: str, arguments: str, about: str, subcommands: Subcommands, argv: list[str]) -> int:
+    """Run a command that only has subcommands, whose first argument names one of them.
+
+    Args:
+        arguments: what follows the name, for the usage.
+        about: what the help says before the list of subcommands.
+    """
+    parser = Parser(
+        prog=prog,
+        usage=f"{prog} [-h] COMMAND {arguments}",
+        description=f"{about}\n{listed(subcommands)}\n\n`{prog} COMMAND --help` explains a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=subcommands, help=argparse.SUPPRESS)
+    return run_subcommand(subcommands, parser.parse_args(argv[:1]).command, argv[1:])
+
+
 def run_subcommand(subcommands: Subcommands, name: str, argv: list[str]) -> int:
     """Import a subcommand, run it with `argv`, and return its exit code."""
     module, _, function = subcommands[name][0].partition(":")

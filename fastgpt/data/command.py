@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
-from fastgpt.core.command import Parser, listed, run_subcommand
+from fastgpt.core.command import run_group
 
 # name -> module and function that runs it (default: main), and what it does
 SUBCOMMANDS = {
@@ -25,12 +23,5 @@ SUBCOMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run `fastgpt data`."""
-    parser = Parser(
-        prog="fastgpt data",
-        usage="fastgpt data [-h] COMMAND ...",
-        description="Make token shards from raw text, and check it.\n\ncommands:\n"
-        f"{listed(SUBCOMMANDS)}\n\n`fastgpt data COMMAND --help` explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=SUBCOMMANDS, help=argparse.SUPPRESS)
-    return run_subcommand(SUBCOMMANDS, parser.parse_args(argv[:1]).command, argv[1:])
+    about = "Make token shards from raw text, and check it.\n\ncommands:"
+    return run_group("fastgpt data", "...", about, SUBCOMMANDS, argv)

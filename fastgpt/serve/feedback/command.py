@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from fastgpt.core.command import Parser, listed, run_subcommand
+from fastgpt.core.command import Parser, run_group
 from fastgpt.core.errors import UserError, counted
 from fastgpt.core.folders import write_text
 from fastgpt.serve.feedback.export import count
@@ -17,15 +16,8 @@ SUBCOMMANDS = {"export": ("fastgpt.serve.feedback.command:export", "write prefer
 
 def main(argv: list[str]) -> int:
     """Run `fastgpt feedback`."""
-    parser = Parser(
-        prog="fastgpt feedback",
-        usage="fastgpt feedback [-h] COMMAND DIR ...",
-        description=f"Use what `fastgpt serve --feedback DIR` kept.\n\n{listed(SUBCOMMANDS)}\n\n"
-        "`fastgpt feedback COMMAND --help` explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=SUBCOMMANDS, help=argparse.SUPPRESS)
-    return run_subcommand(SUBCOMMANDS, parser.parse_args(argv[:1]).command, argv[1:])
+    about = "Use what `fastgpt serve --feedback DIR` kept.\n"
+    return run_group("fastgpt feedback", "DIR ...", about, SUBCOMMANDS, argv)
 
 
 def export(argv: list[str]) -> int:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from pathlib import Path
 
-from fastgpt.core.command import Parser, listed, number, run_subcommand
+from fastgpt.core.command import Parser, number, run_group
 from fastgpt.core.errors import counted
 from fastgpt.core.folders import write_text
 from fastgpt.serve.watch.store import Store
@@ -23,15 +22,8 @@ SUBCOMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run `fastgpt store`."""
-    parser = Parser(
-        prog="fastgpt store",
-        usage="fastgpt store [-h] COMMAND DIR ...",
-        description=f"Look into the store of a server.\n\n{listed(SUBCOMMANDS)}\n\n"
-        "`fastgpt store COMMAND --help` explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=SUBCOMMANDS, help=argparse.SUPPRESS)
-    return run_subcommand(SUBCOMMANDS, parser.parse_args(argv[:1]).command, argv[1:])
+    about = "Look into the store of a server.\n"
+    return run_group("fastgpt store", "DIR ...", about, SUBCOMMANDS, argv)
 
 
 def show(argv: list[str]) -> int:
