@@ -41,9 +41,9 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file of text, whole or not at all; its folder is made if it is missing."""
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a file of text, whole or not at all; its folder is made if it is missing. `errors` as of str.encode."""
     aside = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(text, encoding="utf-8")
+    aside.write_text(text, encoding="utf-8", errors=errors)
     aside.replace(path)

@@ -7,10 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-
-def is_sharded(t: Tensor | None) -> bool:
-    """Return whether t is a DTensor, without importing DTensor, which takes half a second."""
-    return hasattr(t, "placements")
+from fastgpt.optim.state import is_sharded
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

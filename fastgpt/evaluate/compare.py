@@ -73,6 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gate", metavar="BASE", help="exit with 1 if RESULTS are significantly worse than these, with 0 if not"
     )
+    add_bounds(parser)
+    return parser
+
+
+def add_bounds(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say when a gate fails; None where they are not given."""
     parser.add_argument(
         "--alpha",
         type=number(float, 0, 0.5, open_least=True),
@@ -84,7 +90,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="D",
         help="smaller regressions pass the gate, in the unit of the metric (default: 0)",
     )
-    return parser
 
 
 def _check(args: argparse.Namespace) -> None:

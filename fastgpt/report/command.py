@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fastgpt.core.command import Parser
 from fastgpt.core.errors import UserError
+from fastgpt.core.folders import write_text
 from fastgpt.report.page import render
 from fastgpt.report.run import RunFiles, names
 from fastgpt.report.series import MOST
@@ -26,10 +27,7 @@ def main(argv: list[str]) -> int:
     runs = read(folders)
     if out.is_dir():
         raise UserError(f"--out: {out} is a folder, expected a file")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f"{out.name}.tmp")
-    aside.write_text(render(runs), encoding="utf-8", errors="replace")
-    aside.replace(out)
+    write_text(out, render(runs), errors="replace")
     print(f"{out}: {', '.join(f'{run.name} ({run.metrics.count:,} steps)' for run in runs)}")
     for run in runs:
         if unread := run.unread():

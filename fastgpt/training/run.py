@@ -17,11 +17,12 @@ from fastgpt.data.shards import Tokens
 from fastgpt.data.source import Source
 from fastgpt.distributed.mesh import ALONE, Mesh
 from fastgpt.distributed.parallelize import Spread
-from fastgpt.distributed.shards import is_sharded, share, whole
+from fastgpt.distributed.shards import share, whole
 from fastgpt.models.config import model_from_dict
 from fastgpt.models.gpt import GPT
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
+from fastgpt.optim.state import is_sharded
 from fastgpt.training import checkpoint
 from fastgpt.training.config import TrainConfig, to_dict
 from fastgpt.training.graphs import Graphs

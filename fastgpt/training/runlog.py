@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.core import progress
+from fastgpt.core.folders import write_text
 from fastgpt.training.config import ENDLESS, TrainConfig, to_dict
 from fastgpt.training.trackers import Trackers
 
@@ -74,19 +75,12 @@ class Pace:
         return each
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file aside, then rename it."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
-
-
 def _drop_after(path: Path, step: int) -> None:
     """Drop the rows after `step`: a killed run may have logged steps after its checkpoint, which will run again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        _replace(path, "".join(kept))
+        write_text(path, "".join(kept))
 
 
 class Log:
@@ -115,7 +109,7 @@ class Log:
         of = last_step if last_step < ENDLESS else None
         row = {"last_step": of, "ended": ended, "process": os.getpid(), "host": platform.node()}
         with contextlib.suppress(OSError):
-            _replace(self.path.with_name(PROGRESS), json.dumps(row))
+            write_text(self.path.with_name(PROGRESS), json.dumps(row))
 
     def row(self, row: dict[str, Any]) -> None:
         self.file.write(json.dumps(row) + "\n")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from fastgpt.core.command import Parser, listed, number, run_subcommand
+from fastgpt.core.command import Parser, number, run_group
 from fastgpt.core.errors import UserError, counted
 from fastgpt.serve.rollout.state import Version, read
 
@@ -22,15 +21,8 @@ SUBCOMMANDS = {
 
 def main(argv: list[str]) -> int:
     """Run `fastgpt deploy`."""
-    parser = Parser(
-        prog="fastgpt deploy",
-        usage="fastgpt deploy [-h] COMMAND DIR ...",
-        description="Roll out versions of a model that `fastgpt serve DIR` serves.\n\n"
-        f"commands:\n{listed(SUBCOMMANDS)}\n\n`fastgpt deploy COMMAND --help` explains a command.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("command", choices=SUBCOMMANDS, help=argparse.SUPPRESS)
-    return run_subcommand(SUBCOMMANDS, parser.parse_args(argv[:1]).command, argv[1:])
+    about = "Roll out versions of a model that `fastgpt serve DIR` serves.\n\ncommands:"
+    return run_group("fastgpt deploy", "DIR ...", about, SUBCOMMANDS, argv)
 
 
 def _parser(name: str) -> Parser:
@@ -56,6 +48,7 @@ def init(argv: list[str]) -> int:
 
 def propose(argv: list[str]) -> int:
     """Run `fastgpt deploy propose`; return 1 if the gate failed."""
+    from fastgpt.evaluate.compare import add_bounds
     from fastgpt.evaluate.paired import Options
     from fastgpt.serve.rollout import actions
 
@@ -70,17 +63,7 @@ def propose(argv: list[str]) -> int:
         help="evaluations of the served version and of RUN: JSON of `fastgpt eval`, or runs; may be given again",
     )
     parser.add_argument("--metrics", nargs="+", metavar="NAME", help="metrics that the gate tests (default: all)")
-    parser.add_argument(
-        "--alpha",
-        type=number(float, 0, 0.5, open_least=True),
-        help="chance that the gate fails although nothing became worse (default: 0.05)",
-    )
-    parser.add_argument(
-        "--min-difference",
-        type=number(float, 0),
-        metavar="D",
-        help="smaller regressions pass the gate, in the unit of the metric (default: 0)",
-    )
+    add_bounds(parser)
     args = parser.parse_args(argv)
     for name in ("metrics", "alpha", "min_difference"):
         if getattr(args, name) is not None and not args.gate:
