@@ -7,7 +7,7 @@ NATIVE := $(wildcard $(addprefix csrc/,*.cpp */*.cpp */*.cu */*.h */*.cuh */*/*.
 # Two processes with one thread each use two cores; more of either slows the suite down.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-slow test-llama test-newest versions test-all lint types cuda-check triton-check \
+.PHONY: train test test-slow test-extended test-llama test-newest versions test-all lint types cuda-check triton-check \
 	parity docs bench gpu gpu-check clean
 
 train: $(VENV)/installed
@@ -17,15 +17,19 @@ test: $(VENV)/tested
 	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/tested
-	$(PYTEST) -m "slow and not llama_cpp" $(ARGS)
+	$(PYTEST) -m "slow and not extended and not llama_cpp" $(ARGS)
+
+# Tests of many minutes
+test-extended: $(VENV)/tested
+	$(PYTEST) -m extended $(ARGS)
 
 # Exported GGUF files in llama.cpp; it is built once, for this machine, in five to ten minutes on two cores
 test-llama: $(VENV)/llama
 	$(PYTEST) -m llama_cpp $(ARGS)
 
-# Everything that can be tested without a GPU: an hour and a half on two cores, then up to 12 runs of the numeric tests,
+# Everything that can be tested without a GPU: two hours on two cores, then up to 12 runs of the numeric tests,
 # some minutes each.
-test-all: test test-slow test-llama
+test-all: test test-slow test-extended test-llama
 	$(BIN)/python -m fastgpt.checks.triton --all
 	$(BIN)/python tests/numeric_cover.py
 

@@ -80,7 +80,11 @@ def pytest_configure(config: pytest.Config) -> None:
     draws.seed = config.getoption("--seed")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the markers for -m
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("extended"):
+            item.add_marker("slow")
     every, seed = config.getoption("--every"), config.getoption("--seed")
     cases = [item for item in items if item.name.startswith("test_parity[")]
     left_out = {id(item) for i, item in enumerate(cases) if i % every != seed % every}
