@@ -9,6 +9,8 @@ from fastgpt.data import IGNORE
 from fastgpt.data.batch import Batch
 from fastgpt.models.gpt import GPT
 
+CHUNK = 256  # rows of logits in memory at a time on a CPU; backward computes them again
+
 
 def token_log_probs(model: GPT, batch: Batch, targets: Tensor | None = None, temperature: float = 1.0) -> Tensor:
     """Return the log-probability of each target, (B, T) fp32; 0 where the target is -100.
@@ -24,7 +26,7 @@ def token_log_probs(model: GPT, batch: Batch, targets: Tensor | None = None, tem
         loss = model.head_loss(rows, labels, reduction="none", temperature=temperature)
         return -loss.view(targets.shape)
     kept = (labels != IGNORE).nonzero().squeeze(1)
-    loss = model.head_loss(rows[kept], labels[kept], reduction="none", temperature=temperature)
+    loss = model.head_loss(rows[kept], labels[kept], reduction="none", temperature=temperature, chunk=CHUNK)
     return -loss.new_zeros(labels.shape).index_copy(0, kept, loss).view(targets.shape)
 
 

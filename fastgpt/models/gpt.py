@@ -230,15 +230,23 @@ class GPT(nn.Module):
         loss = self.head_loss(h.view(-1, h.shape[-1]), targets.reshape(-1), reduction=reduction)
         return loss.view(targets.shape) if reduction == "none" else loss
 
-    def head_loss(self, rows: Tensor, targets: Tensor, *, reduction: str = "mean", temperature: float = 1.0) -> Tensor:
+    def head_loss(
+        self,
+        rows: Tensor,
+        targets: Tensor,
+        *,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        chunk: int | str = "auto",
+    ) -> Tensor:
         """Return the loss of predicting `targets` (N,) int64 from `rows` (N, C) of the output of `hidden`, as `forward`
-        does; `temperature` divides the logits."""
+        does; `temperature` divides the logits, of which `chunk` rows are in memory at a time."""
         cap = self.config.logit_softcap / temperature  # cap tanh(z / cap) / t = (cap / t) tanh((z / t) / (cap / t))
         options: dict[str, Any] = dict(softcap=cap, reduction=reduction)
         rows = rows if temperature == 1.0 else rows / temperature
         if fusable(self.head, Head):
             bias = self.head.bias if self.head.bias is None or temperature == 1.0 else self.head.bias / temperature
-            options |= dict(linear_bias=bias, vocab_size=self.vocab_size)
+            options |= dict(linear_bias=bias, vocab_size=self.vocab_size, chunk=chunk)
             return ops.linear_cross_entropy(rows, self.head_weight, targets, **options)
         if temperature != 1.0 and getattr(self.head, "bias", None) is not None:
             raise ValueError(f"GPT: temperature is {temperature}, expected 1 with a replaced head that has a bias")

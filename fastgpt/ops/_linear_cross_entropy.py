@@ -51,14 +51,17 @@ def logits_of(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None)
     return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
 
 
-def product_in_fp32(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """Return a^T b in fp32 for a (n, V) and b (n, C) of one dtype, added to `total` (V, C) in place if given."""
+def product_in_fp32(a: Tensor, b: Tensor, total: Tensor | None = None, add: bool = True) -> Tensor:
+    """Return a^T b in fp32 for a (n, V) and b (n, C) of one dtype, in `total` (V, C) if given: added to it, or instead
+    of what it holds."""
     wide: dict[str, Any] = {}
     if a.dtype != torch.float32 and multiplies_into_fp32(a):
         wide = {"out_dtype": torch.float32}
     elif a.dtype != torch.float32:
         a, b = a.float(), b.float()
-    return torch.mm(a.t(), b, **wide) if total is None else torch.addmm(total, a.t(), b, out=total, **wide)
+    if total is None or not add:
+        return torch.mm(a.t(), b, out=total, **wide)
+    return torch.addmm(total, a.t(), b, out=total, **wide)
 
 
 def _chunks(n: int, chunk: int) -> Iterator[slice]:
@@ -81,17 +84,20 @@ def _fwd(
     return loss
 
 
-def _fwd_bwd(
+def loss_and_gradients(
     backend: str, x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, weight: Tensor | None, scale: Tensor,
-    *rest: Any,
+    *rest: Any, place: Tensor | None = None, filled: bool = False,
 ) -> Gradients:  # fmt: skip
-    """Return the loss (N,), fp32, and the `wanted` gradients of sum(scale * loss): dx in x's dtype, dW and db fp32."""
+    """Return the loss (N,), fp32, and the `wanted` gradients of sum(scale * loss): dx in x's dtype, dW and db fp32.
+
+    dW is written to `place` (V, C) fp32 if given, or added to it if it is `filled`.
+    """
     *options, chunk, wanted = rest
     n, v, c = x.shape[0], *w.shape
     loss = torch.empty(n, dtype=torch.float32, device=x.device)
     buffer = x.new_empty((min(chunk, n), v))  # (chunk, V): logits, then their gradient
     dx = x.new_empty((n, c)) if wanted[0] else None
-    dw: Tensor | None = None
+    dw = place
     db = loss.new_zeros(v) if wanted[2] and b is not None else None
     with torch.autocast(x.device.type, enabled=False):
         for rows in _chunks(n, chunk):
@@ -101,10 +107,12 @@ def _fwd_bwd(
             if dx is not None:
                 torch.mm(dz, w, out=dx[rows])
             if wanted[1]:
-                dw = product_in_fp32(dz, x[rows], dw)
+                dw = product_in_fp32(dz, x[rows], dw, add=filled or rows.start > 0)
             if db is not None:
                 db += dz.sum(0, dtype=torch.float32)
-    return loss, dx, loss.new_zeros((v, c)) if wanted[1] and dw is None else dw, db
+    if wanted[1] and n == 0 and not filled:
+        dw = loss.new_zeros((v, c)) if place is None else place.zero_()
+    return loss, dx, dw, db
 
 
 def _fwd_fake(x: Tensor, *rest: Any) -> Tensor:
@@ -128,7 +136,7 @@ LINEAR_CROSS_ENTROPY_FWD_BWD = define_driver(
     "linear_cross_entropy_fwd_bwd",
     f"({_ARGUMENTS}, Tensor scale, {OPTIONS}, SymInt chunk, bool[3] wanted) -> (Tensor, Tensor?, Tensor?, Tensor?)",
     _fwd_bwd_fake,
-    _fwd_bwd,
+    loss_and_gradients,
 )
 
 

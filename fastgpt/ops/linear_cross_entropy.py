@@ -9,8 +9,8 @@ N V), so backward may run again, and the gradient of a weight may be written or 
 
 In chunks: one buffer of (chunk, V) logits is reused. For "mean" and "sum", forward also computes the gradients, dW in
 fp32 over all chunks for every dtype, and backward multiplies them by the upstream gradient. For "none", forward
-computes the loss only; backward recomputes z chunk by chunk and scales the rows by the upstream gradients. Nothing is
-filtered or approximated.
+computes the loss only; backward recomputes z chunk by chunk and scales the rows by the upstream gradients. There dW of
+the chunks is added up in the weight's `grad_buffer`, if that is fp32. Nothing is filtered or approximated.
 
 fp16 has five bits of exponent, so dz leaves out 1/count and the largest upstream gradient; both are applied to fp32
 products.
@@ -40,6 +40,7 @@ from fastgpt.ops._linear_cross_entropy import (
     LINEAR_CROSS_ENTROPY_FWD_BWD,
     logits_budget,
     logits_of,
+    loss_and_gradients,
     product_in_fp32,
 )
 from fastgpt.ops.cross_entropy import (
@@ -221,8 +222,12 @@ class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, target, weight = ctx.saved_tensors
         wanted, (scale, top) = ctx.needs_input_grad[1:4], _in_range(_outer_scale(grad, None, x.dtype), x.dtype)
-        raw = LINEAR_CROSS_ENTROPY_FWD_BWD[ctx.backend]
-        _, dx, dw, db = raw(x, w, b, target, weight, scale, *ctx.options, ctx.chunk, wanted)
+        arguments = (x, w, b, target, weight, scale, *ctx.options, ctx.chunk, wanted)
+        place, filled = gradient_place(w) if wanted[1] and top is None else (None, False)
+        if place is not None and place.dtype == torch.float32:  # no tensor of the size of dW
+            _, dx, w.grad, db = loss_and_gradients(ctx.backend, *arguments, place=place, filled=filled)
+            return None, dx, None, None if db is None else _deliver(b, db, None), None, None, None, None, None
+        _, dx, dw, db = LINEAR_CROSS_ENTROPY_FWD_BWD[ctx.backend](*arguments)
         dx = dx if dx is None or top is None else _scaled(ctx.backend, dx, top)
         dw = None if dw is None else _deliver(w, dw, top)
         db = None if db is None else _deliver(b, db, top)

@@ -175,12 +175,15 @@ class Sizes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest, self.ops = 0, set[str]()
+        self.largest, self.ops, self.storages = 0, set[str](), dict[int, int]()  # address: elements
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-        self.largest = max([self.largest, *(t.untyped_storage().nbytes() // t.element_size() for t in tensors)])
+        for t in tensors:
+            at, elements = t.untyped_storage().data_ptr(), t.untyped_storage().nbytes() // t.element_size()
+            self.storages[at] = max(elements, self.storages.get(at, 0))
+            self.largest = max(elements, self.largest)
         self.ops.add(func.name())
         return out
 
@@ -204,7 +207,7 @@ def test_logits_are_never_whole_in_chunks(name: str, reduction: str, dtype: torc
     rest = (*PLAIN[:4], 300, 16)
     with Sizes() as inside:
         raw._fwd(name, x, w, b, target, None, *rest)
-        raw._fwd_bwd(name, x, w, b, target, None, torch.ones(64, device=DEVICE), *rest, [True, True, True])
+        raw.loss_and_gradients(name, x, w, b, target, None, torch.ones(64, device=DEVICE), *rest, [True, True, True])
     assert inside.largest == 16 * 300 and "aten::mm.out" in inside.ops
 
 
@@ -253,12 +256,14 @@ def test_offsets_past_2_31_by_construction(monkeypatch: pytest.MonkeyPatch) -> N
     product = raw.product_in_fp32
     monkeypatch.setitem(raw.CROSS_ENTROPY_FWD_BWD, "cpu", record)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())  # the meta device has none
-    monkeypatch.setattr(raw, "product_in_fp32", lambda a, b, t: starts.append(b.storage_offset()) or product(a, b, t))
+    monkeypatch.setattr(
+        raw, "product_in_fp32", lambda a, b, t, **k: starts.append(b.storage_offset()) or product(a, b, t, **k)
+    )
     with torch.device("meta"):
         x, w = torch.empty(n, c), torch.empty(v, c)
         target, scale = torch.empty(n, dtype=torch.int64), torch.empty(n)
     with Sizes() as sizes:
-        loss, dx, dw, _ = raw._fwd_bwd(
+        loss, dx, dw, _ = raw.loss_and_gradients(
             "cpu", x, w, None, target, None, scale, *PLAIN[:4], v, chunk, [True, True, False]
         )
     assert seen == [(i * chunk, min(chunk, n - i * chunk), v) for i in range(5)]
@@ -449,6 +454,27 @@ def test_a_gradient_goes_where_it_is_kept(name: str, reduction: str, chunk: int,
     unit = torch.finfo(dtype).eps
     for got, wanted in zip(runs[2] + runs[3], runs[0] + runs[1]):
         assert float((got.double() - wanted.double()).abs().max()) <= 8 * unit * float(wanted.abs().max())
+
+
+@ON
+@WAYS
+def test_no_rows_leave_a_gradient_of_zeros_where_it_is_kept(name: str, reduction: str, chunk: int) -> None:
+    x, w, _, target = case()
+    w.requires_grad_().grad_buffer = torch.full(w.shape, math.nan, device=DEVICE)
+    with use(strict=True, linear_cross_entropy=name):
+        ops.linear_cross_entropy(x[:0], w, target[:0], reduction=reduction, chunk=chunk).sum().backward()
+    assert w.grad is w.grad_buffer and not w.grad.any()
+
+
+@ON
+def test_chunks_need_no_tensor_of_the_size_of_a_kept_gradient(name: str) -> None:
+    x, w, b, target = case(64, 40, 300)
+    w.requires_grad_().grad_buffer = torch.full_like(w, math.nan)
+    with use(strict=True, linear_cross_entropy=name), Sizes() as sizes:
+        ops.linear_cross_entropy(x, w, target, reduction="none", chunk=16).sum().backward()
+    assert w.grad is w.grad_buffer and w.grad.isfinite().all()
+    large = {at for at, elements in sizes.storages.items() if elements >= w.numel()}
+    assert large == {w.data_ptr(), w.grad.data_ptr()}
 
 
 @ON
