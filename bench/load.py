@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -42,8 +42,8 @@ class Wave:
         return self.tokens / self.seconds
 
 
-async def _client(port: int, asks: Sequence[Ask], first: list[float], gaps: list[float]) -> int:
-    """Ask one after the other; return the new tokens.
+async def _client(port: int, asks: Iterator[Ask], first: list[float], gaps: list[float]) -> int:
+    """Take one request after the other; return the new tokens.
 
     Raises:
         ValueError: an answer is not what was asked for.
@@ -69,20 +69,20 @@ async def _client(port: int, asks: Sequence[Ask], first: list[float], gaps: list
     return tokens
 
 
-async def _all(port: int, asks: Sequence[Sequence[Ask]]) -> Wave:
-    first, gaps = list[float](), list[float]()
+async def _all(port: int, asks: Sequence[Ask], clients: int) -> Wave:
+    first, gaps, queue = list[float](), list[float](), iter(asks)
     start = time.perf_counter()
-    tokens = await asyncio.gather(*(_client(port, own, first, gaps) for own in asks))
+    tokens = await asyncio.gather(*(_client(port, queue, first, gaps) for _ in range(clients)))
     return Wave(time.perf_counter() - start, sum(tokens), first, gaps)
 
 
-def drive(port: int, asks: Sequence[Sequence[Ask]]) -> Wave:
-    """Run one client for each list of requests, all at once.
+def drive(port: int, asks: Sequence[Ask], clients: int) -> Wave:
+    """Run clients at once, of which each takes the next request when it has an answer.
 
     Raises:
         ValueError: an answer is not what was asked for.
     """
-    return asyncio.run(_all(port, asks))
+    return asyncio.run(_all(port, asks, clients))
 
 
 def apart() -> ProcessPoolExecutor:

@@ -7,7 +7,7 @@ time, one at a time is asked; in every round each gets the same requests, in tur
 own. Answers are greedy streams of a fixed length (ignore_eos); prompts are random ids, others in every round.
 
     one     a single client: two requests, prompts of 64 to 192 tokens, 64 to 192 new ones
-    many    16 clients at once, each with two such requests, one after the other
+    many    16 clients at once that take such requests from one queue, 48 in all
     prefix  16 clients whose prompts begin with the same 512 tokens, then 16 to 64 others, 32 to 96 new ones
 
 tokens/s: new tokens of all clients over the time of all. first: from the request to the first text of the answer.
@@ -84,16 +84,16 @@ SHAPES = {"gpt2-124m": Shape(12, 12, 768, 50257, 1.0), "tiny": Shape(2, 2, 32, 3
 
 @dataclass(frozen=True)
 class Workload:
-    """Clients, the requests of each, and the least and most tokens of a prompt and of an answer."""
+    """Clients, the requests of all, and the least and most tokens of a prompt and of an answer."""
 
     clients: int
-    each: int
+    requests: int
     prompt: tuple[int, int]
     new: tuple[int, int]
     shared: int = 0  # tokens with which all prompts begin
 
-    def asks(self, shape: Shape, seed: int) -> list[list[Ask]]:
-        """Return the requests of every client in a round."""
+    def asks(self, shape: Shape, seed: int) -> list[Ask]:
+        """Return the requests of a round."""
         draw = np.random.default_rng(seed)
         same = np.random.default_rng(10**6).integers(1, shape.vocab, round(self.shared * shape.scale)).tolist()
 
@@ -101,7 +101,7 @@ class Workload:
             prompt, new = (max(2, round(shape.scale * draw.integers(*ends, endpoint=True))) for ends in self.lengths)
             return Ask([*same, *draw.integers(1, shape.vocab, prompt).tolist()], new)
 
-        return [[one() for _ in range(self.each)] for _ in range(self.clients)]
+        return [one() for _ in range(self.requests)]
 
     @property
     def lengths(self) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -110,8 +110,8 @@ class Workload:
 
 WORKLOADS = {
     "one": Workload(1, 2, (64, 192), (64, 192)),
-    "many": Workload(16, 2, (64, 192), (64, 192)),
-    "prefix": Workload(16, 1, (16, 64), (32, 96), 512),
+    "many": Workload(16, 48, (64, 192), (64, 192)),
+    "prefix": Workload(16, 16, (16, 64), (32, 96), 512),
 }
 
 
@@ -137,9 +137,10 @@ def measure(servers: list[Running], shape: Shape, names: list[str], rounds: int)
     with apart() as process:
         for turn in range(-1, rounds):
             for place, name in enumerate(names):
-                asks = WORKLOADS[name].asks(shape, 1000 * (turn + 1) + place)
+                workload = WORKLOADS[name]
+                asks = workload.asks(shape, 1000 * (turn + 1) + place)
                 for server in turns(list(by_name), max(0, turn)):
-                    wave = process.submit(drive, by_name[server].port, asks).result()
+                    wave = process.submit(drive, by_name[server].port, asks, workload.clients).result()
                     if turn >= 0:
                         found[name, server].append(wave)
     return found
