@@ -179,11 +179,7 @@ class Generator:
     @torch.no_grad()
     def step(self) -> list[Piece]:
         """Run one pass of the model; return what it added, empty if there is nothing to do. The model must be in eval
-        mode.
-
-        Raises:
-            ValueError: the logits of a row are not finite; all running requests are dropped.
-        """
+        mode."""
         pieces, schedule = self._end_idle(), self.schedule
         schedule.admit()
         self._read_last = bool(schedule.reading) and not (self._read_last and schedule.running)
@@ -193,7 +189,7 @@ class Generator:
         """Generate; yield the pieces of all requests as they come, numbered from 0. Leaving the loop cancels the rest.
 
         Raises:
-            ValueError: as `add` and `step`; requests of `add` are not finished; or a grammar reached a limit.
+            ValueError: as `add`; requests of `add` are not finished; or a request ended with an error (Piece.error).
         """
         if self.busy:
             raise ValueError("Generator: other requests are running, expected none (many callers share add and step)")
@@ -223,7 +219,7 @@ class Generator:
             on_text: called with the position of a request in `requests` and each new piece of its text.
 
         Raises:
-            ValueError: as `add` and `step`.
+            ValueError: as `stream`.
         """
         results: dict[int, Result] = {}
         for piece in self.stream(requests):
@@ -240,7 +236,7 @@ class Generator:
             texts: texts, which get the tokenizer's prefix, or ids.
 
         Raises:
-            ValueError: as `add` and `step`; a text is longer than the context.
+            ValueError: as `stream`; a text is longer than the context.
         """
         results = self.generate([Request(text, 0, prompt_logprobs=0) for text in texts])
         return [[p for p in result.prompt_logprobs or () if p is not None] for result in results]
@@ -308,11 +304,6 @@ class Generator:
                 if (n := r.request.logprobs) is not None:
                     r.logprobs.append(logprob)
                     r.top_logprobs.append(list(zip(ids[:n], values[:n])))
-        if -1 in tokens:
-            length = len(group[tokens.index(-1)].ids)
-            self.schedule.remove(range(len(self.schedule.running)))
-            self.schedule.pages.forget()
-            raise ValueError(f"Generator: the logits after {length} tokens are not finite, expected finite numbers")
         pieces = [self._append(r, token) for r, token in zip(group, tokens)]
         ended = [piece.result is not None or piece.error is not None for piece in pieces]
         anew = [r.start != context_start(len(r.ids), self.context) for r in group]
@@ -323,6 +314,10 @@ class Generator:
         return pieces
 
     def _append(self, r: Running, token: int) -> Piece:
+        if token < 0:
+            self.schedule.pages.discard(r.chain)
+            error = f"the logits after {len(r.ids)} tokens are not finite, expected finite numbers"
+            return Piece(r.number, None, "", error=error)
         if not r.request.max_new_tokens:  # only the prompt was asked for
             return Piece(r.number, None, "", r.result("length"))
         r.ids.append(token)

@@ -128,6 +128,14 @@ class Pages:
             self._drop(page)
         chain.pages = []
 
+    def discard(self, chain: Chain) -> None:
+        """Take the pages of a text out of the index, so that no other text takes them."""
+        for page in chain.pages:
+            entry = self._entries[page]
+            if entry is not None:
+                del self._index[entry.key]
+                self._entries[page] = None
+
     def forget(self) -> None:
         """Empty the index."""
         self._free += self._unused

@@ -164,7 +164,8 @@ class Piece:
             string is held back.
         result: of a request that is finished; else None.
         logprob, top_logprobs: of the new token, as in Result; None if not asked for.
-        error: why the request ended without a result: its grammar reached a limit of the library.
+        error: why the request ended without a result: its logits are not finite, or its grammar reached a limit of the
+            library.
     """
 
     number: int

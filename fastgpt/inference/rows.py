@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -109,13 +110,16 @@ class Rows:
         cache = Reading(self.cache, [part.span for part in parts])
         with self._adapted(selection, parts):
             h = self.model.hidden(ids[None], kv_cache=cache)[0]
-        ends, end = [], 0
-        for part in parts:
-            start, end = end, end + part.span.tokens
-            ends.append(end - 1)
+        ends = list(itertools.accumulate(part.span.tokens for part in parts))
+        last = h[torch.tensor(ends).to(self.device) - 1]
+        if len(parts) > 1 and not bool(last.isfinite().all()):
+            # values that are not finite pass through masks to the other texts, because 0 * NaN is NaN
+            return torch.cat([self.read([part], selection) for part in parts])
+        for part, end in zip(parts, ends):
+            start = end - part.span.tokens
             if part.into is not None and (targets := torch.tensor(part.ids[1:], device=self.device)).numel():
                 score(self.model, h[start : start + len(targets)], targets, part.scored, part.into)
-        return h[torch.tensor(ends).to(self.device)]
+        return last
 
     def _adapted(self, selection: Selection | None, parts: Sequence[Part]) -> Any:
         """Return a context in which each token of a row of parts has its adapter."""

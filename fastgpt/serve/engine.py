@@ -161,14 +161,8 @@ class Engine:
             _send(self.pipe, {"changed": number})
 
     def step(self) -> None:
-        """Run one step and send what it added; a request without finite logits takes the running ones with it."""
-        try:
-            pieces = self.generator.step()
-        except ValueError as e:
-            left = {r.number for r in (*self.generator.schedule.waiting, *self.generator.schedule.reading)}
-            for own in [own for own in self.numbers if own not in left]:
-                _send(self.pipe, {"refused": self.numbers.pop(own), "why": str(e)})
-            return
+        """Run one step and send what it added."""
+        pieces = self.generator.step()
         for piece in [piece for piece in pieces if piece.error is not None and piece.number in self.numbers]:
             _send(self.pipe, {"refused": self.numbers.pop(piece.number), "why": piece.error})
         found = [self._plain(piece) for piece in pieces if piece.number in self.numbers]

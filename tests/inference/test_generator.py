@@ -304,6 +304,26 @@ def test_logits_that_are_not_finite_end_the_call() -> None:
         Generator(model).generate([Request([1, 2, 3, 7], 3)])
 
 
+def test_a_row_whose_logits_are_not_finite_ends_alone() -> None:
+    model = model_of(tied=False).eval()
+    good = [Request([1, 2, 3], 6, temperature=0), Request([4, 5, 1, 2, 6], 6, temperature=0)]
+    wanted = [r.ids for r in Generator(model).generate(good)]
+    with torch.no_grad():
+        model.wte.weight[7] = torch.nan
+    generator = Generator(model, max_batch=3)
+    numbers = [generator.add(r) for r in (good[0], Request([1, 7], 6), good[1])]
+    found: dict[int, list[int | None]] = {n: [] for n in numbers}
+    errors = {}
+    while generator.busy:
+        for piece in generator.step():
+            found[piece.number].append(piece.id)
+            if piece.error is not None:
+                errors[piece.number] = piece.error
+    assert errors == {numbers[1]: "the logits after 2 tokens are not finite, expected finite numbers"}
+    assert [found[numbers[0]], found[numbers[2]]] == wanted
+    assert generator.schedule.pages.used == 0
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
