@@ -105,10 +105,22 @@ def tune(argv: list[str]) -> int:
 
 
 def train(argv: list[str]) -> int:
-    """Run `fastgpt train`; see fastgpt/train.py."""
+    """Run `fastgpt train`; see fastgpt/train.py, and with --find-lr fastgpt/sweep/find_lr.py."""
+    if "--find-lr" in argv:
+        from fastgpt.sweep.find_lr import main as find_lr_main
+
+        return find_lr_main(argv)
+
     from fastgpt.train import main as train_main
 
     return train_main(argv)
+
+
+def sweep(argv: list[str]) -> int:
+    """Run `fastgpt sweep`; see fastgpt/sweep/command.py."""
+    from fastgpt.sweep.command import main as sweep_main
+
+    return sweep_main(argv)
 
 
 def init(argv: list[str]) -> int:
@@ -218,6 +230,7 @@ def bench(argv: list[str]) -> int:
 
 COMMANDS = {
     "train": train,
+    "sweep": sweep,
     "init": init,
     "finetune": finetune,
     "watch": watch,
@@ -239,7 +252,8 @@ COMMANDS = {
     "bench": bench,
 }
 HELP = """commands:
-  train      train a model, resume a run, or plan one (--plan)
+  train      train a model, resume a run, plan one (--plan), or find its learning rate (--find-lr)
+  sweep      train with many settings, and find the best
   init       write a recipe for fine-tuning from a goal
   finetune   train a model further: on instructions, preferences, labels, or a teacher
   watch      show a run in the terminal while it trains

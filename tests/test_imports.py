@@ -22,7 +22,7 @@ LAYERS = (
     {"config", "errors"},
     {"evaluate", "report"},
     {"train", "convert"},
-    {"finetune"},
+    {"finetune", "sweep"},
     {"serve"},
     {"bench"},
     {"cli"},

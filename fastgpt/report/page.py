@@ -20,15 +20,19 @@ _HERE = Path(__file__).parent
 
 def render(runs: Sequence[RunFiles]) -> str:
     """Return the page on runs whose rows have been read."""
-    charts, left_out = charts_of(runs)
     sections = [
         Section("Summary", _notes(runs), [tables.final_values(runs)]),
-        *_chart_sections(runs, charts, left_out),
+        *chart_sections(runs),
         *_samples(runs),
         Section("Settings and provenance", [], [*tables.settings(runs), tables.provenance(runs)]),
     ]
     title = f"Run {runs[0].name}" if len(runs) == 1 else f"{len(runs)} runs"
     about = "Made by `fastgpt report`." + " Losses of different tokenizers do not compare." * (len(runs) > 1)
+    return with_charts(title, about, sections)
+
+
+def with_charts(title: str, about: str, sections: list[Section]) -> str:
+    """Return a page whose sections may be those of `chart_sections`."""
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return core_page.page(title, about, sections, style, script)
 
@@ -61,7 +65,9 @@ def _controls(runs: Sequence[RunFiles], charts: Sequence[Chart]) -> str:
     )
 
 
-def _chart_sections(runs: Sequence[RunFiles], charts: Sequence[Chart], left_out: int) -> list[Section]:
+def chart_sections(runs: Sequence[RunFiles]) -> list[Section]:
+    """Return the sections with the charts of runs, the first with the controls and the data of all."""
+    charts, left_out = charts_of(runs)
     found = []
     last = tables.evaluations(runs)
     for title in (LOSS, STEPS, EVALUATIONS):

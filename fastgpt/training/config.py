@@ -266,15 +266,20 @@ def load_config(argv: Sequence[str], default: str = "tiny") -> TrainConfig:
     Raises:
         UserError: names the key, the value received and the value expected.
     """
+    config, typed = read_config(argv, default)
+    for key, clause in options.without_effect(config, typed, EFFECTS):
+        log.warning("--%s %s", key, clause)
+    return config
+
+
+def read_config(argv: Sequence[str], default: str = "tiny") -> tuple[TrainConfig, set[str]]:
+    """Read settings as `load_config` does, without warnings; return them and the dotted keys that argv sets."""
     settings, name, typed = options.from_command_line(TrainConfig, argv, default)
     if not settings.get("out"):
         settings["out"] = "runs/" + Path(name).name.removesuffix(".yaml").removesuffix(".yml")
     if "max_steps" in typed and "max_minutes" not in typed and name in options.names():
         settings["max_minutes"] = None  # else the demo's four minutes would cut off a run of a given length
-    config = _build(settings)
-    for key, clause in options.without_effect(config, typed, EFFECTS):
-        log.warning("--%s %s", key, clause)
-    return config
+    return _build(settings), typed
 
 
 SHARED_EFFECTS = {  # of `fastgpt finetune` too
