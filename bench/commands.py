@@ -15,6 +15,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "roofline": ("roofline", "share of a step spent in matmuls, attention, memory-bound kernels, idle"),
     "host": ("host", "microseconds of an op call, launches of a step, import and compile times"),
     "codegen": ("codegen", "registers, spills, shared memory and occupancy of every kernel, without a GPU"),
+    "scaling": ("scaling", "a model of steps and runs of days on 1 to 1,024 GPUs; --check: steps in processes here"),
     "memory": ("memory", "largest batch and longest context that fit a card"),
     "training": ("training", "a 60-step run of the trainer that is stopped and resumed"),
     "tiles": ("tiles", "launch shapes of attention's Triton kernels, by time"),
