@@ -176,7 +176,7 @@ def row(cfg: TrainConfig, parallel: Parallel, count: Count, one: Samples) -> dic
     n, alone, tokens = count.mesh.world, count.samples["alone"], cfg.batch_tokens
     step = count.samples.get("step", alone)
     middle = step.quantile(0.5)
-    made: dict[str, Any] = {"bench": "processes", "parallel": parallel, "processes": n, **step.figures()}
+    made: dict[str, Any] = {"bench": "processes", "variant": parallel, "processes": n, **step.figures()}
     made |= {"tokens_per_s": n * tokens / middle, "efficiency": one.shares(step).quantile(0.5)}
     if n == 1:
         return made
@@ -268,7 +268,8 @@ def main(mesh: Mesh, device: torch.device, shapes: dict[str, Shape], parallel: P
             rows = of_shape(mesh, device, shape, parallel)
             if not rows:
                 continue
-            about = {"shape": name, "batch": shape.batch, "block": shape.block, "machine": provenance(device)}
+            about: dict[str, Any] = {"shape": name, "batch": shape.batch, "block": shape.block}
+            about["machine"] = provenance(device)
             print(f"{name}, {parallel}: B {shape.batch} x T {shape.block} in each process, {where(about['machine'])}")
             print(show(rows), flush=True)
             if path is not None:

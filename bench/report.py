@@ -31,6 +31,7 @@ OTHERS = {
     "finetune": ("Fine-tuning", "Steps against transformers, TRL and PEFT; `fastgpt bench finetune`."),
     "evaluate": ("Evaluation", "Log-likelihoods against lm_eval's own model; `fastgpt bench evaluate`."),
     "serve": ("Server", "Clients at once against llama.cpp's server; `fastgpt bench serve`."),
+    "processes": ("Processes", "Steps in 1 to N processes; `torchrun -m fastgpt.bench.throughput`."),
     "codegen": ("Codegen", "Compiler output for each kernel; `fastgpt bench codegen`. No GPU is needed."),
 }
 HIDDEN = "bench figure backend machine gpu losses sets samples cut_samples reference relative_low red".split()

@@ -26,6 +26,7 @@ from fastgpt.bench.timeline import (
 from fastgpt.core.command import run_command
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
+from fastgpt.train import main
 
 MODEL = ModelConfig(n_layers=4, n_heads=4, width=256, vocab_size=1000, block_size=64)
 HERE = Cluster("here", 1e12, 1e12, 8, inside=1e10, between=2e9, base=0.0, hop=(1e-6, 1e-5), tree=None)
@@ -102,7 +103,8 @@ def test_the_page_has_the_tables_of_the_command() -> None:
     page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
     commands = [line.split()[3:] for line in page.splitlines() if line.startswith("fastgpt bench scaling")]
     shown = [words for words in commands if "--check" not in words]
-    assert len(shown) >= 2
+    plans = [line for line in page.splitlines() if line.startswith("fastgpt train --plan")]
+    assert len(shown) >= 2 and len(plans) == 1 and main(plans[0].split()[2:]) == 0
     for words in shown:
         made = scaling.tables(scaling.options().parse_args(words))
         for line in made.splitlines():
