@@ -27,8 +27,10 @@ from fastgpt.bench.network import Cluster, Collective
 from fastgpt.distributed.parallelize import Parallel
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
+from fastgpt.ops.adamw import PARTIALS
 
 BUCKETS = (1 << 20, 25 << 20)  # bytes that close the first bucket and the others
+NORM = 4 * PARTIALS  # bytes of the sums of squares that FSDP2 adds up for clipping
 SCALARS = (8, 12)  # bytes of a step's all-reduces besides gradients: counted tokens; loss, wishes to end and to save
 
 
@@ -118,7 +120,7 @@ def collectives(work: Work, parallel: Parallel, n: int) -> list[Collective]:
         return scalars + [Collective("all_reduce", size) for size, _ in buckets(work.parts, work.itemsize)]
     sizes = [shard_bytes(shapes, work.itemsize, n) for shapes in groups(work.parts)]
     gathers = [sizes[0], *sizes[1:], *sizes[1:]] * work.micro_batches  # the outer group stays until its backward
-    norm = [Collective("all_reduce", 4)]  # of the gradients, for clipping
+    norm = [Collective("all_reduce", NORM)]
     scatters = [Collective("reduce_scatter", size) for size in sizes]
     return scalars + norm + [Collective("all_gather", size) for size in gathers] + scatters
 
@@ -200,7 +202,7 @@ def simulate(work: Work, cluster: Cluster, parallel: Parallel, n: int, slow: flo
     (_fsdp if sharded else _ddp)(work, clock, forward)
     clock.call(Collective("all_reduce", SCALARS[1]), clock.compute)
     if sharded:
-        clock.call(Collective("all_reduce", 4), clock.network)
+        clock.call(Collective("all_reduce", NORM), clock.network)
     moved = work.parameters * work.state / (n if sharded else 1)
     clock.run(moved / work.bandwidth if work.update is None else work.update, clock.network)
     return Step(clock.compute, clock.computed, clock.sent)

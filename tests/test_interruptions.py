@@ -88,7 +88,8 @@ class Job:
     Attributes:
         events: (time, kind), the next one last: "kill" ends the process at any point, "write" within the next write of
             a checkpoint; "notice" sends SIGTERM.
-        lost: steps that each life repeats of those that the lives before it had done.
+        last: the last step that this life has done.
+        lost: steps between where each life begins and the last one of the life before it.
         ends: the kinds of events in each life.
         noticed: time of the last SIGTERM.
     """
@@ -146,7 +147,7 @@ def settings(out: Path) -> TrainConfig:
     data.write_bytes(torch.randint(64, (9000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).numpy())
     words = "--model.n-layers 1 --model.n-heads 2 --model.width 16 --model.vocab-size 64 --block-size 16 --dtype fp32 "
     words += (
-        "--micro-batch 2 --batch-tokens 64 --warmup-steps 2 --model.resid-dropout 0.1 --device cpu --max-minutes null "
+        "--micro-batch 2 --batch-tokens 32 --warmup-steps 2 --model.resid-dropout 0.1 --device cpu --max-minutes null "
     )
     words += f"--eval-every 100 --eval-batches 1 --save-every 0 --save-minutes {MINUTES} --log-every 1000 "
     words += f"--max-steps {int(HOURS * 3600 / STEP)}"
@@ -159,16 +160,17 @@ def work(job: Job, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def update(*arguments: Any) -> Any:
         values = optimizer_step(*arguments)
-        job.last = max(job.last, run.progress.step + 1)
+        job.last = run.progress.step + 1
         return values
 
     def begin(run: Any, log: Any, stop: Any) -> None:
         job.lost.append(job.last - run.progress.step)
+        job.last = run.progress.step
         job.ends.append([])
         loop(run, log, stop)
 
     monkeypatch.setattr(steplog, "monotonic", lambda: job.now)
-    monkeypatch.setattr(train, "forward_backward", job.around(train.forward_backward, STEP / 4))  # two micro-batches
+    monkeypatch.setattr(train, "forward_backward", job.around(train.forward_backward, STEP / 2))
     monkeypatch.setattr(train, "optimizer_step", job.around(update, STEP / 2))
     monkeypatch.setattr(train, "loop", begin)
     monkeypatch.setattr(checkpoint, "save_file", job.around(checkpoint.save_file, WRITE / 2, writing=True))
