@@ -22,6 +22,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "patching": ("patching", "a step of transformers' GPT-2 and Llama before and after fastgpt.patch"),
     "generate": ("generate", "generated tokens/s against transformers and llama.cpp; share of what memory allows"),
     "adapters": ("adapters", "a decode step with LoRA adapters in the batch against the base's"),
+    "muon": ("muon", "Muon's Newton-Schulz iteration against a loop over torch.optim.Muon's own"),
     "data": ("data", "text to token shards against tiktoken, datasketch and datatrove: MB/s of one core, memory"),
     "finetune": ("finetune", "fine-tuning steps against transformers, TRL and PEFT: tokens/s, memory"),
     "evaluate": ("evaluate", "log-likelihoods of benchmarks against lm_eval's own model: requests/s"),

@@ -27,6 +27,7 @@ OTHERS = {
     "host": ("Host", "Microseconds per call, launches, import, compile and install; `fastgpt bench host`."),
     "generate": ("Generation", "Tokens per second against transformers and llama.cpp; `fastgpt bench generate`."),
     "adapters": ("Adapters", "A decode step with LoRA adapters in the batch; `fastgpt bench adapters`."),
+    "muon": ("Muon", "The iteration over GPT-2 124M's matrices against torch's own; `fastgpt bench muon`."),
     "data": ("Data sets", "MB of text per second of one core against tiktoken, datasketch and datatrove."),
     "finetune": ("Fine-tuning", "Steps against transformers, TRL and PEFT; `fastgpt bench finetune`."),
     "evaluate": ("Evaluation", "Log-likelihoods against lm_eval's own model; `fastgpt bench evaluate`."),

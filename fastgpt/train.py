@@ -59,7 +59,7 @@ def prepare(cfg: TrainConfig) -> Run:
     with plan.explain_out_of_memory(cfg, vocab_size, device):
         model = build_model(cfg, vocab_size, device, mesh)
         task = spread_over(mesh, cfg, NextToken(), model)
-        optimizer = build_optimizer(cfg, model)
+        optimizer = build_optimizer(cfg, model, mesh)
     loader = build_loader(cfg, data, device, mesh)
     return hook.attach(Run(cfg, device, data, val_sources, model, optimizer, loader, task, mesh))
 
