@@ -51,11 +51,11 @@ def peer(matrix: Tensor) -> Tensor:
     return found
 
 
-def products(matrix: Tensor) -> None:
-    """Multiply as one step of the plain iteration does."""
+def products(matrix: Tensor) -> Tensor:
+    """Return the result of products as one step of the plain iteration has them."""
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
     g = torch.mm(x, x.mT)
-    torch.mm(torch.mm(g, g), x)
+    return torch.mm(torch.mm(g, g), x)
 
 
 def shapes(width: int, layers: int) -> list[tuple[int, int]]:

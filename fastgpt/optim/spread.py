@@ -83,7 +83,8 @@ def orthogonalise_copies(matrices: Sequence[Tensor], precision: torch.dtype) -> 
     for place, out in zip(own.split([*sizes[rank], longest - sum(sizes[rank])]), done):
         place.view(out.shape).copy_(out)
     every = own.new_empty(world * longest)
-    dist.all_gather_into_tensor(every, own)
+    gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
+    gather(every, own)
     found = list(matrices)
     for mine, size, row in zip(order, sizes, every.view(world, longest)):
         for i, flat in zip(mine, row.split([*size, longest - sum(size)])):
