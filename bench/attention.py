@@ -87,7 +87,7 @@ def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, A
     """Return the first layer's shape, with the model's window, softcap and scale."""
     window = c.window_of(0)
     options: dict[str, Any] = {"window": window if window is not None and window < block else None}
-    options |= {"softcap": c.attn_softcap, "scale": c.attn_scale}
+    options |= {"softcap": c.attn_softcap, "scale": c.score_scale}
     return (batch, block, c.n_heads, c.kv_heads, c.d_head), options
 
 

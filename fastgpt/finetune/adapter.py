@@ -22,6 +22,7 @@ from fastgpt.models.gpt import GPT
 from fastgpt.models.weights import family_for
 from fastgpt.models.weights.convert import finite
 from fastgpt.models.weights.files import FileTensor, check_tensors, some
+from fastgpt.models.weights.mup import changes_queries, without_mup
 from fastgpt.models.weights.peft import CONFIG, FILE, HEAD, read_adapter, selects
 from fastgpt.models.weights.segments import Segment, lora_layers, segments
 from fastgpt.nn.lora import LoraLinear
@@ -111,7 +112,9 @@ def adapter_config(model: GPT, base_name: str | None = None, family: str | None 
     Raises:
         UserError: no family of transformers hosts the model.
     """
-    family_for(model.config, family)
+    if changes_queries(model.config):
+        raise UserError("adapter: model.mup_base_head_dim scales the base's queries in other forms, expected null")
+    family_for(without_mup(model.config), family)
     found, layers = segments(model, family), lora_layers(model)
     every = [s for parts in found.values() for s in parts]
     adapted = [s for name, m in layers.items() for s in found[name] if s.columns in m.columns]

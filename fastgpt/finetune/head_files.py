@@ -24,6 +24,7 @@ from fastgpt.models.weights.convert import Weights, exported, file_tensors, fini
 from fastgpt.models.weights.families import family_for, family_of
 from fastgpt.models.weights.files import SHARD_BYTES, FileTensor, open_folder, write_folder
 from fastgpt.models.weights.huggingface import CONFIG, read_json
+from fastgpt.models.weights.mup import folded
 from fastgpt.models.weights.tokenizer import tokenizer_files
 
 SEQUENCES, TOKENS = "ForSequenceClassification", "ForTokenClassification"
@@ -51,6 +52,7 @@ def write_pretrained(
         UserError: as there, or transformers has no class for the head.
         OSError: the files cannot be written.
     """
+    c, read = folded(c, read)
     family = family_for(c, model_type)
     module = _module(head, family.model_type)
     name = str(dtype).removeprefix("torch.")

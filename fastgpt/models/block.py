@@ -61,7 +61,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.layer, self.window, self.scale, self.softcap = layer, c.window_of(layer), c.attn_scale, c.attn_softcap
+        self.layer, self.window, self.scale, self.softcap = layer, c.window_of(layer), c.score_scale, c.attn_softcap
         self.n_heads, self.kv_heads, self.d_head = c.n_heads, c.kv_heads, c.d_head
         self.attn_dropout, self.resid_dropout = c.attn_dropout, c.resid_dropout
         self.qkv = make_module(Linear, c.width, (c.n_heads + 2 * c.kv_heads) * c.d_head, bias=c.qkv_bias)

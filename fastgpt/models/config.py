@@ -62,7 +62,7 @@ class ModelConfig:
         head_bias: bias of the logits.
         tied: whether the head shares the weight of the token embedding.
         window: keys that a query sees, counted back from its own; null is all; a list is repeated over the layers.
-        attn_scale: factor of q k^T; null is 1 / sqrt(head_dim), GPT-Neo uses 1.0.
+        attn_scale: factor of q k^T; null is 1 / sqrt(head_dim) (but see mup_base_head_dim), GPT-Neo uses 1.0.
         attn_softcap: attention scores become cap tanh(score / cap); 0 is off.
         logit_softcap: the same for the logits; 0 is off.
         embed_scale: factor of the token embeddings, in the dtype of the model; Gemma uses sqrt(width).
@@ -70,6 +70,10 @@ class ModelConfig:
         attn_dropout: dropout of the attention weights.
         resid_dropout: dropout of a block's output to the residual stream.
         init_std: standard deviation of initial weights; divided by sqrt(2 n_layers) where a block writes its output.
+        mup_base_width: width whose learning rate, weight decay and init_std the settings are; initial values, learning
+            rates and logits then scale with width / mup_base_width (µP, docs/tuning.md); null is no scaling.
+        mup_base_head_dim: head_dim at mup_base_width: attn_scale is then sqrt(mup_base_head_dim) / head_dim; null is
+            head_dim (wider models have more heads, not larger ones).
     """
 
     n_layers: int = 12
@@ -108,12 +112,15 @@ class ModelConfig:
     attn_dropout: float = 0.0
     resid_dropout: float = 0.0
     init_std: float = 0.02
+    mup_base_width: int | None = None
+    mup_base_head_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layers", "n_heads", "n_kv_heads", "width", "head_dim", "mlp_width", "vocab_size"):
             self._positive(name)
         for name in ("vocab_multiple", "block_size", "rope_theta", "norm_eps", "init_std"):
             self._positive(name)
+        self._check_mup()
         heads, kv = self.n_heads, self.kv_heads
         require(
             self.head_dim is not None or self.width % heads == 0,
@@ -142,6 +149,14 @@ class ModelConfig:
     def _positive(self, name: str) -> None:
         value = getattr(self, name)
         require(value is None or 0 < value < math.inf, f"model.{name}", value, "more than 0")
+
+    def _check_mup(self) -> None:
+        self._positive("mup_base_width")
+        self._positive("mup_base_head_dim")
+        base, scale = self.mup_base_head_dim, self.attn_scale
+        require(base is None or scale is None, "model.attn_scale", scale, "null with model.mup_base_head_dim")
+        alone = base is not None and self.mup_base_width is None
+        require(not alone, "model.mup_base_head_dim", base, "null without model.mup_base_width")
 
     def _check_rope(self) -> None:
         r, d = self.rotary, self.d_head
@@ -201,6 +216,18 @@ class ModelConfig:
         if self.vocab_size is None:
             raise ValueError("ModelConfig: vocab_size is None, expected a number (dataclasses.replace sets it)")
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def width_ratio(self) -> float:
+        """mup_base_width / width; 1 without µP."""
+        return 1.0 if self.mup_base_width is None else self.mup_base_width / self.width
+
+    @property
+    def score_scale(self) -> float | None:
+        """Factor of q k^T; None is 1 / sqrt(head_dim)."""
+        if self.mup_base_head_dim in (None, self.d_head):
+            return self.attn_scale
+        return math.sqrt(self.mup_base_head_dim or 1) / self.d_head
 
     def window_of(self, layer: int) -> int | None:
         """Return the attention window of a layer; None means all keys."""

@@ -4,7 +4,7 @@
     pre-norm    x = x + attn(norm1(x));  x = x + mlp(norm2(x))
     post-norm   x = norm1(x + attn(x));  x = norm2(x + mlp(x))
     parallel    x = x + attn(norm1(x)) + mlp(norm1(x) or norm2(x))
-    logits = norm_f(x) head^T, loss = cross-entropy in the same op
+    logits = r norm_f(x) head^T, loss = cross-entropy in the same op; r = mup_base_width / width, 1 without µP
 
 The blocks are in block.py. Dims: B, T, C width, V vocabulary (rows padded to Vp).
 """
@@ -30,6 +30,7 @@ from fastgpt.models.tree import TokenTree
 from fastgpt.nn import Embedding, Linear, RotaryEmbedding
 from fastgpt.nn._hooks import fusable
 
+HIDDEN = re.compile(r"^blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(up|down))\.weight$")  # both sizes grow with the width
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -82,13 +83,16 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Initialise as in GPT-2: normal weights, smaller where a block writes its output; biases 0, norms 1."""
+        """Initialise as in GPT-2: normal weights, smaller where a block writes its output; biases 0, norms 1. With µP
+        the variance of hidden matrices is in inverse proportion to the width."""
         std, small = self.config.init_std, self.config.init_std / math.sqrt(2 * self.config.n_layers)
+        inner = math.sqrt(self.config.width_ratio)
         for name, p in self.named_parameters():
             if p.dim() == 1:
                 p.fill_(1.0 - self.config.norm_offset if name.endswith("weight") else 0.0)
             elif not p.is_meta:
                 s = small if name.endswith(("proj.weight", "down.weight")) else std
+                s *= inner if HIDDEN.match(name) else 1.0
                 p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, s, generator=generator))
 
     @property
@@ -105,7 +109,7 @@ class GPT(nn.Module):
         kv_cache: Cache | None = None,
         tree: TokenTree | None = None,
     ) -> Tensor:
-        """Compute the input of the head, (B, T, C), from ids (B, T).
+        """Compute the input of the head, (B, T, C), from ids (B, T); with µP it is scaled by mup_base_width / width.
 
         Args:
             tree: ids (1, T) are a tree of texts, in evaluation mode; the other arguments are then None.
@@ -133,6 +137,7 @@ class GPT(nn.Module):
                     x, residual = block(x, residual, run)
             if self.norm_f is not None:
                 x, _ = add_norm(self.norm_f, x, residual, run)
+        x = x if self.config.width_ratio == 1.0 else x * self.config.width_ratio
         if kv_cache is not None:
             kv_cache.advance(ids.shape[1])
         return x
@@ -270,30 +275,41 @@ class GPT(nn.Module):
         self, weight_decay: float, lr_ratios: dict[str, float] | None = None, muon: bool = False
     ) -> list[dict[str, Any]]:
         """Group the parameters for an optimizer: weight decay on tensors of two or more dimensions (embeddings too),
-        none on norms and biases.
+        none on norms and biases. With µP the hidden matrices are groups of their own, see `_share`.
 
         Args:
             weight_decay: that of the groups that have any.
             lr_ratios: regular expression -> ratio; the first expression found in a parameter's name sets the "lr_ratio"
-                of its group, which is 1.0 otherwise.
+                of its group, which is 1.0 otherwise; µP multiplies it.
             muon: put the matrices of the blocks in separate groups, with "muon": True.
 
         Raises:
             ValueError: an expression is found in no parameter's name.
         """
         ratios = {**(lr_ratios or {}), "": 1.0}
-        groups: dict[tuple[str, bool, bool], list[Tensor]] = {}
+        groups: dict[tuple[str, bool, bool, float], list[Tensor]] = {}
         for name, p in self.named_parameters():
             if p.requires_grad:
                 pattern = next(pattern for pattern in ratios if re.search(pattern, name))
                 inner = muon and p.dim() == 2 and name.startswith("blocks.")
-                groups.setdefault((pattern, p.dim() < 2, inner), []).append(p)
+                groups.setdefault((pattern, p.dim() < 2, inner, self._share(name, inner)), []).append(p)
         if idle := set(ratios) - {pattern for pattern, *_ in groups} - {""}:
             raise ValueError(
                 f"lr_ratios: {sorted(idle)[0]!r} matches no parameter, expected a part of a name in the state_dict"
             )
         return [
-            {"params": ps, "weight_decay": 0.0 if spared else weight_decay, "lr_ratio": ratios[pattern]}
+            {"params": ps, "weight_decay": 0.0 if spared else weight_decay / share, "lr_ratio": ratios[pattern] * share}
             | ({"muon": True} if inner else {})
-            for (pattern, spared, inner), ps in sorted(groups.items(), key=lambda item: item[0])
+            for (pattern, spared, inner, share), ps in sorted(groups.items(), key=lambda item: item[0])
         ]
+
+    def _share(self, name: str, muon: bool) -> float:
+        """Return the factor of a parameter's learning rate that µP needs; its weight decay is divided by it, so that
+        their product, the share of a weight that a step decays, is that of the base width.
+
+        AdamW moves every element of a hidden matrix (C, C) by about lr. Such moves add up over the C inputs, so the
+        factor is base / C (arXiv:2203.03466, table 8). Muon's update has the same elements, but is orthogonal: its
+        largest singular value is sqrt(C) times that, not C times, so the factor is sqrt(base / C).
+        """
+        ratio = self.config.width_ratio if HIDDEN.match(name) else 1.0
+        return math.sqrt(ratio) if muon else ratio

@@ -65,7 +65,7 @@ class TrainConfig:
             without --max-minutes removes the time limit of a built-in configuration.
         optimizer: adamw, or muon for the matrices of the blocks and adamw for the rest (both use one learning rate).
         momentum: momentum of Muon.
-        lr: highest learning rate.
+        lr: highest learning rate; with model.mup_base_width, that of the model of this width.
         lr_ratios: regular expression found in a parameter's name -> factor of its learning rate, as in {wte: 0.3}.
         min_lr_ratio: final learning rate as a fraction of lr.
         warmup_steps: steps of linear warm-up.
@@ -85,7 +85,6 @@ class TrainConfig:
         eval_data: folder with the files of evals.
         eval_limit: items of each task in evals; null is all.
         save_every: steps between checkpoints; 0 is only at the end.
-        save_minutes: also write a checkpoint when the last one is this many minutes old; 0 is off.
         keep: number of latest checkpoints to keep; 0 keeps all.
         keep_every: also keep checkpoints at multiples of this many steps; 0 is none.
         patience: end the run after this many validations without a better metric, and keep the best checkpoint; 0 is
@@ -151,7 +150,6 @@ class TrainConfig:
     eval_data: str | None = None
     eval_limit: int | None = None
     save_every: int = 1000
-    save_minutes: float = 0.0
     keep: int = 2
     keep_every: int = 0
     patience: int = 0
@@ -183,7 +181,7 @@ class TrainConfig:
         require(
             self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end-of-text token)"
         )
-        for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas", "save_minutes"):
+        for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "0 or more")
         for name in ("data", "val_data", "tokenizer"):

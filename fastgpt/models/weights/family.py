@@ -98,7 +98,9 @@ def settled(c: ModelConfig) -> dict[str, Any]:
         "rope_scaling": c.rope_scaling if rope else None,
         "rope_interleaved": rope and c.rope_interleaved,
         "norm_bias": c.norm == "layer" and c.norm_bias,
-        "attn_scale": c.attn_scale or 1 / math.sqrt(c.d_head),
+        "attn_scale": c.score_scale or 1 / math.sqrt(c.d_head),
+        "mup_base_width": None if c.width_ratio == 1.0 else c.mup_base_width,
+        "mup_base_head_dim": None,  # attn_scale says it
         "window": [None if w is None or w >= (c.block_size or math.inf) else w for w in windows],
     }
 

@@ -23,6 +23,7 @@ from fastgpt.models.weights.convert import file_tensors, parameters
 from fastgpt.models.weights.families import FAMILIES
 from fastgpt.models.weights.family import Family
 from fastgpt.models.weights.layouts import adjacent_pairs
+from fastgpt.models.weights.mup import folded
 from fastgpt.models.weights.tokenizer import merges_of
 from fastgpt.ops._rope_scaling import rope_frequencies
 
@@ -91,6 +92,7 @@ def write(
         gguf: Any = importlib.import_module("gguf")
     except ImportError:
         raise UserError("--format gguf needs the gguf package, expected `pip install gguf`") from None
+    c, read = folded(c, read)
     family, spec = family_in_gguf(c), json.loads(tokenizer)
     if not merges_of(spec):
         raise UserError("export: the tokenizer has no merges, expected one at least; llama.cpp loads no file without")

@@ -18,6 +18,7 @@ from fastgpt.models.weights.convert import Weights, file_tensors, parameters
 from fastgpt.models.weights.families import family_for, family_of
 from fastgpt.models.weights.files import SHARD_BYTES, open_folder, write_folder
 from fastgpt.models.weights.meta_llama import META_LLAMA, PARAMS, open_meta
+from fastgpt.models.weights.mup import folded
 from fastgpt.nn.lora import FrozenLinear, LoraLinear
 
 CONFIG = "config.json"
@@ -102,6 +103,7 @@ def write_pretrained(
         UserError: no family hosts the model, or weights are not finite in `dtype`.
         OSError: the files cannot be written.
     """
+    c, read = folded(c, read)
     family = family_for(c, model_type)
     name = str(dtype).removeprefix("torch.")
     config = family.config(c) | {"dtype": name, "torch_dtype": name, "use_cache": True} | (extra or {})

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.weights.convert import exported
+from fastgpt.models.weights.mup import folded
 from fastgpt.models.weights.nanogpt import require_gpt2
 
 MAGIC, VERSIONS = 20240326, {torch.float32: 3, torch.bfloat16: 5}
@@ -28,6 +29,7 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], dtype: to
     Raises:
         UserError: the model is no GPT-2, its GELU is not tanh's, or llm.c has no such dtype.
     """
+    c, read = folded(c, read)
     require_gpt2(c, "llm.c")
     if c.activation != "gelu_tanh" or dtype not in VERSIONS:
         raise UserError(f"export: llm.c has gelu_tanh in fp32 or bf16, but got {c.activation} in {dtype}")

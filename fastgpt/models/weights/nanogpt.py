@@ -17,6 +17,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.weights.convert import file_tensors
 from fastgpt.models.weights.gpt_families import GPT2
+from fastgpt.models.weights.mup import folded
 
 LINEAR = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
@@ -41,6 +42,7 @@ def write(folder: Path, c: ModelConfig, read: Callable[[str], Tensor], dtype: to
     Raises:
         UserError: the model is no GPT-2.
     """
+    c, read = folded(c, read)
     require_gpt2(c, "nanoGPT")
     tensors: dict[str, Tensor] = {}
     for name, t in file_tensors(GPT2, c, read, dtype):

@@ -17,6 +17,7 @@ from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
 from fastgpt.models.weights.families import family_for
 from fastgpt.models.weights.layouts import Layout
+from fastgpt.models.weights.mup import without_mup
 from fastgpt.nn import Linear
 from fastgpt.nn.lora import FrozenLinear, LoraLinear
 from fastgpt.nn.narrow import NarrowLinear
@@ -82,7 +83,7 @@ def segments(model: GPT, family: str | None = None, narrow: bool = False) -> dic
         narrow: as in `linear_layers`.
     """
     try:
-        layouts = family_for(model.config, family).layouts
+        layouts = family_for(without_mup(model.config), family).layouts
     except UserError:
         layouts = {}
     found = linear_layers(model, narrow)
