@@ -214,6 +214,13 @@ def watch(argv: list[str]) -> int:
     return watch_main(argv)
 
 
+def patch_report(argv: list[str]) -> int:
+    """Run `fastgpt patch-report`; see fastgpt/patching/command.py."""
+    from fastgpt.patching.command import main as patch_report_main
+
+    return patch_report_main(argv)
+
+
 def parity(argv: list[str]) -> int:
     """Run `fastgpt parity`; see fastgpt/parity."""
     from fastgpt.parity import main as parity_main
@@ -246,33 +253,35 @@ COMMANDS = {
     "tokenizer": tokenizer,
     "import": import_,
     "export": export,
+    "patch-report": patch_report,
     "doctor": doctor,
     "tune": tune,
     "parity": parity,
     "bench": bench,
 }
 HELP = """commands:
-  train      train a model, resume a run, plan one (--plan), or find its learning rate (--find-lr)
-  sweep      train with many settings, and find the best
-  init       write a recipe for fine-tuning from a goal
-  finetune   train a model further: on instructions, preferences, labels, or a teacher
-  watch      show a run in the terminal while it trains
-  report     write a page that shows runs and compares them
-  sample     continue a prompt with a trained model
-  chat       hold a conversation with a trained model
-  eval       evaluate a model on benchmarks, texts, suites, safety and people's ratings
-  serve      answer requests over HTTP, as OpenAI's API does
-  store      show, export and delete what a server has kept
-  deploy     roll out a new version of a served model, and roll it back
-  feedback   make preference pairs from thumbs of a server's users
-  data       make data sets from raw text, check and inspect them, erase documents
-  tokenizer  train, show and check tokenizers
-  import     make a run from a model of another project
-  export     write a run in the format of another project
-  doctor     print what is built, which backend serves each op, and why
-  tune       time every backend and use the fastest from then on
-  parity     print the errors of the ops against fp64
-  bench      measure ops and training steps
+  train         train a model, resume a run, plan one (--plan), or find its learning rate (--find-lr)
+  sweep         train with many settings, and find the best
+  init          write a recipe for fine-tuning from a goal
+  finetune      train a model further: on instructions, preferences, labels, or a teacher
+  watch         show a run in the terminal while it trains
+  report        write a page that shows runs and compares them
+  sample        continue a prompt with a trained model
+  chat          hold a conversation with a trained model
+  eval          evaluate a model on benchmarks, texts, suites, safety and people's ratings
+  serve         answer requests over HTTP, as OpenAI's API does
+  store         show, export and delete what a server has kept
+  deploy        roll out a new version of a served model, and roll it back
+  feedback      make preference pairs from thumbs of a server's users
+  data          make data sets from raw text, check and inspect them, erase documents
+  tokenizer     train, show and check tokenizers
+  import        make a run from a model of another project
+  export        write a run in the format of another project
+  patch-report  list what fastgpt.patch would replace in a Hugging Face model
+  doctor        print what is built, which backend serves each op, and why
+  tune          time every backend and use the fastest from then on
+  parity        print the errors of the ops against fp64
+  bench         measure ops and training steps
 
 `fastgpt COMMAND --help` explains a command."""
 

@@ -11,57 +11,24 @@ other models, and no config is modified.
 from __future__ import annotations
 
 import inspect
-import re
 import sys
 import types
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch.distributed
 from torch import nn
 
 from fastgpt.core.fallback import leave_to_torch
 from fastgpt.patching import _rebind
+from fastgpt.patching._alike import Alike
 from fastgpt.patching._recognise import RECOGNISERS, Found
+from fastgpt.patching._report import PARTS, Entry, Report, notes_on
 from fastgpt.patching._settings import changed
 
 M = TypeVar("M", bound=nn.Module)
-PARTS = ("norm", "mlp", "attention", "rope", "loss", "embedding")
 __all__ = ["PARTS", "Entry", "Report", "patch", "patch_report", "unpatch"]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of a report: `op` replaced `what` in module `name`, or, if `op` is empty, did not, for the reason
-    `why`."""
-
-    name: str
-    part: str
-    what: str
-    op: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """Report of what was replaced and what was left; it prints as a table, with one line for similar layers."""
-
-    replaced: list[Entry] = field(default_factory=list)
-    left: list[Entry] = field(default_factory=list)
-    dry_run: bool = False
-    options: tuple[Any, ...] = ()
-
-    def __str__(self) -> str:
-        lines = [f"{'would replace' if self.dry_run else 'replaced'} {len(self.replaced)}, left {len(self.left)}"]
-        counts: dict[tuple[str, ...], int] = {}
-        for e in [*self.replaced, *self.left]:
-            end = f"fastgpt.ops.{e.op}" if e.op else f"left: {e.why}"
-            row = (e.part, re.sub(r"\d+", "*", e.name) or "(the model)", e.what, end)
-            counts[row] = counts.get(row, 0) + 1
-        rows = [(p, name if n == 1 else f"{name} ({n})", what, end) for (p, name, what, end), n in counts.items()]
-        widths = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
-        lines += ["  ".join([*(c.ljust(w) for c, w in zip(r, widths)), r[3]]) for r in rows]
-        return "\n".join(lines)
 
 
 def _transformers(model: nn.Module) -> Any:
@@ -77,12 +44,13 @@ def _transformers(model: nn.Module) -> Any:
 def _find(model: nn.Module, keep_logits: bool) -> list[tuple[str, nn.Module, Found]]:
     """Find everything in the model that an op could replace: (name, module, what was found)."""
     huggingface, configs, all_found = _transformers(model), list[Any](), list[tuple[str, nn.Module, Found]]()
+    alike = Alike()
     for name, module in model.named_modules():
         if type(module).__module__.startswith("fastgpt."):  # modules of fastgpt.nn already use the ops
             continue
-        found: list[Found] = [f for r in RECOGNISERS if (f := r(module)) is not None]
+        found: list[Found] = [f for r in RECOGNISERS if (f := alike.once(r, module)) is not None]
         whole = {f.attribute for f in found if f.op}  # the whole method is replaced, and so are its calls
-        found += [f for f in _rebind.find(module) if f.attribute not in whole]
+        found += [f for f in alike.once_per_class(_rebind.find, module) if f.attribute not in whole]
         all_found += [(name, module, _own(module, f)) for f in found]
         if huggingface:
             special = huggingface.find(name, module, configs, keep_logits)
@@ -119,14 +87,27 @@ def _records(model: nn.Module) -> dict[str, Report]:
 
 
 def _check(model: nn.Module, report: Report, chosen: frozenset[str], strict: bool) -> None:
-    """Raise if nothing can be replaced or, if strict, not everything."""
-    if not report.replaced:
-        looked = f"looked for {', '.join(p for p in PARTS if p in chosen)}"
-        reasons = "".join(f"; {e.name or 'the model'}: {e.why}" for e in report.left[:3])
-        raise ValueError(f"patch: nothing to patch in {type(model).__name__} ({looked}{reasons})")
+    """Warn if nothing can be replaced; if strict, raise unless everything can."""
     if strict and report.left:
         reasons = "; ".join(dict.fromkeys(f"{e.part} {e.name or 'of the model'}: {e.why}" for e in report.left))
         raise ValueError(f"patch: strict, but {len(report.left)} could not be replaced: {reasons}")
+    if report.replaced:
+        return
+    looked = f"looked for {', '.join(p for p in PARTS if p in chosen)}"
+    reasons = "".join(f"; {e.name or 'the model'}: {e.why}" for e in report.left[:3])
+    sentence = f"patch: nothing to patch in {type(model).__name__} ({looked}{reasons})"
+    if strict:
+        raise ValueError(sentence)
+    if not report.dry_run:
+        warnings.warn(sentence, stacklevel=3)
+
+
+def _announce(model: nn.Module, report: Report) -> None:
+    """Print what was done, in one line on stderr, in the first process only."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    more = " (fastgpt.patch_report(model) says why)" if report.left else ""
+    print(f"fastgpt.patch: {type(model).__name__}: {report.summary()}{more}", file=sys.stderr)
 
 
 def patch(
@@ -137,8 +118,11 @@ def patch(
     dry_run: bool = False,
     strict: bool = False,
     keep_logits: bool = False,
+    quiet: bool = False,
 ) -> M:
     """Put fastgpt's kernels into a model, in place; `unpatch` removes them, `patch_report` lists what was done.
+
+    A line on stderr names what was replaced. If nothing was, that is a warning (UserWarning).
 
     Args:
         model: any nn.Module. Recognised are LayerNorm and RMSNorm (by what they compute), GELU and gated MLPs,
@@ -148,27 +132,31 @@ def patch(
         dry_run: change nothing; patch_report(model) then lists what would be done.
         strict: raise if something in a selected part cannot be replaced.
         keep_logits: transformers models return `logits` in training too (else None if labels are given).
+        quiet: print no line; the warning stays.
 
     Returns:
         model. Patching it again with the same options does nothing.
 
     Raises:
-        ValueError: an unknown part, nothing to patch, something left under strict, or other options than before.
+        ValueError: an unknown part, other options than before, or, under strict, something left or nothing replaced.
     """
     chosen = (_names("only", only) or frozenset(PARTS)) - _names("skip", skip)
     options = (chosen, keep_logits)
-    before = {n: r for n, r in _records(model).items() if not r.dry_run}
+    before = {n: r for n, r in _records(model).items() if r.replaced and not r.dry_run}
     if any(r.options != options for r in before.values()):
         raise ValueError(f"patch: {type(model).__name__} was patched with other options; unpatch it first")
     if before:
         return model
     found = [(n, m, f) for n, m, f in _find(model, keep_logits) if f.part in chosen]
     entries = [Entry(n, f.part, f.what, f.op, f.why) for n, _, f in found]
-    report = Report([e for e in entries if e.op], [e for e in entries if not e.op], dry_run, options)
+    replaced, left = [e for e in entries if e.op], [e for e in entries if not e.op]
+    report = Report(replaced, left, dry_run, options, notes_on(model))
     _check(model, report, chosen, strict)
     if not dry_run:
         _apply([(m, f) for _, m, f in found if f.op])
     model.__dict__["_fastgpt_report"] = report
+    if report.replaced and not (dry_run or quiet):
+        _announce(model, report)
     return model
 
 
@@ -215,10 +203,11 @@ def unpatch(model: M) -> M:
     """Remove what `patch` put into this model or into models in it; return the model, as it was before.
 
     Raises:
-        ValueError: nothing is patched, or a forward was wrapped after patching (by accelerate, say): unwrap it first.
+        ValueError: `patch` was not called, or a forward was wrapped after patching (by accelerate, say): unwrap it
+            first.
     """
     patched = [(n, m) for n, m in model.named_modules() if "_fastgpt" in m.__dict__]
-    if not patched:
+    if not patched and all(r.dry_run for r in _records(model).values()):
         raise ValueError(f"unpatch: {type(model).__name__} is not patched")
     for name, module in patched:
         for attribute, ours in module.__dict__["_fastgpt"].items():
@@ -246,6 +235,7 @@ def patch_report(model: nn.Module) -> Report:
         raise ValueError(f"patch_report: {type(model).__name__} was not patched")
     report = Report(dry_run=all(r.dry_run for r in records.values()), options=next(iter(records.values())).options)
     for prefix, r in records.items():
+        report.notes.extend(note for note in r.notes if note not in report.notes)
         for mine, theirs in ((report.replaced, r.replaced), (report.left, r.left)):
             mine += [Entry(".".join(filter(None, (prefix, e.name))), e.part, e.what, e.op, e.why) for e in theirs]
     return report
