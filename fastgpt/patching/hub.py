@@ -2,21 +2,28 @@
 
 `write_repository(folder)` writes a kernel repository whose only build, for every device, is the installed fastgpt. Then
 `LocalLayerRepository(repo_path=folder, layer_name="RMSNorm")` in a kernel mapping replaces the forward of every layer
-registered under this name by `RMSNorm.forward` (transformers registers its norms and activations). By the rules of the
-library, a layer has no constructor and no attributes; it reads those of the module that it replaces.
+registered under this name by `RMSNorm.forward`. LAYERS has the names of transformers' default mapping;
+`mapping(folder)` returns such a mapping with these layers.
+
+By the rules of the library, a layer has no constructor and no attributes but has_backward and can_torch_compile; it
+reads the attributes of the module that it replaces. The ops are those of the installed package: one library for the
+stable ABI, the namespace `fastgpt`. metadata.json has the version and the SHA-256 of every file.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
-
-LAYERS = ("RMSNorm", "NewGELU", "GeluTanh", "GeLU")  # the names that transformers uses
+from fastgpt._version import __version__
 
 
 class RMSNorm(nn.Module):
@@ -29,6 +36,45 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return ops.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class RMSNormZeroCentered(nn.Module):
+    """RMSNorm with 1 + weight, as in Qwen 3.5: weight and eps. x: (..., C)."""
+
+    weight: Tensor
+    eps: float
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps, weight_offset=1.0)
+
+
+class SwiGLUMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), as in Llama: gate_proj, up_proj, down_proj. x: (..., C)."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))  # type: ignore[no-any-return]
+
+
+class GeGLUMLP(nn.Module):
+    """down(gelu(gate(x)) * up(x)) with the tanh formula, as in Gemma: gate_proj, up_proj, down_proj. x: (..., C)."""
+
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.swiglu(self.gate_proj(x), self.up_proj(x), activation="gelu_tanh")
+        return self.down_proj(y)  # type: ignore[no-any-return]
 
 
 class NewGELU(nn.Module):
@@ -45,6 +91,10 @@ class GeluTanh(NewGELU):
     """The same GELU, under PyTorch's name for the formula."""
 
 
+class FastGELU(NewGELU):
+    """The same GELU, with the product inside tanh written in another order."""
+
+
 class GeLU(nn.Module):
     """GELU with erf."""
 
@@ -53,6 +103,74 @@ class GeLU(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return ops.bias_gelu(input)
+
+
+class RotaryPosEmb(nn.Module):
+    """transformers' apply_rotary_pos_emb, half pairing: q (B, H, T, D), k (B, Hkv, T, D), cos and sin (B, T,
+    rotary_dim)."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        swap = unsqueeze_dim == 1
+        q, k = (t.transpose(1, 2) if swap else t for t in (q, k))  # (B, T, H, D)
+        half, wide = cos.shape[-1] // 2, torch.promote_types(q.dtype, torch.float32)
+        cos, sin = (t[..., :half].reshape(-1, half).to(wide) for t in (cos, sin))  # (T or B T, rotary_dim / 2)
+        each = None if len(cos) == q.shape[1] else torch.arange(len(cos), device=q.device).view(-1, q.shape[1])
+        q, k = ops.rope(q, k, cos, sin, positions=each)
+        return (q.transpose(1, 2), k.transpose(1, 2)) if swap else (q, k)
+
+
+class ForCausalLMLoss(nn.Module):
+    """transformers' ForCausalLMLoss: logits (B, T, V) of any dtype, labels (B, T) -> loss, fp32; the logits are not
+    copied to fp32."""
+
+    has_backward = True
+    can_torch_compile = True
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Tensor | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        target = shift_labels.reshape(-1).to(logits.device)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        loss = ops.cross_entropy(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+rotary_pos_emb = RotaryPosEmb  # the name of the layer is that of the function
+# transformers' names; not among them: Linear, SiLU and QuickGELU, for which fastgpt has no kernel
+LAYERS = (
+    "RMSNorm", "RMSNormZeroCentered", "SwiGLUMLP", "GeGLUMLP", "ForCausalLMLoss", "rotary_pos_emb",
+    "NewGELU", "GeluTanh", "FastGELU", "GeLU",
+)  # fmt: skip
+
+
+def mapping(folder: Path | str, devices: tuple[str, ...] = ("cuda", "cpu")) -> dict[str, dict[str, Any]]:
+    """Return a kernel mapping of every layer, for `kernels.use_kernel_mapping` or `register_kernel_mapping`.
+
+    Args:
+        folder: one that `write_repository` wrote.
+
+    Raises:
+        ImportError: `kernels` is not installed.
+    """
+    from kernels import LocalLayerRepository  # type: ignore[attr-defined]
+
+    return {
+        name: dict.fromkeys(devices, LocalLayerRepository(repo_path=Path(folder), layer_name=name)) for name in LAYERS
+    }
 
 
 def write_repository(folder: Path | str) -> Path:
@@ -66,9 +184,15 @@ def write_repository(folder: Path | str) -> Path:
     """
     build = Path(folder) / "build" / "torch-universal"
     build.mkdir(parents=True, exist_ok=True)
+    files = {"__init__.py": b"from fastgpt.patching import hub as layers  # noqa: F401\n"}
+    digests = {name: base64.b64encode(hashlib.sha256(data).digest()).decode() for name, data in files.items()}
     backend = "cuda" if torch.cuda.is_available() else "cpu"
-    about = {"id": "_fastgpt", "name": "fastgpt", "version": 1, "license": "MIT", "backend": {"type": backend}}
-    text = json.dumps({**about, "python-depends": []}, indent=1)
-    (build / "metadata.json").write_text(text + "\n", encoding="utf-8")
-    (build / "__init__.py").write_text("from fastgpt.patching import hub as layers  # noqa: F401\n", encoding="utf-8")
+    unique = f"_fastgpt_{__version__.replace('.', '_')}_{hashlib.sha256(str(digests).encode()).hexdigest()[:8]}"
+    about = {
+        "id": unique, "name": "fastgpt", "version": 1, "license": "MIT", "backend": {"type": backend},
+        "python-depends": [], "digest": {"algorithm": "sha256", "files": digests},
+    }  # fmt: skip
+    for name, data in files.items():
+        (build / name).write_bytes(data)
+    (build / "metadata.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return build
