@@ -1,5 +1,5 @@
 """A patched model in common training environments: torch.compile, autocast, checkpointing, PEFT, the Trainer, DDP,
-FSDP2, and Hugging Face's `kernels` library."""
+FSDP2."""
 
 from __future__ import annotations
 
@@ -298,51 +298,6 @@ def test_ddp_and_fsdp2(tmp_path: Path) -> None:
     assert out.count("held gpt2") == 2 and out.count("held llama") == 2
 
 
-KERNELS = """
-import os, sys
-sys.path.sort(key=lambda p: os.path.exists(os.path.join(p, "kernels", "_runtime.py")))  # not fastgpt's folder
-from pathlib import Path
-import torch
-from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_forward_from_hub, use_kernel_mapping
-from fastgpt import ops
-from fastgpt.patching import hub
-
-class Norm(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight, self.variance_epsilon = torch.nn.Parameter(torch.rand(8)), 1e-3
-    def forward(self, hidden_states):
-        raise AssertionError("it was not replaced")
-
-class Gelu(torch.nn.Module):
-    def forward(self, input):
-        raise AssertionError("it was not replaced")
-
-device = "cuda" if torch.cuda.is_available() else "cpu"
-hub.write_repository("repository")
-repositories = {n: LocalLayerRepository(repo_path=Path("repository"), layer_name=n) for n in hub.LAYERS}
-assert all(r.load() is not None for r in repositories.values())
-x = torch.randn(3, 8, device=device, requires_grad=True)
-for name in hub.LAYERS:
-    layer = use_kernel_forward_from_hub(name)(type("Own" + name, (Norm if name == "RMSNorm" else Gelu,), {}))
-    model = torch.nn.Sequential(layer()).to(device)
-    with use_kernel_mapping({name: {device: repositories[name]}}):
-        kernelize(model, mode=Mode.TRAINING | Mode.TORCH_COMPILE, device=device, use_fallback=False)
-    y = model(x)
-    y.sum().backward()
-    wanted = {
-        "RMSNorm": lambda: torch.nn.functional.rms_norm(x, (8,), model[0].weight, 1e-3),
-        "GeLU": lambda: torch.nn.functional.gelu(x),
-    }.get(name, lambda: torch.nn.functional.gelu(x, approximate="tanh"))()
-    torch.testing.assert_close(y, wanted)
-    print("held", name)
-"""
-
-
-def test_the_kernels_library_loads_a_repository_of_ours(tmp_path: Path) -> None:
-    assert run(KERNELS, FOLDER=str(tmp_path)).count("held") == 4
-
-
 def test_bench_before_and_after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     """Run `python -m fastgpt.bench.patching` at a shape that takes milliseconds, with its variants in this process."""
     monkeypatch.setattr(bench, "Apart", lambda name, shape, serve: bench.Variant(name, shape))
@@ -354,5 +309,7 @@ def test_bench_before_and_after(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     names = ["transformers", "patched", *(f"only {p}" for p in ("norm", "mlp", "attention", "loss", "embedding"))]
     assert [r["variant"] for r in rows] == names and all(r["machine"]["date"] and r["ms"] > 0 for r in rows)
     assert "losses 0.0e+00 apart" not in capsys.readouterr().out, "the variants are the same"
+    assert bench.main(["--device", "cpu", "--quick", "--shape", "gemma2", "--shape", "llama"]) == 0
+    assert "2 families, before / after: least" in capsys.readouterr().out
     monkeypatch.setitem(bench.TOLERANCE, "fp32", 1e-12)
     assert bench.main(command[:6]) == 1 and "no speed is shown: loss of" in capsys.readouterr().out

@@ -60,6 +60,9 @@ def head(module: Any, *args: Any, target: Tensor | None = None, **options: Any) 
     """Run the LM head: return logits, or with a target (N,) the loss of hidden states (N, C) without logits."""
     if target is None:
         return replace.own(module, *args, **options)
+    if type(module.weight) not in (Tensor, nn.Parameter):  # a quantised tensor, whose product only its class knows
+        leave_to_torch("linear_cross_entropy", f"a head with a weight of the class {type(module.weight).__name__}")
+        return ops.cross_entropy(replace.own(module, args[0]), target, **options)
     return ops.linear_cross_entropy(args[0], module.weight, target, linear_bias=module.bias, **options)
 
 

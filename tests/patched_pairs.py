@@ -1,0 +1,123 @@
+"""Tiny models of ten families of transformers, and the rule that compares a patched one with an unpatched one."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import fastgpt
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VOCAB, B, T, WINDOW = 197, 2, 12, 5
+SHAPE: dict[str, Any] = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+GROUPED: dict[str, Any] = dict(num_key_value_heads=2, head_dim=16, **SHAPE)
+GEMMA: dict[str, Any] = dict(sliding_window=WINDOW, query_pre_attn_scalar=16, **GROUPED)
+TEN: dict[str, dict[str, Any]] = {  # model type: settings of its config class
+    "gpt2": dict(n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt_neox": SHAPE,
+    "llama": GROUPED,
+    "mistral": dict(sliding_window=WINDOW, **GROUPED),
+    "qwen2": {name: value for name, value in GROUPED.items() if name != "head_dim"},
+    "qwen3": GROUPED,
+    "gemma": GROUPED,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
+    "phi3": {name: value for name, value in GROUPED.items() if name != "head_dim"},
+}
+COMMON: dict[str, Any] = dict(vocab_size=VOCAB, max_position_embeddings=64)
+NO_TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+
+
+@functools.cache
+def _made(kind: str, extra: tuple[tuple[str, Any], ...]) -> Any:
+    import transformers
+
+    common = {"n_positions" if kind == "gpt2" and n.startswith("max") else n: v for n, v in COMMON.items()}
+    config = transformers.AutoConfig.for_model(kind, **{**TEN[kind], **common, **NO_TOKENS, **dict(extra)})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    with torch.no_grad():  # larger than initial weights, so that attention and norms matter
+        for i, p in enumerate(model.parameters()):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    return model.to(DEVICE)
+
+
+def make(kind: str, **extra: Any) -> Any:
+    """Return a small random model of this type, in training mode; extra: settings of its config."""
+    return copy.deepcopy(_made(kind, tuple(extra.items()))).train()
+
+
+def patched(model: Any, **options: Any) -> Any:
+    """Patch a model quietly."""
+    return fastgpt.patch(model, quiet=True, **options)
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    """Return random tokens, (B, T) unless a shape is given."""
+    return torch.randint(5, VOCAB, shape or (B, T), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+class InFp64(TorchFunctionMode):
+    """Runs every step that transformers' code takes in fp32 in fp64 instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = {torch.float32: torch.float64, torch.Tensor.float: torch.Tensor.double}
+        args = [wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
+        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        return wide.get(func, func)(*args, **kwargs)
+
+
+def step(model: Any, **inputs: Any) -> dict[str, Tensor]:
+    """Return loss and every gradient in training mode, and the logits in evaluation mode."""
+    given = {"input_ids": tokens(), **inputs}
+    if "inputs_embeds" in given:
+        del given["input_ids"]
+    labels = given.pop("labels", tokens(seed=1))
+    model.train().zero_grad()
+    loss = model(**given, labels=labels).loss
+    loss.backward()
+    out = {f"d{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    with torch.no_grad():
+        return {**out, "loss": loss.detach(), "logits": model.eval()(**given).logits}
+
+
+def assert_rule(ours: dict[str, Tensor], base: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Check that the relative L2 error of each tensor is at most 2 times (gradients: 3) that of the unpatched model,
+    plus a unit in the last place."""
+    assert ours.keys() == base.keys() == truth.keys() and truth
+    for name, exact in truth.items():
+        scale = float(exact.double().norm()) or 1.0
+        mine, theirs = (float((x[name].double() - exact).norm()) / scale for x in (ours, base))
+        allowed = (3 if name.startswith("d") else 2) * theirs + torch.finfo(base[name].dtype).eps
+        assert mine <= allowed, f"{name}: error {mine:.2e}, allowed {allowed:.2e}"
+
+
+def hold(kind: str, action: Callable[[Any], dict[str, Tensor]], **extra: Any) -> Any:
+    """Run an action on a patched model, an unpatched one and one in fp64; compare by the rule; return the patched
+    one."""
+    base = action(make(kind, **extra))
+    with InFp64():
+        truth = action(make(kind, **extra).double())
+    model = patched(make(kind, **extra))
+    assert_rule(action(model), base, truth)
+    return model
+
+
+def agree(got: Any, wanted: Any, logits: tuple[Tensor, ...], margin: float = 1e-3) -> int:
+    """Check that greedily generated tokens are equal up to the first one whose two best logits are within `margin`,
+    which is far more than logits of fp32 differ; return how many were compared."""
+    start, compared = wanted.shape[1] - len(logits), 0
+    clear = torch.ones(len(wanted), dtype=torch.bool, device=wanted.device)
+    for i, z in enumerate(logits):
+        best = z.topk(2, -1).values
+        clear &= best[:, 0] - best[:, 1] > margin
+        assert torch.equal(got[clear, start + i], wanted[clear, start + i]), f"token {i}"
+        compared += int(clear.sum())
+    return compared

@@ -1,0 +1,365 @@
+"""What a patched transformers model must survive: being saved, copied, cast, resized, tied, checkpointed, adapted,
+exported, compiled and spread over processes; one test per way, over ten families."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from patched_pairs import DEVICE, TEN, VOCAB, B, T, agree, assert_rule, hold, make, patched, step, tokens
+from torch import Tensor, nn
+
+import fastgpt
+
+
+def kinds(*quick: str) -> Any:
+    """Parametrise a test over the families, all but these marked slow."""
+    return pytest.mark.parametrize(
+        "kind", [kind if kind in quick else pytest.param(kind, marks=pytest.mark.slow) for kind in TEN]
+    )
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(tokens()).logits
+    return found
+
+
+@kinds("gpt2", "gemma2")
+def test_saving_and_loading(kind: str, tmp_path: Path) -> None:
+    """What is saved has no trace of the patch, and can be patched again."""
+    import transformers
+
+    plain, model = make(kind), patched(make(kind))
+    model.save_pretrained(tmp_path)
+    assert "fastgpt" not in (tmp_path / "config.json").read_text(encoding="utf-8")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).to(DEVICE)
+    assert torch.equal(logits(loaded), logits(plain))
+    assert torch.equal(logits(patched(loaded)), logits(model))
+
+
+@kinds("llama")
+def test_copies_and_pickled_states(kind: str) -> None:
+    """A copy computes with its own weights, and a state loads into patched and unpatched models."""
+    model = patched(make(kind))
+    wanted, twin = logits(model), copy.deepcopy(model)
+    assert torch.equal(logits(twin), wanted)
+    for p in twin.parameters():
+        p.data.mul_(0.5)
+    halved = logits(twin)
+    assert not torch.allclose(halved, wanted) and torch.equal(logits(model), wanted)
+    state = pickle.loads(pickle.dumps(twin.state_dict()))
+    for other in (make(kind), patched(make(kind))):
+        other.load_state_dict(state)
+        torch.testing.assert_close(logits(other), halved)
+    fastgpt.unpatch(twin)
+    assert torch.equal(logits(model), wanted)
+
+
+@kinds("gpt2", "gemma3_text")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_another_dtype_after_patching(kind: str, dtype: torch.dtype) -> None:
+    """Casting a patched model equals patching a cast one."""
+    late, early = step(patched(make(kind).to(dtype))), step(patched(make(kind)).to(dtype))
+    for name, t in late.items():
+        assert torch.equal(early[name], t) and t.isfinite().all(), name
+
+
+@kinds("llama", "gpt2")
+@pytest.mark.parametrize("tied", [True, False])
+def test_more_tokens(kind: str, tied: bool) -> None:
+    """resize_token_embeddings after patching."""
+
+    def resized(model: Any) -> dict[str, Tensor]:
+        model.resize_token_embeddings(VOCAB + 11, mean_resizing=False)
+        with torch.no_grad():  # new rows are drawn at random, in the model's dtype
+            for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+                table[VOCAB:] = 0.01
+        return step(model, input_ids=tokens() + 11, labels=tokens(seed=1) + 11)
+
+    model = hold(kind, resized, tie_word_embeddings=tied)
+    assert logits(model).shape[-1] == VOCAB + 11
+
+
+@kinds("qwen3")
+def test_tied_weights(kind: str) -> None:
+    """Tied before patching, tied after it, and untied after it."""
+
+    def tie(model: Any) -> dict[str, Tensor]:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+        return step(model)
+
+    def untie(model: Any) -> dict[str, Tensor]:
+        table = model.get_output_embeddings().weight
+        model.get_output_embeddings().weight = nn.Parameter(table.detach() * 0.5)
+        return step(model)
+
+    hold(kind, step, tie_word_embeddings=True)
+    hold(kind, tie, tie_word_embeddings=False)
+    hold(kind, untie, tie_word_embeddings=True)
+
+
+@kinds("gemma2")
+def test_gradient_checkpointing_changes_nothing(kind: str) -> None:
+    model = patched(make(kind))
+    wanted = step(model)
+    model.gradient_checkpointing_enable()
+    got = step(model)
+    assert all(torch.equal(got[n], t) for n, t in wanted.items())
+
+
+def packed() -> dict[str, Any]:
+    places = torch.cat([torch.arange(5), torch.arange(T - 5)])
+    return {"position_ids": places.expand(B, -1).to(DEVICE), "use_cache": False}
+
+
+def padded() -> dict[str, Any]:
+    seen = torch.ones(B, T, dtype=torch.long, device=DEVICE)
+    seen[0, :4] = 0
+    labels = tokens(seed=1).masked_fill(seen == 0, -100)
+    labels[0, 4] = -100
+    return {"attention_mask": seen, "position_ids": (seen.cumsum(1) - 1).clamp(min=0), "labels": labels}
+
+
+@kinds("llama", "gemma3_text")
+@pytest.mark.parametrize("given", [packed, padded], ids=["packed", "padded"])
+def test_packed_and_padded_inputs(kind: str, given: Callable[[], dict[str, Any]]) -> None:
+    hold(kind, lambda model: step(model, **given()))
+
+
+@kinds("gpt2", "mistral")
+def test_embeddings_and_hidden_states(kind: str) -> None:
+    """inputs_embeds instead of tokens, and every hidden state."""
+
+    def run(model: Any) -> dict[str, Tensor]:
+        embeds = 0.3 * torch.randn(B, T, 64, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+        embeds = embeds.to(next(model.parameters()).dtype)
+        states = model.eval()(tokens(), output_hidden_states=True).hidden_states
+        return {**step(model, inputs_embeds=embeds), **{f"state {i}": s.detach() for i, s in enumerate(states)}}
+
+    hold(kind, run)
+
+
+DECODING: dict[str, dict[str, Any]] = {
+    "cache": {},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "left padding": {"attention_mask": padded()["attention_mask"]},
+    "static cache, left padding": {"cache_implementation": "static", "attention_mask": padded()["attention_mask"]},
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@kinds("llama", "gemma2")
+def test_ways_of_decoding(kind: str) -> None:
+    """Greedy tokens of each way, and an assistant, are those of the unpatched model; beams have its scores."""
+    plain, model = make(kind).eval(), patched(make(kind)).eval()
+    settings: dict[str, Any] = dict(max_new_tokens=7, do_sample=False)
+    for name, way in DECODING.items():
+        ids = tokens() if name != "prompt lookup" else tokens(1, T)
+        again = plain.generate(ids, **settings, **way, return_dict_in_generate=True, output_logits=True)
+        got = model.generate(ids, **settings, **way)
+        if name == "prompt lookup":
+            again.logits = plain.generate(ids, **settings, return_dict_in_generate=True, output_logits=True).logits
+        assert agree(got, again.sequences, again.logits) >= 3, name
+    ids = tokens(1, T)
+    wanted = plain.generate(ids, **settings, return_dict_in_generate=True, output_logits=True)
+    for one, assistant in ((model, plain), (plain, model), (model, copy.deepcopy(model))):
+        assert agree(one.generate(ids, **settings, assistant_model=assistant), wanted.sequences, wanted.logits) >= 3
+    beams: dict[str, Any] = dict(num_beams=3, return_dict_in_generate=True, output_scores=True)
+    theirs, ours = (m.generate(tokens(), **settings, **beams).sequences_scores for m in (plain, model))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def lora(model: Any, **options: Any) -> Any:
+    import peft
+
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", **options)
+    adapted = peft.get_peft_model(model.float(), config)  # weights drawn in fp32, so that fp64 has the same
+    return adapted.to(next(model.parameters()).dtype)
+
+
+@kinds("gemma", "qwen2")
+@pytest.mark.parametrize("saved", [None, ["lm_head"]], ids=["all linear layers", "and the head"])
+def test_adapters_before_and_after(kind: str, saved: Any) -> None:
+    """LoRA added before and after patching, with a head of its own or not; merged; unpatched under it."""
+    saved = ["embed_out"] if saved and kind == "gpt_neox" else saved
+    options = {"modules_to_save": saved} if saved else {}
+    untied = {"tie_word_embeddings": False}
+    base = step(lora(make(kind, **untied), **options))
+    from patched_pairs import InFp64
+
+    with InFp64():
+        truth = step(lora(make(kind, **untied), **options).double())
+    for model in (lora(patched(make(kind, **untied)), **options), patched(lora(make(kind, **untied), **options))):
+        assert_rule(step(model), base, truth)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(logits(merged), truth["logits"].float(), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(logits(fastgpt.unpatch(merged)), truth["logits"].float(), rtol=1e-3, atol=1e-4)
+
+
+@kinds("llama")
+def test_prompt_tuning(kind: str) -> None:
+    """Virtual tokens arrive as inputs_embeds with a mask that is longer than the labels."""
+    import peft
+
+    def run(model: Any) -> dict[str, Tensor]:
+        config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        adapted = peft.get_peft_model(model, config)
+        with torch.no_grad():
+            for p in adapted.prompt_encoder.parameters():
+                p.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
+        adapted = adapted.to(next(model.base_model.parameters()).dtype)
+        return step(adapted, attention_mask=torch.ones_like(tokens()))
+
+    hold(kind, run)
+
+
+@kinds("llama")
+def test_quantised_linear_layers_stay(kind: str) -> None:
+    """Linear layers of bitsandbytes run as they are between the ops, and the report counts them."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def quantised(model: Any) -> Any:
+        head = model.get_output_embeddings()
+        places = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear and m is not head]
+        for name, linear in places:
+            small = bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None)
+            small.load_state_dict(linear.state_dict())
+            model.set_submodule(name, small.to(DEVICE))
+        return model.requires_grad_(False), len(places)
+
+    wider = {"intermediate_size": 128} if kind != "gpt2" else {}  # rows of whole blocks
+    (plain, _), (model, n) = quantised(make(kind, **wider)), quantised(make(kind, **wider))
+    if n == 0:  # GPT-2 has layers of its own, which bitsandbytes does not replace
+        return
+    patched(model)
+    assert f"{n} quantised Linear4bit modules stay as they are" in str(fastgpt.patch_report(model))
+    unit = torch.finfo(torch.bfloat16).eps  # the products of bitsandbytes round to 16 bits
+    assert (logits(model) - logits(plain)).norm() <= unit * logits(plain).norm()
+    theirs, ours = (m.train()(tokens(), labels=tokens(seed=1)).loss for m in (plain, model))
+    torch.testing.assert_close(ours, theirs, rtol=unit, atol=0)
+
+
+class Coded(Tensor):
+    """A tensor whose class decides what a product with it means, as quantised tensors are."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def plain(t: Any) -> Any:
+            return 2 * t.as_subclass(Tensor) if isinstance(t, Coded) else t
+
+        if func is nn.functional.linear:
+            return func(*map(plain, args), **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_a_head_with_a_quantised_tensor_computes_its_own_product() -> None:
+    plain, model = make("llama"), patched(make("llama"))
+    losses = []
+    for m in (plain, model):
+        head = m.get_output_embeddings()
+        del head.weight
+        head.weight = (torch.randn(VOCAB, 64, generator=torch.Generator().manual_seed(0)) / 8).as_subclass(Coded)
+        losses.append(m(tokens(), labels=tokens(seed=1)).loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=0)
+
+
+class Logits(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return found
+
+
+@kinds("gpt2")
+def test_export(kind: str) -> None:
+    model = Logits(patched(make(kind)).eval())
+    program = torch.export.export(model, (tokens(),), strict=False)
+    assert any("fastgpt" in str(node.target) for node in program.graph.nodes), "no op is in the graph"
+    other = tokens(seed=5)
+    torch.testing.assert_close(program.module()(other), model(other))
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("kind", [k for k in TEN if k not in ("gpt2", "llama")])
+def test_compiled_in_one_graph(kind: str) -> None:
+    torch._dynamo.reset()
+    model = patched(make(kind))
+    wanted = step(model, use_cache=False)
+    got = step(torch.compile(model, fullgraph=True, backend="aot_eager"), use_cache=False)
+    for name, t in wanted.items():
+        torch.testing.assert_close(got[name.replace("d", "d_orig_mod.", 1) if name[0] == "d" else name], t)
+
+
+@kinds("llama")
+def test_accelerate(kind: str) -> None:
+    import accelerate
+
+    plain, model = patched(make(kind)), patched(make(kind))
+    accelerator = accelerate.Accelerator(cpu=DEVICE == "cpu")
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    accelerator.backward(wrapped(input_ids=tokens(), labels=tokens()).loss)
+    plain(input_ids=tokens(), labels=tokens()).loss.backward()
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), plain.parameters()))  # type: ignore[arg-type]
+    optimizer.step()
+    fastgpt.unpatch(accelerator.unwrap_model(wrapped))
+
+
+PARALLEL = """
+import os, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+sys.path.insert(0, os.environ["TESTS"])
+from patched_pairs import TEN, make, patched, tokens
+
+dist.init_process_group("gloo")
+ids = tokens(4, 10)
+half = ids.chunk(2)[dist.get_rank()]
+for kind in TEN:
+    alone, one, many = (patched(make(kind)) for _ in range(3))
+    ddp = DistributedDataParallel(one)
+    for block in getattr(many.base_model, "layers", None) or many.base_model.h:
+        fully_shard(block)
+    fully_shard(many)
+    for model, x in ((alone, ids), (ddp, half), (many, half)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(input_ids=x, labels=x).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, wanted), a, b in zip(alone.named_parameters(), one.parameters(), many.parameters()):
+        for got in (a, b.full_tensor()):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5, msg=lambda m: f"{kind} {name}: {m}")
+    print(f"held {kind}\\n", end="", flush=True)
+dist.barrier()
+os._exit(0)  # threads of gloo that are still alive may abort the usual exit
+"""
+
+
+@pytest.mark.extended
+def test_every_family_in_two_processes(tmp_path: Path) -> None:
+    """DDP and FSDP2 on gloo: weights after two steps match those of one process with the whole batch."""
+    from test_patching_integrations import run
+
+    script = tmp_path / "parallel.py"
+    script.write_text(PARALLEL, encoding="utf-8")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    out = run("", *launcher, FOLDER=str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert all(out.count(f"held {kind}\n") == 2 for kind in TEN), out
+
+
+def test_a_report_of_a_patched_model_is_json() -> None:
+    """A report is plain data."""
+    report = fastgpt.patch_report(patched(make("llama")))
+    assert json.dumps([vars(e) for e in report.replaced])
