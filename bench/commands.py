@@ -19,7 +19,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "coordinates": ("coordinates", "size of activations after a few steps by width, with µP and without"),
     "training": ("training", "a 60-step run of the trainer that is stopped and resumed"),
     "tiles": ("tiles", "launch shapes of attention's Triton kernels, by time"),
-    "patching": ("patching", "a step of transformers' GPT-2 and Llama before and after fastgpt.patch"),
+    "patching": ("patching", "a step of ten families of transformers before and after fastgpt.patch"),
     "generate": ("generate", "generated tokens/s against transformers and llama.cpp; share of what memory allows"),
     "adapters": ("adapters", "a decode step with LoRA adapters in the batch against the base's"),
     "data": ("data", "text to token shards against tiktoken, datasketch and datatrove: MB/s of one core, memory"),

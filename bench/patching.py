@@ -1,20 +1,25 @@
 """A Hugging Face model before and after fastgpt.patch: `python -m fastgpt.bench.patching --json FILE`.
 
-A training step (forward with labels, backward, AdamW(fused=True)) of GPT-2 and Llama from transformers, with the same
-random weights and tokens. Steps are interleaved, and speeds are shown only if the losses of the first steps agree
-within the tolerance. --ablation also patches one part at a time; --compile compares both under torch.compile. On a CPU
-(fp32) each variant runs in its own process; peak memory is that process's peak resident memory beyond what it had
-before it built the model, warm-up excluded. On a GPU (fp32 weights under bf16 autocast) they share this process; peak
-memory is the allocator's during a step, other variants' tensors excluded.
+A training step (forward with labels, backward, AdamW(fused=True)) of ten families of transformers, with the same random
+weights and tokens. Steps are interleaved, and speeds are shown only if the losses of the first steps agree within the
+tolerance. --ablation also patches one part at a time; --compile compares both under torch.compile. On a GPU with
+Liger-Kernel installed, a third model is patched by Liger, if it knows the family. On a CPU (fp32) each variant runs in
+its own process; peak memory is that process's peak resident memory beyond what it had before it built the model,
+warm-up excluded. On a GPU (fp32 weights under bf16 autocast) they share this process; peak memory is the allocator's
+during a step, other variants' tensors excluded.
 
-gpt2: 124M, vocabulary 50257; B 1 of T 256 on a CPU, B 16 of T 1024 on a GPU. llama: 8 layers, width 512, vocabulary
-32000, B 1 of T 256 on a CPU; 16 layers, width 2048, B 4 of T 2048 on a GPU. tiny: for trying this program.
+gpt2: 124M, vocabulary 50257; B 1 of T 256 on a CPU, B 16 of T 1024 on a GPU. The others: 8 layers, width 512,
+vocabulary 32000, B 1 of T 256 on a CPU; 16 layers, width 2048, B 4 of T 2048 on a GPU. --quick and `tiny`: models of
+one layer, for trying this program.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
+import importlib.util
+import statistics
 import sys
 import time
 from dataclasses import dataclass
@@ -40,7 +45,24 @@ from fastgpt.core.command import number, run_command
 from fastgpt.patching import PARTS
 
 NO_DROPOUT = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-LLAMA = dict(vocab_size=32000, max_position_embeddings=4096)
+TOKENS = dict(vocab_size=32000, max_position_embeddings=4096)
+WIDTHS = {  # hidden_size, intermediate_size, layers, heads, heads of keys and values, width of a head
+    "cpu": (512, 1408, 8, 8, 4, 64),
+    "cuda": (2048, 5632, 16, 32, 8, 64),
+    "quick": (32, 64, 1, 2, 1, 16),
+}
+# family -> config class and settings; with `head_dim` where the config's default is not width / heads
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", dict(sliding_window=4096)),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", dict(head_dim=64)),
+    "gemma": ("GemmaConfig", dict(head_dim=64)),
+    "gemma2": ("Gemma2Config", dict(head_dim=64, query_pre_attn_scalar=64)),
+    "gemma3": ("Gemma3TextConfig", dict(head_dim=64, query_pre_attn_scalar=64)),
+    "phi3": ("Phi3Config", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -54,32 +76,40 @@ class Shape:
     device: str = "cpu"
 
 
+def shape_of(family: str, size: str, batch: int, block: int) -> Shape:
+    """Return the shape of a family other than GPT-2 at one of WIDTHS."""
+    width, inner, layers, heads, kv_heads, head_dim = WIDTHS[size]
+    config, own = OTHERS[family]
+    settings: dict[str, Any] = dict(hidden_size=width, intermediate_size=inner, num_hidden_layers=layers)
+    settings |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, **TOKENS, **own)
+    settings |= {"head_dim": head_dim} if "head_dim" in own else {}
+    if family == "gpt_neox":  # every head has its own keys and values
+        del settings["num_key_value_heads"]
+    return Shape(config, settings, batch, block, "cuda" if size == "cuda" else "cpu")
+
+
+TINY = dict(n_layer=1, n_embd=32, n_head=2, vocab_size=97, **NO_DROPOUT)
 SHAPES = {
     "gpt2": Shape("GPT2Config", NO_DROPOUT, 1, 256),
-    "llama": Shape(
-        "LlamaConfig",
-        dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-             num_key_value_heads=4, **LLAMA),
-        1,
-        256,
-    ),
-    "tiny": Shape("GPT2Config", dict(n_layer=1, n_embd=32, n_head=2, vocab_size=97, **NO_DROPOUT), 2, 16),
-}  # fmt: skip
+    **{family: shape_of(family, "cpu", 1, 256) for family in OTHERS},
+    "tiny": Shape("GPT2Config", TINY, 2, 16),
+}
 GPU_SHAPES = {
-    "gpt2": Shape("GPT2Config", SHAPES["gpt2"].settings, 16, 1024, "cuda"),
-    "llama": Shape(
-        "LlamaConfig",
-        dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=16, num_attention_heads=32,
-             num_key_value_heads=8, **LLAMA),
-        4,
-        2048,
-        "cuda",
-    ),
-}  # fmt: skip
+    "gpt2": Shape("GPT2Config", NO_DROPOUT, 16, 1024, "cuda"),
+    **{family: shape_of(family, "cuda", 4, 2048) for family in OTHERS},
+}
+FAMILIES = ("gpt2", *OTHERS)
+
+
+def quick(name: str, device: str) -> Shape:
+    """Return a family at a size that takes milliseconds, for trying this program."""
+    shape = SHAPES["tiny"] if name in ("gpt2", "tiny") else shape_of(name, "quick", 2, 16)
+    return dataclasses.replace(shape, device=device)
 
 
 class Variant:
-    """One model: 'transformers' or 'patched', either with ' compile'; 'only PART' patches this part alone."""
+    """One model: 'transformers' or 'patched', either with ' compile'; 'only PART' patches this part alone; 'liger' is
+    patched by Liger-Kernel."""
 
     def __init__(self, name: str, shape: Shape) -> None:
         import transformers  # imported here: only this benchmark needs transformers
@@ -91,7 +121,11 @@ class Variant:
         )
         model: Any = transformers.AutoModelForCausalLM.from_config(config).to(shape.device).train()
         if name.startswith(("patched", "only")):
-            fastgpt.patch(model, only=name.split()[1] if name.startswith("only") else None)
+            fastgpt.patch(model, only=name.split()[1] if name.startswith("only") else None, quiet=True)
+        elif name == "liger":
+            from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
+
+            _apply_liger_kernel_to_instance(model=model)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
         self.model = torch.compile(model) if name.endswith("compile") else model
         generator = torch.Generator().manual_seed(1)
@@ -120,6 +154,16 @@ class Variant:
 
     def close(self) -> None:
         """Do nothing; Apart.close ends a process."""
+
+
+def liger_runs(config: str, device: str) -> bool:
+    """Return whether Liger-Kernel can patch a family here; its kernels are Triton's."""
+    if device != "cuda" or not importlib.util.find_spec("liger_kernel"):
+        return False
+    import transformers
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    return getattr(transformers, config).model_type in MODEL_TYPE_TO_APPLY_LIGER_FN
 
 
 def serve(pipe: Connection, name: str, shape: Shape) -> None:
@@ -201,30 +245,46 @@ def show(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def overall(rows: list[dict[str, Any]]) -> str:
+    """Return one line on all families: the least and the median ratio of time, and the largest memory ratio."""
+    patched = [r for r in rows if r.get("variant") == "patched"]
+    if len(patched) < 2:
+        return ""
+    speeds, memory = [r["speed"][0] for r in patched], [1 / r["memory"] for r in patched]
+    return (
+        f"{len(patched)} families, before / after: least {min(speeds):.3f}, median {statistics.median(speeds):.3f}; "
+        f"memory after / before: median {statistics.median(memory):.3f}, most {max(memory):.3f}"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Return 1 if losses differed, so no speed was shown."""
     parser = command_line("patching", __doc__)
     parser.add_argument(
-        "--shape", action="append", choices=SHAPES, help="model to time; may be repeated; default: gpt2 and llama"
+        "--shape", action="append", choices=SHAPES, help="model to time; may be repeated; default: all but tiny"
     )
-    parser.add_argument("--steps", type=number(int, 1), default=10, help="number of timed rounds")
+    parser.add_argument("--steps", type=number(int, 1), help="number of timed rounds (default: 10; with --quick 2)")
     parser.add_argument("--compile", action="store_true", help="also time both under torch.compile")
     parser.add_argument("--ablation", action="store_true", help="also time each part patched alone")
+    parser.add_argument("--quick", action="store_true", help="models of one layer, for trying this program")
     args = parser.parse_args(argv)
     device = device_of(parser, args.device)
     shapes = SHAPES | GPU_SHAPES if device.type == "cuda" else SHAPES
-    names = ["transformers", "patched"] + (["transformers compile", "patched compile"] if args.compile else [])
-    status = 0
-    for name in args.shape or ["gpt2", "llama"]:
-        shape = shapes[name]
+    status, every = 0, list[dict[str, Any]]()
+    for name in args.shape or FAMILIES:
+        shape = quick(name, device.type) if args.quick else shapes[name]
+        names = ["transformers", "patched"] + (["transformers compile", "patched compile"] if args.compile else [])
+        names += ["liger"] * liger_runs(shape.config, shape.device)
         has_rope = shape.config != "GPT2Config"
-        parts = [f"only {p}" for p in PARTS if args.ablation and (p != "rope" or has_rope)]
-        rows = compare(names + parts, name, shape, args.steps)
+        names += [f"only {p}" for p in PARTS if args.ablation and (p != "rope" or has_rope)]
+        rows = compare(names, f"{name} quick" if args.quick else name, shape, args.steps or (2 if args.quick else 10))
         about = f"{name}: {shape.config}, B {shape.batch} x T {shape.block}, {rows[0]['dtype']}"
         print(f"{about}, {where(rows[0]['machine'])}\n{show(rows)}", flush=True)
         if args.json:
             append_rows(args.json, rows)
         status |= any("red" in r for r in rows)
+        every += rows
+    print(overall(every), end="\n" if overall(every) else "")
     return status
 
 

@@ -10,8 +10,11 @@ from fastgpt.core.page import Plot, figure
 OURS, WORSE, THEIRS, GRID = "#2f6f4f", "#b4532a", "#8b949e", "#d0d7de"
 
 
-def speeds(title: str, bars: list[tuple[str, tuple[float, ...]]]) -> Plot:
-    """Draw horizontal bars of PyTorch's time over each one's, with whiskers from 20 to 80 % and a line at one."""
+def speeds(
+    title: str, bars: list[tuple[str, tuple[float, ...]]], axis: str = "PyTorch's time / time; over 1: faster"
+) -> Plot:
+    """Draw horizontal bars of PyTorch's time over each one's (or of another ratio, which `axis` names), with whiskers
+    from 20 to 80 % and a line at one."""
     labels = [label for label, _ in bars]
     middles = [found[0] for _, found in bars]
     low = [found[0] - found[1] if len(found) == 3 else 0.0 for _, found in bars]
@@ -28,7 +31,7 @@ def speeds(title: str, bars: list[tuple[str, tuple[float, ...]]]) -> Plot:
         for i, (m, end) in enumerate(zip(middles, ends)):
             ax.text(end + 0.01 * max(ends), i, f" {m:.2f}", va="center", fontsize=8)
         ax.set_xlim(0, 1.1 * max(1.0, *ends))
-        ax.set_xlabel("PyTorch's time / time; over 1: faster", fontsize=8)
+        ax.set_xlabel(axis, fontsize=8)
         ax.set_title(title, fontsize=10, loc="left")
         ax.grid(axis="x", color=GRID, linewidth=0.6)
         ax.set_axisbelow(True)

@@ -19,12 +19,13 @@ from fastgpt.bench.readme import update_readme
 from fastgpt.bench.results import Row, hardware, read_rows
 from fastgpt.bench.tables import WHOLE, devices, dims, newest, sources_of, speed, times
 from fastgpt.core.command import Parser
-from fastgpt.core.page import NOT_MEASURED, Section, Table, markdown, number, page, spread
+from fastgpt.core.page import NOT_MEASURED, Plot, Section, Table, markdown, number, page, spread
 
 OTHERS = {
     "roofline": ("Where a step's time goes", "Shares of a training step by class of kernel; `fastgpt bench roofline`."),
     "memory": ("Memory", "The largest batch and the longest context that fit; `fastgpt bench memory`."),
     "host": ("Host", "Microseconds per call, launches, import, compile and install; `fastgpt bench host`."),
+    "patching": ("Patched models", "A step of transformers' models before and after `fastgpt.patch`."),
     "generate": ("Generation", "Tokens per second against transformers and llama.cpp; `fastgpt bench generate`."),
     "adapters": ("Adapters", "A decode step with LoRA adapters in the batch; `fastgpt bench adapters`."),
     "data": ("Data sets", "MB of text per second of one core against tiktoken, datasketch and datatrove."),
@@ -154,7 +155,21 @@ def other_section(bench: str, rows: list[Row]) -> Section:
                 cells[-1] = f"{NOT_MEASURED}: {r['red']}"
             lines.append(cells)
         section.tables.append(Table(kind, lines, long=len(lines) > 40))
+    if bench == "patching":
+        section.plots += patching_plots(rows)
     return section
+
+
+def patching_plots(rows: list[Row]) -> list[Plot]:
+    """Draw time and memory of patched models against unpatched ones, for each device."""
+    found = []
+    for name, there in devices(rows).items():
+        after = [r for r in there if "speed" in r and not r["variant"].startswith(("transformers", "only"))]
+        for what, key in (("time", "speed"), ("peak memory", "memory")):
+            bars = [(f"{r['shape']} {r['variant']}", tuple(r[key] if key == "speed" else [r[key]])) for r in after]
+            title = f"Patched models on {name}: {what} before / after"
+            found += [plots.speeds(title, bars, f"{what} before / after; over 1: less")] if bars else []
+    return found
 
 
 def sections_of(rows: list[Row]) -> list[Section]:
