@@ -79,7 +79,12 @@ def test_a_killed_sweep_takes_its_runs_along_and_continues() -> None:
 def test_the_commands_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     for text in re.findall(r"^```yaml\n(.*?)^```", PAGE, re.M | re.S):
         name = text.splitlines()[0].removeprefix("# ")
-        Path(name).write_text(text.replace("tiny", "small.yaml").replace("60", "20").replace("every: 20", "every: 10"))
+        Path(name).write_text(
+            text.replace("tiny", "small.yaml")
+            .replace("60", "20")
+            .replace("every: 20", "every: 10")
+            .replace("trials: 3", "trials: 2")
+        )
     for line in "".join(re.findall(r"^```bash\n(.*?)^```", PAGE, re.M | re.S)).splitlines():
         program, command, *arguments = shlex.split(line)
         assert program == "fastgpt"
@@ -87,7 +92,7 @@ def test_the_commands_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
             arguments = ["--config", "small.yaml", *arguments]
         assert cli.COMMANDS[command](arguments) == 0, line
     said = capsys.readouterr().out
-    assert "6 of 6: trial-0002, seed 2" in said and Path("runs/small-find-lr/find_lr.json").is_file()
+    assert "4 of 4: trial-0001, seed 2" in said and Path("runs/small-find-lr/find_lr.json").is_file()
     assert Path("runs/best/step_00000080").is_dir()
     table = Path("mlp.md").read_text()
     assert re.search(r"^\| swiglu \| \d\.\d+ ± \d\.\d+ \| [+-]\d\.\d+ ± \d\.\d+ \|", table, re.M)
