@@ -133,6 +133,20 @@ def readme_serve(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
+def readme_processes(rows: list[Row]) -> list[list[str]]:
+    """Return the table of steps in several processes."""
+    lines = [["shape", "processes", "", "ms a step", "tokens/s", "efficiency", "exposed", "overhead / collectives"]]
+    lines[0].append("simulated ms")
+    for r in rows:
+        if r["bench"] == "processes" and "ms" in r:
+            cells = [r["shape"], str(r["processes"]), r["variant"], spread(r, "ms"), number(r["tokens_per_s"])]
+            more = ["-"] * 3
+            if r["processes"] > 1:
+                more = [f"{r['exposed']:.1%}", times(tuple(r["overhead_over_network"])), number(r["simulated_ms"])]
+            lines.append([*cells, f"{r['efficiency']:.1%}", *more])
+    return lines
+
+
 README_TABLES = {
     "ops": readme_ops,
     "steps": readme_steps,
@@ -142,6 +156,7 @@ README_TABLES = {
     "finetune": readme_finetune,
     "evaluate": readme_evaluate,
     "serve": readme_serve,
+    "processes": readme_processes,
 }
 USED: dict[str, Callable[[Row], bool]] = {  # the rows of the tables that name their source
     "ops": lambda r: r["bench"] in OPS,
@@ -151,6 +166,7 @@ USED: dict[str, Callable[[Row], bool]] = {  # the rows of the tables that name t
     "finetune": lambda r: r["bench"] == "finetune",
     "evaluate": lambda r: r["bench"] == "evaluate" and r["shape"] == "gpt2-124m",
     "serve": lambda r: r["bench"] == "serve" and r["shape"] == "gpt2-124m",
+    "processes": lambda r: r["bench"] == "processes",
 }
 
 

@@ -28,10 +28,12 @@ OTHERS = {
     "patching": ("Patched models", "A step of transformers' models before and after `fastgpt.patch`."),
     "generate": ("Generation", "Tokens per second against transformers and llama.cpp; `fastgpt bench generate`."),
     "adapters": ("Adapters", "A decode step with LoRA adapters in the batch; `fastgpt bench adapters`."),
+    "muon": ("Muon", "The iteration over GPT-2 124M's matrices against torch's own; `fastgpt bench muon`."),
     "data": ("Data sets", "MB of text per second of one core against tiktoken, datasketch and datatrove."),
     "finetune": ("Fine-tuning", "Steps against transformers, TRL and PEFT; `fastgpt bench finetune`."),
     "evaluate": ("Evaluation", "Log-likelihoods against lm_eval's own model; `fastgpt bench evaluate`."),
     "serve": ("Server", "Clients at once against llama.cpp's server; `fastgpt bench serve`."),
+    "processes": ("Processes", "Steps in 1 to N processes; `torchrun -m fastgpt.bench.throughput`."),
     "codegen": ("Codegen", "Compiler output for each kernel; `fastgpt bench codegen`. No GPU is needed."),
 }
 HIDDEN = "bench figure backend machine gpu losses sets samples cut_samples reference relative_low red".split()

@@ -27,7 +27,7 @@ PROVENANCE = ("fastgpt", "sources", "torch", "device_name", "threads", "date")  
 IDENTITY = (
     "kind",
     *("bench", "figure", "op", "language", "kernel", "config", "arch", "model", "shape", "batch", "block"),
-    *("dtype", "phase", "mode", "device", "provider", "variant"),
+    *("dtype", "phase", "mode", "device", "provider", "variant", "processes"),
 )
 
 

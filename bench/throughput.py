@@ -20,6 +20,9 @@ others with their defaults; one waits while another runs. On a GPU they share th
 Joules per token: of the GPU, from NVML's energy counter over seconds of one variant alone (those of ENERGY_OF; '-' for
 the others and where there is no counter), in separate rows after the speeds.
 
+torchrun --nproc-per-node N -m fastgpt.bench.throughput measures fastgpt's steps in 1 to N processes instead, under DDP
+or with --parallel fsdp: fastgpt/bench/processes.py says what.
+
 --llmc DIR and --nanogpt DIR run those trainers themselves (fastgpt/bench/rivals.py): their own code, data in their
 format, the same sizes and batch; their initial weights differ, so their losses are not compared.
 
@@ -42,7 +45,7 @@ from typing import Any
 
 import torch
 
-from fastgpt.bench import rivals
+from fastgpt.bench import processes, rivals
 from fastgpt.bench._harness import (
     Samples,
     Setting,
@@ -58,6 +61,7 @@ from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, pre
 from fastgpt.core import backend
 from fastgpt.core.command import number, run_command
 from fastgpt.core.device import energy_joules, peak_flops
+from fastgpt.distributed.mesh import find_mesh
 from fastgpt.models.config import ModelConfig
 from fastgpt.training.config import TrainConfig
 
@@ -67,6 +71,7 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}  # relative difference of a step's loss
 AGREE_STEPS = 40
 ENERGY_SECONDS = 3.0  # the meter updates some ten times a second
 ENERGY_OF = ("fastgpt graphs", "torch compile")
+ONE_PROCESS = ("batch", "sweep", "compile", "ablation", "variant", "llmc", "nanogpt")  # options
 
 
 def kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
@@ -274,13 +279,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variant", action="append", metavar="NAME", help="time only torch and these; may be repeated")
     parser.add_argument("--llmc", type=Path, metavar="DIR", help="also time a built checkout of llm.c (train_gpt2cu)")
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="also time a checkout of nanoGPT (train.py)")
+    parser.add_argument("--parallel", choices=("ddp", "fsdp"), help="of several processes (torchrun); default: ddp")
     args = parser.parse_args(argv)
-    device = device_of(parser, args.device)
+    device, mesh = device_of(parser, args.device), find_mesh()
     shapes, status = shapes_on(device), 0
     if absent := set(args.shape or []) - set(shapes):
         parser.error(f"--shape {', '.join(sorted(absent))} needs a GPU")
     if args.sweep and device.type != "cuda":
         parser.error("--sweep needs a GPU, where running out of memory is an error; on a CPU pass each --batch")
+    if mesh.world > 1:
+        if other := next((n for n in ONE_PROCESS if getattr(args, n)), None):
+            parser.error(f"--{other} works in one process only")
+        chosen = {
+            name: dataclasses.replace(shapes[name], steps=args.steps or shapes[name].steps)
+            for name in args.shape or [default_shape(device)]
+        }
+        return processes.main(mesh, device, chosen, args.parallel or "ddp", args.json)
+    if args.parallel:
+        parser.error("--parallel needs several processes: torchrun --nproc-per-node N -m fastgpt.bench.throughput")
     for name in args.shape or [default_shape(device)]:
         for shape in sweep(shapes[name], args.batch, args.sweep):
             shape = dataclasses.replace(shape, steps=args.steps or shape.steps)

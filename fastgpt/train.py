@@ -59,7 +59,7 @@ def prepare(cfg: TrainConfig) -> Run:
     with plan.explain_out_of_memory(cfg, vocab_size, device):
         model = build_model(cfg, vocab_size, device, mesh)
         task = spread_over(mesh, cfg, NextToken(), model)
-        optimizer = build_optimizer(cfg, model)
+        optimizer = build_optimizer(cfg, model, mesh)
     loader = build_loader(cfg, data, device, mesh)
     return hook.attach(Run(cfg, device, data, val_sources, model, optimizer, loader, task, mesh))
 
@@ -141,7 +141,8 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
         steps.put(rate, values)
 
         # Evaluation, checkpoint and samples. After the last step, `train` runs them.
-        evaluates, saves, samples = p.due(cfg.eval_every), p.due(cfg.save_every), p.due(cfg.sample_every)
+        evaluates, samples = p.due(cfg.eval_every), p.due(cfg.sample_every)
+        saves = p.due(cfg.save_every) or steps.save_due()
         if evaluates or saves or samples:
             steps.wait()
             if evaluates:
@@ -153,6 +154,7 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
                     log.say(f"stopping: {p.waited} validations without a better {cfg.metric}{than}")
             if saves:
                 run.save()  # in the background; `run.writer` returns the path when it is written
+                steps.saved()
             if samples:
                 log.sample(p.step, sample(run, cfg.prompt))
             steps.restart()

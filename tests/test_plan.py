@@ -235,9 +235,8 @@ def test_muons_state_is_exact(dtype: str) -> None:
     optimizer.step()
     tensors = [t for s in optimizer.state.values() for t in s.values()]
     state = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    copies = sum(m.nbytes for p, m in zip(optimizer.matrices, optimizer.masters, strict=True) if m is not p)
     p = planned(cfg)
-    assert p.masters + p.moments == sum(state.values()) + copies, "a copy has a gradient during the step"
+    assert p.masters + p.moments == sum(state.values())
 
 
 @needs_cpu

@@ -30,11 +30,13 @@ class Mesh:
         rank: number of this process, from 0 on.
         world: number of processes.
         local: number of this process on its machine, which is that of its GPU.
+        group: process group of these processes; None is that of all.
     """
 
     rank: int = 0
     world: int = 1
     local: int = 0
+    group: Any = None
 
     @property
     def main(self) -> bool:
@@ -49,7 +51,7 @@ class Mesh:
     def sum(self, t: Tensor) -> Tensor:
         """Sum a tensor over the processes, in place, without waiting for the device; return it."""
         if self.world > 1:
-            dist.all_reduce(t)
+            dist.all_reduce(t, group=self.group)
         return t
 
     def share(self, value: Any) -> Any:
@@ -57,7 +59,7 @@ class Mesh:
         if self.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -65,7 +67,7 @@ class Mesh:
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group=self.group)
         return found
 
 

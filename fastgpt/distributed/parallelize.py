@@ -66,15 +66,20 @@ class Spread:
         if parallel == "ddp":
             known = inspect.signature(DistributedDataParallel).parameters
             copies = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before 2.13
-            options: dict[str, Any] = {copies: False, "gradient_as_bucket_view": True}
+            options: dict[str, Any] = {copies: False, "gradient_as_bucket_view": True, "process_group": mesh.group}
             self.module = DistributedDataParallel(losses, **options)
-            self.module.register_comm_hook(reduce_dtype, sum_bucket)
+            self.module.register_comm_hook((mesh.group, reduce_dtype), sum_bucket)
         else:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # half a second
 
             policy = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
+            within = None
+            if mesh.group is not None:
+                from torch.distributed.device_mesh import DeviceMesh
+
+                within = DeviceMesh.from_group(mesh.group, next(model.parameters()).device.type)
             for part in [*model.blocks, losses]:
-                fully_shard(part, mp_policy=policy)
+                fully_shard(part, mp_policy=policy, mesh=within)
                 part.set_gradient_divide_factor(1.0)
                 part.set_force_sum_reduction_for_comms(True)  # else a factor needs an operation that gloo lacks
             # nothing is written to the output of a block in place
@@ -102,11 +107,11 @@ class Spread:
             self.module.set_requires_gradient_sync(last)
 
 
-def sum_bucket(dtype: torch.dtype | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """Sum a bucket of gradients over the processes, in `dtype`: a hook of DDP."""
-    own = bucket.buffer()
+def sum_bucket(state: tuple[Any, torch.dtype | None], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Sum a bucket of gradients over the processes of a group, in a dtype (None: its own): a hook of DDP."""
+    own, (group, dtype) = bucket.buffer(), state
     wide = own if dtype is None else own.to(dtype)  # itself if it has that dtype
-    work: Any = dist.all_reduce(wide, async_op=True)
+    work: Any = dist.all_reduce(wide, group=group, async_op=True)
 
     def narrow(found: torch.futures.Future[list[Tensor]]) -> Tensor:
         total = found.value()[0]

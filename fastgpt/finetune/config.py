@@ -26,7 +26,7 @@ LEARNING_RATES = {"sft": 2e-5, "distil": 2e-5, "dpo": 1e-6, "kto": 1e-6, "orpo":
 SHARED = (
     *("out", "resume", "seed", "device", "dtype", "kernels", "recompute", "micro_batch", "schedule", "lr_ratios"),
     *("weight_decay", "beta1", "beta2", "eps", "clip", "master", "eval_every", "eval_batches", "save_every", "keep"),
-    *("evals", "eval_data", "eval_limit"),
+    *("save_minutes", "evals", "eval_data", "eval_limit"),
     *("patience", "metric", "metric_goal", "log_every", "track"),
 )
 LOSSES = {"dpo": ("sigmoid", "robust", "ipo", "ipo-mean"), "grpo": ("dapo", "grpo", "bnpo", "dr_grpo")}
@@ -37,7 +37,11 @@ LORA_FACTOR = 10  # an adapter learns best at about ten times the rate of all we
 RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("micro_batch batch block_size max_steps epochs lr eps epsilon", lambda v: 0 < v < math.inf, "more than 0"),
     ("group max_new_tokens iterations log_every", lambda v: v >= 1, "1 or more"),
-    ("beta teacher_top_k eval_every eval_batches save_every keep", lambda v: 0 <= v < math.inf, "0 or more"),
+    (
+        "beta teacher_top_k eval_every eval_batches save_every save_minutes keep",
+        lambda v: 0 <= v < math.inf,
+        "0 or more",
+    ),
     ("patience seed weight_decay clip", lambda v: 0 <= v < math.inf, "0 or more"),
     ("val_fraction dropout beta1 beta2 warmup replay_share", lambda v: 0 <= v < 1, "0 to less than 1"),
     ("hard_share", lambda v: 0 <= v <= 1, "0 to 1"),
@@ -150,6 +154,7 @@ class FinetuneConfig:
         eval_data: folder with the files of evals.
         eval_limit: items of each task in evals; null is all.
         save_every: steps between checkpoints; 0 is only at the end.
+        save_minutes: also write a checkpoint when the last one is this many minutes old; 0 is off.
         keep: number of latest checkpoints to keep; 0 keeps all.
         patience: end the run after this many validations without a better metric, and keep the best checkpoint; 0 is
             off.
@@ -230,6 +235,7 @@ class FinetuneConfig:
     eval_data: str | None = None
     eval_limit: int | None = None
     save_every: int = 500
+    save_minutes: float = 0.0
     keep: int = 2
     patience: int = 0
     metric: str = "val_loss"

@@ -14,6 +14,7 @@ from fastgpt.ops.adamw import ADAMW_PREPARE, ADAMW_UPDATE, PARTIALS, Bucket, ada
 from fastgpt.optim.state import (
     MOMENTS,
     Fitted,
+    Rates,
     T,
     check_group,
     check_parameter,
@@ -26,6 +27,7 @@ from fastgpt.optim.state import (
     set_step,
     shard,
     still_fits,
+    sum_over,
     write_master,
 )
 
@@ -150,8 +152,8 @@ class AdamW(torch.optim.Optimizer):
                 set_step(self._places[slot], state)
         self._fitted: list[Fitted | None] = [None] * len(order)
         self._fitted_for = self.master, self.moment_dtype
-        self._lr = torch.zeros(len(self.param_groups), **fp32)
-        self._lr_floats: list[float | None] = []
+        self._rates = Rates(len(self.param_groups), self.device)
+        self._lr = self._rates.values
         self._partials = torch.zeros(0, **fp32)
         self._with_grad: list[tuple[int, ...]] = []
         self.grad_norm = getattr(self, "grad_norm", torch.full((1,), torch.nan, **fp32)).to(self.device)
@@ -195,7 +197,7 @@ class AdamW(torch.optim.Optimizer):
         for i, b in enumerate(buckets):
             ADAMW_PREPARE[backend](b.grads, self._steps, b.index, self._partials, i * PARTIALS, clip)
             if clip and b.groups:
-                _sum_over(b.groups, self._partials[i * PARTIALS : (i + 1) * PARTIALS])
+                sum_over(b.groups, self._partials[i * PARTIALS : (i + 1) * PARTIALS])
         beta1, beta2, eps, decay = zip(*(_numbers(g) for g in self.param_groups))
         for b in buckets:
             ADAMW_UPDATE[backend](
@@ -227,7 +229,7 @@ class AdamW(torch.optim.Optimizer):
         if self.max_norm is not None:
             norm = grad_norm_ref(buckets, grad_scale)
             if self._sharded:
-                norms = [_sum_over(b.groups, grad_norm_ref([b], grad_scale).square()) for b in buckets]
+                norms = [sum_over(b.groups, grad_norm_ref([b], grad_scale).square()) for b in buckets]
                 norm = torch.stack(norms).sum(0).sqrt()
             self.grad_norm.copy_(norm)
         names = ("beta1", "beta2", "eps", "weight_decay")
@@ -304,18 +306,7 @@ class AdamW(torch.optim.Optimizer):
 
         step() calls it; call it yourself before each replay of a CUDA graph that contains step().
         """
-        rates = [g["lr"] for g in self.param_groups]
-        there = [
-            isinstance(r, Tensor) and r.device.type != "cpu" for r in rates
-        ]  # reading those would wait for the device
-        floats = [None if t else float(r.detach() if isinstance(r, Tensor) else r) for r, t in zip(rates, there)]
-        if floats != self._lr_floats:
-            self._lr_floats = floats
-            host = torch.tensor([0.0 if f is None else f for f in floats], dtype=torch.float32, device="cpu")
-            self._lr.copy_(host.pin_memory() if self.device.type == "cuda" else host, non_blocking=True)
-        for i, rate in enumerate(rates):
-            if there[i]:
-                self._lr[i].copy_(rate.reshape(()), non_blocking=True)
+        self._rates.refresh(self.param_groups)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the state of this optimizer or of torch.optim.AdamW, converted to the settings of this optimizer.
@@ -355,10 +346,3 @@ def _numbers(group: dict[str, Any]) -> tuple[float, float, float, float]:
     """Return beta1, beta2, eps and weight_decay of a group."""
     beta1, beta2 = group["betas"]
     return float(beta1), float(beta2), float(group["eps"]), float(group["weight_decay"])
-
-
-def _sum_over(groups: tuple[Any, ...], t: Tensor) -> Tensor:
-    """Sum t in place over the processes of these groups, and return it."""
-    for group in groups:
-        torch.distributed.all_reduce(t, group=group)
-    return t

@@ -194,6 +194,40 @@ def shard(p: Any, g: Any, state: dict[str, Any]) -> tuple[tuple[Any, ...], Tenso
     return groups, p.to_local(), g.to_local(), {n: local(t) for n, t in state.items()}
 
 
+def sum_over(groups: tuple[Any, ...], t: Tensor) -> Tensor:
+    """Sum t in place over the processes of these groups, and return it."""
+    for group in groups:
+        torch.distributed.all_reduce(t, group=group)
+    return t
+
+
+class Rates:
+    """The learning rates of parameter groups on the device, where a step reads them.
+
+    Attributes:
+        values: (groups,) fp32.
+    """
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.values = torch.zeros(count, dtype=torch.float32, device=device)
+        self._floats: list[float | None] = []
+
+    def refresh(self, groups: list[dict[str, Any]]) -> None:
+        """Copy the rates to the device: floats only when they changed, tensors by a device copy."""
+        rates = [g["lr"] for g in groups]
+        there = [
+            isinstance(r, Tensor) and r.device.type != "cpu" for r in rates
+        ]  # reading those would wait for the device
+        floats = [None if t else float(r.detach() if isinstance(r, Tensor) else r) for r, t in zip(rates, there)]
+        if floats != self._floats:
+            self._floats = floats
+            host = torch.tensor([0.0 if f is None else f for f in floats], dtype=torch.float32, device="cpu")
+            self.values.copy_(host.pin_memory() if self.values.is_cuda else host, non_blocking=True)
+        for i, rate in enumerate(rates):
+            if there[i]:
+                self.values[i].copy_(rate.reshape(()), non_blocking=True)
+
+
 def _is_dense(p: Tensor) -> bool:
     """Return whether the elements of p fill their memory without gaps or overlaps."""
     size = 1

@@ -91,7 +91,7 @@ def spread_over(mesh: Mesh, cfg: TrainConfig, task: Task, model: GPT) -> Task:
         raise UserError(
             f"batch_tokens is {cfg.batch_tokens}, expected a multiple of processes * micro_batch * block_size = {rows}"
         )
-    alone = {"optimizer": cfg.optimizer == "muon", "dtype": cfg.dtype == "fp16", "evals": bool(cfg.evals)}
+    alone = {"dtype": cfg.dtype == "fp16", "evals": bool(cfg.evals)}
     for name in (name for name, given in alone.items() if given):
         raise UserError(f"{name} is {getattr(cfg, name)!r}, which works in one process only")
     from fastgpt.distributed.parallelize import Spread
@@ -100,7 +100,7 @@ def spread_over(mesh: Mesh, cfg: TrainConfig, task: Task, model: GPT) -> Task:
     return Spread(task, model, mesh, cfg.parallel, torch.float32 if cfg.reduce_dtype == "fp32" else None, compiled)
 
 
-def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
+def build_optimizer(cfg: TrainConfig, model: GPT, mesh: Mesh = ALONE) -> AdamW | MuonAdamW:
     """Build AdamW, or Muon for the matrices of the blocks and AdamW for the rest.
 
     Raises:
@@ -118,6 +118,7 @@ def build_optimizer(cfg: TrainConfig, model: GPT) -> AdamW | MuonAdamW:
         max_norm=cfg.clip if cfg.clip > 0 else math.inf,
         seed=cfg.seed,
     )
-    return (
-        MuonAdamW(groups, momentum=cfg.momentum, **settings) if cfg.optimizer == "muon" else AdamW(groups, **settings)
-    )
+    if cfg.optimizer == "adamw":
+        return AdamW(groups, **settings)
+    replicated = mesh.world > 1 and cfg.parallel == "ddp"
+    return MuonAdamW(groups, momentum=cfg.momentum, replicated=replicated, **settings)

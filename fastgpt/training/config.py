@@ -85,6 +85,7 @@ class TrainConfig:
         eval_data: folder with the files of evals.
         eval_limit: items of each task in evals; null is all.
         save_every: steps between checkpoints; 0 is only at the end.
+        save_minutes: also write a checkpoint when the last one is this many minutes old; 0 is off.
         keep: number of latest checkpoints to keep; 0 keeps all.
         keep_every: also keep checkpoints at multiples of this many steps; 0 is none.
         patience: end the run after this many validations without a better metric, and keep the best checkpoint; 0 is
@@ -150,6 +151,7 @@ class TrainConfig:
     eval_data: str | None = None
     eval_limit: int | None = None
     save_every: int = 1000
+    save_minutes: float = 0.0
     keep: int = 2
     keep_every: int = 0
     patience: int = 0
@@ -181,7 +183,7 @@ class TrainConfig:
         require(
             self.vocab_size >= 257, "vocab_size", self.vocab_size, "at least 257 (the bytes and an end-of-text token)"
         )
-        for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas"):
+        for name in ("sample_every", "sample_tokens", "patience", "spike_sigmas", "save_minutes"):
             value = getattr(self, name)
             require(0 <= value < math.inf, name, value, "0 or more")
         for name in ("data", "val_data", "tokenizer"):

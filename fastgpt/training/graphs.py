@@ -44,7 +44,7 @@ class Graphs:
     @classmethod
     def of_run(cls, cfg: TrainConfig, model: nn.Module, device: torch.device, mesh: Mesh = ALONE) -> Graphs:
         """Create the graphs of a run; if enabled, make a new stream current, as the default one cannot be captured."""
-        enabled = cfg.graphs and device.type == "cuda" and cfg.optimizer == "adamw"  # Muon waits for the device
+        enabled = cfg.graphs and device.type == "cuda" and cfg.optimizer == "adamw"  # Muon was never recorded on a GPU
         enabled = enabled and mesh.world == 1  # hooks that reduce gradients run on the host
         if enabled:
             stream = torch.cuda.Stream(device)

@@ -216,8 +216,8 @@ def plan(cfg: TrainConfig, shape: Shape, target: Target, gpus: int = 1, *, train
     else:
         activations += m.n_layers * (kept + (again if cfg.recompute == "none" else 0))
     masters = {"fp32": 4, "remainder": 2}.get(cfg.master, 0) if w == 2 else 0
-    others = shape.parameters - shape.matrices  # Muon keeps an fp32 copy, its gradient and a momentum
-    copies = 8 * shape.matrices if w == 2 else 0
+    others = shape.parameters - shape.matrices  # Muon keeps an fp32 copy and a momentum
+    copies = 4 * shape.matrices if w == 2 else 0
     graphs = cfg.graphs and target.kind == "cuda" and cfg.optimizer == "adamw"
     loss, block = _loss_bytes(cfg, n, w, target, trains_head), _backward_bytes(m, n, w, mask, cfg.recompute)
     return Plan(

@@ -2,7 +2,7 @@
 
 fastgpt/training/memory.py computes the bytes. `settle` resolves `micro_batch: auto`, and `explain_out_of_memory` turns
 an out-of-memory error into advice on which setting to change. Hours and cost are an estimate: tokens * FLOP per token /
-(peak * MFU).
+(peak * MFU), over the share of time that interruptions leave (fastgpt/training/interruptions.py).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fastgpt.core.device import DTYPES, default_device, dtype_of, total_memory
 from fastgpt.core.errors import UserError
 from fastgpt.training import initial
 from fastgpt.training.config import TrainConfig, load_config
+from fastgpt.training.interruptions import FAILURES_PER_GPU_DAY, RECLAIMS_PER_DAY, Interruptions
 from fastgpt.training.memory import LEVELS, SPARE, Shape, Target, plan, shape_of
 
 log = logging.getLogger("fastgpt")
@@ -224,17 +225,46 @@ def _served_by_torch(cfg: TrainConfig, kind: str, dtype: torch.dtype) -> list[st
         return [op for op in backend.ops() if backend.explain(op, kind, dtype)[0] == "torch"]
 
 
-def estimate(shape: Shape, target: Target, dtype: torch.dtype, args: argparse.Namespace) -> str:
-    """Estimate hours and cost, in a sentence that states the assumptions."""
+def estimate(shape: Shape, target: Target, dtype: torch.dtype, state: int, args: argparse.Namespace) -> list[str]:
+    """Estimate hours and cost, in sentences that state the assumptions. state: bytes of a checkpoint."""
     if target.peak is None or dtype.itemsize != 2:
-        return "hours: not estimated, since only bf16 peaks of cards are known"
+        return ["hours: not estimated, since only bf16 peaks of cards are known"]
     gpu_hours = args.tokens * shape.flops / (target.peak * args.mfu) / 3600
     cost = f", cost {gpu_hours * args.price:,.2f} at {args.price:g} a GPU-hour" if args.price is not None else ""
-    return (
+    plain = (
         f"estimate, not measured: {gpu_hours / args.gpus:,.1f} hours ({gpu_hours:,.1f} GPU-hours{cost}) for "
         f"{args.tokens:,.0f} tokens at {args.mfu:.0%} MFU (--mfu) of {target.peak / 1e12:g} TFLOP/s (datasheet), "
         f"{shape.flops / 1e9:.3f} GFLOP a token (6 N + 12 L A T)"
     )
+    return [plain, *interrupted(state, gpu_hours / args.gpus, args)]
+
+
+def interrupted(state: int, hours: float, args: argparse.Namespace) -> list[str]:
+    """Say how often to write a checkpoint of `state` bytes, and what interruptions add to a run of `hours`, on demand
+    and on spot instances. These are estimates as well."""
+    failures, assumed = args.failures_per_day, ""
+    if failures is None:
+        failures, assumed = args.gpus * FAILURES_PER_GPU_DAY, " (the rate of Llama 3's pretraining)"
+    runs = {"on demand": (args.price, Interruptions.of(state, failures))}
+    if args.spot_price is not None:
+        reclaims = RECLAIMS_PER_DAY if args.reclaims_per_day is None else args.reclaims_per_day
+        runs["on spot"] = args.spot_price, Interruptions.of(state, failures, reclaims)
+    plain = runs["on demand"][1]
+    save = f"--save-minutes {max(1, round(plain.interval / 60))}, by Young and Daly," if failures else "--save-every 0"
+    lines = [
+        f"checkpoints of {_size(state)}: {save} for {failures:.2g} failures a day{assumed}; one takes "
+        f"{plain.write:.1f} s in the background, a restart {plain.restart:g} s (assumed)"
+    ]
+    for name, (price, kind) in runs.items():
+        share = kind.goodput()
+        if not share:
+            lines.append(f"{name}: the run never ends, because interruptions take all of its time")
+            continue
+        total = hours / share
+        cost = "" if price is None else f", cost {total * args.gpus * price:,.2f} at {price:g} a GPU-hour"
+        often = f", with {kind.reclaims:g} reclaims a day" if kind.reclaims else ""
+        lines.append(f"{name}{often}: {total:,.1f} hours, {total - hours:.2f} of them lost ({share:.1%} goodput){cost}")
+    return lines
 
 
 def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]:
@@ -262,7 +292,9 @@ def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]
     if target.bandwidth is None and (ops := _served_by_torch(cfg, target.kind, dtype)):
         lines.append(f"figures are for fastgpt's kernels; PyTorch, which may keep more, serves here: {', '.join(ops)}")
     if args.tokens is not None:
-        lines.append(estimate(shape, target, dtype, args))
+        held = plan(now, shape, target, args.gpus)
+        state = shape.parameters * dtype.itemsize + held.masters + held.moments
+        lines += estimate(shape, target, dtype, state, args)
     names = ", ".join(c.name for c in cards[:4]) or "none of the known ones"
     lines.append(f"smallest cards that hold it (recompute {cfg.recompute}, micro_batch {cfg.micro_batch}): {names}")
     fits = (needed := plan(now, shape, target, args.gpus).needed) <= target.usable
@@ -292,10 +324,25 @@ def arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--mfu", type=share, help=f"share of the peak assumed for the hours (with --tokens) (default: {MFU})"
     )
+    parser.add_argument(
+        "--spot-price", type=number(float, 0), help="price of a GPU-hour on spot instances (with --tokens)"
+    )
+    parser.add_argument(
+        "--failures-per-day",
+        type=number(float, 0),
+        help="interruptions of the run a day without notice (with --tokens) (default: a published rate per GPU)",
+    )
+    parser.add_argument(
+        "--reclaims-per-day",
+        type=number(float, 0),
+        help=f"interruptions a day with notice (with --spot-price) (default: {RECLAIMS_PER_DAY:g}, assumed)",
+    )
     args, rest = parser.parse_known_args(argv)
-    for name in ("price", "mfu"):
+    for name in ("price", "mfu", "spot_price", "failures_per_day"):
         if getattr(args, name) is not None and args.tokens is None:
             raise UserError(f"{name} is {getattr(args, name):g}, but it only applies with --tokens")
+    if args.reclaims_per_day is not None and args.spot_price is None:
+        raise UserError(f"reclaims_per_day is {args.reclaims_per_day:g}, but it only applies with --spot-price")
     args.mfu = MFU if args.mfu is None else args.mfu
     return args, rest
 

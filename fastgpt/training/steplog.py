@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from time import monotonic
 from typing import Any
 
 import torch
@@ -30,29 +31,45 @@ class StepLog:
     def __init__(self, run: Run, log: Log) -> None:
         self.run, self.log = run, log
         self.lagged, self.pace = Lagged(run.device, exact=run.mesh.world > 1), Pace(WARM_STEPS)
-        self._asked: Tensor | None = None  # by how many processes, in the step just launched
-        self._agreed = False
+        self._wishes: Tensor | None = None  # (2,): processes that want to end, and to save, in the step just launched
+        self._agreed, self._save_agreed, self._saved_at = False, False, monotonic()
 
     def ended(self, stop: Stop) -> bool:
         """Return whether the run should end before its length. Several processes agree on that with the losses of a
         step, so all of them end after the same one."""
         return self._agreed if self.run.mesh.world > 1 else stop.asked or self.run.too_slow()
 
+    def save_due(self) -> bool:
+        """Return whether save_minutes have passed since the last checkpoint. Several processes agree on that with the
+        losses of a step, by the clock of the main one. The last step is saved anyway."""
+        p = self.run.progress
+        overdue = self._save_agreed if self.run.mesh.world > 1 else self._overdue()
+        return overdue and p.step < p.last_step
+
+    def saved(self) -> None:
+        """Begin to count save_minutes anew, after `wait`."""
+        self._save_agreed, self._saved_at = False, monotonic()
+
+    def _overdue(self) -> bool:
+        minutes = self.run.cfg.save_minutes
+        return minutes > 0 and monotonic() - self._saved_at >= 60 * minutes
+
     def summed(self, loss: Tensor, stop: Stop) -> Tensor:
         """Return the loss and figures of a step, summed over the processes."""
-        if self.run.mesh.world == 1:
+        mesh = self.run.mesh
+        if mesh.world == 1:
             return loss
-        asked = float(stop.asked or self.run.too_slow())
-        both = self.run.mesh.sum(torch.cat((loss, loss.new_full((1,), asked))))
-        self._asked = both[-1:]
-        return both[:-1]
+        ends, saves = stop.asked or self.run.too_slow(), mesh.main and self._overdue()
+        both = mesh.sum(torch.cat((loss, *(loss.new_full((1,), float(wish)) for wish in (ends, saves)))))
+        self._wishes = both[-2:]
+        return both[:-2]
 
     def put(self, rate: float, values: Tensor) -> None:
         """Queue the step just launched: its learning rate, and (loss, gradient norm, spike,
         figures of the task) on the device."""
         p = self.run.progress
         row = {"step": p.step, "tokens": p.tokens, "lr": rate, "memory_gb": memory_gb(self.run.device)}
-        self.lagged.put(row, values if self._asked is None else torch.cat((values, self._asked)))
+        self.lagged.put(row, values if self._wishes is None else torch.cat((values, self._wishes)))
         self._log(AHEAD)
 
     def wait(self) -> None:
@@ -68,8 +85,9 @@ class StepLog:
         arrived = list(self.lagged.ready(ahead))
         seconds = pace.step(len(arrived)) if arrived else 0.0
         for row, (loss, norm, spike, *figures) in arrived:
-            if self._asked is not None:
-                self._agreed = self._agreed or figures.pop() > 0
+            if self._wishes is not None:
+                *figures, ends, saves = figures
+                self._agreed, self._save_agreed = self._agreed or ends > 0, self._save_agreed or saves > 0
             p.seconds += seconds if p.length_known or pace.steps > WARM_STEPS else 0.0
             row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **self._speed(seconds))
             row.update(zip(run.task.figures, figures, strict=True))

@@ -56,11 +56,13 @@ def weights(run: Path) -> bytes:
     return (checkpoint.find(run) / checkpoint.MODEL).read_bytes()
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_losses_are_those_of_one_process_and_a_killed_run_ends_in_the_same_bits(parallel: str, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert train(1, one, "--max-steps", "8").returncode == 0
-    done = train(2, two, "--max-steps", "8", "--parallel", parallel)
+@pytest.mark.parametrize(("parallel", "optimizer"), [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "muon")])
+def test_losses_are_those_of_one_process_and_a_killed_run_ends_in_the_same_bits(
+    parallel: str, optimizer: str, tmp_path: Path
+) -> None:
+    one, two, length = tmp_path / "one", tmp_path / "two", ("--max-steps", "8", "--optimizer", optimizer)
+    assert train(1, one, *length).returncode == 0
+    done = train(2, two, *length, "--parallel", parallel)
     assert done.returncode == 0, done.stderr
     assert losses(two).keys() == losses(one).keys() and (8, "val_loss") in losses(one)
     for key, loss in losses(one).items():
@@ -68,9 +70,9 @@ def test_losses_are_those_of_one_process_and_a_killed_run_ends_in_the_same_bits(
     whole = weights(two)
     shutil.rmtree(two / "step_00000008")  # as if it was killed after step 5
     other = shutil.copytree(two, tmp_path / "other")
-    assert train(2, two, "--max-steps", "8", "--parallel", parallel).returncode == 0
+    assert train(2, two, *length, "--parallel", parallel).returncode == 0
     assert weights(two) == whole
-    assert train(1, other, "--max-steps", "8").returncode == 0  # on another number of processes: the same tokens
+    assert train(1, other, *length).returncode == 0  # on another number of processes: the same tokens
     assert losses(other)[8, "loss"] == pytest.approx(losses(two)[8, "loss"], rel=1e-5)
 
 
