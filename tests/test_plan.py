@@ -424,7 +424,7 @@ def test_plan_of_a_card_with_hours_and_cost(capsys: pytest.CaptureFixture[str]) 
     shape, a100 = shape_of(cfg), plan.card("a100")
     assert code == 0 and a100 is not None
     gpu_hours = 10e9 * shape.flops / (312e12 * 0.4) / 3600
-    assert f"{gpu_hours / 4:.1f} hours ({gpu_hours:.1f} GPU-hours, cost {2 * gpu_hours:.2f} at 2 a GPU-hour)" in out
+    assert f"{gpu_hours / 4:.3g} hours ({gpu_hours:.1f} GPU-hours, cost {2 * gpu_hours:.2f} at 2 a GPU-hour)" in out
     assert "estimate, not measured" in out and "40% MFU" in out and "datasheet" in out
     assert "4 x A100 40GB: 40.00 GB at 1,555 GB/s" in out and "4 x micro_batch 32 x block_size 1024 a step" in out
     peaks = [f"{memory.plan(replace(cfg, recompute=r), shape, a100, 4).peak / 1e9:.2f}" for r in LEVELS]
@@ -435,7 +435,7 @@ def test_plan_of_a_card_with_hours_and_cost(capsys: pytest.CaptureFixture[str]) 
     assert out.strip().splitlines()[-1].startswith("fits: ")
     assert abs(planned(cfg, a100).peak - memory.plan(cfg, shape, a100, 4).peak) == 16 * cfg.batch_tokens * 3 // 4
     half = run_plan(words + " --mfu 0.2", capsys)[1]
-    assert f"{gpu_hours / 2:.1f} hours" in half
+    assert f"{gpu_hours / 2:.3g} hours" in half
 
 
 def test_plan_that_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -> None:

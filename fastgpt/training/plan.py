@@ -232,7 +232,7 @@ def estimate(shape: Shape, target: Target, dtype: torch.dtype, state: int, args:
     gpu_hours = args.tokens * shape.flops / (target.peak * args.mfu) / 3600
     cost = f", cost {gpu_hours * args.price:,.2f} at {args.price:g} a GPU-hour" if args.price is not None else ""
     plain = (
-        f"estimate, not measured: {gpu_hours / args.gpus:,.1f} hours ({gpu_hours:,.1f} GPU-hours{cost}) for "
+        f"estimate, not measured: {_hours(gpu_hours / args.gpus)} hours ({_hours(gpu_hours)} GPU-hours{cost}) for "
         f"{args.tokens:,.0f} tokens at {args.mfu:.0%} MFU (--mfu) of {target.peak / 1e12:g} TFLOP/s (datasheet), "
         f"{shape.flops / 1e9:.3f} GFLOP a token (6 N + 12 L A T)"
     )
@@ -265,6 +265,10 @@ def interrupted(state: int, hours: float, args: argparse.Namespace) -> list[str]
         often = f", with {kind.reclaims:g} reclaims a day" if kind.reclaims else ""
         lines.append(f"{name}{often}: {total:,.1f} hours, {total - hours:.2f} of them lost ({share:.1%} goodput){cost}")
     return lines
+
+
+def _hours(n: float) -> str:
+    return f"{n:,.1f}" if n >= 10 else f"{n:.3g}"
 
 
 def report(cfg: TrainConfig, args: argparse.Namespace) -> tuple[list[str], bool]:
