@@ -1,6 +1,7 @@
 """The loop as a user runs it: to the end, resumed, on bad input, copied; small models, real text."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,12 +285,27 @@ def test_profile_names_the_ops(text: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_energy_of_a_run(text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    counter = iter([1000.0, 4600.0])
+    counter = itertools.chain([1000.0], itertools.repeat(4600.0))
     monkeypatch.setattr(profiling, "energy_joules", lambda device: next(counter))
+    monkeypatch.setattr(profiling, "PERIOD", 0.0)
     assert go(text) == 0
     said = capsys.readouterr().out
     assert re.search(r"energy: 0.001 kWh in 12 steps, \d+ W on average, 1172 mJ a token", said), said  # 3072 tokens
     assert [r["joules"] for r in rows() if "joules" in r] == [3600.0]
+    assert {r["power_watts"] for r in rows() if "loss" in r} == {0.0}
+
+
+def test_power_is_the_mean_between_readings_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, counter = iter([0.0, 0.5, 2.0, 2.0, 10.0, 14.0, 14.0]), iter([100.0, 300.0, 900.0, 1300.0])
+    monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(profiling, "energy_joules", lambda device: next(counter))
+    power = profiling.Power(torch.device("cpu"))
+    assert [power.watts(), power.watts()] == [None, 100.0], "half a second is too short"
+    power.restart()
+    assert power.watts() == 100.0
+    monkeypatch.setattr(profiling, "energy_joules", lambda device: None)
+    monkeypatch.setattr(profiling, "time", SimpleNamespace(perf_counter=lambda: 99.0))
+    assert profiling.Power(torch.device("cpu")).watts() is None
 
 
 def test_validation_loss_by_source(text: Path, tmp_path: Path) -> None:

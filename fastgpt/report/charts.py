@@ -21,6 +21,7 @@ TITLES = {
     "tokens_per_second": "Throughput (tokens/s)",
     "memory_gb": "Memory (GB)",
     "mfu_causal": "Share of peak FLOP/s, causal attention",
+    "power_watts": "Power of the GPU (W)",
     "watts": "Mean power of each session (W)",
     "joules": "Energy of each session (J)",
 }
@@ -84,7 +85,7 @@ def _run_data(run: RunFiles, charts: Sequence[Chart]) -> dict[str, Any]:
         "tokens": [rounded(tokens, 7) for _, tokens, _ in ends],
         "hours": [rounded(seconds / 3600, 6) for _, _, seconds in ends],
     }
-    steps = {c.step: _columns(metrics.steps.points(c.step)) for c in charts if c.step in metrics.last}
+    steps = {c.step: _columns(metrics.steps.points(c.step)) for c in charts if c.step in metrics.step_names()}
     validations = {c.validation: _columns(metrics.points(c.validation)) for c in charts if c.validation}
     return {"name": run.name, "axis": axis, "steps": steps, "validations": validations}
 

@@ -20,7 +20,7 @@ class Metrics:
         steps: figures of the training steps.
         validations: figures of validations and of the end of a run, by name.
         last: the last row of a step.
-        latest: name of a validation's figure -> its last (step, value).
+        latest: name of a validation's figure -> its last (step, value), which may not be finite.
         recent: the last RECENT rows of steps.
         count, skipped: steps, and those of them that changed nothing; `last_skip`: the last of those.
         joules: energy of all sessions; 0.0 where it was not measured.
@@ -32,8 +32,9 @@ class Metrics:
         self.last: dict[str, Any] = {}
         self.latest: dict[str, tuple[int, float]] = {}
         self.recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
-        self.count = self.skipped = self.last_skip = 0
+        self.count = self.skipped = self.last_skip = self._timed = 0
         self.joules = self.peak_gb = self._token_seconds = 0.0
+        self._names: dict[str, None] = {}
         self._extremes: dict[str, list[tuple[float, int]]] = {}  # name -> lowest and highest, with their steps
 
     def add(self, row: dict[str, Any]) -> None:
@@ -43,6 +44,8 @@ class Metrics:
             return
         step, figures = row["step"], figures_of(row)
         self.joules += figures.get("joules", 0.0)
+        wrong = {name: value for name, value in row.items() if isinstance(value, float) and name not in figures}
+        self.latest |= {name: (step, value) for name, value in wrong.items()}
         for name, value in figures.items():
             self.latest[name] = step, value
             self.validations.setdefault(name, Buckets(self.most)).put((step, 0, 0), {name: value})
@@ -51,19 +54,24 @@ class Metrics:
 
     def _add_step(self, row: dict[str, Any]) -> None:
         figures = figures_of(row)
+        if self.last and row["step"] <= self.last["step"]:  # the steps after a checkpoint, again
+            self.count -= self.steps.cut(row["step"])
+            self.recent = deque((r for r in self.recent if r["step"] < row["step"]), maxlen=RECENT)
+        self._names |= {name: None for name in row if name not in ("step", "skipped")}
         self.steps.put((row["step"], row.get("tokens", 0), row.get("seconds", 0)), figures)
         self.last = row
         self.recent.append(row)
         self.count += 1
         speed = figures.get("tokens_per_second", 0.0)
-        self._token_seconds += 1 / speed if speed > 0 else 0.0
+        if speed > 0:
+            self._timed, self._token_seconds = self._timed + 1, self._token_seconds + 1 / speed
         self.peak_gb = max(self.peak_gb, figures.get("memory_gb", 0.0))
         if was_skipped(row):
             self.skipped, self.last_skip = self.skipped + 1, row["step"]
 
     def step_names(self) -> list[str]:
-        """Return the names of the figures of steps, in the order of the last row."""
-        return [name for name in self.last if name not in ("step", "skipped")]
+        """Return the names of the figures of steps, in the order of their first rows."""
+        return list(self._names)
 
     def points(self, name: str) -> list[Point]:
         """Return the points of a validation's figure by step; the last row may be of an earlier one, the best."""
@@ -91,7 +99,7 @@ class Metrics:
 
     def tokens_per_second(self) -> float | None:
         """Return the tokens per second of all steps together, which have equally many tokens."""
-        return self.count / self._token_seconds if self._token_seconds else None
+        return self._timed / self._token_seconds if self._token_seconds else None
 
     def seconds_per_step(self) -> float | None:
         """Return the seconds of a recent step; None after fewer than two."""

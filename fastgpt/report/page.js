@@ -70,7 +70,8 @@
   const range = (values, isLog) => {
     let low = Infinity, high = -Infinity;
     for (const v of values) { if (v < low) low = v; if (v > high) high = v; }
-    if (low === high) { const by = Math.abs(low) * .05 || 1; low -= by; high += by; }
+    if (low === 0 && high === 0) high = 1;  // as of an accuracy that has not moved
+    if (low === high) { const by = Math.abs(low) * .05; low -= by; high += by; }
     if (isLog) return [low, high];
     return [low - (high - low) * .03, high + (high - low) * .03];
   };
@@ -79,10 +80,15 @@
     const plot = figure.querySelector(".plot"), width = plot.clientWidth, height = plot.clientHeight;
     const lines = linesOf(charts[figure.dataset.chart]);
     const values = lines.flatMap((l) => l.weight ? [...l.raw, ...l.ys] : l.raw);
-    if (!values.length || width < 90) { plot.innerHTML = ""; figure.view = null; return; }
+    if (!values.length || width < 90) {
+      plot.textContent = values.length ? "" : "no finite value in the runs that are shown";
+      figure.view = null;
+      return;
+    }
     const isLog = log.checked && values.every((v) => v > 0);
     const [low, high] = range(values, isLog), f = isLog ? Math.log : (v) => v;
-    let right = 0;
+    let right = 0;  // of all charts: that of the longest run that is shown
+    runs.forEach((run, r) => { if (boxes[r].checked) right = Math.max(right, run.axis[UNITS[x.value]].at(-1)); });
     for (const l of lines) for (const v of l.xs) if (v > right) right = v;
     right = right || 1;
     const px = (v) => LEFT + v / right * (width - LEFT - RIGHT);
@@ -93,7 +99,8 @@
     for (const t of ticks(low, high, isLog, height > 250 ? 6 : 4))
       parts.push(`<path class="grid" d="M${LEFT} ${py(t)}H${width - RIGHT}"/>`,
         `<text x="${LEFT - 6}" y="${py(t) + 4}" text-anchor="end">${text(t)}</text>`);
-    for (const t of linearTicks(0, right, Math.max(2, Math.floor(width / 110))))
+    const whole = x.value === "steps" ? Number.isInteger : () => true;
+    for (const t of linearTicks(0, right, Math.max(2, Math.floor(width / 110))).filter(whole))
       parts.push(`<text x="${px(t)}" y="${height - BOTTOM + 16}" text-anchor="middle">${text(t)}</text>`);
     parts.push(`<text x="${width - RIGHT}" y="${height - 4}" text-anchor="end">${UNITS[x.value]}` +
       `${log.checked && !isLog ? ", linear scale: values of 0 or less" : ""}</text>`);

@@ -58,6 +58,16 @@ class Buckets:
                 elif value > cell[3]:
                     cell[3] = value
 
+    def cut(self, step: float) -> int:
+        """Drop the buckets that reach `step`, from which a run has begun again; return how many rows they had."""
+        rows = 0
+        while self.ends and self.ends[-1][0] >= step:
+            rows += int(self._steps.pop()[0])
+            self.ends.pop()
+            self._cells.pop()
+            self._room = 0
+        return rows
+
     def _merge(self) -> None:
         self.width *= 2
         self.ends = self.ends[1::2]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastgpt.core.command import Parser
-from fastgpt.core.errors import UserError
+from fastgpt.core.errors import UserError, counted
 from fastgpt.core.page import number
 from fastgpt.report.charts import APART, TITLES, is_evaluation
 from fastgpt.report.metrics import RECENT
@@ -112,7 +112,7 @@ def _facts(run: RunFiles) -> Iterator[str]:
         f"norm {digits(row.get('grad_norm'))} | lr {row.get('lr', 0):.2e} | memory {m.peak_gb:.2f} GB | "
         f"{number(row.get('tokens'))} tokens in {duration(row.get('seconds'))}"
     )
-    recent = f"loss {digits(m.recent_mean('loss'))} over the last {len(m.recent)} steps"
+    recent = f"loss {digits(m.recent_mean('loss'))} over the last {counted(len(m.recent), 'step')}"
     figures = [f"{name} {digits(row.get(name))}" for name in m.step_names() if name not in APART and name not in TITLES]
     validated = {name: value for name, (_, value) in m.latest.items() if name.startswith("val_") or is_evaluation(name)}
     validated.pop("val_loss", None)

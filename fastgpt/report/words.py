@@ -19,8 +19,10 @@ def duration(seconds: float | None) -> str:
 
 
 def digits(value: object) -> str:
-    """Return a loss or another figure with four decimals, or three significant digits if it is tiny; "-" if it is no
-    number."""
+    """Return a loss or another figure with four decimals, fewer if it is large, three significant digits if it is tiny;
+    "-" if it is no number."""
     if not isinstance(value, (int, float)):
         return "-"
+    if 1000 <= abs(value) < math.inf:
+        return f"{value:,.0f}"
     return f"{value:.3g}" if 0 < abs(value) < 1e-3 else f"{value:.4f}"

@@ -15,6 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 from fastgpt.core.device import energy_joules
 from fastgpt.core.errors import UserError
 
+PERIOD = 1.0  # seconds; the counter itself is updated some ten times in a second
+
 
 class Profile:
     """Profiler of steps "FIRST:LAST" of a run, counted from 1.
@@ -64,6 +66,27 @@ class Profile:
         table.write_text(self.watch.key_averages().table(sort_by=sort, row_limit=40), encoding="utf-8")
         self.watch = None
         return f"profile: {trace} (chrome://tracing or ui.perfetto.dev), {table}"
+
+
+class Power:
+    """Power of the GPU during training, from readings of its energy counter that are at least PERIOD seconds apart."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out the time since the last reading."""
+        self.joules, self.clock = energy_joules(self.device), time.perf_counter()
+
+    def watts(self) -> float | None:
+        """Return the mean since the last reading; None if that is too short ago, or without a counter."""
+        seconds = time.perf_counter() - self.clock
+        if self.joules is None or seconds < PERIOD:
+            return None
+        before = self.joules
+        self.restart()
+        return None if self.joules is None else (self.joules - before) / seconds
 
 
 class Energy:

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastgpt.core.device import memory_gb, peak_flops
 from fastgpt.core.errors import UserError
 from fastgpt.training import checkpoint
+from fastgpt.training.profiling import Power
 from fastgpt.training.run import Run
 from fastgpt.training.runlog import AHEAD, Lagged, Log, Pace
 from fastgpt.training.stop import Stop
@@ -33,6 +34,7 @@ class StepLog:
         self.lagged, self.pace = Lagged(run.device, exact=run.mesh.world > 1), Pace(WARM_STEPS)
         self._wishes: Tensor | None = None  # (2,): processes that want to end, and to save, in the step just launched
         self._agreed, self._save_agreed, self._saved_at = False, False, monotonic()
+        self.power = Power(run.device)
 
     def ended(self, stop: Stop) -> bool:
         """Return whether the run should end before its length. Several processes agree on that with the losses of a
@@ -79,11 +81,13 @@ class StepLog:
     def restart(self) -> None:
         """Count the time since the last step, spent on evaluation or a checkpoint, as part of no step."""
         self.pace.restart()
+        self.power.restart()
 
     def _log(self, ahead: int) -> None:
         run, p, pace = self.run, self.run.progress, self.pace
         arrived = list(self.lagged.ready(ahead))
         seconds = pace.step(len(arrived)) if arrived else 0.0
+        watts = self.power.watts() if arrived else None
         for row, (loss, norm, spike, *figures) in arrived:
             if self._wishes is not None:
                 *figures, ends, saves = figures
@@ -91,6 +95,7 @@ class StepLog:
             p.seconds += seconds if p.length_known or pace.steps > WARM_STEPS else 0.0
             row.update(loss=loss, grad_norm=norm, seconds=p.seconds, **self._speed(seconds))
             row.update(zip(run.task.figures, figures, strict=True))
+            row.update({} if watts is None else {"power_watts": watts})
             applied = math.isfinite(norm) and math.isfinite(loss) and not spike
             row.update({} if applied else {"skipped": 1})
             self.log.step(row, p.last_step, run.task.figures)

@@ -100,6 +100,22 @@ def test_metrics_know_the_best_validation_and_skipped_steps() -> None:
     assert [p.step for p in metrics.points("val_loss")] == [2, 3, 4], "the last row may be of the best step"
 
 
+def test_steps_that_are_repeated_replace_the_earlier_ones() -> None:
+    """A run that was killed and began again at a checkpoint, in a file that has kept what came after it."""
+    metrics = Metrics(8)
+    for row, step in enumerate((1, 2, 3, 4, 5, 3, 4, 5, 6)):
+        metrics.add({**STEP, "step": step, "loss": 10.0 * row + step})
+    found = [(p.step, p.mean) for p in metrics.steps.points("loss")]
+    assert found == [(1, 1), (2, 12), (3, 53), (4, 64), (5, 75), (6, 86)]
+    assert [row["step"] for row in metrics.recent] == [1, 2, 3, 4, 5, 6] and metrics.last["step"] == 6
+    assert metrics.count == 6
+    for step in (*range(7, 30), 18):
+        metrics.add({**STEP, "step": step})
+    steps = [p.step for p in metrics.steps.points("loss")]
+    assert steps == sorted(set(steps)) and metrics.steps.ends[-1][0] == 18 and metrics.count <= 18
+    assert metrics.tokens_per_second() == pytest.approx(STEP["tokens_per_second"])
+
+
 def test_the_page_compares_runs(tmp_path: Path) -> None:
     write_run(tmp_path / "a" / "run", lr=6e-4, text="</script><b>bold")
     write_run(tmp_path / "b" / "run", lr=1e-3, steps=30)
@@ -193,6 +209,18 @@ def test_a_page_of_many_long_runs_stays_small(tmp_path: Path) -> None:
     page = render(runs)
     assert len(page) < 2e6 and "a point is the mean of up to 4 steps" in page
     assert len(data(page)["runs"][9]["steps"]["figure_3"]) == 4, "extremes too"
+
+
+def test_a_validation_that_is_not_finite_is_shown_as_such(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    write_run(folder)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 21, "loss": NaN, "grad_norm": NaN}\n{"step": 21, "val_loss": NaN}\n')
+    run = read(folder)
+    found = cells(render([run]))
+    assert found["val_loss, last"] == ["nan"] and found["skipped steps"] == ["2"]
+    assert run.best() is not None and run.best()[:3] == ("val_loss", 2.05, 20)
+    assert [p.step for p in run.metrics.points("val_loss")] == [10, 20]
 
 
 def test_finetuning_figures_have_charts(tmp_path: Path) -> None:
