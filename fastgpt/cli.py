@@ -24,13 +24,17 @@ def sample(argv: list[str]) -> int:
         help="print the log-probability of each token, and the N most likely tokens",
     )
     terminal.add_grammar_options(parser)
+    terminal.add_adapter_option(parser)
     args = parser.parse_args(argv)
     grammar = terminal.grammar_of(args)
 
     from fastgpt.core.device import default_device
+    from fastgpt.training.adapters import require_tokenizer
     from fastgpt.training.load import load_run
 
     model, tokenizer, _ = load_run(args.run, default_device(args.device))
+    if args.adapter is not None:
+        require_tokenizer(args.adapter, tokenizer)
     return terminal.sample(model, tokenizer, args, grammar)
 
 
@@ -42,15 +46,21 @@ def chat(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint; its chat_template.jinja is used, if any")
     parser.add_argument("--system", default="", metavar="TEXT", help="system message (default: none)")
     terminal.add_options(parser, "largest number of tokens of a reply (default: 200)")
+    terminal.add_adapter_option(parser)
     args = parser.parse_args(argv)
 
     from fastgpt.core.device import default_device
     from fastgpt.inference.chat import Template
+    from fastgpt.training.adapters import require_tokenizer, template_of
     from fastgpt.training.load import load_run
 
     model, tokenizer, path = load_run(args.run, default_device(args.device))
+    template = None
+    if args.adapter is not None:
+        require_tokenizer(args.adapter, tokenizer)
+        template = template_of(args.adapter, tokenizer)
     eos = tokenizer.decode_bytes([tokenizer.eot]).decode()
-    return terminal.chat(model, tokenizer, Template.of_run(path, eos, tokenizer.bos), args)
+    return terminal.chat(model, tokenizer, template or Template.of_run(path, eos, tokenizer.bos), args)
 
 
 def doctor(argv: list[str]) -> int:

@@ -20,7 +20,12 @@ from fastgpt.core import backend, native, options
 from fastgpt.core.backend import ops as registry
 from fastgpt.core.command import run_command
 from fastgpt.core.errors import UserError
+from fastgpt.data import train_tokenizer
+from fastgpt.finetune.adapter import save_adapter
+from fastgpt.finetune.lora import Lora, add_lora
+from fastgpt.models.weights.fingerprint import fingerprint
 from fastgpt.training.config import TrainConfig, load_config
+from fastgpt.training.load import load_run
 
 SMALL = (
     "--model.n-layers 1 --model.n-heads 2 --model.width 16 --block-size 16 --micro-batch 2 --batch-tokens 32 "
@@ -101,6 +106,36 @@ def test_sample_prints_several_texts_and_logprobs(
     assert run(monkeypatch, "sample", *words, "--seed", "5", "--logprobs", "2") == 0
     out = capsys.readouterr().out
     assert out.startswith(second) and re.search(r"\n +-\d+\.\d{4}  '.+'  of '.+' -\d\.\d{4}, '.+' -\d\.\d{4}\n", out)
+
+
+def test_sample_and_chat_use_an_adapter(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With its own chat template; not on another base, or with another tokenizer."""
+    model = load_run(trained, torch.device("cpu"))[0]
+    base, g = fingerprint(model), torch.Generator().manual_seed(0)
+    for m in add_lora(model, Lora(rank=2), generator=g).values():
+        m.lora_B.data.normal_(0.0, 2.0, generator=g)
+    save_adapter(model, "mine", base=base)
+    save_adapter(model, "other", base="0" * 64)
+    Path("mine/chat_template.jinja").write_text("{% for m in messages %}x{% endfor %}")
+    words = ["sample", "--run", "run", "--prompt", "import ", "--tokens", "8", "--temperature", "0"]
+    texts = []
+    for more in ([], ["--adapter", "mine"], ["--adapter", "mine", "--weights", "int8"]):
+        capsys.readouterr()
+        assert run(monkeypatch, *words, *more) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1] and all(text.startswith("import ") for text in texts)
+    assert run(monkeypatch, *words, "--adapter", "other") == 2
+    assert "other was trained on another base" in capsys.readouterr().err
+    assert run(monkeypatch, *words, "--adapter", "run") == 2
+    assert "run has no adapter, expected adapter_config.json" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.StringIO("a long message of many words"))  # one token in the adapter's template
+    assert run(monkeypatch, "chat", "run", "--adapter", "mine", "--tokens", "4") == 0
+    assert "the message needs" not in capsys.readouterr().err
+    train_tokenizer(["another text " * 20], 270).save("mine/tokenizer.json")
+    assert run(monkeypatch, *words, "--adapter", "mine") == 2
+    assert "adapter mine was trained with another tokenizer" in capsys.readouterr().err
 
 
 def test_sample_refuses_what_the_model_cannot_do(

@@ -108,6 +108,16 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         UserError: it cannot be read, is truncated, or is not a tensor file.
     """
+    return _opened(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts that a file's header has beside the tensors. Raises as `read_header`."""
+    return _opened(path)[1]
+
+
+def _opened(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return the entries and the metadata of a file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as f:
@@ -115,7 +125,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             header = json.loads(f.read(n)) if n <= min(size - 8, MOST_HEADER) else None
         if header is None:
             raise UserError(f"{path} is truncated or no tensor file: it has {size} bytes, its header alone {n}")
-        header.pop("__metadata__", None)
+        metadata = {str(key): str(value) for key, value in dict(header.pop("__metadata__", None) or {}).items()}
         found = {name: _entry(path, 8 + n, entry) for name, entry in header.items()}
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror})") from e
@@ -127,7 +137,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     spans = sorted((entry.start, entry.end) for entry in found.values())
     if any(a[1] > b[0] for a, b in pairwise(spans)):
         raise UserError(f"{path} is damaged: tensors overlap in its header")
-    return found
+    return found, metadata
 
 
 def _entry(path: Path, base: int, entry: dict[str, Any]) -> Entry:

@@ -23,7 +23,7 @@ from fastgpt.models.weights import family_for
 from fastgpt.models.weights.convert import finite
 from fastgpt.models.weights.files import FileTensor, check_tensors, some
 from fastgpt.models.weights.mup import changes_queries, without_mup
-from fastgpt.models.weights.peft import CONFIG, FILE, HEAD, read_adapter, selects
+from fastgpt.models.weights.peft import BASE, CONFIG, FILE, HEAD, read_adapter, selects
 from fastgpt.models.weights.segments import Segment, lora_layers, segments
 from fastgpt.nn.lora import LoraLinear
 
@@ -81,12 +81,15 @@ def save_adapter(
     revision: str | None = None,
     *,
     family: str | None = None,
+    base: str | None = None,
 ) -> None:
     """Write the adapters to a new folder that PEFT loads over the model's Hugging Face form.
 
     Args:
         base_name: name or path of the base model, for the record. revision: its commit on the hub.
         family: as in `adapter_state`.
+        base: fingerprint of the base (fastgpt/models/weights/fingerprint.py); models with another one refuse the
+            adapter.
 
     Raises:
         UserError: the model has no adapters, no family of transformers hosts it, values are not finite, or the folder
@@ -102,7 +105,7 @@ def save_adapter(
     with new_folder(Path(folder)) as aside:
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         with (aside / FILE).open("wb") as f:
-            f.write(tensorfile.header_of(described, {"format": "pt"}))
+            f.write(tensorfile.header_of(described, {"format": "pt"} | ({} if base is None else {BASE: base})))
             tensorfile.write_tensors(f, described, (state[name] for name, _, _ in described))
 
 
@@ -145,22 +148,25 @@ def _targets(every: list[str], adapted: set[str]) -> list[str]:
     return sorted(adapted)
 
 
-def load_adapter(model: GPT, path: str | Path, family: str | None = None) -> dict[str, LoraLinear]:
+def load_adapter(
+    model: GPT, path: str | Path, family: str | None = None, *, base: str | None = None
+) -> dict[str, LoraLinear]:
     """Freeze the model and put the adapter in a folder, as PEFT or `save_adapter` writes it, into its layers.
 
     Cast and move the model first: the adapters are fp32 (fp64 over fp64) on the device of the weights.
 
     Args:
         family: as in `adapter_state`.
+        base: the model's fingerprint; an adapter that records another one is refused.
 
     Returns:
         The layers with adapters by name.
 
     Raises:
         UserError: files are missing or damaged, the adapter is not a plain LoRA or belongs to a model with other
-            modules or shapes, values are not finite, or the model has adapters. The model is then as it was.
+            modules, shapes or weights, values are not finite, or the model has adapters. The model is then as it was.
     """
-    found = read_adapter(model, Path(path), segments(model, family))
+    found = read_adapter(model, Path(path), segments(model, family), base=lambda: base)
     settings = Lora(rank=found.rank, alpha=found.alpha, rslora=found.rslora, dropout=found.dropout)
     layers = insert(model, found.chosen, settings)
     load_state(model, found.state, family)

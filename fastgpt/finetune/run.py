@@ -37,6 +37,7 @@ from fastgpt.finetune.written import Teacher
 from fastgpt.inference.chat import FILE, Template
 from fastgpt.models.config import ModelConfig
 from fastgpt.models.gpt import GPT
+from fastgpt.models.weights.fingerprint import fingerprint
 from fastgpt.training import checkpoint
 from fastgpt.training.build import build_optimizer, keep_sums
 from fastgpt.training.evaluation import validate
@@ -53,6 +54,7 @@ class FinetuneRun(Run):
         head: the task head; None for the LM head.
         adapters: whether it trains adapters alone; checkpoints then hold nothing else.
         start, taught_by: the base, and the teacher if there is one.
+        base: fingerprint of the base, for its adapters; None where it is not known.
     """
 
     task: Tuned
@@ -66,10 +68,11 @@ class FinetuneRun(Run):
         start: Initial,
         block: int,
         taught_by: Teaching | None = None,
+        base: str | None = None,
     ) -> None:
         device = model.wte.weight.device
         self.finetune, self.head, self.adapters, self.start = cfg, head, cfg.adapted, start
-        self.taught_by = taught_by
+        self.taught_by, self.base = taught_by, base
         rewards = open_rewards(cfg.reward, data.tokenizer, device)
         loader: Any = None if cfg.task == "grpo" else data.loader(cfg, block, device)
         task = build_task(cfg, data, model, head, block, Path(cfg.out), taught_by, rewards, loader)
@@ -140,9 +143,11 @@ def prepare(cfg: FinetuneConfig) -> FinetuneRun:
     data = open_data(cfg, tokenizer, str(start.tokenizer), template, block, write)
     del write  # the teacher's weights with it
     head = head_config(cfg, data)
-    model = build_model(cfg, start, head, device)
+    model = load_base(cfg, start, device)
+    base = fingerprint(model) if cfg.adapted else None
+    model = adapted(cfg, model, head, base)
     print(*data.said, sep="\n", flush=True)
-    return hook.attach(FinetuneRun(cfg, model, data, head, start, block, teacher))
+    return hook.attach(FinetuneRun(cfg, model, data, head, start, block, teacher, base))
 
 
 def open_template(cfg: FinetuneConfig, tokenizer: Tokenizer) -> Template:
@@ -159,17 +164,24 @@ def open_template(cfg: FinetuneConfig, tokenizer: Tokenizer) -> Template:
     return Template(text, cfg.template or f"the chat template of {cfg.base}", eos, tokenizer.bos)
 
 
+def load_base(cfg: FinetuneConfig, start: Initial, device: torch.device) -> GPT:
+    """Build the base with its weights. Raises UserError for weights that are not finite."""
+    dropout: dict[str, Any] = dict(attn_dropout=cfg.dropout, resid_dropout=cfg.dropout, embed_dropout=cfg.dropout)
+    config: ModelConfig = dataclasses.replace(start.config, **dropout)
+    return load_start(start, config, dtype_of(cfg.dtype, device.type), device)
+
+
 @torch.no_grad()
-def build_model(cfg: FinetuneConfig, start: Initial, head: HeadConfig | None, device: torch.device) -> GPT:
-    """Build the base with its weights, then freeze, adapt and give it a head as the settings say.
+def adapted(cfg: FinetuneConfig, model: GPT, head: HeadConfig | None, base: str | None) -> GPT:
+    """Freeze a base, adapt it and give it a head as the settings say.
+
+    Args:
+        base: its fingerprint; None if it is not known.
 
     Raises:
-        UserError: weights that are not finite, or settings that do not fit the model.
+        UserError: settings or adapters that do not fit the model.
     """
-    dropout: dict[str, Any] = dict(attn_dropout=cfg.dropout, resid_dropout=cfg.dropout, embed_dropout=cfg.dropout)
     generator = torch.Generator().manual_seed(cfg.seed)
-    config: ModelConfig = dataclasses.replace(start.config, **dropout)
-    model = load_start(start, config, dtype_of(cfg.dtype, device.type), device)
     model.recompute = cfg.recompute
     if head is not None:
         attach(model, head, generator)
@@ -178,7 +190,7 @@ def build_model(cfg: FinetuneConfig, start: Initial, head: HeadConfig | None, de
 
         quantise_base(model, cfg.quantise)
     if cfg.adapter:
-        load_adapter(model, cfg.adapter)
+        load_adapter(model, cfg.adapter, base=base)
     elif cfg.lora.rank:
         add_lora(model, lora_of(cfg), generator=generator)
     else:
@@ -272,7 +284,7 @@ def end(run: Run, log: Log) -> int:
         log.say(report)
     folder = run.folder
     if run.adapters:
-        save_adapter(run.model, _fresh(folder / "adapter"), *named(run.finetune, run.start))
+        save_adapter(run.model, _fresh(folder / "adapter"), *named(run.finetune, run.start), base=run.base)
         log.say(f"adapters in PEFT's format: {folder / 'adapter'}")
     if run.head is not None:
         log.say(write_with_head(run, run.head))

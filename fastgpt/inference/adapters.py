@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastgpt.core.errors import UserError
 from fastgpt.models.gpt import GPT
+from fastgpt.models.weights.fingerprint import fingerprint
 from fastgpt.models.weights.peft import CONFIG, HEAD, AdapterFile, read_adapter
 from fastgpt.models.weights.segments import linear_layers, lora_layers, segments
 from fastgpt.nn.lora import lora_scale
@@ -88,20 +89,28 @@ class Adapters:
         self.model = model
         self.named: dict[str, Adapter] = {}
         self._added = 0
+        self._base: str | None = ""  # its fingerprint, which takes a while and few adapters need
         self._selection: Selection | None = None
+
+    def base(self) -> str | None:
+        """Return the fingerprint of the base, by which adapters know it; None if the weights were converted first."""
+        if self._base == "":
+            self._base = fingerprint(self.model)
+        return self._base
 
     def load(self, name: str, path: str | Path) -> None:
         """Load an adapter: a folder in PEFT's format, or a run of `fastgpt finetune` with adapters.
 
         Raises:
             UserError: the name is taken, there is no adapter, it is damaged, is not a plain LoRA, or belongs to
-                another model; or the model has adapters among its own layers.
+                another model or other weights; or the model has adapters among its own layers.
         """
         if name in self.named:
             raise UserError(f"adapter {name} is loaded already, expected another name")
         if lora_layers(self.model):
             raise UserError(f"adapter {name}: the model has adapters of its own, expected a base without")
-        found = read_adapter(self.model, adapter_folder(path), segments(self.model, narrow=True), pickled=False)
+        parts = segments(self.model, narrow=True)
+        found = read_adapter(self.model, adapter_folder(path), parts, pickled=False, base=self.base)
         self._added += 1
         self.named[name] = Adapter(self._added, name, _layers(self.model, found))
 

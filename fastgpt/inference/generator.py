@@ -48,7 +48,8 @@ class Generator:
         eos: id or ids that end a text; default those of the tokenizer.
         weights: "fp32", "bf16" or "int8" converts the model itself (`convert_weights`); None leaves it as it is.
         adapters: low-rank adapters by name, which requests choose: folders in PEFT's format, or runs of `fastgpt
-            finetune` with adapters. `self.adapters` loads and unloads others between steps.
+            finetune` with adapters. `self.adapters` loads and unloads others between steps; with `weights`, these are
+            only held against their base if `adapters` is given, if only as {}.
         graphs: on a GPU, run the steps after the first few from CUDA graphs, which hold memory for one step.
         prefill_tokens: tokens of prompts that are read between two steps of the texts that are generated; default and
             most 4096. A prompt is read in passes of 4096 if there is nothing else to do.
@@ -88,7 +89,10 @@ class Generator:
         dynamic = (model.config.rope_scaling or {}).get("rope_type") == "dynamic"
         if dynamic:  # the keys of a text depend on its length
             max_batch, reuse = 1, False
+        self.adapters = Adapters(model)
         if weights is not None:
+            if adapters is not None:
+                self.adapters.base()
             convert_weights(model, weights)
         self.model, self.tokenizer, self.max_batch = model, tokenizer, max_batch
         self.context = model.block_size if context is None else context
@@ -105,7 +109,6 @@ class Generator:
         self._read_last = self._kept = False
         self._grammars: Grammars | None = None
         self._added = 0
-        self.adapters = Adapters(model)
         for name, path in (adapters or {}).items():
             self.adapters.load(name, path)
 

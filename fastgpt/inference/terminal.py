@@ -14,7 +14,9 @@ from fastgpt.inference.chat import ChatTokenizer, Conversation, Template
 from fastgpt.inference.generator import Generator
 from fastgpt.inference.grammar import Grammar
 from fastgpt.inference.requests import Request, Result, TextTokenizer, bytes_of
-from fastgpt.inference.weights import KINDS, convert_weights
+from fastgpt.inference.weights import KINDS
+
+ADAPTER = "adapter"  # name of the one that --adapter loads
 
 
 def add_options(parser: argparse.ArgumentParser, tokens_help: str) -> None:
@@ -74,21 +76,27 @@ def request_of(args: argparse.Namespace, prompt: str | Sequence[int], **changes:
     return Request(prompt, **{**settings, **changes})
 
 
-def generator_of(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace, max_batch: int = 1) -> Generator:
-    """Return a generator.
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """Add --adapter."""
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="use this LoRA adapter: a folder in PEFT's format, or a run with adapters"
+    )
+
+
+def generator_of(
+    model: Any, tokenizer: TextTokenizer, args: argparse.Namespace, max_batch: int = 1, adapter: str | None = None
+) -> Generator:
+    """Return a generator, with an adapter named ADAPTER if the path of one is given.
 
     Raises:
-        UserError: the model cannot read --context tokens, or --weights needs a model on a CPU.
+        UserError: the model cannot read --context tokens, --weights needs a model on a CPU, or --adapter does not fit.
     """
+    options: dict[str, Any] = dict(context=args.context, weights=args.weights, graphs=not args.no_graphs)
+    options["adapters"] = None if adapter is None else {ADAPTER: adapter}
     try:
-        if args.weights is not None:
-            convert_weights(model, args.weights)
+        return Generator(model, tokenizer, max_batch=max_batch, **options)
     except ValueError as e:
-        raise UserError(f"--{e}") from None
-    try:
-        return Generator(model, tokenizer, max_batch=max_batch, context=args.context, graphs=not args.no_graphs)
-    except ValueError as e:
-        raise UserError(f"--context: {e}") from None
+        raise UserError(f"--{e}" if str(e).startswith("weights ") else f"--context: {e}") from None
 
 
 def add_grammar_options(parser: argparse.ArgumentParser) -> None:
@@ -118,11 +126,9 @@ def sample(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace, gramm
     """Print --n continuations of --prompt; a single one as it comes."""
     if not tokenizer.prompt(args.prompt):
         raise UserError("sample: --prompt is empty, expected at least one token")
-    generator = generator_of(model, tokenizer, args, max_batch=min(args.n, 16))
-    requests = [
-        request_of(args, args.prompt, seed=(args.seed + i) % 2**63, logprobs=args.logprobs, grammar=grammar)
-        for i in range(args.n)
-    ]
+    generator = generator_of(model, tokenizer, args, min(args.n, 16), args.adapter)
+    options: dict[str, Any] = dict(logprobs=args.logprobs, grammar=grammar, adapter=_adapter(args))
+    requests = [request_of(args, args.prompt, seed=(args.seed + i) % 2**63, **options) for i in range(args.n)]
     if args.n == 1:
         print(args.prompt, end="", flush=True)
     try:
@@ -133,6 +139,10 @@ def sample(model: Any, tokenizer: TextTokenizer, args: argparse.Namespace, gramm
         print(f"--- sample {i + 1}, seed {result.seed} ---\n{args.prompt}{result.text}" if args.n > 1 else "")
         _show_logprobs(tokenizer, result)
     return 0
+
+
+def _adapter(args: argparse.Namespace) -> str | None:
+    return None if args.adapter is None else ADAPTER
 
 
 def _show(number: int, text: str) -> None:
@@ -155,7 +165,7 @@ HELP = "a message, /reset (forget the conversation), /quit"
 
 def chat(model: Any, tokenizer: ChatTokenizer, template: Template, args: argparse.Namespace) -> int:
     """Hold a conversation on stdin and stdout, until /quit or the end of input; remarks go to stderr."""
-    generator = generator_of(model, tokenizer, args)
+    generator = generator_of(model, tokenizer, args, adapter=args.adapter)
     reply = min(args.tokens, generator.context // 2)  # tokens kept free for it
     conversation = Conversation(template, tokenizer, generator.context - reply, args.system)
     typed = sys.stdin.isatty()
@@ -202,7 +212,8 @@ def _turn(generator: Generator, conversation: Conversation, args: argparse.Names
         _say(f"{turns} dropped, because the conversation exceeds the context of {generator.context} tokens")
     stop = (*args.stop, *filter(None, [conversation.template.stop]))
     most = min(args.tokens, generator.context - len(ids))
-    request = request_of(args, ids, max_new_tokens=most, stop=stop, seed=(args.seed + asked) % 2**63)
+    seed = (args.seed + asked) % 2**63
+    request = request_of(args, ids, max_new_tokens=most, stop=stop, seed=seed, adapter=_adapter(args))
     said, reason = "", ""
     try:
         for piece in generator.stream([request]):

@@ -24,6 +24,7 @@ class LoadAdapter(Strict):
 
     lora_name: str = Field(min_length=1, max_length=256)
     lora_path: str = Field(min_length=1, max_length=4096)
+    base_model_name: str | None = None
 
 
 class UnloadAdapter(Strict):
@@ -33,12 +34,11 @@ class UnloadAdapter(Strict):
 
 
 def add_adapters(app: FastAPI, server: Server, within: Path) -> None:
-    """Add the routes that load and unload adapters of the first model.
+    """Add the routes that load and unload adapters, of the first model unless a request names another one.
 
     Args:
         within: the folder from which adapters are loaded.
     """
-    base = server.find(None)
     changing = asyncio.Lock()
 
     @app.post("/v1/load_lora_adapter")
@@ -47,6 +47,11 @@ def add_adapters(app: FastAPI, server: Server, within: Path) -> None:
         async with changing:
             if name in server.models:
                 raise ApiError(400, f"lora_name: {name!r} is served already, expected another name", param="lora_name")
+            base = server.find(body.base_model_name)
+            if base.adapter is not None or base.version is not None:
+                kind = "an adapter" if base.adapter is not None else "a deployment, whose weights change"
+                said = f"base_model_name: {base.name} is {kind}, expected a model"
+                raise ApiError(400, said, param="base_model_name")
             folder = inside(within, body.lora_path)
             try:
                 served = await asyncio.to_thread(serve_adapter, name, str(folder), base)

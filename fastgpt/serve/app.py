@@ -29,7 +29,7 @@ def build_app(
 
     Args:
         models: by name; the first one answers requests that name none. Roll-outs and adapters change it.
-        adapters: folder from which clients may load adapters of the first model; None: they may not.
+        adapters: folder from which clients may load adapters; None: they may not.
         parts: what else the server does; each adds its routes, observers and background work.
     """
     server = Server(models, limits.timeout)

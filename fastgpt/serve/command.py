@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,8 +36,10 @@ def main(argv: list[str]) -> int:
     from fastgpt.serve.shadow import Shadow
 
     places = named([args.run, *args.model])
-    rollout.check(args, next(iter(places.values())))
     adapters = named_adapters(args.adapter, places)
+    first, *_ = places
+    changing = [first] if args.allow_adapter_changes else []
+    rollout.check(args, [path for name, path in places.items() if adapters[name] or name in changing])
     changes = folder_of(args.allow_adapter_changes)
     keys, watchers = read_keys(args.api_key_file), watching.watchers_of(args)
     limits = Limits(args.max_body, args.timeout, keys)
@@ -47,8 +49,7 @@ def main(argv: list[str]) -> int:
     engine = Model("", args.device, args.weights, args.rows, args.context, args.threads, **cache)
 
     def start(name: str, path: str) -> Served:
-        own = adapters if name == next(iter(places)) else {}
-        return serve_model(name, replace(engine, path=path, adapters=own), args.queue)
+        return serve_model(name, replace(engine, path=path, adapters=adapters[name]), args.queue)
 
     models: dict[str, Served] = {}
     rollouts = Rollouts(start)
@@ -57,8 +58,8 @@ def main(argv: list[str]) -> int:
     try:
         for name, path in places.items():
             models[name] = rollouts.open(name, path)
-        base = next(iter(models.values()))
-        models |= {name: serve_adapter(name, path, base) for name, path in adapters.items()}
+        for base, own in adapters.items():
+            models |= {name: serve_adapter(name, path, models[base]) for name, path in own.items()}
         shadows = rollout.shadow_of(args, next(iter(models)), engine, args.queue)
         _announce(models.values(), args.host, listening, keys)
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has ended
@@ -97,7 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", metavar="[NAME=]RUN", help="run, checkpoint, folder of a model, or deployment")
     parser.add_argument("--model", action="append", default=[], metavar="NAME=RUN", help="a further model")
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=PATH", help="a LoRA adapter of the first model, by name"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="NAME[@MODEL]=PATH",
+        help="a LoRA adapter of a model, by name (default: of the first model)",
     )
     parser.add_argument(
         "--allow-adapter-changes", metavar="DIR", help="let clients load adapters in this folder, and unload them"
@@ -153,20 +158,25 @@ def named(places: list[str]) -> dict[str, str]:
     return found
 
 
-def named_adapters(places: list[str], models: Collection[str]) -> dict[str, str]:
-    """Return the paths of adapters by name, NAME=PATH.
+def named_adapters(places: list[str], models: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return for each model the paths of its adapters by name, of NAME=PATH, the first model's, and NAME@MODEL=PATH.
 
     Raises:
-        UserError: a name is missing, given twice, or that of a model.
+        UserError: a name is missing, given twice, or that of a model, or there is no such model.
     """
-    found: dict[str, str] = {}
+    found: dict[str, dict[str, str]] = {model: {} for model in models}
+    taken = set(found)
     for place in places:
-        name, _, path = place.partition("=")
-        if not name or not path:
-            raise UserError(f"--adapter is {place!r}, expected NAME=PATH")
-        if name in found or name in models:
+        named, _, path = place.partition("=")
+        name, at, model = named.rpartition("@") if "@" in named else (named, "", next(iter(found)))
+        if not name or not path or (at and not model):
+            raise UserError(f"--adapter is {place!r}, expected NAME=PATH or NAME@MODEL=PATH")
+        if model not in found:
+            raise UserError(f"--adapter is {place!r}, but there is no model {model}, expected {', '.join(found)}")
+        if name in taken:
             raise UserError(f"--adapter: two models are named {name}, expected different names")
-        found[name] = path
+        taken.add(name)
+        found[model][name] = path
     return found
 
 

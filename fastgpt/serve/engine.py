@@ -92,7 +92,7 @@ def build(model: Model) -> Generator:
     if model.threads is not None:
         torch.set_num_threads(model.threads)
     target = open_target(model.path, device=model.device)
-    options: dict[str, Any] = dict(max_batch=model.rows, context=model.context, weights=model.weights)
+    options: dict[str, Any] = dict(max_batch=model.rows, context=model.context, weights=model.weights, adapters={})
     options |= dict(cache_tokens=model.cache_tokens, reuse=model.reuse)
     options["prefill_tokens"] = PREFILL_TOKENS[next(target.model.parameters()).device.type]
     generator = Generator(target.model, target.tokenizer, **options)

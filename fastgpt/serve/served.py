@@ -11,14 +11,14 @@ from typing import Any
 
 from fastgpt.core.errors import UserError, cause_of
 from fastgpt.data import Tokenizer
-from fastgpt.data.load import has_tokenizer, load_tokenizer
+from fastgpt.data.load import load_tokenizer
 from fastgpt.evaluate.target import find_model
 from fastgpt.inference.adapters import adapter_folder
-from fastgpt.inference.chat import FILE, Template
+from fastgpt.inference.chat import Template
 from fastgpt.models.weights.peft import CONFIG
 from fastgpt.serve.engine import Model
 from fastgpt.serve.link import Link
-from fastgpt.training import checkpoint
+from fastgpt.training.adapters import require_tokenizer, template_of
 from fastgpt.training.initial import open_initial
 
 DEFAULTS = ("temperature", "top_p", "top_k", "repetition_penalty", "min_p")  # read from generation_config.json
@@ -97,29 +97,9 @@ def serve_adapter(name: str, path: str, base: Served) -> Served:
         UserError: there is none, or it was trained with another tokenizer.
     """
     require_tokenizer(path, base.tokenizer)
-    template, folder = base.template, adapter_folder(path)
-    if (place := next((f for f in _folders(path) if (f / FILE).is_file()), None)) is not None:
-        eos = base.tokenizer.decode_bytes([base.tokenizer.eot]).decode()
-        template = Template.of_run(place, eos, base.tokenizer.bos)
-    created = int((folder / CONFIG).stat().st_mtime)
+    template = template_of(path, base.tokenizer) or base.template
+    created = int((adapter_folder(path) / CONFIG).stat().st_mtime)
     return replace(base, name=name, template=template, created=created, adapter=name, parent=base.name, root=path)
-
-
-def require_tokenizer(path: str, tokenizer: Tokenizer) -> None:
-    """Refuse an adapter whose folder, or whose run, has another tokenizer than its base.
-
-    Raises:
-        UserError: it has, or there is no adapter.
-    """
-    place = next((folder for folder in _folders(path) if has_tokenizer(folder)), None)
-    if place is not None and load_tokenizer(place).fingerprint != tokenizer.fingerprint:
-        raise UserError(f"adapter {path} was trained with another tokenizer, {place}, expected that of the base")
-
-
-def _folders(path: str) -> list[Path]:
-    """Return the folders that may have what an adapter was trained with: its own, and its run."""
-    folder = adapter_folder(path)
-    return [folder, folder.parent] if checkpoint.checkpoints(folder.parent) else [folder]
 
 
 def read_defaults(file: Path) -> dict[str, Any]:

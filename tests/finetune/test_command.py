@@ -25,13 +25,16 @@ from transformers import (
 
 from fastgpt import train
 from fastgpt.core.errors import UserError
-from fastgpt.core.tensorfile import load_file, save_file
+from fastgpt.core.tensorfile import load_file, read_metadata, save_file
 from fastgpt.finetune import base as finetune_base
 from fastgpt.finetune import exporting
 from fastgpt.finetune.command import main
 from fastgpt.finetune.heads import HeadConfig, attach, sequence_scores, token_scores
 from fastgpt.models.config import model_from_dict
 from fastgpt.models.gpt import GPT
+from fastgpt.models.weights.fingerprint import fingerprint
+from fastgpt.models.weights.peft import BASE as BASE_HASH
+from fastgpt.models.weights.peft import FILE as ADAPTER
 from fastgpt.training import checkpoint
 from fastgpt.training.load import load_run
 
@@ -343,6 +346,14 @@ def test_what_is_written_is_the_best_checkpoint(tmp_path: Path, capsys: pytest.C
     a, b = (adapters[f"blocks.1.mlp.down.lora_{side}"] for side in "AB")
     torch.testing.assert_close(merged["blocks.1.mlp.down.weight"], start["blocks.1.mlp.down.weight"] + 2 * b @ a)
     assert exporting.main([str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    recorded = read_metadata(tmp_path / "run" / "adapter" / ADAPTER)
+    assert recorded == {"format": "pt", BASE_HASH: fingerprint(load_run("base", torch.device("cpu"))[0])}
+    with pytest.raises(UserError, match="was trained on another base"):  # the merged model has other weights
+        more = ("--base", str(tmp_path / "run" / "merged"), "--adapter", str(tmp_path / "run" / "adapter"))
+        go("sft", "sft.jsonl", tmp_path / "wrong", *more)
+    go("sft", "sft.jsonl", tmp_path / "more", "--adapter", str(tmp_path / "run" / "adapter"), "--max-steps", "1")
+    again = read_metadata(tmp_path / "more" / "adapter" / ADAPTER)
+    assert again == recorded
 
 
 def test_a_reward_model_rates_what_grpo_writes(tmp_path: Path) -> None:

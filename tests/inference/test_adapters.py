@@ -3,6 +3,7 @@ tests/finetune/test_adapter.py compares with PEFT."""
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import shutil
@@ -24,6 +25,8 @@ from fastgpt.finetune.quantised import quantise_base
 from fastgpt.inference import Generator, Request, Result, graphs
 from fastgpt.inference import adapters as adapters_module
 from fastgpt.models.gpt import GPT
+from fastgpt.models.weights import load_pretrained, save_pretrained
+from fastgpt.models.weights.fingerprint import fingerprint
 from fastgpt.nn.lora_rows import RowsLora
 
 SHAPE: dict[str, Any] = {**ROPE, "n_kv_heads": 2, "qkv_bias": False, "proj_bias": False, "mlp_bias": False}
@@ -115,6 +118,31 @@ def test_texts_with_different_adapters_share_no_keys(paths: dict[str, Path]) -> 
     assert [r.cached_tokens for r in results] == [0, 0, 0, 8]
     for request, result in zip(requests, results):
         assert_same(result, alone(request, paths))
+
+
+def test_an_adapter_knows_its_base(tmp_path: Path) -> None:
+    """Whatever its dtype, also if its weights are converted first; a fingerprint is that of the weights alone."""
+    model = model_of(**SHAPE).float().eval()
+    own = fingerprint(model)
+    assert own is not None and own == fingerprint(copy.deepcopy(model).bfloat16())
+    assert fingerprint(model_of(**SHAPE).half()) is None
+    save_pretrained(model, tmp_path / "exported", dtype=torch.bfloat16)
+    assert fingerprint(load_pretrained(tmp_path / "exported")) == own, "without the rows that pad the vocabulary"
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_parameter("blocks.1.mlp.down.weight")[0, 0] += 0.1
+    add_lora(trained := copy.deepcopy(model), Lora(rank=2))
+    assert fingerprint(trained) is None
+    save_adapter(trained, tmp_path / "own", base=own)
+    save_adapter(trained, tmp_path / "unknown")
+    for weights in (None, "bf16", "int8"):
+        Generator(copy.deepcopy(model), adapters={"own": tmp_path / "own"}, weights=weights)
+        generator = Generator(copy.deepcopy(other), adapters={"unknown": tmp_path / "unknown"}, weights=weights)
+        message = rf"own was trained on another base, whose weights have sha256 {own[:12]}\.\.\., expected that of this"
+        with pytest.raises(UserError, match=message):
+            generator.adapters.load("own", tmp_path / "own")
+    with pytest.raises(UserError, match="another base"):
+        load_adapter(copy.deepcopy(other), tmp_path / "own", base=fingerprint(other))
 
 
 def test_prompts_are_scored_with_the_adapter(paths: dict[str, Path]) -> None:

@@ -190,6 +190,30 @@ def test_an_engine_that_died_has_its_adapters_again(
     )
 
 
+@pytest.mark.slow
+def test_adapters_of_another_model_than_the_first(
+    running: tuple[Served, httpx.Client], base: Path, store: Path, texts: dict[str, str], tmp_path: Path
+) -> None:
+    """Given at the start, or loaded: the base of `texts` is the second model here."""
+    first = serve_model("first", Model(str(write_model(tmp_path / "wide", mlp_width=48)), device="cpu", threads=1), 64)
+    try:
+        models = {"first": first, "m": running[0], "a": serve_adapter("a", str(store / "a"), running[0])}
+        with serving(models, Limits(), store) as client:
+            assert change(client, "load", name="b", path="b").status_code == 400, "of the first model"
+            body = {"lora_name": "b", "lora_path": "b", "base_model_name": "m"}
+            assert client.post("/v1/load_lora_adapter", json=body).status_code == 200
+            found = [client.post("/v1/completions", json={**BODY, "model": name}).json() for name in "mab"]
+            assert [answer["choices"][0]["text"] for answer in found] == [texts[name] for name in "mab"]
+            parents = {model["id"]: model["parent"] for model in client.get("/v1/models").json()["data"]}
+            assert parents == {"first": None, "m": None, "a": "m", "b": "m"}
+            for name, status, why in (("a", 400, "a is an adapter, expected a model"), ("x", 404, "no model 'x'")):
+                answer = client.post("/v1/load_lora_adapter", json={**body, "lora_name": "c", "base_model_name": name})
+                assert answer.status_code == status and why in answer.json()["error"]["message"]
+            assert change(client, "unload", name="b").status_code == 200
+    finally:
+        first.link.close()
+
+
 def test_without_the_option_nothing_changes(running: tuple[Served, httpx.Client]) -> None:
     paths = [getattr(route, "path", "") for route in build_app({"m": running[0]}, Limits()).routes]
     assert "/v1/completions" in paths and not any("lora" in path for path in paths)
@@ -197,9 +221,12 @@ def test_without_the_option_nothing_changes(running: tuple[Served, httpx.Client]
 
 @pytest.mark.slow
 def test_what_does_not_start(base: Path, store: Path, tmp_path: Path) -> None:
-    assert named_adapters(["a=x", "b=y=z"], ["m"]) == {"a": "x", "b": "y=z"}
+    assert named_adapters(["a=x", "b=y=z"], ["m"]) == {"m": {"a": "x", "b": "y=z"}}
+    assert named_adapters(["a@n=x", "b=y"], ["m", "n"]) == {"m": {"b": "y"}, "n": {"a": "x"}}
     for places, why in (
-        (["x"], "--adapter is 'x', expected NAME=PATH"),
+        (["x"], "--adapter is 'x', expected NAME=PATH or NAME@MODEL=PATH"),
+        (["x@=y"], "--adapter is 'x@=y', expected NAME=PATH or NAME@MODEL=PATH"),
+        (["x@n=y"], "--adapter is 'x@n=y', but there is no model n, expected m"),
         (["a=x", "a=y"], "two models are named a, expected different names"),
         (["m=x"], "two models are named m, expected different names"),
     ):

@@ -5,11 +5,14 @@
 <module> is the Hugging Face name of a module of the model's family. PEFT scales B A by alpha / r, with use_rslora by
 alpha / sqrt(r); fan_in_fan_out says that the base keeps the weight as (in, out), as GPT-2 does, and A and B are the
 same there. Read with peft 0.21; fastgpt/finetune/adapter.py writes them.
+
+The header of adapter_model.safetensors may have the fingerprint of the base under BASE. PEFT does not read it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,7 @@ from fastgpt.models.weights.segments import Segment
 
 CONFIG, FILE, OLD_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 HEAD = "base_model.model."
+BASE = "base_sha256"  # key of the file's metadata; the value is that of fastgpt/models/weights/fingerprint.py
 # Keys of adapter_config.json that are read, and those that say nothing about the product
 READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "init_lora_weights", "bias"}
 READ |= {"layers_to_transform", "layers_pattern", "exclude_modules"}
@@ -124,16 +128,24 @@ def _modules(
     return chosen
 
 
-def read_adapter(model: GPT, folder: Path, every: dict[str, list[Segment]], *, pickled: bool = True) -> AdapterFile:
+def read_adapter(
+    model: GPT,
+    folder: Path,
+    every: dict[str, list[Segment]],
+    *,
+    pickled: bool = True,
+    base: Callable[[], str | None] = lambda: None,
+) -> AdapterFile:
     """Read the adapter in a folder and compare it with a model.
 
     Args:
         every: the model's segments, of fastgpt.models.weights.segments.
         pickled: whether tensors may come from adapter_model.bin, whose code is not run.
+        base: returns the model's fingerprint, None if it is not known; called if the adapter records that of its base.
 
     Raises:
         UserError: files are missing or damaged, the adapter is not a plain LoRA or belongs to a model with other
-            modules or shapes, or values are not finite.
+            modules, shapes or weights, or values are not finite.
     """
     config, found = read_config(folder), _open(folder, pickled)
     chosen = _modules(config, found, every, folder)
@@ -144,6 +156,12 @@ def read_adapter(model: GPT, folder: Path, every: dict[str, list[Segment]], *, p
             expected[f"{HEAD}{s.module}.lora_A.weight"] = (rank, columns)
             expected[f"{HEAD}{s.module}.lora_B.weight"] = (len(s.rows), rank)
     check_tensors(found, expected, re.compile("(?!)"), f"{folder} is an adapter of another model: it")  # type: ignore[arg-type]
+    recorded = tensorfile.read_metadata(folder / FILE).get(BASE) if (folder / FILE).is_file() else None
+    if recorded and (own := base()) is not None and own != recorded:
+        raise UserError(
+            f"{folder} was trained on another base, whose weights have sha256 {recorded[:12]}..., "
+            f"expected that of this model, {own[:12]}..."
+        )
     state = {name: t.read() for name, t in found.items()}
     if bad := sorted(name for name, t in state.items() if not finite(t)):
         raise UserError(f"{folder} has NaN or infinite values in {some(bad)}")

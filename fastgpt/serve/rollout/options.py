@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,17 +34,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shadow-report", type=Path, metavar="FILE", help="write what GET /v1/shadow shows, as JSON")
 
 
-def check(args: argparse.Namespace, first: str) -> None:
+def check(args: argparse.Namespace, adapted: Iterable[str]) -> None:
     """Refuse settings that have no effect, and adapters of a model whose weights may change.
 
     Args:
-        first: path of the first model.
+        adapted: paths of the models that have adapters, or may have some later.
 
     Raises:
         UserError: there is one.
     """
-    if (args.adapter or args.allow_adapter_changes) and is_deployment(first):
-        raise UserError(f"{first} is a deployment, whose weights change, expected a model for adapters")
+    for path in adapted:
+        if is_deployment(path):
+            raise UserError(f"{path} is a deployment, whose weights change, expected a model for adapters")
     for name in ("shadow_share", "shadow_report"):
         if getattr(args, name) is not None and args.shadow is None:
             raise UserError(f"--{name.replace('_', '-')} is for --shadow, expected --shadow RUN")
