@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # A training run on several machines by Slurm; docs/scaling.md explains it. The arguments are those of `fastgpt train`:
 #   sbatch deploy/slurm.sh --config gpt2-350m --data /shared/data/base --out /shared/runs/350m --save-minutes 30
-# Two minutes before the time is over, and when the job is preempted, the run writes a checkpoint and the job is queued
-# again; after a failed machine Slurm queues it again by itself. The same command resumes the run.
+# Two minutes before the time is over, the run writes a checkpoint and the job is queued again; after a failure of a
+# machine Slurm queues it again by itself. The same command resumes the run.
 #SBATCH --job-name=fastgpt
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8

@@ -206,7 +206,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[tuple[in
     return result(out)
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_eight_hours_lose_at_most_an_interval_for_each_kill(
     seed: int,
     undisturbed: tuple[list[tuple[int, float]], bytes],
