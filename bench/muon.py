@@ -78,10 +78,10 @@ def jobs(matrices: list[Tensor], dtype: torch.dtype) -> dict[str, Callable[[], A
     }
 
 
-def flops(sizes: list[tuple[int, int]], dtype: torch.dtype) -> dict[str, int]:
-    """Return the FLOP of the products of each variant, counted on tensors without memory."""
+def flops(every: dict[str, Callable[[], Any]]) -> dict[str, int]:
+    """Run each variant once; return the FLOP of its products."""
     found = {}
-    for name, job in jobs([torch.empty(size, dtype=dtype, device="meta") for size in sizes], dtype).items():
+    for name, job in every.items():
         with FlopCounterMode(display=False) as counter:
             job()
         found[name] = counter.get_total_flops()
@@ -98,18 +98,16 @@ def red(sizes: list[tuple[int, int]], dtype: torch.dtype, device: torch.device) 
     return ""
 
 
-def measure(matrices: list[Tensor], dtype: torch.dtype, rounds: int) -> dict[str, Samples]:
-    """Return the seconds of each variant, one sample a round, after a round that is left out."""
+def measure(every: dict[str, Callable[[], Any]], device: torch.device, rounds: int) -> dict[str, Samples]:
+    """Return the seconds of each variant, one sample a round."""
     samples = {name: Samples() for name in VARIANTS}
-    every = jobs(matrices, dtype)
-    for turn in range(rounds + 1):
+    for turn in range(rounds):
         for name in turns(list(VARIANTS), turn):
             start = time.perf_counter()
             every[name]()
-            if matrices[0].is_cuda:
-                torch.cuda.synchronize()
-            if turn:
-                samples[name].seconds.append(time.perf_counter() - start)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            samples[name].seconds.append(time.perf_counter() - start)
     return samples
 
 
@@ -119,8 +117,9 @@ def rows_of(width: int, layers: int, dtype: torch.dtype, device: torch.device, r
     about |= {"dtype": str(dtype).split(".")[1], "machine": provenance(device)}
     if why := red(shapes(width, 1), dtype, device):
         return [{**about, "variant": FASTGPT, "red": why}]
-    sizes = shapes(width, layers)
-    samples, counted = measure(random(sizes, dtype, device), dtype, rounds), flops(sizes, dtype)
+    every = jobs(random(shapes(width, layers), dtype, device), dtype)
+    counted = flops(every)  # and the round that is not timed
+    samples = measure(every, device, rounds)
     rates = {name: counted[name] / mine.quantile(0.5) for name, mine in samples.items()}
     rows = []
     for name, mine in samples.items():

@@ -70,6 +70,10 @@ def test_clipping_is_that_of_clipped_gradients_which_stay(dtype: torch.dtype) ->
         other.step()
     for p, q in zip(ps, qs):
         torch.testing.assert_close(p, q, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+    (ps, optimizer), (qs, other) = make(dtype, max_norm=1e3), make(dtype, max_norm=None)
+    for o, given in ((optimizer, ps), (other, qs)):
+        walk(o, given, range(2))
+    assert all(torch.equal(p, q) for p, q in zip(ps, qs)), "a norm below max_norm changes nothing"
 
 
 @pytest.mark.parametrize("where", ["matrix", "vector", "found_inf"])
