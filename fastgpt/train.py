@@ -187,7 +187,7 @@ def drive(run: Run, end: Callable[[Run, Log], int], command: str) -> int:
     check(run, [*EVALUATIONS, *run.evaluations])
     first = run.progress.step
     gc.freeze()
-    with Stop() as stop, closing(start_log(run, changed)) as log:
+    with Stop() as stop, closing(start_log(run, changed)) as log, closing(run.writer):
         energy = Energy(run.device)
         with plan.explain_out_of_memory(run.cfg, run.model.vocab_size, run.device):
             loop(run, log, stop)

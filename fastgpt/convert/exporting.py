@@ -64,7 +64,7 @@ class Exported:
                 )
             path = checkpoint.merged(path, state, of_run=path != Path(run))
             state = checkpoint.read_state(path)
-        entries = tensorfile.read_header(checkpoint.verified(path, checkpoint.MODEL, state))
+        entries = checkpoint.open_tensors(path, checkpoint.MODEL, state)
         dtypes = {tensorfile.DTYPES[entry.dtype] for entry in entries.values()}
         tokenizer = None if state["tokenizer"] is None else tokenizer_of(path, state)
         dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +21,7 @@ from torch import Tensor
 from fastgpt.core.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # a process that waits longer for the others gives up
+FAILED, SAID = "fastgpt/failed", "fastgpt/said"  # in the store of the processes: which error ends them, and who said so
 
 
 @dataclass(frozen=True)
@@ -90,24 +92,54 @@ def find_mesh() -> Mesh:
         ) from None
 
 
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo",
+    "NCCL",
+)  # in errors that another process causes
+
+
 @contextlib.contextmanager
 def connected(mesh: Mesh, device: torch.device) -> Iterator[None]:
-    """Connect the processes inside this context.
+    """Connect the processes inside this context. An error in one of them ends all, and one of them says why.
 
     Raises:
-        UserError: another process has ended; its own message says why.
+        UserError: of this process, or because another process has ended; only in the first process that raises one.
+        SystemExit: another process has raised an error that says why.
     """
     if mesh.world == 1:
         yield
         return
     cuda = device.type == "cuda"
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=device if cuda else None)
+    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store.set_timeout(TIMEOUT)
+    backend, own = ("nccl", device) if cuda else ("gloo", None)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, device_id=own)
     try:
         yield
         dist.barrier()  # a process that ends earlier would close connections that others still use
-    except RuntimeError as e:
-        if any(sign in str(e) for sign in ("Connection closed by peer", "Connection reset by peer", "gloo")):
-            raise UserError(f"process {mesh.rank} stops, because another one has ended; its message says why") from e
+    except Exception as e:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the others, which shall have their say
+        _end(mesh, store, e)
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _end(mesh: Mesh, store: dist.Store, e: Exception) -> None:
+    """Raise what ends this process in place of `e`; return if that is `e` itself."""
+    lost = isinstance(e, RuntimeError) and any(sign in str(e) for sign in LOST)
+    if not lost and not isinstance(e, (UserError, OSError)):  # this process shows a traceback, another one a sentence
+        with contextlib.suppress(RuntimeError):
+            store.set(FAILED, f"process {mesh.rank} failed with {type(e).__name__}: {e}")
+        return
+    try:
+        why = store.get(FAILED).decode() if store.check([FAILED]) else "another process has ended without an error"
+        first = store.add(SAID, 1) == 1
+    except RuntimeError:  # without torchrun, the store ends with the main process
+        why, first = "another process has ended; its message says why", True
+    if not first:
+        raise SystemExit(1) from None
+    if lost:
+        raise UserError(f"process {mesh.rank} stops: {why}") from e

@@ -3,7 +3,8 @@ when loaded, and never unpickled.
 
 A run folder holds `step_00000100/` folders, each with model.safetensors (weights), optimizer.safetensors (moments,
 masters, step counters, random states) and state.json (settings, progress, position in the data, and size and sha256 of
-both files).
+the other files). In a sharded checkpoint (fastgpt.training.sharded), each process has a file in place of each of the
+two.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from fastgpt.core.errors import UserError, cause_of
-from fastgpt.core.tensorfile import Deferred, load_file, save_file
+from fastgpt.core.tensorfile import Deferred, save_file
+from fastgpt.core.tensorpieces import Pieces, open_pieces
 from fastgpt.distributed.mesh import ALONE, Mesh
 
 FORMAT = 2  # format 1 names the optimizer's state by the numbers of the parameters, not by their names
@@ -110,7 +112,7 @@ class Writer:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._done: list[Path] = []
-        self._error: UserError | None = None
+        self._error: BaseException | None = None
 
     def save(
         self,
@@ -128,14 +130,22 @@ class Writer:
             UserError: the previous checkpoint could not be written.
         """
         self._join()
-        arguments = (run, step, _on_cpu(weights), _on_cpu(optimizer), state, keep, stays)
+        arguments = (run, step, self.copied(weights), self.copied(optimizer), state, keep, stays)
         self._thread = threading.Thread(target=self._write, args=arguments, name="fastgpt-checkpoint")
         self._thread.start()
 
+    def copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return copies in host memory, which the thread writes."""
+        return _on_cpu(tensors)
+
+    def write(self, *arguments: Any) -> Path:
+        """Write a checkpoint; arguments and result are those of the function `save`."""
+        return save(*arguments)
+
     def _write(self, *arguments: Any) -> None:
         try:
-            self._done.append(save(*arguments))
-        except UserError as e:
+            self._done.append(self.write(*arguments))
+        except BaseException as e:  # raised where the run next asks
             self._error = e
 
     def _join(self) -> None:
@@ -157,6 +167,60 @@ class Writer:
         done, self._done = self._done, []
         return done
 
+    def close(self) -> None:
+        """Wait for the checkpoint in progress. Its failure does not replace the error that ends the run."""
+        if self._thread is not None:
+            self._thread.join()
+
+
+class Draft:
+    """A checkpoint that is being written, in a folder aside that is renamed when it is complete."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.run, self.step = run, step
+        self.final, self.aside, self._replaced = (
+            run / f"{name}_{step:08d}" for name in ("step", ".writing", ".replaced")
+        )
+
+    def begin(self) -> None:
+        """Make the folder, empty."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        self.aside.mkdir(parents=True)
+
+    def write(
+        self, name: str, tensors: Mapping[str, Tensor | Deferred], metadata: dict[str, str] | None = None
+    ) -> dict[str, Any]:
+        """Write a tensor file, and return its size and hash as state.json holds them."""
+        path = self.aside / name
+        save_file(tensors, path, metadata)
+        _sync(path)
+        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+    def complete(self, files: dict[str, Any], state: dict[str, Any], keep: int, stays: Container[int] = ()) -> None:
+        """Write state.json and rename the folder, then delete all but the last `keep` and the steps in `stays`.
+
+        Args:
+            files: what `write` returned, by the names of the files.
+        """
+        text = json.dumps({"format": FORMAT, "step": self.step, "files": files, **state}, indent=1)
+        (self.aside / STATE).write_text(text, encoding="utf-8")
+        _sync(self.aside / STATE)
+        _sync(self.aside)
+        if self.final.exists():  # the same step again, after a resume from an earlier one
+            os.replace(self.final, self._replaced)
+        os.replace(self.aside, self.final)
+        _sync(self.run)
+        shutil.rmtree(self._replaced, ignore_errors=True)
+        for old in checkpoints(self.run)[:-keep] if keep > 0 else []:
+            if int(old.name.removeprefix("step_")) not in stays:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def failed(self, cause: str) -> UserError:
+        """Remove what was written, and return the error that says why."""
+        shutil.rmtree(self.aside, ignore_errors=True)
+        return UserError(f"checkpoint {self.final} could not be written ({cause}); earlier checkpoints are untouched")
+
 
 def save(
     run: Path,
@@ -172,34 +236,14 @@ def save(
     Raises:
         UserError: the folder cannot be written (full disk, no permission); earlier checkpoints are not changed.
     """
-    final, aside, replaced = (run / f"{name}_{step:08d}" for name in ("step", ".writing", ".replaced"))
+    draft = Draft(run, step)
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-        aside.mkdir(parents=True)
-        files = {}
-        for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer)):
-            save_file(tensors, aside / name)
-            files[name] = {"bytes": (aside / name).stat().st_size, "sha256": _sha256(aside / name)}
-        text = json.dumps({"format": FORMAT, "step": step, "files": files, **state}, indent=1)
-        (aside / STATE).write_text(text, encoding="utf-8")
-        for name in (MODEL, OPTIMIZER, STATE):
-            _sync(aside / name)
-        _sync(aside)
-        if final.exists():  # the same step again, after a resume from an earlier one
-            os.replace(final, replaced)
-        os.replace(aside, final)
-        _sync(run)
-        shutil.rmtree(replaced, ignore_errors=True)
+        draft.begin()
+        files = {name: draft.write(name, tensors) for name, tensors in ((MODEL, weights), (OPTIMIZER, optimizer))}
+        draft.complete(files, state, keep, stays)
     except OSError as e:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise UserError(
-            f"checkpoint {final} could not be written ({cause_of(e)}); earlier checkpoints are untouched"
-        ) from e
-    for old in checkpoints(run)[:-keep] if keep > 0 else []:
-        if int(old.name.removeprefix("step_")) not in stays:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+        raise draft.failed(cause_of(e)) from e
+    return draft.final
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -268,32 +312,58 @@ def merged(path: Path, state: dict[str, Any], of_run: bool) -> Path:
     return found[-1]
 
 
-def verified(path: Path, name: str, state: dict[str, Any]) -> Path:
-    """Return one of a checkpoint's tensor files, after comparing it with state.json.
+def shard_name(name: str, mesh: Mesh) -> str:
+    """Return the name of this process's file in place of MODEL or OPTIMIZER in a sharded checkpoint."""
+    stem, ending = name.split(".")
+    return f"{stem}.{mesh.rank}-of-{mesh.world}.{ending}"
+
+
+def is_part(file: str, name: str) -> bool:
+    """Return whether a file of a checkpoint is `name`, which is MODEL or OPTIMIZER, or a shard of it."""
+    return file.split(".")[0] == name.split(".")[0] and file.endswith(".safetensors")
+
+
+def verified(path: Path, name: str, state: dict[str, Any], mesh: Mesh = ALONE) -> list[Path]:
+    """Return the files of a checkpoint with the weights (MODEL) or the optimizer's state (OPTIMIZER), one or a shard of
+    each process that wrote it, after comparing them with state.json. The processes of `mesh` share the work.
 
     Raises:
-        UserError: the file is missing, truncated or altered.
+        UserError: a file is missing, truncated or altered.
     """
-    file, expected = path / name, state["files"][name]
+    files = sorted(file for file in state["files"] if is_part(file, name))
+    damage = [_damage(path / file, state["files"][file]) for file in files[mesh.rank :: mesh.world]]
+    found = [text for each in mesh.gather(damage) for text in each if text]
+    if found or not files:
+        text = found[0] if found else f"{name} is missing"
+        raise UserError(f"checkpoint {path} is damaged: {text}{_before(path)}")
+    return [path / file for file in files]
+
+
+def _damage(file: Path, expected: dict[str, Any]) -> str:
+    """Return in which way a file differs from its size and hash in state.json."""
     if not file.is_file():
-        raise UserError(f"checkpoint {path} is damaged: {name} is missing{_before(path)}")
-    if file.stat().st_size != expected["bytes"]:
-        raise UserError(
-            f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes, "
-            f"expected {expected['bytes']}{_before(path)}"
-        )
-    if _sha256(file) != expected["sha256"]:
-        raise UserError(f"checkpoint {path} is damaged: the content of {name} has changed{_before(path)}")
-    return file
+        return f"{file.name} is missing"
+    if (size := file.stat().st_size) != expected["bytes"]:
+        return f"{file.name} has {size} bytes, expected {expected['bytes']}"
+    return "" if _sha256(file) == expected["sha256"] else f"the content of {file.name} has changed"
+
+
+def open_tensors(path: Path, name: str, state: dict[str, Any], mesh: Mesh = ALONE) -> dict[str, Pieces]:
+    """Return where the tensors of a checkpoint lie, in files that `verified` finds; `read` returns one.
+
+    Raises:
+        UserError: a file is missing, truncated or altered.
+    """
+    return open_pieces(verified(path, name, state, mesh))
 
 
 def read_tensors(path: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    """Read one of a checkpoint's tensor files, as `verified` finds it.
+    """Read the tensors of a checkpoint, in files that `verified` finds.
 
     Raises:
-        UserError: the file is missing, truncated or altered.
+        UserError: a file is missing, truncated or altered.
     """
-    return load_file(verified(path, name, state))
+    return {key: tensor.read() for key, tensor in open_tensors(path, name, state).items()}
 
 
 def _before(path: Path) -> str:

@@ -53,6 +53,8 @@ class TrainConfig:
             block is everything but the input of a block.
         parallel: how several processes (torchrun) share the model: ddp copies it, fsdp shards parameters, gradients and
             optimizer state.
+        checkpoint: with parallel fsdp, sharded lets each process write its shards, whole gathers the tensors for the
+            main process to write; auto is sharded.
         reduce_dtype: of the sums of gradients over processes; auto is the dtype of the gradients.
         block_size: tokens T of a training sequence, at most model.block_size.
         micro_batch: sequences B in one forward and backward; auto is the most that fit (fastgpt train --plan).
@@ -124,6 +126,7 @@ class TrainConfig:
     recompute: Literal["none", "norms", "block"] = "none"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     reduce_dtype: Literal["auto", "fp32"] = "auto"
+    checkpoint: Literal["auto", "whole", "sharded"] = "auto"
     block_size: int = 1024
     micro_batch: int | Literal["auto"] = 32
     packing: Literal["auto", "concatenate", "best-fit", "pad"] = "auto"
@@ -302,6 +305,9 @@ EFFECTS = SHARED_EFFECTS | {
     "profiler": Effect(lambda c: bool(c.profile), "profile"),
     **dict.fromkeys(
         ("parallel", "reduce_dtype"), Effect(lambda c: find_mesh().world > 1, "several processes (torchrun)")
+    ),
+    "checkpoint": Effect(
+        lambda c: find_mesh().world > 1 and c.parallel == "fsdp", "parallel fsdp in several processes (torchrun)"
     ),
     "graphs": Effect(lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),
     "model.norm_bias": Effect(lambda c: c.model.norm == "layer", "model.norm layer"),

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastgpt.core import tensorfile
 from fastgpt.core.errors import UserError
 from fastgpt.data.load import has_tokenizer, load_tokenizer
 from fastgpt.distributed.shards import share
@@ -56,7 +55,7 @@ def open_initial(path: str | Path) -> Initial:
     found = checkpoint.find(path)
     state = checkpoint.read_state(found)
     checkpoint.require_model(found, state)
-    entries = tensorfile.read_header(checkpoint.verified(found, checkpoint.MODEL, state))
+    entries = checkpoint.open_tensors(found, checkpoint.MODEL, state)
     tokenizer = None if state["tokenizer"] is None else found.parent / "tokenizer.json"
     given = state.get("source", {"name": found.parent.resolve().name, "revision": f"step {state['step']}"})
     origin = {key: given[key] for key in ("name", "revision")}

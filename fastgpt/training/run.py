@@ -17,7 +17,7 @@ from fastgpt.data.shards import Tokens
 from fastgpt.data.source import Source
 from fastgpt.distributed.mesh import ALONE, Mesh
 from fastgpt.distributed.parallelize import Spread
-from fastgpt.distributed.shards import share, whole
+from fastgpt.distributed.shards import whole
 from fastgpt.models.config import model_from_dict
 from fastgpt.models.gpt import GPT
 from fastgpt.optim import AdamW
@@ -92,10 +92,19 @@ class Run:
         self.scaling = LossScale(device) if cfg.dtype == "fp16" else None
         self.graphs = Graphs.of_run(cfg, model, device, mesh)
         self.progress = Progress(last_step=cfg.most_steps, length_known=cfg.max_minutes is None)
-        self.writer = checkpoint.Writer()
+        self.fsdp = isinstance(self.task, Spread) and self.task.parallel == "fsdp"
+        self.sharded = self.fsdp and cfg.checkpoint != "whole"
+        self.writer = self._writer()
         # preset -> evaluation(run, log), which returns its figures by name, none if it is not due
         self.evaluations: dict[str, Callable[[Run, Any], dict[str, float]]] = {}
         self.origin: dict[str, Any] | None = None  # name and revision of the weights that the run started with
+
+    def _writer(self) -> checkpoint.Writer:
+        if not self.sharded:
+            return checkpoint.Writer()
+        from fastgpt.training.sharded import ShardedWriter  # torch.distributed.checkpoint takes long to import
+
+        return ShardedWriter(self.mesh)
 
     def device_parts(self) -> list[tuple[str, SpikeGuard | LossScale]]:
         """Return the guards whose state lives on the device and belongs in a checkpoint."""
@@ -117,9 +126,9 @@ class Run:
         return self.model.state_dict()
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
-        """Load what `weights` returned."""
-        own = self.own_weights()
-        self.model.load_state_dict({name: share(t, own.get(name)) for name, t in tensors.items()})
+        """Load what `weights` or `own_weights` returned."""
+        self.own_weights()  # lets parameters be shards again
+        self.model.load_state_dict(tensors)
 
     def whole_model(self) -> GPT | None:
         """Return the model with all its parameters; where they are shards, a copy in the main process, and None in the
@@ -153,10 +162,10 @@ class Run:
             "init": self.origin,
             **self.more_state(),
         }
-        weights = self.weights()
-        moments = whole(checkpoint.flatten_optimizer(self.optimizer, self.model.named_parameters()))
-        extra = {**moments, **checkpoint.random_states(self.device, self.mesh)}
-        if not self.mesh.main:
+        weights = self.own_weights() if self.sharded else self.weights()
+        moments = checkpoint.flatten_optimizer(self.optimizer, self.model.named_parameters())
+        extra = {**(moments if self.sharded else whole(moments)), **checkpoint.random_states(self.device, self.mesh)}
+        if not (self.mesh.main or self.sharded):
             return
         extra.update({name: part.state for name, part in self.device_parts()})
         cfg, step = self.cfg, self.progress.step
@@ -173,24 +182,22 @@ class Run:
         Raises:
             UserError: the folder already holds a run (resume never), or the checkpoint is damaged or does not fit.
         """
-        path = self._checkpoint()
+        path = self.mesh.share(self._checkpoint() if self.mesh.main else None)
         if path is None:
             self.begin()
             return []
         cfg, state = self.cfg, checkpoint.read_state(path)
         self._check(path, state)
-        self.load_weights(checkpoint.read_tensors(path, checkpoint.MODEL, state))
+        self.load_weights(self._read(path, checkpoint.MODEL, state))
         if "source" in state:  # imported weights, with which a new run starts
             self.origin = {key: state["source"][key] for key in ("name", "revision")}
             return []
         self.origin = state.get("init")
-        extra = checkpoint.read_tensors(path, checkpoint.OPTIMIZER, state)
+        extra = self._read(path, checkpoint.OPTIMIZER, state)
         rng = {name: extra.pop(name) for name in list(extra) if name.startswith("rng.")}
         seen: dict[str, Tensor] = {name: extra.pop(name) for name in ("guard", "scaling") if name in extra}
         for name, part in self.device_parts():
             part.state.copy_(seen.get(name, part.state))
-        owners = dict(self.model.named_parameters())
-        extra = {name: share(t, owners.get(name.rpartition(".")[0])) for name, t in extra.items()}
         checkpoint.unflatten_optimizer(self.optimizer, extra, self.model.named_parameters())
         checkpoint.restore_random_states(rng, self.device, self.mesh)
         try:
@@ -208,6 +215,20 @@ class Run:
                 p.last_step, p.length_known = cfg.most_steps, False
         others = [k for k in now if before.get(k, now[k]) != now[k] and k not in ("model", "resume", "out")]
         return [f"{key} {before[key]!r} -> {now[key]!r}" for key in others]
+
+    def _read(self, path: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the weights or the optimizer's state of a checkpoint; with FSDP2 this process's part of each."""
+        found = checkpoint.open_tensors(path, name, state, self.mesh)
+        if not self.fsdp:
+            return {key: pieces.read() for key, pieces in found.items()}
+        from fastgpt.training import sharded
+
+        own = self.own_weights()
+        if name == checkpoint.MODEL:
+            sharded.require_fit(path, found, own)
+            return sharded.load(found, own)
+        owners = dict(self.model.named_parameters())  # state 'wte.weight.exp_avg' is spread like wte.weight
+        return sharded.load(found, {key: owners[o] for key in found if (o := key.rpartition(".")[0]) in owners})
 
     def _checkpoint(self) -> Path | None:
         """Return the checkpoint that cfg.resume means; None for a new run."""

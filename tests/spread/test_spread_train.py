@@ -2,94 +2,110 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from spread.launch import torchrun
+import torch
+from spread.launch import SETTINGS, starts, text_beside, train
 
 from fastgpt.training import checkpoint
+from fastgpt.training.load import load_run
 
 pytestmark = pytest.mark.slow
 
-SETTINGS = [
-    *("--config", "tiny", "--device", "cpu", "--model.n-layers", "2", "--model.n-heads", "2", "--model.width", "32"),
-    *(
-        "--vocab-size",
-        "300",
-        "--block-size",
-        "32",
-        "--micro-batch",
-        "2",
-        "--batch-tokens",
-        "512",
-        "--warmup-steps",
-        "2",
-    ),
-    *("--eval-every", "5", "--eval-batches", "4", "--save-every", "5", "--keep", "9", "--sample-tokens", "3"),
-]
+DROPOUT = ("--model.attn-dropout", "0.1", "--model.resid-dropout", "0.1")
 
 
-def train(count: int, out: Path, *more: str) -> "subprocess.CompletedProcess[str]":
-    """Train on texts beside the run's folder, in one process or several."""
-    data = out.parent / "text.txt"
-    if not data.exists():
-        data.write_text("\n".join(f"{i} times {j} is {i * j}" for i in range(60) for j in range(60)))
-    arguments = [*SETTINGS, "--data", str(data), "--out", str(out), *more]
-    if count > 1:
-        return torchrun(count, "-m", "fastgpt.train", *arguments)
-    here = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", "fastgpt.train", *arguments], env=here, capture_output=True, text=True)
-
-
-def losses(run: Path) -> dict[tuple[int, str], float]:
-    """Return the losses of a run's steps and validations."""
+def figures(run: Path) -> dict[tuple[int, str], float]:
+    """Return the losses and gradient norms of a run's steps and validations."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {(row["step"], name): row[name] for row in rows for name in ("loss", "val_loss") if name in row}
+    names = ("loss", "grad_norm", "val_loss")
+    return {(row["step"], name): row[name] for row in rows for name in names if name in row}
 
 
-def weights(run: Path) -> bytes:
-    return (checkpoint.find(run) / checkpoint.MODEL).read_bytes()
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Return all that the newest checkpoint of a run holds: weights, optimizer, random states."""
+    path = checkpoint.find(run)
+    state = checkpoint.read_state(path)
+    both = (checkpoint.read_tensors(path, kind, state) for kind in (checkpoint.MODEL, checkpoint.OPTIMIZER))
+    return {name: t for found in both for name, t in found.items()}
 
 
-@pytest.mark.parametrize(("parallel", "optimizer"), [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "muon")])
-def test_losses_are_those_of_one_process_and_a_killed_run_ends_in_the_same_bits(
-    parallel: str, optimizer: str, tmp_path: Path
-) -> None:
-    one, two, length = tmp_path / "one", tmp_path / "two", ("--max-steps", "8", "--optimizer", optimizer)
-    assert train(1, one, *length).returncode == 0
-    done = train(2, two, *length, "--parallel", parallel)
+def reductions(done: "subprocess.CompletedProcess[str]") -> int:
+    return int(re.findall(r'"reductions": (\d+)', done.stdout)[-1])
+
+
+@pytest.mark.parametrize("parallel, each", [("ddp", 1), ("fsdp", 3)])
+def test_figures_are_those_of_one_process_and_other_numbers_resume(parallel: str, each: int, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert train(one, "--max-steps", "8").returncode == 0
+    done = train(two, "--max-steps", "8", "--parallel", parallel, count=2)
     assert done.returncode == 0, done.stderr
-    assert losses(two).keys() == losses(one).keys() and (8, "val_loss") in losses(one)
-    for key, loss in losses(one).items():
-        assert losses(two)[key] == pytest.approx(loss, rel=1e-5), key
-    whole = weights(two)
+    assert reductions(done) == 8 * each, "gradients are reduced once in a step, though it has four micro-batches"
+    expected = figures(one)
+    assert figures(two).keys() == expected.keys() and (8, "val_loss") in expected
+    for key, value in expected.items():
+        assert figures(two)[key] == pytest.approx(value, rel=1e-5), key
     shutil.rmtree(two / "step_00000008")  # as if it was killed after step 5
-    other = shutil.copytree(two, tmp_path / "other")
-    assert train(2, two, *length, "--parallel", parallel).returncode == 0
-    assert weights(two) == whole
-    assert train(1, other, *length).returncode == 0  # on another number of processes: the same tokens
-    assert losses(other)[8, "loss"] == pytest.approx(losses(two)[8, "loss"], rel=1e-5)
+    assert len(list((two / "step_00000005").glob("model.*"))) == (1 if parallel == "ddp" else 2)
+    for name, count, more in (
+        ("in-one", 1, ()),
+        ("in-four", 4, ("--parallel", "ddp")),
+        ("in-four-shards", 4, ("--parallel", "fsdp")),
+    ):
+        other = shutil.copytree(two, tmp_path / name)
+        done = train(other, "--max-steps", "8", *more, count=count)
+        assert done.returncode == 0, done.stderr
+        assert "resumed at step 5" in done.stdout
+        for key, value in expected.items():  # the same tokens, none lost and none repeated
+            assert figures(other)[key] == pytest.approx(value, rel=1e-5), (name, key)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_killed_process_and_a_restart_change_no_bit(parallel: str, tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = ("--max-steps", "12", "--parallel", parallel, *DROPOUT)
+    assert train(whole, *settings, count=2).returncode == 0
+    done = train(killed, *settings, count=2, breaks="kill 10", restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("resumed at step 5") == 1
+    sentences = [line for line in done.stderr.splitlines() if line.startswith("fastgpt: error:")]
+    assert sentences == ["fastgpt: error: process 0 stops: another process has ended without an error"], done.stderr
+    assert "Traceback" not in done.stderr
+    found, expected = tensors(killed), tensors(whole)
+    assert found.keys() == expected.keys() and "rng.cpu.1" in found
+    assert [name for name, t in expected.items() if not torch.equal(found[name], t)] == []
+    if parallel == "fsdp":
+        model, _, path = load_run(killed, torch.device("cpu"))
+        assert path.name == "step_00000012" and torch.equal(model.wte.weight, expected["wte.weight"])
+
+
+@pytest.mark.parametrize(
+    "breaks, sentence",
+    [
+        ("raise 5", "process 0 stops: process 1 failed with ValueError: a fault of process 1"),
+        ("refuse 5", "process 1 wants other settings"),
+    ],
+)
+def test_an_error_in_one_process_is_one_sentence(breaks: str, sentence: str, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "--max-steps", "9", count=2, breaks=breaks)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("fastgpt: error:")] == [
+        f"fastgpt: error: {sentence}"
+    ], done.stderr
+    ours = [line for line in done.stderr.splitlines() if "Traceback" in line and line.startswith("[rank")]
+    assert len(ours) == breaks.startswith("raise"), "only the process that fails shows a traceback"
 
 
 def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert train(2, out, "--max-steps", "1").returncode == 0  # makes the data
-    run = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "fastgpt.train",
-    ]
-    run += [*SETTINGS, "--data", str(tmp_path / "text.txt"), "--out", str(out), "--max-steps", "100000"]
+    arguments = [*SETTINGS, "--data", str(text_beside(out)), "--out", str(out), "--max-steps", "100000"]
+    run = starts(2, "-m", "fastgpt.train", *arguments)
     process = subprocess.Popen(run, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     while not (out / "step_00000010").exists():
         assert process.poll() is None
@@ -102,7 +118,7 @@ def test_a_signal_to_one_process_ends_all_after_the_same_step(tmp_path: Path) ->
 
 
 def test_what_does_not_fit_is_one_sentence(tmp_path: Path) -> None:
-    done = train(2, tmp_path / "run", "--max-steps", "1", "--batch-tokens", "64")
+    done = train(tmp_path / "run", "--max-steps", "1", "--batch-tokens", "64", count=2)
     assert done.returncode != 0
-    sentences = [line for line in done.stderr.splitlines() if "batch_tokens is 64, expected a multiple of" in line]
-    assert sentences and "Traceback" not in done.stderr.split("batch_tokens is 64")[0]
+    assert done.stderr.count("batch_tokens is 64, expected a multiple of") == 1
+    assert "Traceback" not in done.stderr.split("batch_tokens is 64")[0]

@@ -28,7 +28,7 @@ from fastgpt.serve.rollout.state import (
     read,
     write,
 )
-from fastgpt.training.checkpoint import OPTIMIZER, STATE
+from fastgpt.training.checkpoint import OPTIMIZER, STATE, is_part
 
 WEIGHTS = (".safetensors", ".bin")
 OTHERS = (".json", ".jinja", ".txt", ".model")
@@ -176,7 +176,7 @@ def _take_files(source: Path, target: Path, endings: tuple[str, ...]) -> None:
     system can."""
     target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if not file.is_file() or file.suffix not in endings or file.name == OPTIMIZER:
+        if not file.is_file() or file.suffix not in endings or is_part(file.name, OPTIMIZER):
             continue
         if file.suffix in WEIGHTS and (source / STATE).is_file():
             with suppress(OSError):  # another file system
