@@ -21,6 +21,8 @@ from torch import Tensor
 from fastgpt.core.errors import UserError
 
 TIMEOUT = timedelta(minutes=10)  # a process that waits longer for the others gives up
+# parts of the errors of operations that another process does not take part in any more
+LOST = ("Connection closed by peer", "Connection reset by peer", "gloo", "NCCL")
 FAILED, SAID = "fastgpt/failed", "fastgpt/said"  # in the store of the processes: which error ends them, and who said so
 
 
@@ -92,14 +94,6 @@ def find_mesh() -> Mesh:
         ) from None
 
 
-LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "gloo",
-    "NCCL",
-)  # in errors that another process causes
-
-
 @contextlib.contextmanager
 def connected(mesh: Mesh, device: torch.device) -> Iterator[None]:
     """Connect the processes inside this context. An error in one of them ends all, and one of them says why.
@@ -112,10 +106,9 @@ def connected(mesh: Mesh, device: torch.device) -> Iterator[None]:
         yield
         return
     cuda = device.type == "cuda"
-    store, rank, world = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    store.set_timeout(TIMEOUT)
+    store = _store()
     backend, own = ("nccl", device) if cuda else ("gloo", None)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT, device_id=own)
+    dist.init_process_group(backend, store=store, rank=mesh.rank, world_size=mesh.world, timeout=TIMEOUT, device_id=own)
     try:
         yield
         dist.barrier()  # a process that ends earlier would close connections that others still use
@@ -125,6 +118,18 @@ def connected(mesh: Mesh, device: torch.device) -> Iterator[None]:
         raise
     finally:
         dist.destroy_process_group()
+
+
+def _store() -> dist.Store:
+    """Return the store in which processes find one another.
+
+    torchrun keeps it over restarts, with the addresses of processes that have ended; what a process finds there is
+    of its own attempt. Several machines do not number attempts alike.
+    """
+    store = next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+    store.set_timeout(TIMEOUT)
+    alone = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alone else "", store)
 
 
 def _end(mesh: Mesh, store: dist.Store, e: Exception) -> None:

@@ -4,6 +4,7 @@ how often gradients were reduced.
     broken_train.py none|raise|refuse|kill STEP ARGUMENTS...
 """
 
+import functools
 import json
 import os
 import signal
@@ -39,6 +40,7 @@ def counted(owner: Any, name: str, calls: list[str]) -> None:
     """Count the calls of a function in `calls`."""
     function = getattr(owner, name)
 
+    @functools.wraps(function)  # DDP looks at the arguments of its hook
     def counting(*arguments: Any, **options: Any) -> Any:
         calls.append(name)
         return function(*arguments, **options)
@@ -52,7 +54,8 @@ def main() -> int:
         train.EVALUATIONS["broken"] = fails(kind, int(step))
     calls: list[str] = []
     counted(parallelize, "sum_bucket", calls)
-    counted(dist, "reduce_scatter_tensor", calls)
+    before = "reduce_scatter_tensor"  # of PyTorch before 2.13
+    counted(dist, "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else before, calls)
     code = train.main(arguments)
     if os.environ["RANK"] == "0":
         print(json.dumps({"reductions": len(calls)}), flush=True)

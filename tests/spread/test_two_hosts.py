@@ -23,8 +23,8 @@ def ip(*words: str) -> None:
 
 
 @pytest.fixture
-def hosts() -> Iterator[list[str]]:
-    """Make two network namespaces that reach each other and nothing else, and return their names."""
+def hosts() -> Iterator[list[tuple[str, str]]]:
+    """Make two network namespaces that reach each other and nothing else; return the name and interface of each."""
     if shutil.which("ip") is None:
         pytest.skip("no network namespaces: the program ip is missing")
     names = [f"fastgpt-{os.getpid()}-{i}" for i in range(2)]
@@ -40,28 +40,28 @@ def hosts() -> Iterator[list[str]]:
             ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
             ip("-n", name, "link", "set", end, "up")
             ip("-n", name, "link", "set", "lo", "up")
-        yield names
+        yield list(zip(names, ends, strict=True))
     finally:
         for name in names:
             with suppress(subprocess.CalledProcessError):
                 ip("netns", "del", name)
 
 
-def start(host: str, number: int, *command: str) -> "subprocess.Popen[str]":
+def start(host: str, interface: str, number: int, *command: str) -> "subprocess.Popen[str]":
     """Run torchrun with one process on a host."""
-    options = ["--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     options += ["--rdzv-endpoint", f"{ADDRESSES[0]}:29512", "--rdzv-conf", f"is_host={1 - number}"]
     options += ["--local-addr", ADDRESSES[number]]
     run = ["ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run", *options, *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": interface}
     return subprocess.Popen(run, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def test_losses_over_two_hosts_are_those_of_one(hosts: list[str], tmp_path: Path) -> None:
+def test_losses_over_two_hosts_are_those_of_one(hosts: list[tuple[str, str]], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     more = ("--max-steps", "6", "--parallel", "fsdp")
     command = ["-m", "fastgpt.train", *SETTINGS, "--data", str(text_beside(two)), "--out", str(two), *more]
-    started = [start(host, number, *command) for number, host in enumerate(hosts)]
+    started = [start(*host, number, *command) for number, host in enumerate(hosts)]
     try:
         said = [process.communicate(timeout=SECONDS)[0] for process in started]
     finally:
