@@ -125,21 +125,9 @@ class Job:
 class InTurn(checkpoint.Writer):
     """A writer that training waits for, so that the clock has one hand. What ends the process there ends it here."""
 
-    died: Killed | None = None
-
     def save(self, *arguments: Any, **options: Any) -> None:
         super().save(*arguments, **options)
-        assert self._thread is not None
-        self._thread.join()
-        if self.died is not None:
-            raise self.died
         self._join()
-
-    def _write(self, *arguments: Any) -> None:
-        try:
-            super()._write(*arguments)
-        except Killed as e:
-            self.died = e
 
 
 def settings(out: Path) -> TrainConfig:
