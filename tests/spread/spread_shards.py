@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from spread_model import model
 
 from fastgpt.core.errors import UserError
 from fastgpt.data.batch import Batch
 from fastgpt.distributed.mesh import Mesh, connected, find_mesh
 from fastgpt.distributed.parallelize import Spread
 from fastgpt.distributed.shards import whole
+from fastgpt.models.config import ModelConfig
+from fastgpt.models.gpt import GPT
 from fastgpt.optim import AdamW
 from fastgpt.training import checkpoint, sharded
 from fastgpt.training.checkpoint import MODEL, OPTIMIZER
@@ -24,7 +25,8 @@ from fastgpt.training.task import NextToken
 
 def trained(mesh: Mesh) -> tuple[Any, AdamW]:
     """Return a model under FSDP2 and its optimizer after a step."""
-    spread = model()
+    config = ModelConfig(n_layers=2, n_heads=2, width=32, vocab_size=101, vocab_multiple=1, block_size=16)
+    spread = GPT(config, generator=torch.Generator().manual_seed(0))
     task = Spread(NextToken(), spread, mesh, "fsdp")
     optimizer = AdamW(spread.param_groups(0.1), lr=1e-2)
     ids = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(mesh.rank))

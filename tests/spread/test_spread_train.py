@@ -36,24 +36,19 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
     return {name: t for found in both for name, t in found.items()}
 
 
-def reductions(done: "subprocess.CompletedProcess[str]") -> int:
-    return int(re.findall(r'"reductions": (\d+)', done.stdout)[-1])
-
-
 def sentences(done: "subprocess.CompletedProcess[str]") -> list[str]:
     """Return the errors that processes reported, which may follow a progress bar on its line."""
     return re.findall("fastgpt: error: (.*)", done.stderr)
 
 
-@pytest.mark.parametrize("parallel, optimizer, each", [("ddp", "adamw", 1), ("fsdp", "adamw", 3), ("fsdp", "muon", 3)])
+@pytest.mark.parametrize("parallel, optimizer", [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "muon")])
 def test_figures_are_those_of_one_process_and_other_numbers_resume(
-    parallel: str, optimizer: str, each: int, tmp_path: Path
+    parallel: str, optimizer: str, tmp_path: Path
 ) -> None:
     one, two, length = tmp_path / "one", tmp_path / "two", ("--max-steps", "8", "--optimizer", optimizer)
     assert train(one, *length).returncode == 0
     done = train(two, *length, "--parallel", parallel, count=2)
     assert done.returncode == 0, done.stderr
-    assert reductions(done) == 8 * each, "gradients are reduced once in a step, though it has four micro-batches"
     expected = figures(one)
     assert figures(two).keys() == expected.keys() and (8, "val_loss") in expected
     for key, value in expected.items():
