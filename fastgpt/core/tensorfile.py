@@ -68,8 +68,8 @@ class Entry:
 Described = Sequence[tuple[str, torch.dtype, Sequence[int]]]  # name, dtype, shape
 
 
-def save_file(tensors: Mapping[str, Tensor | Deferred], path: Path) -> None:
-    """Write named tensors to a file.
+def save_file(tensors: Mapping[str, Tensor | Deferred], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write named tensors to a file, with texts in its header that `read_metadata` returns.
 
     Raises:
         OSError: the file cannot be written.
@@ -78,7 +78,7 @@ def save_file(tensors: Mapping[str, Tensor | Deferred], path: Path) -> None:
     described = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names]
     made = (t.make() if isinstance(t, Deferred) else t for t in map(tensors.__getitem__, names))
     with path.open("wb") as f:
-        f.write(header_of(described))
+        f.write(header_of(described, metadata))
         write_tensors(f, described, made)
 
 
