@@ -1,7 +1,7 @@
 """Training steps in 1 to N processes: `torchrun --nproc-per-node N -m fastgpt.bench.throughput`.
 
-In every round each number of processes n takes three turns, which all begin together; a turn lasts as long as its
-slowest process:
+In every round each number of processes n takes three turns. The processes begin a turn together, and it lasts as long
+as the slowest of them:
 
     alone    n independent trainers, each in a process, step side by side
     step     the same n processes train one model (--parallel), each with a batch of the same size
@@ -44,6 +44,7 @@ from fastgpt.training.config import TrainConfig
 from fastgpt.training.task import Batch, NextToken
 
 WARM_STEPS = 3  # DDP arranges its buckets after the first
+TURNS = ("alone", "step", "network", "small", "large")  # the last two measure latency and bandwidth
 KINDS: dict[str, Kind] = {  # of PyTorch's operators
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",
@@ -146,9 +147,6 @@ def prepare(alone: Trainer, mesh: Mesh, parallel: Parallel) -> Count:
         for name, size in (("small", 8), ("large", 16 << 20)):
             made[name] = replay([Collective("all_reduce", size)], mesh, device)
     return Count(mesh, recorder.calls, made)
-
-
-TURNS = ("alone", "step", "network", "small", "large")
 
 
 def measure(counts: dict[int, Count], mesh: Mesh, rounds: int, wait: Callable[[], None]) -> None:
