@@ -1,13 +1,14 @@
 """`fastgpt train --find-lr`: a range test of the learning rate, on the data and the model of a run.
 
     rate of step i     r_i = first (last / first)^(i / (n - 1))                          i = 0 ... n - 1
-    smoothed loss      s_i = (beta s'_(i-1) + (1 - beta) loss_i) / (1 - beta^(i+1))       s' is s before the division
+    average            a_i = a'_i / (1 - beta^(i+1)),  a'_i = beta a'_(i-1) + (1 - beta) loss_i,  a'_(-1) = 0
+    smoothed loss      s_i = (a_i + a_i of the losses from the last to the first) / 2      has no lag
     steepest descent   the rate where s falls fastest over log r
     tenth of minimum   a tenth of the rate where s is lowest
 
-The test ends early once the loss diverges: it is not finite, or s has risen above its lowest value by half of what it
+The test ends early once the loss diverges: it is not finite, or a has risen above its lowest value by half of what it
 had fallen, and by a twentieth of where it began. Warm-up and schedule are not used. Source: Smith 2017 (Cyclical
-Learning Rates for Training Neural Networks).
+Learning Rates for Training Neural Networks); the average in both directions is ours.
 """
 
 from __future__ import annotations
@@ -109,8 +110,6 @@ def range_test(run: Run, rates: np.ndarray) -> Curve:
     cfg, task, optimizer = run.cfg, run.task, run.optimizer
     model: Any = torch.compile(run.model) if cfg.compile else run.model
     losses: list[float] = []
-    smoothed: list[float] = []
-    average = 0.0
     bar = progress.bar(total=len(rates), unit="step", dynamic_ncols=True)
     for rate in rates:
         for group in optimizer.param_groups:
@@ -125,21 +124,29 @@ def range_test(run: Run, rates: np.ndarray) -> Curve:
         if not math.isfinite(loss):
             break
         losses.append(loss)
-        average = BETA * average + (1 - BETA) * loss
-        smoothed.append(average / (1 - BETA ** len(losses)))
-        if diverged(smoothed):
+        if diverged(averages(losses)):
             break
     bar.close()
-    n = len(losses)
-    return Curve(rates[:n], np.array(losses), np.array(smoothed), n < len(rates) or diverged(smoothed))
+    n, both = len(losses), (averages(losses), averages(losses[::-1])[::-1])
+    ended = n < len(rates) or diverged(both[0])
+    return Curve(rates[:n], np.array(losses), (np.array(both[0]) + np.array(both[1])) / 2, ended)
 
 
-def diverged(smoothed: Sequence[float]) -> bool:
-    """Return whether the last of the smoothed losses shows that training diverges."""
-    if not smoothed:
+def averages(losses: Sequence[float]) -> list[float]:
+    """Return the exponential averages of losses, corrected at their start."""
+    found, total = [], 0.0
+    for i, loss in enumerate(losses, 1):
+        total = BETA * total + (1 - BETA) * loss
+        found.append(total / (1 - BETA**i))
+    return found
+
+
+def diverged(average: Sequence[float]) -> bool:
+    """Return whether the last of the averages shows that training diverges."""
+    if not average:
         return True
-    start, best = smoothed[0], min(smoothed)
-    return smoothed[-1] > best + max(0.5 * (start - best), 0.05 * abs(start))
+    start, best = average[0], min(average)
+    return average[-1] > best + max(0.5 * (start - best), 0.05 * abs(start))
 
 
 def report(cfg: TrainConfig, curve: Curve, run: Run) -> int:

@@ -36,10 +36,8 @@ def render(spec: Spec, rows: Sequence[Row], out: Path, importances: Mapping[str,
     folders = [out / one.row.name / f"seed-{one.complete[0].seed}" for one in best[:CURVES] if one.complete]
     if folders:
         sections += chart_sections(read(folders))
-    title = f"Sweep {out.resolve().name}"
-    return with_charts(
-        title, f"Made by `fastgpt sweep`. Charts show the first run of the best {len(folders)}.", sections
-    )
+    about_curves = f"Made by `fastgpt sweep`. The curves are those of the best {len(folders)}, with their first seed."
+    return with_charts(f"Sweep {out.resolve().name}", about_curves, sections)
 
 
 def _importance_table(importances: Mapping[str, float]) -> list[Table]:
@@ -97,4 +95,5 @@ def _draw_setting(ax: Any, one: Dimension, shown: Sequence[Summary], spec: Spec)
         ax.set_xscale("log")
     ax.set(xlabel=one.key, ylabel=spec.metric)
     ax.grid(alpha=0.3)
-    ax.legend()
+    if any(s.state != "complete" for s in shown):
+        ax.legend()

@@ -100,12 +100,20 @@ def cells(summaries: Sequence[Summary], spec: Spec, base: Summary | None = None)
     table = [[*head, "tokens/s", "time", "runs"]]
     for one in summaries:
         value = digits(one.last) if one.mean is None and one.last is not None else shown(one.mean)
-        line = [one.row.name, *(one.row.given.get(key, "") for key in varied), value]
+        line = [one.row.name, *(short(one.row.given.get(key, "")) for key in varied), value]
         if base is not None:
             line.append(difference(one, base))
         runs = f"{len(one.complete)} of {len(spec.seeds)}" + ("" if one.state == "complete" else f", {one.state}")
         table.append([*line, number(one.tokens_per_second), duration(one.seconds or None), runs])
     return table
+
+
+def short(value: str) -> str:
+    """Return the text of a setting, of a number with a fraction its first four digits."""
+    try:
+        return value if value.isdigit() else f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def text(table: Sequence[Sequence[str]]) -> str:

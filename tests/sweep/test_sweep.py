@@ -16,7 +16,9 @@ import pytest
 
 from fastgpt.core.errors import UserError
 from fastgpt.sweep import pool, search
+from fastgpt.sweep.check import candidates
 from fastgpt.sweep.command import locked, main
+from fastgpt.sweep.spec import load
 from fastgpt.training.config import load_config
 
 OPTIONS = "options: {data: my.txt, vocab-size: 300, max-steps: 12, eval-every: 4, lr: 3e-3}\n"
@@ -145,6 +147,13 @@ def test_a_hopeless_trial_is_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pruned and {(row["status"], row["seed"]) for row in pruned} == {("pruned", 1)}
     assert all(row["step"] <= 5 and row["reason"].endswith("at step 4") for row in pruned)
     assert not list(OUT.rglob("step_*"))
+
+
+def test_hyperband_has_the_steps_of_a_run_as_its_resource() -> None:
+    assert sweep(SEARCH + "search: {lr: {low: 1e-4, high: 1e-2}}\ntrials: 3\npruner: hyperband\n") == 0
+    assert len(results()) == 3
+    pruner = search.pruner_of(load(Path("sweep.yaml")), candidates(load(Path("sweep.yaml"))))
+    assert (pruner._min_resource, pruner._max_resource) == (4, 12)
 
 
 def test_a_run_that_another_program_stops_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
