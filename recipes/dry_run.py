@@ -82,7 +82,7 @@ def commands(page: str) -> list[list[str]]:
 
 def small(words: list[str]) -> list[str]:
     """Return the options that make a command small."""
-    if "--plan" in words or words[2] == "compare":
+    if "--plan" in words or "compare" in words[2:3]:
         return []
     options = SMALL.get(words[1], "")
     if words[1] == "train":

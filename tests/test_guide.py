@@ -179,4 +179,4 @@ def test_the_plan_of_preferences_at_size(tmp_path: Path, monkeypatch: pytest.Mon
     small = "--model.n-layers 1 --model.width 64 --model.n-heads 2 --micro-batch 1 --batch-tokens 1024"
     called(shlex.split(f"fastgpt train --data my.txt --out runs/350m-domain --max-steps 1 --vocab-size 300 {small}"))
     (plan,) = (command for command in commands(AT_SIZE) if "--plan" in command)
-    assert "fits: " in called(shlex.split(plan))
+    assert "which fits 36.8 GB" in called(shlex.split(plan))
