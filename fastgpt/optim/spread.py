@@ -103,13 +103,13 @@ def orthogonalise_shards(shards: Sequence[Tensor], shapes: Shapes, precision: to
         each = -(-shapes[i][0] // world)
         return len(range(shapes[i][0])[process * each : (process + 1) * each])
 
-    sizes = [[shards[i].numel() for i in theirs] for theirs in order]  # by owner
-    theirs = [[rows(i, r) * shapes[i][1] for i in mine] for r in range(world)]  # of my matrices, by process
-    send, receive = list(map(sum, sizes)), list(map(sum, theirs))
+    sizes = [[shards[i].numel() for i in own] for own in order]  # elements that this process has, by owner
+    coming = [[rows(i, r) * shapes[i][1] for i in mine] for r in range(world)]  # of its own matrices, by process
+    send, receive = list(map(sum, sizes)), list(map(sum, coming))
     sent = torch.cat([shards[i].to(precision).flatten() for own in order for i in own])
     got = sent.new_empty(sum(receive))
     dist.all_to_all_single(got, sent, receive, send, group=group)
-    parts = [part.split(size) for part, size in zip(got.split(receive), theirs)]
+    parts = [part.split(size) for part, size in zip(got.split(receive), coming)]
     whole = [torch.cat([part[k] for part in parts]).view(shapes[i]) for k, i in enumerate(mine)]
     done = [m.split([rows(i, r) for r in range(world)]) for i, m in zip(mine, orthogonalise(whole, precision))]
     back = torch.cat([got[:0], *(m[r].flatten() for r in range(world) for m in done)])
