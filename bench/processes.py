@@ -108,12 +108,14 @@ def replay(calls: list[Collective], mesh: Mesh, device: torch.device) -> Callabl
     whole = [torch.zeros(n * mesh.world, device=device) for n in shares]
     parts = [torch.zeros(n, device=device) for n in shares]
 
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.13
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
     def start(kind: Kind, t: Tensor, part: Tensor) -> Any:
         if kind == "all_reduce":
             return dist.all_reduce(t, group=mesh.group, async_op=True)
-        if kind == "all_gather":
-            return dist.all_gather_into_tensor(t, part, group=mesh.group, async_op=True)
-        return dist.reduce_scatter_tensor(part, t, group=mesh.group, async_op=True)
+        first, second = (t, part) if kind == "all_gather" else (part, t)
+        return (gather if kind == "all_gather" else scatter)(first, second, group=mesh.group, async_op=True)
 
     def run() -> None:
         for work in [start(call.kind, t, part) for call, t, part in zip(calls, whole, parts, strict=True)]:
