@@ -64,14 +64,19 @@ def test_figures_are_those_of_one_process_and_other_numbers_resume(
             assert figures(other)[key] == pytest.approx(value, rel=1e-5), (count, key)
 
 
-@pytest.mark.parametrize("parallel, optimizer", [("ddp", "adamw"), ("fsdp", "muon")])  # muon has AdamW for the rest
-def test_a_killed_process_and_a_restart_change_no_bit(parallel: str, optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(  # muon has AdamW for the rest
+    "parallel, optimizer, breaks", [("ddp", "adamw", "kill 10"), ("fsdp", "muon", "write 10")]
+)
+def test_a_killed_process_and_a_restart_change_no_bit(
+    parallel: str, optimizer: str, breaks: str, tmp_path: Path
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     settings = ("--max-steps", "12", "--parallel", parallel, "--optimizer", optimizer, *DROPOUT)
     assert train(whole, *settings, count=2).returncode == 0
-    done = train(killed, *settings, count=2, breaks="kill 10", restarts=1)
+    done = train(killed, *settings, count=2, breaks=breaks, restarts=1)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("resumed at step 5") == 1
+    assert done.stdout.count("resumed at step 5") == 1, "no half checkpoint"
+    assert not list(killed.glob(".*_000*")), "nothing is left of it"
     assert sentences(done) == ["process 0 stops: another process has ended without an error"], done.stderr
     assert "Traceback" not in done.stderr
     found, expected = tensors(killed), tensors(whole)
