@@ -333,7 +333,7 @@ def test_unknown_commands_and_user_errors_exit_2(
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(monkeypatch, "--help")
-    assert re.findall("^  ([a-z]+) ", capsys.readouterr().out, re.M) == list(cli.COMMANDS)
+    assert re.findall("^  ([a-z-]+) ", capsys.readouterr().out, re.M) == list(cli.COMMANDS)
 
 
 def test_interrupted_while_pytorch_is_imported(tmp_path: Path) -> None:
