@@ -209,6 +209,7 @@ class TrainConfig:
         require(right, "profile", self.profile, "FIRST:LAST, two steps counted from 1")
         traced = self.compile and self.recompute == "norms"
         require(not traced, "recompute", self.recompute, "none or block with compile, which does not trace it")
+        require_sizes(self)
         rows = (1 if self.micro_batch == "auto" else self.micro_batch) * self.block_size
         fits = self.batch_tokens > 0 and self.batch_tokens % rows == 0
         require(fits, "batch_tokens", self.batch_tokens, f"a multiple of micro_batch * block_size = {rows}")
@@ -216,7 +217,6 @@ class TrainConfig:
             object.__setattr__(self, "model", replace(self.model, block_size=self.block_size))
         most = self.model.block_size or self.block_size
         require(self.block_size <= most, "block_size", self.block_size, f"at most model.block_size {most}")
-        require_sizes(self)
 
     @property
     def trackers(self) -> list[str]:
