@@ -1,34 +1,30 @@
 """fastgpt.patch on every Hugging Face family: small random models before and after, against the same code in fp64.
 
-error(patched) <= 2 (logits, losses) or 3 (gradients, weights after steps) times that of the unpatched model in the same
-dtype plus one unit in the last place; errors are relative L2 per tensor. `python tests/test_patching_hf.py` writes the
-family matrix of docs/families.md.
+The rule is that of hf_parity; test_patching_families checks every causal language model.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
+import hf_parity
 import pytest
 import torch
 import transformers
+from hf_parity import InFp64, excess
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import fastgpt
 from fastgpt.core import fallback
 from fastgpt.ops._attention import attention_mask
-from fastgpt.patching import PARTS
 from fastgpt.patching import _attention as hf
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-MATRIX = Path(__file__).parent.parent / "docs" / "families.md"
 VOCAB, B, T, WINDOW = 197, 2, 12, 5
 NO_TOKENS: dict[str, Any] = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)
 GPT: dict[str, Any] = dict(
@@ -70,16 +66,6 @@ def sdpa_mask(**options: Any) -> Tensor:
     return made
 
 
-class InFp64(TorchFunctionMode):
-    """Runs every step that transformers' code takes in fp32 in fp64 instead."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        wide = {torch.float32: torch.float64, torch.Tensor.float: torch.Tensor.double}
-        args = [wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
-        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return wide.get(func, func)(*args, **kwargs)
-
-
 @functools.cache
 def _made(family: str, dtype: torch.dtype, extra: tuple[tuple[str, Any], ...]) -> Any:
     name, settings = FAMILIES[family]
@@ -109,33 +95,11 @@ def labels_of(ids: Tensor) -> Tensor:
 
 def outcome(model: Any, ids: Tensor, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
     """Return logits, losses of several sets of labels, and every gradient of the first one."""
-    model.train()
-    loss = model(input_ids=ids, labels=labels, **inputs).loss
-    names, params = zip(*model.named_parameters())
-    out = {f"d{n}": g for n, g in zip(names, torch.autograd.grad(loss, params))}
-    with torch.no_grad():
-        sets = [torch.where(labels == -100, -100, (labels + shift) % VOCAB) for shift in range(0, VOCAB, 25)]
-        out["losses"] = torch.stack([model(input_ids=ids, labels=s, **inputs).loss.double() for s in sets])
-        model.eval()
-        return {**out, "logits": model(input_ids=ids, **inputs).logits}
+    return hf_parity.outcome(model, ids, labels, 8, VOCAB, **inputs)
 
 
 def exact(model: Any, ids: Tensor, labels: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-    with InFp64():
-        return outcome(copy.deepcopy(model).double(), ids, labels, **inputs)
-
-
-def excess(ours: dict[str, Tensor], base: dict[str, Tensor], truth: dict[str, Tensor], eps: float) -> dict[str, float]:
-    """Return by how much each tensor breaks the rule; empty if none does."""
-    assert ours.keys() == base.keys() == truth.keys()
-    worst = {}
-    for name, t in truth.items():
-        scale = float(t.double().norm()) or 1.0
-        mine, theirs = (float((x[name].double() - t).norm()) / scale for x in (ours, base))
-        ratio = mine / ((3 if name.startswith("d") else 2) * theirs + eps)
-        if not ratio <= 1:
-            worst[name] = ratio
-    return worst
+    return hf_parity.exact(model, ids, labels, 8, VOCAB, **inputs)
 
 
 INPUTS = ("plain", "left padding", "right padding", "holes", "packed")
@@ -522,15 +486,14 @@ def test_attention_in_fp32_of_gpt2() -> None:
         assert not torch.equal(got, wanted)
 
 
-def test_families_left_alone() -> None:
-    """In an untested family, norms and MLPs are recognised by what they compute; attention and loss stay, with a
-    reason."""
-    config = transformers.OlmoConfig(**LLAMA, **NO_TOKENS)
-    model = fastgpt.patch(transformers.AutoModelForCausalLM.from_config(config))
-    left = {e.part: e.why for e in fastgpt.patch_report(model).left}
-    assert "olmo is not one of gpt2, " in left["attention"] and "olmo is not one of" in left["loss"]
-    assert {e.part for e in fastgpt.patch_report(model).replaced} >= {"mlp", "rope"}
-    with pytest.raises(ValueError, match="strict, but .* olmo is not one of"):
+def test_what_no_op_computes_is_left() -> None:
+    """A model whose MLP has ReLU and whose attention has its own code keeps both, with a reason."""
+    sizes = dict(d_model=64, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=96, vocab_size=VOCAB)
+    config = transformers.TrOCRConfig(**sizes, activation_function="relu", **{**NO_TOKENS, "pad_token_id": 1})
+    model = fastgpt.patch(transformers.TrOCRForCausalLM(config))
+    left = {e.part: e.why for e in fastgpt.patch_report(model).left if e.part != "embedding"}
+    assert "computes attention in its own way" in left["attention"] and left["mlp"] == "the ops have no ReLU"
+    with pytest.raises(ValueError, match="strict, but .* the ops have no ReLU"):
         fastgpt.patch(fastgpt.unpatch(model), strict=True)
 
 
@@ -583,45 +546,3 @@ def test_a_subclass_with_a_forward_of_its_own_keeps_it() -> None:
     fastgpt.patch(model)
     assert [e.why for e in fastgpt.patch_report(model).left] == ["it has its own forward"]
     torch.testing.assert_close(model(ids, labels=ids).loss, before.loss)
-
-
-def matrix() -> str:
-    """Write docs/families.md: patch each part of every family alone and check the result by the rule."""
-    rows, notes = [], []
-    for family in FAMILIES:
-        cells = []
-        for part in PARTS:
-            model = model_of(family)
-            fastgpt.patch(model, dry_run=True)
-            report = fastgpt.patch_report(model)
-            ops = sorted({e.op for e in report.replaced if e.part == part})
-            reasons = sorted({e.why for e in report.left if e.part == part})
-            notes += [r for r in reasons if r not in notes]
-            if ops:
-                bad = [k for k in ("plain", "left padding", "packed") if broken(family, torch.float32, k, only=part)]
-                cells.append(", ".join(f"`{op}`" for op in ops) + (f" ({'; '.join(bad)}: PARITY FAILS)" if bad else ""))
-            else:
-                cells.append(", ".join(f"left [{notes.index(r) + 1}]" for r in reasons) or "not used")
-        rows.append(f"| {family} | {' | '.join(cells)} |")
-    head = f"| family | {' | '.join(PARTS)} |\n|{'---|' * (len(PARTS) + 1)}"
-    about = (
-        "# Families\n\n"
-        "What `fastgpt.patch(model)` replaces in Hugging Face models, and by which op. Each part is patched alone.\n"
-        "Logits, losses and every gradient are compared with transformers' own code in fp64, on plain, left-padded\n"
-        "and packed batches. The error may be at most 2 (outputs) or 3 (gradients) times that of the unpatched\n"
-        "model, plus one unit in the last place.\n"
-        "\n"
-        "`python tests/test_patching_hf.py > docs/families.md` writes this page, and the test fails if it differs\n"
-        "from the results.\n"
-    )
-    ends = "".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1))
-    return f"{about}\n{head}\n" + "\n".join(rows) + (f"\n\nLeft unchanged, because\n\n{ends}" if notes else "\n")
-
-
-def test_family_matrix() -> None:
-    assert matrix() == MATRIX.read_text(encoding="utf-8")
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    print(matrix(), end="")

@@ -23,11 +23,15 @@ from torch import nn
 from fastgpt.core.fallback import leave_to_torch
 from fastgpt.patching import _rebind
 from fastgpt.patching._alike import Alike
-from fastgpt.patching._recognise import RECOGNISERS, Found
+from fastgpt.patching._mlp import activation_alone, mlp
+from fastgpt.patching._norm import norm
+from fastgpt.patching._recognise import Found, attention, embedding, loss
+from fastgpt.patching._replace import child
 from fastgpt.patching._report import PARTS, Entry, Report, notes_on
 from fastgpt.patching._settings import changed
 
 M = TypeVar("M", bound=nn.Module)
+RECOGNISERS = (norm, mlp, activation_alone, attention, embedding, loss)
 __all__ = ["PARTS", "Entry", "Report", "patch", "patch_report", "unpatch"]
 
 
@@ -43,22 +47,33 @@ def _transformers(model: nn.Module) -> Any:
 
 def _find(model: nn.Module, keep_logits: bool) -> list[tuple[str, nn.Module, Found]]:
     """Find everything in the model that an op could replace: (name, module, what was found)."""
-    huggingface, configs, all_found = _transformers(model), list[Any](), list[tuple[str, nn.Module, Found]]()
+    huggingface, all_found = _transformers(model), list[tuple[str, nn.Module, Found]]()
     alike = Alike()
     for name, module in model.named_modules():
         if type(module).__module__.startswith("fastgpt."):  # modules of fastgpt.nn already use the ops
             continue
-        found: list[Found] = [f for r in RECOGNISERS if (f := alike.once(r, module)) is not None]
-        whole = {f.attribute for f in found if f.op}  # the whole method is replaced, and so are its calls
-        found += [f for f in alike.once_per_class(_rebind.find, module) if f.attribute not in whole]
-        all_found += [(name, module, _own(module, f)) for f in found]
-        if huggingface:
-            special = huggingface.find(name, module, configs, keep_logits)
-            all_found += [(at, m, _own(m, f)) for at, m, f in special]
-    served = {
-        (id(m), f.part) for _, m, f in all_found if f.op
-    }  # the rotation of GPT-J is found in two ways, and left in only one of them
-    return [(n, m, f) for n, m, f in all_found if f.op or (id(m), f.part) not in served]
+        found: list[tuple[str, nn.Module, Found]] = [
+            (name, module, f) for r in RECOGNISERS if (f := alike.once(r, module)) is not None
+        ]
+        found += huggingface.find(name, module, keep_logits) if huggingface else ()
+        # where a whole method is replaced, so are its calls
+        whole = {f.attribute for _, m, f in found if f.op and f.function is None and m is module}
+        found += [(name, module, f) for f in alike.once_per_class(_rebind.find, module) if f.attribute not in whole]
+        all_found += [(at, m, _own(m, f)) for at, m, f in found]
+    return _without_parts(all_found)
+
+
+def _without_parts(found: list[tuple[str, nn.Module, Found]]) -> list[tuple[str, nn.Module, Found]]:
+    """Drop what a replaced module computes for its children, and what was left of a module of which parts serve."""
+    covered = {id(child(m, n)) for _, m, f in found if f.op for n in f.covers}
+    found = [(n, m, f) for n, m, f in found if id(m) not in covered or f.covers]
+    served = {id(m) for _, m, f in found if f.op and f.part == "mlp"}
+
+    def in_part(m: nn.Module, f: Found) -> bool:
+        inside = [child(m, name) for name in f.covers] or [m]
+        return f.part == "mlp" and not f.op and all(id(i) in served for i in inside)
+
+    return [(n, m, f) for n, m, f in found if not in_part(m, f)]
 
 
 def _own(module: nn.Module, f: Found) -> Found:
@@ -191,7 +206,8 @@ def _set(module: nn.Module, f: Found) -> None:
         return call(self, *arguments, *args, **kwargs)
 
     method.__name__ = attribute
-    method.__signature__ = inspect.signature(getattr(type(module), attribute))  # type: ignore[attr-defined]
+    if hasattr(type(module), attribute):
+        method.__signature__ = inspect.signature(getattr(type(module), attribute))  # type: ignore[attr-defined]
     _bind(module, attribute, method)  # the Trainer and generate() inspect the signature
 
 

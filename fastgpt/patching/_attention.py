@@ -31,6 +31,8 @@ from fastgpt.core.fallback import leave_to_torch
 from fastgpt.patching import _rebind
 from fastgpt.patching import _replace as replace
 
+MAKERS: tuple[Any, ...] = (create_causal_mask, create_sliding_mask)
+WEIGHTS = "_fastgpt_weights"  # set on a base model while it runs for its attention weights
 OTHER_MASK = "a mask other than causal order, window, padding or packed documents"
 
 
@@ -72,26 +74,40 @@ MASKS = {only_eager: Masks(only_eager) for only_eager in (False, True)}
 def _mask_makers(only_eager: bool) -> list[tuple[Any, Any]]:
     """Return pairs of a transformers function that creates a mask and the same function with our masks."""
     change = [(ALL_MASK_ATTENTION_FUNCTIONS, MASKS[only_eager])]
-    makers: list[Any] = [create_causal_mask, create_sliding_mask]
-    return [(f, _rebind.rebind(f, change)) for f in makers]
+    return [(f, _rebind.rebind(f, change)) for f in MAKERS]
 
 
-def model_forward(forward: Any, only_eager: bool) -> Any:
-    """Return a base model's forward with our masks; None if it does not create its masks as transformers models do."""
-    inner = _rebind.innermost(forward)
-    makers = _mask_makers(only_eager)
-    if not any(_rebind.refers(inner, theirs) for theirs, _ in makers):
-        return None
-    return _rebind.rebind(forward, makers)
+def makes_masks(f: Any) -> bool:
+    """Return whether a method creates its masks as transformers' base models do."""
+    return any(_rebind.refers(_rebind.innermost(f), maker) for maker in MAKERS)
+
+
+def with_our_masks(f: Any, only_eager: bool) -> Any:
+    """Return a method that creates masks with our masks."""
+    return _rebind.rebind(f, _mask_makers(only_eager))
 
 
 def base_model(module: Any, rebound: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a base model's forward; if eager attention must return its weights, run transformers' own forward."""
+    """Run a base model's forward; if eager attention must return its weights, run transformers' own forward.
+
+    rebound: the forward with our masks; None if another method creates them, see `own_masks`.
+    """
     wanted = kwargs.get("output_attentions")
     wanted = getattr(module.config, "output_attentions", False) if wanted is None else wanted
-    if wanted and module.config._attn_implementation == "eager":
-        leave_to_torch("attention", "output_attentions")
+    if not wanted or module.config._attn_implementation != "eager":
+        return (rebound or type(module).forward)(module, *args, **kwargs)
+    leave_to_torch("attention", "output_attentions")
+    module.__dict__[WEIGHTS] = True
+    try:
         return replace.own(module, *args, **kwargs)
+    finally:
+        del module.__dict__[WEIGHTS]
+
+
+def own_masks(module: Any, attribute: str, rebound: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a method of a base model that creates masks, within its forward."""
+    if module.__dict__.get(WEIGHTS, False):
+        return getattr(type(module), attribute)(module, *args, **kwargs)
     return rebound(module, *args, **kwargs)
 
 
@@ -118,7 +134,7 @@ def mask(
         if allow_is_causal_skip:
             known = _ranges(padding, batch_size, q_length, device)
         elif padding is None and q_length == kv_length:
-            known = _documents(mask_function, batch_size, q_length, device)
+            known = _documents(mask_function, batch_size, q_length, device)  # None if tokens see later ones
     if known is not None:
         window = 0 if local_size is None or local_size >= kv_length else local_size
         return known[..., None].expand(-1, -1, 1 + window)
@@ -136,10 +152,12 @@ def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> T
     return None if padding is None else padding[:, kv_offset : kv_offset + kv_length]
 
 
-def _documents(mask_function: Any, batch: int, length: int, device: Any) -> Tensor:
+def _documents(mask_function: Any, batch: int, length: int, device: Any) -> Tensor | None:
     """Return (B, 2 + T) for packed documents: a token that does not see the previous token starts a document."""
     tokens = torch.arange(length, device=device)[None]
     rows = torch.arange(batch, device=device)[:, None]
+    if not _unreadable(rows) and bool(mask_function(rows, torch.zeros_like(rows), tokens[:, :-1], tokens[:, 1:]).any()):
+        return None
     ids = (~mask_function(rows, torch.zeros_like(rows), tokens, (tokens - 1).clamp(min=0))).long().cumsum(1)
     ends = torch.tensor([0, length], device=device).expand(batch, 2)
     return torch.cat((ends, ids), 1)
@@ -158,11 +176,16 @@ def _ranges(padding: Tensor | None, batch: int, queries: int, device: Any) -> Te
     ends = torch.where(padding, columns + 1, 0).amax(1, keepdim=True)
     starts = torch.where(padding, columns, padding.shape[1]).amin(1, keepdim=True).minimum(ends)
     holes = ~padding & (columns >= starts) & (columns < ends)
-    if torch.compiler.is_compiling() or (padding.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if _unreadable(padding):
         return torch.cat((starts, ends, holes.long()), 1) if queries == padding.shape[1] else None
     if bool(padding.all()):
         return starts[:, :0]
     return None if bool(holes.any()) else torch.cat((starts, ends), 1)
+
+
+def _unreadable(x: Tensor) -> bool:
+    """Return whether no value can be read now: a compiler traces, or a CUDA graph is captured."""
+    return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def is_ours(attention_mask: Any) -> bool:
@@ -186,8 +209,11 @@ def attention(
     own: the function that it replaces; eager: whether that is the model's eager attention, or else PyTorch's attention.
     """
     why, causal = "", True
-    if any(options.get(name) is not None for name in ("cache", "position_bias", "s_aux")):
+    sinks = getattr(module, "sinks", None) if eager else None
+    if any(options.get(name) is not None for name in ("cache", "position_bias", "sinks")):
         why = "a paged cache, a bias or sinks"
+    elif options.get("s_aux") is not None and options["s_aux"] is not sinks:
+        why = "sinks"
     elif attention_mask is None:
         # eager attention then sees all keys; in PyTorch's function, causal order starts at the first key
         ordered = options.get("is_causal")
@@ -201,9 +227,10 @@ def attention(
         leave_to_torch("attention", why)
         return own(module, query, key, value, attention_mask, **options)
     numbers = dict(scaling=options.get("scaling"), dropout=options.get("dropout", 0.0), softcap=options.get("softcap"))
+    numbers |= dict(sinks=sinks)
     if attention_mask is None:
         return _attend(query, key, value, causal=causal, **numbers), None
-    return masked(query, key, value, attention_mask, "all" if eager else "", **numbers), None
+    return masked(query, key, value, attention_mask, "all" if eager and sinks is None else "", **numbers), None
 
 
 def masked(
@@ -259,11 +286,24 @@ def _attend(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     **which: Any,
 ) -> Tensor:
+    """Run the op: (B, T, H, Dv). The narrower of keys and values gets columns of zeros; sinks: (H,) scores of a key
+    without a value."""
+    d, dv = query.shape[-1], value.shape[-1]
+    if d != dv:
+        scaling = d**-0.5 if scaling is None else scaling
+        query, key, value = (F.pad(t, (0, max(d, dv) - t.shape[-1])) for t in (query, key, value))
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    y: Tensor = ops.attention(q, k, v, scale=scaling, dropout_p=dropout, softcap=softcap or 0.0, **which)
-    return y
+    options: dict[str, Any] = dict(scale=scaling, dropout_p=dropout, softcap=softcap or 0.0, **which)
+    y: Tensor
+    if sinks is None:
+        y = ops.attention(q, k, v, **options)
+    else:
+        y, lse = ops.attention(q, k, v, return_lse=True, **options)
+        y = y * torch.sigmoid(lse - sinks[:, None]).transpose(1, 2)[..., None].to(y.dtype)
+    return y if y.shape[-1] == dv else y[..., :dv]
 
 
 def _dropout(module: Any) -> float:

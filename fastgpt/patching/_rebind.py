@@ -18,17 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastgpt.patching import _functions, _rope
 from fastgpt.patching import _replace as replace
 from fastgpt.patching._recognise import Found, name_of
 
 # function of torch -> (part, op, replacement)
 FUNCTIONS: dict[Any, tuple[str, str, Callable[..., Any]]] = {
-    F.scaled_dot_product_attention: ("attention", "attention", replace.sdpa),
-    F.layer_norm: ("norm", "layer_norm", replace.functional_layer_norm),
-    F.rms_norm: ("norm", "rms_norm", replace.functional_rms_norm),
-    F.cross_entropy: ("loss", "cross_entropy", replace.cross_entropy),
+    F.scaled_dot_product_attention: ("attention", "attention", _functions.sdpa),
+    F.layer_norm: ("norm", "layer_norm", _functions.functional_layer_norm),
+    F.rms_norm: ("norm", "rms_norm", _functions.functional_rms_norm),
+    F.cross_entropy: ("loss", "cross_entropy", _functions.cross_entropy),
+    nn.CrossEntropyLoss: ("loss", "cross_entropy", _functions.CrossEntropyLoss),
 }
-ROTARY = "apply_rotary_pos_emb"  # the name that each model file of transformers uses
+IN_TRANSFORMERS = (nn.CrossEntropyLoss,)  # of these, what is replaced in transformers' own modules
 
 
 def methods(module: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:
@@ -48,24 +50,33 @@ def find(module: nn.Module) -> list[Found]:
     found = []
     theirs = type(module).__module__.startswith("transformers.")
     for attribute, f in methods(module):
-        targets = [_global(f, ROTARY)] if ROTARY in f.__code__.co_names else []
-        targets += [] if theirs else [t for t in FUNCTIONS if t is not None and _calls(f, t)]
-        for target in filter(None, targets):
-            part, op, _ = FUNCTIONS.get(target, ("rope", "rope", None))
-            what = f"{name_of(module)}.{attribute}: {target.__name__}"
+        if attribute == "__init__":
+            continue
+        targets = [*_rope.functions(f), *(t for t in (IN_TRANSFORMERS if theirs else FUNCTIONS) if calls(f, t))]
+        targets += _activations(f) if theirs else []
+        for target in targets:
+            part, op = _part_and_op(target)
+            what = f"{name_of(module)}.{attribute}: {getattr(target, '__name__', type(target).__name__)}"
             why = _refusal(f)
-            if not why and part == "rope" and not _rotates(target):
-                why = "it is not the half-pairing rotation of (q, k, cos, sin)"
+            if not why and part == "rope" and _rope.recognise(target) is None:
+                why = "it is not a rotation that the op computes"
             found.append(Found(part, what, "" if why else op, why, attribute=attribute, function=target))
     return found
 
 
-def _global(f: types.FunctionType, name: str) -> Any:
-    value = f.__globals__.get(name)
-    return value if callable(value) else None
+def _activations(f: types.FunctionType) -> list[Any]:
+    """Return the activations that f calls by a global name, as transformers' heads do with `gelu`."""
+    values = (f.__globals__.get(n) for n in f.__code__.co_names)
+    return [v for v in values if isinstance(v, nn.Module) and replace.activation(v) in replace.ALONE]
 
 
-def _calls(f: types.FunctionType, target: Any) -> bool:
+def _part_and_op(target: Any) -> tuple[str, str]:
+    if isinstance(target, nn.Module):
+        return "mlp", "swiglu" if replace.activation(target) == "relu2" else "bias_gelu"
+    return FUNCTIONS[target][:2] if target in FUNCTIONS else ("rope", "rope")
+
+
+def calls(f: types.FunctionType, target: Any) -> bool:
     """Return whether f reaches target through one of its globals: target itself, torch.nn.functional, torch.nn or
     torch."""
     names = f.__code__.co_names
@@ -80,22 +91,6 @@ def _refusal(f: types.FunctionType) -> str:
     return "its method reads __name__" if "__name__" in f.__code__.co_names else ""
 
 
-def _rotates(function: Any) -> bool:
-    """Return whether a function computes the same as `replace.rotary`."""
-    if list(inspect.signature(function).parameters)[:4] != ["q", "k", "cos", "sin"]:
-        return False
-    g = torch.Generator("cpu").manual_seed(0)
-    options: dict[str, Any] = dict(generator=g, device="cpu", dtype=torch.float32)
-    q, k = (torch.randn(2, h, 3, 8, **options) for h in (4, 2))
-    cos, sin = (torch.randn(2, 3, 4, **options).repeat(1, 1, 2) for _ in "cs")
-    try:
-        with torch.no_grad():
-            theirs, ours = function(q, k, cos, sin), replace.rotary(q, k, cos, sin)
-    except Exception:  # whatever the function computes, it is not this rotation
-        return False
-    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours))
-
-
 def innermost(f: Any) -> types.FunctionType:
     """Return the function inside its decorators."""
     inner: types.FunctionType = inspect.unwrap(f)
@@ -108,8 +103,16 @@ def refers(f: types.FunctionType, target: Any) -> bool:
 
 
 def standard(targets: list[Any]) -> list[tuple[Any, Any]]:
-    """Return (target, replacement) for functions in FUNCTIONS and for rotations."""
-    return [(t, FUNCTIONS[t][2] if t in FUNCTIONS else replace.rotary) for t in targets]
+    """Return (target, replacement) for functions in FUNCTIONS, activations and rotations."""
+    return [(t, _replacement(t)) for t in targets]
+
+
+def _replacement(target: Any) -> Callable[..., Any]:
+    if isinstance(target, nn.Module):
+        return functools.partial(replace.activate, target)
+    if target in FUNCTIONS:
+        return FUNCTIONS[target][2]
+    return functools.partial(_rope.rotate, _rope.recognise(target))
 
 
 def rebind(f: types.FunctionType, places: list[tuple[Any, Any]]) -> types.FunctionType:

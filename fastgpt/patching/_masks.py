@@ -1,0 +1,70 @@
+"""Find out from its source whether a method computes with a mask or only passes it on."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+import types
+from typing import Any
+
+MAKERS = ("create_causal_mask", "create_sliding_window_causal_mask")
+PADDING = ("apply_mask_to_padding_states",)  # takes the caller's (B, T) mask; mixers without attention get that one
+
+
+@functools.cache
+def computes(f: types.FunctionType, created: bool = False) -> bool:
+    """Return whether f computes with one of its arguments whose name contains 'mask'; created: with a mask that
+    transformers' functions create for it. A method without source is assumed to."""
+    try:
+        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(f))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return True
+    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    names = _created(tree) if created else {a.arg for a in _arguments(tree) if "mask" in a.arg}
+    local = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    local |= {a.arg for a in _arguments(tree)}
+    for node in ast.walk(tree):  # from the outside in, so in about the order of the lines
+        if isinstance(node, ast.Name) and node.id in names and isinstance(node.ctx, ast.Load):
+            if not _passes_on(node, parents, local):
+                return True
+    return False
+
+
+def _arguments(tree: Any) -> list[ast.arg]:
+    return [*tree.args.posonlyargs, *tree.args.args, *tree.args.kwonlyargs]
+
+
+def _created(tree: Any) -> set[str]:
+    """Return the variables that hold what MAKERS return."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and any(
+            isinstance(n, ast.Name) and n.id in MAKERS for n in ast.walk(node.value)
+        ):
+            names |= {n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+    return names
+
+
+def _passes_on(node: Any, parents: dict[Any, Any], local: set[str]) -> bool:
+    """Return whether a mask is only compared with None, stored, or given to a module or to a local function here."""
+    parent = parents.get(node)
+    if isinstance(parent, ast.keyword):
+        parent = parents[parent]
+    if isinstance(parent, ast.Compare):
+        return all(isinstance(op, (ast.Is, ast.IsNot)) for op in parent.ops)
+    if isinstance(parent, ast.Attribute):  # of a dict of masks
+        return parent.attr == "get"
+    if isinstance(parent, ast.Subscript):
+        return node is parent.value and not any(isinstance(n, (ast.Slice, ast.Tuple)) for n in ast.walk(parent.slice))
+    if isinstance(parent, ast.Call):
+        called = parent.func
+        if isinstance(called, ast.Name):
+            known = called.id.startswith("create_") or called.id in (*PADDING, "isinstance", "dict")
+            return called.id in local or known
+        root: Any = called
+        while isinstance(root, (ast.Attribute, ast.Subscript)):
+            root = root.value
+        return isinstance(root, ast.Name) and root.id in local
+    return isinstance(parent, (ast.Assign, ast.Dict, ast.Tuple, ast.Return, ast.IfExp, ast.BoolOp, ast.If, ast.UnaryOp))

@@ -1,0 +1,219 @@
+"""Recognise MLPs by tracing their forward, experts by running their gate, and activations that stand alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastgpt.ops.swiglu import swiglu_ref
+from fastgpt.patching import _replace as replace
+from fastgpt.patching._recognise import CONTAINERS, Found, name_of
+from fastgpt.patching._replace import activation
+from fastgpt.patching._settings import run_apart, settings, writes_globals
+
+MAX_CHILDREN = 8
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class _Shallow(fx.Tracer):
+    """Tracer that makes every child module and every buffer one node: changes of these are recorded, not executed."""
+
+    proxy_buffer_attributes = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def mlp(module: nn.Module) -> Found | None:
+    """Recognise down(act(up(x))) and down(act(gate(x)) * up(x)), with gate and up in two linear layers or in one, each
+    followed by single-input modules (dropout); and experts."""
+    what = name_of(module)
+    if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        return _encoder_mlp(module)
+    if type(module).__module__.startswith("torch.nn.") and type(module) is not nn.Sequential:
+        return None
+    if hasattr(type(module), "_apply_gate"):
+        return _experts(module)
+    children = dict(module.named_children())
+    acts = tuple(n for n, m in children.items() if activation(m))
+    own = any(p is not None and p.dim() > 1 for p in module._parameters.values())
+    if own and (acts or any(map(_is_other_activation, children.values()))) and not _convolves(children):
+        return Found("mlp", what, why="it has weights of its own", covers=acts)
+    if not 2 <= len(children) <= MAX_CHILDREN or _convolves(children):
+        return None
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    active = bool(acts) or bool({"gelu", "silu"} & set(names))
+    linears = sum(map(_is_linear, children.values()))
+    others = [name_of(m) for m in children.values() if _is_other_activation(m)]
+    if others and not active and linears >= 2:
+        return Found("mlp", what, why=f"the ops have no {others[0]}")
+    if not (active or linears >= 2):
+        return None
+    if module._parameters:
+        return Found("mlp", what, why="it has weights of its own", covers=acts) if active else None
+    found = [_trace_mlp(module, what, training, active) for training in (False, True)]
+    if found[0] != found[1]:
+        return Found("mlp", what, why="its forward differs in training", covers=acts)
+    first = found[0]
+    return first if first is None or first.op else dataclasses.replace(first, covers=acts)
+
+
+def _convolves(children: dict[str, nn.Module]) -> bool:
+    """Return whether a module is a mixer rather than an MLP."""
+    return any(isinstance(m, CONVOLUTIONS) for m in children.values())
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or replace.is_conv1d(module) or hasattr(module, "base_layer")
+
+
+def _is_other_activation(module: nn.Module) -> bool:
+    """Return whether a module is an activation that no op has."""
+    place = type(module).__module__
+    known = place in ("torch.nn.modules.activation", "transformers.activations")
+    return known and not isinstance(module, nn.MultiheadAttention) and activation(module) is None
+
+
+def _trace_mlp(module: nn.Module, what: str, training: bool, active: bool) -> Found | None:
+    """Recognise an MLP by its forward in this mode."""
+    try:
+        graph, why = run_apart(module, _Shallow().trace, training)
+    except Exception:  # control flow over values, several arguments: not a plain chain
+        return Found("mlp", what, why="its forward cannot be traced") if active else None
+    found = _match(module, what, graph)
+    if found is None or not found.op:
+        return found
+    why = "its forward sets a global variable" if writes_globals(type(module)) else why
+    return Found("mlp", what, why=why) if why else found
+
+
+def _encoder_mlp(module: Any) -> Found | None:
+    if replace.encoder_activation(module) is None:
+        return Found("mlp", name_of(module), why="its activation is not GELU")
+    return Found("mlp", name_of(module), "bias_gelu", attribute="_ff_block", call=replace.encoder_feed_forward)
+
+
+def _kind(module: nn.Module, node: fx.Node) -> str | None:
+    """Return which activation a node is."""
+    if node.op == "call_module":
+        return activation(module.get_submodule(str(node.target)))
+    kind = activation(node.target) if node.op == "call_function" else None
+    return "gelu_tanh" if kind == "gelu" and node.kwargs.get("approximate", "none") == "tanh" else kind
+
+
+def _match(module: nn.Module, what: str, graph: fx.Graph) -> Found | None:
+    """Recognise an MLP in the graph of its forward."""
+    nodes = [n for n in graph.nodes if n.op != "placeholder" or n.users]
+    acts = [n for n in nodes if n.op in ("call_module", "call_function") and _kind(module, n)]
+    if nodes[0].op != "placeholder" or len(acts) != 1:
+        return None
+    x, act = nodes[0], acts[0]
+    kind = _kind(module, act)
+    assert kind is not None
+    named = (str(act.target) if act.op == "call_module" else "", kind)
+    before = act.args[0]
+    half = _half(before)
+    first = before if half is None else half[0]
+    if not (isinstance(first, fx.Node) and _is_call(first, x)):
+        return Found("mlp", what, why="its activation does not follow a linear layer")
+    (after,) = act.users if len(act.users) == 1 else (None,)
+    seen = {x, before, act, first}
+    product = after is not None and after.op == "call_function" and after.target in (operator.mul, torch.mul)
+    if after is not None and product:
+        ups = [n for n in after.args if n is not act]
+        up = ups[0] if len(ups) == 1 else None
+        gated = _gate(before, half, up, x)
+        if gated is None:
+            return Found("mlp", what, why="its gate does not multiply a linear layer of the same input")
+        rest = _chain(after, seen | gated | {up, after}, nodes)
+        roles = (str(first.target), "" if half else str(up.target), *named)  # type: ignore[union-attr]
+        op, call = "swiglu", replace.gated_mlp
+    else:
+        rest = None if half else _chain(act, seen, nodes)
+        if kind == "silu":
+            return Found("mlp", what, why="bias_gelu has no SiLU")
+        roles = (str(first.target), "", *named)
+        op, call = ("swiglu" if kind == "relu2" else "bias_gelu"), replace.gelu_mlp  # type: ignore[assignment]
+    if rest is None:
+        return Found("mlp", what, why="more than a chain of modules follows its activation")
+    children = replace.Chain(*roles, rest, (), half[2] if half else None)
+    sizes = [(n, len(m)) for n in children.places() if isinstance(m := replace.child(module, n), CONTAINERS)]
+    chain = dataclasses.replace(children, sizes=tuple(sizes))
+    covers = (named[0],) if named[0] else ()
+    return Found("mlp", what, op, call=call, arguments=(chain,), settings=settings(module), covers=covers)
+
+
+def _half(node: Any) -> tuple[fx.Node, fx.Node, int] | None:
+    """Return (whole, its chunks, which one) of a node that is one of the two halves of another's last dimension."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or node.target is not operator.getitem:
+        return None
+    chunks, i = node.args
+    if not isinstance(chunks, fx.Node) or i not in (0, 1):
+        return None
+    called = chunks.target in ("chunk", torch.chunk)
+    dim = chunks.kwargs.get("dim", chunks.args[2] if len(chunks.args) > 2 else 0)
+    two = chunks.args[1] if len(chunks.args) > 1 else chunks.kwargs.get("chunks")
+    usual = called and dim == -1 and two == 2 and isinstance(chunks.args[0], fx.Node)
+    return (chunks.args[0], chunks, i) if usual else None  # type: ignore[return-value]
+
+
+def _gate(before: Any, half: Any, up: Any, x: fx.Node) -> set[fx.Node] | None:
+    """Return the nodes between x and act(before) * up; None if up is no linear layer of x, or not the other half."""
+    if half is None:
+        return set() if isinstance(up, fx.Node) and _is_call(up, x) else None
+    other = _half(up)
+    return {half[1]} if other is not None and other[1] is half[1] and other[2] != half[2] else None
+
+
+def _is_call(node: fx.Node, x: fx.Node) -> bool:
+    """Return whether node is a child module called on x alone."""
+    return node.op == "call_module" and node.args == (x,) and not node.kwargs
+
+
+def _chain(node: fx.Node, seen: set[Any], nodes: list[fx.Node]) -> tuple[str, ...] | None:
+    """Return the names of the single-input child modules from node to the output; None if the graph has other nodes."""
+    names: list[str] = []
+    while len(node.users) == 1:
+        (user,) = node.users
+        seen.add(user)
+        if user.op == "output":
+            return tuple(names) if user.args == (node,) and seen == set(nodes) else None
+        if not _is_call(user, node):
+            return None
+        names.append(str(user.target))
+        node = user
+    return None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _experts(module: Any) -> Found:
+    """Recognise experts of transformers whose grouped products are separated by act(gate) * up."""
+    what, covers = name_of(module), ("act_fn",) if isinstance(getattr(module, "act_fn", None), nn.Module) else ()
+    if getattr(module.config, "_experts_implementation", None) == "eager":
+        return Found("mlp", what, why="its experts run one by one (experts_implementation is 'eager')")
+    kind = activation(getattr(module, "act_fn", None))
+    if not module.has_gate:
+        why = "" if kind in replace.ALONE else "the ops have no activation like that of its experts"
+        return Found("mlp", what, why=why or "its experts have no gate", covers=covers if not why else ())
+    x = torch.randn(3, 16, generator=torch.Generator("cpu").manual_seed(0), device="cpu", dtype=torch.float32) * 4
+    try:
+        y: Tensor = run_apart(module, lambda bare: type(module)._apply_gate(bare, x), False)[0]
+    except Exception:  # its gate needs more than gate and up
+        y = x
+    if kind is None or y.shape != (3, 8) or not torch.allclose(y, swiglu_ref(x, activation=kind), atol=1e-5):
+        return Found("mlp", what, why="its experts' gate is not act(gate) * up")
+    kept = settings(module, "_apply_gate")
+    return Found("mlp", what, "swiglu", attribute="_apply_gate", call=replace.expert_gate, settings=kept, covers=covers)
+
+
+def activation_alone(module: nn.Module) -> Found | None:
+    """Recognise an activation of transformers that an op has by itself; an MLP that covers it takes precedence."""
+    if type(module).__module__ != "transformers.activations" or (kind := activation(module)) not in replace.ALONE:
+        return None
+    op = "swiglu" if kind == "relu2" else "bias_gelu"
+    return Found("mlp", name_of(module), op, call=replace.activate)

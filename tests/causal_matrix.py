@@ -1,0 +1,294 @@
+"""What fastgpt.patch replaces in each causal language model of transformers: check it, and write docs/families.md.
+
+`python tests/causal_matrix.py [--kept FOLDER] [TYPE ...]` checks the types, prints the page, and keeps each result in a
+folder, from which the next run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import causal_models
+import torch
+from causal_models import VOCAB, B, T
+from hf_parity import exact, excess, outcome
+from torch import Tensor
+
+import fastgpt
+from fastgpt.patching import PARTS, _find
+from fastgpt.patching._replace import GatedNorm
+
+PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+INPUTS = ("plain", "left padding", "packed")
+NEW = 6  # tokens to generate
+EPS = torch.finfo(torch.float32).eps
+GROUPS: tuple[str, ...] = ("llama",)  # one type of each set of patterns
+
+
+@dataclass
+class Row:
+    """Result of one type. ops and left: of each part, the ops and the reasons; wrong: what breaks the rule; notes: what
+    the unpatched model does not do; patterns: what was recognised."""
+
+    kind: str
+    model: str = ""
+    ops: dict[str, list[str]] = field(default_factory=dict)
+    left: dict[str, list[str]] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    patterns: list[str] = field(default_factory=list)
+    error: float = 0.0  # of the unpatched model's logits
+
+    @property
+    def full(self) -> bool:
+        """Whether the ops compute every part that the type has."""
+        compared = not any(n.startswith("plain") for n in self.notes)
+        return bool(self.ops) and compared and not any(self.left.values()) and not self.wrong
+
+
+def inputs_of(name: str) -> dict[str, Any]:
+    """Return keyword arguments of a model's forward."""
+    if name == "left padding":
+        seen = torch.ones(B, T, dtype=torch.long)
+        seen[0, :4] = 0
+        return {"attention_mask": seen}
+    if name == "packed":
+        places = torch.cat([torch.arange(5), torch.arange(T - 5)])
+        return {"position_ids": places.expand(B, -1), "use_cache": False}
+    return {}
+
+
+def labels_for(name: str, seed: int = 0) -> Tensor:
+    """Return labels; none where a token sees no key, which eager attention and ours differentiate differently."""
+    labels = causal_models.tokens(seed)
+    labels[1, 3:6] = -100
+    if name == "left padding":
+        labels[0, :5] = -100
+    return labels
+
+
+def run(model: Any, name: str, seed: int = 0, how: Any = outcome) -> dict[str, Tensor]:
+    """Return the outcome of a model for one kind of input."""
+    return how(model, causal_models.tokens(seed), labels_for(name, seed), 2, VOCAB, **inputs_of(name))
+
+
+def patterns_of(model: Any) -> list[str]:
+    """Return what patch recognises in a model, more finely than by op."""
+    found = set()
+    for _, _, f in _find(model, False):
+        if f.op:
+            call = getattr(f.call, "__name__", type(f.call).__name__)
+            found.add(" ".join([f.part, f.op, *_details(f, call)]))
+    return sorted(found)
+
+
+def _details(f: Any, call: str) -> list[str]:
+    if f.part == "rope":
+        from fastgpt.patching._rope import recognise
+
+        r: Any = recognise(f.function)
+        return [r.layout, *(n for n in ("interleaved", "unzipped") if getattr(r, n)), *(["back"] * (r.sign < 0))]
+    if f.part == "loss" and f.arguments:
+        h = f.arguments[0]
+        return [call, *(n for n, v, d in (("scale", h.scale, 1), ("softcap", h.softcap, 0)) if v != d)]
+    if f.part == "mlp" and f.arguments:
+        return [call, f.arguments[0].kind, *(["packed"] * (f.arguments[0].packed is not None))]
+    if f.part == "norm" and f.arguments:
+        norm = f.arguments[0]
+        if isinstance(norm, GatedNorm):
+            return [norm.act, *(["gate first"] * norm.first), *(["groups"] * (norm.groups > 1))]
+        return ["offset"] * bool(norm.offset) + ["no weight"] * (norm.weight is None)
+    return [call] if f.part in ("attention", "mlp") else []
+
+
+def check(kind: str, quick: bool = False) -> Row:
+    """Check one type; quick: all parts together on plain input alone, without generation."""
+    row = Row(kind)
+    model = causal_models.make(kind)
+    row.model, row.patterns = type(model).__name__, patterns_of(model)
+    report = fastgpt.patch_report(fastgpt.patch(copy.deepcopy(model), dry_run=True))
+    for part in PARTS:
+        row.ops[part] = sorted({e.op for e in report.replaced if e.part == part})
+        row.left[part] = sorted({e.why for e in report.left if e.part == part})
+    for name in INPUTS[:1] if quick else INPUTS:
+        _compare(row, model, name, quick)
+    if not quick:
+        _generate(row, model)
+    return row
+
+
+def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
+    """Compare one kind of input: every part alone on plain input (unless quick), all together on every input."""
+    try:
+        base, truth = run(copy.deepcopy(model), name), run(model, name, how=exact)
+    except Exception as e:  # the model does not take such input
+        row.notes.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+        return
+    parts = [p for p in PARTS if row.ops[p]] if name == "plain" and not quick else []
+    for only in [*parts, None]:
+        patched = fastgpt.patch(copy.deepcopy(model), only=only)
+        try:
+            bad = excess(run(patched, name), base, truth, EPS)
+            bad = _again(model, patched, name) if bad else bad
+        except Exception as e:
+            row.wrong.append(f"{name}, {only or 'all parts'}: {type(e).__name__}: {e}")
+            continue
+        if bad:
+            worst = max(bad, key=lambda n: bad[n])
+            row.wrong.append(f"{name}, {only or 'all parts'}: {worst} {bad[worst]:.3g} ({len(bad)} of {len(base)})")
+        if only is None and name == "plain":
+            _strictly(row, patched)
+            after = run(fastgpt.unpatch(patched), name)
+            row.wrong += [f"unpatched: {n}" for n, t in base.items() if not torch.equal(after[n], t)][:3]
+            row.error = float((base["logits"] - truth["logits"]).abs().max())
+
+
+def _again(model: Any, patched: Any, name: str) -> dict[str, float]:
+    """Return what breaks the rule over several batches together. An error is a random number, and that of a small tensor
+    may be small by chance in one batch."""
+    sides: list[dict[str, list[Tensor]]] = [{}, {}, {}]
+    for seed in range(1, 6):
+        runs = run(patched, name, seed), run(copy.deepcopy(model), name, seed), run(model, name, seed, exact)
+        for side, out in zip(sides, runs):
+            for n, t in out.items():
+                side.setdefault(n, []).append(t.double().flatten())
+    shared = [n for n in sides[2] if all(len(side.get(n, ())) == 5 for side in sides)]
+    return excess(*({n: torch.cat(side[n]) for n in shared} for side in sides), EPS)
+
+
+def _strictly(row: Row, patched: Any) -> None:
+    """Run a patched model where falling back to PyTorch is an error; what does that is left after all."""
+    ids = causal_models.tokens()
+    for labels in (labels_for("plain"), None):
+        try:
+            with fastgpt.ops.use(strict=True):
+                patched.train(labels is not None)(input_ids=ids, labels=labels)
+        except RuntimeError as e:
+            op, _, why = str(e).partition(": ")
+            part = next((p for p, ops in row.ops.items() if op in ops), "attention")
+            row.left[part] = sorted({*row.left[part], why.partition(": only PyTorch")[0]})
+
+
+def _generate(row: Row, model: Any) -> None:
+    """Compare greedy generation with the cache, as far as no token is a close call."""
+    settings: dict[str, Any] = dict(max_new_tokens=NEW, do_sample=False, output_logits=True)
+    settings |= dict(return_dict_in_generate=True, eos_token_id=None, pad_token_id=0, use_cache=True)
+    ids = causal_models.tokens()
+    for name in INPUTS[:2]:
+        given = {"attention_mask": torch.ones_like(ids), **inputs_of(name)}
+        try:
+            wanted = model.generate(ids, **settings, **given)
+        except Exception as e:
+            row.notes.append(f"generation: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+            return
+        try:
+            got = fastgpt.patch(copy.deepcopy(model)).generate(ids, **settings, **given)
+        except Exception as e:
+            row.wrong.append(f"generation, {name}: {type(e).__name__}: {e}")
+            continue
+        logits = torch.stack(wanted.logits, 1)  # (B, NEW, V)
+        top = logits.topk(2, -1).values
+        allowed = 2 * row.error + EPS * float(logits.abs().max())
+        clear = (top[..., 0] - top[..., 1] > 10 * allowed).long().cumprod(1).bool()
+        if (got.sequences[:, T:] != wanted.sequences[:, T:])[clear].any():
+            row.wrong.append(f"generation, {name}: other tokens")
+
+
+def group(row: Row) -> tuple[str, ...]:
+    """Return what makes two types alike: the patterns recognised."""
+    return tuple(row.patterns)
+
+
+def kept(kind: str, folder: Path | None) -> Row:
+    """Return the result of a type, from the folder if it is there; an exception of the type itself is a note."""
+    path = folder / f"{kind}.json" if folder else None
+    if path and path.exists():
+        return Row(**json.loads(path.read_text()))
+    torch.manual_seed(0)
+    try:
+        row = check(kind)
+    except Exception as e:
+        row = Row(kind, notes=[f"not built: {type(e).__name__}: {str(e)[:300]}"])
+    if path:
+        path.write_text(json.dumps(asdict(row), indent=1) + "\n")
+    return row
+
+
+def page(rows: list[Row]) -> str:
+    """Return docs/families.md."""
+    notes: list[str] = []
+
+    def number(text: str) -> int:
+        if text not in notes:
+            notes.append(text)
+        return notes.index(text) + 1
+
+    lines = []
+    for row in rows:
+        cells = []
+        for part in PARTS:
+            ops = ", ".join(f"`{op}`" for op in row.ops.get(part, []))
+            left = "".join(f" [{number(why)}]" for why in row.left.get(part, []))
+            cells.append(f"{ops}{', ' if ops and left else ''}{'left' if left else ''}{left}" or "none")
+        if not row.ops:
+            cells = [f"left [{number(row.notes[0])}]"] * len(PARTS)
+        bad = " **WRONG**" if row.wrong else ""
+        lines.append(f"| {row.kind}{bad} | {' | '.join(cells)} |")
+    counts = [sum(r.full for r in rows), sum(bool(r.wrong) for r in rows)]
+    return ABOUT.format(
+        full=counts[0], partly=len(rows) - sum(counts), wrong=counts[1], types=len(rows),
+        parts=" | ".join(PARTS), rule="---|" * (len(PARTS) + 1), rows="\n".join(lines),
+        notes="".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1)),
+    )  # fmt: skip
+
+
+ABOUT = """# Families
+
+What `fastgpt.patch(model)` replaces in the causal language models of Hugging Face transformers 5.23, and by which op:
+all {types} types that transformers maps to `AutoModelForCausalLM`, multimodal types as their text model. **{full} types
+are replaced in every part that they have, {partly} partly, {wrong} wrong.**
+
+Each type is built from its config class, tiny and with random weights. Each part is patched alone, then all together:
+logits, losses and every gradient are compared with transformers' own code in fp64, on plain, left-padded and packed
+batches. The error may be at most 2 (outputs) or 3 (gradients) times that of the unpatched model, plus one unit in the
+last place. Greedy generation with the cache must give the same tokens, and the model must be the same bit for bit
+after `unpatch`. "none" is a part that the type does not have.
+
+`python tests/causal_matrix.py > docs/families.md` writes this page, and a test fails if it differs from the results.
+
+| type | {parts} |
+|{rule}
+{rows}
+
+Left unchanged, because
+
+{notes}"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("types", nargs="*", help="default: all")
+    parser.add_argument("--kept", type=Path, help="folder of results to go on from")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.kept:
+        args.kept.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for kind in args.types or causal_models.types():
+        rows.append(kept(kind, args.kept))
+        row = rows[-1]
+        state = "full" if row.full else "WRONG" if row.wrong else "partly" if row.ops else "NOT BUILT"
+        left = {p: w for p, w in row.left.items() if w}
+        print(f"{kind}: {state} {left or ''} {row.wrong or ''} {row.notes or ''}", file=sys.stderr, flush=True)
+    print(page(rows), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Compare a model of transformers with itself in fp64, by the rule of parity.
+
+error(patched) <= 2 (logits, losses) or 3 (gradients, weights after steps) times that of the unpatched model in the same
+dtype plus one unit in the last place; errors are relative L2 per tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class InFp64(TorchFunctionMode):
+    """Runs every step that transformers' code takes in fp32 in fp64 instead."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        wide = {torch.float32: torch.float64, torch.Tensor.float: torch.Tensor.double}
+        args = [wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
+        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
+        return wide.get(func, func)(*args, **kwargs)
+
+
+def outcome(model: Any, ids: Tensor, labels: Tensor, sets: int, vocab: int, **inputs: Tensor) -> dict[str, Tensor]:
+    """Return logits, losses of `sets` sets of labels, and every gradient of the first one."""
+    model.train()
+    loss = model(input_ids=ids, labels=labels, **inputs).loss
+    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
+    grads = torch.autograd.grad(loss, params, allow_unused=True)
+    out = {f"d{n}": g for n, g in zip(names, grads) if g is not None}
+    with torch.no_grad():
+        shifts = range(0, vocab, -(-vocab // sets))
+        others = [torch.where(labels == -100, -100, (labels + shift) % vocab) for shift in shifts]
+        out["losses"] = torch.stack([model(input_ids=ids, labels=s, **inputs).loss.double() for s in others])
+        model.eval()
+        return {**out, "logits": model(input_ids=ids, **inputs).logits}
+
+
+def exact(model: Any, *args: Any, **inputs: Any) -> dict[str, Tensor]:
+    """Return the outcome of the model in fp64; grouped products of experts do not have it."""
+    wide = copy.deepcopy(model).double()
+    for m in wide.modules():
+        if hasattr(getattr(m, "config", None), "_experts_implementation"):
+            m.config._experts_implementation = "eager"
+    with InFp64():
+        return outcome(wide, *args, **inputs)
+
+
+def excess(ours: dict[str, Tensor], base: dict[str, Tensor], truth: dict[str, Tensor], eps: float) -> dict[str, float]:
+    """Return by how much each tensor breaks the rule; empty if none does."""
+    assert ours.keys() == base.keys() == truth.keys()
+    worst = {}
+    for name, t in truth.items():
+        scale = float(t.double().norm()) or 1.0
+        mine, theirs = (float((x[name].double() - t).norm()) / scale for x in (ours, base))
+        ratio = mine / ((3 if name.startswith("d") else 2) * theirs + eps)
+        if not ratio <= 1:
+            worst[name] = ratio
+    return worst

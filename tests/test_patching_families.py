@@ -1,0 +1,217 @@
+"""fastgpt.patch on every causal language model of transformers: one type of each set of recognised patterns here, all
+types and docs/families.md in the extended test."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import causal_matrix
+import causal_models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastgpt
+from fastgpt import ops
+from fastgpt.patching import _attention, _eager, _masks, _rope
+from fastgpt.patching import _replace as replace
+
+
+@pytest.mark.parametrize("kind", causal_matrix.GROUPS)
+def test_one_type_of_each_group(kind: str) -> None:
+    row = causal_matrix.check(kind, quick=True)
+    assert row.ops and not row.wrong and not row.notes, (row.wrong, row.notes)
+
+
+@pytest.mark.extended
+def test_every_type_and_the_page() -> None:
+    rows = [causal_matrix.kept(kind, None) for kind in causal_models.types()]
+    assert not {r.kind: r.wrong for r in rows if r.wrong}
+    assert sum(r.full for r in rows) >= 120
+    assert {causal_matrix.group(r) for r in rows} == {
+        causal_matrix.group(r) for r in rows if r.kind in causal_matrix.GROUPS
+    }
+    assert causal_matrix.page(rows) == causal_matrix.PAGE.read_text(encoding="utf-8")
+
+
+def half(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return tuple(x * cos + torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1) * sin for x in (q, k))
+
+
+def backwards(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+    return half(q, k, cos, -sin, unsqueeze_dim)
+
+
+def neighbours(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    cos, sin = cos[:, None], sin[:, None]
+    even, odd = x[..., ::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1).flatten(-2)
+
+
+def keys_only(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+    return q, half(q, k, cos, sin, unsqueeze_dim)[1]
+
+
+def last_columns(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.cat((x[..., :-8], half(x[..., -8:], x[..., -8:], cos, sin)[0]), -1)
+
+
+@pytest.mark.parametrize(
+    ("function", "wanted"),
+    [
+        (half, dict(layout="halves", interleaved=False, sign=1)),
+        (backwards, dict(layout="halves", interleaved=False, sign=-1)),
+        (neighbours, dict(layout="once", interleaved=True, sign=1, heads_at=1)),
+        (keys_only, None),
+        (last_columns, None),
+    ],
+)
+def test_rotations(function: Any, wanted: dict[str, Any] | None) -> None:
+    r = _rope.recognise(function)
+    assert (r is not None) == (wanted is not None)
+    if r is not None:
+        assert {n: getattr(r, n) for n in wanted or {}} == wanted
+
+
+def test_attention_with_sinks_and_values_of_another_width() -> None:
+    """A sink is one more score without a value; keys and values may differ in width."""
+    torch.manual_seed(0)
+    q, k, v, sinks = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 24), torch.randn(4)
+    y = _attention._attend(q, k, v, sinks=sinks, causal=True)
+    scores = q @ k.repeat_interleave(2, 1).mT / 8**0.5
+    scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
+    p = torch.cat((scores, sinks[None, :, None, None].expand(2, 4, 5, 1)), -1).softmax(-1)[..., :-1]
+    torch.testing.assert_close(y, (p @ v.repeat_interleave(2, 1)).transpose(1, 2))
+
+
+def passes_on(self: Any, x: Tensor, attention_mask: Any = None) -> Any:
+    mask = attention_mask if attention_mask is not None else None
+    return self.layer(x, mask=mask, other=attention_mask)
+
+
+def slices(self: Any, x: Tensor, attention_mask: Any = None) -> Any:
+    return self.layer(x, attention_mask[:, :, :, :3])
+
+
+def adds(self: Any, x: Tensor, causal_mask: Any = None) -> Any:
+    return x + causal_mask
+
+
+def test_who_computes_with_a_mask() -> None:
+    assert not _masks.computes(passes_on)  # type: ignore[arg-type]
+    assert _masks.computes(slices) and _masks.computes(adds)  # type: ignore[arg-type]
+
+
+def plain_eager(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **rest: Any) -> Any:
+    p = (query @ key.mT * scaling + mask).softmax(-1)
+    return (p @ value).transpose(1, 2), p
+
+
+def squared_eager(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, **rest: Any
+) -> Any:
+    p = (query @ key.mT * scaling + mask).softmax(-1).square()
+    return (p @ value).transpose(1, 2), p
+
+
+def test_eager_functions_are_judged_by_what_they_compute() -> None:
+    assert _eager._usual(plain_eager, False)
+    assert not _eager._usual(squared_eager, False)
+    assert not _eager._usual(plain_eager, True), "it does not read its module's sinks"
+
+
+class Packed(nn.Module):
+    """A gated MLP whose gate is one half of a linear layer's output."""
+
+    def __init__(self, second: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.act, self.second = nn.Linear(8, 12), nn.Linear(6, 8), nn.SiLU(), second
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.up(x).chunk(2, dim=-1)
+        return self.down(b * self.act(a) if not self.second else a * self.act(b))
+
+
+@pytest.mark.parametrize("second", [False, True])
+def test_packed_gates(second: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Packed(second), torch.randn(3, 8)
+    wanted = model(x)
+    fastgpt.patch(model)
+    (entry,) = fastgpt.patch_report(model).replaced
+    assert entry.op == "swiglu" and not fastgpt.patch_report(model).left
+    with ops.use(strict=True):
+        torch.testing.assert_close(model(x), wanted)
+    model.act = nn.Tanh()  # type: ignore[assignment]
+    assert not torch.allclose(model(x), wanted)
+
+
+class Gated(nn.Module):
+    """RMSNorm in two groups of x silu(gate)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps, self.group_size = nn.Parameter(torch.randn(12)), 1e-3, 6
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        y = (x * nn.functional.silu(gate)).unflatten(-1, (2, 6))
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)).flatten(-2) * self.weight
+
+
+def test_norms_with_a_gate_and_without_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"gated": Gated(), "plain": nn.RMSNorm(8, elementwise_affine=False)})
+    x, gate = torch.randn(3, 12), torch.randn(3, 12)
+    wanted = model["gated"](x, gate)
+    fastgpt.patch(model)
+    assert {e.name: e.op for e in fastgpt.patch_report(model).replaced} == {"gated": "rms_norm", "plain": "rms_norm"}
+    torch.testing.assert_close(model["gated"](x, gate), wanted)
+    model["gated"].group_size = 12  # its code does not read it: nothing changes
+    torch.testing.assert_close(model["gated"](x, gate), wanted)
+
+
+class Shifted(nn.Embedding):
+    """Positions from 2 on, from the shape of the input."""
+
+    def forward(self, ids: Tensor, past: int = 0) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.arange(past, past + ids.shape[1]).expand(len(ids), -1) + 2)
+
+
+class Halved(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) / 2
+
+
+def test_embeddings_that_compute_their_rows() -> None:
+    model, ids = nn.ModuleList([Shifted(9, 4), Halved(9, 4)]), torch.randint(9, (2, 5))
+    wanted = [model[0](ids), model[0](ids, past=2), model[1](ids)]
+    fastgpt.patch(model)
+    report = fastgpt.patch_report(model)
+    assert [e.name for e in report.replaced] == ["0"] and [e.why for e in report.left] == ["it has its own forward"]
+    for got, want in zip([model[0](ids), model[0](ids, past=2), model[1](ids)], wanted):
+        assert torch.equal(got, want)
+
+
+def test_squared_relu_alone() -> None:
+    import transformers
+
+    act = transformers.activations.ReLUSquaredActivation()
+    x = torch.randn(4, 6, requires_grad=True)
+    wanted = torch.autograd.grad(act(x).sum(), x)[0]
+    assert replace.activation(act) == "relu2"
+    got = torch.autograd.grad(replace.activate(act, x).sum(), x)[0]
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("kind", ["cohere", "granite", "gemma2", "minicpm3"])
+def test_heads_that_scale_or_softcap(kind: str) -> None:
+    """What a forward does around its head is found by running it, and counts at every call."""
+    model = causal_models.make(kind).train()
+    patched = fastgpt.patch(copy.deepcopy(model))
+    ids = causal_models.tokens()
+    assert any(e.op == "linear_cross_entropy" for e in fastgpt.patch_report(patched).replaced)
+    ours, theirs = (m(input_ids=ids, labels=ids) for m in (patched, model))
+    torch.testing.assert_close(ours.loss, theirs.loss)
+    assert ours.logits is None and type(ours) is type(theirs)
