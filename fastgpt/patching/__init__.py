@@ -198,6 +198,9 @@ def _set(module: nn.Module, f: Found) -> None:
     """Set a bound method on the instance: copy.deepcopy binds it to the copy, accelerate wraps and unwraps it."""
     call, arguments, attribute, kept, op = f.call, f.arguments, f.attribute, f.settings, f.op
     assert call is not None
+    if not hasattr(type(module), attribute):  # transformers' _loss_function, which is called without the model
+        module.__dict__[attribute] = _remember(module)[attribute] = call
+        return
 
     def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if kept and (name := changed(self, kept)):
@@ -206,8 +209,7 @@ def _set(module: nn.Module, f: Found) -> None:
         return call(self, *arguments, *args, **kwargs)
 
     method.__name__ = attribute
-    if hasattr(type(module), attribute):
-        method.__signature__ = inspect.signature(getattr(type(module), attribute))  # type: ignore[attr-defined]
+    method.__signature__ = inspect.signature(getattr(type(module), attribute))  # type: ignore[attr-defined]
     _bind(module, attribute, method)  # the Trainer and generate() inspect the signature
 
 

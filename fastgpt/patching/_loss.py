@@ -89,7 +89,6 @@ def causal_lm(model: Any, h: Head, keep_logits: bool, *args: Any, **kwargs: Any)
 
 
 def on_logits(
-    model: Any,
     logits: Tensor,
     labels: Tensor,
     vocab_size: int | None = None,
@@ -193,7 +192,7 @@ def read(model: Any) -> Head | str:
     classes = lm_head.weight.shape[1 if replace.is_conv1d(lm_head) else 0]
     hidden = torch.randn(1, 3, WIDTH, generator=g, device="cpu", dtype=torch.float64)
     logits = 30 * torch.randn(1, 3, classes, generator=g, device="cpu", dtype=torch.float64)
-    outputs, loss = _Anything(hidden), torch.zeros((), device="cpu")
+    outputs, loss = _Anything(hidden), torch.tensor(0.71875, device="cpu")  # in any dtype
     stubs = {model.base_model_prefix: _Stub(outputs), name: _Stub(logits)}
     bare = bare_copy(model)
     bare.__dict__["_modules"] = {**bare._modules, **stubs}
@@ -218,7 +217,8 @@ def _read(model: Any, given: Any, stubs: Any, name: str, called: Any, loss: Tens
     base, lm_head = stubs[model.base_model_prefix], stubs[name]
     below = inspect.signature(type(model.base_model).forward).parameters
     once = len(base.calls) == len(lm_head.calls) == len(called) == 1
-    if not once or getattr(out, "loss", None) is not loss or called[0].get("labels") is not given["labels"]:
+    kept = isinstance(getattr(out, "loss", None), Tensor) and float(out.loss) == float(loss)
+    if not once or not kept or called[0].get("labels") is not given["labels"]:
         return NOT_PLAIN
     if called[0].get("vocab_size") not in (None, model.config.get_text_config().vocab_size):
         return "its loss counts other classes than its vocabulary"
