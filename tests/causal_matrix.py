@@ -151,8 +151,8 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
 
 
 def _again(model: Any, patched: Any, name: str) -> dict[str, float]:
-    """Return what breaks the rule over several batches together. An error is a random number, and that of a small tensor
-    may be small by chance in one batch."""
+    """Return what breaks the rule over several batches together: an error is a random number, and that of a small
+    tensor may be small by chance in one batch."""
     sides: list[dict[str, list[Tensor]]] = [{}, {}, {}]
     for seed in range(1, 6):
         runs = run(patched, name, seed), run(copy.deepcopy(model), name, seed), run(model, name, seed, exact)

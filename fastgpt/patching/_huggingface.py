@@ -17,7 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastgpt.patching import _attention, _eager, _loss, _masks, _rebind
 from fastgpt.patching._recognise import Found, name_of
 
-NO_REGISTRY = {"GPTJAttention": _attention.gptj, "GPTNeoSelfAttention": _attention.gpt_neo}  # eager, in `_attn`
+NO_REGISTRY: dict[str, Any] = {
+    "GPTJAttention": _attention.gptj,
+    "GPTNeoSelfAttention": _attention.gpt_neo,
+}  # eager, in `_attn`
 OWN_WAY = "it computes attention in its own way"
 
 

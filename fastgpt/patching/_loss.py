@@ -189,7 +189,8 @@ def read(model: Any) -> Head | str:
     if base is model or base is not model._modules.get(model.base_model_prefix):
         return "its base model is not a child"
     g = torch.Generator("cpu").manual_seed(0)
-    classes = lm_head.weight.shape[1 if replace.is_conv1d(lm_head) else 0]
+    weight: Any = lm_head.weight
+    classes = weight.shape[1 if replace.is_conv1d(lm_head) else 0]
     hidden = torch.randn(1, 3, WIDTH, generator=g, device="cpu", dtype=torch.float64)
     logits = 30 * torch.randn(1, 3, classes, generator=g, device="cpu", dtype=torch.float64)
     outputs, loss = _Anything(hidden), torch.tensor(0.71875, device="cpu")  # in any dtype
@@ -197,7 +198,12 @@ def read(model: Any) -> Head | str:
     bare = bare_copy(model)
     bare.__dict__["_modules"] = {**bare._modules, **stubs}
     called: list[dict[str, Any]] = []
-    bare.__dict__["_loss_function"] = lambda *args, **kwargs: (called.append(_bound(args, kwargs)), loss)[1]
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        called.append({**dict(zip(("logits", "labels", "vocab_size"), args)), **kwargs})
+        return loss
+
+    bare.__dict__["_loss_function"] = count
     ids = torch.zeros(1, 3, dtype=torch.long, device="cpu")
     given = dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids + 1)
     try:
@@ -206,10 +212,6 @@ def read(model: Any) -> Head | str:
     except Exception:  # it needs more than a language model needs
         return NOT_PLAIN
     return _read(model, given, stubs, name, called, loss, out)
-
-
-def _bound(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(("logits", "labels", "vocab_size"), args)), **kwargs}
 
 
 def _read(model: Any, given: Any, stubs: Any, name: str, called: Any, loss: Tensor, out: Any) -> Head | str:

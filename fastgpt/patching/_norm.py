@@ -120,12 +120,12 @@ def _probe_gated(module: Any, name: str, width: int) -> Found | None:
     for shape in ((2, width), (2, 3, width), (2, 1, 2, width)):
         x, gate = torch.randn(shape, **options) + 0.3, torch.randn(shape, **options)
         runs = [probe(module, x, training, gate, _parameters=made) for training in (False, True)]
-        if any(y is None or why for y, why in runs):
+        y, again = runs[0][0], runs[1][0]
+        if y is None or again is None or runs[0][1] or runs[1][1]:
             continue
         norms = [formula] if formula else list(_gated_candidates(module, name, groups))
-        y = runs[0][0]
         formula = next((n for n in norms if _close(replace.gate(n, x, gate, made[name]), y, 2e-5)), None)
-        if formula is None or not torch.equal(y, runs[1][0]):
+        if formula is None or not torch.equal(y, again):
             return None
         dims.add(len(shape))
     if formula is None:

@@ -98,8 +98,11 @@ def innermost(f: Any) -> types.FunctionType:
 
 
 def refers(f: types.FunctionType, target: Any) -> bool:
-    """Return whether one of f's global names refers to target."""
-    return any(f.__globals__.get(n) is target for n in f.__code__.co_names)
+    """Return whether one of f's global names, or of the functions inside it, refers to target."""
+    codes = [f.__code__]
+    for code in codes:
+        codes += [c for c in code.co_consts if isinstance(c, types.CodeType)]
+    return any(f.__globals__.get(n) is target for code in codes for n in code.co_names)
 
 
 def standard(targets: list[Any]) -> list[tuple[Any, Any]]:
@@ -112,7 +115,9 @@ def _replacement(target: Any) -> Callable[..., Any]:
         return functools.partial(replace.activate, target)
     if target in FUNCTIONS:
         return FUNCTIONS[target][2]
-    return functools.partial(_rope.rotate, _rope.recognise(target))
+    rotation = _rope.recognise(target)
+    assert rotation is not None
+    return functools.partial(_rope.rotate, rotation)
 
 
 def rebind(f: types.FunctionType, places: list[tuple[Any, Any]]) -> types.FunctionType:

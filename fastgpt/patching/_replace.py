@@ -129,7 +129,8 @@ def rms_norm(module: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 def own_norm(module: Any, norm: Norm, dims: frozenset[int], *args: Any, **kwargs: Any) -> Tensor:
     """Replace a user-defined norm: x (..., C), with one of these numbers of dimensions -> (..., C)."""
-    weight, bias = (None if n is None else getattr(module, n) for n in (norm.weight, norm.bias))
+    weight: Any = None if norm.weight is None else getattr(module, norm.weight)
+    bias: Any = None if norm.bias is None else getattr(module, norm.bias)
     there = (norm.weight is None or weight is not None) and (
         norm.bias is None or (bias is not None and bias.dtype == weight.dtype)
     )
@@ -147,7 +148,7 @@ def gated_norm(module: Any, norm: GatedNorm, dims: frozenset[int], *args: Any, *
     alike = len(given) == 2 and plain(*given) and given[1] is not None and given[0].shape == given[1].shape
     if len(args) == 0 or not alike or not fits(given[:1], {}, None) or given[0].dim() not in dims:
         return _leave("rms_norm", ARGUMENTS, module, args, kwargs)
-    return gate(norm, *given, getattr(module, norm.weight))
+    return gate(norm, given[0], given[1], getattr(module, norm.weight))
 
 
 def gate(norm: GatedNorm, x: Tensor, gate: Tensor, weight: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def recognise(function: Any) -> Rotation | None:
     roles = _roles(function)
     if roles is None:
         return None
-    start = Rotation(function, *roles)
+    start = Rotation(function, names=roles[0], turned=roles[1], angles=roles[2])
     complex_angles = start.angles == ("freqs_cis",)
     layouts = ("once",) if complex_angles else tuple(LAYOUTS)
     places = (1,) if "unsqueeze_dim" in start.names else (1, 2)
