@@ -107,7 +107,11 @@ def _returns_rows(module: nn.Embedding) -> bool:
     for x in (ids, ids.shape):
         runs = [probe(module, x, training, _parameters={"weight": weight}) for training in (False, True)]
         numbers, _ = probe(module, x, False, _parameters={"weight": torch.arange(len(weight), device="cpu")[:, None]})
-        if numbers is not None and all(y is not None and not why for y, why in runs):
+        if (
+            numbers is not None
+            and not numbers.is_floating_point()
+            and all(y is not None and not why for y, why in runs)
+        ):
             return all(torch.equal(y, weight[numbers[..., 0]]) for y, _ in runs if y is not None)
     return False
 
