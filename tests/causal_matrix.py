@@ -136,7 +136,7 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
         return
     parts = [p for p in PARTS if row.ops[p]] if name == "plain" and not quick else []
     for only in [*parts, None]:
-        patched = fastgpt.patch(copy.deepcopy(model), only=only)
+        patched = fastgpt.patch(copy.deepcopy(model), only=only, quiet=True)
         try:
             bad = excess(run(patched, name), base, truth, EPS)
             bad = _again(model, patched, name) if bad else bad
@@ -192,7 +192,7 @@ def _generate(row: Row, model: Any) -> None:
             row.notes.append(f"generation: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
             return
         try:
-            got = fastgpt.patch(copy.deepcopy(model)).generate(ids, **settings, **given)
+            got = fastgpt.patch(copy.deepcopy(model), quiet=True).generate(ids, **settings, **given)
         except Exception as e:
             row.wrong.append(f"generation, {name}: {type(e).__name__}: {e}")
             continue

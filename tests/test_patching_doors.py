@@ -23,7 +23,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 import fastgpt
 from fastgpt.core import fallback
 from fastgpt.core.errors import UserError
-from fastgpt.patching import _recognise, command, hub, registries
+from fastgpt.patching import _mlp, _norm, command, hub, registries
 
 each_kind = pytest.mark.parametrize("kind", TEN)
 
@@ -203,9 +203,9 @@ def test_a_deep_model_is_recognised_layer_by_layer_once(monkeypatch: pytest.Monk
     counts = []
     for depth in (2, 12):
         calls: list[int] = []
-        for name in ("_probe_norm", "_match"):
-            real = getattr(_recognise, name)
-            monkeypatch.setattr(_recognise, name, lambda *a, real=real, calls=calls: (calls.append(1), real(*a))[1])
+        for place, name in ((_norm, "_probe_norm"), (_mlp, "_match")):
+            real = getattr(place, name)
+            monkeypatch.setattr(place, name, lambda *a, real=real, calls=calls: (calls.append(1), real(*a))[1])
         config = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=depth, vocab_size=32)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
