@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastgpt
 import fastgpt.nn
 from fastgpt.core import backend, fallback
-from fastgpt.patching import _replace
+from fastgpt.patching import _functions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 C, H, V, T = 64, 4, 197, 12
@@ -632,10 +632,10 @@ def test_every_call_of_sdpa_is_replaced_and_what_the_op_does_not_cover_is_pytorc
 def test_sdpa_groups_no_heads_unasked_and_strict_mode_forbids_falling_back() -> None:
     q, k = torch.randn(1, 4, 3, 8, device=DEVICE), torch.randn(1, 2, 3, 8, device=DEVICE)
     with pytest.raises(RuntimeError, match="size"):
-        _replace.sdpa(q, k, k)
-    assert _replace.sdpa(q, k, k, enable_gqa=True).shape == q.shape
+        _functions.sdpa(q, k, k)
+    assert _functions.sdpa(q, k, k, enable_gqa=True).shape == q.shape
     with backend.use(strict=True), pytest.raises(RuntimeError, match="attn_mask: only PyTorch supports this"):
-        _replace.sdpa(q, q, q, attn_mask=torch.ones(3, 3, dtype=torch.bool, device=DEVICE))
+        _functions.sdpa(q, q, q, attn_mask=torch.ones(3, 3, dtype=torch.bool, device=DEVICE))
     assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention, "torch itself was changed"
 
 
