@@ -60,18 +60,11 @@ def counted(cfg: TrainConfig) -> Counter[Collective]:
 
 
 def expected(cfg: TrainConfig, mesh: Mesh) -> Counter[Collective]:
-    """Return the calls by the formulas. DDP sums all gradients at once in its first step."""
+    """Return the calls by the formulas."""
     work = Work(parts_of(cfg.model, cfg.block_size), 4, cfg.block_size, MICRO_BATCHES, 1e9)
     step = Counter(collectives(work, cfg.parallel, mesh.world))
-    first = step
-    if cfg.parallel == "ddp":
-        assert len(step) == 2 + 3, "three buckets"
-        small = Counter({call: count for call, count in step.items() if call.size < 64})
-        first = small + Counter([Collective("all_reduce", 4 * work.parameters)])
-    total = first
-    for _ in range(STEPS - 1):
-        total = total + step
-    return total
+    assert cfg.parallel == "fsdp" or len(step) == 2 + 3, "three buckets"
+    return Counter({call: STEPS * count for call, count in step.items()})
 
 
 def main(out: str, data: str) -> int:
