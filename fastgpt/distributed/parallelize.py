@@ -67,7 +67,7 @@ class Spread:
             known = inspect.signature(DistributedDataParallel).parameters
             copies = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before 2.13
             options: dict[str, Any] = {copies: False, "gradient_as_bucket_view": True, "process_group": mesh.group}
-            # Without this, DDP orders its buckets anew after the first step, so a resumed run would sum in another order.
+            # else DDP orders its buckets anew after the first step, so a resumed run would sum in another order
             options["find_unused_parameters"] = True
             warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             self.module = DistributedDataParallel(losses, **options)
