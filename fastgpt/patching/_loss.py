@@ -228,7 +228,7 @@ def _read(model: Any, given: Any, stubs: Any, name: str, called: Any, loss: Tens
         return NOT_PLAIN
     if called[0].get("vocab_size") not in (None, model.config.get_text_config().vocab_size):
         return "its loss counts other classes than its vocabulary"
-    passed = {**dict(zip(below, base.calls[0][0])), **base.calls[0][1]}
+    passed = {**dict(zip(list(below)[1:], base.calls[0][0])), **base.calls[0][1]}
     strange = {k for k, v in passed.items() if v is not None and not isinstance(v, bool) and v is not given.get(k)}
     (x,), options = lm_head.calls[0]
     before = _scaling(model, base.returned.last_hidden_state, x)
