@@ -232,6 +232,16 @@ def test_patience_watches_any_figure(
     assert losses()[-1][0] == 12
 
 
+def test_a_run_resumes_without_the_rows_that_are_damaged(text: Path) -> None:
+    assert go(text) == 0
+    lines = Path("run/metrics.jsonl").read_bytes().splitlines(keepends=True)
+    damaged = {3: b"\0\0\xff\n", 5: b"[1]\n", 7: b'{"step": "x"}\n', 8: b"{}\n"}
+    Path("run/metrics.jsonl").write_bytes(b"".join(damaged.get(i, line) for i, line in enumerate(lines)))
+    assert go(text, "--max-steps", "13") == 0
+    kept = [json.loads(line) for i, line in enumerate(lines) if i not in damaged]
+    assert rows()[: len(kept)] == kept and losses()[-1][0] == 13
+
+
 def test_a_run_from_before_the_metric_resumes(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoints have best_loss and no metric."""
     values = iter([5.0, 4.0, 4.5, 9.0, 4.1, 9.0, 9.0])

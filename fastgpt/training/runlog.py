@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import sys
@@ -76,11 +77,19 @@ class Pace:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Drop the rows after `step`: a killed run may have logged steps after its checkpoint, which will run again."""
+    """Drop the rows after `step`: a killed run may have logged steps after its checkpoint, which will run again. Rows
+    that are damaged, as by a machine that lost power, are dropped, too."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(kept))
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and _step_of(line) <= step))
+
+
+def _step_of(line: str) -> float:
+    """Return the step of a row of a log; infinity if the row is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 class Log:
