@@ -42,13 +42,14 @@ def test_every_grid_has_the_same_baseline(name: str) -> None:
 
 
 def test_the_default_is_compared_at_its_own_size() -> None:
-    base, _, block, both = configs("default").values()
+    base, muon, faster = configs("default").values()
     assert (base.model, base.block_size, base.batch_tokens) == (
         load_config([]).model,
         load_config([]).block_size,
         load_config([]).batch_tokens,
     )
-    assert block.model == both.model and both.optimizer == "muon"
+    assert base.model == muon.model == faster.model and base.optimizer == "adamw"
+    assert muon.optimizer == faster.optimizer == "muon" and base.lr == muon.lr < faster.lr
 
 
 def test_mup_is_the_only_difference_at_the_larger_width() -> None:
