@@ -8,8 +8,8 @@ host launches it.
     fsdp   the parameters of a block are gathered while the block before it computes, for forward and again for
            backward; its gradients are reduce-scattered after the last backward of a step, while the next one computes.
 
-Sources: PyTorch's reducer.cpp (buckets: at least 1 MiB for the first, 25 MiB for the others, in the order of the
-parameters) and fully_shard (implicit prefetching of one group).
+Sources: PyTorch's reducer.cpp (buckets: at least 1 MiB for the first, 25 MiB for the others, in the order in which
+gradients are ready) and fully_shard (implicit prefetching of one group).
 """
 
 from __future__ import annotations
@@ -69,11 +69,6 @@ class Work:
     def parameters(self) -> int:
         return sum(shape.numel() for part in self.parts for shape in part.shapes)
 
-    @property
-    def used(self) -> int:
-        """Bytes in which DDP says which parameters have gradients."""
-        return 4 * sum(len(part.shapes) for part in self.parts)
-
 
 def parts_of(config: ModelConfig, block_size: int) -> list[Part]:
     """Return the parts of a model, which is built without memory."""
@@ -94,18 +89,16 @@ def parts_of(config: ModelConfig, block_size: int) -> list[Part]:
 
 
 def buckets(parts: list[Part], itemsize: int) -> list[tuple[int, int]]:
-    """Return the buckets of DDP in the order of their all-reduces: (bytes, the part that fills it). They are formed in
-    the order of the parameters, and sent in the opposite one."""
+    """Return the buckets of DDP in the order of their all-reduces: (bytes, the part that fills it)."""
     found: list[tuple[int, int]] = []
-    size, limit, first = 0, BUCKETS[0], 0
-    for i, part in enumerate(parts):
-        for shape in reversed(part.shapes):
-            first = first if size else i
+    size, limit = 0, BUCKETS[0]
+    for i in reversed(range(len(parts))):
+        for shape in parts[i].shapes:
             size += shape.numel() * itemsize
             if size >= limit:
-                found.append((size, first))
+                found.append((size, i))
                 size, limit = 0, BUCKETS[1]
-    return [*([(size, first)] if size else []), *reversed(found)]
+    return [*found, (size, 0)] if size else found
 
 
 def shard_bytes(shapes: list[torch.Size], itemsize: int, n: int) -> int:
@@ -124,8 +117,7 @@ def collectives(work: Work, parallel: Parallel, n: int) -> list[Collective]:
         return []
     scalars = [Collective("all_reduce", size) for size in SCALARS]
     if parallel == "ddp":
-        sizes = [work.used, *(size for size, _ in buckets(work.parts, work.itemsize))]
-        return scalars + [Collective("all_reduce", size) for size in sizes]
+        return scalars + [Collective("all_reduce", size) for size, _ in buckets(work.parts, work.itemsize)]
     sizes = [shard_bytes(shapes, work.itemsize, n) for shapes in groups(work.parts)]
     gathers = [sizes[0], *sizes[1:], *sizes[1:]] * work.micro_batches  # the outer group stays until its backward
     norm = [Collective("all_reduce", NORM)]
@@ -175,8 +167,6 @@ def _ddp(work: Work, clock: Clock, forward: list[float]) -> None:
                 for size, by in filled:
                     if by == i:
                         clock.call(Collective("all_reduce", size), clock.compute)
-    if clock.n > 1:
-        clock.call(Collective("all_reduce", work.used), clock.compute)
 
 
 def _fsdp(work: Work, clock: Clock, forward: list[float]) -> None:

@@ -63,13 +63,11 @@ class Spread:
         self.task, self.mesh, self.parallel = task, mesh, parallel
         losses = Losses(model if compiled is None else compiled, task)
         self.module: Any = losses
+        self.ordered = parallel != "ddp"
         if parallel == "ddp":
             known = inspect.signature(DistributedDataParallel).parameters
             copies = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # before 2.13
             options: dict[str, Any] = {copies: False, "gradient_as_bucket_view": True, "process_group": mesh.group}
-            # else DDP orders its buckets anew after the first step, so a resumed run would sum in another order
-            options["find_unused_parameters"] = True
-            warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
             self.module = DistributedDataParallel(losses, **options)
             self.module.register_comm_hook((mesh.group, reduce_dtype), sum_bucket)
         else:
@@ -93,8 +91,20 @@ class Spread:
 
     def loss(self, model: Any, batch: Batch) -> Tensor:
         """Return the sums of this process's batch, as the task does."""
+        if not self.ordered and torch.is_grad_enabled():
+            self._order(batch)
         loss: Tensor = self.module(*batch.parts())
         return loss
+
+    def _order(self, batch: Batch) -> None:
+        """Compute gradients that do not count. DDP orders its buckets by the first ones, so a run that begins or resumes
+        sums in the order of a run that goes on."""
+        self.ordered = True
+        last, self.module.require_backward_grad_sync = self.module.require_backward_grad_sync, True
+        with torch.random.fork_rng([batch.ids.device] if batch.ids.is_cuda else []):
+            self.module(*batch.parts()).sum().backward()
+        self.module.zero_grad(set_to_none=True)
+        self.module.require_backward_grad_sync = last
 
     def reshard(self) -> None:
         """Let the parameters of the model be shards again, which those outside the blocks are not after a forward
