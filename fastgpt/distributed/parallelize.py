@@ -97,8 +97,8 @@ class Spread:
         return loss
 
     def _order(self, batch: Batch) -> None:
-        """Compute gradients that do not count. DDP orders its buckets by the first ones, so a run that begins or resumes
-        sums in the order of a run that goes on."""
+        """Compute gradients that do not count. DDP orders its buckets by the first ones, and a resumed run must sum in
+        the order of one that was not stopped."""
         self.ordered = True
         last, self.module.require_backward_grad_sync = self.module.require_backward_grad_sync, True
         with torch.random.fork_rng([batch.ids.device] if batch.ids.is_cuda else []):
