@@ -24,7 +24,6 @@ def sample(argv: list[str]) -> int:
         help="print the log-probability of each token, and the N most likely tokens",
     )
     terminal.add_grammar_options(parser)
-    terminal.add_adapter_option(parser)
     args = parser.parse_args(argv)
     grammar = terminal.grammar_of(args)
 
@@ -46,7 +45,6 @@ def chat(argv: list[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="run folder or checkpoint; its chat_template.jinja is used, if any")
     parser.add_argument("--system", default="", metavar="TEXT", help="system message (default: none)")
     terminal.add_options(parser, "largest number of tokens of a reply (default: 200)")
-    terminal.add_adapter_option(parser)
     args = parser.parse_args(argv)
 
     from fastgpt.core.device import default_device

@@ -305,9 +305,11 @@ def test_compiled_in_one_graph(kind: str) -> None:
 @kinds("llama")
 def test_accelerate(kind: str) -> None:
     import accelerate
+    from accelerate.state import AcceleratorState
 
     plain, model = patched(make(kind)), patched(make(kind))
-    accelerator = accelerate.Accelerator(cpu=DEVICE == "cpu")
+    AcceleratorState._reset_state(True)  # of a trainer in bf16 before
+    accelerator = accelerate.Accelerator(cpu=DEVICE == "cpu", mixed_precision="no")
     wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     accelerator.backward(wrapped(input_ids=tokens(), labels=tokens()).loss)
     plain(input_ids=tokens(), labels=tokens()).loss.backward()

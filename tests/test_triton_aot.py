@@ -1,7 +1,7 @@
 """The Triton kernels compile for sm_80 and sm_90 without spilling, in a separate process.
 
-Here: bf16, no options and all options, some widths. `make triton-check` compiles all configurations, `make test-all`
-also every dtype, alignment and chip.
+`make triton-check`, which `.ci/run` calls, compiles all configurations, `make test-all` also every dtype, alignment and
+chip. Its selection for a quick look (bf16, no options and all options, some widths) is tested in `make test-all`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ def _check(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
 
 
+@pytest.mark.extended
 def test_configurations_compile_without_spills(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     done = _check("--quick", "--json", str(out))

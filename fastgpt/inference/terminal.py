@@ -22,6 +22,7 @@ ADAPTER = "adapter"  # name of the one that --adapter loads
 def add_options(parser: argparse.ArgumentParser, tokens_help: str) -> None:
     """Add the options that both commands have."""
     add = parser.add_argument
+    add("--adapter", metavar="DIR", help="use this LoRA adapter: a folder in PEFT's format, or a run with adapters")
     add("--tokens", type=number(int, 0), default=200, help=tokens_help)
     add("--temperature", type=number(float, 0), default=0.8, help="0: always the most likely token (default: 0.8)")
     add("--top-k", type=number(int, 0), default=50, help="sample from the k most likely tokens; 0: all (default: 50)")
@@ -74,13 +75,6 @@ def request_of(args: argparse.Namespace, prompt: str | Sequence[int], **changes:
         seed=args.seed,
     )
     return Request(prompt, **{**settings, **changes})
-
-
-def add_adapter_option(parser: argparse.ArgumentParser) -> None:
-    """Add --adapter."""
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="use this LoRA adapter: a folder in PEFT's format, or a run with adapters"
-    )
 
 
 def generator_of(
