@@ -38,7 +38,7 @@ from fastgpt.bench.variants import Shape, batches, settings
 from fastgpt.core.device import dtype_of, keep_freed_memory
 from fastgpt.distributed.mesh import ALONE, Mesh, connected
 from fastgpt.distributed.parallelize import Parallel, Spread
-from fastgpt.train import forward_backward, optimizer_step
+from fastgpt.train import accumulate, forward_backward, optimizer_step
 from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.task import Batch, NextToken
@@ -87,13 +87,8 @@ class Trainer:
     def step(self) -> float:
         """Run a step as the loop of fastgpt/train.py does."""
         found = [Batch(*next(self.data)) for _ in range(self.cfg.accumulation)]
-        none = torch.zeros((), dtype=torch.int64, device=self.cfg.device)
-        counted = self.mesh.sum(sum((self.task.counted(batch) for batch in found), none))
-        loss = torch.zeros(1, device=self.cfg.device)
-        for i, batch in enumerate(found):
-            if isinstance(self.task, Spread):
-                self.task.reduces(i + 1 == len(found))
-            loss = forward_backward(self.model, self.task, None, loss, counted, *batch.parts())
+        micro_step = lambda i, *batch: forward_backward(self.model, self.task, None, *batch)  # noqa: E731
+        loss = accumulate(self.task, self.mesh, found, micro_step)
         loss = self.mesh.sum(torch.cat((loss, loss.new_zeros(2))))[:1]
         self.wait()
         begin = time.perf_counter()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastgpt.core import backend
 from fastgpt.core.device import default_device, keep_freed_memory
-from fastgpt.distributed.mesh import connected, find_mesh
+from fastgpt.distributed.mesh import Mesh, connected, find_mesh
 from fastgpt.distributed.parallelize import Spread
 from fastgpt.evaluate import hook
 from fastgpt.optim import AdamW
@@ -103,6 +103,23 @@ def optimizer_step(
     return torch.cat((loss, optimizer.grad_norm, spike, figures))
 
 
+def accumulate(task: Task, mesh: Mesh, batches: Sequence[Batch], micro_step: Callable[..., Tensor]) -> Tensor:
+    """Add the gradients of the micro-batches of a step; return its loss and figures, (1 + figures,) fp32.
+
+    Args:
+        micro_step: called with the number of a micro-batch and the arguments of `forward_backward` from `total` on.
+    """
+    device = batches[0].ids.device
+    none = torch.zeros((), dtype=torch.int64, device=device)
+    counted = mesh.sum(sum((task.counted(batch) for batch in batches), none))
+    loss = torch.zeros(1 + len(task.figures), device=device)
+    for i, batch in enumerate(batches):
+        if isinstance(task, Spread):  # several processes sum the gradients once in a step
+            task.reduces(i + 1 == len(batches))
+        loss = micro_step(i, loss, counted, *batch.parts())
+    return loss
+
+
 def loop(run: Run, log: Log, stop: Stop) -> None:
     """Train until the run reaches its length or time limit, or a signal stops it.
 
@@ -110,7 +127,8 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
     """
     cfg, p, optimizer, graphs, task, mesh = run.cfg, run.progress, run.optimizer, run.graphs, run.task, run.mesh
     model = torch.compile(run.model) if cfg.compile else run.model
-    micro_step = partial(forward_backward, model, task, run.scaling)
+    one_batch = partial(forward_backward, model, task, run.scaling)
+    micro_step = lambda i, *batch: graphs("accumulate" if i else "forward_backward", one_batch, *batch)  # noqa: E731
     update = partial(optimizer_step, optimizer, run.guard, run.scaling)
     steps, profile = StepLog(run, log), Profile(cfg.profile, cfg.profiler, run.folder, run.device)
 
@@ -123,13 +141,7 @@ def loop(run: Run, log: Log, stop: Stop) -> None:
 
         # Forward and backward: the first micro-batch writes the gradients, the others add to them.
         batches = [Batch(*next(run.loader)) for _ in range(cfg.accumulation // mesh.world)]
-        none = torch.zeros((), dtype=torch.int64, device=run.device)
-        counted = mesh.sum(sum((task.counted(batch) for batch in batches), none))
-        loss = torch.zeros(1 + len(task.figures), device=run.device)
-        for i, batch in enumerate(batches):
-            if isinstance(task, Spread):  # several processes sum the gradients once in a step
-                task.reduces(i + 1 == len(batches))
-            loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch.parts())
+        loss = accumulate(task, mesh, batches, micro_step)
 
         # Optimizer step. Loss, gradient norm and spike flag stay on the device; `steps` logs them when they arrive.
         values = graphs("optimizer_step", update, steps.summed(loss, stop))

@@ -29,7 +29,7 @@ from fastgpt.core.device import default_device, describe_machine
 from fastgpt.core.errors import UserError
 from fastgpt.core.folders import write_text
 from fastgpt.distributed.mesh import find_mesh
-from fastgpt.train import forward_backward, optimizer_step, prepare
+from fastgpt.train import accumulate, forward_backward, optimizer_step, prepare
 from fastgpt.training import plan
 from fastgpt.training.config import TrainConfig, load_config
 from fastgpt.training.run import Run
@@ -109,16 +109,14 @@ def range_test(run: Run, rates: np.ndarray) -> Curve:
     """Train one step at each of the rates, (n,), until the loss diverges, and return the losses."""
     cfg, task, optimizer = run.cfg, run.task, run.optimizer
     model: Any = torch.compile(run.model) if cfg.compile else run.model
+    micro_step = lambda i, *batch: forward_backward(model, task, run.scaling, *batch)  # noqa: E731
     losses: list[float] = []
     bar = progress.bar(total=len(rates), unit="step", dynamic_ncols=True)
     for rate in rates:
         for group in optimizer.param_groups:
             group["lr"] = float(rate) * group["lr_ratio"]
         batches = [Batch(*next(run.loader)) for _ in range(cfg.accumulation)]
-        counted = sum((task.counted(batch) for batch in batches), torch.zeros((), dtype=torch.int64, device=run.device))
-        total = torch.zeros(1 + len(task.figures), device=run.device)
-        for batch in batches:
-            total = forward_backward(model, task, run.scaling, total, counted, *batch.parts())
+        total = accumulate(task, run.mesh, batches, micro_step)
         loss = float(optimizer_step(optimizer, None, run.scaling, total)[0])
         bar.update(1)
         if not math.isfinite(loss):
