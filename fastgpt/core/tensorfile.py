@@ -108,16 +108,16 @@ def read_header(path: Path) -> dict[str, Entry]:
     Raises:
         UserError: it cannot be read, is truncated, or is not a tensor file.
     """
-    return _opened(path)[0]
+    return read_file_header(path)[0]
 
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the texts that a file's header has beside the tensors. Raises as `read_header`."""
-    return _opened(path)[1]
+    return read_file_header(path)[1]
 
 
-def _opened(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Return the entries and the metadata of a file."""
+def read_file_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Return the tensors of a file and the texts that its header has beside them. Raises as `read_header`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as f:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgpt.core.errors import UserError
-from fastgpt.core.tensorfile import DTYPES, Entry, read_header, read_metadata
+from fastgpt.core.tensorfile import DTYPES, Entry, read_file_header
 
 KEY, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 
@@ -59,8 +59,9 @@ def open_pieces(paths: Iterable[Path]) -> dict[str, Pieces]:
     """
     parts: dict[str, list[tuple[Offsets, Entry]]] = {}
     for path in paths:
-        begins = json.loads(read_metadata(path).get(KEY, "{}"))
-        for name, entry in read_header(path).items():
+        entries, metadata = read_file_header(path)
+        begins = json.loads(metadata.get(KEY, "{}"))
+        for name, entry in entries.items():
             begin = begins[name][OFFSETS] if name in begins else [0] * len(entry.shape)
             parts.setdefault(name, []).append((tuple(begin), entry))
     return {name: _joined(name, found) for name, found in parts.items()}
