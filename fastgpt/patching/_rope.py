@@ -61,22 +61,23 @@ def rotate(r: Rotation, *args: Any, **kwargs: Any) -> Any:
     xs = [t.transpose(1, 2) if swap else t for t in tensors if t is not None]  # (B, T, H, D)
     if r.unzipped:
         xs = [t.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2) for t in xs]
-    ys = _turn(xs, cos, sin, r)  # type: ignore[arg-type]
+    ys = turn(xs, cos, sin if r.sign == 1 else -sin, r.layout, r.interleaved)  # type: ignore[arg-type, operator]
     ys = tuple(y.transpose(1, 2) if swap else y for y in ys)
     return ys if len(ys) == 2 else ys[0]
 
 
-def _turn(xs: list[Tensor], cos: Tensor, sin: Tensor, r: Rotation) -> tuple[Tensor, ...]:
+def turn(
+    xs: list[Tensor], cos: Tensor, sin: Tensor, layout: str = "halves", interleaved: bool = False
+) -> tuple[Tensor, ...]:
+    """Rotate one or two tensors (B, T, H, D) by cos and sin (B or 1, T, columns) in a layout of LAYOUTS."""
     wide, t = torch.promote_types(xs[0].dtype, torch.float32), xs[0].shape[1]
-    cos, sin = (LAYOUTS[r.layout](a) for a in (cos, sin))
+    cos, sin = (LAYOUTS[layout](a) for a in (cos, sin))
     cos, sin = (a.reshape(-1, a.shape[-1]).to(wide) for a in (cos, sin))
     positions = None
     if cos.shape[0] != t:  # each sequence has its own rows
         positions = torch.arange(cos.shape[0], device=cos.device).view(-1, t)
     k = xs[1] if len(xs) == 2 else xs[0][:, :, :0]  # no heads cost nothing
-    ys: tuple[Tensor, ...] = ops.rope(
-        xs[0], k, cos, sin if r.sign == 1 else -sin, interleaved=r.interleaved, positions=positions
-    )
+    ys: tuple[Tensor, ...] = ops.rope(xs[0], k, cos, sin, interleaved=interleaved, positions=positions)
     return ys[: len(xs)]
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt._version import __version__
+from fastgpt.patching._rope import turn
 
 
 class RMSNorm(nn.Module):
@@ -115,10 +116,7 @@ class RotaryPosEmb(nn.Module):
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         swap = unsqueeze_dim == 1
         q, k = (t.transpose(1, 2) if swap else t for t in (q, k))  # (B, T, H, D)
-        half, wide = cos.shape[-1] // 2, torch.promote_types(q.dtype, torch.float32)
-        cos, sin = (t[..., :half].reshape(-1, half).to(wide) for t in (cos, sin))  # (T or B T, rotary_dim / 2)
-        each = None if len(cos) == q.shape[1] else torch.arange(len(cos), device=q.device).view(-1, q.shape[1])
-        q, k = ops.rope(q, k, cos, sin, positions=each)
+        q, k = turn([q, k], cos, sin)
         return (q.transpose(1, 2), k.transpose(1, 2)) if swap else (q, k)
 
 
