@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hf_parity import InFp64
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 import fastgpt
 
@@ -62,16 +62,6 @@ def patched(model: Any, **options: Any) -> Any:
 def tokens(*shape: int, seed: int = 0) -> Tensor:
     """Return random tokens, (B, T) unless a shape is given."""
     return torch.randint(5, VOCAB, shape or (B, T), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-class InFp64(TorchFunctionMode):
-    """Runs every step that transformers' code takes in fp32 in fp64 instead."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        wide = {torch.float32: torch.float64, torch.Tensor.float: torch.Tensor.double}
-        args = [wide.get(a, a) if isinstance(a, torch.dtype) else a for a in args]
-        kwargs = {k: wide.get(v, v) if isinstance(v, torch.dtype) else v for k, v in (kwargs or {}).items()}
-        return wide.get(func, func)(*args, **kwargs)
 
 
 def step(model: Any, **inputs: Any) -> dict[str, Tensor]:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from patched_pairs import DEVICE, NO_TOKENS, TEN, VOCAB, B, InFp64, T, agree, assert_rule, make, step, tokens
+from hf_parity import InFp64
+from patched_pairs import DEVICE, NO_TOKENS, TEN, VOCAB, B, T, agree, assert_rule, make, step, tokens
 from test_patching_survival import packed, padded
 from torch import nn
 from transformers import monkey_patching

@@ -194,7 +194,7 @@ def test_adapters_before_and_after(kind: str, saved: Any) -> None:
     options = {"modules_to_save": saved} if saved else {}
     untied = {"tie_word_embeddings": False}
     base = step(lora(make(kind, **untied), **options))
-    from patched_pairs import InFp64
+    from hf_parity import InFp64
 
     with InFp64():
         truth = step(lora(make(kind, **untied), **options).double())
