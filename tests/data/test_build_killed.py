@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -75,10 +76,12 @@ def kill_a_worker(process: "subprocess.Popen[str]") -> int:
     """Kill one process below the build's that has begun to work; return how many were killed."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and process.poll() is None:
-        workers = [p for p in descendants(process.pid) if parents().get(p) != process.pid]  # below the fork server
-        if workers:
-            os.kill(workers[0], signal.SIGKILL)
-            return 1
+        below, children = parents(), descendants(process.pid)
+        for worker in children:
+            if below.get(worker, process.pid) != process.pid:  # below the fork server
+                with suppress(ProcessLookupError):  # it may have ended since
+                    os.kill(worker, signal.SIGKILL)
+                    return 1
         time.sleep(0.01)
     return 0
 
