@@ -290,7 +290,8 @@ facts = Facts()
 if __name__ == "__main__":
     pure = wanted("FASTGPT_NO_EXT", "0") == "1"
     # fastgpt/kernels and fastgpt/bench are links to ./kernels and ./bench; a copy that lost its links needs a mapping
-    unlinked = {f"fastgpt.{n}": n for n in ("kernels", "bench") if not (ROOT / "fastgpt" / n).is_dir()}
+    folders = ("kernels", "bench", "bench/model")
+    unlinked = {f"fastgpt.{n.replace('/', '.')}": n for n in folders if not (ROOT / "fastgpt" / n).is_dir()}
     setup(
         packages=[*find_packages(include=["fastgpt", "fastgpt.*"]), *unlinked],
         package_dir=unlinked and {"fastgpt": "fastgpt", **unlinked},

@@ -34,7 +34,8 @@ EXPORTED = {"ops", "patch", "patch_report", "unpatch"}
 
 def modules() -> Iterator[tuple[str, Path]]:
     """Return every module by its dotted name below fastgpt, links to kernels/ and bench/ included."""
-    for folder in [PACKAGE, *(p for p in PACKAGE.rglob("*") if p.is_dir()), PACKAGE / "kernels", PACKAGE / "bench"]:
+    linked = [PACKAGE / "kernels", PACKAGE / "bench", PACKAGE / "bench" / "model"]
+    for folder in [PACKAGE, *(p for p in PACKAGE.rglob("*") if p.is_dir()), *linked]:
         for path in sorted(folder.glob("*.py")):
             parts = path.relative_to(PACKAGE).with_suffix("").parts
             yield ".".join(parts), path

@@ -110,7 +110,7 @@ def test_pure_wheel_contents(pure_wheel: Path) -> None:
     tasks = ROOT / "fastgpt" / "evaluate" / "tasks"
     expected |= {f"fastgpt/evaluate/tasks/{p.name}" for p in tasks.glob("*.yaml")}
     expected |= {f"fastgpt/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
-    expected |= {f"fastgpt/bench/{p.name}" for p in (ROOT / "bench").glob("*.py")}
+    expected |= {f"fastgpt/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "bench").rglob("*.py")}
     assert expected | {"fastgpt/_build_info.py"} <= set(names), "a package without __init__.py is left out of wheels"
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"fastgpt"}
     assert not [name for name in names if name.endswith((".so", ".cpp", ".cu", ".h")) or "test" in name.split("/")[0]]
