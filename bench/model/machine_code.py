@@ -55,7 +55,7 @@ class Instruction:
         return {"128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}[found[1]] if found else 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # by identity: it is the key of caches
 class Code:
     """The machine code of one kernel."""
 

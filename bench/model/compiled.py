@@ -1,0 +1,50 @@
+"""Machine code of CUDA sources and of Triton kernels, compiled here without a GPU."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastgpt.bench.model.machine_code import Code, of_cubin
+from fastgpt.checks import cuda as cuda_check
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+
+class TritonKernel(NamedTuple):
+    """A compiled configuration of a Triton kernel: dynamic_shared is in bytes of a block."""
+
+    code: Code
+    threads: int
+    dynamic_shared: int
+
+
+def of_cuda(source: Path, arch: str, include: Path = CSRC) -> dict[str, Code]:
+    """Compile a .cu file for "sm_80" or "sm_90a" as `fastgpt.checks.cuda` does: kernel<types> -> code.
+
+    Raises ToolMissing without nvcc or nvdisasm, RuntimeError with the compiler's output if it fails.
+    """
+    nvcc = cuda_check.find_nvcc()
+    if nvcc is None:
+        raise cuda_check.ToolMissing(cuda_check.REMEDY)
+    target = f"arch={cuda_check.ARCHS[arch]},code={arch}"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [str(nvcc), *cuda_check.FLAGS, "-I", str(include), "-gencode", target, str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source} for {arch}:\n{done.stdout}{done.stderr}")
+        codes = of_cubin(cubin)
+    names = cuda_check.short_names(list(codes))
+    return {names[mangled]: code for mangled, code in codes.items()}
+
+
+def of_triton(kernel: Any) -> TritonKernel:
+    """Return the machine code of a compiled Triton kernel, as `fastgpt.checks.triton.compiled(job)` returns it.
+
+    Raises ToolMissing without nvdisasm.
+    """
+    (code,) = of_cubin(kernel.asm["cubin"]).values()
+    return TritonKernel(code, 32 * kernel.metadata.num_warps, kernel.metadata.shared)
