@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from fastgpt.bench.codegen import occupancy
 from fastgpt.bench.model import opcodes
 from fastgpt.bench.model.chips import QUARTERS, Chip
-from fastgpt.bench.model.flow import Flow, executions, flow
+from fastgpt.bench.model.flow import Flow, Loop, executions, flow
+from fastgpt.bench.model.lanes import route
 from fastgpt.bench.model.launch import UNITS, Bound, Launch
 from fastgpt.bench.model.schedule import Warp, warp_time
 from fastgpt.bench.model.wavefronts import Access, accesses
@@ -84,7 +85,7 @@ def iterations(launch: Launch, found: Flow) -> dict[int, float]:
     if not per_warp:
         per_warp = (max(launch.l2_read, launch.dram_read) + launch.dram_written) / warps
     inner = [loop for loop in found.loops if not found.children(loop.number)]
-    sizes = {loop.number: _per_iteration(found, loop.blocks, values) for loop in inner}
+    sizes = {loop.number: _per_iteration(found, loop, values) for loop in inner}
     hot = max(sizes, key=lambda n: sizes[n], default=None)
     if hot is None or hot in trips or not sizes[hot] or not per_warp:
         return trips
@@ -93,8 +94,9 @@ def iterations(launch: Launch, found: Flow) -> dict[int, float]:
     return trips | {hot: max(0.0, per_warp - rest) / sizes[hot]}
 
 
-def _per_iteration(found: Flow, blocks: frozenset[int], values: list[int]) -> int:
-    return sum(sum(values[found.blocks[b].start : found.blocks[b].end]) for b in blocks)
+def _per_iteration(found: Flow, loop: Loop, values: list[int]) -> int:
+    """Return the sum of the values of the instructions in one iteration of an innermost loop."""
+    return sum(values[number] for number in route(found, loop))
 
 
 def bound(launch: Launch, chip: Chip) -> Bound:
