@@ -264,9 +264,6 @@ def execute(s: State, i: Instruction) -> None:
     register = operands[0].split(".")[0]
     s.write(register, value, guard)
     upper = register
-    for _ in range(_registers(i) - 1):
+    for _ in range(_registers(i) - 1 if value is None or ".WIDE" not in i.opcode else 0):
         upper = following(upper)
-        if value is None:
-            s.write(upper, None)
-        elif base in ("MOV", "LDC", "CS2R"):  # a 64-bit constant, or zero
-            s.write(upper, value, guard)
+        s.write(upper, value if base in ("MOV", "LDC", "CS2R") else None, guard)  # a 64-bit constant, or zero

@@ -24,6 +24,7 @@ CONSTANT = 20  # special registers, constants
 SHUFFLE = 23
 READ = 8  # until operands of a load or store are read
 BARRIER = 20  # of a block whose other warps have arrived
+GROUP_PRODUCT = 18  # of the smallest product of a warp group (Luo, see chips.py); others take their time in the pipe
 
 
 @dataclass
@@ -97,7 +98,7 @@ class Warp:
         start = max(self.now, self.free.get("tensor", 0.0))
         self.free["tensor"] = start + opcodes.pipe_cycles(i, self.chip).get("tensor", 0.0)
         if any(o.startswith("gsb") for o in i.operands):
-            self.products.append(self.free["tensor"] + self.chip.mma_latency)
+            self.products.append(max(self.free["tensor"], start + GROUP_PRODUCT))
 
     def _set_boards(self, i: Instruction) -> None:
         latency, cause = self._latency(i)
