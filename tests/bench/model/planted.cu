@@ -12,8 +12,7 @@ __device__ __forceinline__ float load(const float* from) {
 
 // Volatile: ptxas drops other loads whose result nobody uses, inside `asm volatile` as well.
 __device__ __forceinline__ void again(const float* from) {
-  float value;
-  asm volatile("ld.volatile.global.f32 %0, [%1];" : "=f"(value) : "l"(from));
+  asm volatile("{ .reg .f32 unused; ld.volatile.global.f32 unused, [%0]; }" ::"l"(from));
 }
 
 template <int P>
