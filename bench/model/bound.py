@@ -17,7 +17,7 @@ from fastgpt.bench.model.chips import QUARTERS, Chip
 from fastgpt.bench.model.flow import Flow, Loop, executions, flow
 from fastgpt.bench.model.lanes import route
 from fastgpt.bench.model.launch import UNITS, Bound, Launch
-from fastgpt.bench.model.schedule import Warp, warp_time
+from fastgpt.bench.model.schedule import Warp, block_time
 from fastgpt.bench.model.wavefronts import Access, accesses
 
 
@@ -114,7 +114,7 @@ def bound(launch: Launch, chip: Chip) -> Bound:
     l2_read = max(launch.l2_read, launch.dram_read)
     from_dram = launch.dram_read / l2_read if l2_read else 1.0
     memory = chip.l2_latency + from_dram * (chip.dram_latency - chip.l2_latency)
-    warp = warp_time(found, trips, Warp(chip, memory, costs))
+    warp = block_time(found, trips, Warp(chip, memory, costs, warps=math.ceil(launch.threads / 32)))
     even = launch.grid / chip.multiprocessors
     busiest = math.ceil(even) if launch.slowest == 1.0 else max(even, launch.slowest)
     seconds = _seconds(launch, chip, done, busiest)

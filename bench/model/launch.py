@@ -17,7 +17,7 @@ UNITS = (
     "shared memory",  # 128 bytes a cycle, bank conflicts included
     "dram",
     "l2",
-    "latency",  # a warp in order, with its waits, times the turns of resident warps
+    "latency",  # a block on its own, with the waits of its warps, times the turns of resident blocks
 )
 
 
@@ -56,7 +56,7 @@ class Bound:
     waves: float  # the grid over the blocks that the chip holds at a time
     tail: float  # share of the multiprocessors' time that is idle because blocks do not divide evenly, 0 to 1
     serial: float  # share of a warp's time in which it cannot use the limiting unit, 0 to 1
-    waits: dict[str, float]  # cycles a warp waits from start to end, by cause: memory, shared memory, barrier, ...
+    waits: dict[str, float]  # cycles a warp waits from start to end, by cause: memory, barrier, other warps, ...
     bytes_in_flight: float  # of a multiprocessor, on average; compare with Chip.bytes_to_cover
     instructions: dict[str, float]  # of a warp, by unit
     conflicts: float  # wavefronts of shared memory over those without bank conflicts, at least 1

@@ -1,18 +1,20 @@
-"""The time of one warp from start to end if it has a multiprocessor to itself, with the causes of its waits.
+"""The time of a block that has a multiprocessor to itself: one of its warps from start to end, and what it waits for.
 
 A warp issues in order. An instruction issues when the cycles that its predecessor prescribes are over, its pipe is free
 and the scoreboards that it waits for are released: when a load has returned, a special function is computed, or the
 copies of a group have landed. Instructions that finish after a fixed time, products of mma.sync included, need no
-scoreboard: ptxas puts their latency into the prescribed cycles.
+scoreboard: ptxas puts their latency into the prescribed cycles. Between two barriers the block takes at least as long
+as its busiest unit needs for all of its warps: what comes before a barrier cannot overlap with what comes behind it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastgpt.bench.model import opcodes
-from fastgpt.bench.model.chips import Chip
+from fastgpt.bench.model.chips import QUARTERS, Chip
 from fastgpt.bench.model.flow import Flow, Loop, way
 from fastgpt.bench.model.machine_code import Instruction
 from fastgpt.bench.model.wavefronts import Access
@@ -34,12 +36,16 @@ class Warp:
     chip: Chip
     memory: float  # cycles until a global load returns
     accesses: Mapping[int, Access]
+    warps: int = 1  # of its block
     now: float = 0.0
     waits: dict[str, float] = field(default_factory=dict)
     free: dict[str, float] = field(default_factory=dict)  # when a pipe takes the next instruction
     boards: dict[int, list[tuple[float, str]]] = field(default_factory=dict)  # when a scoreboard is released, and why
     copied: float = 0.0  # when the asynchronous copies land that belong to no group yet
     products: list[float] = field(default_factory=list)  # when the groups of wgmma finish
+    barriers: int = 0
+    since: float = 0.0  # the last barrier
+    busy: dict[str, float] = field(default_factory=dict)  # cycles of each unit since then, for all warps of the block
 
     def wait(self, until: float, cause: str) -> None:
         if until > self.now:
@@ -50,6 +56,16 @@ class Warp:
         """Issue to a pipe as soon as it is free, and keep it busy."""
         self.now = max(self.now, self.free.get(pipe, 0.0))
         self.free[pipe] = self.now + cycles
+        self.use(pipe, cycles)
+
+    def use(self, unit: str, cycles: float) -> None:
+        """Count the work of the block; pipes and schedulers are there four times."""
+        each = cycles * self.warps / (1 if unit == "load/store" else QUARTERS)
+        self.busy[unit] = self.busy.get(unit, 0.0) + each
+
+    def meet(self) -> None:
+        """Wait until the other warps of the block have done what this one has done since the last barrier."""
+        self.wait(self.since + max(self.busy.values(), default=0.0), "other warps")
 
     def skip(self, cycles: float) -> None:
         """Let time pass in a steady state."""
@@ -66,6 +82,7 @@ class Warp:
                 self.wait(at, cause)
         if i.predicate not in opcodes.NEVER:
             self._issue(i, self.accesses.get(number))
+        self.use("issue", 1.0)
         self.now += max(1, i.stall)
 
     def _issue(self, i: Instruction, access: Access | None) -> None:
@@ -75,7 +92,9 @@ class Warp:
         if access is not None:
             self.occupy("load/store", max(1.0, access.lines, access.wavefronts))
         if i.base == "BAR" and ".ARV" not in i.opcode:
+            self.meet()
             self.wait(self.now + BARRIER, "barrier")
+            self.barriers, self.since, self.busy = self.barriers + 1, self.now, {}
         elif i.base == "DEPBAR":
             self._wait_for_groups(i)
         elif i.base == "WARPGROUP" and ".DEPBAR" in i.opcode:
@@ -96,7 +115,9 @@ class Warp:
 
     def _start_product(self, i: Instruction) -> None:
         start = max(self.now, self.free.get("tensor", 0.0))
-        self.free["tensor"] = start + opcodes.pipe_cycles(i, self.chip).get("tensor", 0.0)
+        cycles = opcodes.pipe_cycles(i, self.chip).get("tensor", 0.0)
+        self.free["tensor"] = start + cycles
+        self.use("tensor", cycles)
         if any(o.startswith("gsb") for o in i.operands):
             self.products.append(max(self.free["tensor"], start + GROUP_PRODUCT))
 
@@ -122,27 +143,40 @@ class Warp:
         }.get(pipe, (CONSTANT, "constants"))
 
 
-def warp_time(found: Flow, trips: Mapping[int, float], warp: Warp) -> Warp:
-    """Run the warp through the kernel and return it: its time is `now`, its waits are in `waits`."""
+def block_time(found: Flow, trips: Mapping[int, float], warp: Warp) -> Warp:
+    """Run the warp through the kernel and return it: the block's time is `now`, its waits are in `waits`."""
     _walk(found, None, 1.0, trips, warp)
+    warp.meet()
     return warp
 
 
 def _walk(found: Flow, loop: Loop | None, times: float, trips: Mapping[int, float], warp: Warp) -> None:
     """Run the kernel, or one iteration of a loop that makes `times` of them in all."""
     for node in way(found, loop, trips):
-        if not isinstance(node, Loop):
-            block = found.blocks[node]
-            for number in range(block.start, block.end):
-                warp.run(number, found.code.instructions[number])
+        if isinstance(node, Loop):
+            _repeat(found, node, times, trips, warp)
             continue
-        total = trips.get(node.number, times)
-        each, spent, waited = total / times if times else 0.0, 0.0, dict(warp.waits)
-        for _ in range(min(STEADY, round(each + 0.499))):
-            started, waited = warp.now, dict(warp.waits)
-            _walk(found, node, total, trips, warp)
-            spent = warp.now - started
-        rest = max(0.0, each - STEADY)
-        warp.skip(rest * spent)
-        for cause, cycles in warp.waits.items():
-            warp.waits[cause] = cycles + rest * (cycles - waited.get(cause, 0.0))
+        block = found.blocks[node]
+        for number in range(block.start, block.end):
+            warp.run(number, found.code.instructions[number])
+
+
+def _repeat(found: Flow, loop: Loop, times: float, trips: Mapping[int, float], warp: Warp) -> None:
+    """Run a loop that is reached `times` times in all, once."""
+    total = trips.get(loop.number, times)
+    each = total / times if times else 0.0
+    followed = min(STEADY, math.ceil(each))
+    started, barriers, waited, busy = warp.now, warp.barriers, dict(warp.waits), dict(warp.busy)
+    for _ in range(followed):
+        started, barriers, waited, busy = warp.now, warp.barriers, dict(warp.waits), dict(warp.busy)
+        _walk(found, loop, total, trips, warp)
+    rest = each - followed
+    spent = rest * (warp.now - started)
+    warp.skip(spent)
+    for cause, cycles in warp.waits.items():
+        warp.waits[cause] = cycles + rest * (cycles - waited.get(cause, 0.0))
+    if warp.barriers > barriers:
+        warp.since += spent
+        return
+    for unit, cycles in warp.busy.items():
+        warp.busy[unit] = cycles + rest * (cycles - busy.get(unit, 0.0))

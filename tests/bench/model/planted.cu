@@ -18,7 +18,8 @@ __device__ __forceinline__ void again(const float* from) {
 template <int P>
 __global__ void __launch_bounds__(256) planted_kernel(const float* __restrict__ x, float* y, int rounds) {
   __shared__ float tile[256 * 40];
-  const unsigned slot = static_cast<unsigned>(__cvta_generic_to_shared(tile)) + threadIdx.x * (P == kConflict ? 160 : 132);
+  const unsigned base = static_cast<unsigned>(__cvta_generic_to_shared(tile));
+  const unsigned slot = base + threadIdx.x * (P == kConflict ? 160 : 132), free_of_conflicts = base + threadIdx.x * 132;
   const float* from = x + threadIdx.x * (P == kUncoalesced ? 32 : 1);
   float total = 0;
 #pragma unroll 1
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(256) planted_kernel(const float* __restrict__ 
     __syncthreads();
     if (P == kBarrier) __syncthreads();
     float other;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(other) : "r"(slot));
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(other) : "r"(free_of_conflicts));
     total = fmaf(other, value, total);
     __syncthreads();
   }

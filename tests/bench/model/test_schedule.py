@@ -8,15 +8,15 @@ from assembled import assemble
 from fastgpt.bench.model import schedule
 from fastgpt.bench.model.chips import A100, H100, Chip
 from fastgpt.bench.model.flow import flow
-from fastgpt.bench.model.schedule import Warp, warp_time
+from fastgpt.bench.model.schedule import Warp, block_time
 from fastgpt.bench.model.wavefronts import accesses
 
 MEMORY = 500.0
 
 
-def run(text: str, chip: Chip = A100, trips: dict[int, float] | None = None) -> Warp:
+def run(text: str, chip: Chip = A100, trips: dict[int, float] | None = None, warps: int = 1) -> Warp:
     code = assemble(text, arch=chip.capability)
-    return warp_time(flow(code), trips or {}, Warp(chip, MEMORY, accesses(code)))
+    return block_time(flow(code), trips or {}, Warp(chip, MEMORY, accesses(code), warps))
 
 
 def test_prescribed_cycles() -> None:
@@ -67,6 +67,28 @@ def test_products_of_a_warp_group() -> None:
     assert two.waits == {"products": 62}, "only the first has to be done"
     small = run(product.replace("128", "8") + wait.format(0) + "EXIT", H100)
     assert small.waits == {"products": schedule.GROUP_PRODUCT - 1}
+
+
+def test_between_barriers_the_busiest_unit_counts() -> None:
+    # 16 warps: four a quarter. Eight MUFU of 8 cycles and then ten HMMA of 8: 256 and 320 cycles if all warps run.
+    specials, products = "MUFU.EX2 R1, R2\n" * 8, "HMMA.16816.F32.BF16 R4, R8, R10, R4\n" * 10
+    mixed = run(specials + products + "EXIT", warps=16)
+    apart = run(specials + "BAR.SYNC.DEFER_BLOCKING 0x0\n" + products + "EXIT", warps=16)
+    assert mixed.now == 320, "other warps do one while this one does the other"
+    assert apart.now == 256 + schedule.BARRIER + 320 and apart.waits["other warps"] == pytest.approx(apart.now, rel=0.4)
+
+
+def test_a_loop_without_barriers_is_one_part() -> None:
+    code = "again:\nMUFU.EX2 R1, R2\n@P0 BRA `(again)\nEXIT"
+    assert run(code, trips={0: 1000}, warps=16).now == pytest.approx(1000 * 8 * 4)
+    halves = "again:\nMUFU.EX2 R1, R2\nBAR.SYNC.DEFER_BLOCKING 0x0\nFADD R1, R1, R1\n@P0 BRA `(again)\nEXIT"
+    # 32 cycles of MUFU; FADD, BRA and the next MUFU's issue are in the same part as that MUFU
+    assert run(halves, trips={0: 1000}, warps=16).now == pytest.approx(1000 * (32 + schedule.BARRIER), rel=0.01)
+
+
+def test_parts_of_iterations() -> None:
+    for trips in (0.25, 1.5, 2.0, 7.5):
+        assert run(LOOP, trips={0: trips}).now == pytest.approx(1 + trips * (MEMORY + 9) + 1)
 
 
 LOOP = """
