@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 
 from fastgpt.bench.codegen import occupancy
 from fastgpt.bench.model import opcodes
-from fastgpt.bench.model.chips import QUARTERS, Chip
+from fastgpt.bench.model.chips import QUARTERS, WARP, Chip
 from fastgpt.bench.model.flow import Flow, Loop, executions, flow
 from fastgpt.bench.model.lanes import route
 from fastgpt.bench.model.launch import UNITS, Bound, Launch
 from fastgpt.bench.model.schedule import Warp, block_time
 from fastgpt.bench.model.wavefronts import Access, accesses
+
+QUARTERED = ("tensor", "fp32", "mufu", "integer", "issue")  # units that each quarter of a multiprocessor has
 
 
 @dataclass
@@ -29,8 +31,9 @@ class Work:
     pipes: dict[str, float] = field(default_factory=dict)
     instructions: dict[str, float] = field(default_factory=dict)
     load_store: float = 0.0
-    shared: float = 0.0
-    ideal_shared: float = 0.0
+    operands: float = 0.0  # cycles of shared memory for operands of wgmma
+    wavefronts: float = 0.0
+    ideal_wavefronts: float = 0.0
     lines: float = 0.0
     ideal_lines: float = 0.0
     touched: float = 0.0  # accesses to memory
@@ -53,13 +56,13 @@ def work(found: Flow, times: Mapping[int, float], costs: Mapping[int, Access], c
         total.instructions[unit] = total.instructions.get(unit, 0.0) + often
         for name, cycles in opcodes.pipe_cycles(i, chip).items():
             total.pipes[name] = total.pipes.get(name, 0.0) + often * cycles
-        total.shared += often * opcodes.operand_bytes(i) / chip.shared_bytes
+        total.operands += often * opcodes.operand_bytes(i) / chip.shared_bytes
         cost = costs.get(number)
         if cost is None:
             continue
         total.load_store += often * max(1.0, cost.lines)
-        total.shared += often * cost.wavefronts
-        total.ideal_shared += often * cost.ideal_wavefronts
+        total.wavefronts += often * cost.wavefronts
+        total.ideal_wavefronts += often * cost.ideal_wavefronts
         total.lines += often * cost.lines
         total.ideal_lines += often * cost.ideal_lines
         if cost.ideal_lines or cost.ideal_wavefronts:
@@ -77,7 +80,7 @@ def iterations(launch: Launch, found: Flow) -> dict[int, float]:
     as many as its FLOP, or its bytes, imply. Every other one makes one each time it is reached.
     """
     trips = dict(launch.trips)
-    warps = launch.grid * math.ceil(launch.threads / 32)
+    warps = launch.grid * _warps(launch)
     adds = [opcodes.multiply_adds(i) for i in found.code.instructions]
     moved = [opcodes.vector_bytes(i) if i.base in ("LDG", "STG", "LDGSTS") else 0 for i in found.code.instructions]
     per_warp = launch.tensor_flop / 2 / warps
@@ -99,60 +102,90 @@ def _per_iteration(found: Flow, loop: Loop, values: list[int]) -> int:
     return sum(values[number] for number in route(found, loop))
 
 
+def _warps(launch: Launch) -> int:
+    """Return the warps of a block that do the work."""
+    return math.ceil((launch.computing or launch.threads) / WARP)
+
+
 def bound(launch: Launch, chip: Chip) -> Bound:
     """Return the lower bound of a launch on a chip.
 
     Raises ValueError if a block does not fit on a multiprocessor.
     """
     code, found = launch.code, flow(launch.code)
-    shared = code.static_shared + launch.dynamic_shared
-    fits = occupancy(chip.capability, launch.threads, code.registers, shared)
-    if not fits["blocks_per_sm"]:
+    fits = occupancy(chip.capability, launch.threads, code.registers, code.static_shared + launch.dynamic_shared)
+    resident = fits["blocks_per_sm"]
+    if not resident:
         raise ValueError(f"{launch.kernel}: a block does not fit on {chip.name}, because of {fits['limited_by']}")
     trips, costs = iterations(launch, found), accesses(code)
     done = work(found, executions(found, trips), costs, chip)
-    l2_read = max(launch.l2_read, launch.dram_read)
-    from_dram = launch.dram_read / l2_read if l2_read else 1.0
-    memory = chip.l2_latency + from_dram * (chip.dram_latency - chip.l2_latency)
-    warp = block_time(found, trips, Warp(chip, memory, costs, warps=math.ceil(launch.threads / 32)))
+    memory = _memory_latency(launch, chip)
+    block = block_time(found, trips, Warp(chip, memory, costs, _warps(launch)))
     even = launch.grid / chip.multiprocessors
-    busiest = math.ceil(even) if launch.slowest == 1.0 else max(even, launch.slowest)
-    seconds = _seconds(launch, chip, done, busiest)
-    turns = busiest / min(busiest, fits["blocks_per_sm"])
-    seconds["latency"] = (
-        warp.now / chip.clock * (math.ceil(turns) if launch.slowest == 1.0 else max(turns, launch.slowest))
-    )
-    resident = min(fits["blocks_per_sm"], even) * math.ceil(launch.threads / 32)
-    limit = max((u for u in UNITS if u != "latency"), key=lambda u: seconds[u])
-    warps_per_busiest = busiest * math.ceil(launch.threads / 32)
-    alone = seconds[limit] * chip.clock / warps_per_busiest * (QUARTERS if limit in opcodes.UNIT_OF.values() else 1)
+    busiest, turns = _turns(launch, even, resident)
+    alone = _block_seconds(launch, chip, done)
+    seconds = {unit: busiest * time for unit, time in alone.items()} | _memory_seconds(launch, chip)
+    limit = max(seconds, key=lambda unit: seconds[unit])
+    seconds["latency"] = turns * block.now / chip.clock
     return Bound(
         kernel=launch.kernel,
         chip=chip.name,
         seconds={unit: seconds[unit] for unit in UNITS},
-        blocks_per_multiprocessor=fits["blocks_per_sm"],
+        blocks_per_multiprocessor=resident,
         occupancy=fits["occupancy_pct"] / 100,
         occupancy_limit=fits["limited_by"],
-        waves=even / fits["blocks_per_sm"],
+        waves=even / resident,
         tail=1 - even / busiest,
-        serial=max(0.0, 1 - alone / warp.now),
-        waits=dict(sorted(warp.waits.items())),
-        bytes_in_flight=resident * done.loaded / warp.now * memory,
+        serial=_serial(launch, seconds[limit] / busiest, limit, block.now / chip.clock),
+        waits=dict(sorted(block.waits.items())),
+        bytes_in_flight=min(resident, even) * _warps(launch) * done.loaded / block.now * memory,
         instructions=dict(sorted(done.instructions.items())),
-        conflicts=done.shared / done.ideal_shared if done.ideal_shared else 1.0,
+        conflicts=done.wavefronts / done.ideal_wavefronts if done.ideal_wavefronts else 1.0,
         lines=done.lines / done.ideal_lines if done.ideal_lines else 1.0,
         unknown=done.unknown / done.touched if done.touched else 0.0,
     )
 
 
-def _seconds(launch: Launch, chip: Chip, done: Work, busiest: float) -> dict[str, float]:
-    """Return the time of each unit but latency. busiest: mean blocks that the busiest multiprocessor executes."""
-    warps = busiest * math.ceil(launch.threads / 32)
-    seconds = {u: warps * done.unit(u) / QUARTERS / chip.clock for u in ("tensor", "fp32", "mufu", "integer")}
-    seconds["issue"] = warps * done.issue / QUARTERS / chip.clock
-    seconds["load/store"] = warps * done.load_store / chip.clock
-    seconds["shared memory"] = warps * done.shared / chip.clock
-    seconds["dram"] = (launch.dram_read + launch.dram_written) / chip.dram
-    l2_bytes = max(launch.l2_read, launch.dram_read) + launch.dram_written
-    seconds["l2"] = l2_bytes / (chip.l2 * chip.clock)
+def _turns(launch: Launch, even: float, resident: int) -> tuple[float, float]:
+    """Return the mean blocks that the busiest multiprocessor executes, and how many it executes one after another.
+
+    even: blocks of each multiprocessor if they could be divided.
+    """
+    if launch.slowest > 1.0:
+        return max(even, launch.slowest), max(even / resident, launch.slowest)
+    return math.ceil(even), math.ceil(math.ceil(even) / resident)
+
+
+def _serial(launch: Launch, busy: float, limit: str, time: float) -> float:
+    """Return the share of a warp's time in which it does not use the limiting unit.
+
+    busy: seconds of that unit for a block; a warp has one of QUARTERS of it, or shares all of it in turn.
+    """
+    of_warp = busy / _warps(launch) * (QUARTERS if limit in QUARTERED else 1)
+    return max(0.0, 1 - of_warp / time)
+
+
+def _memory_latency(launch: Launch, chip: Chip) -> float:
+    """Return the mean cycles until a load returns, by the shares that come from DRAM and from L2."""
+    read = max(launch.l2_read, launch.dram_read)
+    from_dram = launch.dram_read / read if read else 1.0
+    return chip.l2_latency + from_dram * (chip.dram_latency - chip.l2_latency)
+
+
+def _block_seconds(launch: Launch, chip: Chip, done: Work) -> dict[str, float]:
+    """Return the time that a multiprocessor's units are busy with one block."""
+    each = _warps(launch) / chip.clock
+    seconds = {unit: each * done.unit(unit) / QUARTERS for unit in QUARTERED if unit != "issue"}
+    seconds["issue"] = each * done.issue / QUARTERS
+    seconds["load/store"] = each * done.load_store
+    seconds["shared memory"] = each * (done.operands + done.wavefronts)
     return seconds
+
+
+def _memory_seconds(launch: Launch, chip: Chip) -> dict[str, float]:
+    """Return the time that DRAM and L2 are busy with the grid."""
+    from_l2 = max(launch.l2_read, launch.dram_read)
+    return {
+        "dram": (launch.dram_read + launch.dram_written) / chip.dram,
+        "l2": (from_l2 + launch.dram_written) / (chip.l2 * chip.clock),
+    }

@@ -33,6 +33,7 @@ class Chip:
     mma_share: float  # share of that rate which mma.sync reaches; wgmma reaches all of it
     fp32_lanes: int
     fp16_lanes: int  # of pairs: HFMA2
+    bf16_lanes: int  # of pairs
     fp64_lanes: int
     multiply_lanes: int  # 32-bit integer multiply-add
     integer_lanes: int
@@ -59,8 +60,9 @@ A100 = Chip(
     l2=5120,  # A100
     tensor_fma=1024,  # A100: 256 for each of four tensor cores
     mma_share=1.0,  # Sun: m16n8k16 reaches the peak
-    fp32_lanes=64,  # guide, also the next five
+    fp32_lanes=64,  # guide, also the next six
     fp16_lanes=128,
+    bf16_lanes=64,
     fp64_lanes=32,
     multiply_lanes=64,
     integer_lanes=64,
@@ -79,8 +81,9 @@ H100 = Chip(
     l2=5120,  # H100: as on A100
     tensor_fma=2048,  # H100: 512 for each of four tensor cores
     mma_share=0.629,  # Luo: mean of mma.sync's shapes over the peak
-    fp32_lanes=128,  # guide, also the next five
+    fp32_lanes=128,  # guide, also the next six
     fp16_lanes=128,
+    bf16_lanes=128,
     fp64_lanes=64,
     multiply_lanes=64,
     integer_lanes=64,

@@ -81,7 +81,7 @@ def pipe_cycles(instruction: Instruction, chip: Chip) -> dict[str, float]:
         return {"tensor": _tensor_cycles(instruction, chip)}
     lanes = {
         "fma": chip.fp32_lanes,
-        "fp16": chip.fp16_lanes,
+        "fp16": chip.bf16_lanes if ".BF16" in instruction.opcode else chip.fp16_lanes,
         "fp64": chip.fp64_lanes,
         "multiply": chip.multiply_lanes,
         "alu": chip.integer_lanes,

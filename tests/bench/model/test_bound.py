@@ -133,3 +133,12 @@ def test_blocks_of_different_work() -> None:
 def test_a_block_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match="a block does not fit on A100, because of shared memory"):
         bound(Launch("k", assemble("EXIT", arch=80), 1, 128, dynamic_shared=200_000), A100)
+
+
+def test_warps_that_only_copy_do_no_work() -> None:
+    code = assemble("HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24, gsb0\nEXIT")
+    every, two_groups = (bound(Launch("k", code, 132, 384, computing=n), H100) for n in (None, 256))
+    assert two_groups.seconds["tensor"] == pytest.approx(2 / 3 * every.seconds["tensor"])
+    assert two_groups.blocks_per_multiprocessor == every.blocks_per_multiprocessor
+    # 64 x 128 x 16 bf16: both operands from shared memory, for each of two groups
+    assert two_groups.seconds["shared memory"] == pytest.approx(2 * (128 + 64) * 16 * 2 / 128 / H100.clock)
