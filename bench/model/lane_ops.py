@@ -47,6 +47,8 @@ def _mixed(*values: Value) -> int:
 
 
 def _product(a: Value, b: Value) -> int:
+    if any(v.trust == EXACT and not v.words.any() for v in (a, b)):
+        return EXACT
     if all(v.uniform for v in (a, b)) or _linear(a, b) == EXACT:
         return _linear(a, b)
     factor, other = (a, b) if a.uniform else (b, a)
@@ -174,18 +176,26 @@ def _extreme(i: Instruction, s: State, ops: list[str]) -> Value | None:
 
 
 def _compare(i: Instruction, s: State, operands: list[str]) -> Value | None:
-    """ISETP p, q, a, b, r: p = (a compared with b) and r, or the other way that the modifiers name."""
+    """ISETP p, q, a, b, r: p = (a compared with b) and r, or another function of both that the modifiers name.
+
+    .EX compares upper words; the last operand then is the result for the lower ones.
+    """
     a, b, other = (s.read(o) for o in operands[2:5])
     parts = i.opcode.split(".")
-    if a is None or b is None or other is None or parts[1] not in _COMPARE or "EX" in parts:
+    if a is None or b is None or other is None or parts[1] not in _COMPARE:
         return None
-    left, right = (
-        (a.words, b.words) if "U32" in parts else (_signed(a.words).view(np.int64), _signed(b.words).view(np.int64))
-    )
-    held = _COMPARE[parts[1]](left, right)
+    left, right = (a.words, b.words) if "U32" in parts else (_signed(v.words).view(np.int64) for v in (a, b))
+    held, trusts = _COMPARE[parts[1]](left, right), [a, b, other]
+    if "EX" in parts:
+        lower = s.read(operands[5])
+        if lower is None:
+            return None
+        trusts.append(lower)
+        equal, below = left == right, lower.words.astype(bool)
+        held = held | below if parts[1] == "NE" else (held & ~equal) | (equal & below)
     last = other.words.astype(bool)
     result = held & last if "AND" in parts else held | last if "OR" in parts else held ^ last
-    return Value(result.astype(np.uint64), EXACT if _linear(a, b, other) == EXACT else GUESS)
+    return Value(result.astype(np.uint64), _mixed(*trusts))
 
 
 def _extend(i: Instruction, s: State, ops: list[str]) -> Value | None:

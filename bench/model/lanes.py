@@ -2,8 +2,8 @@
 
 A value has 32 concrete words and says how far they can be trusted. Kernel parameters are not known. As stand-ins they
 get a large power of two, so that a pointer is aligned, a stride is longer than a line and a size is larger than the
-first index. The block is the first. Loops are followed through their first iteration. Results of loads, shuffles and
-floating-point arithmetic are unknown.
+first index. The block is the first, and predicates hold where they hold for these values. Loops are followed through
+their first iteration. Results of loads, shuffles and floating-point arithmetic are unknown.
 """
 
 from __future__ import annotations
@@ -96,18 +96,16 @@ class State:
     def write(self, name: str, value: Value | None, where: Value | None = None) -> None:
         """Set a register or predicate in the lanes of `where` (all if None)."""
         name = name.split(".")[0]
-        if name.endswith(("Z", "T")):
-            return
-        if where is not None and where.trust == EXACT and not where.words.any():
-            return
-        if value is None:
-            self.values.pop(name, None)
+        if name.endswith(("Z", "T")) or (where is not None and not where.words.any()):
             return
         old = self.values.get(name)
-        if where is not None and old is not None:  # without an old value the other lanes are unknown anyway
+        if value is None:
+            self.values.pop(name, None)
+        elif where is None or old is None or where.words.all():  # without an old value other lanes are unknown anyway
+            self.values[name] = value
+        else:
             trust = max(value.trust, old.trust, where.trust)
-            value = Value(np.where(where.words.astype(bool), value.words, old.words), trust)
-        self.values[name] = value
+            self.values[name] = Value(np.where(where.words.astype(bool), value.words, old.words), trust)
 
 
 def following(register: str) -> str:

@@ -76,6 +76,7 @@ def test_wide_products_have_two_words() -> None:
 @pytest.mark.parametrize(
     "instruction, trust",
     [
+        ("IMAD R2, RZ, c[0x0][0x0], R0", EXACT),
         ("IADD3 R2, R0, c[0x0][0x160], RZ", OFFSET),
         ("IMAD R2, R0, c[0x0][0x160], RZ", GUESS),
         ("IMAD R2, R1, c[0x0][0x160], R0", OFFSET),
@@ -87,6 +88,21 @@ def test_wide_products_have_two_words() -> None:
 def test_how_far_values_are_known(instruction: str, trust: int) -> None:
     state = run(f"S2R R0, SR_TID.X\nS2R R4, SR_CTAID.X\nMOV R1, 0x8\n{instruction}")
     assert state.values["R2"].trust == trust
+
+
+def test_comparisons_of_two_words() -> None:
+    lower = "ISETP.GE.U32.AND P0, PT, R0, 0x10, PT\n"
+    for high, expected in (("RZ", lambda t: t >= 16), ("0x1", lambda t: False), ("-0x1", lambda t: True)):
+        state = run(f"S2R R0, SR_TID.X\n{lower}ISETP.GE.AND.EX P1, PT, RZ, {high}, PT, P0")
+        assert words(state, "P1") == [expected(t) for t in range(32)]
+    pointer = "ISETP.NE.U32.AND P0, PT, RZ, c[0x0][0x168], PT\nISETP.NE.AND.EX P1, PT, RZ, c[0x0][0x16c], PT, P0"
+    assert words(run(pointer), "P1") == [1] * 32, "a pointer that is a parameter is taken to be one"
+
+
+def test_a_choice_by_a_parameter_moves_all_lanes_alike() -> None:
+    chosen = "ISETP.NE.U32.AND P0, PT, RZ, c[0x0][0x168], PT\nSEL R1, 0x100, 0x200, P0\n"
+    text = f"S2R R0, SR_TID.X\n{chosen}IADD3 R2, R0, R1, RZ"
+    assert run(text).values["R2"].trust == OFFSET
 
 
 def test_what_memory_returns_is_unknown() -> None:
