@@ -85,7 +85,7 @@ def parts_of(config: ModelConfig, block_size: int) -> list[Part]:
     tied = 2.0 * model.wte.weight.numel() if config.tied else 0.0
     blocks = [Part(found, flops(found, attention)) for found in map(shapes, model.blocks)]
     head = shapes(model.head, model.norm_f)
-    return [Part(shapes(model.wpe, model.wte), 0.0), *blocks, Part(head, flops(head, tied))]
+    return [Part(shapes(model.wte, model.wpe), 0.0), *blocks, Part(head, flops(head, tied))]
 
 
 def buckets(parts: list[Part], itemsize: int) -> list[tuple[int, int]]:

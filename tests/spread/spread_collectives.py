@@ -23,9 +23,10 @@ SHAPE = Shape(layers=2, heads=2, width=64, vocab=64, block=16, batch=2, steps=2)
 
 
 def settings(out: str, data: str, kind: str, processes: int) -> TrainConfig:
-    """Return those of a model whose gradients fill three buckets, and whose embedding has an odd number of rows."""
+    """Return those of a model whose gradients fill four buckets, the last of positions alone, and whose embedding has an
+    odd number of rows."""
     sizes: dict[str, Any] = dict(n_layers=5, n_heads=6, n_kv_heads=2, width=384, block_size=8)
-    model = ModelConfig(**sizes, vocab_size=63, vocab_multiple=1, tied=kind == "ddp")
+    model = ModelConfig(**sizes, vocab_size=20_001, vocab_multiple=1, tied=kind == "ddp")
     return TrainConfig(
         model=model,
         data=data,
@@ -65,7 +66,7 @@ def expected(cfg: TrainConfig, mesh: Mesh) -> Counter[Collective]:
     step = Counter(collectives(work, cfg.parallel, mesh.world))
     total = Counter({call: STEPS * count for call, count in step.items()})
     if cfg.parallel == "ddp":
-        assert len(step) == 2 + 3, "three buckets"
+        assert len(step) == 2 + 4, "four buckets"
         total += Counter([Collective("all_reduce", 4 * work.parameters)])
     return total
 
