@@ -15,10 +15,12 @@ from fastgpt.bench.model.lanes import (
     LANE,
     MASK,
     OFFSET,
+    STAND_IN,
     ZERO,
     State,
     Value,
     Words,
+    addresses,
     constant,
     following,
 )
@@ -254,6 +256,18 @@ def _registers(i: Instruction) -> int:
     return max(wide, 2 if ".WIDE" in i.opcode or ".64" in i.opcode or i.base in ("CS2R", "DADD", "DMUL", "DFMA") else 1)
 
 
+def _loaded(s: State, i: Instruction) -> Value | None:
+    """Return what a load gives if all lanes read the same word: an unknown value, but the same one in all lanes.
+
+    A later load gives a larger one, as the end of a range follows its start.
+    """
+    found = addresses(s, i) if i.base in ("LDG", "LDS", "LD") else []
+    if len(found) != 1 or found[0] is None or not (found[0].bytes == found[0].bytes[0]).all():
+        return None
+    s.loads += 1
+    return constant(STAND_IN * (1 + s.loads), OFFSET if found[0].trust <= OFFSET else GUESS)
+
+
 def execute(s: State, i: Instruction) -> None:
     """Apply an instruction to the state; what it writes becomes unknown if it is not followed."""
     base = _NAMES.get(i.base, i.base[1:] if i.base[0] == "U" else i.base)
@@ -266,7 +280,7 @@ def execute(s: State, i: Instruction) -> None:
         return
     written, operands = _sources(i)
     operation = _OPERATIONS.get(base)
-    value = operation(i, s, operands) if operation else None
+    value = operation(i, s, operands) if operation else _loaded(s, i)
     if value is not None and i.predicate and guard is None:
         value = Value(value.words, GUESS)
     for predicate in written:
@@ -276,4 +290,5 @@ def execute(s: State, i: Instruction) -> None:
     upper = register
     for _ in range(_registers(i) - 1 if value is None or ".WIDE" not in i.opcode else 0):
         upper = following(upper)
-        s.write(upper, value if base in ("MOV", "LDC", "CS2R") else None, guard)  # a 64-bit constant, or zero
+        same = base in ("MOV", "LDC", "CS2R", "LDG", "LDS", "LD")  # the words of a constant, of zero, of a uniform load
+        s.write(upper, value if same else None, guard)

@@ -3,7 +3,8 @@
 A value has 32 concrete words and says how far they can be trusted. Kernel parameters are not known. As stand-ins they
 get a large power of two, so that a pointer is aligned, a stride is longer than a line and a size is larger than the
 first index. The block is the first, and predicates hold where they hold for these values. Loops are followed through
-their first iteration. Results of loads, shuffles and floating-point arithmetic are unknown.
+their first iteration. Results of loads are unknown, unless all lanes read the same word, and so are shuffles and
+floating-point arithmetic.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class State:
 
     def __init__(self) -> None:
         self.values: dict[str, Value] = {}
+        self.loads = 0  # whose value is the same in all lanes
 
     def read(self, operand: str) -> Value | None:
         """Return the value of an operand: a register, a predicate, an immediate or a constant."""

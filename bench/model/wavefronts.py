@@ -51,16 +51,21 @@ def _parts(starts: Words, width: int, unit: int) -> Words:
     return np.unique((starts[:, None] + steps[None, :]) // np.uint64(unit))
 
 
+def _most_in_a_bank(words: Words) -> int:
+    return int(np.bincount((words % np.uint64(BANKS)).astype(np.int64)).max())
+
+
 def conflicts(address: Address, width: int, rows: int = WARP) -> tuple[float, float]:
-    """Return the wavefronts of an access to shared memory, and their least number for so many bytes."""
-    if (address.bytes[:rows] == address.bytes[0]).all():
+    """Return the wavefronts of an access to shared memory, and their least number for so many bytes.
+
+    Phases whose words are the same or in different banks are taken to share one wavefront.
+    """
+    parts = [_parts(starts, width, BANK) for starts in _phases(address, width, rows)]
+    if not parts:
         return 1.0, 1.0
-    total, words_of_all = 0, set()
-    for starts in _phases(address, width, rows):
-        words = _parts(starts, width, BANK)
-        words_of_all |= set(words.tolist())
-        total += int(np.bincount((words % np.uint64(BANKS)).astype(np.int64)).max())
-    return float(total), float(max(1, min(total, -(-len(words_of_all) // BANKS))))
+    whole = np.unique(np.concatenate(parts))
+    total = 1 if _most_in_a_bank(whole) == 1 else sum(_most_in_a_bank(words) for words in parts)
+    return float(total), float(min(total, -(-len(whole) // BANKS)))
 
 
 def lines(address: Address, width: int) -> tuple[float, float]:

@@ -110,6 +110,13 @@ def test_what_memory_returns_is_unknown() -> None:
     assert state.values.keys() & {"R1", "R4", "R5", "R6"} == {"R6"}
 
 
+def test_a_word_that_all_lanes_load_is_the_same_in_all() -> None:
+    begin, end = "LDG.E R1, [R4.64]\n", "LDG.E.64 R2, [R4.64+0x4]\n"
+    state = run(f"S2R R0, SR_TID.X\nMOV R4, c[0x0][0x160]\n{begin}{end}IADD3 R6, R0, R1, RZ\nIADD3 R7, R0, R3, RZ")
+    assert state.values["R6"].trust == state.values["R7"].trust == OFFSET
+    assert words(state, "R1")[0] < words(state, "R2")[0]
+
+
 def test_uniform_registers_and_constants() -> None:
     state = run(
         "UMOV UR4, 0x400\nS2UR UR6, SR_CgaCtaId\nULEA UR4, UR6, UR4, 0x18\nS2R R0, SR_TID.X\nLEA R5, R0, UR4, 0x2"

@@ -24,6 +24,7 @@ def at(bytes_: object, active: object = True) -> Address:
         (128, 4, (32, 1)),  # all in one bank
         (132, 4, (1, 1)),  # padded by a word
         (0, 4, (1, 1)),  # broadcast
+        (0, 16, (1, 1)),
         (2, 2, (1, 1)),  # two lanes share a word
         (8, 8, (2, 2)),  # 256 bytes take two cycles
         (16, 16, (4, 4)),
@@ -38,6 +39,12 @@ def test_strides_in_shared_memory(stride: int, width: int, found: tuple[int, int
 def test_the_usual_swizzle_has_no_conflict() -> None:
     row, column = LANE % np.uint64(8), LANE // np.uint64(8)
     assert conflicts(at(row * np.uint64(128) + (column ^ row) * np.uint64(16)), 16) == (4, 4)
+
+
+def test_phases_that_read_the_same_words_share_a_wavefront() -> None:
+    assert conflicts(at(LANE % np.uint64(16) * np.uint64(8)), 8) == (1, 1)
+    assert conflicts(at(LANE // np.uint64(2) * np.uint64(4)), 4) == (1, 1)
+    assert conflicts(at(LANE % np.uint64(16) * np.uint64(16)), 16) == (4, 2), "two phases of 128 bytes, read twice"
 
 
 def test_lanes_that_do_not_take_part_do_not_count() -> None:
