@@ -268,6 +268,21 @@ def _loaded(s: State, i: Instruction) -> Value | None:
     return constant(STAND_IN * (1 + s.loads), OFFSET if found[0].trust <= OFFSET else GUESS)
 
 
+def _uniform(s: State, i: Instruction, operands: list[str]) -> Value | None:
+    """Return the result of an instruction that is not followed if it must be the same in all lanes: an unknown value.
+
+    Uniform registers are, and what is computed from values that are, as a quotient of block numbers. 0 stands in.
+    """
+    if not operands[0].startswith("UR"):
+        if opcodes.PIPE_OF.get(i.base) not in ("fma", "fp16", "multiply", "alu", "xu") or not operands[1:]:
+            return None
+        registers = [o for o in operands[1:] if re.match(r"[-~!|]?U?[RP]\w", o)]
+        values = [s.read(o.replace("|", "")) for o in registers]
+        if not all(v is not None and v.uniform and v.trust <= OFFSET for v in values):
+            return None
+    return constant(0, OFFSET)
+
+
 def execute(s: State, i: Instruction) -> None:
     """Apply an instruction to the state; what it writes becomes unknown if it is not followed."""
     base = _NAMES.get(i.base, i.base[1:] if i.base[0] == "U" else i.base)
@@ -281,6 +296,7 @@ def execute(s: State, i: Instruction) -> None:
     written, operands = _sources(i)
     operation = _OPERATIONS.get(base)
     value = operation(i, s, operands) if operation else _loaded(s, i)
+    value = value or _uniform(s, i, operands)
     if value is not None and i.predicate and guard is None:
         value = Value(value.words, GUESS)
     for predicate in written:

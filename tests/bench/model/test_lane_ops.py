@@ -110,6 +110,14 @@ def test_what_memory_returns_is_unknown() -> None:
     assert state.values.keys() & {"R1", "R4", "R5", "R6"} == {"R6"}
 
 
+def test_quotients_of_block_numbers_are_uniform() -> None:
+    quotient = "I2F.RP R1, R4\nMUFU.RCP R1, R1\nF2I.FTZ.U32.TRUNC.NTZ R2, R1\nR2UR UR5, R2\nFADD R6, |R1|, 1.5"
+    other = "IADD3 R7, R0, UR5, RZ\nI2F.RP R8, R0\nUFLO.U32 UR8, UR9"
+    state = run(f"S2R R0, SR_TID.X\nS2R R4, SR_CTAID.X\n{quotient}\n{other}")
+    assert state.values["R7"].trust == state.values["R6"].trust == state.values["UR8"].trust == OFFSET
+    assert "R8" not in state.values
+
+
 def test_a_word_that_all_lanes_load_is_the_same_in_all() -> None:
     begin, end = "LDG.E R1, [R4.64]\n", "LDG.E.64 R2, [R4.64+0x4]\n"
     state = run(f"S2R R0, SR_TID.X\nMOV R4, c[0x0][0x160]\n{begin}{end}IADD3 R6, R0, R1, RZ\nIADD3 R7, R0, R3, RZ")
