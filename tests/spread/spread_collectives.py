@@ -23,8 +23,8 @@ SHAPE = Shape(layers=2, heads=2, width=64, vocab=64, block=16, batch=2, steps=2)
 
 
 def settings(out: str, data: str, kind: str, processes: int) -> TrainConfig:
-    """Return those of a model whose gradients fill four buckets, the last of positions alone, and whose embedding has an
-    odd number of rows."""
+    """Return those of a model whose gradients fill four buckets, the last of positions alone, and whose embedding has
+    an odd number of rows."""
     sizes: dict[str, Any] = dict(n_layers=5, n_heads=6, n_kv_heads=2, width=384, block_size=8)
     model = ModelConfig(**sizes, vocab_size=20_001, vocab_multiple=1, tied=kind == "ddp")
     return TrainConfig(
