@@ -99,7 +99,7 @@ def iterations(launch: Launch, found: Flow) -> dict[int, float]:
 
 def _per_iteration(found: Flow, loop: Loop, values: list[int]) -> int:
     """Return the sum of the values of the instructions in one iteration of an innermost loop."""
-    return sum(values[number] for number in route(found, loop))
+    return sum(values[number] for number in route(found, loop, {}))
 
 
 def _warps(launch: Launch) -> int:
@@ -117,7 +117,8 @@ def bound(launch: Launch, chip: Chip) -> Bound:
     resident = fits["blocks_per_sm"]
     if not resident:
         raise ValueError(f"{launch.kernel}: a block does not fit on {chip.name}, because of {fits['limited_by']}")
-    trips, costs = iterations(launch, found), accesses(code)
+    trips = iterations(launch, found)
+    costs = accesses(code, trips)
     done = work(found, executions(found, trips), costs, chip)
     memory = _memory_latency(launch, chip)
     block = block_time(found, trips, Warp(chip, memory, costs, _warps(launch)))

@@ -1,21 +1,26 @@
 """Control flow of machine code: basic blocks, loops, and how often a warp executes each instruction.
 
-A warp is taken along the longest way through a kernel and through an iteration of each loop that makes no call. Calls
-are nvcc's subroutines for rare operands (denormal divisors, 64-bit divisions), and a branch where a warp has diverged
-(BRA.DIV) is not taken, so that this is the way of a warp in the middle of full tiles.
+Of all ways through a kernel, and through an iteration of each loop, a warp is taken along the one that does the work in
+the fewest instructions: with the most products of tensor cores, then the most bytes, then the shortest. So it enters
+the tiles, takes vectors where another branch takes single elements, and skips masks. It makes no call, which are nvcc's
+subroutines for rare operands (denormal divisors, 64-bit divisions), and it does not diverge (BRA.DIV is not taken).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from fastgpt.bench.model.machine_code import Code, Instruction
+from fastgpt.bench.model.opcodes import multiply_adds, vector_bytes
 
 ENDS = ("BRA", "BRX", "JMP", "JMX", "EXIT", "RET", "KILL")
 JUMPS = ("BRA", "JMP", "CALL")
-AVOIDED = 1e9  # instructions by which a way with a call counts as shorter
+Worth = tuple[float, float, float, float, float]  # what the best way has most of, see `_worth`
+NOTHING: Worth = (0.0, 0.0, 0.0, 0.0, 0.0)
+NO_WAY: Worth = (-math.inf, 0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -173,26 +178,19 @@ def flow(code: Code) -> Flow:
 
 
 def way(found: Flow, loop: Loop | None = None, trips: Mapping[int, float] | None = None) -> list[int | Loop]:
-    """Return the blocks, and the loops as wholes, on the longest way through the kernel or an iteration of `loop`."""
-    inside = set(found.blocks) if loop is None else set(loop.blocks)
+    """Return the blocks, and the loops as wholes, on the best way through the kernel or an iteration of `loop`.
+
+    A loop to which `trips` gives iterations is on it if any way leads there.
+    """
     entry = 0 if loop is None else loop.header
     inner = {b: child for child in found.children(loop.number if loop else None) for b in child.blocks}
-    node = {b: inner[b].header if b in inner else b for b in inside}
-    edges: dict[int, set[int]] = {n: set() for n in node.values()}
-    final = set()
-    for b in inside:
-        for s in found.blocks[b].successors:
-            if loop is not None and s == entry:
-                final.add(node[b])
-            elif s in inside and node[s] != node[b]:
-                edges[node[b]].add(node[s])
-    best: dict[int, tuple[float, int | None]] = {}
+    edges, final = _collapsed(found, loop, inner)
+    best: dict[int, tuple[Worth, int | None]] = {}
     for n in _postorder(edges, entry):
-        last = n in final if loop is not None else not edges[n]
-        choices: list[tuple[float, int | None]] = [(best[s][0], s) for s in edges[n] if s in best]
-        choices += [(0.0, None)] if last else []
-        length, following = max(choices, key=lambda choice: choice[0], default=(-AVOIDED * 1e3, None))
-        best[n] = length + _length(found, inner.get(n, n), trips or {}), following
+        choices: list[tuple[Worth, int | None]] = [(best[s][0], s) for s in edges[n] if s in best]
+        choices += [(NOTHING, None)] if n in final else []
+        worth, following = max(choices, key=lambda choice: choice[0], default=(NO_WAY, None))
+        best[n] = _sum([worth, _worth(found, inner.get(n, n), trips or {})]), following
     route: list[int | Loop] = []
     at: int | None = entry
     while at is not None:
@@ -201,16 +199,46 @@ def way(found: Flow, loop: Loop | None = None, trips: Mapping[int, float] | None
     return route
 
 
-def _length(found: Flow, node: int | Loop, trips: Mapping[int, float]) -> float:
+def _collapsed(found: Flow, loop: Loop | None, inner: Mapping[int, Loop]) -> tuple[dict[int, set[int]], set[int]]:
+    """Return the edges between blocks, each inner loop being one node by the name of its header, and the last nodes."""
+    inside = set(found.blocks) if loop is None else set(loop.blocks)
+    node = {b: inner[b].header if b in inner else b for b in inside}
+    edges: dict[int, set[int]] = {n: set() for n in node.values()}
+    final = set()
+    for b in inside:
+        for s in found.blocks[b].successors:
+            if loop is not None and s == loop.header:
+                final.add(node[b])
+            elif s in inside and node[s] != node[b]:
+                edges[node[b]].add(node[s])
+    return edges, final if loop is not None else {n for n, after in edges.items() if not after}
+
+
+def _sum(parts: Iterable[Worth]) -> Worth:
+    a, b, c, d, e = (sum(values) for values in zip(NOTHING, *parts))
+    return a, b, c, d, e
+
+
+def _worth(found: Flow, node: int | Loop, trips: Mapping[int, float]) -> Worth:
+    """Return calls (negative), loops with known iterations, multiply-adds, bytes and instructions (negative)."""
     if isinstance(node, Loop):
-        return max(1.0, trips.get(node.number, 1.0)) * sum(_length(found, n, trips) for n in way(found, node, trips))
+        once = _sum(_worth(found, n, trips) for n in way(found, node, trips))
+        often = max(1.0, trips.get(node.number, 1.0))
+        named = once[1] + (trips.get(node.number, 0.0) > 0)
+        return once[0], named, often * once[2], often * once[3], often * once[4]
     block = found.blocks[node]
-    calls = sum(i.base == "CALL" and not _jumps(i) for i in found.code.instructions[block.start : block.end])
-    return block.end - block.start - AVOIDED * calls
+    inside = found.code.instructions[block.start : block.end]
+    calls = sum(i.base == "CALL" and not _jumps(i) for i in inside)
+    return -calls, 0.0, sum(map(multiply_adds, inside)), sum(map(_bytes, inside)), -len(inside)
+
+
+def _bytes(instruction: Instruction) -> int:
+    """Return the bytes that a warp moves; a copy from global to shared memory counts twice, as a load and a store."""
+    return vector_bytes(instruction) * (2 if instruction.base == "LDGSTS" else 1)
 
 
 def executions(found: Flow, trips: Mapping[int, float]) -> dict[int, float]:
-    """Return how often a warp executes each instruction, by its number in code.instructions, on the longest way.
+    """Return how often a warp executes each instruction, by its number in code.instructions, on the best way.
 
     trips: total iterations of the loops, by number; a loop that is missing makes one iteration each time it is reached.
     """

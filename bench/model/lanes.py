@@ -10,7 +10,7 @@ floating-point arithmetic.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -144,10 +144,10 @@ def addresses(state: State, i: Instruction) -> list[Address | None]:
     return found
 
 
-def route(found: Flow, loop: Loop | None = None) -> Iterable[int]:
-    """Yield the numbers of the instructions on the longest way, one iteration of every loop."""
-    for node in way(found, loop):
+def route(found: Flow, loop: Loop | None, trips: Mapping[int, float]) -> Iterator[int]:
+    """Yield the numbers of the instructions on the best way (`flow.way`), one iteration of every loop."""
+    for node in way(found, loop, trips):
         if isinstance(node, Loop):
-            yield from route(found, node)
+            yield from route(found, node, trips)
         else:
             yield from range(found.blocks[node].start, found.blocks[node].end)

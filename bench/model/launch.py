@@ -41,7 +41,7 @@ class Launch:
     tensor_flop: float = 0.0  # executed, tiles that are partly masked included
     trips: Mapping[int, float] = field(default_factory=dict)
     slowest: float = 1.0  # work of the largest block over the mean block
-    computing: int | None = None  # threads of a block that take the longest way, if the others only copy for them
+    computing: int | None = None  # threads of a block that do the work, if the others only copy for them
 
 
 @dataclass(frozen=True)

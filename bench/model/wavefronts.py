@@ -112,11 +112,15 @@ def access(i: Instruction, state: State) -> Access | None:
     return Access(**result, known=known)
 
 
+def accesses(code: Code, trips: Mapping[int, float]) -> Mapping[int, Access]:
+    """Return the cost of every instruction on the best way that touches memory, by its number."""
+    return _accesses(code, tuple(sorted(trips.items())))
+
+
 @functools.lru_cache(maxsize=64)
-def accesses(code: Code) -> Mapping[int, Access]:
-    """Return the cost of every instruction on the longest way that touches memory, by its number."""
+def _accesses(code: Code, trips: tuple[tuple[int, float], ...]) -> Mapping[int, Access]:
     found, state = {}, State()
-    for number in route(flow(code)):
+    for number in route(flow(code), None, dict(trips)):
         i = code.instructions[number]
         cost = access(i, state)
         if cost is not None:

@@ -49,7 +49,7 @@ def test_counts_of_adamw_prepare() -> None:
         assert counted(code, A100, trips) == expected
     # Its first load takes 8 bytes of every 72: 16 lanes span 1088 bytes, nine lines, and so do the other 16. What it
     # loads is a pointer, so that the other two accesses are unknown.
-    first, *others = accesses(code).values()
+    first, *others = accesses(code, {}).values()
     assert (first.lines, first.ideal_lines, first.known) == (18, 2, True)
     assert [(a.lines, a.known) for a in others] == [(1, False), (1, False)]
 

@@ -16,7 +16,7 @@ MEMORY = 500.0
 
 def run(text: str, chip: Chip = A100, trips: dict[int, float] | None = None, warps: int = 1) -> Warp:
     code = assemble(text, arch=chip.capability)
-    return block_time(flow(code), trips or {}, Warp(chip, MEMORY, accesses(code), warps))
+    return block_time(flow(code), trips or {}, Warp(chip, MEMORY, accesses(code, {}), warps))
 
 
 def test_prescribed_cycles() -> None:

@@ -84,7 +84,7 @@ def test_rows_of_matrices() -> None:
     LDSM.16.M88.4 R4, [R3]
     EXIT
     """)
-    found = list(accesses(code).values())
+    found = list(accesses(code, {}).values())
     # eight rows of 16 bytes in the same four banks, four matrices or two; in the last, rows are 144 bytes apart
     assert [(a.wavefronts, a.ideal_wavefronts) for a in found] == [(32, 4), (16, 2), (4, 4)]
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_followed_is_ideal_and_said_so() -> None:
     STL [R1], R0
     EXIT
     """)
-    assert list(accesses(code).values()) == [
+    assert list(accesses(code, {}).values()) == [
         Access(lines=1, ideal_lines=1, known=False),
         Access(wavefronts=4, ideal_wavefronts=4, known=False),
         Access(wavefronts=1, ideal_wavefronts=1, known=False),  # the stride is a parameter: conflicts depend on it
@@ -117,4 +117,4 @@ def test_copies_count_on_both_sides() -> None:
     LDGSTS.E.BYPASS.128 [R1], [R2.64]
     EXIT
     """)
-    assert list(accesses(code).values()) == [Access(32, 4, 4, 4)]
+    assert list(accesses(code, {}).values()) == [Access(32, 4, 4, 4)]
