@@ -7,7 +7,8 @@ Sources, by the names that the comments use:
   data sheets  NVIDIA's data sheets of A100 80GB SXM, H100 SXM and H200 SXM
   Luo          Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499
   Sun          Sun et al., "Dissecting Tensor Cores via Microbenchmarks", arXiv 2206.02874
-  Jia          Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", arXiv 1804.06826
+
+Latencies and mma_share are quoted from memory: the papers were not at hand. The first device corrects them.
 """
 
 from __future__ import annotations
@@ -41,9 +42,7 @@ class Chip:
     l2_latency: int
     dram_latency: int
     shared_latency: int
-    mma_latency: int  # of HMMA.16816 from issue to a dependent one
     shared_bytes: int = 128  # per cycle and multiprocessor: 32 banks of 4 bytes (guide, shared memory)
-    line: int = 128  # bytes of the load/store unit's access to a line of L1, one a cycle
 
     @property
     def bytes_to_cover(self) -> float:
@@ -70,7 +69,6 @@ A100 = Chip(
     l2_latency=262,  # Luo, also the next two
     dram_latency=466,
     shared_latency=29,
-    mma_latency=25,  # Sun: m16n8k16
 )
 H100 = Chip(
     name="H100",
@@ -91,7 +89,6 @@ H100 = Chip(
     l2_latency=263,  # Luo, also the next two; of an idle memory, so that the bound stays a lower one
     dram_latency=479,
     shared_latency=29,
-    mma_latency=33,  # Luo: m16n8k16
 )
 H200 = dataclasses.replace(H100, name="H200", dram=4.8e12)  # data sheets; the H100's multiprocessors and latencies
 CHIPS = {chip.name: chip for chip in (A100, H100, H200)}
