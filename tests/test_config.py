@@ -73,7 +73,7 @@ def test_options_count_wherever_they_stand(tmp_path: Path, caplog: pytest.LogCap
     file = tmp_path / "mine.yaml"
     file.write_text("lr: 6e-4\nclip: 2.0\n", encoding="utf-8")
     config = ["--config", "tiny"]
-    for option in (["--lr=1e-4"], ["--micro-batch", "8"], ["--model.n-layers", "1"], ["--no-graphs"]):
+    for option in (["--lr=1e-4"], ["--micro-batch", "8"], ["--model.n-layers", "1"], ["--compile"]):
         expected = load_config([*config, *option])
         assert expected != load_config(config)
         assert load_config([*option, *config]) == load_config(option) == expected
@@ -124,12 +124,14 @@ def test_an_option_that_changes_nothing_is_said(
     option: str, where: str, counts: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     idle = "--schedule constant --data a.bin --val-data b.bin --device cpu --dtype fp32 --eval-every 0 --model.norm rms"
+    idle += " --optimizer adamw"
     argv = ["--" + option.split()[0], option.split()[1]]
     load_config([*idle.split(), *argv])
     name = option.split()[0].replace("-", "_")
     assert caplog.messages == [f"--{name} has no effect here: it only applies with {where}"]
     caplog.clear()
-    load_config([*argv, "--" + counts.split()[0], counts.split()[1]])
+    adamw = "" if counts.startswith("optimizer") else "--optimizer adamw "
+    load_config([*argv, *f"{adamw}--{counts}".split()])
     assert not caplog.messages
 
 

@@ -40,7 +40,7 @@ from fastgpt.training.stability import LossScale, SpikeGuard
 SMALL = (
     "--model.n-layers 2 --model.n-heads 2 --model.width 32 --block-size 32 --micro-batch 4 --batch-tokens 256 "
     "--max-minutes null --max-steps 12 --warmup-steps 2 --eval-every 6 --eval-batches 2 --save-every 4 --log-every 4 "
-    "--vocab-size 300 --sample-tokens 8 --device cpu"
+    "--vocab-size 300 --sample-tokens 8 --device cpu --optimizer adamw --lr 3e-3"
 ).split()
 
 

@@ -26,7 +26,7 @@ def test_a_grid_has_its_variants_over_the_options(tmp_path: Path) -> None:
     text = "options: {max-steps: 300, model: {n-layers: 2}}\nseeds: [1, 2, 3]\n" + GRID
     found = candidates(spec(tmp_path, text))
     assert [(one.name, one.given) for one in found] == [("a", {}), ("b", {"lr": "1e-4"})]
-    assert [one.cfg.lr for one in found] == [3e-3, 1e-4]
+    assert [one.cfg.lr for one in found] == [6e-3, 1e-4]
     assert all((one.cfg.max_steps, one.cfg.max_minutes, one.cfg.model.n_layers) == (300, None, 2) for one in found)
 
 
@@ -64,7 +64,7 @@ def test_a_search_has_ranges_and_lists(tmp_path: Path) -> None:
         (GRID + "options: {max-steps: 3, max_steps: 3}\n", "options sets max_steps twice"),
         (GRID + "options: {learning-rate: 3}\n", "options: learning_rate is not a setting"),
         (GRID + "metric: mood\n", "goal is 'auto', expected min or max: the name 'mood' does not tell"),
-        (GRID + "options: {momentum: 0.9}\n", "momentum has no effect here: it only applies with optimizer muon"),
+        (GRID + "options: {optimizer: adamw, momentum: 0.9}\n", "momentum has no effect here: it only applies with"),
         (GRID + "options: {lr: fast}\n", "lr is 'fast', expected a number"),
         (GRID.replace("b:", "b/c:"), "variants is 'b/c', expected names of letters"),
         (GRID + "devices: [cpu]\noptions: {device: cpu}\n", "devices and the setting device are both given"),
