@@ -65,6 +65,7 @@ _tuned: dict[str, dict[str, dict[str, Any]]] = {}  # device type -> "<op>.<dtype
 _choice: dict[str, str] = {}
 _wrong: list[UserError] = []  # what is wrong with FASTGPT_KERNELS, or with the compiled kernels
 raw_ops: dict[str, str] = {}  # raw op that csrc implements -> its op
+_simulated: set[str] = set()  # backends named by `simulate`
 
 
 def interpreting() -> bool:
@@ -73,9 +74,23 @@ def interpreting() -> bool:
 
 
 def simulated(backend: str) -> bool:
-    """Return whether kernels of this backend run on CPU tensors in this process, for tests only: Triton kernels in the
-    interpreter, CUDA kernels in the emulation whose library FASTGPT_EMULATED_CUDA names (tests/cuda_on_cpu)."""
+    """Return whether kernels of this backend accept tensors of any device in this process. Tests run Triton kernels in
+    the interpreter and CUDA kernels in the emulation whose library FASTGPT_EMULATED_CUDA names (tests/cuda_on_cpu);
+    `simulate` is for recorders that launch nothing."""
+    if backend in _simulated:
+        return True
     return (backend == "triton" and interpreting()) or (backend == "cuda" and bool(_EMULATED_CUDA))
+
+
+@contextlib.contextmanager
+def simulate(*backends: str) -> Iterator[None]:
+    """Let these backends serve tensors of any device, as if they ran there."""
+    _simulated.update(backends)
+    try:
+        yield
+    finally:
+        _simulated.difference_update(backends)
+        _cache.clear()
 
 
 def checks_values(t: Tensor) -> bool:
