@@ -3,6 +3,7 @@
 // of DType. Omitted arguments are zero or null; `multiprocessors` is 108. The same library holds the ops themselves
 // (csrc/*/glue.cpp).
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -128,6 +129,27 @@ std::vector<uintptr_t> launched() {
   return found;
 }
 
+// From here on, launchers plan for a device of so many multiprocessors, and for waves of so many; nothing runs.
+void plan(int multiprocessors, int of_waves) {
+  emulator::Machine& m = emulator::machine();
+  m.launches.clear(), m.order.clear();
+  m.dry = true, m.multiprocessors = multiprocessors, cuda::kSms = of_waves;
+}
+
+// Returns what was planned since `plan`: (offset of the kernel in this library, sizes) each. Kernels run again.
+std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> planned_launches() {
+  emulator::Machine& m = emulator::machine();
+  m.dry = false, m.multiprocessors = cuda::kSms = 1;
+  Dl_info here{};
+  dladdr(reinterpret_cast<const void*>(&plan), &here);
+  std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> found;
+  for (size_t i = 0; i < m.launches.size(); ++i) {
+    const auto at = reinterpret_cast<uintptr_t>(m.order[i]) - reinterpret_cast<uintptr_t>(here.dli_fbase);
+    found.emplace_back(at, m.launches[i]);
+  }
+  return found;
+}
+
 }  // namespace
 
 // The order in which threads run: 0 forward, 1 backward, 2 random from this seed.
@@ -142,6 +164,8 @@ PYBIND11_MODULE(kernels, m) {
   m.def("layer_norm_bwd_blocks", size<cuda::layer_norm_bwd_blocks, int64_t, int64_t>);
   m.def("layer_norm_bwd_at_once", at_once(cuda::layer_norm_bwd));
   m.def("launched", launched);
+  m.def("plan", plan);
+  m.def("planned", planned_launches);
   m.def("rms_norm_fwd", planned(cuda::rms_norm_fwd));
   m.def("rms_norm_bwd", planned(cuda::rms_norm_bwd));
   m.def("rms_norm_bwd_blocks", size<cuda::rms_norm_bwd_blocks, int64_t, int64_t>);
