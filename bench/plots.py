@@ -57,5 +57,27 @@ def losses(title: str, curves: dict[str, list[float]]) -> Plot:
     return Plot(_name(title), title, figure(draw, 7.0, 3.2))
 
 
+def roofline(title: str, points: dict[str, tuple[float, float]], issue: float, memory: float) -> Plot:
+    """Draw an instruction roofline. points: name -> instructions of warps a byte, and a second; issue: the most
+    instructions a second; memory: bytes a second. Source: Ding, Williams 2019 (DOI 10.1109/PMBS49563.2019.00007)."""
+    ends = [f(x for x, _ in points.values()) for f in (min, max)]
+    low, high = min(ends[0], issue / memory) / 2, max(ends[1], issue / memory) * 4
+
+    def draw(ax: Any) -> None:
+        ax.plot([low, issue / memory, high], [low * memory, issue, issue], color="#1b1f24", linewidth=1)
+        for i, (name, (x, y)) in enumerate(points.items()):
+            ax.plot(x, y, "o", color=OURS, markersize=5)
+            ax.annotate(name, (x, y), (4, 4 - 9 * (i % 2)), textcoords="offset points", fontsize=7)
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlabel("instructions of warps per byte of memory", fontsize=8)
+        ax.set_ylabel("instructions of warps per second", fontsize=8)
+        ax.set_title(title, fontsize=10, loc="left")
+        ax.grid(color=GRID, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+
+    return Plot(_name(title), title, figure(draw, 8.0, 4.5))
+
+
 def _name(title: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") + ".png"

@@ -112,11 +112,12 @@ FILLS = {"zero_", "fill_", "copy_", "normal_", "uniform_"}  # they write without
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps the calls of operators on the meta device. Without a planner, CUDA kernels have no launches."""
+    """Keeps the calls of operators on the meta device. Without a planner, CUDA kernels have no launches. Where a number
+    is read from the device, which has none, `number` is returned; None: reading one is an error, as in a CUDA graph."""
 
-    def __init__(self, planner: Planner | None) -> None:
+    def __init__(self, planner: Planner | None, number: int | None = None) -> None:
         super().__init__()
-        self.planner = planner
+        self.planner, self.number = planner, number
         self.calls: list[Call] = []
         self.open: list[AnyLaunch] | None = None  # where launches of Triton kernels go
 
@@ -132,6 +133,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "fastgpt":
             return self._own(func, args, kwargs)
+        if func.overloadpacket is torch.ops.aten._local_scalar_dense and self.number is not None:
+            return self.number
         out = _wide_product(func, args, kwargs) if func._name.split("::")[1] in WIDE else func(*args, **kwargs)
         packet = func.overloadpacket.__name__
         if not func.is_view and packet not in QUIET and any(isinstance(t, Tensor) for t in tree_leaves((args, out))):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,6 @@ LLAMA_1B = ModelConfig(
     n_layers=16, n_heads=32, n_kv_heads=8, width=2048, mlp_width=8192, vocab_size=128256, block_size=2048,
     norm="rms", activation="swiglu", positions="rope", rope_theta=5e5, qkv_bias=False, proj_bias=False, mlp_bias=False,
 )  # fmt: skip
-MODELS = ("gpt2-124m", "llama-1b")
-SMALL_ENOUGH = 0.05  # a kernel whose own bound is this share of the memory's is said to be bound by memory
 
 Row = dict[str, Any]
 
@@ -176,10 +175,11 @@ class Modeller:
         row["l2_gb"] = work.l2 / 1e9
         try:
             found = bound(self._launch(call, launch, work), self.chip)
-        except (KeyError, ToolMissing):  # not compiled
+        except (KeyError, ToolMissing, ValueError):  # not compiled, or it does not fit on this chip
             each = max(gb * 1e9 / (self.chip.dram * library.DRAM_SHARE), library.LEAST)
             return row | {"us": each * 1e6, "limit": "bytes alone"}
-        return row | figures(found)
+        warps = launch.blocks * math.ceil(row["threads"] / 32)
+        return row | figures(found) | {"instructions": warps * sum(found.instructions.values())}
 
     def _launch(self, call: Call, launch: AnyLaunch, work: Work) -> Launch:
         if isinstance(launch, TritonLaunch):

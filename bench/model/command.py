@@ -1,0 +1,164 @@
+"""A model of every kernel and of a training step on A100, H100 and H200, without a GPU: `fastgpt bench model`.
+
+Each kernel's machine code, its launch in the step and the published rates of the chip give a lower bound in time, and
+the unit that sets it (docs/step-budget.md). Matrix products and the library's attention are estimates with named
+constants. Everything printed is modelled, not measured.
+
+    fastgpt bench model --chip H200 --shape gpt2-124m
+    fastgpt bench model --chip H200 --shape llama-1b 4x4096 --only norm
+    fastgpt bench model --source ../other-checkout --json after.jsonl     (that checkout's kernels and step, this model)
+    fastgpt bench model --json now.jsonl --compare before.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastgpt.core.command import Parser, run_command
+from fastgpt.core.errors import UserError
+
+CHIPS = ("A100", "H100", "H200")
+MODELS = ("gpt2-124m", "llama-1b")
+NOTE = "model, not measured"
+# Runs this model over another checkout: its fastgpt comes first, only this package is replaced.
+BESIDE = """
+import importlib.util, sys
+source, model = sys.argv[1:3]
+sys.path.insert(0, source)
+import fastgpt.bench
+spec = importlib.util.spec_from_file_location("fastgpt.bench.model", model + "/__init__.py",
+                                              submodule_search_locations=[model])
+module = importlib.util.module_from_spec(spec)
+sys.modules["fastgpt.bench.model"] = fastgpt.bench.model = module
+spec.loader.exec_module(module)
+from fastgpt.core.command import run_command
+from fastgpt.bench.model.command import main
+sys.exit(run_command(lambda: main(sys.argv[3:])))
+"""
+
+
+def options() -> Parser:
+    """Return the parser of the command."""
+    parser = Parser(
+        prog="fastgpt bench model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS), help="default: all")
+    parser.add_argument(
+        "--shape", nargs="+", default=list(MODELS), metavar="SHAPE",
+        help=f"{', '.join(MODELS)}, or BxT for another batch and length of them (default: both models)",
+    )  # fmt: skip
+    parser.add_argument("--only", metavar="EXPR", help="kernels and ops to list: a regular expression in their names")
+    parser.add_argument(
+        "--kernels", action="append", metavar="OP=BACKEND,...",
+        help="backends, as in the trainer; may be repeated for several steps (default: auto, then attention=triton)",
+    )  # fmt: skip
+    parser.add_argument("--peers", action="store_true", help="also compare single ops with Liger's and PyTorch's")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, as JSON lines")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write tables and plots to this file, as HTML")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="print the steps beside those of these rows")
+    parser.add_argument("--source", type=Path, metavar="DIR", help="another checkout, whose kernels and step to model")
+    return parser
+
+
+def sizes_of(shapes: list[str]) -> tuple[list[str], tuple[int, int] | None]:
+    """Return the models that were named (both if none was) and batch and length, if given as BxT.
+
+    Raises:
+        UserError: a shape that is neither.
+    """
+    models = [s for s in shapes if s in MODELS]
+    rest = [s for s in shapes if s not in MODELS]
+    found = [re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", s) for s in rest]
+    if len(rest) > 1 or not all(found):
+        wrong = next((s for s, f in zip(rest, found) if f is None), " ".join(rest))
+        raise UserError(f"model: --shape is {wrong!r}, expected {', '.join(MODELS)}, and at most one BxT, as in 8x2048")
+    size = (int(found[0][1]), int(found[0][2])) if found and found[0] else None
+    return models or list(MODELS), size
+
+
+def of_source(source: Path, argv: list[str]) -> int:
+    """Run this model over another checkout in a process of its own.
+
+    Raises:
+        UserError: the folder is not a checkout.
+    """
+    if not (source / "csrc").is_dir() or not (source / "fastgpt").is_dir():
+        raise UserError(f"model: --source is {source}, expected a checkout of fastgpt, with csrc and fastgpt")
+    command = [sys.executable, "-c", BESIDE, str(source.resolve()), str(Path(__file__).resolve().parent), *argv]
+    return subprocess.run(command).returncode
+
+
+def without(argv: list[str], option: str) -> list[str]:
+    """Return arguments without an option and its value."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word != option and not word.startswith(option + "="):
+            kept.append(word)
+        skip = word == option
+    return kept
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Read rows that --json wrote.
+
+    Raises:
+        UserError: the file cannot be read, or has other lines.
+    """
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all(row["bench"] == "model" for row in rows):
+            raise ValueError("not rows of the model")
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"model: {path} could not be read ({e}), expected a file that --json wrote") from e
+    return rows
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise UserError for what would fail after minutes."""
+    sizes_of(args.shape)
+    try:
+        re.compile(args.only or "")
+    except re.error as e:
+        raise UserError(f"model: --only is {args.only!r}, expected a regular expression ({e})") from e
+    for file in (args.json, args.page):
+        if file is not None and not file.resolve().parent.is_dir():
+            raise UserError(f"model: {file} is in no folder that exists, expected one")
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("model: Triton is not installed, expected it: its compiler and disassembler are used")
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        raise UserError("model: TRITON_INTERPRET is set, so nothing would be compiled; unset it")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the model's tables, write its rows and its page."""
+    argv = sys.argv[1:] if argv is None else argv
+    args = options().parse_args(argv)
+    check(args)
+    before = [] if args.compare is None else read(args.compare)
+    if args.source is not None:
+        return of_source(args.source, without(argv, "--source"))
+    from fastgpt.bench.model import tables
+    from fastgpt.bench.model.run import run
+
+    rows = run(args, *sizes_of(args.shape))
+    print(tables.text(rows, args.only or ""))
+    if before:
+        print(tables.compared(before, rows))
+    if args.json is not None:
+        args.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if args.page is not None:
+        args.page.write_text(tables.page_of(rows, args.only or ""), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

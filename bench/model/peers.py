@@ -1,0 +1,74 @@
+"""The same arithmetic for single ops of other libraries: Liger's Triton kernels where it is installed, PyTorch's by
+their bytes.
+
+Each op runs forward and backward at the shape it has in a step, on the meta device, through the calls of its benchmark
+(fastgpt/bench/OP.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastgpt.bench._harness import Setting
+from fastgpt.bench._op import Bench, Provider, bench_of, chosen
+from fastgpt.bench.model import library
+from fastgpt.bench.model.recording import META, Recorder, as_if_on
+from fastgpt.bench.model.step import DEVICES, Modeller, Row, Step
+from fastgpt.core import backend
+
+OPS = ("layer_norm", "rms_norm", "bias_gelu", "swiglu", "rope", "cross_entropy", "embedding")
+PHASE = "both"
+
+
+@dataclass(frozen=True)
+class Shapeless(Setting):
+    """A setting whose tensors have shapes and no values."""
+
+    def random(self, *shape: int, seed: int, dtype: torch.dtype | None = None, grad: bool = False) -> Tensor:
+        """Return a tensor of the meta device."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device=META).requires_grad_(grad)
+
+
+def providers(bench: Bench) -> list[Provider]:
+    """Return our backends, Liger's function if the benchmark has one and it is installed, PyTorch's."""
+    own = [Provider(name, bench.public, name) for name in ("cuda", "triton") if name in backend.ops()[bench.op]]
+    module = importlib.import_module(f"fastgpt.bench.{bench.op}")
+    liger = getattr(module, "liger", None) if importlib.util.find_spec("liger_kernel") else None
+    found = own + [Provider("liger", liger, package="liger_kernel")] * (liger is not None)
+    return [*found, bench.baseline]
+
+
+def rows(step: Step, modeller: Modeller) -> list[Row]:
+    """Return a row for each op of the step and provider: us of forward and backward together, or why there is none."""
+    found = []
+    for op in OPS:
+        bench = bench_of(op)
+        used = bench.of_model(step.cfg.model, step.cfg.sequences, step.cfg.block_size)
+        if used is None:
+            continue
+        for provider in providers(bench):
+            row: Row = {"op": op, "shape": "x".join(map(str, used[0])), "provider": provider.name}
+            try:
+                found.append(row | _figures(bench, provider, used[0], step, modeller))
+            except Exception as e:  # another library may need a device
+                found.append(row | {"red": f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"})
+    return found
+
+
+def _figures(bench: Bench, provider: Provider, shape: tuple[int, ...], step: Step, modeller: Modeller) -> Row:
+    recorder = Recorder(modeller.planner, number=1)
+    with as_if_on(DEVICES[step.chip.name], recorder), chosen(bench.op, provider):
+        job = bench.job(provider, Shapeless(shape, torch.bfloat16, META), PHASE, 1)
+        with recorder:
+            job.run()
+    kernels = modeller.rows(recorder.calls)
+    count = sum(row["count"] for row in kernels)
+    us = sum(row["ms"] for row in kernels) * 1e3 + 1e6 * library.GAP * count
+    slowest: Any = max(kernels, key=lambda row: row["ms"])
+    return {"us": us, "launches": count, "slowest": slowest["kernel"], "limit": slowest["limit"]}

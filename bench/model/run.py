@@ -1,0 +1,52 @@
+"""Rows of the model: for each chip, model and choice of backends the kernels of a step, their sums, and single ops."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import sys
+from typing import Any
+
+import torch
+
+from fastgpt.bench._harness import provenance
+from fastgpt.bench.model import peers
+from fastgpt.bench.model.step import Modeller, Row, Step, chip_named, config_of, record, total
+from fastgpt.core import backend
+
+# What `auto` chooses where nothing was measured, and the step with all kernels of our own.
+CHOICES = ("auto", "attention=triton")
+
+
+def run(args: argparse.Namespace, models: list[str], size: tuple[int, int] | None) -> list[Row]:
+    """Return the rows of all steps that were asked for; what they have in common is in each of them."""
+    rows: list[Row] = []
+    modeller = functools.cache(lambda chip: Modeller(chip_named(chip)))
+    for chip, model in itertools.product(args.chip, models):
+        for choice in args.kernels or CHOICES:
+            rows += rows_of(modeller(chip), model, size, choice)
+        if args.peers:
+            step = Step(model, config_of(model, *(size or (None, None))), chip_named(chip), {})
+            about = {"bench": "model", "chip": chip, "model": model, "figure": "op"}
+            rows += [{**about, **row} for row in peers.rows(step, modeller(chip))]
+        if why := modeller(chip).missing:
+            print(f"CUDA kernels on {chip}: by their bytes alone: {why}", file=sys.stderr)
+    return rows
+
+
+def rows_of(modeller: Modeller, model: str, size: tuple[int, int] | None, choice: str) -> list[Row]:
+    """Return the kernels of one step and its sums."""
+    kernels = {} if choice == "auto" else {op: str(name) for op, name in backend.parse_choices(choice).items()}
+    step = Step(model, config_of(model, *(size or (None, None))), modeller.chip, kernels)
+    found = modeller.rows(record(step, modeller.planner))
+    about: dict[str, Any] = {"bench": "model", "chip": modeller.chip.name, "model": model, "kernels": choice}
+    about |= {"batch": step.cfg.sequences, "block": step.cfg.block_size, "sources": _sources()}
+    return [*({**about, "figure": "kernel", **row} for row in found), {**about, **total(found, step)}]
+
+
+@functools.cache
+def _sources() -> str:
+    """Return the commit of the kernels, or the digest of their sources."""
+    machine = provenance(torch.device("cpu"))
+    return str(machine["commit"] or machine["sources"])
