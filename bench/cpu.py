@@ -1,8 +1,8 @@
 """The whole report of a machine without a GPU, in under 15 minutes on two cores: `make bench`, `fastgpt bench all`.
 
 Ops, training steps, host, memory plans and codegen, each a separate stage (stages.py), then the report. Results go to
---out (default: bench-results): rows.jsonl (appended), cpu.json (stages), log.txt, REPORT.md, REPORT.html. --dry-run
-prints the plan with guessed times. Exit code: 0, 1 if a stage failed.
+--out (default: bench-results): rows.jsonl (appended), cpu.json (stages), log.txt, model.html, REPORT.md, REPORT.html.
+--dry-run prints the plan with guessed times. Exit code: 0, 1 if a stage failed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
         Stage("memory", [*module, "fastgpt.bench.memory", *rows], 60, 20),
         Stage("evaluate", [*module, "fastgpt.bench.evaluate", "--quick", *rows], 60, 15),
         Stage("codegen", [*module, "fastgpt.bench.codegen", *rows], 300, 180),
+        Stage("model", [*module, "fastgpt.bench.model.command", "--page", str(out / "model.html")], 300, 120),
         Stage(
             "report", [*module, "fastgpt.cli", "bench", "report", "--out", str(out), str(out / "rows.jsonl")], 60, 15
         ),

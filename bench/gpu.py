@@ -54,6 +54,8 @@ def plan(site: Path, out: Path, arch: str, python: str = sys.executable, device:
     jobs = str(max(1, min(12, (os.cpu_count() or 1) - 2)))
     parity = [*module, "fastgpt.parity", "--jobs", jobs, "--json", str(out / "parity.jsonl")]
     tests = [*module, "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+    model = [*module, "fastgpt.bench.model.command", "--source", str(ROOT), "--chip", "here", "--shape", "gpt2-124m"]
+    model += ["--kernels", "auto", *rows]  # of the sources, since the build has no tests/cuda_on_cpu
     nn = [str(ROOT / "tests" / f"{name}.py") for name in ("test_nn", "test_nn_use", "test_model_parity")]
     stages = [
         build(site, arch, python),
@@ -70,6 +72,7 @@ def plan(site: Path, out: Path, arch: str, python: str = sys.executable, device:
         *(Stage(name, command, 45, 25) for name, command in op.items()),
         Stage("fastgpt compile", [*steps, "--variant", "fastgpt compile"], 90, 60),
         Stage("roofline", [*module, "fastgpt.bench.roofline", *on, *rows], 60, 25),
+        Stage("model", model, 90, 60),
         Stage("ablation", [*steps, "--ablation"], 120, 70),
         Stage("modules", [*tests, *nn], 120, 60),
         Stage("batches", [*steps, *(f"--batch={b}" for b in (1, 4, 16))], 120, 70),

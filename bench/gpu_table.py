@@ -9,11 +9,13 @@ from typing import Any
 
 Row = dict[str, Any]
 WHOLE = ("both", "step")
+FAR = 1.5  # a kernel that takes so many times its modelled time is marked
 
 
 def figures(rows: list[Row]) -> list[str]:
-    """Return the table's lines: training steps, ops, choices, the training run, tiles; whichever were measured."""
-    parts = [part(rows) for part in (steps, ops, tuned, trained, tiles)]
+    """Return the table's lines: training steps, ops, choices, the training run, tiles, kernels beside their model;
+    whichever were measured."""
+    parts = [part(rows) for part in (steps, ops, tuned, trained, tiles, modelled)]
     return [line for part in parts for line in ([*part, ""] if part else [])][:-1]
 
 
@@ -77,4 +79,22 @@ def tiles(rows: list[Row]) -> list[str]:
         mine = sorted((r for r in found if r["kernel"] == kernel), key=lambda r: r["ms"])
         told = ", ".join(f"{r['mode']}{' (in use)' if r['in_use'] else ''} {r['ms']:.3f}" for r in mine)
         lines.append(f"tiles of {kernel}, ms: {told}")
+    return lines
+
+
+def modelled(rows: list[Row]) -> list[str]:
+    """Return the kernels of a profiled step with their measured and modelled milliseconds, the largest ratio first."""
+    times: dict[str, float] = {}
+    for r in rows:
+        if r["bench"] == "model" and r["figure"] == "kernel" and r["class"] == "own":
+            times[r["kernel"]] = times.get(r["kernel"], 0.0) + r["ms"]
+    profiled = [r for r in rows if r["bench"] == "roofline" and r.get("kernels") and r["variant"].startswith("fastgpt")]
+    if not times or not profiled:
+        return []
+    found = [(k["ms"] / times[k["name"]], k) for k in profiled[-1]["kernels"] if times.get(k["name"])]
+    name = f"kernels of a step ({profiled[-1]['variant']})"
+    lines = [f"{name:<42}" + "".join(f"{head:>11}" for head in ("ms", "modelled", "ratio"))]
+    for ratio, k in sorted(found, key=lambda pair: -pair[0]):
+        numbers = _numbers([(k["ms"], ".3f"), (times[k["name"]], ".3f"), (ratio, ".2f")])
+        lines.append(f"{k['name']:<42}{numbers}{f'  over {FAR}' if ratio > FAR else ''}")
     return lines

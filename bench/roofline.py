@@ -108,7 +108,20 @@ def shares(names: list[tuple[str, float, int]], step_us: float, busy_us: float, 
         row |= {f"{kind}_ms": us / 1e3, f"{kind}_pct": 100 * us / step_us}
     slowest = sorted(names, key=lambda n: -n[1])[:SLOWEST]
     told = [{"name": n[:120], "class": classify(n), "ms": us / steps / 1e3, "calls": c / steps} for n, us, c in slowest]
-    return row | {"slowest": told}
+    return row | {"slowest": told, "kernels": own_kernels(names, steps)}
+
+
+def own_kernels(names: list[tuple[str, float, int]], steps: int) -> list[dict[str, Any]]:
+    """Return fastgpt's kernels of a GPU with their milliseconds and calls per step, all instances of one together."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, us, calls in names:
+        kernel = re.search(r"\w+_kernel\b", name)
+        if kernel is None or "at::" in name:
+            continue
+        row = found.setdefault(kernel[0], {"name": kernel[0], "ms": 0.0, "calls": 0.0})
+        row["ms"] += us / steps / 1e3
+        row["calls"] += calls / steps
+    return list(found.values())
 
 
 def rates(row: dict[str, Any], flops: dict[str, float], tokens: int, peak: float) -> dict[str, Any]:

@@ -23,10 +23,11 @@ from typing import Any
 
 from fastgpt.core.command import Parser, run_command
 from fastgpt.core.errors import UserError
+from fastgpt.core.folders import write_text
 
 CHIPS = ("A100", "H100", "H200")
+HERE = "here"  # the GPU of this machine
 MODELS = ("gpt2-124m", "llama-1b")
-NOTE = "model, not measured"
 # Runs this model over another checkout: its fastgpt comes first, only this package is replaced.
 BESIDE = """
 import importlib.util, sys
@@ -49,7 +50,7 @@ def options() -> Parser:
     parser = Parser(
         prog="fastgpt bench model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--chip", nargs="+", choices=CHIPS, default=list(CHIPS), help="default: all")
+    parser.add_argument("--chip", nargs="+", choices=[*CHIPS, HERE], default=list(CHIPS), help="default: all three")
     parser.add_argument(
         "--shape", nargs="+", default=list(MODELS), metavar="SHAPE",
         help=f"{', '.join(MODELS)}, or BxT for another batch and length of them (default: both models)",
@@ -60,7 +61,7 @@ def options() -> Parser:
         help="backends, as in the trainer; may be repeated for several steps (default: auto, then attention=triton)",
     )  # fmt: skip
     parser.add_argument("--peers", action="store_true", help="also compare single ops with Liger's and PyTorch's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file, as JSON lines")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file, as JSON lines")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write tables and plots to this file, as HTML")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="print the steps beside those of these rows")
     parser.add_argument("--source", type=Path, metavar="DIR", help="another checkout, whose kernels and step to model")
@@ -81,6 +82,21 @@ def sizes_of(shapes: list[str]) -> tuple[list[str], tuple[int, int] | None]:
         raise UserError(f"model: --shape is {wrong!r}, expected {', '.join(MODELS)}, and at most one BxT, as in 8x2048")
     size = (int(found[0][1]), int(found[0][2])) if found and found[0] else None
     return models or list(MODELS), size
+
+
+def chips_of(names: list[str]) -> list[str]:
+    """Return the chips by name, each once; "here" is the GPU of this machine.
+
+    Raises:
+        UserError: this machine has none of them.
+    """
+    import torch
+
+    device = torch.cuda.get_device_name() if HERE in names and torch.cuda.is_available() else "no GPU"
+    here = next((chip for chip in CHIPS if chip in device), None)
+    if HERE in names and here is None:
+        raise UserError(f"model: --chip here is {device}, expected {', '.join(CHIPS)}")
+    return list(dict.fromkeys(here if name == HERE and here else name for name in names))
 
 
 def of_source(source: Path, argv: list[str]) -> int:
@@ -123,6 +139,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for what would fail after minutes."""
     sizes_of(args.shape)
+    args.chip = chips_of(args.chip)
     try:
         re.compile(args.only or "")
     except re.error as e:
@@ -146,6 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     before = [] if args.compare is None else read(args.compare)
     if args.source is not None:
         return of_source(args.source, without(argv, "--source"))
+    from fastgpt.bench._harness import append_rows
     from fastgpt.bench.model import tables
     from fastgpt.bench.model.run import run
 
@@ -154,9 +172,9 @@ def main(argv: list[str] | None = None) -> int:
     if before:
         print(tables.compared(before, rows))
     if args.json is not None:
-        args.json.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        append_rows(args.json, rows)
     if args.page is not None:
-        args.page.write_text(tables.page_of(rows, args.only or ""), encoding="utf-8")
+        write_text(args.page, tables.page_of(rows, args.only or ""))
     return 0
 
 

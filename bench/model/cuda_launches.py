@@ -90,13 +90,22 @@ class Planner:
     def launches(self, op: Any, args: Any) -> tuple[list[CudaLaunch], list[str]]:
         """Return what a raw op launches for tensors like these (of any device), and the PyTorch ops that it calls."""
         given = tree_map_only(Tensor, self.space.like, args)
-        self.module.plan(*self.sizes)
+        self.begin(*self.sizes)
         try:
             with _Calls() as calls, torch.no_grad():
                 op.redispatch(CPU_KERNELS, *given)
         finally:
-            found = self.module.planned()
-        return [CudaLaunch(self.names[at], tuple(n[:3]), tuple(n[3:6]), n[6]) for at, n in found], calls.names
+            found = self.end()
+        return found, calls.names
+
+    def begin(self, multiprocessors: int, of_waves: int, dry: bool = True) -> None:
+        """Record launches from here on, for such a device; unless `dry`, kernels run as well."""
+        self.module.begin(multiprocessors, of_waves, dry)
+
+    def end(self) -> list[CudaLaunch]:
+        """Return the launches since `begin`; kernels run again."""
+        found = self.module.end()
+        return [CudaLaunch(self.names[at], tuple(n[:3]), tuple(n[3:6]), n[6]) for at, n in found]
 
 
 class _Calls(TorchDispatchMode):

@@ -20,9 +20,9 @@ DRAM_SHARE = 0.9
 GAP = 1e-6
 # Seconds of a kernel of PyTorch that has next to nothing to do; assumed.
 LEAST = 2e-6
-# TFLOP/s of the library's attention, causal, by compute capability and head dimension: forward, backward. 90: cuDNN 9.19
-# on an H200, 2,048 tokens (cudnn-frontend, benchmark/, 2026-02-27; d = 64 with a window of 1,024). 80: flash-attention
-# 2 on an A100 (arXiv 2307.08691, figures 5 and 6: about 180 and 150 without a mask at d = 64; less when causal).
+# FLOP/s of the library's attention, causal, by compute capability and head dimension: forward, backward. 90: cuDNN 9.19
+# on an H200, 2,048 tokens (cudnn-frontend, benchmark/, 2026-02-27; d = 64 with a window of 1,024). 80: assumed, after
+# the figures of flash-attention 2 on an A100 (arXiv 2307.08691).
 ATTENTION = {(90, 64): (310e12, 264e12), (90, 128): (484e12, 370e12), (80, 64): (160e12, 130e12)}
 ATTENTION[80, 128] = 180e12, 150e12
 SORT_LAUNCHES = 6  # of a stable sort of 32-bit keys: cub's onesweep, a histogram and a pass for each byte

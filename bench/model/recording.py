@@ -1,8 +1,9 @@
 """What a training step launches on a GPU, without one: the step runs on tensors of the meta device, which have shapes
 and no memory, and every operator is recorded with the launches that it makes.
 
-Kernels of fastgpt: Triton launchers run as they are, with the launch itself recorded (triton_launches.py); CUDA launchers
-run on the host in place of the device (cuda_launches.py). Neither grids nor variants are written down a second time.
+Kernels of fastgpt: Triton launchers run as they are, with the launch itself recorded (triton_launches.py); CUDA
+launchers run on the host in place of the device (cuda_launches.py). Neither grids nor variants are written down a
+second time.
 """
 
 from __future__ import annotations

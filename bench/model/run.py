@@ -28,7 +28,7 @@ def run(args: argparse.Namespace, models: list[str], size: tuple[int, int] | Non
             rows += rows_of(modeller(chip), model, size, choice)
         if args.peers:
             step = Step(model, config_of(model, *(size or (None, None))), chip_named(chip), {})
-            about = {"bench": "model", "chip": chip, "model": model, "figure": "op"}
+            about = {"bench": "model", "chip": chip, "model": model, "figure": "op", "machine": _machine()}
             rows += [{**about, **row} for row in peers.rows(step, modeller(chip))]
         if why := modeller(chip).missing:
             print(f"CUDA kernels on {chip}: by their bytes alone: {why}", file=sys.stderr)
@@ -41,12 +41,11 @@ def rows_of(modeller: Modeller, model: str, size: tuple[int, int] | None, choice
     step = Step(model, config_of(model, *(size or (None, None))), modeller.chip, kernels)
     found = modeller.rows(record(step, modeller.planner))
     about: dict[str, Any] = {"bench": "model", "chip": modeller.chip.name, "model": model, "kernels": choice}
-    about |= {"batch": step.cfg.sequences, "block": step.cfg.block_size, "sources": _sources()}
+    about |= {"batch": step.cfg.sequences, "block": step.cfg.block_size, "machine": _machine()}
     return [*({**about, "figure": "kernel", **row} for row in found), {**about, **total(found, step)}]
 
 
 @functools.cache
-def _sources() -> str:
-    """Return the commit of the kernels, or the digest of their sources."""
-    machine = provenance(torch.device("cpu"))
-    return str(machine["commit"] or machine["sources"])
+def _machine() -> dict[str, Any]:
+    """Return where the rows are from: the commit or the digest of the kernels' sources, versions of compilers."""
+    return provenance(torch.device("cpu"))

@@ -35,6 +35,11 @@ def title(step: Row) -> str:
     return f"{step['model']}, B {step['batch']} x T {step['block']}, {step['chip']}{kernels}"
 
 
+def sources(row: Row) -> str:
+    """Return the commit of a row's kernels, or the digest of their sources."""
+    return str(row["machine"]["commit"] or row["machine"]["sources"])
+
+
 def kernel_rows(kernels: list[Row], only: str) -> list[list[str]]:
     """Return the kernels whose name, op or class matches `only`, as cells."""
     lines = [HEAD]
@@ -91,7 +96,7 @@ def op_rows(rows: list[Row]) -> list[list[str]]:
 
 def change(before: Row, after: Row) -> list[str]:
     """Return a step before and after as cells: ms, then ms without attention, with their changes."""
-    cells = [title(after), before["sources"], after["sources"]]
+    cells = [title(after), sources(before), sources(after)]
     for key in ("ms", "ms_without_attention", "launches"):
         cells += [number(before[key]), number(after[key]), f"{(after[key] / before[key] - 1):+.1%}"]
     return cells
@@ -144,7 +149,7 @@ def page_of(rows: list[Row], only: str = "") -> str:
                      f"{step['tokens_per_s']:,.0f}", number(step["ms_without_attention"])])  # fmt: skip
         lines = Table(f"Kernels ({NOTE})", kernel_rows(kernels, only), long=len(kernels) > 40)
         drawn = roofline(step, kernels)
-        about = [f"{step_line(step)}.", f"Sources: {step['sources']}."]
+        about = [f"{step_line(step)}.", f"Sources: {sources(step)}."]
         sections.append(Section(title(step), about, [lines], [drawn] if drawn else []))
     first = Section("Steps", [f"Milliseconds; {NOTE}."], [Table(f"A training step ({NOTE})", sums)])
     if ops := op_rows(rows):

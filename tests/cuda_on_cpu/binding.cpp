@@ -129,19 +129,19 @@ std::vector<uintptr_t> launched() {
   return found;
 }
 
-// From here on, launchers plan for a device of so many multiprocessors, and for waves of so many; nothing runs.
-void plan(int multiprocessors, int of_waves) {
+// Records launches from here on, for a device of so many multiprocessors and waves of so many. dry: nothing runs.
+void begin(int multiprocessors, int of_waves, bool dry) {
   emulator::Machine& m = emulator::machine();
   m.launches.clear(), m.order.clear();
-  m.dry = true, m.multiprocessors = multiprocessors, cuda::kSms = of_waves;
+  m.dry = dry, m.multiprocessors = multiprocessors, cuda::kSms = of_waves;
 }
 
-// Returns what was planned since `plan`: (offset of the kernel in this library, sizes) each. Kernels run again.
-std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> planned_launches() {
+// Returns the launches since `begin`: (offset of the kernel in this library, sizes) each. Kernels run again.
+std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> end() {
   emulator::Machine& m = emulator::machine();
   m.dry = false, m.multiprocessors = cuda::kSms = 1;
   Dl_info here{};
-  dladdr(reinterpret_cast<const void*>(&plan), &here);
+  dladdr(reinterpret_cast<const void*>(&begin), &here);
   std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> found;
   for (size_t i = 0; i < m.launches.size(); ++i) {
     const auto at = reinterpret_cast<uintptr_t>(m.order[i]) - reinterpret_cast<uintptr_t>(here.dli_fbase);
@@ -164,8 +164,8 @@ PYBIND11_MODULE(kernels, m) {
   m.def("layer_norm_bwd_blocks", size<cuda::layer_norm_bwd_blocks, int64_t, int64_t>);
   m.def("layer_norm_bwd_at_once", at_once(cuda::layer_norm_bwd));
   m.def("launched", launched);
-  m.def("plan", plan);
-  m.def("planned", planned_launches);
+  m.def("begin", begin);
+  m.def("end", end);
   m.def("rms_norm_fwd", planned(cuda::rms_norm_fwd));
   m.def("rms_norm_bwd", planned(cuda::rms_norm_bwd));
   m.def("rms_norm_bwd_blocks", size<cuda::rms_norm_bwd_blocks, int64_t, int64_t>);
