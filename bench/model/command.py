@@ -138,12 +138,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def check(args: argparse.Namespace) -> None:
     """Raise UserError for what would fail after minutes."""
+    import fastgpt.ops  # noqa: F401 (fills the registry)
+    from fastgpt.core import backend
+
     sizes_of(args.shape)
     args.chip = chips_of(args.chip)
     try:
         re.compile(args.only or "")
     except re.error as e:
         raise UserError(f"model: --only is {args.only!r}, expected a regular expression ({e})") from e
+    for choice in args.kernels or ():
+        with backend.use(**({} if choice == "auto" else backend.parse_choices(choice))):
+            pass  # it knows which names exist
     for file in (args.json, args.page):
         if file is not None and not file.resolve().parent.is_dir():
             raise UserError(f"model: {file} is in no folder that exists, expected one")

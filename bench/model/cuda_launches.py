@@ -7,6 +7,7 @@ touched: they are views of address space without memory.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import mmap
@@ -78,13 +79,8 @@ class Planner:
     """The launchers of a library that `build` returned."""
 
     def __init__(self, library: Path, multiprocessors: int, of_waves: int) -> None:
-        torch.ops.load_library(str(library))
-        spec = importlib.util.spec_from_file_location("kernels", library)
-        assert spec is not None and spec.loader is not None
-        self.module: Any = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(self.module)
+        self.module, self.names = _loaded(library)
         self.sizes = multiprocessors, of_waves
-        self.names = _names(library)
         self.space = _Space()
 
     def launches(self, op: Any, args: Any) -> tuple[list[CudaLaunch], list[str]]:
@@ -136,6 +132,17 @@ class _Space:
             self.bytes = torch.frombuffer(mmap.mmap(-1, size, flags=flags), dtype=torch.uint8)
         empty = torch.empty(0, dtype=t.dtype)
         return empty.set_(self.bytes.untyped_storage(), t.storage_offset(), t.shape, t.stride())
+
+
+@functools.cache
+def _loaded(library: Path) -> tuple[Any, dict[int, str]]:
+    """Load the library, for its ops and as a module; return the module and the kernels by their offset."""
+    torch.ops.load_library(str(library))
+    spec = importlib.util.spec_from_file_location("kernels", library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module, _names(library)
 
 
 def _names(library: Path) -> dict[int, str]:

@@ -154,11 +154,13 @@ class Recorder(TorchDispatchMode):
         call.own = True
         if which == "triton":
             self.open = call.launches
-            func.redispatch(CPU_KERNELS, *args)
+            with self:  # for what the launcher calls besides
+                func.redispatch(CPU_KERNELS, *args)
             self.open = None
         elif which == "cuda" and self.planner is not None:
-            planned, call.also = self.planner.launches(func, args)
+            planned, called = self.planner.launches(func, args)
             call.launches += planned
+            call.also += [name for name in called if name not in QUIET]
         self.calls.append(call)
         return out
 
@@ -178,11 +180,8 @@ class _FusedAttention(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not torch.nn.functional.scaled_dot_product_attention:
             return func(*args, **kwargs)
-        q, k, v = args
-        if k.shape[1] != q.shape[1]:  # the kernels that stand for it read each head of keys once
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         flash = torch.ops.aten._scaled_dot_product_flash_attention
-        return flash(q, k, v, kwargs.get("dropout_p", 0.0), kwargs["is_causal"], scale=kwargs.get("scale"))[0]
+        return flash(*args, kwargs.get("dropout_p", 0.0), kwargs["is_causal"], scale=kwargs.get("scale"))[0]
 
 
 @contextlib.contextmanager

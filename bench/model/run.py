@@ -15,8 +15,8 @@ from fastgpt.bench.model import peers
 from fastgpt.bench.model.step import Modeller, Row, Step, chip_named, config_of, record, total
 from fastgpt.core import backend
 
-# What `auto` chooses where nothing was measured, and the step with all kernels of our own.
-CHOICES = ("auto", "attention=triton")
+# What is chosen where nothing was measured; all kernels of our own; PyTorch's operators, by their bytes, with our AdamW.
+CHOICES = ("auto", "attention=triton", "all=torch,adamw=cuda")
 
 
 def run(args: argparse.Namespace, models: list[str], size: tuple[int, int] | None) -> list[Row]:

@@ -23,6 +23,7 @@ from fastgpt.bench.model.triton_launches import TritonLaunch
 from fastgpt.bench.variants import GPU_SHAPES, settings, train_step
 from fastgpt.checks.cuda import ToolMissing
 from fastgpt.core import backend
+from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
 from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig
@@ -72,9 +73,15 @@ def config_of(model: str, batch: int | None, length: int | None, layers: int | N
 
 
 def chosen(kernels: dict[str, str]) -> dict[str, str]:
-    """Return a backend for every op: the user's, or the first of the prior order on this chip that has the op."""
+    """Return a backend for every op: the user's, or the first of the prior order on this chip that has the op.
+
+    Raises:
+        UserError: an op has no kernel of the backend that was named for it.
+    """
     found = {}
     for op, cells in backend.ops().items():
+        if kernels.get(op, "auto") not in (*cells, "auto"):
+            raise UserError(f"model: {op}={kernels[op]}: expected one of {', '.join(cells)}")
         order = [b for b in backend.prior(op, "cuda", torch.bfloat16) if b in cells and b != "cpu"]
         found[op] = kernels.get(op, kernels.get("all", "auto"))
         if found[op] not in cells:
