@@ -15,7 +15,7 @@ from fastgpt.bench.model import peers
 from fastgpt.bench.model.step import Modeller, Row, Step, chip_named, config_of, record, total
 from fastgpt.core import backend
 
-# What is chosen where nothing was measured; all kernels of our own; PyTorch's operators, by their bytes, with our AdamW.
+# What is chosen where nothing was measured; kernels of our own alone; PyTorch's operators, by bytes, with our AdamW.
 CHOICES = ("auto", "attention=triton", "all=torch,adamw=cuda")
 
 

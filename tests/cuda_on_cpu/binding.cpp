@@ -129,22 +129,32 @@ std::vector<uintptr_t> launched() {
   return found;
 }
 
+// The kernels launched since `begin`, in order: before each launch, the machine's set holds that of the launch before.
+std::vector<const void*> order;
+
+void note_kernel() {
+  emulator::Machine& m = emulator::machine();
+  for (const void* kernel : std::exchange(m.kernels, {})) order.push_back(kernel);
+  m.before_launch = note_kernel;
+}
+
 // Records launches from here on, for a device of so many multiprocessors and waves of so many. dry: nothing runs.
 void begin(int multiprocessors, int of_waves, bool dry) {
   emulator::Machine& m = emulator::machine();
-  m.launches.clear(), m.order.clear();
-  m.dry = dry, m.multiprocessors = multiprocessors, cuda::kSms = of_waves;
+  m.launches.clear(), m.kernels.clear(), order.clear();
+  m.dry = dry, m.multiprocessors = multiprocessors, cuda::kSms = of_waves, m.before_launch = note_kernel;
 }
 
 // Returns the launches since `begin`: (offset of the kernel in this library, sizes) each. Kernels run again.
 std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> end() {
   emulator::Machine& m = emulator::machine();
-  m.dry = false, m.multiprocessors = cuda::kSms = 1;
+  note_kernel();
+  m.dry = false, m.multiprocessors = cuda::kSms = 1, m.before_launch = nullptr;
   Dl_info here{};
   dladdr(reinterpret_cast<const void*>(&begin), &here);
   std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> found;
   for (size_t i = 0; i < m.launches.size(); ++i) {
-    const auto at = reinterpret_cast<uintptr_t>(m.order[i]) - reinterpret_cast<uintptr_t>(here.dli_fbase);
+    const auto at = reinterpret_cast<uintptr_t>(order[i]) - reinterpret_cast<uintptr_t>(here.dli_fbase);
     found.emplace_back(at, m.launches[i]);
   }
   return found;

@@ -154,7 +154,6 @@ struct Machine {
   bool misaligned = false, dry = false;             // dry: launches are recorded, and nothing runs
   std::vector<std::array<uint64_t, 7>> launches;    // grid, block, bytes of dynamic shared memory
   std::set<const void*> kernels;                    // the launched ones
-  std::vector<const void*> order;                   // the kernel of each of `launches`
   std::function<void()> before_launch;              // runs once, in another thread, just before a launch
   std::string error;
   std::map<const void*, size_t> shared_limits;  // of kernels that requested more than 48 KB
@@ -408,7 +407,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::Machine& m = emulator::machine();
   if (const auto other = std::exchange(m.before_launch, nullptr)) other();
   m.kernels.insert(reinterpret_cast<const void*>(kernel));
-  m.order.push_back(reinterpret_cast<const void*>(kernel));
   const auto asked = m.shared_limits.find(reinterpret_cast<const void*>(kernel));
   return m.run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                asked == m.shared_limits.end() ? 48 * 1024 - kStaticShared : asked->second, [&] { kernel(arguments...); });
