@@ -60,7 +60,7 @@ class Call:
     """One operator of a step, on the device.
 
     read, written: its tensors by argument (results: "out0", "out1", ...); a tensor that it changes is in both, one that
-    it only fills is in `written`. flop: of matrix products and attention. launches: of fastgpt's kernels; an operator
+    it only fills is in `written`. flop: of PyTorch's matrix products. launches: of fastgpt's kernels; an operator
     of PyTorch has none here. also: names of PyTorch's operators that a raw op calls.
     """
 
@@ -104,8 +104,9 @@ def describe(func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> Call:
     fresh = [t for t in tree_leaves(out) if isinstance(t, Tensor)] if not written else []
     written |= {f"out{i}": Part.of(t) for i, t in enumerate(fresh)}
     count = flop_registry.get(func.overloadpacket)
-    multiplied = count is not None and func.namespace == "aten"
-    flop = float(count(*(a for a in args if isinstance(a, Tensor)), out_val=out)) if multiplied else 0.0
+    flop = 0.0
+    if count is not None and func.namespace == "aten" and "attention" not in func.overloadpacket.__name__:
+        flop = float(count(*(a for a in args if isinstance(a, Tensor)), out_val=out))
     return Call(func.overloadpacket.__name__, read, written, flop, options=options)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import fastgpt
 from fastgpt.bench.model import library
 from fastgpt.bench.model.bound import bound
 from fastgpt.bench.model.chips import CHIPS, Chip
@@ -28,7 +29,7 @@ from fastgpt.models.config import ModelConfig
 from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig
 
-ROOT = Path(__file__).resolve().parents[2]  # of the checkout
+ROOT = Path(fastgpt.__file__).resolve().parents[1]  # of the checkout whose kernels are modelled (--source)
 DEVICES = {
     "A100": Device("NVIDIA A100-SXM4-80GB", 8, 0, 108, 80 * 10**9, 163 << 10, 40 << 20),
     "H100": Device("NVIDIA H100 80GB HBM3", 9, 0, 132, 80 * 10**9, 227 << 10, 50 << 20),
