@@ -17,7 +17,7 @@ from fastgpt.bench.model import command, library, tables
 
 pytest.importorskip("triton")
 
-from fastgpt.bench.model.cuda_launches import CudaLaunch, Planner, wave_multiprocessors  # noqa: E402
+from fastgpt.bench.model.cuda_launches import CudaLaunch, Planner  # noqa: E402
 from fastgpt.bench.model.recording import Call, Part  # noqa: E402
 from fastgpt.bench.model.step import DEVICES, ROOT, Step, chip_named, config_of, record, total  # noqa: E402
 from fastgpt.bench.model.traffic import keys_seen, queries_seen, work_of  # noqa: E402
@@ -98,7 +98,7 @@ def test_the_recorded_launches_are_those_that_run() -> None:
     from fastgpt.training.build import build_model, build_optimizer
 
     step = small_step(attention="cuda")
-    planner = Planner(Path(os.environ["FASTGPT_EMULATED_CUDA"]), 1, 1)
+    planner = Planner(Path(os.environ["FASTGPT_EMULATED_CUDA"]), 1)
     calls = record(step, planner)
     planned = [x for call in calls for x in call.launches]
     assert planned and all(isinstance(x, CudaLaunch) for x in planned)
@@ -109,7 +109,7 @@ def test_the_recorded_launches_are_those_that_run() -> None:
     ids = torch.randint(vocab, (2, 64), generator=torch.Generator().manual_seed(0))
     with backend.use(all="cuda", strict=True):
         for _ in range(2):
-            planner.begin(1, 1, dry=False)
+            planner.begin(dry=False)
             train_step(model, optimizer, iter([(ids, ids)]), 1)
             ran = planner.end()
     assert ran == planned
@@ -128,15 +128,6 @@ def test_a_step_has_the_kernels_of_a_layer() -> None:
         assert count(one, name) == count(two, name) == 1, name
     products = [sum(c.flop for c in calls if library.kind(c) == "product") for calls in (one, two)]
     assert products[1] - products[0] == 3 * 2 * 2 * 64 * 12 * 64 * 64, "a layer has 12 C^2 weights"
-
-
-def test_grids_are_cut_for_the_constant_of_the_sources(tmp_path: Path) -> None:
-    file = tmp_path / "csrc" / "core" / "cuda" / "wave.cuh"
-    file.parent.mkdir(parents=True)
-    file.write_text("constexpr int kSms = 108;  // of an A100")
-    assert wave_multiprocessors(tmp_path, 132) == 108
-    file.write_text("inline int sms() { return multiprocessors(); }")
-    assert wave_multiprocessors(tmp_path, 132) == 132
 
 
 ROW: dict[str, Any] = {"bench": "model", "chip": "H200", "model": "gpt2-124m", "kernels": "auto", "batch": 64}

@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import math
 import mmap
-import re
 import shutil
 import subprocess
 import sys
@@ -68,25 +67,18 @@ def build(root: Path) -> Path:
     return Path(done.stdout.strip().splitlines()[-1])
 
 
-def wave_multiprocessors(root: Path, multiprocessors: int) -> int:
-    """Return the number of multiprocessors that grids are cut for: the constant of csrc, or else the chip's."""
-    text = (root / "csrc" / "core" / "cuda" / "wave.cuh").read_text(encoding="utf-8")
-    found = re.search(r"constexpr int kSms = (\d+)", text)
-    return int(found[1]) if found else multiprocessors
-
-
 class Planner:
-    """The launchers of a library that `build` returned."""
+    """The launchers of a library that `build` returned, for a device of so many multiprocessors."""
 
-    def __init__(self, library: Path, multiprocessors: int, of_waves: int) -> None:
+    def __init__(self, library: Path, multiprocessors: int) -> None:
         self.module, self.names = _loaded(library)
-        self.sizes = multiprocessors, of_waves
+        self.multiprocessors = multiprocessors
         self.space = _Space()
 
     def launches(self, op: Any, args: Any) -> tuple[list[CudaLaunch], list[str]]:
         """Return what a raw op launches for tensors like these (of any device), and the PyTorch ops that it calls."""
         given = tree_map_only(Tensor, self.space.like, args)
-        self.begin(*self.sizes)
+        self.begin()
         try:
             with _Calls() as calls, torch.no_grad():
                 op.redispatch(CPU_KERNELS, *given)
@@ -94,9 +86,9 @@ class Planner:
             found = self.end()
         return found, calls.names
 
-    def begin(self, multiprocessors: int, of_waves: int, dry: bool = True) -> None:
-        """Record launches from here on, for such a device; unless `dry`, kernels run as well."""
-        self.module.begin(multiprocessors, of_waves, dry)
+    def begin(self, dry: bool = True) -> None:
+        """Record launches from here on; unless `dry`, kernels run as well."""
+        self.module.begin(self.multiprocessors, dry)
 
     def end(self) -> list[CudaLaunch]:
         """Return the launches since `begin`; kernels run again."""

@@ -15,7 +15,7 @@ import fastgpt
 from fastgpt.bench.model import library
 from fastgpt.bench.model.bound import bound
 from fastgpt.bench.model.chips import CHIPS, Chip
-from fastgpt.bench.model.cuda_launches import Planner, build, wave_multiprocessors
+from fastgpt.bench.model.cuda_launches import Planner, build
 from fastgpt.bench.model.instances import Instances
 from fastgpt.bench.model.launch import Bound, Launch
 from fastgpt.bench.model.recording import META, AnyLaunch, Call, Device, Recorder, as_if_on
@@ -28,6 +28,7 @@ from fastgpt.core.errors import UserError
 from fastgpt.models.config import ModelConfig
 from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig
+from fastgpt.training.stability import SpikeGuard
 
 ROOT = Path(fastgpt.__file__).resolve().parents[1]  # of the checkout whose kernels are modelled (--source)
 DEVICES = {
@@ -98,13 +99,13 @@ def record(step: Step, planner: Planner | None) -> list[Call]:
     with as_if_on(DEVICES[step.chip.name], recorder), backend.use(strict=True, **chosen(step.kernels)):
         with META:
             model = build_model(step.cfg, step.cfg.model.vocab_size, META)
-        optimizer = build_optimizer(step.cfg, model)
+        optimizer, guard = build_optimizer(step.cfg, model), SpikeGuard(step.cfg.spike_sigmas, META)
         loader = itertools.repeat((ids, ids))
         with recorder:
-            train_step(model, optimizer, loader, step.cfg.accumulation)
+            train_step(model, optimizer, loader, step.cfg.accumulation, guard)
             recorder.calls.clear()
             recorder.planner = planner
-            train_step(model, optimizer, loader, step.cfg.accumulation)
+            train_step(model, optimizer, loader, step.cfg.accumulation, guard)
     return recorder.calls
 
 
@@ -118,8 +119,7 @@ class Modeller:
         self.missing = ""
         self.planner: Planner | None = None
         try:
-            waves = wave_multiprocessors(root, chip.multiprocessors)
-            self.planner = Planner(build(root), chip.multiprocessors, waves)
+            self.planner = Planner(build(root), chip.multiprocessors)
         except (ToolMissing, OSError) as e:
             self.missing = str(e)
 

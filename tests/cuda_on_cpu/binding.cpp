@@ -138,11 +138,12 @@ void note_kernel() {
   m.before_launch = note_kernel;
 }
 
-// Records launches from here on, for a device of so many multiprocessors and waves of so many. dry: nothing runs.
-void begin(int multiprocessors, int of_waves, bool dry) {
+// Records launches from here on, for a device of so many multiprocessors. dry: nothing runs.
+void begin(int multiprocessors, bool dry) {
   emulator::Machine& m = emulator::machine();
   m.launches.clear(), m.kernels.clear(), order.clear();
-  m.dry = dry, m.multiprocessors = multiprocessors, cuda::kSms = of_waves, m.before_launch = note_kernel;
+  m.dry = dry, m.multiprocessors = multiprocessors, m.before_launch = note_kernel;
+  cuda::kSms = std::min(multiprocessors, 108);  // as in csrc, whatever the device
 }
 
 // Returns the launches since `begin`: (offset of the kernel in this library, sizes) each. Kernels run again.
