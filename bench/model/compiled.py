@@ -26,6 +26,13 @@ def of_cuda(source: Path, arch: str, include: Path = CSRC) -> dict[str, Code]:
 
     Raises ToolMissing without nvcc or nvdisasm, RuntimeError with the compiler's output if it fails.
     """
+    codes = of_cubin(cubin_of(source, arch, include))
+    names = cuda_check.short_names(list(codes))
+    return {names[mangled]: code for mangled, code in codes.items()}
+
+
+def cubin_of(source: Path, arch: str, include: Path = CSRC) -> bytes:
+    """Compile a .cu file as `of_cuda` does and return the cubin."""
     nvcc = cuda_check.find_nvcc()
     if nvcc is None:
         raise cuda_check.ToolMissing(cuda_check.REMEDY)
@@ -36,9 +43,7 @@ def of_cuda(source: Path, arch: str, include: Path = CSRC) -> dict[str, Code]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{source} for {arch}:\n{done.stdout}{done.stderr}")
-        codes = of_cubin(cubin)
-    names = cuda_check.short_names(list(codes))
-    return {names[mangled]: code for mangled, code in codes.items()}
+        return cubin.read_bytes()
 
 
 def of_triton(kernel: Any) -> TritonKernel:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import subprocess
-import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,12 +11,12 @@ from typing import Any
 
 from fastgpt.bench.codegen import nvcc_version
 from fastgpt.bench.model.cuda_launches import CudaLaunch
+from fastgpt.bench.model.compiled import cubin_of
 from fastgpt.bench.model.machine_code import Code, of_cubin
 from fastgpt.bench.model.triton_launches import TritonLaunch, cubin
-from fastgpt.checks.cuda import REMEDY, ToolMissing, find_nvcc, short_names
+from fastgpt.checks.cuda import FLAGS, REMEDY, ToolMissing, find_nvcc, short_names
 
 ARCHS = {80: "sm_80", 90: "sm_90a"}
-FLAGS = ("-std=c++17", "-O3", "-cubin")  # as in fastgpt/checks/cuda.py
 
 
 class Instances:
@@ -33,13 +31,12 @@ class Instances:
         """Compile the CUDA kernels of these ops, several files at a time.
 
         Raises:
-            ToolMissing: there is no nvcc, or it refuses a file.
+            ToolMissing: there is no nvcc or no nvdisasm.
+            RuntimeError: nvcc refuses a file; the message has its output.
         """
         files = [f for op in sorted(set(ops) - set(self.of_op)) for f in sorted((self.csrc / op).glob("*.cu"))]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for file, found in zip(files, pool.map(self._compiled, files), strict=True):
-                names = short_names(list(found))
-                codes = {names[mangled]: code for mangled, code in found.items()}
+            for file, codes in zip(files, pool.map(self._compiled, files), strict=True):
                 self.of_op[file.parent.name] = self.of_op.get(file.parent.name, {}) | codes
 
     def cuda(self, op: str, launch: CudaLaunch) -> Code:
@@ -56,7 +53,7 @@ class Instances:
         return self.of_triton[key]
 
     def _compiled(self, file: Path) -> dict[str, Code]:
-        """Return the code of a file by mangled names; compile it unless that was done before."""
+        """Return the code of a file's kernels; compile it unless that was done before."""
         nvcc = find_nvcc()
         if nvcc is None:
             raise ToolMissing(REMEDY)
@@ -67,13 +64,11 @@ class Instances:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt" / "cubins"
         kept = cache / f"{file.parent.name}-{file.stem}-{key}.cubin"
         if not kept.exists():
+            binary = cubin_of(file, arch, self.csrc)
             cache.mkdir(parents=True, exist_ok=True)
-            target = f"arch={arch.replace('sm', 'compute')},code={arch}"
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                aside = Path(folder) / kept.name
-                command = [str(nvcc), *FLAGS, "-I", str(self.csrc), "-gencode", target, str(file), "-o", str(aside)]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode != 0:
-                    raise ToolMissing(f"{file.parent.name}/{file.name} for {arch}: {done.stderr.strip()[-300:]}")
-                aside.replace(kept)
-        return of_cubin(kept)
+            aside = kept.with_suffix(f".{os.getpid()}")
+            aside.write_bytes(binary)
+            aside.replace(kept)
+        codes = of_cubin(kept)
+        names = short_names(list(codes))
+        return {names[mangled]: code for mangled, code in codes.items()}
