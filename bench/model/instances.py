@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fastgpt.bench.codegen import nvcc_version
-from fastgpt.bench.model.cuda_launches import CudaLaunch
 from fastgpt.bench.model.compiled import cubin_of
+from fastgpt.bench.model.cuda_launches import CudaLaunch
 from fastgpt.bench.model.machine_code import Code, of_cubin
 from fastgpt.bench.model.triton_launches import TritonLaunch, cubin
 from fastgpt.checks.cuda import FLAGS, REMEDY, ToolMissing, find_nvcc, short_names

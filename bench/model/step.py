@@ -138,7 +138,7 @@ class Modeller:
         ops = {backend.raw_ops[c.name] for c in calls if any(not isinstance(x, TritonLaunch) for x in c.launches)}
         try:
             self.instances.prepare(ops)
-        except ToolMissing as e:
+        except (ToolMissing, RuntimeError) as e:
             self.missing = self.missing or str(e)
 
     def _kernels(self, call: Call) -> Any:
