@@ -18,7 +18,7 @@ PRODUCT_SHARE = {80: 0.80, 90: 0.657}
 DRAM_SHARE = 0.9
 # Seconds from the end of a kernel to the start of the next in a replayed CUDA graph; assumed.
 GAP = 1e-6
-# Seconds of a kernel of PyTorch that has next to nothing to do; assumed.
+# Seconds of a kernel that has next to nothing to do; assumed.
 LEAST = 2e-6
 # FLOP/s of the library's attention, causal, by compute capability and head dimension: forward, backward. 90: cuDNN 9.19
 # on an H200, 2,048 tokens (cudnn-frontend, benchmark/, 2026-02-27; d = 64 with a window of 1,024). 80: assumed, after

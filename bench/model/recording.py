@@ -233,7 +233,11 @@ def as_if_on(device: Device, recorder: Recorder) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for context in (
             replaced(torch.cuda, **cuda),
-            replaced(torch, autocast=lambda *args, **kwargs: contextlib.nullcontext()),
+            replaced(
+                torch,
+                autocast=lambda *args, **kwargs: contextlib.nullcontext(),  # PyTorch has none on the meta device
+                is_autocast_enabled=lambda *args: False,
+            ),
             replaced(loss, multiplies_into_fp32=lambda t: t.dtype != torch.float32),
             replaced(loss, _budgets={META: loss.share_for_logits(device.total_memory)}),
             replaced(_tables.Tables, _upload=upload),

@@ -217,9 +217,9 @@ class Modeller:
 
 
 def seconds_of(found: Bound) -> float:
-    """Return the time of a bound; memory is given the share of its rate that a copy reaches."""
+    """Return the time of a bound, with the share of the memory's rate that a copy reaches and the shortest kernel."""
     share = {"dram": library.DRAM_SHARE}
-    return max(seconds / share.get(unit, 1.0) for unit, seconds in found.seconds.items())
+    return max(library.LEAST, *(seconds / share.get(unit, 1.0) for unit, seconds in found.seconds.items()))
 
 
 def figures(found: Bound) -> Row:
