@@ -117,7 +117,7 @@ class _Space:
     def like(self, t: Tensor) -> Tensor:
         """Return a CPU tensor with the shape, strides, dtype and offset of t."""
         last = sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
-        needed = (t.storage_offset() + last + 1) * t.element_size()
+        needed = int((t.storage_offset() + last + 1) * t.element_size())
         if needed > self.bytes.numel():
             size = 2 * needed + mmap.PAGESIZE
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
