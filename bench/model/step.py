@@ -155,7 +155,7 @@ class Modeller:
         if not call.launches:
             yield (call.name, call.bytes_read), lambda: self._by_bytes(call)
         for launch in call.launches:
-            work = work_of(call, launch, self.device)
+            work = work_of(call, launch)
             what = launch.instance if isinstance(launch, TritonLaunch) else launch
             yield (what, launch.grid, work), lambda launch=launch, work=work: self._of_kernel(call, launch, work)
 
@@ -182,7 +182,12 @@ class Modeller:
         row = self._row(call, launch.name, "own", 0.0) | describe(launch) | {"gb": gb, "tflop": work.flop / 1e12}
         row["l2_gb"] = work.l2 / 1e9
         try:
-            found = bound(self._launch(call, launch, work), self.chip)
+            sizes = self._launch(call, launch, work)
+            found = bound(sizes, self.chip)
+            at_a_time = min(launch.blocks, found.blocks_per_multiprocessor * self.chip.multiprocessors)
+            if at_a_time * work.held > self.device.L2_cache_size:
+                found = bound(dataclasses.replace(sizes, dram_read=work.read + work.again), self.chip)
+                row["gb"] += work.again / 1e9
         except (KeyError, ToolMissing, ValueError):  # not compiled, or it does not fit on this chip
             each = max(gb * 1e9 / (self.chip.dram * library.DRAM_SHARE), library.LEAST)
             return row | {"us": each * 1e6, "limit": "bytes alone"}

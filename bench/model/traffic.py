@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from fastgpt.bench.model.recording import AnyLaunch, Call, Device
+from fastgpt.bench.model.recording import AnyLaunch, Call
 from fastgpt.bench.model.triton_launches import TritonLaunch
 
 CUDA_STEP = 64  # keys, or queries in dK/dV, that a CUDA attention kernel takes at a time (csrc/attention)
@@ -23,22 +23,28 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Work:
-    """What a launch must do. read, written: bytes of memory; l2: bytes that multiprocessors request from L2."""
+    """What a launch must do. read, written: bytes of memory; l2: bytes that multiprocessors request from L2.
+
+    again: bytes that a block reads a second time, held: how many of them it has under way. They come from memory if L2
+    does not hold what all blocks that run at a time have under way.
+    """
 
     read: float
     written: float
     l2: float
     flop: float = 0.0
     slowest: float = 1.0  # work of the largest block over the mean block
+    again: float = 0.0
+    held: float = 0.0
 
 
-Rule = Callable[[Call, AnyLaunch, Device], Work]
+Rule = Callable[[Call, AnyLaunch], Work]
 
 
-def work_of(call: Call, launch: AnyLaunch, device: Device) -> Work:
+def work_of(call: Call, launch: AnyLaunch) -> Work:
     """Return what one launch of a call must do."""
     if rule := RULES.get(launch.name):
-        return rule(call, launch, device)
+        return rule(call, launch)
     return _share(call, launch)
 
 
@@ -51,7 +57,7 @@ def _share(call: Call, launch: AnyLaunch) -> Work:
     return Work(part * call.bytes_read, part * call.bytes_written, part * call.bytes_read)
 
 
-def _sums_of_partials(call: Call, launch: AnyLaunch, device: Device) -> Work:
+def _sums_of_partials(call: Call, launch: AnyLaunch) -> Work:
     """The partials of each block before it: as many sums as there are elements in the gradients of parameters."""
     before = list(takewhile(lambda other: other is not launch, call.launches))
     blocks = before[-1].blocks if before else 1
@@ -65,14 +71,11 @@ def _sums_of_partials(call: Call, launch: AnyLaunch, device: Device) -> Work:
     return Work(0.0, 0.0, read)
 
 
-def _loss_in_two_sweeps(call: Call, launch: AnyLaunch, device: Device) -> Work:
-    """Logits are read, then read again from L2 for the gradient, if the rows at work at a time fit there."""
-    logits = next(part for name, part in call.read.items() if name in ("logits", "z", "x"))
-    warps = launch.options.get("num_warps", 4) if isinstance(launch, TritonLaunch) else math.prod(launch.block) // 32
-    row = logits.bytes / max(1, logits.shape[0])
-    at_work = device.multi_processor_count * max(1, 64 // warps) * row
-    again = 0.0 if at_work < device.L2_cache_size else float(logits.bytes)
-    return Work(call.bytes_read + again, call.bytes_written, call.bytes_read + logits.bytes)
+def _loss_in_two_sweeps(call: Call, launch: AnyLaunch) -> Work:
+    """Logits are read for the loss, and read again for their gradient; a block has a row."""
+    logits = call.read["logits"]
+    row, again = logits.bytes / max(1, logits.shape[0]), float(logits.bytes)
+    return Work(call.bytes_read, call.bytes_written, call.bytes_read + again, again=again, held=row)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ def queries_seen(heads: Heads, m: int, n: int) -> list[int]:
 def _over_queries(products: int, reads: int, writes: int) -> Rule:
     """Return the rule of a kernel with a block for each tile of queries."""
 
-    def rule(call: Call, launch: AnyLaunch, device: Device) -> Work:
+    def rule(call: Call, launch: AnyLaunch) -> Work:
         heads = Heads.of(call)
         m, n = _tiles(heads, launch, over_keys=False)
         seen = keys_seen(heads, m, n)
@@ -153,7 +156,7 @@ def _over_queries(products: int, reads: int, writes: int) -> Rule:
     return rule
 
 
-def _dkdv(call: Call, launch: AnyLaunch, device: Device) -> Work:
+def _dkdv(call: Call, launch: AnyLaunch) -> Work:
     """A block for each tile of keys, which reads q, dout and two numbers of every query that sees the keys."""
     heads = Heads.of(call)
     m, n = _tiles(heads, launch, over_keys=True)
@@ -165,14 +168,14 @@ def _dkdv(call: Call, launch: AnyLaunch, device: Device) -> Work:
     return Work(read, 2 * heads.keys, 2 * heads.keys + again, 8 * heads.d * pairs, slowest)
 
 
-def _rows_of_backward(call: Call, launch: AnyLaunch, device: Device) -> Work:
+def _rows_of_backward(call: Call, launch: AnyLaunch) -> Work:
     """The sums of out * dout, and lse with them."""
     heads = Heads.of(call)
     read = 2 * heads.queries + heads.rows
     return Work(read, 2 * heads.rows, read)
 
 
-def _embedding_fwd(call: Call, launch: AnyLaunch, device: Device) -> Work:
+def _embedding_fwd(call: Call, launch: AnyLaunch) -> Work:
     """A row of the table for each token; from memory at most once each row."""
     out, table = call.written["out0"], call.read["weight"]
     ids = call.read["ids"].bytes
@@ -180,7 +183,7 @@ def _embedding_fwd(call: Call, launch: AnyLaunch, device: Device) -> Work:
     return Work(ids + min(table.bytes, out.bytes), out.bytes, ids + tables * out.bytes)
 
 
-def _embedding_bwd(call: Call, launch: AnyLaunch, device: Device) -> Work:
+def _embedding_bwd(call: Call, launch: AnyLaunch) -> Work:
     """Levels of sums: the first reads dy and adds to the table, the others read partial sums from L2."""
     dy = call.read["dy"]
     table = next(part for name, part in call.written.items() if name in ("dweight", "out0"))
@@ -193,7 +196,7 @@ def _embedding_bwd(call: Call, launch: AnyLaunch, device: Device) -> Work:
     return Work(dy.bytes + touched + index, touched, dy.bytes + touched + index)
 
 
-def _embedding_keys(call: Call, launch: AnyLaunch, device: Device) -> Work:
+def _embedding_keys(call: Call, launch: AnyLaunch) -> Work:
     ids = call.read["ids"]
     return Work(ids.bytes, ids.elements * 4, ids.bytes)
 

@@ -19,11 +19,9 @@ pytest.importorskip("triton")
 
 from fastgpt.bench.model.cuda_launches import CudaLaunch, Planner  # noqa: E402
 from fastgpt.bench.model.recording import Call, Part  # noqa: E402
-from fastgpt.bench.model.step import DEVICES, ROOT, Step, chip_named, config_of, record, total  # noqa: E402
+from fastgpt.bench.model.step import ROOT, Step, chip_named, config_of, record, total  # noqa: E402
 from fastgpt.bench.model.traffic import keys_seen, queries_seen, work_of  # noqa: E402
 from fastgpt.core import backend  # noqa: E402
-
-H200 = DEVICES["H200"]
 
 
 def part(*shape: int, itemsize: int = 2) -> Part:
@@ -42,7 +40,7 @@ def test_attention_by_hand() -> None:
     forward = launch("attention_fwd_kernel<bf16, 64, false>", 2 * 3 * 2)
     q = part(2, 256, 3, 64)
     call = Call("attention_fwd", {"q": q, "k": q, "v": q}, {}, own=True, launches=[forward], options={"causal": True})
-    work = work_of(call, forward, H200)
+    work = work_of(call, forward)
     heads, size = 2 * 3, 2 * 256 * 3 * 64 * 2
     assert work.flop == heads * (128 * 128 + 128 * 256) * 2 * 2 * 64
     assert work.read == 3 * size and work.written == size + heads * 256 * 4
@@ -66,22 +64,20 @@ def test_a_backward_and_its_sums_by_hand() -> None:
     read = {"dy": rows, "h": rows, "weight": one, "bias": one, "stats": part(2, 4096, itemsize=4)}
     call = Call("layer_norm_bwd", read, {"out0": rows, "out1": one, "out2": one}, own=True, launches=[main, sums])
     size = 4096 * 768 * 2
-    assert work_of(call, main, H200).read == 2 * size + 2 * 768 * 2 + 2 * 4096 * 4
-    assert work_of(call, main, H200).written == size + 2 * 768 * 2
-    assert work_of(call, sums, H200).l2 == 132 * 2 * 768 * 4 and work_of(call, sums, H200).read == 0
+    assert work_of(call, main).read == 2 * size + 2 * 768 * 2 + 2 * 4096 * 4
+    assert work_of(call, main).written == size + 2 * 768 * 2
+    assert work_of(call, sums).l2 == 132 * 2 * 768 * 4 and work_of(call, sums).read == 0
 
 
 def test_a_loss_by_hand() -> None:
-    """Logits are read from memory once and from L2 twice, unless the rows at work are more than L2 holds."""
+    """Logits are requested twice, the second time from L2 if it holds the rows that are under way."""
     kernel = launch("cross_entropy_fwd_bwd_kernel<bf16, true>", 512, threads=512)
-    for vocab, again in ((50304, 0), (400_000, 1)):
-        logits, loss = part(512, vocab), part(512, itemsize=4)
-        read = {"logits": logits, "loss": loss, "target": part(512, itemsize=8), "scale": part(1, itemsize=4)}
-        call = Call("cross_entropy_fwd_bwd", read, {"logits": logits, "loss": loss}, own=True, launches=[kernel])
-        work = work_of(call, kernel, H200)
-        assert work.read == (1 + again) * logits.bytes + 512 * 12 + 4
-        assert work.written == logits.bytes + 512 * 4
-        assert work.l2 == 2 * logits.bytes + 512 * 12 + 4
+    logits, loss = part(512, 50304), part(512, itemsize=4)
+    read = {"logits": logits, "loss": loss, "target": part(512, itemsize=8), "scale": part(1, itemsize=4)}
+    call = Call("cross_entropy_fwd_bwd", read, {"logits": logits, "loss": loss}, own=True, launches=[kernel])
+    work = work_of(call, kernel)
+    assert work.read == logits.bytes + 512 * 12 + 4 and work.written == logits.bytes + 512 * 4
+    assert work.l2 == work.read + logits.bytes and work.again == logits.bytes and work.held == 50304 * 2
 
 
 def small_step(**kernels: str) -> Step:
