@@ -40,8 +40,8 @@ def providers(bench: Bench) -> list[Provider]:
     own = [Provider(name, bench.public, name) for name in ("cuda", "triton") if name in backend.ops()[bench.op]]
     module = importlib.import_module(f"fastgpt.bench.{bench.op}")
     liger = getattr(module, "liger", None) if importlib.util.find_spec("liger_kernel") else None
-    found = own + [Provider("liger", liger, package="liger_kernel")] * (liger is not None)
-    return [*found, bench.baseline]
+    found = [] if liger is None else [Provider("liger", liger, package="liger_kernel")]
+    return [*own, *found, bench.baseline]
 
 
 def rows(step: Step, modeller: Modeller) -> list[Row]:

@@ -70,7 +70,7 @@ def config_of(model: str, batch: int | None, length: int | None, layers: int | N
     batch, length = batch or cfg.sequences, length or cfg.block_size
     shape = cfg.model if length <= (cfg.model.block_size or 0) else dataclasses.replace(cfg.model, block_size=length)
     shape = shape if layers is None else dataclasses.replace(shape, n_layers=layers)
-    sizes = dict(block_size=length, micro_batch=batch, batch_tokens=batch * length, max_steps=1000)
+    sizes: dict[str, Any] = dict(block_size=length, micro_batch=batch, batch_tokens=batch * length, max_steps=1000)
     return dataclasses.replace(cfg, model=shape, dtype="bf16", **sizes)
 
 

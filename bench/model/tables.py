@@ -154,5 +154,5 @@ def page_of(rows: list[Row], only: str = "") -> str:
     first = Section("Steps", [f"Milliseconds; {NOTE}."], [Table(f"A training step ({NOTE})", sums)])
     if ops := op_rows(rows):
         sections.append(Section("Single ops", ["Forward and backward, us."], [Table(f"Ops ({NOTE})", ops)]))
-    about = f"Every figure here is from a {NOTE}: lower bounds of kernels, estimates of libraries; docs/step-budget.md."
-    return page("fastgpt: a model of training steps", about, [first, *sections])
+    told = f"Every figure here is from a {NOTE}: lower bounds of kernels, estimates of libraries; docs/step-budget.md."
+    return page("fastgpt: a model of training steps", told, [first, *sections])

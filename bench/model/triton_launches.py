@@ -136,7 +136,7 @@ def _record(
     defaults = {p.name: p.default for p in kernel.params if p.has_default}
     given = defaults | dict(zip(names, args)) | {name: value for name, value in kwargs.items() if name in names}
     blocks = grid(given) if callable(grid) else grid
-    whole = (*map(int, blocks), 1, 1)[:3]
+    x, y, z = (*map(int, blocks), 1, 1)[:3]
     # a kernel's own arguments may have the names of options, as in num_warps: tl.constexpr
     arguments = {name: given[name] if name in given else options[name] for name in names}
-    found(TritonLaunch(kernel, whole, arguments, options))
+    found(TritonLaunch(kernel, (x, y, z), arguments, options))
