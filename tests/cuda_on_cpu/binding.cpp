@@ -143,14 +143,19 @@ void begin(int multiprocessors, bool dry) {
   emulator::Machine& m = emulator::machine();
   m.launches.clear(), m.kernels.clear(), order.clear();
   m.dry = dry, m.multiprocessors = multiprocessors, m.before_launch = note_kernel;
+#if __has_include("core/cuda/wave.cuh")
   cuda::kSms = std::min(multiprocessors, 108);  // as in csrc, whatever the device
+#endif
 }
 
 // Returns the launches since `begin`: (offset of the kernel in this library, sizes) each. Kernels run again.
 std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> end() {
   emulator::Machine& m = emulator::machine();
   note_kernel();
-  m.dry = false, m.multiprocessors = cuda::kSms = 1, m.before_launch = nullptr;
+  m.dry = false, m.multiprocessors = 1, m.before_launch = nullptr;
+#if __has_include("core/cuda/wave.cuh")
+  cuda::kSms = 1;
+#endif
   Dl_info here{};
   dladdr(reinterpret_cast<const void*>(&begin), &here);
   std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> found;
