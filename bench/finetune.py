@@ -144,13 +144,15 @@ def own_step(setup: Setup) -> Callable[[int], float]:
 
 
 class NoLoss(NextToken):
-    """What a step of distillation does apart from both heads and the loss."""
+    """What a step of distillation does apart from both heads and the loss. A head with weights of its own has a gradient
+    and moments here too, which are no part of the loss."""
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
 
     def loss(self, model: Any, batch: Batch) -> torch.Tensor:
-        return (model.hidden(batch.ids) * self.teacher.hidden(batch).view(*batch.ids.shape, -1)).sum().view(1)
+        loss = (model.hidden(batch.ids) * self.teacher.hidden(batch).view(*batch.ids.shape, -1)).sum().view(1)
+        return loss if model.config.tied else loss + 0.0 * model.head.weight[0, 0]
 
 
 def pairs(shape: Shape, step: int, index: int | None = None) -> Batch:
