@@ -144,8 +144,8 @@ def own_step(setup: Setup) -> Callable[[int], float]:
 
 
 class NoLoss(NextToken):
-    """What a step of distillation does apart from both heads and the loss. A head with weights of its own has a gradient
-    and moments here too, which are no part of the loss."""
+    """What a step of distillation does apart from both heads and the loss. A head with weights of its own has a
+    gradient and moments here too, which are no part of the loss."""
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
