@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kThreads) attention_decode_fwd_kernel(const __
     }
     if (threadIdx.x % 32 < LANES) {
       const int warp = threadIdx.x / 32;
-      tops[warp][r] = s.top[r], totals[warp][r] = s.total[r];
+      if (lane == 0) tops[warp][r] = s.top[r], totals[warp][r] = s.total[r];
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         accs[warp][r][(e / kLanes<T> * LANES + lane) * kLanes<T> + e % kLanes<T>] = s.acc[r][e];

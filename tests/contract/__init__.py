@@ -6,12 +6,13 @@ FAR                calls on (3, 32): rows more than 2^31 elements apart must giv
 RUN_SHAPE          shape of the parity case that must give the same bits in three runs (default: 67 x 128)
 MUTATIONS, ASTRAY  a file below csrc, its text and a broken text, which the emulation of CUDA or AddressSanitizer must
                    catch
+RACES              planted races, which the race detector must find in every schedule
 """
 
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +25,22 @@ Calls = dict[str, tuple[Any, tuple[Any, ...]]]
 Errors = list[tuple[Callable[[], Any], type[Exception], str]]
 Far = dict[str, Callable[[Tensor], Any]]
 Mutations = dict[str, tuple[str, str, str]]
+
+
+class Race(NamedTuple):
+    """A broken text in a file below csrc; the kernel that then has a race, and texts which begin on the two lines of
+    this file that the report must name."""
+
+    kernel: str
+    file: str
+    text: str
+    broken: str
+    lines: tuple[str, str]
+    options: bool = False  # of attention: in a kernel for a window, documents and so on
+    slow: bool = False
+
+
+Races = dict[str, Race]
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

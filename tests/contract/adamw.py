@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import DEVICE, Calls, Errors, Mutations, rand
+from contract import DEVICE, Calls, Errors, Mutations, Race, Races, rand
 from fastgpt.ops.adamw import ADAMW_PREPARE, ADAMW_UPDATE, PARTIALS
 from fastgpt.optim import AdamW
 
@@ -14,6 +14,26 @@ ERRORS: Errors = [
 ]
 MUTATIONS: Mutations = {
     "barrier behind a broadcast": ("adamw/cuda.cu", "begin == 0, sum);\n  __syncthreads();", "begin == 0, sum);"),
+}
+RACES: Races = {
+    "barrier before the values of a step": Race(
+        "adamw_update_kernel",
+        "adamw/cuda.cu",
+        "  __syncthreads();\n  const Step step = shared;",
+        "  const Step step = shared;",
+        ("const Step step = shared;", "if (threadIdx.x == 0) shared = make_step("),
+    ),
+    "barrier of a sum": Race(
+        "adamw_prepare_kernel",
+        "core/cuda/reduce.cuh",
+        "mine[threadIdx.x / 32] = v;\n  __syncthreads();\n  return warp_sum(",
+        "mine[threadIdx.x / 32] = v;\n  return warp_sum(",
+        (
+            "  if (lane == 0) mine[threadIdx.x / 32] = v;\n  return warp_sum(",
+            "return warp_sum(lane < n_warps ? mine[lane] : V{});",
+        ),
+        slow=True,
+    ),
 }
 
 

@@ -3,11 +3,28 @@
 import torch
 from torch import Tensor
 
-from contract import DEVICE, Calls, Errors, Far, Mutations, heads, rand
+from contract import DEVICE, Calls, Errors, Far, Mutations, Race, Races, heads, rand
 from fastgpt import ops
 from fastgpt.ops.attention_decode import ATTENTION_DECODE_FWD, ATTENTION_DECODE_PAGED_FWD
 
 RUN_SHAPE = (1, 1, 1030, 8, 1, 16)
+RACES: Races = {
+    "barrier before the sums of all warps": Race(
+        "attention_decode_fwd_kernel",
+        "attention_decode/cuda.cu",
+        "  __syncthreads();  // the sums of all warps are in shared memory\n",
+        "",
+        ("if (lane == 0) tops[warp][r] = s.top[r],", "for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w][r]);"),
+    ),
+    "factors behind the barrier that others rely on": Race(
+        "attention_decode_fwd_add_kernel",
+        "attention_decode/cuda.cu",
+        "  factors[split] = factor;\n  const float total = row_sum(own_total * factor, scratch[1]);",
+        "  const float total = row_sum(own_total * factor, scratch[1]);\n  factors[split] = factor;",
+        ("  factors[split] = factor;", "if (factors[s] != 0.0f)"),
+        slow=True,
+    ),
+}
 
 
 def calls(name: str) -> Calls:

@@ -1,6 +1,6 @@
 """Data of bias_gelu for the tests that run on every op."""
 
-from contract import Calls, Errors, Far, Mutations, rand
+from contract import Calls, Errors, Far, Mutations, Race, Races, rand
 from fastgpt import ops
 from fastgpt.ops.bias_gelu import BIAS_GELU_BWD, BIAS_GELU_FWD
 
@@ -21,6 +21,15 @@ ASTRAY: Mutations = {
         "bias_gelu/cuda.cu",
         "  if (c >= a.n_cols) return;\n  Raw<T, L> x[kRows];",
         "  Raw<T, L> x[kRows];",
+    ),
+}
+RACES: Races = {
+    "barrier between row groups": Race(
+        "bias_gelu_bwd_kernel",
+        "core/cuda/partials.cuh",
+        "    if (!last) __syncthreads();\n",
+        "",
+        ("shared[c + l] = total[l];", "total[l] = (y > 0 ? shared[c + l] : 0.0f)"),
     ),
 }
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import DEVICE, Calls, Errors, Far, Mutations, rand
+from contract import DEVICE, Calls, Errors, Far, Mutations, Race, Races, rand
 from fastgpt import ops
 from fastgpt.ops.cross_entropy import CROSS_ENTROPY_BWD, CROSS_ENTROPY_FWD, CROSS_ENTROPY_FWD_BWD, SCALE_ROWS
 
@@ -21,6 +21,26 @@ ERRORS: Errors = [
 ]
 MUTATIONS: Mutations = {
     "shifted tail": ("core/cuda/vec.cuh", "i < head ? i : i + n_packs * L;", "i < head ? i : i + n_packs * L + 1;"),
+}
+RACES: Races = {
+    "barrier before gradients over logits": Race(
+        "cross_entropy_fwd_bwd_kernel",
+        "cross_entropy/cuda.cu",
+        "  __syncthreads();\n  return Stats{",
+        "  return Stats{",
+        ("row.z(widen(row.logits[row.target]));", "store_any(row.dlogits + c, x, aligned);"),
+    ),
+    "barrier of a maximum": Race(
+        "cross_entropy_fwd_kernel",
+        "core/cuda/reduce.cuh",
+        "  __syncthreads();\n  return warp_max(",
+        "  return warp_max(",
+        (
+            "  if (lane == 0) mine[threadIdx.x / 32] = v;\n  return warp_max(",
+            "return warp_max(lane < n_warps ? mine[lane] : mine[0]);",
+        ),
+        slow=True,
+    ),
 }
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import Errors, Far, Mutations, rand
+from contract import Errors, Far, Mutations, Race, Races, rand
 from fastgpt import ops
 
 IDS = torch.tensor([[2, 0, 2, 1]])
@@ -25,4 +25,13 @@ MUTATIONS: Mutations = {
 ASTRAY: Mutations = {
     "token bound": ("embedding/cuda.cu", "  if (i >= a.n_tokens) return;\n", ""),
     "table bound": ("embedding/cuda.cu", "(i >= n || key == nothing)", "(i >= n)"),
+}
+RACES: Races = {
+    "barrier before the rows of a tile": Race(
+        "embedding_bwd_kernel",
+        "embedding/cuda.cu",
+        "  __syncthreads();\n  const int c = (blockIdx.y",
+        "  const int c = (blockIdx.y",
+        ("    goes_to[i] = sum_goes_to(", "const int to = goes_to[first + u];"),
+    ),
 }

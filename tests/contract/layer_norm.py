@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import Calls, Errors, Far, Mutations, rand
+from contract import Calls, Errors, Far, Mutations, Race, Races, rand
 from fastgpt import ops
 from fastgpt.ops.layer_norm import LAYER_NORM_BWD, LAYER_NORM_FWD
 
@@ -47,6 +47,73 @@ ASTRAY: Mutations = {
         "    float y[L], w[L], b[L];",
     ),
     "column mask of a load": ("norm/cuda.cuh", "if (c < n) load_raw(row + c, x[i]);", "load_raw(row + c, x[i]);"),
+}
+RACES: Races = {
+    "barrier of a reduction": Race(
+        "layer_norm_bwd_kernel",
+        "core/cuda/reduce.cuh",
+        "mine[n_warps + threadIdx.x / 32] = b;\n  }\n  __syncthreads();",
+        "mine[n_warps + threadIdx.x / 32] = b;\n  }",
+        ("    mine[threadIdx.x / 32] = a;", "a = warp_sum(lane < n_warps ? mine[lane]"),
+    ),
+    "wait group one too high": Race(
+        "layer_norm_bwd_kernel",
+        "layer_norm/cuda.cu",
+        "ptx::cp_async_wait<1>();",
+        "ptx::cp_async_wait<2>();",
+        ("ring.get(set, 0, i, dy);", "  ring.request_row(a, row, 0);"),
+    ),
+    "stage of the ring reused one step early": Race(
+        "layer_norm_bwd_kernel",
+        "layer_norm/cuda.cu",
+        "ring.request_row(a, row + step, set ^ 1);",
+        "ring.request_row(a, row + step, set);",
+        ("ring.request_row(a, row + step, set);", "  ring.request_row(a, row, 0);"),
+        slow=True,
+    ),
+    "barrier between ring and partials": Race(
+        "layer_norm_bwd_kernel",
+        "layer_norm/cuda.cu",
+        "  __syncthreads();  // the ring is no longer in use\n",
+        "",
+        ("write_partial(dw, n, shared, partial);", "if (ring.dsum) ring.get(set, 2, i, dsum);"),
+        slow=True,
+    ),
+    "barrier of the means of wide rows": Race(
+        "layer_norm_bwd_wide_kernel",
+        "layer_norm/cuda.cu",
+        "means[set][r][1] = dot / n;\n    }\n    __syncthreads();",
+        "means[set][r][1] = dot / n;\n    }",
+        ("means[set][r][0] = sum / n,", "wdy[l] = layer_norm_dx(wdy[l] * w[l], xhat[l], means[set][r][0]"),
+        slow=True,
+    ),
+    "barrier of the partials' reduce": Race(
+        "add_partials_kernel",
+        "core/cuda/partials.cuh",
+        "sums[threadIdx.x][threadIdx.y] = sum;\n  __syncthreads();",
+        "sums[threadIdx.x][threadIdx.y] = sum;",
+        ("sums[threadIdx.x][threadIdx.y] = sum;", "warp_sum(sums[threadIdx.y][threadIdx.x]);"),
+        slow=True,
+    ),
+    "barrier of a sum": Race(
+        "layer_norm_fwd_kernel",
+        "core/cuda/reduce.cuh",
+        "mine[threadIdx.x / 32] = v;\n  __syncthreads();\n  return warp_sum(",
+        "mine[threadIdx.x / 32] = v;\n  return warp_sum(",
+        (
+            "  if (lane == 0) mine[threadIdx.x / 32] = v;\n  return warp_sum(",
+            "return warp_sum(lane < n_warps ? mine[lane] : V{});",
+        ),
+        slow=True,
+    ),
+    "scratch of two sums": Race(
+        "layer_norm_fwd_wide_kernel",
+        "layer_norm/cuda.cu",
+        "return (x - mean) * (x - mean); });\n  }\n  const float rstd = 1.0f / sqrtf(row_sum(squares, scratch[1])",
+        "return (x - mean) * (x - mean); });\n  }\n  const float rstd = 1.0f / sqrtf(row_sum(squares, scratch[0])",
+        ("const float mean = row_sum(sum, scratch[0]) / n;", "row_sum(squares, scratch[0])"),
+        slow=True,
+    ),
 }
 
 

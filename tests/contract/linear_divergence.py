@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import DEVICE, Calls, Errors, Far, Mutations, rand
+from contract import DEVICE, Calls, Errors, Far, Mutations, Race, Races, rand
 from fastgpt import ops
 from fastgpt.ops._linear_divergence import LINEAR_DIVERGENCE_FWD
 from fastgpt.ops.divergence import LINEAR_DIVERGENCE_ROWS
@@ -25,6 +25,15 @@ MUTATIONS: Mutations = {
         "linear_divergence/cuda.cu",
         "y[l] = widen(teacher[c + l])",
         "y[l] = widen(teacher[c + l + 1])",
+    ),
+}
+RACES: Races = {
+    "scratch of two reductions": Race(
+        "linear_divergence_rows_kernel",
+        "linear_divergence/cuda.cu",
+        "sum = row_sum(sum * exp_of<T>(max - shift(top)), sums);",
+        "sum = row_sum(sum * exp_of<T>(max - shift(top)), reinterpret_cast<double*>(maxima));",
+        ("const float top = row_max(max, maxima);", "sum = row_sum(sum * exp_of<T>(max - shift(top))"),
     ),
 }
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import Calls, Errors, Far, Mutations, rand
+from contract import Calls, Errors, Far, Mutations, Race, Races, rand
 from fastgpt import ops
 from fastgpt.ops.rms_norm import RMS_NORM_BWD, RMS_NORM_FWD
 
@@ -23,6 +23,50 @@ ASTRAY: Mutations = {
         "norm/cuda.cuh",
         "const int n = row < a.n_rows ? static_cast<int>(a.n_cols) : 0;",
         "const int n = static_cast<int>(a.n_cols);",
+    ),
+}
+RACES: Races = {
+    "wait group one too high": Race(
+        "rms_norm_bwd_kernel",
+        "rms_norm/cuda.cu",
+        "ptx::cp_async_wait<1>();",
+        "ptx::cp_async_wait<2>();",
+        ("      ring.get(set, 0, i, dy);", "  ring.request_row(a, row, 0);"),
+        slow=True,
+    ),
+    "scratch of a reduction reused one row early": Race(
+        "rms_norm_bwd_kernel",
+        "rms_norm/cuda.cu",
+        "row_sum(dot, scratch[set])",
+        "row_sum(dot, scratch[0])",
+        ("row_sum(dot, scratch[0])", "row_sum(dot, scratch[0])"),
+    ),
+    "barrier of a sum": Race(
+        "rms_norm_fwd_kernel",
+        "core/cuda/reduce.cuh",
+        "mine[threadIdx.x / 32] = v;\n  __syncthreads();\n  return warp_sum(",
+        "mine[threadIdx.x / 32] = v;\n  return warp_sum(",
+        (
+            "  if (lane == 0) mine[threadIdx.x / 32] = v;\n  return warp_sum(",
+            "return warp_sum(lane < n_warps ? mine[lane] : V{});",
+        ),
+        slow=True,
+    ),
+    "scale that every thread writes": Race(
+        "rms_norm_fwd_wide_kernel",
+        "rms_norm/cuda.cu",
+        "row_sum(squares, scratch) / n + a.eps);\n  if (threadIdx.x == 0) a.rstd[row] = rstd;\n  for",
+        "row_sum(squares, scratch) / n + a.eps);\n  a.rstd[row] = rstd;\n  for",
+        ("  a.rstd[row] = rstd;\n", "  a.rstd[row] = rstd;\n"),
+        slow=True,
+    ),
+    "barrier of the means of wide rows": Race(
+        "rms_norm_bwd_wide_kernel",
+        "rms_norm/cuda.cu",
+        "means[set][r] = dot / n;\n    }\n    __syncthreads();",
+        "means[set][r] = dot / n;\n    }",
+        ("if (threadIdx.x == 0) means[set][r] = dot / n;", "const RmsNormDx dx(means[set][r], rstd, n, a.eps);"),
+        slow=True,
     ),
 }
 

@@ -1,6 +1,6 @@
 """Data of swiglu for the tests that run on every op."""
 
-from contract import Calls, Errors, Far, Mutations, rand
+from contract import Calls, Errors, Far, Mutations, Race, Races, rand
 from fastgpt import ops
 from fastgpt.ops.swiglu import SWIGLU_BWD, SWIGLU_FWD
 
@@ -23,6 +23,15 @@ ASTRAY: Mutations = {
         "swiglu/cuda.cu",
         "    if (row >= a.n_rows) continue;\n    float g[L], dgate[L], dup[L];",
         "    float g[L], dgate[L], dup[L];",
+    ),
+}
+RACES: Races = {
+    "rows of two blocks": Race(
+        "swiglu_bwd_kernel",
+        "swiglu/cuda.cu",
+        "static_cast<T*>(a.dgate) + row * a.grad_row + c",
+        "static_cast<T*>(a.dgate) + row / 8 * a.grad_row + c",
+        ("row / 8 * a.grad_row + c, dgate);", "row / 8 * a.grad_row + c, dgate);"),
     ),
 }
 

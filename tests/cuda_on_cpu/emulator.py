@@ -53,22 +53,32 @@ Mutation = tuple[str, str, str]  # file below csrc, text, replacement
 Digests = dict[str, list[str]]  # order of threads -> digest of each case
 
 
-def _run(command: list[str]) -> None:
+def run_compiler(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0 or "warning:" in done.stderr:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-4000:]}")
 
 
-def _mutated(mutation: Mutation) -> Path:
-    """Return a copy of csrc with this replacement."""
-    root = CACHE / hashlib.sha256(repr(mutation).encode()).hexdigest()[:16] / "csrc"
-    shutil.rmtree(root, ignore_errors=True)
-    shutil.copytree(CSRC, root, ignore=shutil.ignore_patterns("*.cpp"))
+def replace(root: Path, mutation: Mutation) -> None:
+    """Make this replacement in a copy of csrc."""
     path = root / mutation[0]
     text = path.read_text()
     if text.count(mutation[1]) != 1:
         raise RuntimeError(f"{mutation[0]} holds {text.count(mutation[1])} times, expected once: {mutation[1]!r}")
     path.write_text(text.replace(mutation[1], mutation[2]))
+
+
+def copy_kernels(root: Path) -> None:
+    """Copy csrc without its C++ files."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.copytree(CSRC, root, ignore=shutil.ignore_patterns("*.cpp"))
+
+
+def _mutated(mutation: Mutation) -> Path:
+    """Return a copy of csrc with this replacement."""
+    root = CACHE / hashlib.sha256(repr(mutation).encode()).hexdigest()[:16] / "csrc"
+    copy_kernels(root)
+    replace(root, mutation)
     return root
 
 
@@ -83,16 +93,21 @@ def _texts(source: Path, folders: list[Path], seen: set[Path]) -> Iterator[str]:
             yield from _texts(found, folders, seen)
 
 
-def _object(source: Path, flags: list[str]) -> Path:
-    """Return the object of a file in a csrc (or of binding.cpp), with the headers of that csrc."""
-    folders = [HERE / "include", source.parents[1] if source.suffix == ".cu" else CSRC]
+def compiled(source: Path, flags: list[str], headers: tuple[Path, ...] = ()) -> Path:
+    """Return the object of a file in a csrc (or of one for tests), with the headers of that csrc after `headers`.
+
+    Two processes do not compile the same text at the same time.
+    """
+    folders = [*headers, HERE / "include", source.parents[1] if source.suffix == ".cu" else CSRC]
     key = hashlib.sha256("\0".join([*_texts(source, folders, set()), *FLAGS, *flags]).encode()).hexdigest()[:24]
     target = CACHE / f"{source.parent.name}-{source.stem}-{key}.o"
-    if not target.exists():
-        partial = target.with_suffix(f".{os.getpid()}.o")
-        include = [f"-I{folder}" for folder in folders]
-        _run(["g++", *FLAGS, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(partial)])
-        partial.rename(target)
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            partial = target.with_suffix(f".{os.getpid()}.o")
+            include = [f"-I{folder}" for folder in folders]
+            run_compiler(["g++", *FLAGS, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(partial)])
+            partial.rename(target)
     return target
 
 
@@ -102,8 +117,16 @@ def _torch() -> Path:
     return Path(spec.origin).parent
 
 
-def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None, op: str = "*") -> Path:
+def build(
+    flags: tuple[str, ...] = (),
+    mutate: Mutation | None = None,
+    op: str = "*",
+    kernel_flags: tuple[str, ...] = (),
+    also: tuple[Path, ...] = (),
+) -> Path:
     """Build the library of all kernels, also a Python module; reuse objects of the same text and flags.
+
+    `kernel_flags` are for kernels only, `also` are further C++ files.
 
     Only the kernels of `op` are compiled from mutated sources. They are linked first, because the linker keeps the
     first definition of an inline function that several objects contain.
@@ -123,18 +146,19 @@ def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None, op: str =
         if mutate is not None:
             broken = sorted(_mutated(mutate).glob(f"{op}/*.cu"))
             kernels = broken + [p for p in kernels if p.parent.name not in {b.parent.name for b in broken}]
-        sources = [(p, ["-O1", *ROUNDING, *flags]) for p in kernels]
+        sources = [(p, ["-O1", *ROUNDING, *flags, *kernel_flags]) for p in kernels]
+        sources += [(p, ["-O2", *flags]) for p in also]
         ours = [*sorted(CSRC.glob("*/glue.cpp")), HERE / "binding.cpp"]
         # pybind11's thread-local variables are not shared memory and must not be placed there (cuda_runtime.h)
         options = ["-O0", "-Wno-maybe-uninitialized", "-Dthread_local=", *ROUNDING, *flags, *host]
         sources += [(p, options) for p in ours]
-        objects = list(pool.map(lambda s: _object(*s), sources))
+        objects = list(pool.map(lambda s: compiled(*s), sources))
         key = hashlib.sha256("".join(p.name for p in objects).encode()).hexdigest()[:24]
         target = CACHE / f"kernels-{key}.so"
         if not target.exists():
             partial = target.with_suffix(f".{os.getpid()}.so")
             libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-            _run(["g++", "-shared", *flags, *map(str, objects), *libraries, "-o", str(partial)])
+            run_compiler(["g++", "-shared", *flags, *map(str, objects), *libraries, "-o", str(partial)])
             partial.rename(target)
     return target
 

@@ -9,7 +9,7 @@ namespace fastgpt::ptx {
 inline float ex2(float x) { return exp2f(x) < 0x1p-126f ? 0.0f : exp2f(x); }
 // Exact; 2^-23 on the device.
 inline float rcp(float x) { return fabsf(1.0f / x) < 0x1p-126f ? 0.0f : 1.0f / x; }
-inline void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
+__forceinline__ void store16(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 inline uint32_t pack_bf16x2(float low, float high) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;
 }
@@ -22,12 +22,14 @@ using Shared = uintptr_t;
 inline Shared shared_address(const void* p) { return reinterpret_cast<Shared>(p); }
 
 template <bool kTransposed>
-inline void load_matrices(uint32_t (&r)[4], Shared row) {
+__forceinline__ void load_matrices(uint32_t (&r)[4], Shared row) {
   struct Lane {
     Shared row;
     uint32_t* r;
   } mine{row, r};
   if (row % 16 != 0) emulator::machine().misaligned = true;
+  const race::Work load = emulator::machine().next_load();
+  race::read_by(load, reinterpret_cast<const void*>(row), 16);
   emulator::machine().meet(kTransposed ? "ldmatrix.trans" : "ldmatrix", &mine, [](void* const* lanes) {
     uint16_t x[4][8][8];
     for (int i = 0; i < 32; ++i) {
@@ -42,10 +44,11 @@ inline void load_matrices(uint32_t (&r)[4], Shared row) {
       }
     }
   });
+  race::finished(load);  // the warp loads as one: what a lane does next comes after the loads of all lanes
 }
 
-inline void ldmatrix_x4(uint32_t (&r)[4], Shared row) { load_matrices<false>(r, row); }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row) { load_matrices<true>(r, row); }
+__forceinline__ void ldmatrix_x4(uint32_t (&r)[4], Shared row) { load_matrices<false>(r, row); }
+__forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], Shared row) { load_matrices<true>(r, row); }
 
 template <typename T>
 inline void multiply(const char* name, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -86,10 +89,13 @@ inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
   multiply<f16>("mma.f16", c, a, b0, b1);
 }
 
-inline void cp_async_16(Shared to, const void* from, int bytes) {
+__forceinline__ void cp_async_16(Shared to, const void* from, int bytes) {
+  const race::Work copy = emulator::machine().open_group();
+  race::write_by(copy, reinterpret_cast<void*>(to), 16);
+  race::read_by(copy, from, bytes);
   emulator::machine().copy_async(reinterpret_cast<void*>(to), from, bytes);
 }
-inline void cp_async_commit() { ++emulator::machine().current->groups; }
+inline void cp_async_commit() { emulator::machine().close_group(); }
 template <int N>
 inline void cp_async_wait() {
   emulator::machine().wait_for_copies(N);
