@@ -20,8 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fastgpt import ops
 from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, installed, of_phase
+from fastgpt.core import backend
 from fastgpt.core.command import run_command
 from fastgpt.models.config import ModelConfig
+from fastgpt.ops._attention_sm90 import HEAD_DIMS, SM90
 
 SDPA = {
     "math": SDPBackend.MATH,
@@ -91,10 +93,18 @@ def of_model(c: ModelConfig, batch: int, block: int) -> tuple[Shape, dict[str, A
     return (batch, block, c.n_heads, c.kv_heads, c.d_head), options
 
 
+def gate_cases(shape: Shape) -> list[tuple[Shape, dict[str, Any]]]:
+    """Return a case with several tiles, one of them masked, at this head dimension."""
+    return [((1, 300, 300, 4, 2, shape[4]), {"causal": True})]
+
+
 def others(setting: Setting) -> list[Provider]:
-    """Return the SDPA backends and flash-attn."""
-    names = SDPA if setting.device.type == "cuda" else ("math", "flash")
+    """Return the kernel for sm_90a where it can run, the SDPA backends and flash-attn."""
+    on_gpu = setting.device.type == "cuda"
+    names = SDPA if on_gpu else ("math", "flash")
     found = [Provider(f"sdpa {name}", functools.partial(sdpa, SDPA[name])) for name in names]
+    if on_gpu and setting.shape[4] in HEAD_DIMS and not backend.refusal("attention", SM90, "cuda", setting.dtype):
+        found.append(Provider(SM90, BENCH.public, SM90))
     return [*found, *installed(setting, flash_attn=flash_attn, flash_attn_interface=flash_attn_3)]
 
 
@@ -108,6 +118,7 @@ BENCH = Bench(
     of_model,
     shapes={"cpu": ((1, 512, 12, 12, 64),), "cuda": ((16, 1024, 12, 12, 64), (1, 8192, 32, 8, 128))},
     tiny=(1, 2, 2, 1, 16),
+    gate_cases=gate_cases,
     flops=flops,
     in_step=("packed", functools.partial(ops.attention_qkv, causal=True)),
     others=others,

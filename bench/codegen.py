@@ -43,6 +43,8 @@ DYNAMIC = {
     "attention_fwd_kernel<*, 256, *>": 65536,
     "attention_fwd_kernel<*, 64, true>": 24576,
     "attention_fwd_kernel<*, 128, true>": 49152,
+    "attention_fwd_sm90_kernel<*, 64>": 83016,
+    "attention_fwd_sm90_kernel<*, 128>": 164936,
     "attention_dkdv_kernel<*, 64, *>": 49152,
     "attention_dkdv_kernel<*, 96, false>": 73728,
     "attention_dkdv_kernel<*, 128, *>": 65536,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -62,10 +63,11 @@ def test_instructions() -> None:
         "\t.section\t.text._Z1av,'ax'\n LDG.E.128 R4, [R2]\n LDG.E.128.CONSTANT R4\n LDG.E.64 R2\n LDG.E.CONSTANT R1\n"
         "\t.section\t.text._Z1bv,'ax'\n LDG.E R2\n LDGSTS.E.BYPASS.128.ZFILL [R1], [R8.64], P1\n LDGSTS.E [R1]\n"
         " HMMA.16816.F32.BF16 R4, R8\n HMMA.16816.F32 R4, R8\n HGMMA.64x128x16.F32.BF16 R24, R4\n"
+        " UTMALDG.4D [UR8], [UR4]\n"
     )
     assert cuda_check.instructions(text) == {
-        "_Z1av": {"wide_loads": 2, "wide_copies": 0, "tensor_products": 0, "warpgroup_products": 0},
-        "_Z1bv": {"wide_loads": 0, "wide_copies": 1, "tensor_products": 2, "warpgroup_products": 1},
+        "_Z1av": dict.fromkeys(cuda_check.COUNTED, 0) | {"wide_loads": 2},
+        "_Z1bv": {"wide_loads": 0, "wide_copies": 1, "tensor_products": 2, "warpgroup_products": 1, "tensor_copies": 1},
     }
 
 
@@ -96,6 +98,22 @@ def test_problem() -> None:
         made = cuda_check.Kernel(**products, spills=0, shared=0, wide_loads=9, wide_copies=copies, tensor_products=hmma)
         found = cuda_check.problem(made, ours)
         assert says in found and bool(says) == bool(found)
+    for arch, hgmma, copies, says in (("sm_80", 0, 0, ""), ("sm_90a", 0, 9, "HGMMA"), ("sm_90a", 9, 0, "UTMALDG")):
+        made = cuda_check.Kernel("attention_fwd_sm90_kernel<bf16, 64>", arch, 168, 0, 0, 0, 0)
+        made = dataclasses.replace(made, warpgroup_products=hgmma, tensor_copies=copies)
+        found = cuda_check.problem(made, ours)
+        assert says in found and bool(says) == bool(found)
+
+
+def test_what_the_compiler_says_of_lost_speed_is_a_failure() -> None:
+    """As ptxas 13.0 says it."""
+    for said in (
+        "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "insufficient register resources for the wgmma pipeline in the function '_Z1av'",
+        "ptxas warning : (C7508) Potential Performance Loss: 'setmaxnreg' ignored to allow debugging.",
+    ):
+        assert cuda_check.LOSSES.search(said)
+    assert not cuda_check.LOSSES.search(PTXAS)
 
 
 def test_excuses_name_a_reason() -> None:

@@ -1,6 +1,7 @@
 // Raw ops of attention: check, allocate, fill the struct of the launcher, launch. Schemas are in
 // fastgpt/ops/attention.py.
 #include "attention/glue.h"
+#include "attention/sm90.h"
 
 namespace fastgpt {
 namespace {
@@ -10,25 +11,50 @@ void* head_of(const Tensor& t, int64_t head, DType dtype) {
   return static_cast<char*>(t.data_ptr()) + head * t.stride(2) * (dtype == DType::f32 ? 4 : 2);
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, FASTGPT_ATTENTION_OPTIONS) {
-  const char* op = "attention_fwd";
-  const AttentionOptions o = FASTGPT_ATTENTION_PACK;
-  FASTGPT_CHECK(q.dim() == 4 && k.dim() == 4, op, "q and k must have four dimensions");
-  check_heads(op, "k", k, q, {q.size(0), k.size(1), k.size(2), q.size(3)});
-  check_heads(op, "v", v, q, {q.size(0), k.size(1), k.size(2), q.size(3)});
-  q = with_dense_heads(q), k = with_dense_heads(k), v = with_dense_heads(v);
+// Checks, allocates out and lse, and launches; `readable` returns a tensor, or a copy of it with another layout.
+template <class Device, typename Readable, typename Launch>
+std::tuple<Tensor, Tensor> forward(const char* op, const Tensor& q_given, const Tensor& k_given, const Tensor& v_given,
+                                   const AttentionOptions& o, Readable readable, Launch launch) {
+  FASTGPT_CHECK(q_given.dim() == 4 && k_given.dim() == 4, op, "q and k must have four dimensions");
+  const int64_t b = q_given.size(0), s = k_given.size(1), heads = k_given.size(2), dim = q_given.size(3);
+  check_heads(op, "k", k_given, q_given, {b, s, heads, dim});
+  check_heads(op, "v", v_given, q_given, {b, s, heads, dim});
+  const Device device(q_given);
+  const Tensor q = readable(q_given), k = readable(k_given), v = readable(v_given);
   AttentionArgs a = attention_args(op, q, q.size(2), k.size(1), k.size(2), o);
-  const Device device(q);
   Tensor out = allocate_like(q), lse = allocate(q, {a.n_batch, a.n_heads, a.n_queries}, ScalarType::Float);
   if (out.numel() == 0) return {out, lse};
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr();
   a.q_at = strides_of(q), a.k_at = strides_of(k), a.v_at = strides_of(v);
   a.out = out.data_ptr(), a.out_at = strides_of(out);
   a.lse = static_cast<float*>(lse.data_ptr());
-  attention_fwd(a, device.stream);
+  launch(a, device.stream);
   return {out, lse};
 }
+
+template <class Device>
+std::tuple<Tensor, Tensor> attention_fwd(Tensor q, Tensor k, Tensor v, FASTGPT_ATTENTION_OPTIONS) {
+  const auto launch = [](const AttentionArgs& a, auto stream) { attention_fwd(a, stream); };
+  return forward<Device>("attention_fwd", q, k, v, FASTGPT_ATTENTION_PACK, with_dense_heads, launch);
+}
+
+#if defined(FASTGPT_WITH_CUDA)
+// Returns a tensor itself if TMA can read it, else a copy.
+Tensor with_whole_pieces(const Tensor& t) {
+  const bool dense = t.stride(3) == 1 || t.size(3) == 1;
+  const bool fits = cuda::sm90_takes_layout(t.data_ptr(), strides_of(t), t.size(0), t.size(1), t.size(2));
+  if (dense && fits) return t;
+  Tensor copy = allocate_like(t);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> attention_fwd_sm90(Tensor q, Tensor k, Tensor v, FASTGPT_ATTENTION_OPTIONS) {
+  return forward<Device>("attention_fwd_sm90", q, k, v, FASTGPT_ATTENTION_PACK, with_whole_pieces,
+                         cuda::attention_fwd_sm90);
+}
+#endif
 
 // Allocates the scratch of backward, which the caller must keep.
 template <class Device>
@@ -108,5 +134,6 @@ Tensor attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, FASTGP
 }  // namespace fastgpt
 
 FASTGPT_REGISTER(attention_fwd)
+FASTGPT_REGISTER_CUDA(attention_fwd_sm90)
 FASTGPT_REGISTER(attention_bwd)
 FASTGPT_REGISTER(attention_qkv_bwd)

@@ -8,7 +8,8 @@ exemptions, by the name as printed, with * and ?:
 
     {"spills": {"kernel": {"bytes": n, "reason": why}},  bytes of local memory that are allowed
      "scalar": {"kernel": why},                           it needs no 128-bit load
-     "tensor_cores": ["kernel"]}                          it computes matrix products
+     "tensor_cores": ["kernel"],                          it computes matrix products
+     "warpgroups": ["kernel"]}                            it does so with the instructions of sm_90a, and only there
 
 The exit code is 2 if a tool is missing.
 """
@@ -57,6 +58,7 @@ class Kernel:
     wide_copies: int = 0  # LDGSTS.E.128: global to shared memory
     tensor_products: int = 0  # HMMA
     warpgroup_products: int = 0  # HGMMA
+    tensor_copies: int = 0  # UTMALDG: global to shared memory by TMA
     threads: int = 0  # of a block, at most
     problem: str = ""
 
@@ -126,7 +128,10 @@ COUNTED = {
     "wide_copies": re.compile(r"\bLDGSTS\.E\.(?:\w+\.)*128\b"),
     "tensor_products": re.compile(r"\bHMMA\.16816\b"),
     "warpgroup_products": re.compile(r"\bHGMMA\."),
+    "tensor_copies": re.compile(r"\bUTMALDG\."),
 }
+# Warnings, and what ptxas says where products of warpgroups will not overlap or setmaxnreg has no effect
+LOSSES = re.compile(r"\bwarning\b|Potential Performance Loss")
 
 
 def instructions(disassembly: str) -> dict[str, dict[str, int]]:
@@ -146,8 +151,8 @@ def most_threads(disassembly: str) -> dict[str, int]:
 
 
 def excuses(source: Path) -> dict[str, dict[str, Any]]:
-    """Return the merged exemptions of all cuda_check.json below `source`: "spills", "scalar", "tensor_cores"."""
-    found: dict[str, dict[str, Any]] = {"spills": {}, "scalar": {}, "tensor_cores": {}}
+    """Return the merged exemptions of all cuda_check.json below `source`: by kind of exemption."""
+    found: dict[str, dict[str, Any]] = {"spills": {}, "scalar": {}, "tensor_cores": {}, "warpgroups": {}}
     for path in sorted(source.glob("*/cuda_check.json")):
         for kind, kernels in json.loads(path.read_text(encoding="utf-8")).items():
             found[kind] |= kernels if isinstance(kernels, dict) else dict.fromkeys(kernels)
@@ -163,6 +168,12 @@ def problem(kernel: Kernel, excused: dict[str, dict[str, Any]]) -> str:
     local, limit = max(kernel.stack, kernel.spills), max((int(a["bytes"]) for a in named("spills")), default=0)
     if local > limit:
         return f"{kernel.stack} bytes of stack, {kernel.spills} of spills; cuda_check.json allows {limit}"
+    if named("warpgroups"):
+        if kernel.arch != "sm_90a":
+            return ""  # a stub
+        if kernel.warpgroup_products == 0:
+            return "no product of a warpgroup (HGMMA)"
+        return "" if kernel.tensor_copies else "no copy of a tensor to shared memory (UTMALDG)"
     if named("tensor_cores"):
         if kernel.tensor_products == 0:
             return "no product on tensor cores (HMMA.16816)"
@@ -177,7 +188,7 @@ def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Pat
     target = f"arch={ARCHS[arch]},code={arch}"
     command = [str(nvcc), *FLAGS, *include, "-gencode", target, str(source), "-o", str(cubin)]
     done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0 or re.search(r"\bwarning\b", done.stderr):
+    if done.returncode != 0 or LOSSES.search(done.stderr):
         raise RuntimeError(f"{source.parent.name}/{source.name} for {arch}:\n{done.stdout}{done.stderr}")
     resources = parse_ptxas(done.stdout + done.stderr)
     listing = subprocess.run([str(nvdisasm), str(cubin)], capture_output=True, text=True)

@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,12 +20,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fastgpt.core import cache, native
+from fastgpt.core.cells import KERNEL_DTYPES as KERNEL_DTYPES
+from fastgpt.core.cells import Cell as Cell
+from fastgpt.core.cells import not_built, variants_of, wrong_chip
 from fastgpt.core.errors import UserError
 from fastgpt.core.fallback import report_once, strict_mode
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 DEVICE_OF = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Where nothing was measured on this device ("prior"): the order in which backends are tried. `fastgpt tune` measures;
 # the backend that its table names is then tried first.
 PRIOR = ("cuda", "cpu", "triton", "torch")
@@ -36,18 +37,6 @@ PRIOR_OF = {
 # From this compute capability on, PyTorch's fused attention (cuDNN or flash) runs on warp-group products, which the
 # kernels here do without: it is tried first for 16 bits.
 LIBRARY_FIRST = (9, 0)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One op on one backend: the dtypes it supports and, where heads count, the largest head dimension (0: any)."""
-
-    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES
-    max_dim: int = 0
-
-    def takes(self, dtype: torch.dtype, dim: int) -> bool:
-        """Return whether the kernel supports this dtype and head dimension."""
-        return dtype in self.dtypes and not 0 < self.max_dim < dim
 
 
 # A self-check runs an op on one backend and a CUDA device and returns its relative error against the fp64 reference.
@@ -142,16 +131,21 @@ def prior(op: str, device: str, dtype: torch.dtype) -> tuple[str, ...]:
 
 def refusal(op: str, backend: str, device: str, dtype: torch.dtype, dim: int = 0) -> str | None:
     """Return why `backend` cannot serve `op` for this device, dtype and head dimension (0: any); None if it can."""
-    cell = _table[op].get(backend)
+    kind = backend.partition(":")[0]  # of a variant, as in cuda:sm_90a
+    cell = _table[op].get(backend) or variants_of(op).get(backend)
     if cell is None:
         return f"{op} has no {backend} kernel"
-    if reason := missing(backend):
+    if reason := missing(kind):
         return reason
-    if backend != "torch" and DEVICE_OF[backend] != device and not simulated(backend):
-        return f"{backend} kernels do not run on {device} tensors"
+    if kind != "torch" and DEVICE_OF[kind] != device and not simulated(kind):
+        return f"{kind} kernels do not run on {device} tensors"
     if not cell.takes(dtype, dim):
         what = dtype if dtype not in cell.dtypes else f"head dimensions over {cell.max_dim}"
         return f"{op} on {backend} does not support {what}"
+    if kind != backend:
+        key = "CPU" if simulated(kind) else kind.upper()
+        if reason := wrong_chip(backend, simulated(kind)) or not_built(op, backend, key):
+            return reason
     return _verdict(op, backend) if device == "cuda" and backend != "torch" else None
 
 
@@ -319,7 +313,8 @@ class use:
     """Choose backends, as a plain call or as a context manager that restores the choice at its end.
 
     `use(layer_norm="triton", adamw="torch")`; `use(all="torch")` for every op that has such a kernel;
-    `use(strict=True)` turns every fallback into an error. Names of backends: "cuda", "triton", "cpu", "torch", "auto".
+    `use(strict=True)` turns every fallback into an error. Names of backends: "cuda", "triton", "cpu", "torch", "auto",
+    and variants of them for one kind of chip: `use(attention="cuda:sm_90a")`.
 
     Raises:
         UserError: an op or backend that does not exist.
@@ -338,8 +333,9 @@ class use:
         for op, backend in wanted.items():
             if op not in _table:
                 raise UserError(f"kernels: there is no op {op!r}; expected one of {', '.join(sorted(_table))}, all")
-            if backend not in (*BACKENDS, "auto"):
-                raise UserError(f"kernels: {op}={backend!r}: expected one of {', '.join(BACKENDS)}, auto")
+            known = (*BACKENDS, *variants_of(op), "auto")
+            if backend not in known:
+                raise UserError(f"kernels: {op}={backend!r}: expected one of {', '.join(known)}")
         self._before = (dict(_choice), strict_mode[0])
         _choice.update(wanted)
         if strict is not None:

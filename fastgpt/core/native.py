@@ -59,6 +59,11 @@ def identity() -> str:
     return str(_INFO.get("SOURCES", ""))
 
 
+def archs() -> list[str]:
+    """Return the architectures that the CUDA kernels were compiled for, as in sm_90a."""
+    return list(_INFO.get("ARCHS", []))
+
+
 def _stale() -> str:
     """Return a note if this checkout's csrc/ differs from the sources of _C; empty outside a checkout."""
     found = sources_hash(Path(__file__).resolve().parents[2])

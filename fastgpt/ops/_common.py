@@ -25,7 +25,7 @@ def define(module: str, name: str, schema: str, fake: Callable[..., Any]) -> dic
     csrc, if built, implements the `.cpu` and `.cuda` overloads. The Triton launcher `name` of fastgpt.kernels.`module`
     is imported at the first call. `fake` returns outputs of the right shape, dtype and strides.
     """
-    overloads = {backend: _declare(f"{name}.{backend}", schema, fake) for backend in KEYS}
+    overloads = {backend: declare(f"{name}.{backend}", schema, fake) for backend in KEYS}
     raw_ops[name] = module
     for key in KEYS["triton"]:
         LIB.impl(f"{name}.triton", _lazy_triton(module, name), key)
@@ -40,13 +40,13 @@ def define_driver(name: str, schema: str, fake: Callable[..., Any], driver: Call
     """
     overloads = {}
     for backend, keys in KEYS.items():
-        overloads[backend] = _declare(f"{name}.{backend}", schema, fake)
+        overloads[backend] = declare(f"{name}.{backend}", schema, fake)
         for key in keys:
             LIB.impl(f"{name}.{backend}", functools.partial(driver, backend), key)
     return overloads
 
 
-def _declare(full: str, schema: str, fake: Callable[..., Any]) -> Any:
+def declare(full: str, schema: str, fake: Callable[..., Any]) -> Any:
     """Define the schema and the fake of one overload, `name.backend`, and return the overload."""
     LIB.define(full + schema)
     torch.library.register_fake(f"fastgpt::{full}", fake, lib=LIB)

@@ -13,6 +13,10 @@ Saved for backward: q, k, v, out, lse. Backward recomputes p from lse.
 Determinism: bitwise on fastgpt's kernels, dropout included. PyTorch's fused backward, which serves 16-bit calls first
 on sm_90 and newer, is not; `deterministic=True` and torch.use_deterministic_algorithms exclude it.
 
+`cuda:sm_90a` is a forward kernel with TMA and wgmma for Hopper GPUs (FlashAttention-3, arXiv:2407.08608), for bf16 and
+fp16, head dimensions of 64 and 128, causal order or none. It was tested in the host emulation and has not run on a
+device, so it runs only where `FASTGPT_KERNELS`, `--kernels` or `use` name it. Backward is that of `cuda`.
+
 Limits: heads wider than 256 columns run on PyTorch's op or the formula on a GPU; the CUDA kernels take 16 bits only.
 There is no additive mask or bias. First derivatives only.
 """
@@ -26,7 +30,17 @@ from torch import Tensor
 
 from fastgpt.core.backend import Cell, checks_values, register, select
 from fastgpt.ops._attention import attention_ref, attention_torch, sdpa_can
-from fastgpt.ops._common import autocast, check_float, check_like, define, fp64_results, needs_grad, relative_error
+from fastgpt.ops._attention_sm90 import PLAIN, SM90, or_plain
+from fastgpt.ops._common import (
+    autocast,
+    check_float,
+    check_like,
+    declare,
+    define,
+    fp64_results,
+    needs_grad,
+    relative_error,
+)
 
 MAX_HEAD_DIM = 256  # of the Triton and CUDA kernels: a wider tile does not fit
 _OPTIONS = (
@@ -48,9 +62,8 @@ def _qkv_bwd_fake(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-ATTENTION_FWD = define(
-    "attention", "attention_fwd", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)", _fwd_fake
-)
+_FWD_SCHEMA = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)"
+ATTENTION_FWD = define("attention", "attention_fwd", _FWD_SCHEMA, _fwd_fake)
 ATTENTION_BWD = define(
     "attention",
     "attention_bwd",
@@ -64,6 +77,8 @@ ATTENTION_QKV_BWD = define(
     f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}, int n_heads, int n_kv_heads) -> Tensor",
     _qkv_bwd_fake,
 )
+ATTENTION_FWD[SM90] = declare("attention_fwd_sm90.cuda", _FWD_SCHEMA, _fwd_fake)
+ATTENTION_BWD[SM90], ATTENTION_QKV_BWD[SM90] = ATTENTION_BWD[PLAIN], ATTENTION_QKV_BWD[PLAIN]
 
 
 class AttentionFn(torch.autograd.Function):
@@ -195,10 +210,10 @@ def pack(q: Tensor, o: dict[str, Any]) -> tuple[Any, ...]:
 
 def _self_check(backend: str, device: torch.device) -> float:
     special = {"window": 40, "softcap": 3.0}
-    if backend != "cuda":
+    if backend not in ("cuda", SM90):
         return _error(backend, device, torch.float32, 67, 32, special)
     plain = [_error(backend, device, torch.bfloat16, 200, dim, {}) for dim in (64, 128)]  # separate kernels
-    return max(_error(backend, device, torch.float16, 67, 32, special), *plain)
+    return max(*plain) if backend == SM90 else max(_error(backend, device, torch.float16, 67, 32, special), *plain)
 
 
 def _error(backend: str, device: torch.device, dtype: torch.dtype, t: int, dim: int, special: dict[str, Any]) -> float:
@@ -356,13 +371,14 @@ def _select(q: Tensor, k: Tensor, o: dict[str, Any], deterministic: bool) -> str
     """Return the backend of a call.
 
     If torch is selected because it measured fastest or is the prior, but would compute this call by the formula or with
-    another dropout mask, the prior order of the kernels applies.
+    another dropout mask, the prior order of the kernels applies. The kernel for sm_90a, where a caller chose it, leaves
+    calls with options to the plain one.
     """
     dim = 1 + MAX_HEAD_DIM if q.shape[3] > MAX_HEAD_DIM else 0  # a plain number: a compiler may have symbolic shapes
     backend = select("attention", q, dim=dim)
     if backend == "torch" and (o["dropout_p"] > 0 or not sdpa_can(q, k, o, deterministic)):
         backend = select("attention", q, measured=False, dim=dim)
-    return backend
+    return or_plain(backend, q, o)
 
 
 def attention_qkv(qkv: Tensor, *, n_heads: int, n_kv_heads: int, **options: Any) -> Tensor:

@@ -11,6 +11,7 @@
 
 #include "adamw/op.h"
 #include "attention/op.h"
+#include "attention/sm90.h"
 #include "attention_decode/op.h"
 #include "bias_gelu/op.h"
 #include "core/cuda/wave.cuh"
@@ -174,6 +175,9 @@ extern "C" __attribute__((visibility("default"))) void fastgpt_set_schedule(int 
   emulator::machine().random.seed(seed);
 }
 
+// The compute capability of the device: 80, or 90 for kernels of sm_90a.
+extern "C" __attribute__((visibility("default"))) void fastgpt_set_chip(int chip) { emulator::machine().chip = chip; }
+
 PYBIND11_MODULE(kernels, m) {
   m.def("layer_norm_fwd", planned(cuda::layer_norm_fwd));
   m.def("layer_norm_bwd", planned(cuda::layer_norm_bwd));
@@ -194,6 +198,7 @@ PYBIND11_MODULE(kernels, m) {
   m.def("embedding_fwd", planned(cuda::embedding_fwd));
   m.def("embedding_partials", size<cuda::embedding_partials, int64_t>);
   m.def("attention_fwd", planned(cuda::attention_fwd));
+  m.def("attention_fwd_sm90", planned(cuda::attention_fwd_sm90));
   m.def("attention_bwd", planned(cuda::attention_bwd));
   m.def("attention_bwd_workspace", size<cuda::attention_bwd_workspace, int64_t, int64_t, int64_t>);
   m.def("attention_decode_fwd", planned(cuda::attention_decode_fwd));

@@ -6,7 +6,8 @@ uses its ops for the backend `cuda`: all of fastgpt/parity then runs on them. As
     python tests/cuda_on_cpu/emulator.py                   builds, prints the library's path
     python tests/cuda_on_cpu/emulator.py LIBRARY OP FILE   runs some parity cases of the op in every order of threads:
                                                            JSON, order -> each case's digest of its outputs, or its
-                                                           error, up to the first that differs from FILE
+                                                           error, up to the first that differs from FILE; OP may
+                                                           name a variant, as in attention:sm_90a
 
 Objects are kept by the hash of everything that goes into them, in a folder that later runs reuse. `mutate` first
 replaces text in the sources: the tests of this equipment break a kernel that way.
@@ -207,19 +208,25 @@ def some_cases(op: str) -> Iterator[Any]:
 
 
 def try_op(library: Path, op: str, schedule: str, known: list[str]) -> list[str]:
-    """Return, for each of some_cases with this order of threads, the digest of all outputs or the error; up to the
+    """Return, for each of its cases with this order of threads, the digest of all outputs or the error; up to the
     first that differs from `known`."""
+    import sm90_cases
+
     from fastgpt import parity
     from fastgpt.core import backend
 
-    ctypes.CDLL(str(library)).fastgpt_set_schedule(SCHEDULES.index(schedule), 1)
+    op, _, arch = op.partition(":")
+    name = f"cuda:{arch}" if arch else "cuda"
+    device = ctypes.CDLL(str(library))
+    device.fastgpt_set_schedule(SCHEDULES.index(schedule), 1)
+    device.fastgpt_set_chip(int(arch.strip("sm_a") or 80))
     subject, found = parity.SUBJECTS[op], list[str]()
-    for case in some_cases(op):
-        if not backend.ops()[op]["cuda"].takes(case.dtype, 0):
+    for case in sm90_cases.quick() if arch else some_cases(op):
+        if not arch and not backend.ops()[op]["cuda"].takes(case.dtype, 0):
             continue
         inputs, digest = parity.Inputs(case, "cpu", wide=False), hashlib.sha256()
         try:
-            with backend.use(strict=True, **{op: "cuda"}):
+            with backend.use(strict=True, **{op: name}):
                 outputs = subject.run(case, subject.ours, inputs)
             for t in outputs.values():
                 digest.update(t.detach().double().numpy().tobytes())

@@ -92,14 +92,19 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 constexpr int kStaticShared = 4096;
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::machine().multiprocessors : 163 * 1024;
+  const emulator::Machine& m = emulator::machine();
+  if (attribute == cudaDevAttrMultiProcessorCount) *value = m.multiprocessors;
+  else if (attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin) *value = static_cast<int>(m.most_shared());
+  else *value = attribute == cudaDevAttrComputeCapabilityMajor ? m.chip / 10 : m.chip % 10;
   return cudaSuccess;
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* of, const void*) {
   return of->sharedSizeBytes = kStaticShared, cudaSuccess;
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes < 0 || bytes + kStaticShared > 163 * 1024) return cudaErrorInvalidValue;
+  if (bytes < 0 || static_cast<size_t>(bytes + kStaticShared) > emulator::machine().most_shared()) {
+    return cudaErrorInvalidValue;
+  }
   emulator::machine().shared_limits[kernel] = bytes;
   return cudaSuccess;
 }

@@ -47,6 +47,7 @@ struct Fiber {
   unsigned warp, lane;
   std::vector<Copy> copies;  // not yet done
   int groups, started;       // groups of copies: closed, started
+  std::string waits_for;     // at a collective of sm_90a
   race::Agent copier;        // does its asynchronous copies
   unsigned loads;            // ldmatrix so far
 };
@@ -101,6 +102,10 @@ struct Machine {
   Context scheduler;
   Fiber* current = nullptr;
   unsigned live = 0, waiting = 0;
+  uint64_t block = 0;                               // number of the running block, of all launches
+  std::vector<std::function<void()>> at_end;        // checks at the end of the running block
+  size_t shared_bytes = 0;                          // dynamic, of the running block
+  int chip = 80;                                    // compute capability of the device
   Schedule schedule = Schedule::forward;
   std::mt19937 random{0};
   int multiprocessors = 1;                          // so one block computes several pieces of even a small tensor
@@ -225,6 +230,19 @@ struct Machine {
     if (current->groups > n_open) race::finished({current->copier, static_cast<unsigned>(current->groups - n_open)});
   }
 
+  size_t most_shared() const { return (chip == 90 ? 227 : 163) * 1024; }  // of a block
+
+  std::string deadlock() const {
+    std::string text = "deadlock: " + std::to_string(waiting) + " of " + std::to_string(live);
+    text += " threads wait at __syncthreads";
+    std::map<std::string, int> others;
+    for (const Fiber& f : fibers) {
+      if (f.state == State::at_collective && !f.waits_for.empty()) ++others[f.waits_for];
+    }
+    for (const auto& [what, threads] : others) text += ", " + std::to_string(threads) + " for " + what;
+    return text;
+  }
+
   void run_block();
   cudaError_t run(dim3 grid, dim3 block_size, size_t shared_bytes, size_t limit, std::function<void()> kernel);
 };
@@ -256,6 +274,8 @@ inline void Machine::run_block() {
   warps.assign((n + 31) / 32, Warp{});
   live = n;
   waiting = 0;
+  ++block;
+  at_end.clear();
   std::vector<unsigned> order(n);
   std::iota(order.begin(), order.end(), 0u);
   if (schedule == Schedule::backward) std::reverse(order.begin(), order.end());
@@ -269,6 +289,7 @@ inline void Machine::run_block() {
     fibers[i].lane = i % 32;
     fibers[i].copies.clear();
     fibers[i].groups = fibers[i].started = 0;
+    fibers[i].waits_for.clear();
     fibers[i].copier = race::agent("an asynchronous copy of thread", i);
     fibers[i].loads = 0;
   }
@@ -287,9 +308,11 @@ inline void Machine::run_block() {
     if (progress) continue;
     if (error.empty()) error = race::found();
     if (!error.empty()) return;
-    error = "deadlock: " + std::to_string(waiting) + " of " + std::to_string(live) + " threads wait at __syncthreads";
+    error = deadlock();
     return;
   }
+  if (!error.empty()) return;
+  for (const auto& check : at_end) check();
 }
 
 inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes, size_t limit,
@@ -316,6 +339,7 @@ inline cudaError_t Machine::run(dim3 grid, dim3 block_size, size_t shared_bytes,
     void* memory = nullptr;
     if (shared_bytes > 0 && posix_memalign(&memory, 128, shared_bytes) != 0) std::abort();
     dynamic_shared.reset(memory);
+    this->shared_bytes = shared_bytes;
     if (shared_bytes > 0) std::memset(dynamic_shared.get(), kPoison, shared_bytes);
     static_shared.poison();
     race::block_starts(n, {stacks, kStack * kMaxThreads}, {memory, shared_bytes},
