@@ -41,7 +41,6 @@ struct Sm90Tile {
   static constexpr int kQBytes = kBlocks * kQBlock, kKeyBytes = kBlocks * kKeyBlock;
   static constexpr int kTiles = kQBytes + 2 * kStages * kKeyBytes;
   static constexpr int kBytes = kAtomBytes + kTiles + (1 + 4 * kStages) * 8;  // tiles start at a whole atom
-  static constexpr int kWarps = kConsumers * kGroup / 32;
 };
 
 // Addresses of tiles and barriers. The barriers of a stage: `full` counts the bytes of a copy, `empty` the warps that no
@@ -299,9 +298,10 @@ __global__ void __launch_bounds__(Sm90Tile<D>::kThreads, 1)
   const Sight sight = causal_sight(s.l, at.query0, Tile::kRows);
   const int n = (sight.high + Tile::kKeys - 1) / Tile::kKeys, group = static_cast<int>(threadIdx.x) / Tile::kGroup - 1;
   if (threadIdx.x == 0) {
+    const int warps = Tile::kConsumers * Tile::kGroup / 32;
     ptx::prefetch_tensor_map(s.q), ptx::prefetch_tensor_map(s.k), ptx::prefetch_tensor_map(s.v);
     for (int i = 0; i < 1 + 4 * Tile::kStages; ++i) {
-      ptx::mbarrier_init(places.barrier(i), i < 1 + 2 * Tile::kStages ? 1 : Tile::kWarps);
+      ptx::mbarrier_init(places.barrier(i), i < 1 + 2 * Tile::kStages ? 1 : warps);
     }
     ptx::fence_mbarrier_init();
   }

@@ -169,7 +169,7 @@ MUTATIONS = {
         "at.v_full(before), (i - 1) / Tile::kStages & 1",
         "at.v_full(before), i / Tile::kStages & 1",
     ),
-    "one warp frees a stage": ("? 1 : Tile::kWarps)", "? 1 : 1)"),
+    "one warp frees a stage": ("? 1 : warps)", "? 1 : 1)"),
     "block of the values": ("c * 2 * kAtomBytes, Tile::kKeyBlock)", "c * 2 * kAtomBytes, kAtomBytes)"),
     "a turn too many": ("  if (group == 0 && n > 1) take_turn(group);  // as many as were passed\n", ""),
     "causal mask": ("i < masked; ++i) step<T, D, true>", "i < masked; ++i) step<T, D, false>"),
