@@ -8,7 +8,8 @@
 #include <cuda_runtime.h>
 
 #include <deque>
-#include <sstream>
+#include <list>
+#include <type_traits>
 
 namespace emulator {
 
@@ -30,15 +31,20 @@ struct BulkCopy {
 struct NamedBarrier {
   unsigned threads = 0, arrived = 0;
   std::vector<Fiber*> waiting;
-  std::shared_ptr<race::Order> order = std::make_shared<race::Order>();  // of those that arrive until it opens
+  std::list<race::Order> orders = std::list<race::Order>(1);  // the last: of those that arrive until it opens
 };
+
+// Without streams: the race detector has no part for them.
+template <typename Part>
+std::string text_of(const Part& part) {
+  if constexpr (std::is_integral_v<Part>) return std::to_string(part);
+  else return std::string(part);
+}
 
 // Makes the launch fail with a sentence of these parts, unless it has failed before.
 template <typename... Parts>
 void fail(const Parts&... parts) {
-  std::ostringstream why;
-  (why << ... << parts);
-  if (machine().error.empty()) machine().error = why.str();
+  if (machine().error.empty()) machine().error = (text_of(parts) + ...);
 }
 
 // Also ends the thread's part in the launch: the scheduler reports the error once nothing else can run.
@@ -174,8 +180,8 @@ struct Hopper {
       stop("bar: barrier ", number, " is used with ", b.threads, " and with ", threads, " threads");
     }
     ++b.arrived;
-    const std::shared_ptr<race::Order> order = b.order;
-    race::release(*order);
+    race::Order& order = b.orders.back();
+    race::release(order);
     Fiber* me = machine().current;
     if (waits) {
       me->waits_for = "the named barrier " + std::to_string(number);
@@ -186,12 +192,12 @@ struct Hopper {
       for (Fiber* f : b.waiting) f->state = State::ready;
       b.waiting.clear();
       b.arrived = 0;
-      b.order = std::make_shared<race::Order>();
+      b.orders.emplace_back();
     }
     if (!waits) return;
     if (me->state != State::ready) switch_to(me->context, machine().scheduler);
     me->waits_for.clear();
-    race::acquire(*order);
+    race::acquire(order);
   }
 
   static unsigned fibers() { return static_cast<unsigned>(machine().fibers.size()); }
