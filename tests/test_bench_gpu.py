@@ -219,6 +219,23 @@ def test_the_table_holds_what_was_measured() -> None:
     assert gpu_table.figures([]) == []
 
 
+def test_kernels_stand_beside_their_model() -> None:
+    """What takes over 1.5 times its modelled time is first and marked; kernels without a model are left out."""
+    kernels = [("layer_norm_fwd_kernel", 2.0), ("adamw_update_kernel", 1.0), ("gemv_kernel", 9.0)]
+    modelled = {"bench": "model", "figure": "kernel", "class": "own"}
+    rows: list[Any] = [{**modelled, "kernel": "layer_norm_fwd_kernel", "ms": ms} for ms in (0.5, 0.5)]
+    rows.append({**modelled, "kernel": "adamw_update_kernel", "ms": 0.9})
+    measured = [{"name": name, "ms": ms, "calls": 1.0} for name, ms in kernels]
+    rows.append({"bench": "roofline", "variant": "fastgpt graphs", "kernels": measured})
+    first, *lines = gpu_table.modelled(rows)
+    assert first.split()[-3:] == ["ms", "modelled", "ratio"]
+    assert [line.split() for line in lines] == [
+        ["layer_norm_fwd_kernel", "2.000", "1.000", "2.00", "over", "1.5"],
+        ["adamw_update_kernel", "1.000", "0.900", "1.11"],
+    ]
+    assert gpu_table.modelled(rows[:-1]) == []
+
+
 MODEST = {  # options that shorten a stage of the plan to seconds on a CPU
     "throughput": "--device cpu --steps 2 --variant fastgpt",
     "attention": "--device cpu --shape 1x8x2x2x16 --seconds 0",

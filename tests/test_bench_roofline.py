@@ -47,6 +47,13 @@ def test_kernels_are_classified(kind: str, names: str) -> None:
     ]
 
 
+def test_kernels_of_fastgpt_are_listed_with_all_their_instances() -> None:
+    space = "void fastgpt::cuda::(anonymous namespace)::"
+    names = [(f"{space}layer_norm_fwd_kernel<bf16, 8>(Args)", 4000.0, 8), ("layer_norm_fwd_kernel", 2000.0, 2)]
+    names.append(("void at::native::vectorized_elementwise_kernel<4>(int)", 100.0, 1))
+    assert roofline.own_kernels(names, 2) == [{"name": "layer_norm_fwd_kernel", "ms": 3.0, "calls": 5.0}]
+
+
 def test_overlaps_count_once() -> None:
     events = [Event("a", 0, 10), Event("b", 5, 12), Event("c", 6, 8), Event("d", 20, 25), Event("e", 25, 26)]
     assert roofline.busy(events) == 12 + 6
