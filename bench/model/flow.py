@@ -4,6 +4,9 @@ Of all ways through a kernel, and through an iteration of each loop, a warp is t
 the fewest instructions: with the most products of tensor cores, then the most bytes, then the shortest. So it enters
 the tiles, takes vectors where another branch takes single elements, and skips masks. It makes no call, which are nvcc's
 subroutines for rare operands (denormal divisors, 64-bit divisions), and it does not diverge (BRA.DIV is not taken).
+
+What a kernel loads only if a parameter is no null pointer, as a residual, is on that way whether the launch has it or
+not: for a launch without it the instructions are too many. Triton compiles such cases apart.
 """
 
 from __future__ import annotations

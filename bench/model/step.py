@@ -232,6 +232,7 @@ def figures(found: Bound) -> Row:
     row: Row = {"us": seconds_of(found) * 1e6, "limit": found.limit, "waves": found.waves, "tail": found.tail}
     row |= {"blocks_per_sm": found.blocks_per_multiprocessor, "occupancy_pct": 100 * found.occupancy}
     row |= {"occupancy_limit": found.occupancy_limit, "serial": found.serial, "conflicts": found.conflicts}
+    row |= {"lines": found.lines, "unknown": found.unknown, "bytes_in_flight": found.bytes_in_flight}
     return row | {"units_us": {unit: seconds * 1e6 for unit, seconds in found.seconds.items() if seconds}}
 
 
