@@ -67,6 +67,8 @@ def _figures(bench: Bench, provider: Provider, shape: tuple[int, ...], step: Ste
         job = bench.job(provider, Shapeless(shape, torch.bfloat16, META), PHASE, 1)
         with recorder:
             job.run()
+    if provider.package and any(launch.blocks == 1 for call in recorder.calls for launch in call.launches):
+        raise RuntimeError("it counts multiprocessors of CUDA tensors only, and cut a grid for one")
     kernels = modeller.rows(recorder.calls)
     count = sum(row["count"] for row in kernels)
     us = sum(row["ms"] for row in kernels) * 1e3 + 1e6 * library.GAP * count
