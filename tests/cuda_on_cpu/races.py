@@ -62,6 +62,14 @@ ONLY_64: Mutation = (
     "    else with_dim(type, Dim<256>{});\n",
     "    with_dim(type, Dim<64>{});\n",
 )
+SM90: list[Mutation] = [
+    ("attention/sm90.cu", "a.dtype == DType::bf16 ? with_type(bf16{}) : with_type(f16{});", "with_type(bf16{});"),
+    (
+        "attention/sm90.cu",
+        "a.head_dim == 64 ? with_dim(type, Dim<64>{}) : with_dim(type, Dim<128>{});",
+        "with_dim(type, Dim<64>{});",
+    ),
+]
 NO_OPTIONS: Mutation = (
     "attention/cuda.cuh",
     "full ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});",
@@ -105,6 +113,15 @@ def build(op: str, planted: Mutation | None = None, all_dims: bool = False, opti
             else:
                 parts = [(broken / p.relative_to(whole) if p.suffix == ".cu" else p, f, h) for p, f, h in parts]
             return linked(list(pool.map(lambda p: emulator.compiled(*p), parts)), op)
+
+
+def build_sm90(planted: Mutation | None = None) -> Path:
+    """Build the program of the kernel of attention for sm_90a, for heads of 64; `planted` breaks the kernel first."""
+    CACHE.mkdir(exist_ok=True)
+    with sources([*SM90, *([planted] if planted else [])]) as root:
+        kernel = emulator.compiled(root / "attention" / "sm90.cu", ["-O1", WITH, *REPORTING], (RACES / "include",))
+        detector = emulator.compiled(DETECTOR, ["-O2", WITH], ())
+        return linked([kernel, detector, emulator.compiled(RACES / "attention_sm90.cpp", ["-O0", "-w"], ())], "sm90")
 
 
 def linked(objects: list[Path], op: str) -> Path:

@@ -26,6 +26,7 @@ if not backend.simulated("cuda"):
     pytest.skip("the emulation is not this process's backend", allow_module_level=True)
 
 import emulator
+import races
 import sm90_cases
 
 BF16 = torch.bfloat16
@@ -158,6 +159,16 @@ def test_launches_fit_the_device(hopper: ctypes.CDLL) -> None:
         (launch,) = kernels.attention_fwd_sm90(**sizes, causal=True)
         assert launch[:6] == [8 * 3 * 8, 1, 1, 384, 1, 1]
         assert launch[6] == codegen.launched_shared(f"attention_fwd_sm90_kernel<bf16, {dim}>") <= 227 * 1024
+
+
+@pytest.mark.slow
+def test_it_has_no_races_and_a_planted_one_is_found() -> None:
+    """Planted: a stage of keys is free before its products are done."""
+    wait, free = "  ptx::wgmma_wait<1>();\n  ptx::settle(s.z[0]);\n", "  release(at.k_empty(stage));\n"
+    done = races.run(races.build_sm90())
+    assert done.returncode == 0 and done.stdout == "causal: clean\n", done.stdout + done.stderr
+    done = races.run(races.build_sm90(("attention/sm90.cu", wait + free, free + wait)))
+    assert done.returncode == 1 and "race on" in done.stdout and "wgmma of warpgroup" in done.stdout, done.stdout
 
 
 # What is broken -> the text of sm90.cu, its replacement

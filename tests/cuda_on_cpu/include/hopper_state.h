@@ -243,6 +243,9 @@ inline Hopper& hopper() {
   return h;
 }
 
+// For programs that include no CUDA: lets the device be of this compute capability, as in 90.
+__attribute__((used)) inline void set_chip(int chip) { machine().chip = chip; }
+
 // Calls f(hopper()); what it does with memory is no access of the kernel.
 template <typename F>
 void hopper_aside(F f) {
