@@ -16,8 +16,8 @@
 // of ex2, both at their peak rates (4096 operations and 16 values in a cycle).
 //
 //            shared memory   registers: producer, consumers   blocks on a multiprocessor
-//   D =  64   82 KB           24, 240                          1
-//       128  162 KB           24, 240                          1
+//   D =  64   81 KB           24, 240                          1
+//       128  161 KB           24, 240                          1
 #include "attention/cuda.cuh"
 #include "attention/sm90.h"
 #include "core/cuda/hopper.cuh"
