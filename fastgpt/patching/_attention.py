@@ -5,10 +5,12 @@ attention modules get their attention function from `Functions`, and the base mo
 `Masks`. Both look up the library's function first, and replace only 'sdpa' and 'eager'. So any other implementation
 that the config names at that moment, and any other model that shares the config, is not affected.
 
-A mask of ours is int64 (B, n, 1 + window), and its last dimension has stride 0 (window 0: no window). n = 0: causal
-order only. n = 2: start and end of each sequence's keys. n = 2 + T: also the document of each token, which sees only
-keys of its document. Any other mask, and any call that the op does not cover, goes to the library's own attention
-function, and a log line says so once.
+A mask of ours is (B, n, 1 + window), and its last dimension has stride 0 (window 0: no window). n = 0: all keys of a
+sequence. n = 2: start and end of each sequence's keys. n = 2 + T: also the document of each token, which sees only keys
+of its document. int64 is causal order, in which the window counts keys back from the query's own. int32 is attention in
+both directions (encoders, and the keys of an encoder), in which a query sees `window` keys on either side. Any other
+mask, and any call that the op does not cover, goes to the library's own attention function, and a log line says so
+once.
 """
 
 from __future__ import annotations
@@ -22,8 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function, create_causal_mask
-from transformers.masking_utils import create_sliding_window_causal_mask as create_sliding_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastgpt import ops
@@ -31,7 +39,9 @@ from fastgpt.core.fallback import leave_to_torch
 from fastgpt.patching import _rebind
 from fastgpt.patching import _replace as replace
 
-MAKERS: tuple[Any, ...] = (create_causal_mask, create_sliding_mask)
+CAUSAL: tuple[Any, ...] = (create_causal_mask, create_sliding_window_causal_mask)
+BOTH_WAYS: tuple[Any, ...] = (create_bidirectional_mask, create_bidirectional_sliding_window_mask)
+MAKERS = CAUSAL + BOTH_WAYS
 WEIGHTS = "_fastgpt_weights"  # set on a base model while it runs for its attention weights
 OTHER_MASK = "a mask other than causal order, window, padding or packed documents"
 
@@ -73,8 +83,9 @@ MASKS = {only_eager: Masks(only_eager) for only_eager in (False, True)}
 @functools.cache
 def _mask_makers(only_eager: bool) -> list[tuple[Any, Any]]:
     """Return pairs of a transformers function that creates a mask and the same function with our masks."""
-    change = [(ALL_MASK_ATTENTION_FUNCTIONS, MASKS[only_eager])]
-    return [(f, _rebind.rebind(f, change)) for f in MAKERS]
+    change: list[tuple[Any, Any]] = [(ALL_MASK_ATTENTION_FUNCTIONS, MASKS[only_eager])]
+    both = [(f, _rebind.rebind(f, change)) for f in BOTH_WAYS]
+    return [*both, *((f, _rebind.rebind(f, change + both)) for f in CAUSAL)]  # some call one for both directions
 
 
 def makes_masks(f: Any) -> bool:
@@ -127,16 +138,19 @@ def mask(
     **rest: Any,
 ) -> Tensor | None:
     """Create a mask as described at the head of this file. own: the mask function of transformers that it replaces."""
-    known = None
+    known, window = None, 0 if local_size is None or local_size >= kv_length else local_size
     offsets = not (isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor))  # a static cache has tensors
-    if offsets and not use_vmap and q_offset + q_length == kv_offset + kv_length:
+    if offsets and not use_vmap:
         padding = _padding(attention_mask, kv_length, kv_offset)
-        if allow_is_causal_skip:
+        if "allow_is_bidirectional_skip" in rest:  # not there for a causal mask
+            known = _both_ways(padding, batch_size, q_length, kv_length, window, device)
+        elif q_offset + q_length != kv_offset + kv_length:
+            pass
+        elif allow_is_causal_skip:
             known = _ranges(padding, batch_size, q_length, device)
         elif padding is None and q_length == kv_length:
             known = _documents(mask_function, batch_size, q_length, device)  # None if tokens see later ones
     if known is not None:
-        window = 0 if local_size is None or local_size >= kv_length else local_size
         return known[..., None].expand(-1, -1, 1 + window)
     given: Tensor | None = own(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
@@ -144,6 +158,19 @@ def mask(
         allow_is_causal_skip=allow_is_causal_skip, use_vmap=use_vmap, device=device, **rest,
     )  # fmt: skip
     return given
+
+
+def _both_ways(padding: Tensor | None, batch: int, queries: int, keys: int, window: int, device: Any) -> Tensor | None:
+    """Return (B, 2) or (B, 2 + T), int32, for attention in both directions; None if every token sees every key (for
+    which transformers needs no mask either), or if this form cannot express what each token sees."""
+    seen = None if padding is None else _ranges(padding, batch, queries, device)
+    if window == 0:
+        return seen.int() if seen is not None and seen.shape[1] else None
+    if queries != keys or (padding is not None and (seen is None or seen.shape[1] > 2)):
+        return None
+    if seen is None or seen.shape[1] == 0:
+        seen = torch.tensor([0, keys], device=device).expand(batch, 2)
+    return seen.int()
 
 
 def _padding(attention_mask: Tensor | None, kv_length: int, kv_offset: int) -> Tensor | None:
@@ -190,7 +217,9 @@ def _unreadable(x: Tensor) -> bool:
 
 def is_ours(attention_mask: Any) -> bool:
     """Return whether `mask` created this mask."""
-    return isinstance(attention_mask, Tensor) and attention_mask.dim() == 3 and attention_mask.dtype == torch.int64
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 3:
+        return False
+    return attention_mask.dtype in (torch.int64, torch.int32)
 
 
 def attention(
@@ -242,21 +271,27 @@ def masked(
     returns 0 as in PyTorch's attention; 'all' for all keys equally, as in most eager attention; or 'neo', see
     `_mean_of_neo`. window: the window of GPT-Neo, which its mask does not contain.
     """
-    window = seen.shape[2] - 1 or window
-    which: dict[str, Any] = dict(causal=True, window=window or None)
+    both, window, keys = seen.dtype == torch.int32, seen.shape[2] - 1 or window, key.shape[2]
+    ahead = window if both else 0  # keys that a query sees after its own
+    span = window + ahead + both if window else None  # keys that it sees in all
+    which: dict[str, Any] = dict(causal=not both or window > 0, window=span)
     if seen.shape[1] == 0:
         return _attend(query, key, value, **which, **numbers)
     start, end, ids = seen[:, 0, 0], seen[:, 1, 0], seen[:, 2:, 0]
     which |= dict(kv_start=start, kv_lens=end, doc_ids=ids if seen.shape[1] > 2 else None)
-    y = _attend(query, key, value, **which, **numbers)
+    # with `ahead` more keys, which are behind `end`, causal order ends `ahead` keys after each query
+    longer = [F.pad(t, (0, 0, 0, ahead)) for t in (key, value)] if ahead else (key, value)
+    y = _attend(query, *longer, **which, **numbers)
     if not blind:
         return y
-    last = torch.arange(query.shape[2], device=query.device) + key.shape[2] - query.shape[2]
-    first = torch.maximum(start[:, None], last - window + 1) if window else start[:, None]
+    last = torch.arange(query.shape[2], device=query.device) + keys - query.shape[2] + ahead
+    first = torch.maximum(start[:, None], last - span + 1) if span else start[:, None]
+    if both and not window:
+        last = torch.full_like(last, keys)
     if blind == "all":
         alike = value.mean(2, keepdim=True)
     else:
-        alike = _mean_of_neo(value, start[:, None], end[:, None], last, window or key.shape[2])
+        alike = _mean_of_neo(value, start[:, None], end[:, None], last, window or keys)
     alike = alike.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2)
     return torch.where((first > torch.minimum(last, end[:, None] - 1))[..., None, None], alike.to(y.dtype), y)
 

@@ -37,15 +37,13 @@ def find(name: str, module: nn.Module, keep_logits: bool) -> Iterator[tuple[str,
 
 
 def _has_loss(model: Any) -> bool:
-    """Return whether a model has a head over a vocabulary and takes labels."""
+    """Return whether a model takes labels, and has a head over a vocabulary or calls its loss function."""
     code = _rebind.innermost(type(model).forward).__code__
     takes = "labels" in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     if not takes and type(model).__module__.startswith("transformers."):
         return False
-    try:
-        return isinstance(model.get_output_embeddings(), nn.Module)
-    except (NotImplementedError, AttributeError):
-        return False
+    calls = takes and "loss_function" in code.co_names
+    return calls or isinstance(_loss.output_embeddings(model), nn.Module)
 
 
 def _attends(module: Any) -> Iterator[Found]:
@@ -105,7 +103,7 @@ def _base_model(name: str, model: Any) -> Iterator[tuple[str, nn.Module, Found]]
     makers.pop("create_masks_for_generate", None)  # for static caches, which the op does not cover
     if not makers:
         return
-    if why := _strange(model, list(makers.values())):  # it would get masks that it does not understand
+    if why := _strange(model, makers):  # it would get masks that it does not understand
         yield name, model, Found("attention", what, why=why)
         return
     only_eager = any(name_of(m) in NO_REGISTRY for m in model.modules())
@@ -121,18 +119,19 @@ def _base_model(name: str, model: Any) -> Iterator[tuple[str, nn.Module, Found]]
         )
 
 
-def _strange(model: Any, makers: list[Any]) -> str:
+def _strange(model: Any, makers: dict[str, Any]) -> str:
     """Return why the modules of a model cannot get masks of ours; empty if they can."""
-    if any("create_chunked_causal_mask" in _rebind.innermost(f).__code__.co_names for f in makers):
+    if any("create_chunked_causal_mask" in _rebind.innermost(f).__code__.co_names for f in makers.values()):
         return "it has masks of chunks"
-    if any(_masks.computes(f, created=True) for f in makers):
+    if any(_masks.computes(f, created=True) for f in makers.values()):
         return "it computes with its masks"
+    first = _masks.called_before(_rebind.innermost(type(model).forward), frozenset(makers))
     for n, m in model.named_modules():
         found = list(_attends(m))
         if any(not f.op or f.attribute in m.__dict__ for f in found):
             return f"{n} ({name_of(m)}) has its own attention"
         forward = _rebind.innermost(type(m).forward)
-        if isinstance(m, (PreTrainedModel, nn.Embedding)):  # they get the caller's mask
+        if isinstance(m, (PreTrainedModel, nn.Embedding)) or n.split(".")[0] in first:  # they get the caller's mask
             continue
         if _from_transformers(forward) and _masks.computes(forward):
             return f"{n} ({name_of(m)}) computes with its mask"

@@ -3,6 +3,9 @@
 In training with labels, the head's weight and the hidden states go to linear_cross_entropy inside the call of the head,
 so its hooks run, including those of FSDP2. The full logits are never computed, and `outputs.logits` is None.
 
+The other losses of transformers that are cross-entropy (masked tokens, classes of sequences, images or tokens) run on
+the logits.
+
 `read` finds out what a model's forward does around its head by running it with stubs in place of the base model, the
 head and the loss: which arguments it passes on, what it returns, and whether it scales or softcaps the logits. Where it
 does more than that, the loss alone is replaced, on the logits.
@@ -10,7 +13,9 @@ does more than that, the loss alone is replaced, on the logits.
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,17 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss, fixed_cross_entropy
 
 from fastgpt import ops
 from fastgpt.core.fallback import leave_to_torch
 from fastgpt.nn import _hooks
-from fastgpt.patching import _rebind
+from fastgpt.patching import _functions, _rebind
 from fastgpt.patching import _replace as replace
 from fastgpt.patching._recognise import Found, name_of
 from fastgpt.patching._settings import bare_copy, settings
 
 NOT_OURS = "its loss_function is not transformers' ForCausalLMLoss"
+LOSSES = (nn.CrossEntropyLoss, F.cross_entropy)
 AUXILIARY = "output_router_logits"  # adds a loss of the routers
 
 
@@ -109,6 +115,28 @@ def on_logits(
     return _counted(ops.cross_entropy(rows, target, ignore_index=ignore_index, reduction=reduction), num_items_in_batch)
 
 
+def _cross_entropy(
+    source: Tensor, target: Tensor, num_items_in_batch: Any = None, ignore_index: int = -100, **rest: Any
+) -> Tensor:
+    """Replace the cross-entropy that transformers' losses share: logits (N, V) and labels (N,) -> the loss, fp32."""
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = _functions.cross_entropy(source, target, ignore_index=ignore_index, reduction=reduction)
+    return _counted(loss, num_items_in_batch)
+
+
+# the losses of transformers that call its cross-entropy, by the names of LOSS_MAPPING, with ours in its place
+OTHERS: dict[str, Any] = {
+    name: _rebind.rebind(f, [(fixed_cross_entropy, _cross_entropy)])
+    for name, f in LOSS_MAPPING.items()
+    if isinstance(f, types.FunctionType) and _rebind.refers(f, fixed_cross_entropy)
+}
+
+
+def other(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Compute one of OTHERS."""
+    return OTHERS[name](*args, **kwargs)
+
+
 def _shifted(labels: Tensor, ignored: int) -> Tensor:
     return F.pad(labels, (0, 1), value=ignored)[..., 1:]
 
@@ -186,7 +214,7 @@ NOT_PLAIN = "its forward does more around the head than scale or softcap logits"
 @torch.no_grad()
 def read(model: Any) -> Head | str:
     """Find out what a model's forward does around its head, or why the head cannot be fused with the loss."""
-    lm_head, base = model.get_output_embeddings(), model.base_model
+    lm_head, base = output_embeddings(model), model.base_model
     name = next((n for n, m in model.named_children() if m is lm_head), "")
     if not isinstance(lm_head, nn.Module) or not name or not replace.is_plain_linear(lm_head):
         return "its head is not a plain linear layer of its own"
@@ -246,6 +274,14 @@ def _read(model: Any, given: Any, stubs: Any, name: str, called: Any, loss: Tens
     return Head(names, None if anything else frozenset(below), type(out), copied, before[0] * after[0], after[1])
 
 
+def output_embeddings(model: Any) -> Any:
+    """Return a model's head over a vocabulary, or None; models of images and sound may raise instead."""
+    try:
+        return model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
 MISSING = object()
 
 
@@ -266,6 +302,26 @@ def _scaling(model: Any, z: Tensor, logits: Any) -> tuple[float, float] | None:
     return None
 
 
+def _has_cross_entropy(model: nn.Module) -> bool:
+    """Return whether a model or a child of it calls PyTorch's cross-entropy, or is its module."""
+    for m in (model, *model.children()):
+        forward = _rebind.innermost(type(m).forward)
+        if forward is nn.CrossEntropyLoss.forward or any(map(functools.partial(_rebind.calls, forward), LOSSES)):
+            return True
+    return False
+
+
+def _other(model: Any, what: str) -> Found:
+    """Find a loss of transformers other than that of a causal language model."""
+    kind = getattr(model, "loss_type", None)
+    if model.__dict__.get("_loss_function") is not None:
+        return Found("loss", what, why=NOT_OURS)
+    if kind not in OTHERS:
+        return Found("loss", what, why="its loss is not cross-entropy")
+    call = functools.partial(other, kind)
+    return Found("loss", what, "cross_entropy", attribute="_loss_function", call=call)
+
+
 def find(name: str, model: PreTrainedModel, keep_logits: bool) -> Iterator[tuple[str, nn.Module, Found]]:
     """Find the loss of a causal language model: with its head, or on its logits."""
     what, forward = name_of(model), _rebind.innermost(type(model).forward)
@@ -273,11 +329,11 @@ def find(name: str, model: PreTrainedModel, keep_logits: bool) -> Iterator[tuple
         yield name, model, Found("loss", what, why="it has its own forward")
         return
     if "loss_function" not in forward.__code__.co_names:
-        if not _rebind.calls(forward, nn.CrossEntropyLoss):  # else `_rebind` finds it
+        if not _has_cross_entropy(model):  # else it is found there
             yield name, model, Found("loss", what, why="it computes its loss in its own way")
         return
     if not _counts_tokens(model):
-        yield name, model, Found("loss", what, why=NOT_OURS)
+        yield name, model, _other(model, what)
         return
     h = read(model)
     if isinstance(h, str):

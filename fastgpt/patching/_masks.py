@@ -9,7 +9,12 @@ import textwrap
 import types
 from typing import Any
 
-MAKERS = ("create_causal_mask", "create_sliding_window_causal_mask")
+MAKERS = (
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
+    "create_bidirectional_mask",
+    "create_bidirectional_sliding_window_mask",
+)
 PADDING = ("apply_mask_to_padding_states",)  # takes the caller's (B, T) mask; mixers without attention get that one
 
 
@@ -17,9 +22,8 @@ PADDING = ("apply_mask_to_padding_states",)  # takes the caller's (B, T) mask; m
 def computes(f: types.FunctionType, created: bool = False) -> bool:
     """Return whether f computes with one of its arguments whose name contains 'mask'; created: with a mask that
     transformers' functions create for it. A method without source is assumed to."""
-    try:
-        tree: Any = ast.parse(textwrap.dedent(inspect.getsource(f))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
+    tree = _tree(f)
+    if tree is None:
         return True
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     names = _created(tree) if created else {a.arg for a in _arguments(tree) if "mask" in a.arg}
@@ -30,6 +34,36 @@ def computes(f: types.FunctionType, created: bool = False) -> bool:
             if not _passes_on(node, parents, local):
                 return True
     return False
+
+
+@functools.cache
+def called_before(f: types.FunctionType, makers: frozenset[str]) -> frozenset[str]:
+    """Return the children that a method calls only before it creates a mask, so they get the caller's mask.
+
+    makers: names of methods that create one.
+    """
+    tree = _tree(f)
+    places: dict[str, list[int]] = {}
+    created = []
+    for node in ast.walk(tree) if tree else ():
+        called = node.func if isinstance(node, ast.Call) else None
+        own = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self"
+        if isinstance(called, ast.Name) and called.id in MAKERS or own and called.attr in makers:
+            created.append(node.lineno)
+        elif own:
+            places.setdefault(called.attr, []).append(node.end_lineno)
+    loops = [n for n in ast.walk(tree) if isinstance(n, (ast.For, ast.While))] if tree else []
+    if not created or any(loop.lineno <= line <= loop.end_lineno for loop in loops for line in created):
+        return frozenset()
+    return frozenset(name for name, lines in places.items() if max(lines) < min(created))
+
+
+def _tree(f: types.FunctionType) -> Any:
+    """Return the syntax tree of a method, or None if it has no source."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(f))).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
 
 
 def _arguments(tree: Any) -> list[ast.arg]:

@@ -20,12 +20,52 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class _Shallow(fx.Tracer):
-    """Tracer that makes every child module and every buffer one node: changes of these are recorded, not executed."""
+    """Tracer that makes every child module and every buffer one node: changes of these are recorded, not executed.
+
+    Where the code asks whether a dtype equals another (T5 casts to that of the next weight), the answer is `alike`.
+    """
 
     proxy_buffer_attributes = True
 
+    def __init__(self, alike: bool) -> None:
+        super().__init__()
+        self.alike, self.asked = alike, list[fx.Node]()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, nn.Parameter):  # code may ask for its type or dtype; used as a number, it is a node
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        node = obj.node
+        of_dtypes = all(isinstance(a, torch.dtype) or _is_dtype(a) for a in node.args)
+        if node.op != "call_function" or node.target not in (operator.eq, operator.ne) or not of_dtypes:
+            return super().to_bool(obj)
+        self.asked.append(node)
+        return self.alike == (node.target is operator.eq)
+
+
+def _is_dtype(node: Any) -> bool:
+    """Return whether a node is the dtype of a tensor."""
+    return isinstance(node, fx.Node) and node.target is getattr and node.args[1:] == ("dtype",)
+
+
+def _traced(module: nn.Module, training: bool, alike: bool) -> tuple[fx.Graph, bool, str]:
+    """Return the graph of a module's forward without its questions about dtypes, whether there were any, and how the
+    forward depends on more than its argument."""
+    tracer = _Shallow(alike)
+    graph, why = run_apart(module, tracer.trace, training)
+    for node in dict.fromkeys(tracer.asked):
+        if not node.users:
+            dtypes = [a for a in node.args if isinstance(a, fx.Node)]
+            graph.erase_node(node)
+            for d in dtypes:
+                if not d.users:
+                    graph.erase_node(d)
+    return graph, bool(tracer.asked), why
 
 
 def mlp(module: nn.Module) -> Found | None:
@@ -81,12 +121,19 @@ def _is_other_activation(module: nn.Module) -> bool:
 def _trace_mlp(module: nn.Module, what: str, training: bool, active: bool) -> Found | None:
     """Recognise an MLP by its forward in this mode."""
     try:
-        graph, why = run_apart(module, _Shallow().trace, training)
+        graph, asked, why = _traced(module, training, True)
+        other = _traced(module, training, False)[0] if asked else None
     except Exception:  # control flow over values, several arguments: not a plain chain
         return Found("mlp", what, why="its forward cannot be traced") if active else None
     found = _match(module, what, graph)
     if found is None or not found.op:
         return found
+    if other is not None:  # it may only cast to the dtype of the next weight
+        casting = _match(module, what, other, True)
+        chain = dataclasses.replace(found.arguments[0], casts=True)
+        found = dataclasses.replace(found, arguments=(chain,))
+        if casting != found:
+            return Found("mlp", what, why="its forward depends on dtypes")
     why = "its forward sets a global variable" if writes_globals(type(module)) else why
     return Found("mlp", what, why=why) if why else found
 
@@ -105,8 +152,8 @@ def _kind(module: nn.Module, node: fx.Node) -> str | None:
     return "gelu_tanh" if kind == "gelu" and node.kwargs.get("approximate", "none") == "tanh" else kind
 
 
-def _match(module: nn.Module, what: str, graph: fx.Graph) -> Found | None:
-    """Recognise an MLP in the graph of its forward."""
+def _match(module: nn.Module, what: str, graph: fx.Graph, casts: bool = False) -> Found | None:
+    """Recognise an MLP in the graph of its forward; casts: with casts to the dtype of the next linear layer."""
     nodes = [n for n in graph.nodes if n.op != "placeholder" or n.users]
     acts = [n for n in nodes if n.op in ("call_module", "call_function") and _kind(module, n)]
     if nodes[0].op != "placeholder" or len(acts) != 1:
@@ -129,18 +176,18 @@ def _match(module: nn.Module, what: str, graph: fx.Graph) -> Found | None:
         gated = _gate(before, half, up, x)
         if gated is None:
             return Found("mlp", what, why="its gate does not multiply a linear layer of the same input")
-        rest = _chain(after, seen | gated | {up, after}, nodes)
+        rest = _chain(module, after, seen | gated | {up, after}, nodes, casts)
         roles = (str(first.target), "" if half else str(up.target), *named)  # type: ignore[union-attr]
         op, call = "swiglu", replace.gated_mlp
     else:
-        rest = None if half else _chain(act, seen, nodes)
+        rest = None if half else _chain(module, act, seen, nodes, casts)
         if kind == "silu":
             return Found("mlp", what, why="bias_gelu has no SiLU")
         roles = (str(first.target), "", *named)
         op, call = ("swiglu" if kind == "relu2" else "bias_gelu"), replace.gelu_mlp  # type: ignore[assignment]
     if rest is None:
         return Found("mlp", what, why="more than a chain of modules follows its activation")
-    children = replace.Chain(*roles, rest, (), half[2] if half else None)
+    children = replace.Chain(*roles, rest, (), half[2] if half else None, casts)
     sizes = [(n, len(m)) for n in children.places() if isinstance(m := replace.child(module, n), CONTAINERS)]
     chain = dataclasses.replace(children, sizes=tuple(sizes))
     covers = (named[0],) if named[0] else ()
@@ -174,7 +221,9 @@ def _is_call(node: fx.Node, x: fx.Node) -> bool:
     return node.op == "call_module" and node.args == (x,) and not node.kwargs
 
 
-def _chain(node: fx.Node, seen: set[Any], nodes: list[fx.Node]) -> tuple[str, ...] | None:
+def _chain(
+    module: nn.Module, node: fx.Node, seen: set[Any], nodes: list[fx.Node], casts: bool
+) -> tuple[str, ...] | None:
     """Return the names of the single-input child modules from node to the output; None if the graph has other nodes."""
     names: list[str] = []
     while len(node.users) == 1:
@@ -182,11 +231,23 @@ def _chain(node: fx.Node, seen: set[Any], nodes: list[fx.Node]) -> tuple[str, ..
         seen.add(user)
         if user.op == "output":
             return tuple(names) if user.args == (node,) and seen == set(nodes) else None
+        if casts and _is_cast(module, user, node):
+            node = user
+            continue
         if not _is_call(user, node):
             return None
         names.append(str(user.target))
         node = user
     return None
+
+
+def _is_cast(module: nn.Module, node: fx.Node, x: fx.Node) -> bool:
+    """Return whether node casts x to the dtype of the weight of the only module that is called on it."""
+    if node.op != "call_method" or node.target != "to" or node.kwargs or len(node.args) != 2 or node.args[0] is not x:
+        return False
+    users = [u for u in node.users if u.op == "call_module"]
+    weights = [getattr(module.get_submodule(str(u.target)), "weight", None) for u in users]
+    return len(weights) == len(node.users) == 1 and getattr(weights[0], "dtype", None) == node.args[1]
 
 
 @torch.inference_mode(False)

@@ -30,7 +30,7 @@ FUNCTIONS: dict[Any, tuple[str, str, Callable[..., Any]]] = {
     F.cross_entropy: ("loss", "cross_entropy", _functions.cross_entropy),
     nn.CrossEntropyLoss: ("loss", "cross_entropy", _functions.CrossEntropyLoss),
 }
-IN_TRANSFORMERS = (nn.CrossEntropyLoss,)  # of these, what is replaced in transformers' own modules
+IN_TRANSFORMERS = (nn.CrossEntropyLoss, F.cross_entropy)  # of these, what is replaced in transformers' own modules
 
 
 def methods(module: nn.Module) -> Iterator[tuple[str, types.FunctionType]]:

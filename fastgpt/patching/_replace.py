@@ -47,7 +47,8 @@ class Chain:
     """Names of children in rest(act(first(x))) or rest(act(first(x)) * up(x)); `up` is empty in the former.
 
     act: name of the activation, empty if it is the function `kind`. sizes: (container, number of its children). packed:
-    which half of first(x) is the gate, if the other half is up(x).
+    which half of first(x) is the gate, if the other half is up(x). casts: what a linear layer in rest gets is cast to
+    the dtype of its weight.
     """
 
     first: str
@@ -57,6 +58,7 @@ class Chain:
     rest: tuple[str, ...]
     sizes: tuple[tuple[str, int], ...]
     packed: int | None = None
+    casts: bool = False
 
     def places(self) -> dict[str, None]:
         """Return the modules whose children these are."""
@@ -220,7 +222,8 @@ def gelu_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Tens
     kind = chain.kind_now(module)
     if kind not in ALONE:
         return _leave("bias_gelu", ACTIVATION, module, args, kwargs)
-    return _through(module, chain.rest, _linear_activated(child(module, chain.first), kind, args[0]))
+    y = _linear_activated(child(module, chain.first), kind, args[0])
+    return _through(module, chain.rest, y, chain.casts)
 
 
 def _linear_activated(first: Any, kind: str, x: Tensor) -> Tensor:
@@ -231,9 +234,13 @@ def _linear_activated(first: Any, kind: str, x: Tensor) -> Tensor:
     return _activated(kind, x, bias if bias.dtype in (x.dtype, torch.float32) else bias.to(x.dtype))
 
 
-def _through(module: nn.Module, names: tuple[str, ...], x: Tensor) -> Tensor:
+def _through(module: nn.Module, names: tuple[str, ...], x: Tensor, casts: bool = False) -> Tensor:
     for name in names:
-        x = child(module, name)(x)
+        following = child(module, name)
+        weight = getattr(following, "weight", None) if casts else None
+        if isinstance(weight, Tensor) and weight.is_floating_point():
+            x = x.to(weight.dtype)
+        x = following(x)
     return x
 
 
@@ -251,7 +258,7 @@ def gated_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Ten
         up, gate = gate.chunk(2, -1)
     else:
         up = child(module, chain.up)(args[0])
-    return _through(module, chain.rest, ops.swiglu(gate, up, activation=kind))
+    return _through(module, chain.rest, ops.swiglu(gate, up, activation=kind), chain.casts)
 
 
 def expert_gate(module: Any, gate_up: Tensor) -> Tensor:
