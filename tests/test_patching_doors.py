@@ -217,6 +217,32 @@ def test_a_deep_model_is_recognised_layer_by_layer_once(monkeypatch: pytest.Monk
     assert 0 < counts[0] == counts[1]
 
 
+def calls_of_patch(model: Any) -> int:
+    """Patch a model, and return how many functions were called."""
+    events: list[str] = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        fastgpt.patch(model, quiet=True)
+    finally:
+        sys.setprofile(None)
+    return events.count("call") + events.count("c_call")
+
+
+def test_patching_an_8b_model_makes_few_calls() -> None:
+    """The calls of functions grow with the depth and no faster. Unlike seconds, they do not depend on the machine."""
+    counts = []
+    shape = dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8)
+    for depth in (2, 2, 17, 32):  # the first fills caches
+        config = transformers.LlamaConfig(num_hidden_layers=depth, vocab_size=128256, **shape)
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        counts.append(calls_of_patch(model))
+        assert len(fastgpt.patch_report(model).replaced) > 5 * depth
+    _, first, second, third = counts
+    assert third - second < 1.02 * (second - first)
+    assert third < 1_000_000
+
+
 KERNELS = """
 import os, sys
 sys.path.sort(key=lambda p: os.path.exists(os.path.join(p, "kernels", "_runtime.py")))  # not fastgpt's folder
