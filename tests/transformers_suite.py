@@ -6,7 +6,7 @@ first `to()`, `eval()` or `train()`, and compares the verdicts of all tests. A t
 in both ways; one that differs again is listed with a reason, or as a fault. Exit code 1 if there is a fault.
 
 A source distribution has the common tests of all models (tests/test_modeling_common.py) and no tests/models: a class of
-these tests is then made for each family, with a tiny configuration. `--source CHECKOUT` takes a checkout of the same
+these tests is then made for each family, with a tiny configuration. `--checkout DIR` takes a checkout of the same
 version instead, and runs its tests/models/<family>. `--write` puts the table into docs/transformers_tests.md, keeping
 the rows of other families. This file is also the pytest plugin that patches the models.
 """
@@ -122,7 +122,6 @@ def fetch(folder: Path) -> Path:
     """Download and unpack the source distribution; return its folder."""
     version = importlib.metadata.version("transformers")
     pip("download", "--no-deps", "--no-binary=transformers", f"transformers=={version}", "--dest", str(folder))
-    pip("install", "--target", str(folder / "packages"), "parameterized")
     (archive,) = folder.glob("transformers-*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
@@ -131,8 +130,9 @@ def fetch(folder: Path) -> Path:
 
 def target_of(source: Path, family: str) -> str:
     """Return the tests of a family; if the source has none, write a file of the common tests."""
-    if (source / "tests" / "models" / family).is_dir():
-        return f"tests/models/{family}"
+    for folder in (family, family.removesuffix("_text")):
+        if (source / "tests" / "models" / folder).is_dir():
+            return f"tests/models/{folder}"
     if family not in TEN:
         raise SystemExit(f"{family}: there is no tests/models/{family}, and this file makes tests of {FAMILIES} only")
     for path, text in {**ABSENT, "__init__.py": "", f"test_{family}.py": MADE.format(kind=family)}.items():
@@ -144,13 +144,14 @@ def target_of(source: Path, family: str) -> str:
     return f"tests/test_{family}.py"
 
 
-def verdicts(source: Path, targets: list[str], patched: bool) -> tuple[dict[str, str], int]:
-    """Run tests; return the verdict of each (passed, failed, skipped), and how many models were patched."""
-    out, count = source.parent / f"verdicts-{patched}.xml", source.parent / "count.txt"
+def verdicts(source: Path, folder: Path, targets: list[str], patched: bool) -> tuple[dict[str, str], int]:
+    """Run tests; return the verdict of each (passed, failed, skipped), and how many models were patched. folder: for
+    what is written, with the packages that the tests need."""
+    out, count = folder / f"verdicts-{patched}.xml", folder / "count.txt"
     for path in (out, count):
         path.unlink(missing_ok=True)
     here, root = Path(__file__).parent, Path(__file__).parent.parent
-    path = [str(p) for p in (source, here, root, source.parent / "packages", *filter(None, sys.path))]
+    path = [str(p) for p in (source, here, root, folder / "packages", *filter(None, sys.path))]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1", COUNT: str(count)}
     env |= {SWITCH: "1"} if patched else {}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "transformers_suite", "-p", "no:cacheprovider", "--tb=no",
@@ -172,18 +173,18 @@ def node(name: str) -> str:
     return f"{module.replace('.', '/')}.py::{cls}::{test}"
 
 
-def compare(source: Path, family: str) -> dict[str, Any]:
+def compare(source: Path, folder: Path, family: str) -> dict[str, Any]:
     """Run a family's tests in both ways; return numbers and the differences with their reasons."""
     target = [target_of(source, family)]
-    before, _ = verdicts(source, target, False)
-    after, patched = verdicts(source, target, True)
+    before, _ = verdicts(source, folder, target, False)
+    after, patched = verdicts(source, folder, target, True)
     if not patched:
         raise SystemExit(f"{family}: no model was patched")
     suspects = [name for name in before if before[name] != after.get(name)]
     if suspects:  # some tests depend on chance
         targets = [node(name) for name in suspects]
-        before |= verdicts(source, targets, False)[0]
-        after |= verdicts(source, targets, True)[0]
+        before |= verdicts(source, folder, targets, False)[0]
+        after |= verdicts(source, folder, targets, True)[0]
     found = [name for name in suspects if before[name] != after.get(name)]
     reasons = {name: next((why for what, why in REASONS if re.search(what, name)), "") for name in found}
     rows = [[name.rsplit(".", 1)[1], before[name], after.get(name, "missing"), reasons[name]] for name in sorted(found)]
@@ -229,13 +230,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="+", help=f"folders of tests/models, such as {FAMILIES}")
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} in docs")
-    parser.add_argument("--source", type=Path, help="checkout or unpacked source distribution (default: download it)")
+    parser.add_argument(
+        "--checkout",
+        type=Path,
+        metavar="DIR",
+        help="checkout of transformers, or unpacked source distribution (default: download that)",
+    )
     args = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        source = args.source or fetch(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pip("install", "--target", str(folder / "packages"), "parameterized")
+        source = args.checkout.resolve() if args.checkout else fetch(folder)
         for family in args.families:
-            results[family] = r = compare(source, family)
+            results[family] = r = compare(source, folder, family)
             faults = [row for row in r["differences"] if not row[3]]
             print(f"{family}: {r['passed']} passed, {r['failed']} failed, {r['patched']} models patched, "
                   f"{len(r['differences'])} differ, {len(faults)} without a reason", flush=True)  # fmt: skip
