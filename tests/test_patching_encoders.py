@@ -64,7 +64,7 @@ def test_attention_in_both_directions(queries: int, window: int, kind: str, eage
     assert ours is None or _attention.is_ours(ours) == (kind != "between")
 
     torch.manual_seed(0)
-    module = nn.Module().eval()
+    module: Any = nn.Module().eval()
     module.is_causal = False
     q, k, v = (torch.randn(2, 4, n, 16, requires_grad=True) for n in (queries, S, S))
     options: dict[str, Any] = dict(scaling=0.3, dropout=0.0)
@@ -141,9 +141,8 @@ def test_losses_of_classes(problem: str) -> None:
 
     shape: dict[str, Any] = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     torch.manual_seed(0)
-    model = transformers.ViTForImageClassification(
-        transformers.ViTConfig(image_size=16, patch_size=8, num_labels=3, problem_type=problem, **shape)
-    )
+    shape |= dict(num_labels=3, problem_type=problem)
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(image_size=16, patch_size=8, **shape))
     x = torch.randn(4, 3, 16, 16)
     labels = torch.randint(3, (4,)) if problem.startswith("single") else torch.rand(4, 3)
     wanted = model(x, labels=labels).loss

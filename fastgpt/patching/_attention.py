@@ -280,8 +280,8 @@ def masked(
     start, end, ids = seen[:, 0, 0], seen[:, 1, 0], seen[:, 2:, 0]
     which |= dict(kv_start=start, kv_lens=end, doc_ids=ids if seen.shape[1] > 2 else None)
     # with `ahead` more keys, which are behind `end`, causal order ends `ahead` keys after each query
-    longer = [F.pad(t, (0, 0, 0, ahead)) for t in (key, value)] if ahead else (key, value)
-    y = _attend(query, *longer, **which, **numbers)
+    k, v = (F.pad(t, (0, 0, 0, ahead)) if ahead else t for t in (key, value))
+    y = _attend(query, k, v, **which, **numbers)
     if not blind:
         return y
     last = torch.arange(query.shape[2], device=query.device) + keys - query.shape[2] + ahead

@@ -127,7 +127,7 @@ def _cross_entropy(
 # the losses of transformers that call its cross-entropy, by the names of LOSS_MAPPING, with ours in its place
 OTHERS: dict[str, Any] = {
     name: _rebind.rebind(f, [(fixed_cross_entropy, _cross_entropy)])
-    for name, f in LOSS_MAPPING.items()
+    for name, f in dict[str, Any](LOSS_MAPPING).items()
     if isinstance(f, types.FunctionType) and _rebind.refers(f, fixed_cross_entropy)
 }
 

@@ -44,15 +44,16 @@ def called_before(f: types.FunctionType, makers: frozenset[str]) -> frozenset[st
     """
     tree = _tree(f)
     places: dict[str, list[int]] = {}
-    created = []
-    for node in ast.walk(tree) if tree else ():
-        called = node.func if isinstance(node, ast.Call) else None
+    created: list[int] = []
+    nodes: list[Any] = list(ast.walk(tree)) if tree else []
+    for node in nodes:
+        called: Any = node.func if isinstance(node, ast.Call) else None
         own = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self"
-        if isinstance(called, ast.Name) and called.id in MAKERS or own and called.attr in makers:
+        if (isinstance(called, ast.Name) and called.id in MAKERS) or (own and called.attr in makers):
             created.append(node.lineno)
         elif own:
             places.setdefault(called.attr, []).append(node.end_lineno)
-    loops = [n for n in ast.walk(tree) if isinstance(n, (ast.For, ast.While))] if tree else []
+    loops: list[Any] = [n for n in nodes if isinstance(n, (ast.For, ast.While))]
     if not created or any(loop.lineno <= line <= loop.end_lineno for loop in loops for line in created):
         return frozenset()
     return frozenset(name for name, lines in places.items() if max(lines) < min(created))
@@ -91,7 +92,8 @@ def _passes_on(node: Any, parents: dict[Any, Any], local: set[str]) -> bool:
     if isinstance(parent, ast.Attribute):  # of a dict of masks
         return parent.attr == "get"
     if isinstance(parent, ast.Subscript):
-        return node is parent.value and not any(isinstance(n, (ast.Slice, ast.Tuple)) for n in ast.walk(parent.slice))
+        plain = node is parent.value and not any(isinstance(n, (ast.Slice, ast.Tuple)) for n in ast.walk(parent.slice))
+        return plain and _passes_on(parent, parents, local)
     if isinstance(parent, ast.Call):
         called = parent.func
         if isinstance(called, ast.Name):
