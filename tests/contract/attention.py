@@ -133,6 +133,7 @@ RACES: Races = {
         "  ptx::cp_async_wait<0>();\n  __syncthreads();  // keys and values are no longer needed\n",
         "  ptx::cp_async_wait<0>();\n",
         ("write_tile<T, D>(k_tile, own, part * kWidth, dk, factors[0]);", "load_tile<D, kKeys, kThreads>(k_tile, a.k,"),
+        options=True,
         slow=True,
     ),
     "dq: barrier of the stages": Race(
