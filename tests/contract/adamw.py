@@ -22,6 +22,7 @@ RACES: Races = {
         "  __syncthreads();\n  const Step step = shared;",
         "  const Step step = shared;",
         ("const Step step = shared;", "if (threadIdx.x == 0) shared = make_step("),
+        slow=True,
     ),
     "barrier of a sum": Race(
         "adamw_prepare_kernel",

@@ -15,6 +15,7 @@ RACES: Races = {
         "  __syncthreads();  // the sums of all warps are in shared memory\n",
         "",
         ("if (lane == 0) tops[warp][r] = s.top[r],", "for (int w = 1; w < kWarps; ++w) top = fmaxf(top, tops[w][r]);"),
+        slow=True,
     ),
     "factors behind the barrier that others rely on": Race(
         "attention_decode_fwd_add_kernel",

@@ -55,6 +55,7 @@ RACES: Races = {
         "mine[n_warps + threadIdx.x / 32] = b;\n  }\n  __syncthreads();",
         "mine[n_warps + threadIdx.x / 32] = b;\n  }",
         ("    mine[threadIdx.x / 32] = a;", "a = warp_sum(lane < n_warps ? mine[lane]"),
+        slow=True,
     ),
     "wait group one too high": Race(
         "layer_norm_bwd_kernel",

@@ -34,6 +34,7 @@ RACES: Races = {
         "sum = row_sum(sum * exp_of<T>(max - shift(top)), sums);",
         "sum = row_sum(sum * exp_of<T>(max - shift(top)), reinterpret_cast<double*>(maxima));",
         ("const float top = row_max(max, maxima);", "sum = row_sum(sum * exp_of<T>(max - shift(top))"),
+        slow=True,
     ),
 }
 

@@ -40,6 +40,7 @@ RACES: Races = {
         "row_sum(dot, scratch[set])",
         "row_sum(dot, scratch[0])",
         ("row_sum(dot, scratch[0])", "row_sum(dot, scratch[0])"),
+        slow=True,
     ),
     "barrier of a sum": Race(
         "rms_norm_fwd_kernel",

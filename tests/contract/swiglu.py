@@ -32,6 +32,7 @@ RACES: Races = {
         "static_cast<T*>(a.dgate) + row * a.grad_row + c",
         "static_cast<T*>(a.dgate) + row / 8 * a.grad_row + c",
         ("row / 8 * a.grad_row + c, dgate);", "row / 8 * a.grad_row + c, dgate);"),
+        slow=True,
     ),
 }
 

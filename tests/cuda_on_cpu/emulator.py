@@ -118,16 +118,8 @@ def _torch() -> Path:
     return Path(spec.origin).parent
 
 
-def build(
-    flags: tuple[str, ...] = (),
-    mutate: Mutation | None = None,
-    op: str = "*",
-    kernel_flags: tuple[str, ...] = (),
-    also: tuple[Path, ...] = (),
-) -> Path:
+def build(flags: tuple[str, ...] = (), mutate: Mutation | None = None, op: str = "*") -> Path:
     """Build the library of all kernels, also a Python module; reuse objects of the same text and flags.
-
-    `kernel_flags` are for kernels only, `also` are further C++ files.
 
     Only the kernels of `op` are compiled from mutated sources. They are linked first, because the linker keeps the
     first definition of an inline function that several objects contain.
@@ -147,8 +139,7 @@ def build(
         if mutate is not None:
             broken = sorted(_mutated(mutate).glob(f"{op}/*.cu"))
             kernels = broken + [p for p in kernels if p.parent.name not in {b.parent.name for b in broken}]
-        sources = [(p, ["-O1", *ROUNDING, *flags, *kernel_flags]) for p in kernels]
-        sources += [(p, ["-O2", *flags]) for p in also]
+        sources = [(p, ["-O1", *ROUNDING, *flags]) for p in kernels]
         ours = [*sorted(CSRC.glob("*/glue.cpp")), HERE / "binding.cpp"]
         # pybind11's thread-local variables are not shared memory and must not be placed there (cuda_runtime.h)
         options = ["-O0", "-Wno-maybe-uninitialized", "-Dthread_local=", *ROUNDING, *flags, *host]

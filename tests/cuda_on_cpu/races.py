@@ -98,7 +98,7 @@ def build(op: str, planted: Mutation | None = None, all_dims: bool = False, opti
     narrow = NARROW.get(op, []) + ([ONLY_64] if op == "attention" and not all_dims else [])
     dims = "64, 96, 128, 256" if all_dims else "64"
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, sources(narrow) as whole:
-        kernel = ["-O1", WITH, *REPORTING], (RACES / "include",)
+        kernel = ["-O0", WITH, *REPORTING], (RACES / "include",)
         parts = [(p, *kernel) for p in sorted(whole.glob(f"{op}/cuda*.cu"))]
         parts.append((DETECTOR, ["-O2", WITH], ()))
         parts.append((RACES / f"{op}.cpp", ["-O0", "-w", f"-DFASTGPT_HEAD_DIMS={dims}"], ()))
@@ -132,11 +132,6 @@ def linked(objects: list[Path], op: str) -> Path:
         emulator.run_compiler(["g++", *map(str, objects), "-ldl", "-lpthread", "-o", str(partial)])
         partial.rename(target)
     return target
-
-
-def library() -> Path:
-    """Build the library of all kernels (emulator.build) with every type, for which a race is an error of the launch."""
-    return emulator.build((WITH,), kernel_flags=REPORTING, also=(DETECTOR,))
 
 
 def run(program: Path) -> subprocess.CompletedProcess[str]:
