@@ -259,9 +259,11 @@ def _self_check(backend: str, device: torch.device) -> float:
     logits, target = torch.randn(5, 203, device=device), torch.tensor([0, 199, 7, -100, 50], device=device)
     options: Options = (-100, 0.1, 1e-3, 5.0, 200)
     error = _error(backend, logits, target, torch.rand(5, device=device), options)
-    if backend == "cuda":  # as in training: kernels without options, many warps a row, 16 bits
-        logits, target = torch.randn(3, 50304, device=device).bfloat16(), torch.tensor([0, 50256, -100], device=device)
-        plain: Options = (-100, 0.0, 0.0, 0.0, 50257)
+    # as in training: kernels without options, in 16 bits, of rows that are held and of rows too long for that
+    for columns in (50304, 65536) if backend != "cpu" else ():
+        logits = torch.randn(3, columns, device=device).bfloat16()
+        target = torch.tensor([0, columns - 48, -100], device=device)
+        plain: Options = (-100, 0.0, 0.0, 0.0, columns - 47)
         error = max(error, _error(backend, logits, target, torch.ones(3, device=device), plain))
     return error
 

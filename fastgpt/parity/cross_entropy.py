@@ -62,6 +62,10 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     for classes in (1, 2):
         for o in ({}, {"z_loss": 1e-2}, {"label_smoothing": 0.1, "z_loss": 1e-2, "weighted": True, "softcap": 4.0}):
             yield (33, classes), {"reduction": "none", **o}
+    # rows that are held while their gradient is computed: GPT-2's padded vocabulary in 16 bits, half of it in fp32
+    padded = ((4, 50304), 50257) if dtype != torch.float32 else ((4, 9008), 9001)
+    for reduction, z_loss in (("none", 0.0), ("sum", 1e-2)):
+        yield padded[0], {"reduction": reduction, "z_loss": z_loss, "vocab_size": padded[1], "inplace": True}
     single: list[dict[str, Any]] = [
         {"reduction": "none"},
         {"reduction": "sum"},

@@ -20,7 +20,7 @@ ERRORS: Errors = [
     (lambda: ops.cross_entropy(rand(2, 5), torch.tensor([0, 1]), label_smoothing=2.0), ValueError, "label_smoothing"),
 ]
 MUTATIONS: Mutations = {
-    "shifted tail": ("core/cuda/vec.cuh", "i < head ? i : i + n_packs * L;", "i < head ? i : i + n_packs * L + 1;"),
+    "shifted tail": ("core/cuda/vec.cuh", "return i < head ? i : i + n_packs", "return i < head ? i : i + 1 + n_packs"),
 }
 RACES: Races = {
     "barrier before gradients over logits": Race(
@@ -29,6 +29,13 @@ RACES: Races = {
         "  __syncthreads();\n  return Stats{",
         "  return Stats{",
         ("row.z(widen(row.logits[row.target]));", "store_any(row.dlogits + c, x, aligned);"),
+    ),
+    "piece that another thread requested": Race(
+        "cross_entropy_held_kernel",
+        "cross_entropy/cuda.cu",
+        "held[u] = arriving[i];",
+        "held[u] = arriving[i ^ 1];",
+        ("ptx::cp_async_16(to + step * 16, packs + step, 16);", "held[u] = arriving[i ^ 1];"),
     ),
     "barrier of a maximum": Race(
         "cross_entropy_fwd_kernel",

@@ -60,7 +60,7 @@ void fill(BiasGeluArgs& a, const py::dict& values) {
 void fill(SwigluArgs& a, const py::dict& values) { FIELD(gate); FIELD(up); FIELD(n_rows); FIELD(n_cols); FIELD(dtype); }
 
 void fill(CrossEntropyArgs& a, const py::dict& values) {
-  FIELD(logits); FIELD(dlogits); FIELD(n_rows); FIELD(n_cols); FIELD(n_classes); FIELD(dtype);
+  FIELD(logits); FIELD(dlogits); FIELD(n_rows); FIELD(n_cols); FIELD(n_classes); FIELD(softcap); FIELD(dtype);
 }
 
 void fill(RopeArgs& a, const py::dict& values) {
@@ -186,6 +186,7 @@ PYBIND11_MODULE(kernels, m) {
   m.def("launched", launched);
   m.def("begin", begin);
   m.def("end", end);
+  m.def("n_launches", [] { return emulator::machine().launches.size(); });
   m.def("rms_norm_fwd", planned(cuda::rms_norm_fwd));
   m.def("rms_norm_bwd", planned(cuda::rms_norm_bwd));
   m.def("rms_norm_bwd_blocks", size<cuda::rms_norm_bwd_blocks, int64_t, int64_t>);
@@ -194,6 +195,7 @@ PYBIND11_MODULE(kernels, m) {
   m.def("bias_gelu_bwd_blocks", size<cuda::bias_gelu_bwd_blocks, int64_t, int64_t>);
   m.def("swiglu_fwd", planned(cuda::swiglu_fwd));
   m.def("cross_entropy_fwd", planned(cuda::cross_entropy_fwd));
+  m.def("cross_entropy_fwd_bwd", planned(cuda::cross_entropy_fwd_bwd));
   m.def("rope", planned(cuda::rope));
   m.def("embedding_fwd", planned(cuda::embedding_fwd));
   m.def("embedding_partials", size<cuda::embedding_partials, int64_t>);

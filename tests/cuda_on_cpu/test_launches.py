@@ -78,6 +78,25 @@ def test_activations_cover_every_element(kernels: Any) -> None:
             assert backward[0] % blocks == 0, "as many blocks of rows as the workspace has partials"
 
 
+def test_a_row_of_logits_is_held_where_it_fits(kernels: Any) -> None:
+    """GPT-2's vocabulary in 16 bits is read once, by one block a multiprocessor with a row arriving; what is shorter,
+    longer or has options takes two sweeps."""
+    held = {(1, 50257), (1, 50304), (2, 50304), (1, 57344), (1, 16392), (0, 28672), (0, 8196)}
+    swept = {(1, 57352), (1, 16384), (1, 128256), (0, 50304), (0, 8192), (0, 28676), (1, 61)}
+    for dtype, n_classes in held | swept:
+        for n_rows in (1, 107, 65536):
+            sizes = {"n_rows": n_rows, "n_cols": n_classes + 47, "n_classes": n_classes, "dtype": dtype}
+            (launch,) = kernels.cross_entropy_fwd_bwd(**sizes)
+            check(launch, static=256)
+            (with_options,) = kernels.cross_entropy_fwd_bwd(**sizes, softcap=4.0)
+            assert with_options[0] == n_rows and with_options[3] <= 512 and with_options[6] == 0
+            if (dtype, n_classes) in held:
+                pieces = n_classes * (2 if dtype else 4) // 16
+                assert launch == [min(n_rows, 108), 1, 1, 1024, 1, 1, 16 * pieces] and pieces <= 7 * 1024
+            else:
+                assert launch == with_options
+
+
 def test_attention_has_a_block_for_every_tile(kernels: Any) -> None:
     for head_dim in (16, 64, 80, 96, 128, 160, 256):
         for t in (1, 64, 65, 1000, 8192):

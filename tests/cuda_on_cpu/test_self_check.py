@@ -82,7 +82,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
     "attention": [lambda: attend(12, 12, 64), lambda: attend(8, 2, 128)],
     "attention_decode": [lambda: decode(12, 12, 64), lambda: decode(32, 8, 128), lambda: decode(32, 4, 128)],
     "rope": [lambda: turn(8, 2, 64), lambda: turn(8, 2, 128)],
-    "cross_entropy": [lambda: lose(50304)],
+    "cross_entropy": [lambda: lose(50304), lambda: lose(65664)],
     "adamw": [step],
 }
 

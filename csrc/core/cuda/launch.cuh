@@ -3,8 +3,8 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <map>
 #include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -24,25 +24,34 @@ struct Grid {
   int64_t x, y = 1, z = 1;
 };
 
-// Allows launches of the kernel to use as much dynamic shared memory as a block of this device can have. It does so
-// once and always with the maximum: the limit belongs to the kernel, so a thread that set less for a small launch would
-// make the large launch of another thread fail.
-inline cudaError_t allow_all_shared_memory(const void* kernel) {
+// Allows launches of the kernel to use as much dynamic shared memory as a block of this device can have, and sets
+// `most` to it. It does so once and always with the maximum: the limit belongs to the kernel, so a thread that set less
+// for a small launch would make the large launch of another thread fail.
+inline cudaError_t allow_all_shared_memory(const void* kernel, int& most) {
   static std::mutex mutex;
-  static std::set<std::pair<const void*, int>> done;  // kernel, device
-  int device = 0, most = 0;
+  static std::map<std::pair<const void*, int>, int> done;  // kernel, device -> most
+  int device = 0;
   cudaFuncAttributes of = {};
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (done.count({kernel, device}) > 0) return cudaSuccess;
+  if (const auto found = done.find({kernel, device}); found != done.end()) return most = found->second, cudaSuccess;
   if (const cudaError_t error = cudaFuncGetAttributes(&of, kernel)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) {
     return error;
   }
   most -= static_cast<int>(of.sharedSizeBytes);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
-  if (error == cudaSuccess) done.insert({kernel, device});
+  if (error == cudaSuccess) done[{kernel, device}] = most;
   return error;
+}
+
+// Returns how much dynamic shared memory a block of the kernel can have on this device. Throws std::runtime_error if
+// CUDA does not report it.
+inline int most_shared_memory(const void* kernel) {
+  int most = 0;
+  const cudaError_t error = allow_all_shared_memory(kernel, most);
+  if (error == cudaSuccess) return most;
+  throw std::runtime_error(std::string("fastgpt: shared memory of a block: ") + cudaGetErrorString(error));
 }
 
 // `smem` must fit the limit of the device for a block: 163 KB on sm_80, 227 on sm_90, 99 on sm_86 and sm_89. Throws
@@ -61,8 +70,9 @@ void launch(const char* name, void (*kernel)(Parameters...), Grid grid, dim3 blo
   config.dynamicSmemBytes = smem;
   config.stream = static_cast<cudaStream_t>(stream.handle);
   cudaError_t error = cudaSuccess;
+  int most = 0;
   // more than 48 KB, including static shared memory, must be requested
-  if (smem > 32 * 1024) error = allow_all_shared_memory(reinterpret_cast<const void*>(kernel));
+  if (smem > 32 * 1024) error = allow_all_shared_memory(reinterpret_cast<const void*>(kernel), most);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error == cudaSuccess) return;
   cudaGetLastError();  // clear the error, or it would be reported twice

@@ -197,23 +197,43 @@ __device__ __forceinline__ void store_words(int16_t* p, const int16_t (&x)[L]) {
   }
 }
 
+// A row of n columns as 16-byte pieces from column `head` on, which is the first at a 16-byte boundary, and the columns
+// before and after them, fewer than 2 kLanes<T>.
+template <typename T>
+struct Split {
+  int head, n_packs, n_edges;
+
+  __device__ __forceinline__ Split(const T* row, int n) {
+    constexpr int L = kLanes<T>;
+    const int to_boundary = static_cast<int>((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
+    head = to_boundary < n ? to_boundary : n;
+    n_packs = (n - head) / L;
+    n_edges = n - n_packs * L;
+  }
+
+  // Column of an edge, i < n_edges.
+  __device__ __forceinline__ int edge(int i) const { return i < head ? i : i + n_packs * kLanes<T>; }
+};
+
 // Calls f(c, x) for all columns of a row; x[0] is column c. x has kLanes<T> values, or one before the first 16-byte
 // boundary and after the last. kUnroll loads are in flight at once. f may overwrite the columns that it receives.
-template <int kUnroll, typename T, typename F>
+// kBackwards: from the last round of loads to the first, so what an earlier sweep read last is still in a cache.
+template <int kUnroll, bool kBackwards = false, typename T, typename F>
 __device__ __forceinline__ void sweep(const T* row, int n, F f) {
   constexpr int L = kLanes<T>;
-  const int to_boundary = static_cast<int>((16 - reinterpret_cast<uintptr_t>(row) % 16) % 16 / sizeof(T));
-  const int head = to_boundary < n ? to_boundary : n;
-  const int n_packs = (n - head) / L;
-  for (int i = threadIdx.x; i < n - n_packs * L; i += blockDim.x) {
-    const int c = i < head ? i : i + n_packs * L;
+  const Split<T> split(row, n);
+  const int head = split.head, n_packs = split.n_packs;
+  for (int i = threadIdx.x; i < split.n_edges; i += blockDim.x) {
+    const int c = split.edge(i);
     float x[1];
     load(row + c, x);
     f(c, x);
   }
   const uint4* packs = reinterpret_cast<const uint4*>(row + head);
-  const int step = blockDim.x;
-  for (int first = threadIdx.x; first < n_packs; first += kUnroll * step) {
+  const int step = blockDim.x, round = kUnroll * step, begin = threadIdx.x;
+  int first = begin;
+  if (kBackwards && begin < n_packs) first += (n_packs - 1 - begin) / round * round;
+  for (; begin <= first && first < n_packs; first += kBackwards ? -round : round) {
     uint4 raw[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {

@@ -1,4 +1,4 @@
-// Rows of a warp and of a block; gradients in place of the logits and beside them, in one kernel and in two.
+// Rows of a warp and of a block, and rows that are held; gradients in place of the logits and beside them, in one kernel and in two.
 #include "cross_entropy/op.h"
 #include "cases.h"
 
@@ -33,4 +33,5 @@ int main() {
   check("in place", 5000, true, 0.0f);
   check("beside, smoothed", 5000, false, 0.1f);
   check("unaligned", 700, true, 0.1f, 1);
+  check("held", 16500, true, 0.0f, 1);
 }
