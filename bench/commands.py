@@ -14,6 +14,7 @@ COMMANDS = {  # name -> (module, the question it answers)
     "throughput": ("throughput", "training steps against plain PyTorch: tokens/s, MFU, memory, losses overlaid"),
     "roofline": ("roofline", "share of a step spent in matmuls, attention, memory-bound kernels, idle"),
     "host": ("host", "microseconds of an op call, launches of a step, import and compile times"),
+    "launches": ("launches", "launches of a training step by layer and phase, counted without a GPU"),
     "codegen": ("codegen", "registers, spills, shared memory and occupancy of every kernel, without a GPU"),
     "model": ("model.command", "a model of every kernel and of a step on A100, H100 and H200, without a GPU"),
     "scaling": ("scaling", "a model of steps and runs of days on 1 to 1,024 GPUs; --check: steps in processes here"),

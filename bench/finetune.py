@@ -135,9 +135,7 @@ def own_step(setup: Setup) -> Callable[[int], float]:
     def step(number: int) -> float:
         ids = shape.ids(number % STEPS)
         batch = Batch(ids[:, :-1], ids[:, 1:]) if setup.kind != "dpo" else pairs(shape, number % STEPS)
-        counted = task.counted(batch)
-        total = torch.zeros(1 + len(task.figures))
-        loss = forward_backward(model, task, None, total, counted, *batch.parts())
+        loss = forward_backward(model, task, None, None, task.counted(batch), *batch.parts())
         return float(optimizer_step(optimizer, None, None, loss)[0])
 
     return step

@@ -152,17 +152,22 @@ def _times(samples: Samples, floor: Samples | None) -> dict[str, Any]:
     return row | samples.against(floor, FLOOR) | {"times_floor": row["us"] / (floor.quantile(0.5) * 1e6)}
 
 
+def computes(func: Any) -> bool:
+    """Return whether a PyTorch operator computes something: it returns no view and no empty tensor."""
+    schema = func._schema
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return not view and not schema.name.startswith(FREE)
+
+
 class Operators(TorchDispatchMode):
-    """Counts the operators that compute something: no views, no empty tensors."""
+    """Counts the operators that compute something."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-        self.count += not view and not schema.name.startswith(FREE)
+        self.count += computes(func)
         return func(*args, **(kwargs or {}))
 
 

@@ -27,10 +27,11 @@ from fastgpt.bench import plain
 from fastgpt.bench._harness import resident_mb
 from fastgpt.core import backend
 from fastgpt.core.device import keep_freed_memory
+from fastgpt.distributed.mesh import ALONE
 from fastgpt.models.config import ModelConfig
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
-from fastgpt.train import forward_backward, optimizer_step
+from fastgpt.train import accumulate, forward_backward, optimizer_step
 from fastgpt.training.build import build_model, build_optimizer
 from fastgpt.training.config import TrainConfig
 from fastgpt.training.graphs import Graphs
@@ -208,15 +209,12 @@ def train_step(
     device."""
     graphs = Graphs(model, enabled=False) if graphs is None else graphs
     task = NextToken()
-    micro_step = partial(forward_backward, model, task, scaling)
+    one_batch = partial(forward_backward, model, task, scaling)
+    micro_step = lambda i, *batch: graphs("accumulate" if i else "forward_backward", one_batch, *batch)  # noqa: E731
     update = partial(optimizer_step, optimizer, guard, scaling)
     graphs.begin(optimizer)
     batches = [Batch(*next(loader)) for _ in range(accumulation)]
-    loss, none = torch.zeros(1, device=optimizer.device), torch.zeros((), dtype=torch.int64, device=optimizer.device)
-    counted = sum((task.counted(batch) for batch in batches), none)
-    for i, batch in enumerate(batches):
-        loss = graphs("accumulate" if i else "forward_backward", micro_step, loss, counted, *batch.parts())
-    return graphs("optimizer_step", update, loss)
+    return graphs("optimizer_step", update, accumulate(task, ALONE, batches, micro_step))
 
 
 def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:

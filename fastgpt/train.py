@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from fastgpt.core.device import default_device, keep_freed_memory
 from fastgpt.distributed.mesh import Mesh, connected, find_mesh
 from fastgpt.distributed.parallelize import Spread
 from fastgpt.evaluate import hook
+from fastgpt.ops._upstream import expected_gradient
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import initial, plan
@@ -69,20 +70,24 @@ def prepare(cfg: TrainConfig) -> Run:
 
 
 def forward_backward(
-    model: Any, task: Task, scaling: LossScale | None, total: Tensor, counted: Tensor, *batch: Any
+    model: Any, task: Task, scaling: LossScale | None, total: Tensor | None, counted: Tensor, *batch: Any
 ) -> Tensor:
     """Add the gradients of one micro-batch; return `total` plus its share of the step's loss and figures, all
     (1 + figures,) fp32.
 
     Args:
+        total: of the earlier micro-batches of the step, or None.
         counted: () int64, the tokens of the whole step that count. The step's loss is the mean over them, so a token
             has the same weight in any micro-batch.
         batch: the parts of a Batch; ids and targets are (B, T) int64.
     """
-    sums = task.loss(model, Batch(*batch)) / counted
-    loss = sums[:1] if task.figures else sums
-    (loss if scaling is None else loss * scaling.scale).backward()
-    return total + sums.detach()
+    share = counted.reciprocal().view(1)
+    upstream = share if scaling is None else share * scaling.scale
+    with expected_gradient(upstream):
+        sums = task.loss(model, Batch(*batch))
+    sums.backward(upstream.expand_as(sums))  # figures have no gradient
+    sums = sums.detach()
+    return sums * share if total is None else torch.addcmul(total, sums, share)
 
 
 def optimizer_step(
@@ -109,14 +114,13 @@ def accumulate(task: Task, mesh: Mesh, batches: Sequence[Batch], micro_step: Cal
     Args:
         micro_step: called with the number of a micro-batch and the arguments of `forward_backward` from `total` on.
     """
-    device = batches[0].ids.device
-    none = torch.zeros((), dtype=torch.int64, device=device)
-    counted = mesh.sum(sum((task.counted(batch) for batch in batches), none))
-    loss = torch.zeros(1 + len(task.figures), device=device)
+    counted = mesh.sum(reduce(torch.add, map(task.counted, batches)))
+    loss: Tensor | None = None
     for i, batch in enumerate(batches):
         if isinstance(task, Spread):  # several processes sum the gradients once in a step
             task.reduces(i + 1 == len(batches))
         loss = micro_step(i, loss, counted, *batch.parts())
+    assert loss is not None, "a step has at least one micro-batch"
     return loss
 
 

@@ -87,7 +87,7 @@ def test_the_length_in_minutes_is_the_devices(tmp_path: Path, monkeypatch: pytes
         machine.now = max(machine.now, machine.streams[0].done) + 2.0
         return {"loss": 3.0}
 
-    monkeypatch.setattr(train, "forward_backward", lambda model, task, scaling, total, *batch: total)
+    monkeypatch.setattr(train, "forward_backward", lambda *args: torch.zeros(1))
     monkeypatch.setattr(train, "optimizer_step", step)
     monkeypatch.setattr(task, "mean_over", validation)
     monkeypatch.setattr(steplog, "peak_flops", lambda *args: (1e12, "fake"))

@@ -97,6 +97,8 @@ def test_a_replayed_step_is_the_called_step(case: str, monkeypatch: pytest.Monke
     how = graphs.Graphs(recorded.model)
     assert recorded.steps(how) == expected
     assert not how.failure
+    last = "accumulate" if cfg.accumulation > 1 else "forward_backward"
+    assert how.recorded["optimizer_step"][0][0] is how.recorded[last][2], "read where it is, not copied"
     assert sorted(how.recorded) == sorted(
         {"forward_backward", "optimizer_step"} | ({"accumulate"} if cfg.accumulation > 1 else set())
     )

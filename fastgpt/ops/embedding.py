@@ -135,7 +135,8 @@ def _sum_batch(table: Tensor | None, rows: int, dy: Tensor) -> Tensor | None:
     total = (dy if dy.dim() > 2 else dy[None]).flatten(0, -3).sum(0, dtype=torch.float32)  # (T, C)
     buffer = _place(table)
     if buffer is None:
-        return F.pad(total.to(dy.dtype), (0, 0, 0, rows - total.shape[0]))
+        narrow = total.to(dy.dtype)
+        return narrow if rows == total.shape[0] else F.pad(narrow, (0, 0, 0, rows - total.shape[0]))
     buffer[: total.shape[0]] += total
     return None
 

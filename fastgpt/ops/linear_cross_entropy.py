@@ -4,8 +4,9 @@
     dx = dz W,   dW = dz^T x,   db = sum over the rows of dz
 
 In one piece (the N V logits fit the budget): z is computed once and replaced by dz in one pass; backward is two
-products. dz is kept unscaled: the upstream gradient scales the rows of dx and of a copy of x (N C elements each, not
-N V), so backward may run again, and the gradient of a weight may be written or added to its `grad_buffer`.
+products. dz is kept without the upstream gradient, which scales the rows of dx and of a copy of x (N C elements each,
+not N V), so backward may run again, and the gradient of a weight may be written or added to its `grad_buffer`. The
+trainer announces the upstream gradient before the forward; dz then contains it, and nothing is copied or scaled.
 
 In chunks: one buffer of (chunk, V) logits is reused. For "mean" and "sum", forward also computes the gradients, dW in
 fp32 over all chunks for every dtype, and backward multiplies them by the upstream gradient. For "none", forward
@@ -43,6 +44,7 @@ from fastgpt.ops._linear_cross_entropy import (
     loss_and_gradients,
     product_in_fp32,
 )
+from fastgpt.ops._upstream import expected_like, not_folded
 from fastgpt.ops.cross_entropy import (
     CROSS_ENTROPY_FWD,
     CROSS_ENTROPY_FWD_BWD,
@@ -77,36 +79,38 @@ def linear_cross_entropy_torch(
     return cross_entropy_torch(F.linear(x, linear_weight, linear_bias), target, options)
 
 
-def _inner_scale(x: Tensor, count: Tensor | None) -> Tensor:
-    """Return the part of the loss scale that dz contains, (1,) fp32: 1 / count, or 1 in fp16 (head of this file)."""
+def _inner_scale(x: Tensor, count: Tensor | None, expected: Tensor | None) -> Tensor:
+    """Return the part of the loss scale that dz contains, (1,) fp32: expected / count, or 1 in fp16 (head of this
+    file)."""
     if count is None or x.dtype == torch.float16:
-        return torch.ones(1, dtype=torch.float32, device=x.device)
-    return count.reciprocal()
+        return torch.ones(1, dtype=torch.float32, device=x.device) if expected is None else expected
+    return count.reciprocal() if expected is None else expected / count
 
 
-def _outer_scale(grad: Tensor, count: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return the part of the loss scale that dz does not contain, fp32: (1,), or (N,) for "none"."""
-    rows = grad.float().reshape(-1).contiguous()
-    if count is None or dtype != torch.float16:
+def _outer_scale(grad: Tensor, count: Tensor | None, expected: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Return the part of the loss scale that dz does not contain, fp32: (1,), or (N,) for "none"; None for 1."""
+    rows = not_folded(grad, expected)
+    if rows is None or count is None or dtype != torch.float16:
         return rows
     return torch.where(count > 0, rows / count, 0.0)
 
 
-def _in_range(scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _in_range(scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Split scale into a factor for 16-bit values and a factor for their fp32 products.
 
     In fp16 the second factor is the largest element of scale, so the first is at most 1. In other dtypes it is None.
     """
-    if dtype != torch.float16 or not scale.numel():
+    if scale is None or dtype != torch.float16 or not scale.numel():
         return scale, None
     top = scale.abs().amax().reshape(1)
     return scale / torch.where(top > 0, top, 1.0), top
 
 
-def _scaled(backend: str, t: Tensor, scale: Tensor) -> Tensor:
+def _scaled(backend: str, t: Tensor, scale: Tensor | None) -> Tensor:
     """Return a copy of t (N, C) with each row multiplied by its scale and rounded once; with scale 1 a plain copy."""
     t = t.clone(memory_format=torch.contiguous_format)
-    SCALE_ROWS[backend](t, scale)
+    if scale is not None:
+        SCALE_ROWS[backend](t, scale)
     return t
 
 
@@ -137,8 +141,10 @@ def _weight_gradient(w: Tensor, dz: Tensor, x: Tensor, scale: Tensor | None) -> 
     return _deliver(w, product_in_fp32(dz, x), scale)
 
 
-def _bias_gradient(dz: Tensor, scale: Tensor) -> Tensor:
+def _bias_gradient(dz: Tensor, scale: Tensor | None) -> Tensor:
     """Return the sum of scale[row] * dz[row] in fp32."""
+    if scale is None:
+        return dz.sum(0, dtype=torch.float32)
     if scale.numel() == 1:
         return dz.sum(0, dtype=torch.float32) * scale
     return product_in_fp32(dz, scale[:, None].to(dz.dtype))[:, 0]
@@ -155,23 +161,25 @@ class LinearCrossEntropyFn(torch.autograd.Function):
         dz = logits_of(x, w, b)
         loss = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
-        CROSS_ENTROPY_FWD_BWD[backend](dz, loss, target, weight, _inner_scale(x, count), *options)
+        expected = None if reduction == "none" else expected_like(x)
+        CROSS_ENTROPY_FWD_BWD[backend](dz, loss, target, weight, _inner_scale(x, count, expected), *options)
         ctx.backend = backend
-        ctx.save_for_backward(dz, x, w, b, count)
+        ctx.save_for_backward(dz, x, w, b, count, expected)
         return reduce_rows(loss, reduction, count)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dz, x, w, b, count = ctx.saved_tensors
-        scale = _outer_scale(grad, count, x.dtype)
+        dz, x, w, b, count, expected = ctx.saved_tensors
+        scale = _outer_scale(grad, count, expected, x.dtype)
         dx = dw = db = None
         if ctx.needs_input_grad[1]:
             dx = torch.mm(dz, w)
-            SCALE_ROWS[ctx.backend](dx, scale)
+            if scale is not None:
+                SCALE_ROWS[ctx.backend](dx, scale)
         scale, top = _in_range(scale, x.dtype)
         if ctx.needs_input_grad[2]:
-            dw = _weight_gradient(w, dz, _scaled(ctx.backend, x, scale), top)
+            dw = _weight_gradient(w, dz, x if scale is None else _scaled(ctx.backend, x, scale), top)
         if ctx.needs_input_grad[3]:
             db = _deliver(b, _bias_gradient(dz, scale), top)
         return None, dx, dw, db, None, None, None, None
@@ -187,18 +195,19 @@ class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
         reduction: str, options: Options, chunk: int, wanted: tuple[bool, bool, bool],
     ) -> Tensor:  # fmt: skip
         count = denominator(target, weight, options[0]) if reduction == "mean" else None
-        scale = _inner_scale(x, count)
+        expected = expected_like(x)
+        scale = _inner_scale(x, count, expected)
         raw = LINEAR_CROSS_ENTROPY_FWD_BWD[backend]
         loss, dx, dw, db = raw(x, w, b, target, weight, scale, *options, chunk, wanted)
         ctx.backend, ctx.dtype = backend, x.dtype
-        ctx.save_for_backward(dx, dw, db, w, b, count)
+        ctx.save_for_backward(dx, dw, db, w, b, count, expected)
         return reduce_rows(loss, reduction, count)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw, db, w, b, count = ctx.saved_tensors
-        scale = _outer_scale(grad, count, ctx.dtype)
+        dx, dw, db, w, b, count, expected = ctx.saved_tensors
+        scale = _outer_scale(grad, count, expected, ctx.dtype)
         dx = None if dx is None else _scaled(ctx.backend, dx, scale)
         dw = None if dw is None else _deliver(w, dw, scale)
         db = None if db is None else _deliver(b, db, scale)
@@ -221,7 +230,7 @@ class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w, b, target, weight = ctx.saved_tensors
-        wanted, (scale, top) = ctx.needs_input_grad[1:4], _in_range(_outer_scale(grad, None, x.dtype), x.dtype)
+        wanted, (scale, top) = ctx.needs_input_grad[1:4], _in_range(_outer_scale(grad, None, None, x.dtype), x.dtype)
         arguments = (x, w, b, target, weight, scale, *ctx.options, ctx.chunk, wanted)
         place, filled = gradient_place(w) if wanted[1] and top is None else (None, False)
         if place is not None and place.dtype == torch.float32:  # no tensor of the size of dW

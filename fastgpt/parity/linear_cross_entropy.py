@@ -6,12 +6,14 @@ The baseline is F.cross_entropy of the logits of F.linear in that dtype, cast to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgpt import ops
+from fastgpt.ops._upstream import expected_gradient
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy_ref, linear_cross_entropy_torch
 from fastgpt.parity.inputs import Inputs
 from fastgpt.parity.rule import MATRIX_LAYOUTS, VECTOR_LAYOUTS, Case, Outputs, Subject, Variant
@@ -44,8 +46,12 @@ def run_linear_cross_entropy(case: Case, fn: Callable[..., Any], inputs: Inputs)
     target[2::3] = o.get("ignore_index", -100)
     if o.pop("weighted", False):
         o["weight"] = inputs.place(inputs.tensor((k,), torch.float32).abs() + 0.1)
-    loss = fn(x, w, inputs.place(target), linear_bias=b, **o)
-    upstream = inputs.grad(tuple(loss.shape), torch.float32) if loss.dim() else loss.new_tensor(0.7)
+    target = inputs.place(target)
+    announced = o.pop("announced", False)
+    share = torch.full((1,), 0.7, dtype=torch.float64 if inputs.wide else torch.float32, device=target.device)
+    with expected_gradient(share) if announced and not inputs.wide else nullcontext():
+        loss = fn(x, w, target, linear_bias=b, **o)
+    upstream = inputs.grad(tuple(loss.shape), torch.float32) if loss.dim() else share.view(())
     loss.backward(upstream.to(loss.dtype))
     return {"loss": loss, **{n: t.grad for n, t in (("dx", x), ("dweight", w), ("dbias", b)) if t is not None}}  # type: ignore[misc]
 
@@ -79,6 +85,9 @@ def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     for shape in ((1, 1, 1), (1, 5, 2), (3, 40, 1000), (2, 8, 50257), (5, 1, 7), (0, 4, 16)):
         for chunk in ("auto", 2):
             yield shape, {"reduction": "sum", "chunk": chunk}
+    for o in ({}, everything):
+        for way in ways[:4]:
+            yield (13, 16, 61), {**o, **way, "announced": True}
     for shape in ((33, 3, 1), (33, 1, 2)):
         for o in ({}, {"label_smoothing": 0.1, "z_loss": 1e-2}):
             yield shape, {"reduction": "none", "chunk": 13, **o}

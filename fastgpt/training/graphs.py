@@ -74,7 +74,8 @@ class Graphs:
         if name not in self.recorded:
             grads = [p.grad for p in self.parameters]
             try:
-                static = [None if x is None else x.clone() for x in inputs]
+                made = {id(out) for _, _, out in self.recorded.values()}
+                static = [x if x is None or id(x) in made else x.clone() for x in inputs]
                 replay, out, self.pool = record(function, static, self.pool)
             except CaptureLost as e:
                 raise UserError(
@@ -89,7 +90,7 @@ class Graphs:
             self.recorded[name] = static, replay, out
         static, replay, out = self.recorded[name]
         for place, x in zip(static, inputs, strict=True):
-            if place is not None:
+            if place is not None and place is not x:  # else it is where another part, recorded before, left its result
                 place.copy_(x)
         replay()
         return out

@@ -18,6 +18,7 @@ from fastgpt import ops, parity
 from fastgpt.core import backend
 from fastgpt.core.backend import use
 from fastgpt.ops import _linear_cross_entropy as raw
+from fastgpt.ops._upstream import expected_gradient
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy_ref, rows_at_once
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -527,6 +528,42 @@ def test_under_autocast_as_with_cast_inputs(name: str, reduction: str, chunk: in
         wanted = gradients(*(t.bfloat16() for t in (x, w, b)), target, **options)
     assert [t.dtype for t in got] == [torch.float32] * 4
     assert all(torch.equal(a, b.float()) for a, b in zip(got, wanted))
+
+
+@ON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction,chunk", [("sum", 9), ("mean", 9), ("sum", 4), ("mean", 4)])
+def test_an_announced_gradient_takes_no_pass(name: str, dtype: torch.dtype, reduction: str, chunk: int) -> None:
+    """The gradients are those of any other upstream gradient, which a backward may still get; only fp16 has to scale,
+    and nothing is copied in one piece."""
+    x, w, b, target = case(dtype=dtype)
+    share = torch.full((1,), 0.37, device=DEVICE)
+    options: dict[str, Any] = dict(reduction=reduction, chunk=chunk)
+    with use(strict=True, linear_cross_entropy=name):
+        leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+        with expected_gradient(share):
+            loss = ops.linear_cross_entropy(leaves[0], leaves[1], target, linear_bias=leaves[2], **options)
+        with Sizes() as sizes:
+            announced = torch.autograd.grad(loss.view(1), leaves, share, retain_graph=True)
+        other = torch.autograd.grad(loss, leaves, torch.tensor(-2.0, device=DEVICE))
+    plain, *wanted = exact(x, w, b, target, upstream=0.37, **options)
+    torch.testing.assert_close(loss.double(), plain, rtol=1e-2 if dtype.itemsize == 2 else 1e-6, atol=0)
+    unit = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
+    for got, again, true in zip(announced, other, wanted):
+        assert error(got, true) < unit and error(again, true * (-2 / 0.37)) < unit
+    passes = {op for op in sizes.ops if "scale_rows" in op or "clone" in op}
+    assert bool(passes) == (dtype == torch.float16 or chunk == 4)
+
+
+@ON
+def test_an_announced_gradient_that_changed_is_an_error(name: str) -> None:
+    x, w, _, target = case()
+    share = torch.full((1,), 0.37, device=DEVICE)
+    with use(strict=True, linear_cross_entropy=name), expected_gradient(share):
+        loss = ops.linear_cross_entropy(x.requires_grad_(), w, target, reduction="sum")
+    share += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.view(1).backward(share)
 
 
 def test_rows_at_once() -> None:
