@@ -53,8 +53,9 @@ def test_parity(hopper: ctypes.CDLL, case: parity.Case) -> None:
     assert not over, over
 
 
-def test_orders_of_threads_agree_bitwise(hopper: ctypes.CDLL) -> None:
-    q, k, v = (heads(1, 300, h, 64) for h in (2, 1, 1))
+@pytest.mark.parametrize("dim", [64, 128])
+def test_orders_of_threads_agree_bitwise(hopper: ctypes.CDLL, dim: int) -> None:
+    q, k, v = (heads(1, 300, h, dim) for h in (2, 1, 1))
     found = []
     for schedule in range(3):
         hopper.fastgpt_set_schedule(schedule, 1)

@@ -164,7 +164,8 @@ struct Hopper {
     if (!b.known) {
       stop("cp.async.bulk.tensor: the mbarrier at ", offset(c.barrier), " was not fenced after its initialisation");
     }
-    if (started++ % 2 == 0) return complete(c);
+    // at once for threads that wait already: nothing else would wake them
+    if (started++ % 2 == 0 || !waiting[c.barrier].empty()) return complete(c);
     copies.push_back(std::move(c));
   }
 
