@@ -94,4 +94,6 @@ def held_configurations(dtype: torch.dtype) -> Iterator[Configuration]:
         meta, warps = split_meta(_meta(parts))
         types = pointers(logits_ptr=dtype, loss_ptr=torch.float32, target_ptr=torch.int64, scale_ptr=torch.float32)
         types |= dict.fromkeys(("scale_step", "logits_row", "K", "V", "ignore_index"), "i32") | {"z_loss": "fp32"}
-        yield Configuration(cross_entropy_held_kernel, f"K={parts[0] + parts[1]} or more", types, warps, meta)
+        yield Configuration(
+            cross_entropy_held_kernel, f"K={parts[0] + parts[1]} or more", types, warps, meta, aligned=True
+        )

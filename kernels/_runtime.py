@@ -148,6 +148,7 @@ class Configuration:
         maxnreg: at most this many registers per thread, as in the launch; None for the default of Triton.
         quick: whether every `make test` compiles it. It should be set without options, with all options, and for some
             of the widths; `make triton-check` and `make test-all` compile the rest.
+        aligned: whether the launcher chooses it only for pointers and sizes that are multiples of 16.
     """
 
     kernel: Any
@@ -159,6 +160,7 @@ class Configuration:
     num_stages: int | None = None
     maxnreg: int | None = None
     quick: bool = True
+    aligned: bool = False
 
     @property
     def name(self) -> str:

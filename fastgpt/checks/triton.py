@@ -119,7 +119,8 @@ def jobs(archs: list[int] | None, every: bool, quick: bool = False) -> list[Job]
                 chips = [arch for arch in wanted if c.archs is None or arch in c.archs]
                 if archs is None and not chips:
                     chips = [c.archs[0]]
-                alignments = (True, False) if every and (c.quick or module != "attention") else (True,)
+                both = every and not c.aligned and (c.quick or module != "attention")
+                alignments = (True, False) if both else (True,)
                 found += [Job(module, dtype, weight_dtype, i, arch, a) for a in alignments for arch in chips]
     return found
 
