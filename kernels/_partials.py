@@ -1,8 +1,8 @@
 """Sums of partials: the second step of gradients of parameters, which are sums over rows.
 
 Each program of a backward kernel sums its rows in fp32 and writes one row of partials; the kernel here adds these in a
-fixed order. There are no atomics, so results are bitwise deterministic. It replaces torch.sum because it adds two
-gradients and rounds them to the parameter's dtype in one launch instead of four.
+fixed order. There are no atomics, so results are bitwise deterministic. It replaces torch.sum because it adds up to
+three gradients and rounds them to the parameters' dtypes in one launch instead of two for each.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def add_partials_kernel(
     partials_ptr,  # (P, sums, C)
     first_ptr,  # (C) or None
     second_ptr,  # (C) or None
+    third_ptr,  # (C) or None
     P, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add BLOCK columns of partials over P in a fixed order, one sum per program along axis 1."""
@@ -34,8 +35,11 @@ def add_partials_kernel(
     if which == 0:
         if first_ptr is not None:
             tl.store(first_ptr + c, cast(total, first_ptr.dtype.element_ty), c < C)
-    elif second_ptr is not None:
-        tl.store(second_ptr + c, cast(total, second_ptr.dtype.element_ty), c < C)
+    elif which == 1:
+        if second_ptr is not None:
+            tl.store(second_ptr + c, cast(total, second_ptr.dtype.element_ty), c < C)
+    elif third_ptr is not None:
+        tl.store(third_ptr + c, cast(total, third_ptr.dtype.element_ty), c < C)
 
 
 def _meta() -> dict[str, int]:
@@ -43,15 +47,17 @@ def _meta() -> dict[str, int]:
     return {"ROWS": 8, "BLOCK": 8192, "num_warps": 4} if interpreted() else {"ROWS": 256, "BLOCK": 16, "num_warps": 8}
 
 
-def add_partials(partials: Tensor, first: Tensor | None, second: Tensor | None = None) -> None:
-    """Add partials (P, sums, C) over P into first (C) and, of two sums, second (C); None drops a sum."""
-    P, sums, C = partials.shape
+def add_partials(partials: Tensor, *sums: Tensor | None) -> None:
+    """Add partials (P, sums, C) over P into each of up to three sums (C); None drops one."""
+    P, n_sums, C = partials.shape
+    outs = [*sums[:n_sums], None, None][:3]
     meta = _meta()
-    add_partials_kernel[(triton.cdiv(C, meta["BLOCK"]), sums)](partials, first, second, P, C, **meta)
+    add_partials_kernel[(triton.cdiv(C, meta["BLOCK"]), n_sums)](partials, *outs, P, C, **meta)
 
 
-def add_partials_configuration(case: str, first: torch.dtype, second: torch.dtype | None = None) -> Configuration:
-    """Return the launch shape for sums of these dtypes."""
+def add_partials_configuration(case: str, *sums: torch.dtype | None) -> Configuration:
+    """Return the launch shape for up to three sums of these dtypes."""
     meta, warps = split_meta(_meta())
-    types = pointers(partials_ptr=torch.float32, first_ptr=first, second_ptr=second)
+    outs = dict(zip(("first_ptr", "second_ptr", "third_ptr"), (*sums, None, None)))
+    types = pointers(partials_ptr=torch.float32, **outs)
     return Configuration(add_partials_kernel, f"any C, {case}", {**types, "P": "i32", "C": "i32"}, warps, meta)

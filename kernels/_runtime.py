@@ -146,6 +146,7 @@ class Configuration:
         archs: the chips (80: sm_80) on which the launcher may choose it; None for all.
         num_stages: as in the launch; None for the default of Triton.
         maxnreg: at most this many registers per thread, as in the launch; None for the default of Triton.
+        programs: that the launcher starts on each multiprocessor; None if it starts one for each tile.
         quick: whether every `make test` compiles it. It should be set without options, with all options, and for some
             of the widths; `make triton-check` and `make test-all` compile the rest.
         aligned: whether the launcher chooses it only for pointers and sizes that are multiples of 16.
@@ -159,6 +160,7 @@ class Configuration:
     archs: tuple[int, ...] | None = None
     num_stages: int | None = None
     maxnreg: int | None = None
+    programs: int | None = None
     quick: bool = True
     aligned: bool = False
 

@@ -36,6 +36,7 @@ from ._runtime import (
 )
 
 MAX_BLOCK = 1024  # columns per program; wider rows are divided
+PROGRAMS = 10  # of 128 threads that fit on a multiprocessor in backward: up to 48 registers each
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def bias_gelu_bwd(dy: Tensor, x: Tensor, bias: Tensor | None, tanh: bool) -> tup
     N, C = x2.shape
     meta = bwd_meta(C)
     blocks = triton.cdiv(C, meta["BLOCK"])
-    most = 2 if interpreted() else max(1, 16 * processors(x.device) // blocks)
+    most = 2 if interpreted() else max(1, PROGRAMS * processors(x.device) // blocks)
     programs = min(triton.cdiv(N, meta["ROWS"]), most)
     partials = None if bias is None else x.new_empty((programs, 1, C), dtype=torch.float32)
     with on_device(x):
@@ -165,5 +166,7 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
                 meta, warps = split_meta(bwd_meta(block))
                 grads = pointers(dy_ptr=dtype, x_ptr=dtype, bias_ptr=w, dx_ptr=dtype, partials_ptr=partial)
                 types = {**grads, **sizes, "dy_row": "i32", "TANH": tanh}
-                yield Configuration(bias_gelu_bwd_kernel, f"C={block} {case}", types, warps, meta, quick=quick)
+                yield Configuration(
+                    bias_gelu_bwd_kernel, f"C={block} {case}", types, warps, meta, programs=PROGRAMS, quick=quick
+                )
     yield add_partials_configuration("dbias", weight_dtype or dtype)

@@ -1,14 +1,14 @@
 """LayerNorm with residual add, forward and backward (Ba, Kiros, Hinton 2016, arXiv:1607.06450).
 
-    h = x + residual (rounded to x's dtype),  mean = sum(h) / C,  var = sum((h - mean)^2) / C
+    h = x + x_bias + residual (rounded to x's dtype),  mean = sum(h) / C,  var = sum((h - mean)^2) / C
     rstd = 1 / sqrt(var + eps),  n = (h - mean) * rstd,  y = n * weight + bias
     g = dy * weight,  dx = rstd * (g - sum(g) / C - n * sum(g * n) / C) + dsum
-    dweight = sum_N(dy * n),  dbias = sum_N(dy)
+    dweight = sum_N(dy * n),  dbias = sum_N(dy),  dx_bias = sum_N(dx)
 
 Fused: add, norm and affine in one pass; dx and the parameter gradients in one pass and a small reduce.
 Bytes an element: forward reads x (and residual), writes y (and sum); backward reads dy, h (and dsum), writes dx.
 Saved for backward: h in x's dtype, mean and rstd in fp32.
-Launchers, column blocks of wide rows and the sums of dweight and dbias are in kernels/_norm.py. Results are bitwise
+Launchers, column blocks of wide rows and the sums of gradients are in kernels/_norm.py. Results are bitwise
 deterministic.
 """
 
@@ -41,6 +41,7 @@ def _affine(n, weight_ptr, bias_ptr, c, mask):
 def layer_norm_fwd_kernel(
     x_ptr,  # (N, C), rows x_row apart
     residual_ptr,  # (N, C) or None
+    x_bias_ptr,  # (C) or None
     weight_ptr,  # (C) or None
     bias_ptr,  # (C) or None
     y_ptr,  # (N, C) contiguous
@@ -53,7 +54,7 @@ def layer_norm_fwd_kernel(
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     in_row = c < C
     mask = (row < N) & in_row
-    h = load_sum(x_ptr, residual_ptr, sum_ptr, row, x_row, residual_row, C, c, mask)
+    h = load_sum(x_ptr, residual_ptr, x_bias_ptr, sum_ptr, row, x_row, residual_row, C, c, mask)
     mean = tl.sum(h, axis=1, keep_dims=True) / C  # (ROWS, 1)
     d = tl.where(mask, h - mean, 0.0)
     var = tl.sum(d * d, axis=1, keep_dims=True) / C
@@ -68,6 +69,7 @@ def layer_norm_fwd_kernel(
 def layer_norm_fwd_wide_kernel(
     x_ptr,  # (N, C), rows x_row apart
     residual_ptr,  # (N, C) or None
+    x_bias_ptr,  # (C) or None
     weight_ptr,  # (C) or None
     bias_ptr,  # (C) or None
     y_ptr,  # (N, C) contiguous
@@ -80,13 +82,13 @@ def layer_norm_fwd_wide_kernel(
     acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        acc += load_sum(x_ptr, residual_ptr, sum_ptr, row, x_row, residual_row, C, c, c < C)
+        acc += load_sum(x_ptr, residual_ptr, x_bias_ptr, sum_ptr, row, x_row, residual_row, C, c, c < C)
     mean = tl.sum(acc, axis=0) / C
     acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
         # add again instead of reading the sum, which another thread of this program may have written
-        d = load_sum(x_ptr, residual_ptr, None, row, x_row, residual_row, C, c, c < C) - mean
+        d = load_sum(x_ptr, residual_ptr, x_bias_ptr, None, row, x_row, residual_row, C, c, c < C) - mean
         d = tl.where(c < C, d, 0.0)
         acc += d * d
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(acc, axis=0) / C + eps))
@@ -94,7 +96,7 @@ def layer_norm_fwd_wide_kernel(
     tl.store(stats_ptr + N + row, rstd)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        d = load_sum(x_ptr, residual_ptr, None, row, x_row, residual_row, C, c, c < C) - mean
+        d = load_sum(x_ptr, residual_ptr, x_bias_ptr, None, row, x_row, residual_row, C, c, c < C) - mean
         y = _affine(d * rstd, weight_ptr, bias_ptr, c, c < C)
         tl.store(y_ptr + row * C + c, cast(y, y_ptr.dtype.element_ty), c < C)
 
@@ -119,14 +121,15 @@ def layer_norm_bwd_kernel(
     weight_ptr,  # (C) or None
     stats_ptr,  # (2, N)
     dx_ptr,  # (N, C) contiguous
-    partials_ptr,  # (programs, 2, C): dweight, dbias; or None
-    dy_row, dsum_row, h_row, N, C, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    partials_ptr,  # (programs, 2, C): dweight, dbias; with X_BIAS (programs, 3, C): dx_bias, too; or None
+    dy_row, dsum_row, h_row, N, C, X_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program p computes row tiles p, p + programs, ... and keeps its partial dweight and dbias in registers."""
+    """Program p computes row tiles p, p + programs, ... and keeps its partial sums in registers."""
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     in_row = c < C
     dweight = tl.zeros([1, BLOCK], tl.float32)
     dbias = tl.zeros([1, BLOCK], tl.float32)
+    dx_bias = tl.zeros([1, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
         mask = (row < N) & in_row
@@ -142,11 +145,15 @@ def layer_norm_bwd_kernel(
         mean_g = tl.sum(g, axis=1, keep_dims=True) / C
         mean_gn = tl.sum(g * n, axis=1, keep_dims=True) / C
         dx = rstd * (g - mean_g - n * mean_gn)
-        store_dx(dx, dx_ptr, dsum_ptr, row, dsum_row, C, c, mask)
+        dx = store_dx(dx, dx_ptr, dsum_ptr, row, dsum_row, C, c, mask)
+        if X_BIAS:
+            dx_bias += tl.sum(dx, axis=0, keep_dims=True)
     if partials_ptr is not None:
-        out = partials_ptr + tl.program_id(0).to(tl.int64) * 2 * C + c
+        out = partials_ptr + tl.program_id(0).to(tl.int64) * (3 if X_BIAS else 2) * C + c
         tl.store(out, dweight, in_row)
         tl.store(out + C, dbias, in_row)
+        if X_BIAS:
+            tl.store(out + 2 * C, dx_bias, in_row)
 
 
 @jit_kernel(do_not_specialize=["N"])
@@ -191,19 +198,31 @@ LAYER_NORM = _norm.Norm(
 
 
 def layer_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return y, x + residual (None without a residual) and (mean, rstd) of shape (2, N)."""
+    """Return y, x + x_bias + residual (None without a residual) and (mean, rstd) of shape (2, N)."""
     stats = torch.empty((2, math.prod(x.shape[:-1])), dtype=torch.float32, device=x.device)
-    y, total = _norm.forward(LAYER_NORM, x, residual, (weight, bias), stats, eps)
+    y, total = _norm.forward(LAYER_NORM, x, residual, x_bias, (weight, bias), stats, eps)
     return y, total, stats
 
 
 def layer_norm_bwd(
-    dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, bias: Tensor | None, stats: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return dx, which is also the gradient of the residual, dweight and dbias (None if the parameter is None)."""
-    return _norm.backward(LAYER_NORM, dy, dsum, h, weight, bias, stats)
+    dy: Tensor,
+    dsum: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Return dx, which is also the gradient of the residual, dweight, dbias and dx_bias (None if the parameter is
+    None)."""
+    return _norm.backward(LAYER_NORM, dy, dsum, h, weight, bias, stats, x_bias)
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:

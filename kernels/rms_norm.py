@@ -1,8 +1,9 @@
 """RMSNorm with residual add, forward and backward (Zhang, Sennrich 2019, arXiv:1910.07467).
 
-    h = x + residual (rounded to x's dtype),  rstd = 1 / sqrt(sum(h^2) / C + eps),  n = h * rstd
+    h = x + x_bias + residual (rounded to x's dtype),  rstd = 1 / sqrt(sum(h^2) / C + eps),  n = h * rstd
     y = n * w,  w = weight + weight_offset in fp32
-    g = dy * w,  dx = rstd * (g - n * sum(g * n) / C) + dsum,  dweight = sum_N(dy * n)
+    g = dy * w,  dx = rstd * (g - n * sum(g * n) / C) + dsum
+    dweight = sum_N(dy * n),  dx_bias = sum_N(dx)
 
 Fused: add, norm and weight in one pass; dx and dweight in one pass and a small reduce.
 Bytes an element: forward reads x (and residual), writes y (and sum); backward reads dy, h (and dsum), writes dx.
@@ -37,6 +38,7 @@ def _weighted(n, weight_ptr, weight_offset, c, mask):
 def rms_norm_fwd_kernel(
     x_ptr,  # (N, C), rows x_row apart
     residual_ptr,  # (N, C) or None
+    x_bias_ptr,  # (C) or None
     weight_ptr,  # (C) or None
     y_ptr,  # (N, C) contiguous
     sum_ptr,  # (N, C) contiguous, or None without residual
@@ -48,7 +50,7 @@ def rms_norm_fwd_kernel(
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     in_row = c < C
     mask = (row < N) & in_row
-    h = load_sum(x_ptr, residual_ptr, sum_ptr, row, x_row, residual_row, C, c, mask)
+    h = load_sum(x_ptr, residual_ptr, x_bias_ptr, sum_ptr, row, x_row, residual_row, C, c, mask)
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(h * h, axis=1, keep_dims=True) / C + eps))  # (ROWS, 1)
     tl.store(rstd_ptr + row, rstd, row < N)
     y = _weighted(h * rstd, weight_ptr, weight_offset, c, in_row)
@@ -59,6 +61,7 @@ def rms_norm_fwd_kernel(
 def rms_norm_fwd_wide_kernel(
     x_ptr,  # (N, C), rows x_row apart
     residual_ptr,  # (N, C) or None
+    x_bias_ptr,  # (C) or None
     weight_ptr,  # (C) or None
     y_ptr,  # (N, C) contiguous
     sum_ptr,  # (N, C) contiguous, or None without residual
@@ -70,14 +73,14 @@ def rms_norm_fwd_wide_kernel(
     acc = tl.zeros([BLOCK], tl.float32)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
-        h = load_sum(x_ptr, residual_ptr, sum_ptr, row, x_row, residual_row, C, c, c < C)
+        h = load_sum(x_ptr, residual_ptr, x_bias_ptr, sum_ptr, row, x_row, residual_row, C, c, c < C)
         acc += h * h
     rstd = tl.div_rn(1.0, tl.sqrt_rn(tl.sum(acc, axis=0) / C + eps))
     tl.store(rstd_ptr + row, rstd)
     for start in range(0, C, BLOCK):
         c = start + tl.arange(0, BLOCK)
         # add again instead of reading the sum, which another thread of this program may have written
-        h = load_sum(x_ptr, residual_ptr, None, row, x_row, residual_row, C, c, c < C)
+        h = load_sum(x_ptr, residual_ptr, x_bias_ptr, None, row, x_row, residual_row, C, c, c < C)
         y = _weighted(h * rstd, weight_ptr, weight_offset, c, c < C)
         tl.store(y_ptr + row * C + c, cast(y, y_ptr.dtype.element_ty), c < C)
 
@@ -107,13 +110,14 @@ def rms_norm_bwd_kernel(
     weight_ptr,  # (C) or None
     rstd_ptr,  # (N)
     dx_ptr,  # (N, C) contiguous
-    partials_ptr,  # (programs, 1, C): dweight; or None
-    dy_row, dsum_row, h_row, N, C, eps, weight_offset, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    partials_ptr,  # (programs, 1, C): dweight; with X_BIAS (programs, 2, C): dx_bias, too; or None
+    dy_row, dsum_row, h_row, N, C, eps, weight_offset, X_BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program p computes row tiles p, p + programs, ... and keeps its partial dweight in registers."""
+    """Program p computes row tiles p, p + programs, ... and keeps its partial sums in registers."""
     c = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     in_row = c < C
     dweight = tl.zeros([1, BLOCK], tl.float32)
+    dx_bias = tl.zeros([1, BLOCK], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(N, ROWS), tl.num_programs(0)):
         row = (tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)  # (ROWS, 1)
         mask = (row < N) & in_row
@@ -126,9 +130,14 @@ def rms_norm_bwd_kernel(
         mean_gn, factor = _dx_terms(tl.sum(gn, axis=1, keep_dims=True), rstd, C, eps)
         g = _weighted(dy, weight_ptr, weight_offset, c, in_row)
         dx = factor * (g - n * mean_gn)
-        store_dx(dx, dx_ptr, dsum_ptr, row, dsum_row, C, c, mask)
+        dx = store_dx(dx, dx_ptr, dsum_ptr, row, dsum_row, C, c, mask)
+        if X_BIAS:
+            dx_bias += tl.sum(dx, axis=0, keep_dims=True)
     if partials_ptr is not None:
-        tl.store(partials_ptr + tl.program_id(0).to(tl.int64) * C + c, dweight, in_row)
+        out = partials_ptr + tl.program_id(0).to(tl.int64) * (2 if X_BIAS else 1) * C + c
+        tl.store(out, dweight, in_row)
+        if X_BIAS:
+            tl.store(out + C, dx_bias, in_row)
 
 
 @jit_kernel(do_not_specialize=["N", "eps", "weight_offset"])
@@ -169,20 +178,32 @@ RMS_NORM = _norm.Norm(
 
 
 def rms_norm_fwd(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, weight_offset: float
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    weight_offset: float,
+    x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return y, x + residual (None without a residual) and rstd (N)."""
+    """Return y, x + x_bias + residual (None without a residual) and rstd (N)."""
     rstd = torch.empty((math.prod(x.shape[:-1]),), dtype=torch.float32, device=x.device)
-    y, total = _norm.forward(RMS_NORM, x, residual, (weight,), rstd, eps, weight_offset)
+    y, total = _norm.forward(RMS_NORM, x, residual, x_bias, (weight,), rstd, eps, weight_offset)
     return y, total, rstd
 
 
 def rms_norm_bwd(
-    dy: Tensor, dsum: Tensor | None, h: Tensor, weight: Tensor | None, rstd: Tensor, eps: float, weight_offset: float
-) -> tuple[Tensor, Tensor | None]:
-    """Return dx, which is also the gradient of the residual, and dweight (None without weight)."""
-    dx, dweight, _ = _norm.backward(RMS_NORM, dy, dsum, h, weight, None, rstd, eps, weight_offset)
-    return dx, dweight
+    dy: Tensor,
+    dsum: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    eps: float,
+    weight_offset: float,
+    x_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return dx, which is also the gradient of the residual, dweight and dx_bias (None if the parameter is None)."""
+    dx, dweight, _, dx_bias = _norm.backward(RMS_NORM, dy, dsum, h, weight, None, rstd, x_bias, eps, weight_offset)
+    return dx, dweight, dx_bias
 
 
 def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) -> Iterator[Configuration]:

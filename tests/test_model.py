@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from fastgpt import ops
@@ -330,6 +331,24 @@ def test_forward_is_written_in_ops_with_the_residual_fused(monkeypatch: pytest.M
     model_of(config(**LLAMA))(ids, targets)
     layer = [("rope_qkv", False), ("attention_qkv", False), ("rms_norm", True), ("swiglu", False), ("rms_norm", True)]
     assert calls == [("embedding", False), ("rms_norm", False), *layer, *layer, ("linear_cross_entropy", False)]
+
+
+@pytest.mark.parametrize("name,sums", [("gpt2", 2), ("post-norm", 2), ("relu2", 4), ("gpt-neox", 6)])
+def test_bias_gradients_come_from_passes_that_exist(name: str, sums: int) -> None:
+    """Of the four biases of a layer, only that of qkv has its own pass over a gradient; with squared ReLU that of `up`,
+    too, and with parallel branches those of `proj` and `down`. There are two layers."""
+    model, (ids, targets) = model_of(config(**OPTIONS[name])), batch(SMALL)
+    loss, seen = model(ids, targets), list[tuple[int, ...]]()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op is torch.ops.aten.sum.dim_IntList and args[0].dim() == 2 and len(args[0]) == ids.numel():
+                seen.append(tuple(args[0].shape))  # of all rows; positions sum (B, T, C) over B
+            return op(*args, **(kwargs or {}))
+
+    with Count():
+        loss.backward()
+    assert len(seen) == sums, seen
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "mistral"])

@@ -277,6 +277,10 @@ def test_residual_is_added_first(name: str) -> None:
     y, total = ours(x, r)
     torch.testing.assert_close(total, x + r)
     torch.testing.assert_close(y, stock(x + r))
+    bias = torch.randn(ours.normalized_shape, device=DEVICE)
+    y, total = ours(x, r, bias)
+    torch.testing.assert_close(total, x + bias + r)
+    torch.testing.assert_close(y, stock(x + bias + r))
 
 
 @pytest.mark.parametrize("name", ONE_EACH)

@@ -130,5 +130,7 @@ def test_problems_are_found() -> None:
 
     assert problem(Report("k[x] bfloat16", 90, 4, registers=64, stack=0, shared=1024)) == ""
     assert "8 bytes of stack" in problem(Report("k[x] bfloat16", 90, 4, registers=64, stack=8))
+    assert problem(Report("k[x] bfloat16", 90, 4, registers=40, programs=12)) == ""
+    assert "12 x 41 registers x 4 warps do not fit" in problem(Report("k[x] bfloat16", 90, 4, 41, programs=12))
     assert "99 KB" in problem(Report("k[x] bfloat16", 89, 4, registers=64, shared=100 * 1024))
     assert problem(Report("k[x] bfloat16", 90, 4, error="PTXASError: no")) == "PTXASError: no"

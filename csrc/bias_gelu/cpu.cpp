@@ -79,7 +79,7 @@ void bias_gelu_bwd(const BiasGeluArgs& a, Stream) {
   for_row_blocks(a.n_rows, a.n_cols, a.partials, 1, [&](float* dbias, int64_t begin, int64_t end) {
     bwd_rows(a, bias.data(), dbias, begin, end);
   });
-  add_partials(a.partials, a.n_rows, a.n_cols, a.bias_dtype, {a.dbias});
+  add_partials(a.partials, a.n_rows, a.n_cols, 1, {{a.dbias, a.bias_dtype}});
 }
 
 }  // namespace fastgpt::cpu

@@ -8,12 +8,13 @@
 //
 // How: a thread has 8 columns (one 16-byte piece; their bias stays in registers) and 4 rows at a time, all requested
 // before the first is used. Forward: 48 registers, 1280 threads with 64 bytes each, 80 KB in flight to a multiprocessor
-// (norm/cuda.cuh: how much is needed). Backward: 80 registers, 768 threads with 128 bytes each, 96 KB on an A100; 324
-// blocks of 256 threads go down the rows of their columns with dbias in registers and write one fp32 partial each
-// (partials.cuh). Instructions per 16-bit element on sm_90: forward erf 26, tanh 17 (an H100 has time for 34,
-// activations.cuh), backward 34 and 31 (51); fp32 at most 67 (69) and 86 (103).
+// (norm/cuda.cuh: how much is needed). Backward: 80 registers, 768 threads with 128 bytes each, 96 KB; one wave of
+// blocks goes down the rows of their columns with dbias in registers and writes one fp32 partial each (partials.cuh).
+// Instructions per 16-bit element on sm_90: forward erf 26, tanh 17 (an H100 has time for 34, activations.cuh),
+// backward 34 and 31 (51); fp32 at most 67 (69) and 86 (103).
 #include "bias_gelu/op.h"
 #include "core/cuda/activations.cuh"
+#include "core/cuda/multiprocessors.cuh"
 #include "core/cuda/partials.cuh"
 
 namespace fastgpt::cuda {
@@ -110,17 +111,17 @@ void bwd(const BiasGeluArgs& a, Stream stream) {
   launch("bias_gelu_bwd_kernel", bias_gelu_bwd_kernel<T, kTanh, L>, Grid{n_blocks * t.per_row}, t.block, smem, stream,
          a, t.per_row);
   if (a.dbias == nullptr) return;
-  const Sums sums{a.partials, {a.dbias, nullptr}, n_blocks, a.n_cols};
-  a.bias_dtype == DType::f32 ? add_partials<float>(sums, 1, stream) : add_partials<T>(sums, 1, stream);
+  add_partials<T>({a.partials, {{a.dbias, a.bias_dtype}}, n_blocks, a.n_cols}, 1, stream);
 }
 
 }  // namespace
 
-// At most one wave on the 108 multiprocessors of an A100, with tiles of 16-bit elements.
+// At most one wave, with tiles of 16-bit elements.
 int64_t bias_gelu_bwd_blocks(int64_t n_rows, int64_t n_cols, Stream) {
   if (n_rows == 0 || n_cols == 0) return 0;
   const Tiles t = tiles_of(n_rows, n_cols, kLanes<bf16>, kRows);
-  const int64_t wave = int64_t{108} * (kResident / (t.block.x * t.block.y)) / t.per_row, blocks = wave < 1 ? 1 : wave;
+  const int64_t wave = int64_t{multiprocessors()} * (kResident / (t.block.x * t.block.y)) / t.per_row;
+  const int64_t blocks = wave < 1 ? 1 : wave;
   return t.row_blocks < blocks ? t.row_blocks : blocks;
 }
 

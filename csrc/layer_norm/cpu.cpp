@@ -2,7 +2,7 @@
 //
 // Forward reads x (and residual) once and writes y (and their sum) once. The variance takes two passes over the row in
 // cache; the second also corrects the mean (Chan, Golub, LeVeque 1983). Backward reads dy and h once, writes dx once,
-// and sums dweight and dbias per block of rows (core/cpu/partials.h).
+// and sums dweight and dbias (and dx) per block of rows (core/cpu/partials.h).
 #include <cmath>
 
 #include "layer_norm/op.h"
@@ -35,12 +35,12 @@ inline Moments moments_of(const float* row, double sum, int64_t n_cols) {
 }
 
 template <class T>
-inline void fwd_rows_of(const LayerNormFwdArgs& a, const float* weight, const float* bias, float* row, int64_t begin,
-                        int64_t end) {
+inline void fwd_rows_of(const LayerNormFwdArgs& a, const float* x_bias, const float* weight, const float* bias,
+                        float* row, int64_t begin, int64_t end) {
   const int64_t n_cols = a.n_cols;
   for (int64_t n = begin; n < end; ++n) {
     T* y = static_cast<T*>(a.y) + n * n_cols;
-    const double total = load_row<T>(a, n, row, [](float h) { return h; });
+    const double total = load_row<T>(a, n, x_bias, row, [](float h) { return h; });
     const Moments m = moments_of(row, total, n_cols);
     const float rstd = 1.0f / std::sqrt(m.var + a.eps);
     a.stats[n] = m.mean;
@@ -50,9 +50,9 @@ inline void fwd_rows_of(const LayerNormFwdArgs& a, const float* weight, const fl
   }
 }
 
-FASTGPT_CLONES static void fwd_rows(const LayerNormFwdArgs& a, const float* weight, const float* bias, float* row,
-                                    int64_t begin, int64_t end) {
-  with_type(a.dtype, [&](auto tag) { fwd_rows_of<decltype(tag)>(a, weight, bias, row, begin, end); });
+FASTGPT_CLONES static void fwd_rows(const LayerNormFwdArgs& a, const float* x_bias, const float* weight,
+                                    const float* bias, float* row, int64_t begin, int64_t end) {
+  with_type(a.dtype, [&](auto tag) { fwd_rows_of<decltype(tag)>(a, x_bias, weight, bias, row, begin, end); });
 }
 
 struct BwdSums {
@@ -86,7 +86,8 @@ inline void add_columns(const T* dy, const T* h, const float* weight, float mean
 }
 
 template <class T>
-inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweight, float* dbias, int64_t n) {
+inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweight, float* dbias, float* dx_bias,
+                    int64_t n) {
   const int64_t n_cols = a.n_cols;
   const T* dy = static_cast<const T*>(a.dy) + n * a.dy_row;
   const T* h = static_cast<const T*>(a.h) + n * a.h_row;
@@ -97,18 +98,19 @@ inline void bwd_row(const LayerNormBwdArgs& a, const float* weight, float* dweig
   }
   const float mean_wdy = static_cast<float>(sums.wdy / static_cast<double>(n_cols));
   const float mean_wdy_xhat = static_cast<float>(sums.wdy_xhat / static_cast<double>(n_cols));
-  store_dx<T>(a, n, [=](int64_t c) {
+  store_dx<T>(a, n, dx_bias, [=](int64_t c) {
     const float xhat = (to_float(h[c]) - mean) * rstd;
     return layer_norm_dx(to_float(dy[c]) * weight[c], xhat, mean_wdy, mean_wdy_xhat, rstd);
   });
 }
 
-// partial: receives the sums of dweight and dbias over these rows, (2, C), or null.
+// partial: receives the sums of dweight, dbias and, if needed, dx_bias over these rows, (2 or 3, C), or null.
 FASTGPT_CLONES static void bwd_rows(const LayerNormBwdArgs& a, const float* weight, float* partial, int64_t begin,
                                     int64_t end) {
   float* dbias = partial == nullptr ? nullptr : partial + a.n_cols;
+  float* dx_bias = dx_bias_of(a, partial, 2);
   with_type(a.dtype, [&](auto tag) {
-    for (int64_t n = begin; n < end; ++n) bwd_row<decltype(tag)>(a, weight, partial, dbias, n);
+    for (int64_t n = begin; n < end; ++n) bwd_row<decltype(tag)>(a, weight, partial, dbias, dx_bias, n);
   });
 }
 
@@ -117,8 +119,8 @@ FASTGPT_CLONES static void bwd_rows(const LayerNormBwdArgs& a, const float* weig
 void layer_norm_fwd(const LayerNormFwdArgs& a, Stream) {
   const auto weight = widen(a.weight, a.weight_dtype, a.n_cols, 1.0f);
   const auto bias = widen(a.bias, a.weight_dtype, a.n_cols, 0.0f);
-  for_rows(a, [&](float* row, int64_t begin, int64_t end) {
-    fwd_rows(a, weight.data(), bias.data(), row, begin, end);
+  for_rows(a, [&](const float* x_bias, float* row, int64_t begin, int64_t end) {
+    fwd_rows(a, x_bias, weight.data(), bias.data(), row, begin, end);
   });
 }
 
@@ -126,10 +128,12 @@ int64_t layer_norm_bwd_blocks(int64_t n_rows, int64_t, Stream) { return row_bloc
 
 void layer_norm_bwd(const LayerNormBwdArgs& a, Stream) {
   const auto weight = widen(a.weight, a.weight_dtype, a.n_cols, 1.0f);
-  for_row_blocks(a.n_rows, a.n_cols, a.partials, 2, [&](float* partial, int64_t begin, int64_t end) {
+  const int64_t n_sums = a.dx_bias == nullptr ? 2 : 3;
+  for_row_blocks(a.n_rows, a.n_cols, a.partials, n_sums, [&](float* partial, int64_t begin, int64_t end) {
     bwd_rows(a, weight.data(), partial, begin, end);
   });
-  add_partials(a.partials, a.n_rows, a.n_cols, a.weight_dtype, {a.dweight, a.dbias});
+  add_partials(a.partials, a.n_rows, a.n_cols, n_sums,
+               {{a.dweight, a.weight_dtype}, {a.dbias, a.weight_dtype}, {a.dx_bias, a.x_bias_dtype}});
 }
 
 }  // namespace fastgpt::cpu

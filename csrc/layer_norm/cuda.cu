@@ -1,8 +1,9 @@
 // LayerNorm forward and backward, residual addition fused (Ba et al. 2016, arXiv:1607.06450).
 //
-//   h = x + residual, rounded to x's dtype; mean, var over C (two passes); rstd = 1 / sqrt(var + eps)
+//   h = x + x_bias + residual, rounded to x's dtype; mean, var over C (two passes); rstd = 1 / sqrt(var + eps)
 //   y = (h - mean) rstd w + b
-//   dx = rstd (w dy - mean(w dy) - xhat mean(w dy xhat)) + dsum;  dw = sum_rows dy xhat;  db = sum_rows dy
+//   dx = rstd (w dy - mean(w dy) - xhat mean(w dy xhat)) + dsum;  dw = sum_rows dy xhat;  db = sum_rows dy;
+//   dx_bias = sum_rows dx
 //
 // Saved for backward: h and (mean, rstd) in fp32. Bytes per 16-bit element: forward 4 (read x, write y), 8
 // with a residual; backward 6 (read dy and h, write dx), 8 with dsum. Floor for N = 65536, C = 768, forward with
@@ -10,7 +11,8 @@
 //
 // How: see norm/cuda.cuh, also for the bytes in flight. Each tensor crosses HBM once, in 16-byte pieces. Instructions
 // per 16-bit element on sm_90: forward 24 without a residual (an H100 has time for 34, activations.cuh), 30 with (68);
-// backward 34 without dsum (51), 40 with (68). Partials add 2 C 8 bytes per block: 1.7 % at the shape above.
+// backward 34 without dsum (51), 40 with (68). Partials add 2 C 8 bytes per block (3 with x_bias): 1.7 % at the shape
+// above.
 #include "layer_norm/op.h"
 #include "norm/cuda.cuh"
 
@@ -84,8 +86,8 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_fwd_wide_kernel(const
 }
 
 // One row per threadIdx.y at a time; a thread has the same columns in all its rows.
-template <typename T, typename W, int kPacks, int L>
-__global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks == 3 ? 4 : 2)
+template <typename T, typename W, int kPacks, bool kXBias, int L>
+__global__ void __launch_bounds__(bwd_threads(kPacks, L, 2 + kXBias), bwd_blocks(kPacks, L, 2 + kXBias))
     layer_norm_bwd_kernel(const LayerNormBwdArgs a) {
   __shared__ float scratch[2][2 * kMaxWarps];  // two sets, used alternately: one barrier per row
   FASTGPT_DYNAMIC_SHARED(float, shared);
@@ -93,7 +95,7 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
   const int n = static_cast<int>(a.n_cols);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  float dw[kPacks][L] = {}, db[kPacks][L] = {};
+  float dw[kPacks][L] = {}, db[kPacks][L] = {}, dx_bias[kXBias ? kPacks : 1][L] = {};
   ring.request_row(a, row, 0);
   float next_mean = row < a.n_rows ? a.stats[row] : 0.0f, next_rstd = row < a.n_rows ? a.stats[a.n_rows + row] : 0.0f;
   int set = 0;  // index of the set of scratch and of the stage of the ring
@@ -136,13 +138,20 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
 #pragma unroll
       for (int l = 0; l < L; ++l) d[l] = layer_norm_dx(w[l] * d[l], (h[l] - mean) * rstd, sum, dot, rstd);
       store_dx<T>(a, row, c, d, dsum);
+      if constexpr (kXBias) {
+#pragma unroll
+        for (int l = 0; l < L; ++l) dx_bias[i][l] += d[l];
+      }
     }
   }
   if (a.partials == nullptr) return;
   __syncthreads();  // the ring is no longer in use
-  float* partial = a.partials + static_cast<int64_t>(blockIdx.x) * 2 * n;
+  float* partial = a.partials + static_cast<int64_t>(blockIdx.x) * (a.dx_bias == nullptr ? 2 : 3) * n;
   write_partial(dw, n, shared, partial);
   write_partial(db, n, shared + n, partial + n);
+  if constexpr (kXBias) {
+    if (a.dx_bias != nullptr) write_partial(dx_bias, n, shared + 2 * n, partial + 2 * n);
+  }
 }
 
 // Wide rows, kWideRows at a time: first the two means of each row, then, column by column, dx and the sums over the
@@ -153,7 +162,8 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
   __shared__ float scratch[2][2 * kMaxWarps];
   __shared__ float means[2][kWideRows][2];
   const int n = static_cast<int>(a.n_cols), step = blockDim.x * L;
-  float* partial = a.partials == nullptr ? nullptr : a.partials + static_cast<int64_t>(blockIdx.x) * 2 * n;
+  const int n_sums = a.dx_bias == nullptr ? 2 : 3;
+  float* partial = a.partials == nullptr ? nullptr : a.partials + static_cast<int64_t>(blockIdx.x) * n_sums * n;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kWideRows;
   int set = 0;
   for (int64_t first = begin; first < a.n_rows; first += static_cast<int64_t>(gridDim.x) * kWideRows, set ^= 1) {
@@ -174,15 +184,14 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
     }
     __syncthreads();
     for (int c = threadIdx.x * L; c < n; c += step) {
-      float w[L], dw[L] = {}, db[L] = {};
-      load_affine<W>(a.weight, c, 1.0f, w);
+      float dw[L] = {}, db[L] = {}, dx_bias[L] = {};
 #pragma unroll 1
       for (int r = 0; r < n_rows; ++r) {
         const float mean = a.stats[first + r], rstd = a.stats[a.n_rows + first + r];
-        float wdy[L], xhat[L], dsum[L] = {};
+        float wdy[L], xhat[L], dsum[L] = {}, w[L];
         load(at_row<T>(a.dy, first + r, a.dy_row) + c, wdy);
         load(at_row<T>(a.h, first + r, a.h_row) + c, xhat);
-        if (a.dsum != nullptr) load(at_row<T>(a.dsum, first + r, a.dsum_row) + c, dsum);
+        load_affine<W>(a.weight, c, 1.0f, w);  // for each row, from L1: kept in registers, it would make them spill
 #pragma unroll
         for (int l = 0; l < L; ++l) {
           xhat[l] = (xhat[l] - mean) * rstd;
@@ -190,14 +199,15 @@ __global__ void __launch_bounds__(kWideThreads) layer_norm_bwd_wide_kernel(const
           db[l] += wdy[l];
           wdy[l] = layer_norm_dx(wdy[l] * w[l], xhat[l], means[set][r][0], means[set][r][1], rstd);
         }
+        if (a.dsum != nullptr) load(at_row<T>(a.dsum, first + r, a.dsum_row) + c, dsum);
         store_dx<T>(a, first + r, c, wdy, dsum);
+#pragma unroll
+        for (int l = 0; l < L; ++l) dx_bias[l] += wdy[l];
       }
       if (partial == nullptr) continue;
-#pragma unroll
-      for (int l = 0; l < L; ++l) {
-        partial[c + l] = first == begin ? dw[l] : partial[c + l] + dw[l];
-        partial[n + c + l] = first == begin ? db[l] : partial[n + c + l] + db[l];
-      }
+      add_group(partial + c, dw, first == begin);
+      add_group(partial + n + c, db, first == begin);
+      if (n_sums == 3) add_group(partial + 2 * n + c, dx_bias, first == begin);
     }
   }
 }
@@ -215,18 +225,18 @@ void layer_norm_fwd(const LayerNormFwdArgs& a, Stream stream) {
     return std::make_pair(layer_norm_fwd_kernel<T, W, lanes()>, layer_norm_fwd_wide_kernel<T, W, lanes()>);
   };
   launch_fwd("layer_norm_fwd_kernel", "layer_norm_fwd_wide_kernel", kernels, a,
-             all_aligned({a.x, a.residual, a.weight, a.bias, a.y, a.sum}), stream);
+             all_aligned({a.x, a.residual, a.x_bias, a.weight, a.bias, a.y, a.sum}), stream);
 }
 
 void layer_norm_bwd(const LayerNormBwdArgs& a, Stream stream) {
-  const auto kernel_of = [](auto t, auto w, auto lanes, auto packs) {
+  const auto kernel_of = [](auto t, auto w, auto lanes, auto packs, auto x_bias) {
     using T = decltype(t);
     using W = decltype(w);
     if constexpr (packs() == 0) return layer_norm_bwd_wide_kernel<T, W, lanes()>;
-    else return layer_norm_bwd_kernel<T, W, packs(), lanes()>;
+    else return layer_norm_bwd_kernel<T, W, packs(), x_bias(), lanes()>;
   };
-  launch_bwd("layer_norm_bwd_kernel", "layer_norm_bwd_wide_kernel", kernel_of, a, {a.dweight, a.dbias},
-             [](int) { return 512; }, stream);
+  const ColumnSum sums[] = {{a.dweight, a.weight_dtype}, {a.dbias, a.weight_dtype}, {a.dx_bias, a.x_bias_dtype}};
+  launch_bwd("layer_norm_bwd_kernel", "layer_norm_bwd_wide_kernel", kernel_of, a, sums, stream);
 }
 
 }  // namespace fastgpt::cuda

@@ -3,27 +3,29 @@
 //
 // Forward: registers hold a row as it is in memory, four pieces of 16 bytes per thread, all requested before the first
 // is used. Backward: dy, h (and dsum) of the next row are copied to shared memory while this row is computed, so loads
-// are always in flight; registers hold little more than the sums of dweight (and dbias). Each block writes one fp32
-// partial, and partials.cuh adds them. Rows of one warp (C <= 1024 of 16 bits) need no barrier, others one per row,
-// LayerNorm's forward two. Rows of more than 16384 columns in forward or 8192 in backward (half of that in fp32; 4096
-// and 2048 if not aligned) do not fit: they are read again, from L2.
+// are always in flight; registers hold little more than the sums of dweight (and dbias, and of dx, the gradient of
+// x_bias). Each block writes one fp32 partial, and partials.cuh adds them. Rows of one warp (C <= 1024 of 16 bits) need
+// no barrier, others one per row, LayerNorm's forward two. Rows of more than 16384 columns in forward or 8192 in
+// backward (half of that in fp32; 4096 and 2048 if not aligned) do not fit: they are read again, from L2.
 //
 // Full bandwidth requires about 40 KB in flight to each multiprocessor of an A100 and 64 KB of an H100. Forward uses 64
 // registers, so 1024 threads each have 64 bytes of each tensor: 96 KB in flight with a residual at C = 768 (three of
 // four pieces), 128 from 1024 on, and half without a residual. Backward at 16 bits, blocks of 128 threads (256 above C
-// = 4096), one wave on 108 multiprocessors:
-//   C                  blocks on each of an A100 KB in flight, A100       H100 (the same blocks on 132)
-//   768                4 (RMSNorm 5)             48 (60)                  39 (49)
-//   768 with dsum      4                         72                       59
-//   1024, 2048, 4096   4                         64                       52
-//   ... with dsum      3                         72                       59
-//   8192               2; 1 with dsum            64; 48                   52; 39
+// = 4096), one wave:
+//   C                       blocks, A100     KB in flight     blocks, H100     KB in flight
+//   768                     4 (RMSNorm 5)    48 (60)          4 (5)            48 (60)
+//   768 with dsum           4                72               4 (5)            72 (90)
+//   ... and x_bias          3 (4)            54 (72)          3 (4)            54 (72)
+//   1024, 2048, 4096        4                64               4                64
+//   ... with dsum           3                72               4                96
+//   ... and x_bias          3                72               3 (4)            72 (96)
+//   8192                    2; 1 with dsum   64; 48           2                64; 96
 #pragma once
 #include "core/cuda/launch.cuh"
+#include "core/cuda/multiprocessors.cuh"
 #include "core/cuda/partials.cuh"
 #include "core/cuda/reduce.cuh"
 #include "core/cuda/vec.cuh"
-#include "core/cuda/wave.cuh"
 #include "core/with_type.h"
 
 #include <type_traits>
@@ -36,7 +38,6 @@ constexpr int kWideThreads = 512;  // in a block that sweeps over the columns of
 constexpr int kWideRows = 8;       // rows that a backward block of wide rows processes together
 constexpr int kBwdThreads = 256;   // maximum for one row in registers
 constexpr int kBwdBlock = 128;     // threads in a block of several narrow rows
-constexpr int kSmShared = 164 * 1024;
 constexpr int kMaxBwdBlocks = 6;  // maximum on a multiprocessor
 
 template <int L>
@@ -57,7 +58,18 @@ __device__ __forceinline__ void load_row(const T* row, int first, int n, Raw<T, 
   }
 }
 
-// Loads h from column `first` on; with a residual, also stores x + residual for backward.
+// Adds x_bias, which has x's dtype T or is fp32, to x; nothing if it is null.
+template <typename T, int L, typename Args>
+__device__ __forceinline__ void add_x_bias(const Args& a, int c, float (&x)[L]) {
+  if (a.x_bias == nullptr) return;
+  float bias[L];
+  if (a.x_bias_dtype == DType::f32) load_const(static_cast<const float*>(a.x_bias) + c, bias);
+  else load_const(static_cast<const T*>(a.x_bias) + c, bias);
+#pragma unroll
+  for (int l = 0; l < L; ++l) x[l] += bias[l];
+}
+
+// Loads h from column `first` on; with a residual, also stores h = x + x_bias + residual for backward.
 template <typename T, int L, int kPacks, typename Args>
 __device__ __forceinline__ void load_h(const Args& a, int64_t row, int first, Raw<T, L> (&h)[kPacks]) {
   const int n = static_cast<int>(a.n_cols);
@@ -71,6 +83,7 @@ __device__ __forceinline__ void load_h(const Args& a, int64_t row, int first, Ra
     if (c >= n) continue;
     float x[L], r[L];
     widen(h[i], x);
+    add_x_bias<T>(a, c, x);
     widen(residual[i], r);
 #pragma unroll
     for (int l = 0; l < L; ++l) x[l] += r[l];
@@ -144,11 +157,34 @@ struct Ring {
   }
 };
 
+// Adds dsum to d and stores the sum as dx.
 template <typename T, int L, typename Args>
 __device__ __forceinline__ void store_dx(const Args& a, int64_t row, int c, float (&d)[L], const float (&dsum)[L]) {
 #pragma unroll
   for (int l = 0; l < L; ++l) d[l] += dsum[l];
   store_whole(static_cast<T*>(a.dx) + row * a.n_cols + c, d);
+}
+
+// Adds the sums over a group of rows to the partial of the block, which the first group sets.
+template <int L>
+__device__ __forceinline__ void add_group(float* partial, const float (&sums)[L], bool first) {
+#pragma unroll
+  for (int l = 0; l < L; ++l) partial[l] = first ? sums[l] : partial[l] + sums[l];
+}
+
+// Returns the threads of a backward kernel that the registers of a multiprocessor allow. Each has `sums` sums over its
+// rows, of `lanes` columns in each of `packs` pieces, and in all 96, 128 or 168 registers.
+constexpr int bwd_resident(int packs, int lanes, int sums) {
+  return packs * lanes * sums > 64 ? 384 : packs == 3 && sums == 1 ? 640 : 512;
+}
+
+// Launch bounds that give the compiler these numbers of registers: threads in a block, at most, and blocks.
+constexpr int bwd_threads(int packs, int lanes, int sums) {
+  const int resident = bwd_resident(packs, lanes, sums);
+  return resident < 512 ? resident : packs == 3 ? kBwdBlock : kBwdThreads;
+}
+constexpr int bwd_blocks(int packs, int lanes, int sums) {
+  return bwd_resident(packs, lanes, sums) / bwd_threads(packs, lanes, sums);
 }
 
 // ---- launchers ----
@@ -160,32 +196,33 @@ inline int row_threads(int64_t n_cols, int packs, int lanes) {
 }
 
 // How a backward kernel covers rows: `packs` pieces per thread, 0 if a row is too wide for registers; `rows` at the
-// same time in a block; n_blocks is at most one wave on an A100.
+// same time in a block; n_blocks is at most one wave.
 struct BwdShape {
   int packs, threads, rows;
   size_t smem;
   int64_t n_blocks;
 };
 
-// Chooses 3 or 4 pieces per thread (8 single values if L is 1), whichever leaves fewer threads idle. `resident(packs)`:
-// threads on a multiprocessor that registers allow. `n_sums`: floats in the sums of a block.
-template <typename T, int L, typename F>
-BwdShape bwd_shape(int64_t n_rows, int64_t n_cols, bool dsum, int64_t n_sums, F resident) {
+// Chooses 3 or 4 pieces per thread (8 single values if L is 1), whichever leaves fewer threads idle. n_sums: the sums
+// over rows that a block has.
+template <typename T, int L>
+BwdShape bwd_shape(int64_t n_rows, int64_t n_cols, bool dsum, int n_sums) {
   BwdShape s{L == 1 ? 8 : 4, 0, 1, 0, 0};
   s.threads = row_threads(n_cols, s.packs, L);
   const int of_three = row_threads(n_cols, 3, L);
   if (L > 1 && of_three <= kBwdBlock && of_three * 3 < s.threads * 4) s.packs = 3, s.threads = of_three;
-  int64_t wave = 4 * kSms;
+  int64_t wave = int64_t{4} * multiprocessors();
   if (s.threads > kBwdThreads) {
     s.packs = 0, s.threads = kWideThreads, s.rows = kWideRows;
   } else {
     s.rows = s.threads < kBwdBlock ? kBwdBlock / s.threads : 1;
     const int block = s.threads * s.rows;
-    const size_t ring = sizeof(Raw<T, L>) * (dsum ? 6 : 4) * s.packs * block, sums = sizeof(float) * n_sums;
+    const size_t ring = sizeof(Raw<T, L>) * (dsum ? 6 : 4) * s.packs * block, sums = sizeof(float) * n_sums * n_cols;
     s.smem = s.rows > 1 && sums > ring ? sums : ring;
-    const int by_registers = resident(s.packs) / block, by_shared = static_cast<int>(kSmShared / (s.smem + 2048));
+    const int by_registers = bwd_resident(s.packs, L, n_sums) / block;
+    const int by_shared = static_cast<int>(shared_memory() / (s.smem + 2048));
     const int blocks = by_registers < by_shared ? by_registers : by_shared;
-    wave = int64_t{kSms} * (blocks > 1 ? blocks : 1);
+    wave = int64_t{multiprocessors()} * (blocks > 1 ? blocks : 1);
   }
   const int64_t groups = (n_rows + s.rows - 1) / s.rows;
   s.n_blocks = groups < wave ? groups : wave;
@@ -214,30 +251,36 @@ void launch_fwd(const char* name, const char* wide_name, F kernels, const Args& 
   });
 }
 
-// Launches backward and the sums of the gradients of parameters; outs[i] is (C), or null. kernel_of(T{}, W{}, lanes,
-// packs) returns the kernel for `packs` pieces per thread, or for wide rows if packs is 0. resident: as for bwd_shape.
-template <int kOuts, typename Args, typename F, typename R>
-void launch_bwd(const char* name, const char* wide_name, F kernel_of, const Args& a, void* const (&outs)[kOuts],
-                R resident, Stream stream) {
+// Launches backward and the sums of the gradients of parameters; the last is that of x_bias. kernel_of(T{}, W{}, lanes,
+// packs, x_bias) returns the kernel for `packs` pieces per thread, or for wide rows if packs is 0; it sums the gradient
+// of x_bias if x_bias() is true. Kernels that have registers to spare always can: fewer kernels to compile.
+template <int kSums, typename Args, typename F>
+void launch_bwd(const char* name, const char* wide_name, F kernel_of, const Args& a, const ColumnSum (&sums)[kSums],
+                Stream stream) {
   if (a.n_rows == 0 || a.n_cols == 0) return;
   with_types(a.dtype, a.weight_dtype, [&](auto t, auto w) {
     using T = decltype(t);
     const auto run = [&](auto lanes) {
-      const BwdShape s = bwd_shape<T, lanes()>(a.n_rows, a.n_cols, a.dsum != nullptr, kOuts * a.n_cols, resident);
-      const auto rows = [&](auto packs) {
-        launch(name, kernel_of(t, w, lanes, packs), Grid{s.n_blocks}, dim3(s.threads, s.rows), s.smem, stream, a);
+      const bool x_bias = a.dx_bias != nullptr;
+      const int n_sums = x_bias ? kSums : kSums - 1;
+      const BwdShape s = bwd_shape<T, lanes()>(a.n_rows, a.n_cols, a.dsum != nullptr, n_sums);
+      const auto rows = [&](auto packs, auto with) {
+        launch(name, kernel_of(t, w, lanes, packs, with), Grid{s.n_blocks}, dim3(s.threads, s.rows), s.smem, stream, a);
       };
       if (s.packs == 0) {
-        launch(wide_name, kernel_of(t, w, lanes, Constant<0>{}), Grid{s.n_blocks}, dim3(s.threads), 0, stream, a);
+        const auto kernel = kernel_of(t, w, lanes, Constant<0>{}, std::true_type{});
+        launch(wide_name, kernel, Grid{s.n_blocks}, dim3(s.threads), 0, stream, a);
       } else if constexpr (lanes() == 1) {
-        rows(Constant<8>{});
+        rows(Constant<8>{}, std::true_type{});
+      } else if (x_bias) {
+        s.packs == 3 ? rows(Constant<3>{}, std::true_type{}) : rows(Constant<4>{}, std::true_type{});
       } else {
-        s.packs == 3 ? rows(Constant<3>{}) : rows(Constant<4>{});
+        s.packs == 3 ? rows(Constant<3>{}, std::false_type{}) : rows(Constant<4>{}, std::false_type{});
       }
       if (a.partials == nullptr) return;
-      Sums sums{a.partials, {}, s.n_blocks, a.n_cols};
-      for (int i = 0; i < kOuts; ++i) sums.outs[i] = outs[i];
-      add_partials<decltype(w)>(sums, kOuts, stream);
+      Partials p{a.partials, {}, s.n_blocks, a.n_cols};
+      for (int i = 0; i < n_sums; ++i) p.sums[i] = sums[i];
+      add_partials<T>(p, n_sums, stream);
     };
     constexpr int L = kLanes<T>;
     const bool pieces = all_aligned({a.dy, a.dsum, a.h, a.weight, a.dx, a.partials}) &&
@@ -247,7 +290,7 @@ void launch_bwd(const char* name, const char* wide_name, F kernel_of, const Args
 }
 
 inline int64_t max_bwd_blocks(int64_t n_rows) {
-  const int64_t most = int64_t{kMaxBwdBlocks} * kSms;
+  const int64_t most = int64_t{kMaxBwdBlocks} * multiprocessors();
   return n_rows < most ? n_rows : most;
 }
 

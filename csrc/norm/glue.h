@@ -19,6 +19,17 @@ void check_norm(const char* op, const char* name, const Tensor& x, OptTensor& we
   a.weight_dtype = weight ? float_dtype_of(op, "weight", *weight) : bias ? float_dtype_of(op, "bias", *bias) : DType::f32;
 }
 
+// Checks x_bias, makes it contiguous and sets its dtype; `like`: x, or h.
+template <class Args>
+void check_x_bias(const char* op, const Tensor& like, OptTensor& x_bias, Args& a) {
+  a.x_bias_dtype = a.dtype;
+  if (!x_bias) return;
+  make_contiguous(x_bias);
+  a.x_bias_dtype = float_dtype_of(op, "x_bias", *x_bias);
+  FASTGPT_CHECK(a.x_bias_dtype == a.dtype || a.x_bias_dtype == DType::f32, op, "x_bias has the wrong dtype");
+  check_flat(op, "x_bias", *x_bias, x_bias->scalar_type(), a.n_cols, like);
+}
+
 // Inputs and outputs of forward. They own the memory that `a` points to.
 struct NormFwd {
   Rows x, residual;

@@ -1,7 +1,8 @@
 // RMSNorm forward and backward, residual addition fused (Zhang, Sennrich 2019, arXiv:1910.07467).
 //
-//   h = x + residual, rounded to x's dtype; rstd = 1 / sqrt(mean(h^2) + eps); y = h rstd (w + weight_offset)
-//   dx = rstd (w dy - xhat mean(w dy xhat)) + dsum with xhat = h rstd;  dw = sum_rows dy xhat
+//   h = x + x_bias + residual, rounded to x's dtype; rstd = 1 / sqrt(mean(h^2) + eps); y = h rstd (w + weight_offset)
+//   dx = rstd (w dy - xhat mean(w dy xhat)) + dsum with xhat = h rstd;  dw = sum_rows dy xhat;
+//   dx_bias = sum_rows dx
 //
 // Saved for backward: h and rstd in fp32. Bytes per 16-bit element: forward 4 (read x, write y), 8 with a
 // residual; backward 6 (read dy and h, write dx), 8 with dsum. Floor for N = 65536, C = 768, forward with residual
@@ -9,8 +10,8 @@
 //
 // How: see norm/cuda.cuh, also for the bytes in flight; forward and backward each need one reduction per row.
 // Instructions per 16-bit element on sm_90: forward 16 without a residual (an H100 has time for 34, activations.cuh),
-// 21 with (68); backward 30 without dsum (51), 35 with (68). Partials add C 8 bytes per block: 1.1 % at the shape
-// above.
+// 21 with (68); backward 30 without dsum (51), 35 with (68). Partials add C 8 bytes per block (2 C with x_bias): 1.1 %
+// at the shape above.
 #include "norm/cuda.cuh"
 #include "rms_norm/op.h"
 
@@ -79,8 +80,8 @@ __global__ void __launch_bounds__(kWideThreads) rms_norm_fwd_wide_kernel(const R
 }
 
 // One row per threadIdx.y at a time; a thread has the same columns in all its rows.
-template <typename T, typename W, int kPacks, int L>
-__global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks == 3 ? 5 : 2)
+template <typename T, typename W, int kPacks, bool kXBias, int L>
+__global__ void __launch_bounds__(bwd_threads(kPacks, L, 1 + kXBias), bwd_blocks(kPacks, L, 1 + kXBias))
     rms_norm_bwd_kernel(const RmsNormBwdArgs a) {
   __shared__ float scratch[2][kMaxWarps];  // two sets, used alternately: one barrier per row
   FASTGPT_DYNAMIC_SHARED(float, shared);
@@ -88,7 +89,7 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
   const int n = static_cast<int>(a.n_cols);
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  float dw[kPacks][L] = {};
+  float dw[kPacks][L] = {}, dx_bias[kXBias ? kPacks : 1][L] = {};
   ring.request_row(a, row, 0);
   float next_rstd = row < a.n_rows ? a.rstd[row] : 0.0f;
   int set = 0;  // index of the set of scratch and of the stage of the ring
@@ -127,11 +128,19 @@ __global__ void __launch_bounds__(kPacks == 3 ? kBwdBlock : kBwdThreads, kPacks 
 #pragma unroll
       for (int l = 0; l < L; ++l) d[l] = dx(w[l] * d[l], h[l] * rstd);
       store_dx<T>(a, row, c, d, dsum);
+      if constexpr (kXBias) {
+#pragma unroll
+        for (int l = 0; l < L; ++l) dx_bias[i][l] += d[l];
+      }
     }
   }
   if (a.partials == nullptr) return;
   __syncthreads();  // the ring is no longer in use
-  write_partial(dw, n, shared, a.partials + static_cast<int64_t>(blockIdx.x) * n);
+  float* partial = a.partials + static_cast<int64_t>(blockIdx.x) * (a.dx_bias == nullptr ? 1 : 2) * n;
+  write_partial(dw, n, shared, partial);
+  if constexpr (kXBias) {
+    if (a.dx_bias != nullptr) write_partial(dx_bias, n, shared + n, partial + n);
+  }
 }
 
 // Wide rows, kWideRows at a time: first the mean of each row, then, column by column, dx and the sum over the rows.
@@ -142,7 +151,8 @@ __global__ void __launch_bounds__(kWideThreads) rms_norm_bwd_wide_kernel(const R
   __shared__ float scratch[2][kMaxWarps];
   __shared__ float means[2][kWideRows];
   const int n = static_cast<int>(a.n_cols), step = blockDim.x * L;
-  float* partial = a.partials == nullptr ? nullptr : a.partials + static_cast<int64_t>(blockIdx.x) * n;
+  const int n_sums = a.dx_bias == nullptr ? 1 : 2;
+  float* partial = a.partials == nullptr ? nullptr : a.partials + static_cast<int64_t>(blockIdx.x) * n_sums * n;
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kWideRows;
   int set = 0;
   for (int64_t first = begin; first < a.n_rows; first += static_cast<int64_t>(gridDim.x) * kWideRows, set ^= 1) {
@@ -163,7 +173,7 @@ __global__ void __launch_bounds__(kWideThreads) rms_norm_bwd_wide_kernel(const R
     }
     __syncthreads();
     for (int c = threadIdx.x * L; c < n; c += step) {
-      float w[L], dw[L] = {};
+      float w[L], dw[L] = {}, dx_bias[L] = {};
       load_weight<W>(a, c, w);
 #pragma unroll 1
       for (int r = 0; r < n_rows; ++r) {
@@ -180,10 +190,12 @@ __global__ void __launch_bounds__(kWideThreads) rms_norm_bwd_wide_kernel(const R
           d[l] = dx(w[l] * d[l], xhat[l]);
         }
         store_dx<T>(a, first + r, c, d, dsum);
+#pragma unroll
+        for (int l = 0; l < L; ++l) dx_bias[l] += d[l];
       }
       if (partial == nullptr) continue;
-#pragma unroll
-      for (int l = 0; l < L; ++l) partial[c + l] = first == begin ? dw[l] : partial[c + l] + dw[l];
+      add_group(partial + c, dw, first == begin);
+      if (n_sums == 2) add_group(partial + n + c, dx_bias, first == begin);
     }
   }
 }
@@ -201,18 +213,18 @@ void rms_norm_fwd(const RmsNormFwdArgs& a, Stream stream) {
     return std::make_pair(rms_norm_fwd_kernel<T, W, lanes()>, rms_norm_fwd_wide_kernel<T, W, lanes()>);
   };
   launch_fwd("rms_norm_fwd_kernel", "rms_norm_fwd_wide_kernel", kernels, a,
-             all_aligned({a.x, a.residual, a.weight, a.y, a.sum}), stream);
+             all_aligned({a.x, a.residual, a.x_bias, a.weight, a.y, a.sum}), stream);
 }
 
 void rms_norm_bwd(const RmsNormBwdArgs& a, Stream stream) {
-  const auto kernel_of = [](auto t, auto w, auto lanes, auto packs) {
+  const auto kernel_of = [](auto t, auto w, auto lanes, auto packs, auto x_bias) {
     using T = decltype(t);
     using W = decltype(w);
     if constexpr (packs() == 0) return rms_norm_bwd_wide_kernel<T, W, lanes()>;
-    else return rms_norm_bwd_kernel<T, W, packs(), lanes()>;
+    else return rms_norm_bwd_kernel<T, W, packs(), x_bias(), lanes()>;
   };
-  launch_bwd("rms_norm_bwd_kernel", "rms_norm_bwd_wide_kernel", kernel_of, a, {a.dweight},
-             [](int packs) { return packs == 3 ? 640 : 512; }, stream);
+  const ColumnSum sums[] = {{a.dweight, a.weight_dtype}, {a.dx_bias, a.x_bias_dtype}};
+  launch_bwd("rms_norm_bwd_kernel", "rms_norm_bwd_wide_kernel", kernel_of, a, sums, stream);
 }
 
 }  // namespace fastgpt::cuda

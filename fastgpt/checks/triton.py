@@ -2,8 +2,9 @@
 
 It compiles every configuration that a launcher may pick (`configurations` of each kernel file) for explicit GPU
 targets, and needs no GPU. cuobjdump, which Triton ships, reads registers, stack (spills) and shared memory from the
-cubin. The exit code is 1 for a spill that ALLOWED_SPILLS does not list, for more shared memory than the chip has, or
-for a failed compilation. Do not run it under TRITON_INTERPRET=1, where nothing is compiled.
+cubin. The exit code is 1 for a spill that ALLOWED_SPILLS does not list, for more shared memory than the chip has, for
+more programs at a time than the registers of a multiprocessor allow, or for a failed compilation. Do not run it under
+TRITON_INTERPRET=1, where nothing is compiled.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -86,6 +88,7 @@ class Report:
     registers: int = 0
     stack: int = 0
     shared: int = 0
+    programs: int | None = None
     error: str = ""
     hmma: int | None = None  # tensor-core instructions of a warp and of a warp group; None: not counted
     wgmma: int | None = None
@@ -182,7 +185,9 @@ def compile_one(job: Job) -> Report:
         registers, stack = _resources(kernel.asm["cubin"])
     except Exception as e:
         return Report(name, job.arch, configuration.num_warps, error=f"{type(e).__name__}: {str(e)[-300:]}")
-    return Report(name, job.arch, configuration.num_warps, registers, stack, kernel.metadata.shared)
+    programs = configuration.programs if job.aligned else None  # without alignment fewer may fit
+    shared = kernel.metadata.shared
+    return Report(name, job.arch, configuration.num_warps, registers, stack, shared, programs)
 
 
 def problem(report: Report) -> str:
@@ -191,8 +196,10 @@ def problem(report: Report) -> str:
         return report.error
     if report.shared > SHARED_KB[report.arch] * 1024:
         return f"{report.shared} bytes of shared memory, sm_{report.arch} has {SHARED_KB[report.arch]} KB"
-    if report.registers * report.num_warps * 32 > REGISTERS:
-        return f"{report.registers} registers x {report.num_warps} warps do not fit a multiprocessor"
+    fit = REGISTERS // max(1, math.ceil(report.registers / 8) * 8 * report.num_warps * 32)
+    if fit < (report.programs or 1):
+        wanted = f"{report.programs or 1} x {report.registers} registers x {report.num_warps} warps"
+        return f"{wanted} do not fit a multiprocessor, {fit} programs do"
     allowed = max((b for pattern, (b, _) in ALLOWED_SPILLS.items() if re.fullmatch(pattern, report.name)), default=0)
     return f"{report.stack} bytes of stack, {allowed} allowed" if report.stack > allowed else ""
 

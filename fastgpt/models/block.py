@@ -1,6 +1,8 @@
 """A block of models/gpt.py: causal self-attention and an MLP, each with its norm.
 
-The residual add is fused into the norm after it: a block returns (branch, residual), two tensors whose sum is x.
+The residual add is fused into the norm after it: a block returns (branch, residual, bias), whose sum is x. The bias is
+that of the linear layer that ends the branch. The norm adds it too, and its backward sums the bias's gradient in the
+pass that computes the branch's gradient, instead of reading that again.
 Dims: B, T, C width, H query heads, G key/value heads, D head, F MLP, S keys.
 """
 
@@ -93,7 +95,8 @@ class SelfAttention(nn.Module):
                 q, k = run.rotary(q, k, run.positions)
         return q, k, v
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
+    def _mix(self, x: Tensor, run: Pass) -> Tensor:
+        """Return the input of `proj`, (B, T, H D)."""
         b, t, _ = x.shape
         qkv = self.qkv(x).view(b, t, -1, self.d_head)
         options: dict[str, Any] = dict(scale=self.scale, softcap=self.softcap)
@@ -111,7 +114,14 @@ class SelfAttention(nn.Module):
                     y = ops.attention_qkv(qkv, n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
                 else:
                     y = ops.attention(*self._heads(qkv, run), **options)
-        return dropout(self.proj(y.reshape(b, t, -1)), self.resid_dropout, self.training)
+        return y.reshape(b, t, -1)
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        return dropout(self.proj(self._mix(x, run)), self.resid_dropout, self.training)
+
+    def product(self, x: Tensor, run: Pass) -> tuple[Tensor, Tensor | None]:
+        """Return what `forward` does without the bias of `proj`, and this bias."""
+        return product_and_bias(self.proj, self._mix(x, run))
 
 
 class FeedForward(nn.Module):
@@ -119,23 +129,29 @@ class FeedForward(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.activation, self.dropout = c.activation, c.resid_dropout
+        self.activation, self.resid_dropout = c.activation, c.resid_dropout
         self.up = make_module(Linear, c.width, c.d_mlp * (2 if c.activation in GATED else 1), bias=c.mlp_bias)
         self.down = make_module(Linear, c.d_mlp, c.width, bias=c.mlp_bias)
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
+    def _activate(self, x: Tensor, run: Pass) -> Tensor:
+        """Return the input of `down`, (B, T, F)."""
         if self.activation in GATED:
             u = self.up(x)  # (B, T, 2F)
             gate = partial(ops.swiglu, activation=GATED[self.activation])
-            h = run.note(gate(u), gate, u)
-        elif self.activation == "relu2":
-            h = F.relu(self.up(x)).square()  # fastgpt.ops has this only with a gate
-        else:
-            approximate = "tanh" if self.activation == "gelu_tanh" else "none"
-            u, bias = product_and_bias(self.up, x)
-            gelu = partial(ops.bias_gelu, approximate=approximate)
-            h = run.note(gelu(u, bias), gelu, u, bias)
-        return dropout(self.down(h), self.dropout, self.training)
+            return run.note(gate(u), gate, u)
+        if self.activation == "relu2":
+            return F.relu(self.up(x)).square()  # fastgpt.ops has this only with a gate
+        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
+        u, bias = product_and_bias(self.up, x)
+        gelu = partial(ops.bias_gelu, approximate=approximate)
+        return run.note(gelu(u, bias), gelu, u, bias)
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        return dropout(self.down(self._activate(x, run)), self.resid_dropout, self.training)
+
+    def product(self, x: Tensor, run: Pass) -> tuple[Tensor, Tensor | None]:
+        """Return what `forward` does without the bias of `down`, and this bias."""
+        return product_and_bias(self.down, self._activate(x, run))
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
@@ -143,7 +159,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP with their norms: (branch, residual or None) -> the same; their sum is the stream x."""
+    """Attention and MLP with their norms: (branch, residual or None, bias or None) -> the same, which add up to x."""
 
     def __init__(self, c: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -153,22 +169,49 @@ class Block(nn.Module):
         self.norm2 = norm_of(c, c.width) if c.parallel != "shared" else None
         self.mlp = FeedForward(c)
 
-    def forward(self, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, bias: Tensor | None, run: Pass
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if self.post and self.norm2 is not None:
-            x, _ = self.norm1(self.attn(x, run), x)
-            x, _ = self.norm2(self.mlp(x, run), x)
-            return x, None
-        h, residual = add_norm(self.norm1, x, residual, run)
-        a = self.attn(h, run)
+            a, bias = branch(self.attn, x, run)
+            x, _ = normalise(self.norm1, a, x, bias)
+            a, bias = branch(self.mlp, x, run)
+            x, _ = normalise(self.norm2, a, x, bias)
+            return x, None, None
+        h, residual = add_norm(self.norm1, x, residual, bias, run)
         if self.parallel:
-            return a + self.mlp(
-                h if self.norm2 is None else add_norm(self.norm2, residual, None, run)[0], run
-            ), residual
-        h, residual = add_norm(self.norm2, a, residual, run)
-        return self.mlp(h, run), residual
+            a = self.attn(h, run)
+            h = h if self.norm2 is None else add_norm(self.norm2, residual, None, None, run)[0]
+            return a + self.mlp(h, run), residual, None
+        a, bias = branch(self.attn, h, run)
+        h, residual = add_norm(self.norm2, a, residual, bias, run)
+        if not fusable(self, Block):  # FSDP frees a block's parameters after its forward
+            return self.mlp(h, run), residual, None
+        a, bias = branch(self.mlp, h, run)
+        return a, residual, bias
 
 
-def add_norm(norm: Any, x: Tensor, residual: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
-    """Return (norm(x + residual), x + residual), computed in one op."""
-    y, total = (norm(x), x) if residual is None else norm(x, residual)
+def branch(m: Any, x: Tensor, run: Pass) -> tuple[Tensor, Tensor | None]:
+    """Return m(x, run) without the bias of its last layer, and this bias for the next norm to add.
+
+    The bias is None if it has been added: by a branch or a layer that was replaced or has hooks, or before dropout.
+    """
+    fits = fusable(m, SelfAttention) or fusable(m, FeedForward)
+    if not fits or (m.training and m.resid_dropout > 0):
+        return m(x, run), None
+    return m.product(x, run)  # type: ignore[no-any-return]
+
+
+def normalise(norm: Any, x: Tensor, residual: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (norm(s), s) of s = x + bias + residual, computed in one op unless the norm was replaced or has hooks."""
+    if bias is not None and not (fusable(norm, LayerNorm) or fusable(norm, RMSNorm)):
+        x, bias = x + bias, None
+    if residual is None:
+        return norm(x), x
+    return norm(x, residual) if bias is None else norm(x, residual, bias)  # type: ignore[no-any-return]
+
+
+def add_norm(norm: Any, x: Tensor, residual: Tensor | None, bias: Tensor | None, run: Pass) -> tuple[Tensor, Tensor]:
+    """Return (norm(s), s) of s = x + bias + residual; backward may recompute norm(s) from s."""
+    y, total = normalise(norm, x, residual, bias)
     return run.note(y, norm, total), total

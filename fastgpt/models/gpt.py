@@ -128,15 +128,18 @@ class GPT(nn.Module):
         # restore the generator's state only for dropout: it costs host time and cannot be recorded in a CUDA graph
         random = max(self.config.attn_dropout, self.config.resid_dropout, self.lora_dropout) > 0
         run = Pass(self.rotary, positions, doc_ids, kv_cache, again, tree)
-        x, residual = dropout(self._embed(ids, positions), self.config.embed_dropout, self.training), None
+        x = dropout(self._embed(ids, positions), self.config.embed_dropout, self.training)
+        residual = bias = None  # x + bias + residual is the stream
         with again or nullcontext():
             for block in self.blocks:
                 if kept == "block":
-                    x, residual = checkpoint(block, x, residual, run, use_reentrant=False, preserve_rng_state=random)
+                    x, residual, bias = checkpoint(
+                        block, x, residual, bias, run, use_reentrant=False, preserve_rng_state=random
+                    )
                 else:
-                    x, residual = block(x, residual, run)
+                    x, residual, bias = block(x, residual, bias, run)
             if self.norm_f is not None:
-                x, _ = add_norm(self.norm_f, x, residual, run)
+                x, _ = add_norm(self.norm_f, x, residual, bias, run)
         x = x if self.config.width_ratio == 1.0 else x * self.config.width_ratio
         if kv_cache is not None:
             kv_cache.advance(ids.shape[1])

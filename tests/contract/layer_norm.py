@@ -7,7 +7,7 @@ from fastgpt import ops
 from fastgpt.ops.layer_norm import LAYER_NORM_BWD, LAYER_NORM_FWD
 
 FAR: Far = {
-    "layer_norm": lambda x: ops.layer_norm(x, residual=x),
+    "layer_norm": lambda x: ops.layer_norm(x, residual=x, x_bias=x[0]),
 }
 ERRORS: Errors = [
     (lambda: ops.layer_norm(rand(2, 8), rand(7)), ValueError, r"layer_norm: weight has shape \(7,\), expected \(8,\)"),
@@ -15,6 +15,11 @@ ERRORS: Errors = [
     (lambda: ops.layer_norm(rand(2, 8), residual=rand(3, 8)), ValueError, r"residual has shape \(3, 8\)"),
     (lambda: ops.layer_norm(rand(2, 8).long()), TypeError, "layer_norm: x is torch.int64, expected a floating-point"),
     (lambda: ops.layer_norm(rand(2, 0)), ValueError, r"layer_norm: x has shape \(2, 0\)"),
+    (
+        lambda: ops.layer_norm(rand(2, 8), x_bias=rand(8)),
+        ValueError,
+        "layer_norm: x_bias without residual, expected both",
+    ),
 ]
 MUTATIONS: Mutations = {
     "barrier of a reduction": (
@@ -122,8 +127,8 @@ def calls(name: str) -> Calls:
     x, w = rand(6, 33), rand(33)
     stats = torch.stack((x.mean(-1), torch.rsqrt(x.var(-1, unbiased=False) + 1e-5)))
     return {
-        "layer_norm_fwd": (LAYER_NORM_FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5)),
+        "layer_norm_fwd": (LAYER_NORM_FWD[name], (x, rand(6, 33, seed=1), w, w, 1e-5, w)),
         "layer_norm_fwd plain": (LAYER_NORM_FWD[name], (x, None, None, None, 1e-5)),
-        "layer_norm_bwd": (LAYER_NORM_BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats)),
+        "layer_norm_bwd": (LAYER_NORM_BWD[name], (x, rand(6, 33, seed=1), x, w, w, stats, w)),
         "layer_norm_bwd plain": (LAYER_NORM_BWD[name], (x, None, x, None, None, stats)),
     }

@@ -13,6 +13,11 @@ ERRORS: Errors = [
     (lambda: ops.rms_norm(rand(2, 7), rand(8)), ValueError, r"rms_norm: weight has shape \(8,\)"),
     (lambda: ops.rms_norm(rand(2, 8), residual=rand(3, 8)), ValueError, r"rms_norm: residual has shape \(3, 8\)"),
     (lambda: ops.rms_norm(rand(2, 0)), ValueError, r"rms_norm: x has shape \(2, 0\)"),
+    (
+        lambda: ops.rms_norm(rand(2, 8), residual=rand(2, 8), x_bias=rand(7)),
+        ValueError,
+        r"rms_norm: x_bias has shape \(7,\)",
+    ),
 ]
 MUTATIONS: Mutations = {
     "copy that is not waited for": ("rms_norm/cuda.cu", "cp_async_wait<1>", "cp_async_wait<2>"),
@@ -76,8 +81,8 @@ def calls(name: str) -> Calls:
     x, w = rand(6, 33), rand(33)
     rstd = torch.rsqrt(x.var(-1, unbiased=False) + 1e-5)
     return {
-        "rms_norm_fwd": (RMS_NORM_FWD[name], (x, rand(6, 33, seed=1), w, 1e-6, 1.0)),
+        "rms_norm_fwd": (RMS_NORM_FWD[name], (x, rand(6, 33, seed=1), w, 1e-6, 1.0, w)),
         "rms_norm_fwd plain": (RMS_NORM_FWD[name], (x, None, None, 1e-6, 0.0)),
-        "rms_norm_bwd": (RMS_NORM_BWD[name], (x, rand(6, 33, seed=1), x, w, rstd, 1e-6, 1.0)),
+        "rms_norm_bwd": (RMS_NORM_BWD[name], (x, rand(6, 33, seed=1), x, w, rstd, 1e-6, 1.0, w)),
         "rms_norm_bwd plain": (RMS_NORM_BWD[name], (x, None, x, None, rstd, 1e-6, 0.0)),
     }

@@ -14,7 +14,6 @@
 #include "attention/sm90.h"
 #include "attention_decode/op.h"
 #include "bias_gelu/op.h"
-#include "core/cuda/wave.cuh"
 #include "cross_entropy/op.h"
 #include "embedding/op.h"
 #include "layer_norm/op.h"
@@ -42,7 +41,8 @@ void fill(LayerNormFwdArgs& a, const py::dict& values) {
 }
 
 void fill(LayerNormBwdArgs& a, const py::dict& values) {
-  FIELD(dy); FIELD(h); FIELD(weight); FIELD(dweight); FIELD(partials); FIELD(n_rows); FIELD(n_cols); FIELD(dtype);
+  FIELD(dy); FIELD(dsum); FIELD(h); FIELD(weight); FIELD(dweight); FIELD(dx_bias); FIELD(partials); FIELD(n_rows);
+  FIELD(n_cols); FIELD(dtype);
 }
 
 void fill(RmsNormFwdArgs& a, const py::dict& values) {
@@ -50,7 +50,8 @@ void fill(RmsNormFwdArgs& a, const py::dict& values) {
 }
 
 void fill(RmsNormBwdArgs& a, const py::dict& values) {
-  FIELD(dy); FIELD(h); FIELD(weight); FIELD(dweight); FIELD(partials); FIELD(n_rows); FIELD(n_cols); FIELD(dtype);
+  FIELD(dy); FIELD(dsum); FIELD(h); FIELD(weight); FIELD(dweight); FIELD(dx_bias); FIELD(partials); FIELD(n_rows);
+  FIELD(n_cols); FIELD(dtype);
 }
 
 void fill(BiasGeluArgs& a, const py::dict& values) {
@@ -82,12 +83,17 @@ void fill(DecodeArgs& a, const py::dict& values) {
 
 // While it exists, launchers plan for a device of so many multiprocessors and launch nothing.
 struct Planning {
-  explicit Planning(int multiprocessors = 108) {
+  explicit Planning(int multiprocessors = 108) : before(emulator::machine().multiprocessors) {
     emulator::machine().launches.clear();
-    emulator::machine().dry = true, emulator::machine().multiprocessors = cuda::kSms = multiprocessors;
+    emulator::machine().dry = true, emulator::machine().multiprocessors = multiprocessors;
   }
-  ~Planning() { emulator::machine().dry = false, emulator::machine().multiprocessors = cuda::kSms = 1; }
+  ~Planning() { emulator::machine().dry = false, emulator::machine().multiprocessors = before; }
+  const int before;
 };
+
+int multiprocessors_of(const py::dict& values) {
+  return values.contains("multiprocessors") ? values["multiprocessors"].cast<int>() : 108;
+}
 
 // Returns a launcher's launches: (grid x, y, z, block x, y, z, bytes of dynamic shared memory) each.
 template <typename Args>
@@ -95,15 +101,15 @@ auto planned(void (*launcher)(const Args&, cuda::Stream)) {
   return [launcher](const py::kwargs& values) {
     Args a{};
     fill(a, values);
-    const Planning planning(values.contains("multiprocessors") ? values["multiprocessors"].cast<int>() : 108);
+    const Planning planning(multiprocessors_of(values));
     launcher(a, {});
     return emulator::machine().launches;
   };
 }
 
 template <auto kSizeOf, typename... Sizes>
-int64_t size(Sizes... sizes) {
-  const Planning planning;
+int64_t size(Sizes... sizes, const py::kwargs& values) {
+  const Planning planning(multiprocessors_of(values));
   return kSizeOf(sizes..., {});
 }
 
@@ -144,9 +150,6 @@ void begin(int multiprocessors, bool dry) {
   emulator::Machine& m = emulator::machine();
   m.launches.clear(), m.kernels.clear(), order.clear();
   m.dry = dry, m.multiprocessors = multiprocessors, m.before_launch = note_kernel;
-#if __has_include("core/cuda/wave.cuh")
-  cuda::kSms = std::min(multiprocessors, 108);  // as in csrc, whatever the device
-#endif
 }
 
 // Returns the launches since `begin`: (offset of the kernel in this library, sizes) each. Kernels run again.
@@ -154,9 +157,6 @@ std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> end() {
   emulator::Machine& m = emulator::machine();
   note_kernel();
   m.dry = false, m.multiprocessors = 1, m.before_launch = nullptr;
-#if __has_include("core/cuda/wave.cuh")
-  cuda::kSms = 1;
-#endif
   Dl_info here{};
   dladdr(reinterpret_cast<const void*>(&begin), &here);
   std::vector<std::pair<uintptr_t, std::array<uint64_t, 7>>> found;
@@ -177,6 +177,11 @@ extern "C" __attribute__((visibility("default"))) void fastgpt_set_schedule(int 
 
 // The compute capability of the device: 80, or 90 for kernels of sm_90a.
 extern "C" __attribute__((visibility("default"))) void fastgpt_set_chip(int chip) { emulator::machine().chip = chip; }
+
+// The number of multiprocessors of the device that kernels run on, 1 if it is not set.
+extern "C" __attribute__((visibility("default"))) void fastgpt_set_multiprocessors(int count) {
+  emulator::machine().multiprocessors = count;
+}
 
 PYBIND11_MODULE(kernels, m) {
   m.def("layer_norm_fwd", planned(cuda::layer_norm_fwd));

@@ -41,18 +41,36 @@ def check(launch: Launch, static: int = 4096) -> None:
 
 @pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("dtype", [0, 1])
-def test_norms_cover_all_rows_and_stay_in_their_workspace(kernels: Any, op: str, dtype: int) -> None:
-    given = pointers("x", "y", "dy", "h", "weight", "dweight", "partials")
-    for n_cols in WIDTHS:
-        for n_rows in (1, 5, 107, 433, 4097, 2**20):
-            sizes = {"n_rows": n_rows, "n_cols": n_cols, "dtype": dtype, "x_row": n_cols}
-            (forward,) = getattr(kernels, f"{op}_fwd")(**given, **sizes)
-            check(forward)
-            assert forward[0] * forward[4] >= n_rows > (forward[0] - 1) * forward[4]
-            backward, reduce = getattr(kernels, f"{op}_bwd")(**given, **sizes)
-            check(backward), check(reduce)
-            assert backward[0] <= getattr(kernels, f"{op}_bwd_blocks")(n_rows, n_cols) <= n_rows
-            assert reduce[0] * 32 >= n_cols
+@pytest.mark.parametrize("multiprocessors", [108, 132])
+def test_norms_cover_all_rows_and_stay_in_their_workspace(
+    kernels: Any, op: str, dtype: int, multiprocessors: int
+) -> None:
+    given = pointers("x", "y", "dy", "h", "weight", "dweight", "partials") | {"multiprocessors": multiprocessors}
+    blocks = getattr(kernels, f"{op}_bwd_blocks")
+    for n_cols, n_rows, x_bias in itertools.product(WIDTHS, (1, 5, 107, 433, 4097, 2**20), (False, True)):
+        sizes = {"n_rows": n_rows, "n_cols": n_cols, "dtype": dtype, "x_row": n_cols}
+        (forward,) = getattr(kernels, f"{op}_fwd")(**given, **sizes)
+        check(forward)
+        assert forward[0] * forward[4] >= n_rows > (forward[0] - 1) * forward[4]
+        more = pointers("dx_bias", "dsum") if x_bias else {}
+        backward, reduce = getattr(kernels, f"{op}_bwd")(**given, **sizes, **more)
+        check(backward), check(reduce)
+        assert backward[0] <= blocks(n_rows, n_cols, multiprocessors=multiprocessors) <= n_rows
+        assert reduce[0] * 32 >= n_cols and reduce[1] == (op == "layer_norm") + 1 + x_bias
+
+
+def test_sums_over_rows_fill_the_device(kernels: Any) -> None:
+    """One wave of blocks, as many as registers and 164 KB of shared memory allow; GPT-2's shapes."""
+    norm = pointers("dy", "h", "weight", "dweight", "partials") | {"n_rows": 65536, "n_cols": 768, "dtype": 1}
+    gelu = pointers("x", "dy", "out", "dbias", "partials") | {"n_rows": 65536, "n_cols": 3072, "dtype": 1}
+    for count in (108, 132):
+        at = {"multiprocessors": count}
+        for more, resident in (((), (4, 5)), (("dsum",), (4, 4)), (("dsum", "dx_bias"), (3, 4))):
+            for op, blocks in zip(("layer_norm", "rms_norm"), resident):
+                launch = getattr(kernels, f"{op}_bwd")(**norm, **pointers(*more), **at)[0]
+                assert launch[0] == blocks * count and math.prod(launch[3:6]) == 128, (op, more, count)
+        launch = kernels.bias_gelu_bwd(**gelu, **at)[0]
+        assert launch[0] * math.prod(launch[3:6]) == 768 * count
 
 
 def test_one_launch_takes_no_shared_memory_from_anothers(kernels: Any) -> None:

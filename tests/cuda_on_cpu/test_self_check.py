@@ -32,7 +32,9 @@ def rand(*shape: int) -> Tensor:
 
 
 def norm(op: Callable[..., Any], n_cols: int, n_affine: int) -> None:
-    for out in (op(rand(N, n_cols), *(rand(n_cols) for _ in range(n_affine)), residual=rand(N, n_cols)),):
+    for x_bias in (None, rand(n_cols)):
+        affine = [rand(n_cols) for _ in range(n_affine)]
+        out = op(rand(N, n_cols), *affine, residual=rand(N, n_cols), x_bias=x_bias)
         torch.autograd.backward(out, [torch.ones_like(t) for t in out])
 
 

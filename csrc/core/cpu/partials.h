@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <vector>
 
+#include "core/column_sum.h"
 #include "core/cpu/parallel.h"
 #include "core/cpu/simd.h"
 
@@ -54,16 +55,15 @@ FASTGPT_CLONES static void add_blocks(const float* partials, int64_t n_blocks, i
   }
 }
 
-// Sums partials (row_blocks(n_rows), outs.size(), C), unless null, into outs[i] (C), unless null.
-inline void add_partials(const float* partials, int64_t n_rows, int64_t n_cols, DType dtype,
-                         std::initializer_list<void*> outs) {
+// Adds partials (row_blocks(n_rows), n_sums, C), unless null, up into the first n_sums of `sums`.
+inline void add_partials(const float* partials, int64_t n_rows, int64_t n_cols, int64_t n_sums,
+                         std::initializer_list<ColumnSum> sums) {
   if (partials == nullptr) return;
   parallel_for(n_cols, 1024, [&](int64_t begin, int64_t end) {
-    const float* sums = partials;
-    for (void* out : outs) {
-      const int64_t step = static_cast<int64_t>(outs.size()) * n_cols;
-      if (out != nullptr) add_blocks(sums, row_blocks(n_rows), step, dtype, out, begin, end);
-      sums += n_cols;
+    for (int64_t i = 0; i < n_sums; ++i) {
+      const ColumnSum to = sums.begin()[i];
+      if (to.out == nullptr) continue;
+      add_blocks(partials + i * n_cols, row_blocks(n_rows), n_sums * n_cols, to.dtype, to.out, begin, end);
     }
   });
 }

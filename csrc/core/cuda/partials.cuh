@@ -1,6 +1,7 @@
 // Gradients of parameters that all rows share. Each block sums its rows in registers and writes one fp32 partial; a
 // second kernel adds the partials in order. Without atomics, every run gives the same bits.
 #pragma once
+#include "core/column_sum.h"
 #include "core/cuda/launch.cuh"
 #include "core/cuda/reduce.cuh"
 #include "core/cuda/vec.cuh"
@@ -35,37 +36,40 @@ __device__ __forceinline__ void write_partial(const float (&sums)[kPacks][L], in
   }
 }
 
-// Sums partials (n_blocks, gridDim.y, n) into outs[blockIdx.y] (n) unless it is null: 32 columns per block, threadIdx.y
+// Sums partials (n_blocks, gridDim.y, n) into sums[blockIdx.y] (n), of T or fp32: 32 columns per block, threadIdx.y
 // strides over the partials.
-struct Sums {
-  const float* partials;
-  void* outs[2];
+struct Partials {
+  const float* data;
+  ColumnSum sums[3];
   int64_t n_blocks, n;
 };
 
-template <typename W>
-__global__ void __launch_bounds__(1024) add_partials_kernel(const Sums s) {
+template <typename T>
+__global__ void __launch_bounds__(1024) add_partials_kernel(const Partials p) {
   __shared__ float sums[32][33];
-  void* out = blockIdx.y == 0 ? s.outs[0] : s.outs[1];
-  if (out == nullptr) return;
+  const ColumnSum to = blockIdx.y == 0 ? p.sums[0] : blockIdx.y == 1 ? p.sums[1] : p.sums[2];
+  if (to.out == nullptr) return;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
   float sum = 0.0f;
-  if (c < s.n) {
+  if (c < p.n) {
 #pragma unroll 8
-    for (int64_t b = threadIdx.y; b < s.n_blocks; b += 32) {
-      sum += __ldg(s.partials + (b * gridDim.y + blockIdx.y) * s.n + c);
+    for (int64_t b = threadIdx.y; b < p.n_blocks; b += 32) {
+      sum += __ldg(p.data + (b * gridDim.y + blockIdx.y) * p.n + c);
     }
   }
   sums[threadIdx.x][threadIdx.y] = sum;
   __syncthreads();
   const float total = warp_sum(sums[threadIdx.y][threadIdx.x]);  // warp y adds column y
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.y;
-  if (threadIdx.x == 0 && column < s.n) static_cast<W*>(out)[column] = narrow<W>(total);
+  if (threadIdx.x != 0 || column >= p.n) return;
+  if (to.dtype == DType::f32) static_cast<float*>(to.out)[column] = total;
+  else static_cast<T*>(to.out)[column] = narrow<T>(total);
 }
 
-template <typename W>
-void add_partials(const Sums& s, int n_outs, Stream stream) {
-  launch("add_partials_kernel", add_partials_kernel<W>, Grid{(s.n + 31) / 32, n_outs}, dim3(32, 32), 0, stream, s);
+// n_sums: how many of p.sums there are.
+template <typename T>
+void add_partials(const Partials& p, int n_sums, Stream stream) {
+  launch("add_partials_kernel", add_partials_kernel<T>, Grid{(p.n + 31) / 32, n_sums}, dim3(32, 32), 0, stream, p);
 }
 
 }  // namespace fastgpt::cuda
