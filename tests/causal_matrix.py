@@ -1,7 +1,8 @@
 """What fastgpt.patch replaces in each causal language model of transformers: check it, and write docs/families.md.
 
-`python tests/causal_matrix.py [--kept FOLDER] [TYPE ...]` checks the types, prints the page, and keeps each result in a
-folder, from which the next run goes on.
+`python tests/causal_matrix.py [--kept FOLDER] [TYPE ...]` checks the types and keeps each result in a folder, from
+which the next run goes on. `--write` writes the results to causal_rows.jsonl, from which the page is made and the types
+are grouped by the patterns recognised in them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,20 @@ from typing import Any
 import causal_models
 import torch
 from causal_models import VOCAB, B, T
-from hf_parity import exact, excess, outcome
+from hf_parity import exact, excess, excess_of_runs, outcome
 from torch import Tensor
 
 import fastgpt
 from fastgpt.patching import PARTS, _find
+from fastgpt.patching._recognise import Found
 from fastgpt.patching._replace import GatedNorm
 
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+ROWS = Path(__file__).with_name("causal_rows.jsonl")
+RECORDED = ("kind", "model", "ops", "left", "notes", "patterns")  # of a row, in ROWS
 INPUTS = ("plain", "left padding", "packed")
 NEW = 6  # tokens to generate
 EPS = torch.finfo(torch.float32).eps
-GROUPS = (  # types of which each has a pattern that the others lack
-    "bamba", "bart", "bert", "cohere", "deepseek_v3", "ernie4_5", "gemma2", "gemma3n_text", "glm4", "gpt2", "granite",
-    "llama", "mamba", "minicpm3", "mixtral", "nemotron", "olmo", "phi3", "qwen3_next",
-)  # fmt: skip
 
 
 @dataclass
@@ -50,10 +50,18 @@ class Row:
     error: float = 0.0  # of the unpatched model's logits
 
     @property
+    def uncompared(self) -> str:
+        """Why not even plain batches were compared; empty if they were."""
+        return next((n for n in self.notes if n.startswith("plain")), "")
+
+    @property
     def full(self) -> bool:
         """Whether the ops compute every part that the type has."""
-        compared = not any(n.startswith("plain") for n in self.notes)
-        return bool(self.ops) and compared and not any(self.left.values()) and not self.wrong
+        return bool(self.ops) and not self.uncompared and not any(self.left.values()) and not self.wrong
+
+    def recorded(self) -> dict[str, Any]:
+        """Return what ROWS holds of it."""
+        return {name: getattr(self, name) for name in RECORDED}
 
 
 def inputs_of(name: str) -> dict[str, Any]:
@@ -82,14 +90,10 @@ def run(model: Any, name: str, seed: int = 0, how: Any = outcome) -> dict[str, T
     return how(model, causal_models.tokens(seed), labels_for(name, seed), 2, VOCAB, **inputs_of(name))
 
 
-def patterns_of(model: Any) -> list[str]:
-    """Return what patch recognises in a model, more finely than by op."""
-    found = set()
-    for _, _, f in _find(model, False):
-        if f.op:
-            call = getattr(f.call, "__name__", type(f.call).__name__)
-            found.add(" ".join([f.part, f.op, *_details(f, call)]))
-    return sorted(found)
+def _pattern(f: Found) -> str:
+    """Return what patch recognised, more finely than by op."""
+    call = getattr(f.call, "__name__", type(f.call).__name__)
+    return " ".join([f.part, f.op, *_details(f, call)])
 
 
 def _details(f: Any, call: str) -> list[str]:
@@ -113,13 +117,12 @@ def _details(f: Any, call: str) -> list[str]:
 
 def check(kind: str, quick: bool = False) -> Row:
     """Check one type; quick: all parts together on plain input alone, without generation."""
-    row = Row(kind)
     model = causal_models.make(kind)
-    row.model, row.patterns = type(model).__name__, patterns_of(model)
-    report = fastgpt.patch_report(fastgpt.patch(copy.deepcopy(model), dry_run=True))
+    found = [f for _, _, f in _find(model, False)]
+    row = Row(kind, type(model).__name__, patterns=sorted({_pattern(f) for f in found if f.op}))
     for part in PARTS:
-        row.ops[part] = sorted({e.op for e in report.replaced if e.part == part})
-        row.left[part] = sorted({e.why for e in report.left if e.part == part})
+        row.ops[part] = sorted({f.op for f in found if f.part == part and f.op})
+        row.left[part] = sorted({f.why for f in found if f.part == part and not f.op})
     for name in INPUTS[:1] if quick else INPUTS:
         _compare(row, model, name, quick)
     if not quick:
@@ -133,6 +136,9 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
         base, truth = run(copy.deepcopy(model), name), run(model, name, how=exact)
     except Exception as e:  # the model does not take such input
         row.notes.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+        return
+    if any(t.isnan().any() for out in (base, truth) for t in out.values()):
+        row.notes.append(f"{name}: without a patch its outputs are not numbers")
         return
     parts = [p for p in PARTS if row.ops[p]] if name == "plain" and not quick else []
     for only in [*parts, None]:
@@ -154,16 +160,12 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
 
 
 def _again(model: Any, patched: Any, name: str) -> dict[str, float]:
-    """Return what breaks the rule over several batches together: an error is a random number, and that of a small
-    tensor may be small by chance in one batch."""
-    sides: list[dict[str, list[Tensor]]] = [{}, {}, {}]
-    for seed in range(1, 6):
-        runs = run(patched, name, seed), run(copy.deepcopy(model), name, seed), run(model, name, seed, exact)
-        for side, out in zip(sides, runs):
-            for n, t in out.items():
-                side.setdefault(n, []).append(t.double().flatten())
-    shared = [n for n in sides[2] if all(len(side.get(n, ())) == 5 for side in sides)]
-    return excess(*({n: torch.cat(side[n]) for n in shared} for side in sides), EPS)
+    """Return what breaks the rule over several batches together."""
+    runs = [
+        (run(patched, name, seed), run(copy.deepcopy(model), name, seed), run(model, name, seed, exact))
+        for seed in range(1, 6)
+    ]
+    return excess_of_runs(runs, EPS)
 
 
 def _strictly(row: Row, patched: Any) -> None:
@@ -206,7 +208,7 @@ def _generate(row: Row, model: Any) -> None:
 
 def kept(kind: str, folder: Path | None, quick: bool = False) -> Row:
     """Return the result of a type, from the folder if it is there; an exception of the type itself is a note."""
-    path = folder / f"{kind}.json" if folder else None
+    path = folder / f"{kind}{'.quick' if quick else ''}.json" if folder else None
     if path and path.exists():
         return Row(**json.loads(path.read_text()))
     torch.manual_seed(0)
@@ -219,8 +221,22 @@ def kept(kind: str, folder: Path | None, quick: bool = False) -> Row:
     return row
 
 
-def page(rows: list[Row], quick: bool) -> str:
-    """Return docs/families.md; quick: how the rows were compared."""
+def recorded() -> list[Row]:
+    """Return the rows of ROWS."""
+    return [Row(**json.loads(line)) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def groups(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Return the types with the same patterns, under the first of them; of those that were built and compared."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row.ops and not row.uncompared:
+            found.setdefault(tuple(row.patterns), []).append(row.kind)
+    return {kinds[0]: kinds for kinds in found.values()}
+
+
+def page(rows: list[Row]) -> str:
+    """Return docs/families.md."""
     notes: list[str] = []
 
     def number(text: str) -> int:
@@ -237,19 +253,23 @@ def page(rows: list[Row], quick: bool) -> str:
             cells.append(f"{ops}{', ' if ops and left else ''}{'left' if left else ''}{left}" or "none")
         if not row.ops:
             cells = [f"left [{number(row.notes[0])}]"] * len(PARTS)
-        bad = " **WRONG**" if row.wrong else ""
-        lines.append(f"| {row.kind}{bad} | {' | '.join(cells)} |")
+        name = f"{row.kind}, not compared [{number(row.uncompared)}]" if row.uncompared else row.kind
+        lines.append(f"| {name}{' **WRONG**' if row.wrong else ''} | {' | '.join(cells)} |")
     counts = [sum(r.full for r in rows), sum(bool(r.wrong) for r in rows)]
     return ABOUT.format(
-        full=counts[0], partly=len(rows) - sum(counts), wrong=counts[1], types=len(rows),
+        full=counts[0], partly=len(rows) - sum(counts), wrong=counts[1], types=len(rows), groups=len(groups(rows)),
         parts=" | ".join(PARTS), rule="---|" * (len(PARTS) + 1), rows="\n".join(lines),
         notes="".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1)),
-        how=QUICK if quick else "",
     )  # fmt: skip
 
 
-QUICK = """ It was last written with `--quick`, which compares all parts together on plain batches and nothing else;
-the rest is compared by that test."""
+def write(rows: list[Row]) -> None:
+    """Write ROWS and PAGE."""
+    lines = (json.dumps(row.recorded(), ensure_ascii=False) + "\n" for row in rows)
+    ROWS.write_text("".join(lines), encoding="utf-8")
+    PAGE.write_text(page(rows), encoding="utf-8")
+
+
 ABOUT = """# Families
 
 What `fastgpt.patch(model)` replaces in the causal language models of Hugging Face transformers 5.23, and by which op:
@@ -262,8 +282,9 @@ batches. The error may be at most 2 (outputs) or 3 (gradients) times that of the
 last place. Greedy generation with the cache must give the same tokens, and the model must be the same bit for bit
 after `unpatch`. "none" is a part that the type does not have.
 
-`python tests/causal_matrix.py > docs/families.md` writes this page, and a test marked `extended` fails if it differs
-from the results.{how}
+Types in which the same patterns are recognised form a group; there are {groups} groups. Tests marked `extended` check
+every type in this way; `make test` checks one type of each group, with all parts together on plain batches.
+`python tests/causal_matrix.py --write` writes this page, and a test fails if it differs from the results.
 
 | type | {parts} |
 |{rule}
@@ -279,18 +300,24 @@ def main() -> None:
     parser.add_argument("types", nargs="*", help="default: all")
     parser.add_argument("--quick", action="store_true", help="compare all parts together on plain batches alone")
     parser.add_argument("--kept", type=Path, help="folder of results to go on from")
+    parser.add_argument("--write", action="store_true", help=f"write {ROWS.name} and {PAGE.name}")
     args = parser.parse_args()
+    if args.write and (args.quick or args.types):
+        parser.error("--write needs every type, without --quick")
     warnings.simplefilter("ignore")
     if args.kept:
         args.kept.mkdir(parents=True, exist_ok=True)
     rows = []
     for kind in args.types or causal_models.types():
-        rows.append(kept(kind, args.kept, args.quick))
-        row = rows[-1]
+        row = kept(kind, args.kept, args.quick)
+        rows.append(row)
         state = "full" if row.full else "WRONG" if row.wrong else "partly" if row.ops else "NOT BUILT"
         left = {p: w for p, w in row.left.items() if w}
-        print(f"{kind}: {state} {left or ''} {row.wrong or ''} {row.notes or ''}", file=sys.stderr, flush=True)
-    print(page(rows, args.quick), end="")
+        print(f"{kind}: {state} {left or ''} {row.wrong or ''} {row.notes or ''}", flush=True)
+    if any(row.wrong for row in rows):
+        raise SystemExit("some types are wrong; nothing was written")
+    if args.write:
+        write(rows)
 
 
 if __name__ == "__main__":

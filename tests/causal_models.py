@@ -74,20 +74,42 @@ _VALUES: list[tuple[Any, str]] = [
 ]
 SIZES: dict[str, Any] = {name: value for value, names in reversed(_VALUES) for name in names.split()}
 FULL: dict[str, Any] = dict(attention_type="original_full")
+WINDOWS_AND_ALL = ["sliding_attention", "full_attention"]
+SHARED: dict[str, Any] = dict(  # the last two layers use the keys and values of the first two
+    num_hidden_layers=4, layer_types=2 * WINDOWS_AND_ALL, num_kv_shared_layers=2
+)
+SHARED_3N: dict[str, Any] = dict(vocab_size_per_layer_input=VOCAB, **SHARED)
+SECTIONS: dict[str, Any] = dict(rope_type="default", rope_theta=1e4, mrope_section=[4, 2, 2])
+INDEXED: dict[str, Any] = dict(
+    ngram_vocab_size_base=50, hc_lowrank=8, indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=HEAD_DIM,
+    indexer_budget=4, indexer_compress_ratio=2, rope_parameters=SECTIONS,
+)  # fmt: skip
+_PER_LAYER = ("vocab_size_per_layer_input", "hidden_size_per_layer_input")
+ASSISTANT: dict[str, Any] = dict(  # the default is refused
+    hidden_size=HIDDEN,
+    num_hidden_layers=2,
+    vocab_size=VOCAB,
+    vocab_size_per_layer_input=0,
+    hidden_size_per_layer_input=0,
+)
 HYBRID: dict[str, Any] = dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"])
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "bamba": dict(attn_layer_indices=[1]),
     "big_bird": FULL,
     "bigbird_pegasus": FULL,
+    "cohere_compass_text": dict(layer_types=WINDOWS_AND_ALL, rope_parameters=dict.fromkeys(WINDOWS_AND_ALL, SECTIONS)),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
         ffn_config=dict(ffn_hidden_size=INNER, moe_num_experts=4, moe_top_k=2, hidden_size=HIDDEN),
     ),
     "falcon_h1": dict(mamba_d_ssm=128),
-    "gemma3n": dict(vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0),
-    "gemma3n_text": dict(vocab_size_per_layer_input=VOCAB, num_kv_shared_layers=0),
-    "gemma4": dict(vocab_size_per_layer_input=VOCAB),
-    "gemma4_text": dict(vocab_size_per_layer_input=VOCAB),
+    "gemma3n": SHARED_3N,
+    "gemma3n_text": SHARED_3N,
+    "gemma4": SHARED_3N,
+    "gemma4_assistant": dict(text_config=ASSISTANT),
+    "gemma4_text": SHARED_3N,
+    "gemma4_unified": SHARED,
+    "gemma4_unified_text": SHARED,
     "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
@@ -95,9 +117,9 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "longcat_flash": dict(zero_expert_num=2, num_key_value_heads=HEADS),
     "mamba2": dict(num_heads=8),
     "recurrent_gemma": dict(num_hidden_layers=3),
-    "reformer": dict(attn_layers=["local", "lsh"], axial_pos_shape=(8, 8), axial_pos_embds_dim=(32, 32)),
-    "qwen4_exp": dict(ngram_vocab_size_base=50),
-    "qwen4_exp_text": dict(ngram_vocab_size_base=50),
+    "reformer": dict(attn_layers=["local", "lsh"], axial_pos_shape=(3, 4), axial_pos_embds_dim=(32, 32)),
+    "qwen4_exp": INDEXED,
+    "qwen4_exp_text": INDEXED,
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(attention_hidden_size=None, **HYBRID),
     "zamba2": HYBRID,
@@ -156,7 +178,7 @@ def _settings(cls: Any, extra: dict[str, Any]) -> dict[str, Any]:
     if "kv_lora_rank" in fields:  # every head has keys of its own
         made |= {n: HEADS for n in ("num_key_value_heads",) if n in fields}
     made |= {"pad_token_id": None if fields["pad_token_id"] is None else 0} if "pad_token_id" in fields else {}
-    inner = getattr(cls, "sub_configs", None)
+    inner = (getattr(cls, "sub_configs", None) or {}).keys() - extra.keys()
     if inner:
         whole = cls()
         made |= {n: _settings(type(c), {}) for n in inner if (c := getattr(whole, n, None)) is not None}

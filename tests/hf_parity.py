@@ -39,14 +39,19 @@ def outcome(model: Any, ids: Tensor, labels: Tensor, sets: int, vocab: int, **in
         return {**out, "logits": model(input_ids=ids, **inputs).logits}
 
 
-def exact(model: Any, *args: Any, **inputs: Any) -> dict[str, Tensor]:
-    """Return the outcome of the model in fp64; grouped products of experts do not have it."""
+def in_fp64(model: Any) -> Any:
+    """Return a copy of the model in fp64, with experts one by one: their grouped products do not have it."""
     wide = copy.deepcopy(model).double()
     for m in wide.modules():
         if hasattr(getattr(m, "config", None), "_experts_implementation"):
             m.config._experts_implementation = "eager"
+    return wide
+
+
+def exact(model: Any, *args: Any, **inputs: Any) -> dict[str, Tensor]:
+    """Return the outcome of the model in fp64."""
     with InFp64():
-        return outcome(wide, *args, **inputs)
+        return outcome(in_fp64(model), *args, **inputs)
 
 
 def excess(ours: dict[str, Tensor], base: dict[str, Tensor], truth: dict[str, Tensor], eps: float) -> dict[str, float]:
@@ -60,3 +65,14 @@ def excess(ours: dict[str, Tensor], base: dict[str, Tensor], truth: dict[str, Te
         if not ratio <= 1:
             worst[name] = ratio
     return worst
+
+
+def excess_of_runs(runs: list[tuple[dict[str, Tensor], ...]], eps: float) -> dict[str, float]:
+    """Return by how much each tensor breaks the rule over several runs (ours, base, truth) together.
+
+    An error is a random number, and that of a small tensor may be small by chance in one run. Tensors that some run
+    lacks, such as the gradient of an expert without tokens, are left out.
+    """
+    names = [n for n in runs[0][2] if all(n in side for run in runs for side in run)]
+    sides = [{n: torch.cat([out[n].double().flatten() for out in side]) for n in names} for side in zip(*runs)]
+    return excess(sides[0], sides[1], sides[2], eps)

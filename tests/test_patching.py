@@ -629,6 +629,42 @@ def test_every_call_of_sdpa_is_replaced_and_what_the_op_does_not_cover_is_pytorc
     )
 
 
+def holding(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return call
+
+
+def hiding(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, function: Any = function) -> Any:
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("decorator", [holding, hiding])
+def test_decorated_methods(decorator: Any) -> None:
+    """What a decorated method calls is replaced too, if the decorator can be rebuilt around it."""
+
+    class Attends(nn.Module):
+        @decorator
+        def forward(self, q: Tensor) -> Tensor:
+            return scaled_dot_product_attention(q, q, q)
+
+    model, q = nn.ModuleList([Attends(), nn.LayerNorm(C)]).to(DEVICE), torch.randn(2, H, T, 16, device=DEVICE)
+    wanted = model[0](q)
+    report = fastgpt.patch_report(fastgpt.patch(model, quiet=True))
+    attention = [e for e in (*report.replaced, *report.left) if e.part == "attention"]
+    assert [e.op or e.why for e in attention] == [
+        "attention" if decorator is holding else "its method has a decorator that cannot be rebuilt"
+    ]
+    torch.testing.assert_close(model[0](q), wanted)
+    assert "forward" not in fastgpt.unpatch(model)[0].__dict__
+
+
 def test_sdpa_groups_no_heads_unasked_and_strict_mode_forbids_falling_back() -> None:
     q, k = torch.randn(1, 4, 3, 8, device=DEVICE), torch.randn(1, 2, 3, 8, device=DEVICE)
     with pytest.raises(RuntimeError, match="size"):

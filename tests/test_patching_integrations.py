@@ -279,14 +279,14 @@ os._exit(0)  # threads of gloo that are still alive may abort the usual exit
 """
 
 
-def run(code: str, *launcher: str, **env: str) -> str:
+def run(code: str, *launcher: str, limit: int = 300, **env: str) -> str:
     """Return the standard output of Python code in separate processes, started in an empty folder."""
     here = Path(__file__).parent
     path = os.pathsep.join([p for p in sys.path if p])
     variables = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TESTS": str(here), **env}
     command = [sys.executable, *launcher, *([] if launcher else ["-c"]), *([] if launcher else [code])]
     folder = env.get("FOLDER", "/")
-    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=folder, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, cwd=folder, timeout=limit)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

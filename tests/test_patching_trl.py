@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import patched_pairs
 import pytest
 import torch
 from hf_models import make
+from patched_pairs import Trial, kinds
 from preference_rows import VOCAB
 from torch import Tensor
 from trl_trainers import LIMIT, PLAIN, words
@@ -38,7 +41,7 @@ LLAMA: dict[str, Any] = dict(norm="rms", activation="swiglu", mlp_width=48, posi
 
 def trained(
     kind: str,
-    family: str | Path,
+    family: str | Path | Callable[[int], Any],
     folder: Path,
     patch: bool,
     metrics: bool = True,
@@ -50,7 +53,7 @@ def trained(
     depend on the sign of gradients that are rounding alone.
 
     Args:
-        family: of a random model, or the folder of one.
+        family: of a random model, the folder of one, or a function that makes one from a seed.
         rows: the data; DATA's of the trainer if None.
     """
     import trl
@@ -88,8 +91,10 @@ def trained(
     return dict(model.state_dict()), trainer.state.log_history
 
 
-def opened(family: str | Path, seed: int = 0) -> Any:
-    """Return a random model of a family, or the model in a folder."""
+def opened(family: str | Path | Callable[[int], Any], seed: int = 0) -> Any:
+    """Return a random model of a family, the model in a folder, or what a function makes."""
+    if callable(family):
+        return family(seed)
     if isinstance(family, str):
         return make(family, seed=seed)
     from transformers import AutoModelForCausalLM
@@ -146,6 +151,29 @@ def test_the_layers_may_be_patched_too(layers: str, tmp_path: Path) -> None:
     for name, p in expected.items():
         torch.testing.assert_close(found[name], p, rtol=1e-3, atol=1e-5, msg=name)
     assert [row["loss"] for row in ours[:2]] == pytest.approx([row["loss"] for row in log[:2]], rel=1e-4)
+
+
+def tiny(kind: str, seed: int = 0) -> Any:
+    """Return a tiny model of this type of transformers; of another seed, with other weights."""
+    model = patched_pairs.make(kind)
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters() if seed else ()):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+@kinds(others=pytest.mark.extended)
+@pytest.mark.parametrize("trainer", ["SFT", "DPO", "GRPO"])
+def test_trainers_of_patched_models(kind: str, trainer: str, tmp_path: Path) -> None:
+    """The model is patched, the trainer is not."""
+    family, options = functools.partial(tiny, kind), dict[str, Any](rows=DATA[trainer], patch=False)
+    expected, log = trained(trainer, family, tmp_path / "a", **options)
+    found, ours = trained(trainer, family, tmp_path / "b", layers="before" if Trial.patching else "", **options)
+    start = tiny(kind).state_dict()
+    for name, p in expected.items():
+        moved = (p - start[name]).norm()
+        assert (found[name] - p).norm() <= 1e-3 * moved + 1e-6 * p.norm(), name
+    assert [row["loss"] for row in ours[:2]] == pytest.approx([row["loss"] for row in log[:2]], rel=1e-3, abs=1e-5)
 
 
 def text(draw: random.Random, longest: int) -> str:

@@ -16,6 +16,7 @@ once.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -120,6 +121,21 @@ def own_masks(module: Any, attribute: str, rebound: Any, *args: Any, **kwargs: A
     if module.__dict__.get(WEIGHTS, False):
         return getattr(type(module), attribute)(module, *args, **kwargs)
     return rebound(module, *args, **kwargs)
+
+
+def last_queries(module: Any, attribute: str, *args: Any, **kwargs: Any) -> Any:
+    """Run Gemma 4's method that keeps the last queries, and their rows of the masks, for layers with shared keys.
+
+    Our masks hold for any number of last queries, but for those of documents: then it keeps all.
+    """
+    own = getattr(type(module), attribute)
+    given = {**dict(zip(list(inspect.signature(own).parameters)[1:], args)), **kwargs}
+    ours = {name: m for name, m in given["causal_mask_mapping"].items() if is_ours(m)}
+    given["causal_mask_mapping"] = {n: m for n, m in given["causal_mask_mapping"].items() if n not in ours}
+    if any(m.shape[1] > 2 for m in ours.values()):
+        given["logits_to_keep"] = None
+    *rest, masks = own(module, **given)
+    return *rest, {**masks, **ours}
 
 
 def mask(

@@ -21,6 +21,7 @@ NO_REGISTRY: dict[str, Any] = {
     "GPTJAttention": _attention.gptj,
     "GPTNeoSelfAttention": _attention.gpt_neo,
 }  # eager, in `_attn`
+LAST_QUERIES = "_maybe_slice_kv_shared_inputs"  # Gemma 4's method that slices masks
 OWN_WAY = "it computes attention in its own way"
 
 
@@ -117,6 +118,9 @@ def _base_model(name: str, model: Any) -> Iterator[tuple[str, nn.Module, Found]]
             model,
             Found("attention", what, "attention", attribute=attribute, call=_attention.own_masks, arguments=arguments),
         )
+    if hasattr(model, LAST_QUERIES):
+        options: dict[str, Any] = dict(attribute=LAST_QUERIES, arguments=(LAST_QUERIES,))
+        yield name, model, Found("attention", what, "attention", call=_attention.last_queries, **options)
 
 
 def _strange(model: Any, makers: dict[str, Any]) -> str:

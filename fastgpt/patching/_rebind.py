@@ -50,14 +50,15 @@ def find(module: nn.Module) -> list[Found]:
     found = []
     theirs = type(module).__module__.startswith("transformers.")
     for attribute, f in methods(module):
-        if attribute == "__init__":
+        inner = innermost(f)
+        if attribute == "__init__" or not isinstance(inner, types.FunctionType):
             continue
-        targets = [*_rope.functions(f), *(t for t in (IN_TRANSFORMERS if theirs else FUNCTIONS) if calls(f, t))]
-        targets += _activations(f) if theirs else []
+        targets = [*_rope.functions(inner), *(t for t in (IN_TRANSFORMERS if theirs else FUNCTIONS) if calls(inner, t))]
+        targets += _activations(inner) if theirs else []
         for target in targets:
             part, op = _part_and_op(target)
             what = f"{name_of(module)}.{attribute}: {getattr(target, '__name__', type(target).__name__)}"
-            why = _refusal(f)
+            why = _refusal(inner) or ("" if _holds(f) else "its method has a decorator that cannot be rebuilt")
             if not why and part == "rope" and _rope.recognise(target) is None:
                 why = "it is not a rotation that the op computes"
             found.append(Found(part, what, "" if why else op, why, attribute=attribute, function=target))
@@ -143,9 +144,15 @@ def _copy(f: types.FunctionType, scope: dict[str, Any], closure: Any) -> types.F
     return new
 
 
+def _holds(f: Any) -> bool:
+    """Return whether every decorator of f holds the function that it decorates, so that it can be rebuilt."""
+    wrapped = f.__dict__.get("__wrapped__")
+    return wrapped is None or (any(c.cell_contents is wrapped for c in f.__closure__ or ()) and _holds(wrapped))
+
+
 def _redecorate(f: types.FunctionType, old: Any, new: Any) -> types.FunctionType:
     cells = f.__closure__ or ()
-    if not any(c.cell_contents is old for c in cells):
+    if not _holds(f):
         raise ValueError(f"patch: {f.__qualname__} has a decorator that cannot be rebuilt")
     again = _copy(f, f.__globals__, tuple(types.CellType(new) if c.cell_contents is old else c for c in cells))
     again.__dict__["__wrapped__"] = new
