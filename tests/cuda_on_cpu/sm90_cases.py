@@ -12,6 +12,7 @@ from fastgpt.parity import Case
 BF16, F16 = torch.bfloat16, torch.float16
 SHAPES: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
     ((1, 300, 300, 4, 2, 64), {"causal": True}),
+    ((1, 200, 250, 2, 1, 64), {"causal": True}),  # the diagonal crosses two tiles of keys
     ((1, 300, 300, 2, 1, 128), {"causal": True, "return_lse": True}),
     ((2, 130, 260, 2, 2, 128), {}),
     ((1, 129, 513, 1, 1, 64), {"causal": True}),  # more keys than queries
