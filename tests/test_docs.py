@@ -100,7 +100,7 @@ def test_environment_page_has_every_variable() -> None:
 
 def test_every_page_is_reachable_and_every_link_leads_somewhere() -> None:
     navigation = (DOCS / "navigation.md").read_text(encoding="utf-8")
-    entries = set(re.findall(r"^([\w/]+)$", navigation, re.M))
+    entries = set(re.findall(r"^([\w/-]+)$", navigation, re.M))
     pages = {p.relative_to(DOCS).with_suffix("").as_posix() for p in DOCS.rglob("*.md")}
     assert pages - entries <= {name.removesuffix(".md") for name in site.NO_PAGES}
     assert entries - pages == {

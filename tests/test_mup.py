@@ -170,6 +170,7 @@ def test_a_run_resumes_with_its_base_only(tmp_path: Path, monkeypatch: pytest.Mo
     Path("text.txt").write_text("".join(f"{i} plus {i} is {2 * i}.\n" for i in range(2000)), encoding="utf-8")
     sizes = "--model.n-layers 1 --model.n-heads 2 --model.width 32 --block-size 16 --micro-batch 2 --batch-tokens 32"
     more = "--vocab-size 300 --data text.txt --device cpu --eval-batches 1 --max-minutes null --warmup-steps 0"
+    more += " --optimizer adamw"
 
     def settings(*own: str) -> Any:
         return load_config([*sizes.split(), *more.split(), *own])

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fastgpt.core import backend
-
 if shutil.which("g++") is None or shutil.which("addr2line") is None:
     pytest.skip("needs g++ and addr2line", allow_module_level=True)
 
@@ -18,7 +16,7 @@ import contract
 import emulator
 import races
 
-OPS = sorted(op for op, cells in backend.ops().items() if "cuda" in cells)
+OPS = sorted({path.parent.name for path in emulator.CSRC.glob("*/cuda*.cu")})  # some ops call kernels of others
 
 # ---- the rules, in kernels of a few lines ----
 
