@@ -247,7 +247,7 @@ MODEST = {  # options that shorten a stage of the plan to seconds on a CPU
 }
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_real_stages_need_nothing_that_a_gpu_machine_lacks(tmp_path: Path) -> None:
     """Run the plan's commands in their CPU form, from a copy like that of a build, without the packages of
     test_lean.py."""

@@ -80,7 +80,7 @@ def test_resume(example: ModuleType) -> None:
 
 
 @shows("classify_order")
-@pytest.mark.slow
+@pytest.mark.extended
 def test_classify_order(example: ModuleType) -> None:
     """20 points above chance, above the base with its new head, and above a bag of words, for each of 3 seeds."""
     found = example.main("run")

@@ -81,7 +81,7 @@ def test_killed_runs_end_bit_identical(folder: Path, kernels: str, batch: str, t
     assert len({step for step, *_ in rows(tmp_path, "killed")}) == 40
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_twenty_kills_on_the_default_corpus(tmp_path: Path) -> None:
     arguments = ["--config", "tiny", "--max-minutes", "null", "--max-steps", "300", "--save-every", "10"]
     finish(start(tmp_path, "whole", arguments))

@@ -54,7 +54,11 @@ def execute(command: str, folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", [README, TRAINING, BENCHMARKS], ids=["README", "training", "benchmarks"])
+@pytest.mark.parametrize(
+    "page",
+    [README, pytest.param(TRAINING, marks=pytest.mark.extended), BENCHMARKS],
+    ids=["README", "training", "benchmarks"],
+)
 def test_fastgpt_commands(folder: Path, page: str) -> None:
     """Run them in the page's order, in one folder: `fastgpt sample` uses the run of the commands before it. One test
     per page, since several would be distributed over processes."""

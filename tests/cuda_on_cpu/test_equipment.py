@@ -168,7 +168,7 @@ def test_address_sanitizer(op: str) -> None:
 ASTRAY = {f"{op}: {what}": (op, *m) for op, found in contract.gather("ASTRAY", {}).items() for what, m in found.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ASTRAY)
 def test_address_sanitizer_catches(name: str) -> None:
     op, *mutation = ASTRAY[name]

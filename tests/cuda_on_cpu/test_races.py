@@ -193,7 +193,7 @@ def test_kernels_have_no_races(op: str) -> None:
     assert done.returncode == 0 and done.stdout.count(": clean\n") > 1, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_attention_of_every_head_dimension_has_no_races() -> None:
     done = races.run(races.build("attention", all_dims=True))
     assert done.returncode == 0 and done.stdout.count("head dimension") == 4, done.stdout + done.stderr

@@ -24,7 +24,7 @@ def bits_per_byte(run: Path, texts: list[str]) -> float:
     return -nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_replay_keeps_the_general_corpus_within_three_per_cent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The general corpus is code of the standard library, the domain the manual of the language."""
     monkeypatch.chdir(tmp_path)
