@@ -2,12 +2,12 @@
 
 It needs no GPU. Every csrc/*/*.cu is compiled separately for sm_80 and sm_90a. ptxas reports registers, stack, spills
 and shared memory of each kernel; nvdisasm, which Triton ships, shows whether loads are 128 bits wide. The exit code is
-1 if a compilation fails, a kernel uses local memory, a memory-bound kernel has no 128-bit load, or a kernel of matrix
-products does not run on tensor cores with 128-bit asynchronous copies. cuda_check.json next to the kernel lists its
-exemptions, by the name as printed, with * and ?:
+1 if a compilation fails, a kernel uses local memory, a memory-bound kernel has no 128-bit load or asynchronous copy, or
+a kernel of matrix products does not run on tensor cores with 128-bit asynchronous copies. cuda_check.json next to the
+kernel lists its exemptions, by the name as printed, with * and ?:
 
     {"spills": {"kernel": {"bytes": n, "reason": why}},  bytes of local memory that are allowed
-     "scalar": {"kernel": why},                           it needs no 128-bit load
+     "scalar": {"kernel": why},                           it needs no 128-bit load or copy
      "tensor_cores": ["kernel"],                          it computes matrix products
      "warpgroups": ["kernel"]}                            it does so with the instructions of sm_90a, and only there
 
@@ -178,7 +178,8 @@ def problem(kernel: Kernel, excused: dict[str, dict[str, Any]]) -> str:
         if kernel.tensor_products == 0:
             return "no product on tensor cores (HMMA.16816)"
         return "" if kernel.wide_copies else "no 128-bit copy to shared memory (LDGSTS.E.128)"
-    return "" if kernel.wide_loads or named("scalar") else "no 128-bit load (LDG.E.128)"
+    wide = kernel.wide_loads or kernel.wide_copies
+    return "" if wide or named("scalar") else "no 128-bit load or copy (LDG.E.128, LDGSTS.E.128)"
 
 
 def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Path) -> list[Kernel]:

@@ -230,10 +230,10 @@ __device__ __forceinline__ void sweep(const T* row, int n, F f) {
     f(c, x);
   }
   const uint4* packs = reinterpret_cast<const uint4*>(row + head);
-  const int step = blockDim.x, round = kUnroll * step, begin = threadIdx.x;
-  int first = begin;
-  if (kBackwards && begin < n_packs) first += (n_packs - 1 - begin) / round * round;
-  for (; begin <= first && first < n_packs; first += kBackwards ? -round : round) {
+  const int step = blockDim.x, round = kUnroll * step;
+  int first = threadIdx.x;
+  if constexpr (kBackwards) first += first < n_packs ? (n_packs - 1 - first) / round * round : 0;
+  for (; first < n_packs && (!kBackwards || first >= 0); first += kBackwards ? -round : round) {
     uint4 raw[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
