@@ -36,7 +36,7 @@ from ._runtime import (
 )
 
 MAX_BLOCK = 1024  # columns per program; wider rows are divided
-PROGRAMS = 10  # of 128 threads that fit on a multiprocessor in backward: up to 48 registers each
+PROGRAMS = 8  # of 128 threads that fit on a multiprocessor in backward: up to 64 registers each
 
 
 @triton.jit
