@@ -7,19 +7,18 @@ are grouped by the patterns recognised in them.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import causal_models
+import matrix
 import torch
 from causal_models import VOCAB, B, T
 from hf_parity import exact, excess, excess_of_runs, outcome
+from matrix import EPS, Row
 from torch import Tensor
 
 import fastgpt
@@ -31,37 +30,6 @@ PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 ROWS = Path(__file__).with_name("causal_rows.jsonl")
 RECORDED = ("kind", "model", "ops", "left", "notes", "patterns")  # of a row, in ROWS
 INPUTS = ("plain", "left padding", "packed")
-NEW = 6  # tokens to generate
-EPS = torch.finfo(torch.float32).eps
-
-
-@dataclass
-class Row:
-    """Result of one type. ops and left: of each part, the ops and the reasons; wrong: what breaks the rule; notes: what
-    the unpatched model does not do; patterns: what was recognised."""
-
-    kind: str
-    model: str = ""
-    ops: dict[str, list[str]] = field(default_factory=dict)
-    left: dict[str, list[str]] = field(default_factory=dict)
-    wrong: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    patterns: list[str] = field(default_factory=list)
-    error: float = 0.0  # of the unpatched model's logits
-
-    @property
-    def uncompared(self) -> str:
-        """Why not even plain batches were compared; empty if they were."""
-        return next((n for n in self.notes if n.startswith("plain")), "")
-
-    @property
-    def full(self) -> bool:
-        """Whether the ops compute every part that the type has."""
-        return bool(self.ops) and not self.uncompared and not any(self.left.values()) and not self.wrong
-
-    def recorded(self) -> dict[str, Any]:
-        """Return what ROWS holds of it."""
-        return {name: getattr(self, name) for name in RECORDED}
 
 
 def inputs_of(name: str) -> dict[str, Any]:
@@ -135,7 +103,7 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
     try:
         base, truth = run(copy.deepcopy(model), name), run(model, name, how=exact)
     except Exception as e:  # the model does not take such input
-        row.notes.append(f"{name}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+        row.notes.append(f"{name}: {_first_line(e)}")
         return
     if any(t.isnan().any() for out in (base, truth) for t in out.values()):
         row.notes.append(f"{name}: without a patch its outputs are not numbers")
@@ -153,7 +121,9 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
             worst = max(bad, key=lambda n: bad[n])
             row.wrong.append(f"{name}, {only or 'all parts'}: {worst} {bad[worst]:.3g} ({len(bad)} of {len(base)})")
         if only is None and name == "plain":
-            _strictly(row, patched)
+            ids = causal_models.tokens()
+            calls = ({"input_ids": ids, "labels": labels} for labels in (labels_for("plain"), None))
+            matrix.call_strictly(row, patched, calls)
             after = run(fastgpt.unpatch(patched), name)
             row.wrong += [f"unpatched: {n}" for n, t in base.items() if not torch.equal(after[n], t)][:3]
             row.error = float((base["logits"] - truth["logits"]).abs().max())
@@ -168,57 +138,31 @@ def _again(model: Any, patched: Any, name: str) -> dict[str, float]:
     return excess_of_runs(runs, EPS)
 
 
-def _strictly(row: Row, patched: Any) -> None:
-    """Run a patched model where falling back to PyTorch is an error; what does that is left after all."""
-    ids = causal_models.tokens()
-    for labels in (labels_for("plain"), None):
-        try:
-            with fastgpt.ops.use(strict=True):
-                patched.train(labels is not None)(input_ids=ids, labels=labels)
-        except RuntimeError as e:
-            op, _, why = str(e).partition(": ")
-            part = next((p for p, ops in row.ops.items() if op in ops), "attention")
-            row.left[part] = sorted({*row.left[part], why.partition(": only PyTorch")[0]})
-
-
 def _generate(row: Row, model: Any) -> None:
-    """Compare greedy generation with the cache, as far as no token is a close call."""
-    settings: dict[str, Any] = dict(max_new_tokens=NEW, do_sample=False, output_logits=True)
-    settings |= dict(return_dict_in_generate=True, eos_token_id=None, pad_token_id=0, use_cache=True)
+    """Compare greedy generation."""
     ids = causal_models.tokens()
     for name in INPUTS[:2]:
-        given = {"attention_mask": torch.ones_like(ids), **inputs_of(name)}
-        try:
-            wanted = model.generate(ids, **settings, **given)
-        except Exception as e:
-            row.notes.append(f"generation: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+        given = {"inputs": ids, "attention_mask": torch.ones_like(ids), **inputs_of(name)}
+        if not matrix.compare_generation(row, model, name, given, _first_line):
             return
-        try:
-            got = fastgpt.patch(copy.deepcopy(model), quiet=True).generate(ids, **settings, **given)
-        except Exception as e:
-            row.wrong.append(f"generation, {name}: {type(e).__name__}: {e}")
-            continue
-        logits = torch.stack(wanted.logits, 1)  # (B, NEW, V)
-        top = logits.topk(2, -1).values
-        allowed = 2 * row.error + EPS * float(logits.abs().max())
-        clear = (top[..., 0] - top[..., 1] > 10 * allowed).long().cumprod(1).bool()
-        if (got.sequences[:, T:] != wanted.sequences[:, T:])[clear].any():
-            row.wrong.append(f"generation, {name}: other tokens")
+
+
+def _first_line(e: Exception) -> str:
+    return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+
+
+def _whole(e: Exception) -> str:
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:300]}"
 
 
 def kept(kind: str, folder: Path | None, quick: bool = False) -> Row:
     """Return the result of a type, from the folder if it is there; an exception of the type itself is a note."""
-    path = folder / f"{kind}{'.quick' if quick else ''}.json" if folder else None
-    if path and path.exists():
-        return Row(**json.loads(path.read_text()))
-    torch.manual_seed(0)
-    try:
-        row = check(kind, quick)
-    except Exception as e:
-        row = Row(kind, notes=[f"not built: {type(e).__name__}: {' '.join(str(e).split())[:300]}"])
-    if path:
-        path.write_text(json.dumps(asdict(row), indent=1) + "\n")
-    return row
+    return matrix.kept(kind, folder, quick, check, _whole)
+
+
+def record_of(row: Row) -> dict[str, Any]:
+    """Return what ROWS holds of a row."""
+    return {name: getattr(row, name) for name in RECORDED}
 
 
 def recorded() -> list[Row]:
@@ -237,35 +181,16 @@ def groups(rows: Iterable[Row]) -> dict[str, list[str]]:
 
 def page(rows: list[Row]) -> str:
     """Return docs/families.md."""
-    notes: list[str] = []
-
-    def number(text: str) -> int:
-        if text not in notes:
-            notes.append(text)
-        return notes.index(text) + 1
-
-    lines = []
-    for row in rows:
-        cells = []
-        for part in PARTS:
-            ops = ", ".join(f"`{op}`" for op in row.ops.get(part, []))
-            left = "".join(f" [{number(why)}]" for why in row.left.get(part, []))
-            cells.append(f"{ops}{', ' if ops and left else ''}{'left' if left else ''}{left}" or "none")
-        if not row.ops:
-            cells = [f"left [{number(row.notes[0])}]"] * len(PARTS)
-        name = f"{row.kind}, not compared [{number(row.uncompared)}]" if row.uncompared else row.kind
-        lines.append(f"| {name}{' **WRONG**' if row.wrong else ''} | {' | '.join(cells)} |")
-    counts = [sum(r.full for r in rows), sum(bool(r.wrong) for r in rows)]
+    full, wrong = sum(r.full for r in rows), sum(bool(r.wrong) for r in rows)
     return ABOUT.format(
-        full=counts[0], partly=len(rows) - sum(counts), wrong=counts[1], types=len(rows), groups=len(groups(rows)),
-        parts=" | ".join(PARTS), rule="---|" * (len(PARTS) + 1), rows="\n".join(lines),
-        notes="".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1)),
+        full=full, partly=len(rows) - full - wrong, wrong=wrong, types=len(rows), groups=len(groups(rows)),
+        **matrix.table(rows),
     )  # fmt: skip
 
 
 def write(rows: list[Row]) -> None:
     """Write ROWS and PAGE."""
-    lines = (json.dumps(row.recorded(), ensure_ascii=False) + "\n" for row in rows)
+    lines = (json.dumps(record_of(row), ensure_ascii=False) + "\n" for row in rows)
     ROWS.write_text("".join(lines), encoding="utf-8")
     PAGE.write_text(page(rows), encoding="utf-8")
 
@@ -286,9 +211,7 @@ Types in which the same patterns are recognised form a group; there are {groups}
 every type in this way; `make test` checks one type of each group, with all parts together on plain batches.
 `python tests/causal_matrix.py --write` writes this page, and a test fails if it differs from the results.
 
-| type | {parts} |
-|{rule}
-{rows}
+{table}
 
 Left unchanged, because
 
@@ -296,24 +219,12 @@ Left unchanged, because
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*", help="default: all")
-    parser.add_argument("--quick", action="store_true", help="compare all parts together on plain batches alone")
-    parser.add_argument("--kept", type=Path, help="folder of results to go on from")
-    parser.add_argument("--write", action="store_true", help=f"write {ROWS.name} and {PAGE.name}")
+    parser = matrix.arguments(__doc__, "all parts together on plain batches alone", f"{ROWS.name} and {PAGE.name}")
     args = parser.parse_args()
     if args.write and (args.quick or args.types):
         parser.error("--write needs every type, without --quick")
-    warnings.simplefilter("ignore")
-    if args.kept:
-        args.kept.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for kind in args.types or causal_models.types():
-        row = kept(kind, args.kept, args.quick)
-        rows.append(row)
-        state = "full" if row.full else "WRONG" if row.wrong else "partly" if row.ops else "NOT BUILT"
-        left = {p: w for p, w in row.left.items() if w}
-        print(f"{kind}: {state} {left or ''} {row.wrong or ''} {row.notes or ''}", flush=True)
+    kinds = args.types or causal_models.types()
+    rows = matrix.results(kinds, args.kept, lambda kind: kept(kind, args.kept, args.quick))
     if any(row.wrong for row in rows):
         raise SystemExit("some types are wrong; nothing was written")
     if args.write:

@@ -7,20 +7,17 @@ which the next run goes on. `--write` writes the page.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import encoder_models
+import matrix
 import torch
-from causal_matrix import EPS, NEW, Row
 from causal_models import VOCAB
 from encoder_models import CLASSES
-from hf_parity import InFp64, excess
+from hf_parity import InFp64, excess, joined, outcome_of
+from matrix import EPS, Row
 from torch import Tensor
 
 import fastgpt
@@ -36,19 +33,8 @@ def outcome(model: Any, name: str, seed: int = 0) -> dict[str, Tensor]:
     given = encoder_models.inputs_of(model, name, seed)
     given = {n: t.to(wide) if t.is_floating_point() else t for n, t in given.items()}
     labels = encoder_models.labels_of(model, seed)
-    model.train()
-    loss = model(**given, labels=labels).loss
-    names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
-    grads = torch.autograd.grad(loss, params, allow_unused=True)
-    out = {f"d{n}": g for n, g in zip(names, grads) if g is not None}
     classes, sets = (CLASSES, CLASSES) if labels.dim() == 1 else (VOCAB, 2)
-    with torch.no_grad():
-        shifts = range(0, classes, -(-classes // sets))
-        others = [torch.where(labels == -100, -100, (labels + shift) % classes) for shift in shifts]
-        out["losses"] = torch.stack([model(**given, labels=s).loss.double() for s in others])
-        model.eval()
-        out["logits"] = model(**given, **decoder_inputs(model, seed)).logits
-    return out
+    return outcome_of(model, given, labels, sets, classes, **decoder_inputs(model, seed))
 
 
 def decoder_inputs(model: Any, seed: int) -> dict[str, Tensor]:
@@ -101,7 +87,9 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
             worst = max(bad, key=lambda n: bad[n])
             row.wrong.append(f"{name}, {only or 'all parts'}: {worst} {bad[worst]:.3g} ({len(bad)} of {len(base)})")
         if only is None:
-            _strictly(row, patched, name)
+            given = encoder_models.inputs_of(patched, name)
+            others = ({"labels": encoder_models.labels_of(patched)}, decoder_inputs(patched, 0))
+            matrix.call_strictly(row, patched, [{**given, **more} for more in others])
         if only is None and name == "plain":
             fresh = fastgpt.patch(copy.deepcopy(model), quiet=True)
             after = outcome(fastgpt.unpatch(fresh), name)
@@ -112,15 +100,11 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
 def _again(model: Any, only: str | None, name: str) -> dict[str, float]:
     """Return what breaks the rule over several batches together: an error is a random number, and that of a small
     tensor may be small by chance in one batch."""
-    sides: list[dict[str, list[Tensor]]] = [{}, {}, {}]
+    runs = []
     for seed in range(1, 6):
         patched = fastgpt.patch(copy.deepcopy(model), only=only, quiet=True)
-        runs = outcome(patched, name, seed), outcome(copy.deepcopy(model), name, seed), exact(model, name, seed)
-        for side, out in zip(sides, runs):
-            for n, t in out.items():
-                side.setdefault(n, []).append(t.double().flatten())
-    shared = [n for n in sides[2] if all(len(side.get(n, ())) == 5 for side in sides)]
-    return excess(*without_zeros(*({n: torch.cat(side[n]) for n in shared} for side in sides)), eps=EPS)
+        runs.append((outcome(patched, name, seed), outcome(copy.deepcopy(model), name, seed), exact(model, name, seed)))
+    return excess(*without_zeros(*joined(runs)), eps=EPS)
 
 
 def without_zeros(*sides: dict[str, Tensor]) -> Any:
@@ -131,46 +115,12 @@ def without_zeros(*sides: dict[str, Tensor]) -> Any:
     return ({n: t for n, t in side.items() if not (n.startswith("d") and norms[n] <= least)} for side in sides)
 
 
-def _strictly(row: Row, patched: Any, name: str) -> None:
-    """Run a patched model where falling back to PyTorch is an error; what does that is left after all."""
-    given = encoder_models.inputs_of(patched, name)
-    for more in ({"labels": encoder_models.labels_of(patched)}, decoder_inputs(patched, 0)):
-        try:
-            with fastgpt.ops.use(strict=True):
-                patched.train("labels" in more)(**given, **more)
-        except RuntimeError as e:
-            op, _, why = str(e).partition(": ")
-            part = next((p for p, ops in row.ops.items() if op in ops), "attention")
-            row.left[part] = sorted({*row.left[part], why.partition(": only PyTorch")[0]})
-
-
 def _generate(row: Row, model: Any) -> None:
-    """Compare greedy generation with the cache, as far as no token is a close call."""
-    settings: dict[str, Any] = dict(max_new_tokens=NEW, do_sample=False, output_logits=True)
-    settings |= dict(return_dict_in_generate=True, eos_token_id=None, pad_token_id=0, use_cache=True)
+    """Compare greedy generation."""
     for name in encoder_models.kinds(model)[:2]:
         given = encoder_models.inputs_of(model, name)
-        try:
-            wanted = model.generate(**given, **settings)
-        except Exception as e:
-            row.notes.append(f"generation: {_line(e)}")
+        if not matrix.compare_generation(row, model, name, given, _line):
             return
-        try:
-            got = fastgpt.patch(copy.deepcopy(model), quiet=True).generate(**given, **settings)
-        except Exception as e:
-            row.wrong.append(f"generation, {name}: {_line(e)}")
-            continue
-        logits = torch.stack(wanted.logits, 1)  # (B, NEW, V)
-        top = logits.topk(2, -1).values
-        allowed = 2 * row.error + EPS * float(logits.abs().max())
-        clear = (top[..., 0] - top[..., 1] > 10 * allowed).long().cumprod(1).bool()
-        if (got.sequences[:, -NEW:] != wanted.sequences[:, -NEW:])[clear].any():
-            row.wrong.append(f"generation, {name}: other tokens")
-
-
-def uncompared(row: Row) -> str:
-    """Return why not even plain batches were compared; empty if they were."""
-    return next((n for n in row.notes if n.startswith("plain")), "")
 
 
 def _line(e: Exception) -> str:
@@ -179,47 +129,16 @@ def _line(e: Exception) -> str:
 
 def kept(kind: str, folder: Path | None, quick: bool = False) -> Row:
     """Return the result of a type, from the folder if it is there; an exception of the type itself is a note."""
-    path = folder / f"{kind}{'.quick' if quick else ''}.json" if folder else None
-    if path and path.exists():
-        return Row(**json.loads(path.read_text()))
-    torch.manual_seed(0)
-    try:
-        row = check(kind, quick)
-    except Exception as e:
-        row = Row(kind, notes=[f"not built: {_line(e)}"])
-    if path:
-        path.write_text(json.dumps(asdict(row), indent=1) + "\n")
-    return row
+    return matrix.kept(kind, folder, quick, check, _line)
 
 
 def page(rows: list[Row], quick: bool) -> str:
     """Return docs/encoders.md; quick: how the rows were compared."""
-    notes: list[str] = []
-
-    def number(text: str) -> int:
-        if text not in notes:
-            notes.append(text)
-        return notes.index(text) + 1
-
-    lines = []
-    for row in rows:
-        cells = []
-        for part in PARTS:
-            ops = ", ".join(f"`{op}`" for op in row.ops.get(part, []))
-            left = "".join(f" [{number(why)}]" for why in row.left.get(part, []))
-            cells.append(f"{ops}{', ' if ops and left else ''}{'left' if left else ''}{left}" or "none")
-        if not row.ops:
-            cells = [f"left [{number(row.notes[0])}]"] * len(PARTS)
-        elif uncompared(row):
-            cells[0] += f", not compared [{number(uncompared(row))}]"
-        lines.append(f"| {row.kind}{' **WRONG**' if row.wrong else ''} | {' | '.join(cells)} |")
     nothing = sum(bool(r.ops) and not any(r.ops.values()) and not any(r.left.values()) for r in rows)
     full, wrong = sum(r.full for r in rows) - nothing, sum(bool(r.wrong) for r in rows)
     return ABOUT.format(
         full=full, partly=len(rows) - full - wrong - nothing, wrong=wrong, types=len(rows), nothing=nothing,
-        parts=" | ".join(PARTS), rule="---|" * (len(PARTS) + 1), rows="\n".join(lines),
-        notes="".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1)),
-        how=QUICK if quick else "",
+        how=QUICK if quick else "", **matrix.table(rows),
     )  # fmt: skip
 
 
@@ -244,9 +163,7 @@ encoder. A bias of positions, as in T5, is left: the op has no bias.
 `python tests/encoder_matrix.py --write` writes this page, and a test marked `extended` fails if it differs from the
 results.{how}
 
-| type | {parts} |
-|{rule}
-{rows}
+{table}
 
 Left unchanged, because
 
@@ -254,24 +171,12 @@ Left unchanged, because
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("types", nargs="*", help="default: all")
-    parser.add_argument("--quick", action="store_true", help="compare all parts together alone, without generation")
-    parser.add_argument("--kept", type=Path, help="folder of results to go on from")
-    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser = matrix.arguments(__doc__, "all parts together alone, without generation", PAGE.name)
     args = parser.parse_args()
     if args.write and args.types:
         parser.error("--write needs every type")
-    warnings.simplefilter("ignore")
-    if args.kept:
-        args.kept.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for kind in args.types or encoder_models.types():
-        rows.append(kept(kind, args.kept, args.quick))
-        row = rows[-1]
-        state = "full" if row.full else "WRONG" if row.wrong else "partly" if row.ops else "NOT BUILT"
-        left = {p: w for p, w in row.left.items() if w}
-        print(f"{kind}: {state} {left or ''} {row.wrong or ''} {row.notes or ''}", flush=True)
+    kinds = args.types or encoder_models.types()
+    rows = matrix.results(kinds, args.kept, lambda kind: kept(kind, args.kept, args.quick))
     if args.write:
         PAGE.write_text(page(rows, args.quick), encoding="utf-8")
 

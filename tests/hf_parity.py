@@ -26,17 +26,24 @@ class InFp64(TorchFunctionMode):
 
 def outcome(model: Any, ids: Tensor, labels: Tensor, sets: int, vocab: int, **inputs: Tensor) -> dict[str, Tensor]:
     """Return logits, losses of `sets` sets of labels, and every gradient of the first one."""
+    return outcome_of(model, {"input_ids": ids, **inputs}, labels, sets, vocab)
+
+
+def outcome_of(
+    model: Any, given: dict[str, Tensor], labels: Tensor, sets: int, classes: int, **in_place: Tensor
+) -> dict[str, Tensor]:
+    """Return the same of a model with any inputs. in_place: inputs that it needs where it has no labels."""
     model.train()
-    loss = model(input_ids=ids, labels=labels, **inputs).loss
+    loss = model(**given, labels=labels).loss
     names, params = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad))
     grads = torch.autograd.grad(loss, params, allow_unused=True)
     out = {f"d{n}": g for n, g in zip(names, grads) if g is not None}
     with torch.no_grad():
-        shifts = range(0, vocab, -(-vocab // sets))
-        others = [torch.where(labels == -100, -100, (labels + shift) % vocab) for shift in shifts]
-        out["losses"] = torch.stack([model(input_ids=ids, labels=s, **inputs).loss.double() for s in others])
+        shifts = range(0, classes, -(-classes // sets))
+        others = [torch.where(labels == -100, -100, (labels + shift) % classes) for shift in shifts]
+        out["losses"] = torch.stack([model(**given, labels=s).loss.double() for s in others])
         model.eval()
-        return {**out, "logits": model(input_ids=ids, **inputs).logits}
+        return {**out, "logits": model(**given, **in_place).logits}
 
 
 def in_fp64(model: Any) -> Any:
@@ -67,12 +74,17 @@ def excess(ours: dict[str, Tensor], base: dict[str, Tensor], truth: dict[str, Te
     return worst
 
 
-def excess_of_runs(runs: list[tuple[dict[str, Tensor], ...]], eps: float) -> dict[str, float]:
-    """Return by how much each tensor breaks the rule over several runs (ours, base, truth) together.
+def joined(runs: list[tuple[dict[str, Tensor], ...]]) -> list[dict[str, Tensor]]:
+    """Return the tensors of several runs (ours, base, truth) side by side, (ours, base, truth).
 
     An error is a random number, and that of a small tensor may be small by chance in one run. Tensors that some run
     lacks, such as the gradient of an expert without tokens, are left out.
     """
     names = [n for n in runs[0][2] if all(n in side for run in runs for side in run)]
-    sides = [{n: torch.cat([out[n].double().flatten() for out in side]) for n in names} for side in zip(*runs)]
-    return excess(sides[0], sides[1], sides[2], eps)
+    return [{n: torch.cat([out[n].double().flatten() for out in side]) for n in names} for side in zip(*runs)]
+
+
+def excess_of_runs(runs: list[tuple[dict[str, Tensor], ...]], eps: float) -> dict[str, float]:
+    """Return by how much each tensor breaks the rule over several runs (ours, base, truth) together."""
+    ours, base, truth = joined(runs)
+    return excess(ours, base, truth, eps)

@@ -8,6 +8,7 @@ from typing import Any
 
 import causal_matrix
 import causal_models
+import matrix
 import pytest
 import torch
 import transformers
@@ -21,15 +22,15 @@ from fastgpt.patching import _replace as replace
 ROWS = {row.kind: row for row in causal_matrix.recorded()}
 
 
-def assert_recorded(row: causal_matrix.Row, *names: str) -> None:
+def assert_recorded(row: matrix.Row, *names: str) -> None:
     """Check that nothing is wrong with a type and, in the version of transformers that was recorded, its results."""
     assert not row.wrong
     if transformers.__version__.startswith("5.23."):
-        found, wanted = row.recorded(), ROWS[row.kind].recorded()
+        found, wanted = causal_matrix.record_of(row), causal_matrix.record_of(ROWS[row.kind])
         assert {n: found[n] for n in names} == {n: wanted[n] for n in names}
 
 
-def check(kind: str, quick: bool = False) -> causal_matrix.Row:
+def check(kind: str, quick: bool = False) -> matrix.Row:
     if kind not in causal_models.types():
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     return causal_matrix.kept(kind, None, quick)
