@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,11 +35,9 @@ def cubin_of(source: Path, arch: str, include: Path = CSRC) -> bytes:
     nvcc = cuda_check.find_nvcc()
     if nvcc is None:
         raise cuda_check.ToolMissing(cuda_check.REMEDY)
-    target = f"arch={cuda_check.ARCHS[arch]},code={arch}"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
-        command = [str(nvcc), *cuda_check.FLAGS, "-I", str(include), "-gencode", target, str(source), "-o", str(cubin)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = cuda_check.compile_file(nvcc, source, arch, include, cubin)
         if done.returncode != 0:
             raise RuntimeError(f"{source} for {arch}:\n{done.stdout}{done.stderr}")
         return cubin.read_bytes()

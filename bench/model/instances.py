@@ -15,6 +15,7 @@ from fastgpt.bench.model.cuda_launches import CudaLaunch
 from fastgpt.bench.model.machine_code import Code, of_cubin
 from fastgpt.bench.model.triton_launches import TritonLaunch, cubin
 from fastgpt.checks.cuda import FLAGS, REMEDY, ToolMissing, find_nvcc, short_names
+from fastgpt.core import cache
 
 ARCHS = {80: "sm_80", 90: "sm_90a"}
 
@@ -61,11 +62,10 @@ class Instances:
         text = b"".join(p.read_bytes() for p in (file, *headers))
         arch = ARCHS[self.capability]
         key = hashlib.sha256(f"{nvcc_version(nvcc)} {arch} {FLAGS}".encode() + text).hexdigest()[:24]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt" / "cubins"
-        kept = cache / f"{file.parent.name}-{file.stem}-{key}.cubin"
+        kept = cache.folder() / "cubins" / f"{file.parent.name}-{file.stem}-{key}.cubin"
         if not kept.exists():
             binary = cubin_of(file, arch, self.csrc)
-            cache.mkdir(parents=True, exist_ok=True)
+            kept.parent.mkdir(parents=True, exist_ok=True)
             aside = kept.with_suffix(f".{os.getpid()}")
             aside.write_bytes(binary)
             aside.replace(kept)

@@ -182,13 +182,17 @@ def problem(kernel: Kernel, excused: dict[str, dict[str, Any]]) -> str:
     return "" if wide or named("scalar") else "no 128-bit load or copy (LDG.E.128, LDGSTS.E.128)"
 
 
+def compile_file(nvcc: Path, source: Path, arch: str, include: Path, cubin: Path) -> subprocess.CompletedProcess[str]:
+    """Run nvcc on a file for one architecture of ARCHS. include: the folder of the ops' folders."""
+    target = f"arch={ARCHS[arch]},code={arch}"
+    command = [str(nvcc), *FLAGS, "-I", str(include), "-gencode", target, str(source), "-o", str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
 def compile_one(nvcc: Path, nvdisasm: Path, source: Path, arch: str, folder: Path) -> list[Kernel]:
     """Compile a file for one architecture and return its kernels; raise RuntimeError with the compiler output."""
     cubin = folder / f"{source.parent.name}-{source.stem}.{arch}.cubin"
-    include = ["-I", str(source.parent.parent)]
-    target = f"arch={ARCHS[arch]},code={arch}"
-    command = [str(nvcc), *FLAGS, *include, "-gencode", target, str(source), "-o", str(cubin)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = compile_file(nvcc, source, arch, source.parent.parent, cubin)
     if done.returncode != 0 or LOSSES.search(done.stderr):
         raise RuntimeError(f"{source.parent.name}/{source.name} for {arch}:\n{done.stdout}{done.stderr}")
     resources = parse_ptxas(done.stdout + done.stderr)

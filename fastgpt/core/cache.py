@@ -34,11 +34,15 @@ def machine_facts(device: str) -> dict[str, str]:
     return {"device": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda), **facts}
 
 
+def folder() -> Path:
+    """Return fastgpt's folder in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgpt"
+
+
 def _file(kind: str, device: str) -> Path:
     """Return the path of the user's file of this kind for this machine in its present state."""
     key = hashlib.sha256(json.dumps(machine_facts(device), sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return folder / "fastgpt" / f"{kind}-{key}.json"
+    return folder() / f"{kind}-{key}.json"
 
 
 def _write_json(path: Path, content: Any) -> None:
