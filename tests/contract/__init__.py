@@ -43,6 +43,21 @@ class Race(NamedTuple):
 Races = dict[str, Race]
 
 
+def race_of_a_sum(kernel: str) -> Race:
+    """Return the race of a kernel without the barrier in a sum over its block."""
+    return Race(
+        kernel,
+        "core/cuda/reduce.cuh",
+        "mine[threadIdx.x / 32] = v;\n  __syncthreads();\n  return warp_sum(",
+        "mine[threadIdx.x / 32] = v;\n  return warp_sum(",
+        (
+            "  if (lane == 0) mine[threadIdx.x / 32] = v;\n  return warp_sum(",
+            "return warp_sum(lane < n_warps ? mine[lane] : V{});",
+        ),
+        slow=True,
+    )
+
+
 def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Return random values, the same in every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)

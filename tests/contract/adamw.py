@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import DEVICE, Calls, Errors, Mutations, Race, Races, rand
+from contract import DEVICE, Calls, Errors, Mutations, Race, Races, race_of_a_sum, rand
 from fastgpt.ops.adamw import ADAMW_PREPARE, ADAMW_UPDATE, PARTIALS
 from fastgpt.optim import AdamW
 
@@ -24,17 +24,7 @@ RACES: Races = {
         ("const Step step = shared;", "if (threadIdx.x == 0) shared = make_step("),
         slow=True,
     ),
-    "barrier of a sum": Race(
-        "adamw_prepare_kernel",
-        "core/cuda/reduce.cuh",
-        "mine[threadIdx.x / 32] = v;\n  __syncthreads();\n  return warp_sum(",
-        "mine[threadIdx.x / 32] = v;\n  return warp_sum(",
-        (
-            "  if (lane == 0) mine[threadIdx.x / 32] = v;\n  return warp_sum(",
-            "return warp_sum(lane < n_warps ? mine[lane] : V{});",
-        ),
-        slow=True,
-    ),
+    "barrier of a sum": race_of_a_sum("adamw_prepare_kernel"),
 }
 
 

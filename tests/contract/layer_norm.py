@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import Calls, Errors, Far, Mutations, Race, Races, rand
+from contract import Calls, Errors, Far, Mutations, Race, Races, race_of_a_sum, rand
 from fastgpt import ops
 from fastgpt.ops.layer_norm import LAYER_NORM_BWD, LAYER_NORM_FWD
 
@@ -101,17 +101,7 @@ RACES: Races = {
         ("sums[threadIdx.x][threadIdx.y] = sum;", "warp_sum(sums[threadIdx.y][threadIdx.x]);"),
         slow=True,
     ),
-    "barrier of a sum": Race(
-        "layer_norm_fwd_kernel",
-        "core/cuda/reduce.cuh",
-        "mine[threadIdx.x / 32] = v;\n  __syncthreads();\n  return warp_sum(",
-        "mine[threadIdx.x / 32] = v;\n  return warp_sum(",
-        (
-            "  if (lane == 0) mine[threadIdx.x / 32] = v;\n  return warp_sum(",
-            "return warp_sum(lane < n_warps ? mine[lane] : V{});",
-        ),
-        slow=True,
-    ),
+    "barrier of a sum": race_of_a_sum("layer_norm_fwd_kernel"),
     "scratch of two sums": Race(
         "layer_norm_fwd_wide_kernel",
         "layer_norm/cuda.cu",

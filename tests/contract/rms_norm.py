@@ -2,7 +2,7 @@
 
 import torch
 
-from contract import Calls, Errors, Far, Mutations, Race, Races, rand
+from contract import Calls, Errors, Far, Mutations, Race, Races, race_of_a_sum, rand
 from fastgpt import ops
 from fastgpt.ops.rms_norm import RMS_NORM_BWD, RMS_NORM_FWD
 
@@ -47,17 +47,7 @@ RACES: Races = {
         ("row_sum(dot, scratch[0])", "row_sum(dot, scratch[0])"),
         slow=True,
     ),
-    "barrier of a sum": Race(
-        "rms_norm_fwd_kernel",
-        "core/cuda/reduce.cuh",
-        "mine[threadIdx.x / 32] = v;\n  __syncthreads();\n  return warp_sum(",
-        "mine[threadIdx.x / 32] = v;\n  return warp_sum(",
-        (
-            "  if (lane == 0) mine[threadIdx.x / 32] = v;\n  return warp_sum(",
-            "return warp_sum(lane < n_warps ? mine[lane] : V{});",
-        ),
-        slow=True,
-    ),
+    "barrier of a sum": race_of_a_sum("rms_norm_fwd_kernel"),
     "scale that every thread writes": Race(
         "rms_norm_fwd_wide_kernel",
         "rms_norm/cuda.cu",
