@@ -47,12 +47,16 @@ def outcome_of(
 
 
 def in_fp64(model: Any) -> Any:
-    """Return a copy of the model in fp64, with experts one by one: their grouped products do not have it."""
-    wide = copy.deepcopy(model).double()
-    for m in wide.modules():
+    """Return a copy of the model in fp64."""
+    return experts_one_by_one(copy.deepcopy(model).double())
+
+
+def experts_one_by_one(model: Any) -> Any:
+    """Let a model compute its experts one by one, since their grouped products do not have fp64; return the model."""
+    for m in model.modules():
         if hasattr(getattr(m, "config", None), "_experts_implementation"):
             m.config._experts_implementation = "eager"
-    return wide
+    return model
 
 
 def exact(model: Any, *args: Any, **inputs: Any) -> dict[str, Tensor]:

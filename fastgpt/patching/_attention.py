@@ -274,8 +274,10 @@ def attention(
     numbers = dict(scaling=options.get("scaling"), dropout=options.get("dropout", 0.0), softcap=options.get("softcap"))
     numbers |= dict(sinks=sinks)
     if attention_mask is None:
-        return _attend(query, key, value, causal=causal, **numbers), None
-    return masked(query, key, value, attention_mask, "all" if eager and sinks is None else "", **numbers), None
+        y = _attend(query, key, value, causal=causal, **numbers)
+    else:
+        y = masked(query, key, value, attention_mask, "all" if eager and sinks is None else "", **numbers)
+    return y.contiguous(), None  # models take views of it
 
 
 def masked(
