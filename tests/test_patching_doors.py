@@ -8,6 +8,7 @@ import hashlib
 import inspect
 import json
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,9 @@ from kernels._rust import Digest, DigestAlgorithm, Metadata
 from transformers.activations import FastGELUActivation, GELUActivation, GELUTanh, NewGELUActivation
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gemma.modeling_gemma import GemmaMLP
+from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as columns_once
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.nanochat.modeling_nanochat import apply_rotary_pos_emb as backwards
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5RMSNorm
 from fastgpt.patching import hub
 
@@ -275,19 +278,21 @@ x = lambda *shape: torch.randn(*shape, dtype=torch.float64)
 angles = x(2, 5, 2).repeat(1, 1, 2)
 rotated = (x(2, 3, 5, 4), x(2, 1, 5, 4), angles.cos(), angles.sin())
 labels = torch.randint(9, (2, 5))
-CASES = {
-    "RMSNorm": (LlamaRMSNorm, (8, 1e-3), (x(3, 8),)),
-    "RMSNormZeroCentered": (Qwen3_5RMSNorm, (8, 1e-3), (x(3, 8),)),
-    "SwiGLUMLP": (LlamaMLP, (transformers.LlamaConfig(**small, hidden_act="silu"),), (x(3, 8),)),
-    "GeGLUMLP": (GemmaMLP, (transformers.GemmaConfig(**small, hidden_act="gelu_pytorch_tanh"),), (x(3, 8),)),
-    "NewGELU": (NewGELUActivation, (), (x(3, 8),)),
-    "GeluTanh": (GELUTanh, (), (x(3, 8),)),
-    "FastGELU": (FastGELUActivation, (), (x(3, 8),)),
-    "GeLU": (GELUActivation, (), (x(3, 8),)),
-    "rotary_pos_emb": (apply_rotary_pos_emb, None, rotated),
-    "ForCausalLMLoss": (ForCausalLMLoss, None, (x(2, 5, 9), labels, 9)),
-}
-assert CASES.keys() == set(hub.LAYERS)
+CASES = [
+    ("RMSNorm", LlamaRMSNorm, (8, 1e-3), (x(3, 8),)),
+    ("RMSNormZeroCentered", Qwen3_5RMSNorm, (8, 1e-3), (x(3, 8),)),
+    ("SwiGLUMLP", LlamaMLP, (transformers.LlamaConfig(**small, hidden_act="silu"),), (x(3, 8),)),
+    ("GeGLUMLP", GemmaMLP, (transformers.GemmaConfig(**small, hidden_act="gelu_pytorch_tanh"),), (x(3, 8),)),
+    ("NewGELU", NewGELUActivation, (), (x(3, 8),)),
+    ("GeluTanh", GELUTanh, (), (x(3, 8),)),
+    ("FastGELU", FastGELUActivation, (), (x(3, 8),)),
+    ("GeLU", GELUActivation, (), (x(3, 8),)),
+    ("rotary_pos_emb", apply_rotary_pos_emb, None, rotated),
+    ("rotary_pos_emb", columns_once, None, (*rotated[:2], *(t[..., :2] for t in rotated[2:]))),
+    ("rotary_pos_emb", backwards, None, rotated),
+    ("ForCausalLMLoss", ForCausalLMLoss, None, (x(2, 5, 9), labels, 9)),
+]
+assert {name for name, *_ in CASES} == set(hub.LAYERS)
 
 def results(module, inputs, dtype):
     real = lambda v: torch.is_tensor(v) and v.is_floating_point()
@@ -300,7 +305,7 @@ def results(module, inputs, dtype):
     return [t.detach().double() for t in (*ys, *grads)]
 
 mapping = hub.mapping("repository")
-for name, (own, arguments, inputs) in CASES.items():
+for name, own, arguments, inputs in CASES:
     theirs = use_kernel_forward_from_hub(name)(type("Own" + name, (own,), {}) if arguments is not None else own)
     if arguments is None:  # a function
         made = use_kernelized_func(theirs)(type("Holder", (Holder,), {}))(theirs)
@@ -328,7 +333,7 @@ def test_every_layer_in_the_kernels_library(tmp_path: Path) -> None:
     """kernelize() replaces transformers' own layers, forward and backward by the rule; the hashes are right."""
     from test_patching_integrations import run
 
-    assert run(KERNELS, FOLDER=str(tmp_path)).count("held") == len(hub.LAYERS)
+    assert run(KERNELS, FOLDER=str(tmp_path)).count("held") == len(hub.LAYERS) + 2
 
 
 def test_layers_keep_the_rules_of_the_hub(tmp_path: Path) -> None:
@@ -374,6 +379,32 @@ def source_of(name: str) -> list[tuple[str, str]]:
     return found
 
 
+def as_layer(function: Any) -> nn.Module:
+    """Return a layer made from a function, as `kernels` makes it."""
+
+    class Made(nn.Module):
+        def forward(self, *args: Any) -> Any:
+            return function(*args)
+
+    return Made()
+
+
+def test_the_rotation_that_is_replaced_decides_on_the_columns() -> None:
+    """gpt-oss registers one with a column for each pair; compiled, too. One that the op lacks runs as it is."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb as once
+
+    g = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(2, *s, generator=g) for s in ((4, 3, 8), (2, 3, 8), (3, 4), (3, 4)))
+    layer, wanted = as_layer(once), once(q, k, cos, sin)
+    layer.forward = types.MethodType(hub.RotaryPosEmb.forward, layer)  # type: ignore[method-assign]
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="eager")):
+        for ours, theirs in zip(call(q, k, cos, sin), wanted):
+            torch.testing.assert_close(ours, theirs)
+    other = as_layer(lambda q, k, cos, sin, unsqueeze_dim=1: (q + cos[:, None].sum(), k))
+    ours, theirs = hub.RotaryPosEmb.forward(other, q, k, cos, sin), other(q, k, cos, sin)  # type: ignore[arg-type]
+    assert torch.equal(ours[0], theirs[0])
+
+
 @pytest.mark.extended
 @pytest.mark.parametrize("name", ["RMSNorm", "RMSNormZeroCentered", "rotary_pos_emb"])
 def test_layers_fit_everything_that_transformers_registers_under_their_names(name: str) -> None:
@@ -388,7 +419,13 @@ def test_layers_fit_everything_that_transformers_registers_under_their_names(nam
         theirs = getattr(importlib.import_module(module), member)
         layer = getattr(hub, name)
         if name == "rotary_pos_emb":
-            wanted, got = theirs(q, k, angles.cos(), angles.sin()), layer()(q, k, angles.cos(), angles.sin())
+            turns = angles.cos(), angles.sin()
+            try:
+                wanted = theirs(q, k, *turns)
+            except RuntimeError:  # it takes a column for each pair
+                turns = angles.cos()[..., :4], angles.sin()[..., :4]
+                wanted = theirs(q, k, *turns)
+            got = layer.forward(as_layer(theirs), q, k, *turns)
         else:
             own = theirs(8)
             nn.init.normal_(own.weight)

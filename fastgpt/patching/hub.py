@@ -15,6 +15,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import types
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 
 from fastgpt import ops
 from fastgpt._version import __version__
-from fastgpt.patching._rope import turn
+from fastgpt.patching._rope import recognise, turn
 
 
 class RMSNorm(nn.Module):
@@ -106,17 +107,35 @@ class GeLU(nn.Module):
         return ops.bias_gelu(input)
 
 
+@torch.compiler.assume_constant_result
+def _turning(cls: type) -> tuple[str, bool, int] | None:
+    """Return layout, interleaved and sign, as in Rotation, of the function that a layer was made from; None if the op
+    does not have it. The function is what its forward closes over."""
+    if cls is RotaryPosEmb:
+        return "halves", False, 1
+    values = (cell.cell_contents for cell in cls.forward.__closure__ or ())  # type: ignore[attr-defined]
+    r = next((recognise(f) for f in values if isinstance(f, types.FunctionType)), None)
+    return None if r is None or r.unzipped else (r.layout, r.interleaved, r.sign)
+
+
 class RotaryPosEmb(nn.Module):
-    """transformers' apply_rotary_pos_emb, half pairing: q (B, H, T, D), k (B, Hkv, T, D), cos and sin (B, T,
-    rotary_dim)."""
+    """transformers' apply_rotary_pos_emb: q (B, H, T, D), k (B, Hkv, T, D), cos and sin (B, T, columns).
+
+    Model files register different rotations under this name, so the one that is replaced decides on pairs and columns;
+    the layer by itself has half pairing, and rotary_dim columns.
+    """
 
     has_backward = True
     can_torch_compile = True
 
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        turning = _turning(type(self))
+        if turning is None:
+            return type(self).forward(self, q, k, cos, sin, unsqueeze_dim)
+        layout, interleaved, sign = turning
         swap = unsqueeze_dim == 1
         q, k = (t.transpose(1, 2) if swap else t for t in (q, k))  # (B, T, H, D)
-        q, k = turn([q, k], cos, sin)
+        q, k = turn([q, k], cos, sin if sign == 1 else -sin, layout, interleaved)
         return (q.transpose(1, 2), k.transpose(1, 2)) if swap else (q, k)
 
 
