@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastgpt.bench.model.cuda_launches import CPU_KERNELS, CudaLaunch, Planner
-from fastgpt.bench.model.triton_launches import TritonLaunch, recorded
+from fastgpt.bench.model.triton_launches import TritonLaunch, accessed, recorded
 from fastgpt.core import backend
 
 AnyLaunch = CudaLaunch | TritonLaunch
@@ -126,8 +126,11 @@ class Recorder(TorchDispatchMode):
     def launched(self, launch: TritonLaunch) -> None:
         """Keep a launch of a Triton kernel: of the op that is running, or as a call of its own."""
         if self.open is None:
+            loaded, stored = accessed(launch.kernel)
             parts = {name: Part.of(t) for name, t in launch.tensors.items()}
-            self.calls.append(Call(launch.name, parts, {}, own=True, launches=[launch]))
+            read = {name: part for name, part in parts.items() if name in loaded or name not in stored}
+            written = {name: part for name, part in parts.items() if name in stored}
+            self.calls.append(Call(launch.name, read, written, own=True, launches=[launch]))
         else:
             self.open.append(launch)
 

@@ -73,7 +73,7 @@ def _sums_of_partials(call: Call, launch: AnyLaunch) -> Work:
 
 def _loss_in_two_sweeps(call: Call, launch: AnyLaunch) -> Work:
     """Logits are read for the loss, and read again for their gradient; a block has a row."""
-    logits = call.read["logits"]
+    logits = call.read["logits" if "logits" in call.read else "X_ptr"]
     row, again = logits.bytes / max(1, logits.shape[0]), float(logits.bytes)
     return Work(call.bytes_read, call.bytes_written, call.bytes_read + again, again=again, held=row)
 
@@ -212,6 +212,7 @@ RULES: dict[str, Rule] = {
     "embedding_fwd_kernel": _embedding_fwd,
     "embedding_bwd_kernel": _embedding_bwd,
     "embedding_keys_kernel": _embedding_keys,
+    "liger_cross_entropy_kernel": _loss_in_two_sweeps,
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import importlib
 import math
 import pkgutil
@@ -22,6 +24,7 @@ from fastgpt import kernels
 from fastgpt.kernels._runtime import TYPE_NAMES
 
 NAMES = {**TYPE_NAMES, torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1", torch.float64: "fp64"}
+ACCESSES = {"load": (True, False), "store": (False, True), "atomic_add": (True, True)}  # of tl: reads, writes
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")  # of a launch, not arguments
 
 
@@ -86,6 +89,44 @@ def specialise(launch: TritonLaunch) -> tuple[dict[str, str], dict[str, Any], tu
         else:
             signature[name] = "fp32"
     return signature, constants, tuple(divisible)
+
+
+@functools.cache
+def accessed(kernel: Any) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the parameters in the addresses that a kernel loads from and stores to, by its source: pointers, and the
+    numbers added to them. What it hands to another function is in neither."""
+    tree = ast.parse(kernel.src)
+    pointers = {parameter.name: frozenset((parameter.name,)) for parameter in kernel.params}
+    assigned = [n for n in ast.walk(tree) if isinstance(n, ast.Assign | ast.AugAssign)]
+    for _ in assigned:  # each round follows one more assignment
+        for node in assigned:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for name in (t.id for t in targets if isinstance(t, ast.Name)):
+                pointers[name] = pointers.get(name, frozenset()) | _pointers(node.value, pointers)
+    read: set[str] = set()
+    written: set[str] = set()
+    for node in ast.walk(tree):
+        if _of_tl(node) in ACCESSES:
+            reads, writes = ACCESSES[_of_tl(node)]
+            found = _pointers(node.args[0], pointers)  # type: ignore[attr-defined]
+            read |= found if reads else set()
+            written |= found if writes else set()
+    return frozenset(read), frozenset(written)
+
+
+def _of_tl(node: ast.AST) -> str:
+    """Return NAME of a call tl.NAME(...), or ""."""
+    called = node.func if isinstance(node, ast.Call) else None
+    of_tl = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "tl"
+    return called.attr if of_tl and isinstance(called, ast.Attribute) else ""
+
+
+def _pointers(node: ast.AST, known: dict[str, frozenset[str]]) -> frozenset[str]:
+    """Return the parameters that a value is computed from, but not by loading from them."""
+    if isinstance(node, ast.Name):
+        return known.get(node.id, frozenset())
+    inner = () if _of_tl(node) in ACCESSES else ast.iter_child_nodes(node)
+    return frozenset().union(*(_pointers(child, known) for child in inner))
 
 
 def cubin(launch: TritonLaunch, capability: int) -> tuple[bytes, int]:
