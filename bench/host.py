@@ -6,7 +6,7 @@ call      microseconds of one op call at a shape whose maths is negligible: fast
           host does not wait for a GPU. Liger-Kernel's functions launch Triton kernels, so they have a figure only
           with a GPU.
 step      the launches of one eager training step, the trainer against plain PyTorch: on a GPU its kernels, copies and
-          fills from torch.profiler; on a CPU the operators that compute (no views, no empty tensors), by dispatch.
+          fills from torch.profiler; on a CPU what a GPU would launch, counted as `fastgpt bench launches` does.
 import    a new process each time: import torch, fastgpt, fastgpt.ops; and the number of modules loaded.
 compile   a new process with empty caches: the first training step under torch.compile at one layer of `small`, and
           each Triton file's first configuration for sm_90.
@@ -31,9 +31,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastgpt.bench import OPS, variants
+from fastgpt.bench import OPS, launches, variants
 from fastgpt.bench._harness import (
     Job,
     Samples,
@@ -56,8 +55,6 @@ PHASES = ("no_grad", "forward", "both")
 IMPORTS = ("torch", "fastgpt", "fastgpt.ops")
 IMPORT_ROUNDS = 3
 LIMIT = 120  # seconds for one new process
-# operators that allocate or inspect but compute nothing
-FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_local_scalar_dense", "aten::item", "aten::set_")
 
 
 class Nothing(torch.autograd.Function):
@@ -152,25 +149,6 @@ def _times(samples: Samples, floor: Samples | None) -> dict[str, Any]:
     return row | samples.against(floor, FLOOR) | {"times_floor": row["us"] / (floor.quantile(0.5) * 1e6)}
 
 
-def computes(func: Any) -> bool:
-    """Return whether a PyTorch operator computes something: it returns no view and no empty tensor."""
-    schema = func._schema
-    view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    return not view and not schema.name.startswith(FREE)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that compute something."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += computes(func)
-        return func(*args, **(kwargs or {}))
-
-
 def step_rows(device: torch.device) -> list[dict[str, Any]]:
     """Return the launches of the second step of each variant (the first one allocates the optimizer's state)."""
     name = "gpt2-124m" if device.type == "cuda" else "small"
@@ -184,9 +162,9 @@ def step_rows(device: torch.device) -> list[dict[str, Any]]:
         if device.type == "cuda":
             row |= {"launches": len(device_events(lambda v=v: v.train(cfg, 1), device))}  # type: ignore[misc]
         else:
-            with Operators() as counted:
+            with launches.Counted() as counted:
                 v.train(cfg, 1)
-            row |= {"operators": counted.count}
+            row |= {"launches": sum(launches.launches(counted.calls, tokens=shape.batch * shape.block))}
         rows.append({**row, "machine": provenance(device)})
     return rows
 
@@ -316,7 +294,7 @@ def show(rows: list[dict[str, Any]]) -> str:
         if "red" in r:
             lines.append(f"{start}{'RED, no speed is shown' if r.get('backend') else 'not measured'}: {r['red']}")
             continue
-        unit = next(u for u in ("us", "ms", "seconds", "mb", "launches", "operators") if u in r)
+        unit = next(u for u in ("us", "ms", "seconds", "mb", "launches") if u in r)
         figure = f"{r[unit]:>10,.0f}" if isinstance(r[unit], int) else f"{r[unit]:>10.2f}"
         spread = f" ({r[unit + '_q20']:.2f} .. {r[unit + '_q80']:.2f})" if unit + "_q20" in r else ""
         against = f"  {r['times_floor']:.2f} x {'torch' if unit == 'ms' else FLOOR}" if "times_floor" in r else ""

@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastgpt.bench import variants
 from fastgpt.bench._harness import append_rows, provenance
 from fastgpt.bench._options import command_line
-from fastgpt.bench.host import computes
 from fastgpt.core import backend
 from fastgpt.core.command import number, run_command
 from fastgpt.training.build import build_model, build_optimizer
@@ -47,7 +46,7 @@ def levels(tokens: int) -> int:
     return found
 
 
-# raw op -> kernels that it launches on CUDA at GPT-2's shapes
+# raw op -> kernels that it launches on CUDA at GPT-2's shapes; embedding_bwd and embedding_bwd_add: `own_kernels`
 OWN = {
     "adamw_prepare": 1,
     "adamw_update": 1,
@@ -56,29 +55,61 @@ OWN = {
     "bias_gelu_bwd": 2,
     "bias_gelu_fwd": 1,
     "cross_entropy_fwd_bwd": 1,
-    "embedding_bwd": 1 + levels(TOKENS),  # the keys of the sort first
-    "embedding_bwd_add": 1 + levels(TOKENS),
     "embedding_fwd": 1,
     "layer_norm_bwd": 2,
     "layer_norm_fwd": 1,
     "scale_rows": 1,
 }
+# operators that allocate or inspect but compute nothing
+FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::_local_scalar_dense", "aten::item", "aten::set_")
 HOST = ("aminmax", "promote_types", "_record_function_enter_new", "_record_function_exit")  # or checks of a CPU alone
 LIBRARY = {"embedding_bwd": ("sort", "zero_"), "embedding_bwd_add": ("sort",)}  # what their C++ calls
 
 Calls = Counter[tuple[str, str]]  # (phase, name) -> calls; the names of PyTorch ops start with "aten::"
 
 
-class Trace(TorchDispatchMode):
-    """Counts the calls that launch something, by phase. It has the calls of training.graphs.Graphs, by which a step
-    names its parts."""
+def own_kernels(name: str, tokens: int = TOKENS) -> int:
+    """Return the kernels that a raw op launches on CUDA; tokens: of a micro-batch.
 
-    enabled = False
+    Raises:
+        KeyError: it is not in OWN.
+    """
+    if name in ("embedding_bwd", "embedding_bwd_add"):
+        return 1 + levels(tokens)  # the keys of the sort first
+    return OWN[name]
+
+
+def computes(func: Any) -> bool:
+    """Return whether a PyTorch operator computes something: it returns no view and no empty tensor."""
+    schema = func._schema
+    view = any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return not view and not schema.name.startswith(FREE)
+
+
+class Counted(TorchDispatchMode):
+    """Counts the calls that launch something."""
+
+    phase = ""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: Calls = Counter()
-        self.part = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace == "fastgpt":
+            self.calls[self.phase, name] += 1
+            self.calls.update((self.phase, f"aten::{called}") for called in LIBRARY.get(name, ()))
+        elif computes(func) and name not in HOST:
+            self.calls[self.phase, f"aten::{name}"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Trace(Counted):
+    """Counts them by phase. It has the calls of training.graphs.Graphs, by which a step names its parts."""
+
+    enabled = False
+    part = ""
 
     def begin(self, optimizer: Any) -> None:
         """Begin a step, as a run with graphs does."""
@@ -92,22 +123,13 @@ class Trace(TorchDispatchMode):
         return out
 
     @property
-    def phase(self) -> str:
+    def phase(self) -> str:  # type: ignore[override]
         """The phase of a call that is made now."""
         if self.part == "optimizer_step":
             return "optimizer"
         if torch._C._current_graph_task_id() >= 0:  # type: ignore[attr-defined]
             return "backward"
         return "forward" if self.part else "start"
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        namespace, _, name = func._schema.name.partition("::")
-        if namespace == "fastgpt":
-            self.calls[self.phase, name] += 1
-            self.calls.update((self.phase, f"aten::{called}") for called in LIBRARY.get(name, ()))
-        elif computes(func) and name not in HOST:
-            self.calls[self.phase, f"aten::{name}"] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def trace(layers: int, accumulation: int, kernels: str = "cpu") -> Calls:
@@ -127,15 +149,15 @@ def trace(layers: int, accumulation: int, kernels: str = "cpu") -> Calls:
     return found.calls
 
 
-def launches(calls: Calls, phase: str) -> tuple[int, int]:
-    """Return the kernels of fastgpt and the calls of PyTorch in a phase.
+def launches(calls: Calls, phase: str = "", tokens: int = TOKENS) -> tuple[int, int]:
+    """Return the kernels of fastgpt and the calls of PyTorch in a phase; tokens: of a micro-batch.
 
     Raises:
         KeyError: a raw op is not in OWN.
     """
     names = {name: n for (where, name), n in calls.items() if where == phase}
     library = sum(n for name, n in names.items() if name.startswith("aten::"))
-    return sum(n * OWN[name] for name, n in names.items() if not name.startswith("aten::")), library
+    return sum(n * own_kernels(name, tokens) for name, n in names.items() if not name.startswith("aten::")), library
 
 
 def launch_rows(accumulation: int) -> list[dict[str, Any]]:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from fastgpt.bench import _harness, _op, host, variants
+from fastgpt import ops
+from fastgpt.bench import _harness, _op, host, launches, variants
 from fastgpt.bench._harness import Setting
+from fastgpt.core import backend
 
 CPU = torch.device("cpu")
 MICRO = variants.Shape(layers=2, heads=2, width=32, vocab=65, block=16, batch=4, steps=3)
@@ -73,21 +75,32 @@ def test_an_installed_library_without_a_device_says_so(monkeypatch: pytest.Monke
 
 def test_operators_that_compute_are_counted() -> None:
     x = torch.ones(4, 4, requires_grad=True)
-    with host.Operators() as counted:
+    with launches.Counted() as counted:
         y = (x.t().reshape(2, 8) + 1).exp()  # a copy after the transpose, an add, an exp
         torch.empty(3), y.view(16), y.detach()
-    assert counted.count == 3
-    with host.Operators() as counted:
+    assert launches.launches(counted.calls) == (0, 3)
+    with launches.Counted() as counted:
         y.sum().backward()  # the sum, autograd's initial 1, a product for exp, a copy of the transposed gradient
-    assert counted.count == 4
+    assert launches.launches(counted.calls) == (0, 4)
 
 
-def test_a_step_of_the_trainer_launches_fewer_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_the_trainer_launches_less(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(variants.SHAPES, "small", MICRO)
     monkeypatch.setattr(variants, "keep_freed_memory", lambda: None)
-    rows = {r["provider"]: r["operators"] for r in host.step_rows(CPU)}
-    again = {r["provider"]: r["operators"] for r in host.step_rows(CPU)}
+    rows = {r["provider"]: r["launches"] for r in host.step_rows(CPU)}
+    again = {r["provider"]: r["launches"] for r in host.step_rows(CPU)}
     assert rows == again and 0 < rows["fastgpt"] < rows["torch"]
+
+
+def test_a_kernel_of_fastgpt_counts_as_what_it_launches() -> None:
+    """Backward of a norm is two kernels, as in `fastgpt bench launches`; the operators inside it count for nothing."""
+    x, weight = torch.ones(4, 8, requires_grad=True), torch.ones(8, requires_grad=True)
+    with launches.Counted() as counted, backend.use(layer_norm="cpu"):
+        y = ops.layer_norm(x, weight, weight)
+        torch.autograd.grad(y, (x, weight), torch.ones(4, 8))
+    own, _ = launches.launches(counted.calls)
+    assert own == launches.own_kernels("layer_norm_fwd") + launches.own_kernels("layer_norm_bwd") == 3
+    assert launches.own_kernels("embedding_bwd", tokens=1024) == 1 + launches.levels(1024) == 4
 
 
 def test_imports_are_timed_in_fresh_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,5 +167,5 @@ def test_rows_have_provenance_and_one_unit(monkeypatch: pytest.MonkeyPatch, tmp_
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert {r["figure"] for r in rows} == set(host.FIGURES)
     assert all(r["machine"][key] for r in rows for key in _harness.PROVENANCE)
-    assert all(sum(u in r for u in ("us", "ms", "seconds", "operators")) == 1 for r in rows if "red" not in r)
+    assert all(sum(u in r for u in ("us", "ms", "seconds", "launches")) == 1 for r in rows if "red" not in r)
     assert sys.modules["fastgpt.bench.host"] is host

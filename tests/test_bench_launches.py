@@ -74,9 +74,8 @@ def test_each_op_launches_what_the_count_assumes(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(launches, "Trace", Measured)
     calls = launches.trace(1, 2, kernels="cuda")
     assert {name for _, name in calls if not name.startswith("aten::")} == set(found)
-    sums = launches.levels(launches.SHAPE.batch * launches.SHAPE.block)
-    gathers = dict.fromkeys(("embedding_bwd", "embedding_bwd_add"), {1 + sums})
-    assert found == {name: gathers.get(name, {launches.OWN[name]}) for name in found}
+    tokens = launches.SHAPE.batch * launches.SHAPE.block
+    assert found == {name: {launches.own_kernels(name, tokens)} for name in found}
 
 
 def test_the_table_names_every_call(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
