@@ -8,7 +8,9 @@ every op passes its parity check, and a variant's only if its losses of the firs
 within TOLERANCE. A variant that fails has a row that says why; each row is written as soon as it is final. Tokens are
 synthetic (rank r with probability ~ 1/(r+1), so losses fall) and are on the device before a step. --ablation adds
 fastgpt with one op at a time on PyTorch. On a GPU `fastgpt graphs` replays steps from CUDA graphs, as the trainer does
-there.
+there. Where `auto` prefers PyTorch's op to a kernel (attention on sm_90), or a table of `fastgpt tune` does, a row
+`fastgpt own` has fastgpt's kernels for all ops: CUDA or Triton on a GPU, also from graphs; those of the CPU on a CPU.
+--variant "fastgpt own" times them anywhere.
 
 small: 4 layers, width 128, T 64, B 12, 65 characters; medium: 6 layers, width 384, T 256, B 16, 65 characters;
 llama-small: small as a Llama; gpt2-124m: 12 layers, width 768, vocabulary 50304, B 4 of T 64 on a CPU, B 64 of T 1024
@@ -57,7 +59,18 @@ from fastgpt.bench._harness import (
 )
 from fastgpt.bench._op import Provider, every, gate
 from fastgpt.bench._options import command_line, device_of
-from fastgpt.bench.variants import GPU_SHAPES, SHAPES, Shape, default_shape, prepare, reason, settings, shapes_on
+from fastgpt.bench.variants import (
+    GPU_SHAPES,
+    OWN,
+    SHAPES,
+    Shape,
+    default_shape,
+    own_kernels,
+    prepare,
+    reason,
+    settings,
+    shapes_on,
+)
 from fastgpt.core import backend
 from fastgpt.core.command import number, run_command
 from fastgpt.core.device import energy_joules, peak_flops
@@ -246,10 +259,12 @@ def variant_names(args: argparse.Namespace, shape: Shape, device: torch.device) 
     if args.variant:
         return ["torch", *(name for name in args.variant if name != "torch")]
     names = ["torch", "fastgpt"] + (["fastgpt graphs"] if device.type == "cuda" else [])
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    served, called = kernels(device, dtype), called_ops(settings(shape, device).model)
+    if any(served[op] != own for op, own in own_kernels(device, dtype).items() if op in called):
+        names.append(f"{OWN} graphs" if device.type == "cuda" else OWN)
     names += ["torch compile", "fastgpt compile"] if args.compile else []
     if args.ablation:
-        served = kernels(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-        called = called_ops(settings(shape, device).model)
         names += [f"fastgpt -{op}" for op, picked in served.items() if picked != "torch" and op in called]
     return names
 

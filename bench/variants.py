@@ -26,7 +26,7 @@ from torch import Tensor
 from fastgpt.bench import plain
 from fastgpt.bench._harness import resident_mb
 from fastgpt.core import backend
-from fastgpt.core.device import keep_freed_memory
+from fastgpt.core.device import dtype_of, keep_freed_memory
 from fastgpt.distributed.mesh import ALONE
 from fastgpt.models.config import ModelConfig
 from fastgpt.optim import AdamW
@@ -39,6 +39,7 @@ from fastgpt.training.schedule import learning_rate
 from fastgpt.training.stability import LossScale, SpikeGuard
 from fastgpt.training.task import Batch, NextToken
 
+OWN = "fastgpt own"  # the variant in which kernels of fastgpt serve every op that has one
 WARM_STEPS = 3  # before timing; their losses are compared, too
 GPU_WARM_STEPS = 6  # graphs are recorded in the fourth step
 
@@ -114,6 +115,26 @@ def batches(shape: Shape, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     u = torch.rand((8, shape.batch, shape.block + 1), generator=generator, dtype=torch.float64)
     ids = ((shape.vocab**u).long() - 1).to(device)
     return [(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in ids]
+
+
+def own_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Return the backend of every op for which fastgpt has a kernel that runs on this device: where `auto` prefers
+    PyTorch's op, the first kernel of the prior order."""
+    found: dict[str, str] = {}
+    for op, cells in backend.ops().items():
+        order = (b for b in backend.PRIOR_OF.get(op, backend.PRIOR) if b != "torch" and b in cells)
+        ready = [b for b in order if backend.refusal(op, b, device.type, dtype) is None]
+        if ready:
+            found[op] = ready[0]
+    return found
+
+
+def choices(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Return the backends that a variant of this name chooses; `auto` chooses the others."""
+    _, _, without = name.partition(" -")
+    if without:
+        return {without: "torch"}
+    return own_kernels(device, dtype) if name.startswith(OWN) else {}
 
 
 @dataclass
@@ -219,7 +240,7 @@ def train_step(
 
 def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Variant:
     """Build 'fastgpt', 'torch', either with ' compile'; 'fastgpt graphs': as it trains on a GPU; 'fastgpt -OP': OP
-    on PyTorch."""
+    on PyTorch; 'fastgpt own', with or without ' graphs': no op on PyTorch that has a kernel."""
     device = torch.device(cfg.device)
     assert cfg.model.vocab_size is not None
     compiled, loader = name.endswith(" compile"), itertools.cycle(data)
@@ -240,8 +261,7 @@ def build(name: str, cfg: TrainConfig, data: list[tuple[Tensor, Tensor]]) -> Var
             raise RuntimeError(f"{name}: not recorded: {graphs.failure}")
         return loss.clone() if graphs.enabled else loss  # the next step overwrites it
 
-    _, _, without = name.partition(" -")
-    kernels = {without: "torch"} if without else {}
+    kernels = choices(name, device, dtype_of(cfg.dtype, device.type))
     stream = torch.cuda.Stream(device) if graphs.enabled and device.type == "cuda" else None
     return Variant(name, step, kernels, model.flops_per_token(cfg.block_size), stream=stream)
 

@@ -89,10 +89,43 @@ static double run_once() {
   return worst / (own == WeightType::f32 ? 1.0 : own == WeightType::bf16 ? 65536.0 : 8192.0);
 }
 
+// The product of training, of matrices in either order.
+static double run_product() {
+  const int64_t n = 1 + below(below(4) == 0 ? 400 : 20), c = 1 + below(below(3) == 0 ? 600 : 40), f = 1 + below(150);
+  const bool a_across = below(2), b_across = below(2);
+  const int64_t a_gap = below(3), b_gap = below(3), out_gap = below(3);
+  ProductArgs p{};
+  p.n_rows = n, p.n_inner = c, p.n_cols = f, p.out_row = f + out_gap, p.add = below(2);
+  p.a_row = a_across ? 1 : c + a_gap, p.a_col = a_across ? n + a_gap : 1;
+  p.b_row = b_across ? 1 : f + b_gap, p.b_col = b_across ? c + b_gap : 1;
+  const WeightType f32 = WeightType::f32;
+  const Numbers a(f32, (n - 1) * p.a_row + (c - 1) * p.a_col + 1), b(f32, (c - 1) * p.b_row + (f - 1) * p.b_col + 1);
+  const Numbers bias(f32, f), before(f32, n * f);
+  Numbers out(f32, n * p.out_row - out_gap);
+  for (int64_t i = 0; i < n * f; ++i) out.put(i / f * p.out_row + i % f, p.add ? before.get(i) : NAN);
+  p.a = reinterpret_cast<const float*>(a.data), p.b = reinterpret_cast<const float*>(b.data);
+  p.out = reinterpret_cast<float*>(out.data);
+  if (below(2)) p.bias = reinterpret_cast<const float*>(bias.data);
+  cpu::linear_product(p, {});
+  double worst = 0.0;
+  for (int64_t i = 0; i < n * f; ++i) {
+    double sum = p.add ? before.get(i) : 0.0, size = 255.0;
+    if (p.bias != nullptr) sum += bias.get(i % f);
+    for (int64_t k = 0; k < c; ++k) {
+      const double product =
+          static_cast<double>(a.get(i / f * p.a_row + k * p.a_col)) * b.get(k * p.b_row + i % f * p.b_col);
+      sum += product, size += std::fabs(product);
+    }
+    const double error = std::fabs(out.get(i / f * p.out_row + i % f) - sum) / size;
+    worst = error <= worst ? worst : error;
+  }
+  return worst;
+}
+
 int main(int, char** argv) {
   highest_level = atoi(argv[2]);
   for (int run = 0; run < atoi(argv[1]); ++run) {
     state = run * 7919 + 12345;
-    printf("%g\n", run_once());
+    printf("%g\n", run % 3 == 0 ? run_product() : run_once());
   }
 }

@@ -440,6 +440,29 @@ def test_ablations_are_of_ops_that_a_step_calls(llama: bool) -> None:
     assert throughput.called_ops(cfg.model) == {key[0] for key in backend._cache}
 
 
+@pytest.mark.skipif(backend.missing("cpu") is not None, reason="needs the compiled CPU kernels")
+def test_own_kernels_have_a_row_where_the_library_s_op_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = throughput.argparse.Namespace(variant=None, compile=False, ablation=False)
+    assert throughput.variant_names(args, MICRO, CPU) == ["torch", "fastgpt"]
+    monkeypatch.setattr(backend, "tuned", lambda op, *_: {"backend": "torch"} if op == "attention" else None)
+    assert throughput.variant_names(args, MICRO, CPU) == ["torch", "fastgpt", "fastgpt own"]
+    cfg = variants.settings(MICRO, CPU)
+    chosen = variants.build("fastgpt own", cfg, variants.batches(MICRO, CPU)).kernels
+    with backend.use(**chosen):
+        served = throughput.kernels(CPU, torch.float32)
+    assert served["attention"] == "cpu" and served == dict.fromkeys(served, "cpu")
+
+
+def test_own_kernels_of_a_gpu_are_the_first_that_run_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = {("attention", "triton"), ("swiglu", "cuda"), ("swiglu", "triton")}
+    no = lambda op, b, *_: "no" if b == "cpu" or (op, b) in refused else None  # noqa: E731
+    monkeypatch.setattr(backend, "refusal", no)
+    found = variants.own_kernels(torch.device("cuda"), torch.bfloat16)
+    assert (found["attention"], found["rms_norm"]) == ("cuda", "cuda") and "swiglu" not in found
+    refused.remove(("attention", "triton"))
+    assert variants.own_kernels(torch.device("cuda"), torch.bfloat16)["attention"] == "triton"
+
+
 def test_memory_of_replayed_steps_is_what_they_keep(monkeypatch: pytest.MonkeyPatch) -> None:
     """A replay allocates nothing; its pool shows only as reserved memory."""
     held = {"allocated": 50, "reserved": 70, "cached": 0}

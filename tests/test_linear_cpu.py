@@ -1,4 +1,4 @@
-"""The instruction sets of linear's CPU kernel; tests for the one of this machine are in tests/ops/test_linear.py."""
+"""The instruction sets of linear's CPU kernels; tests for the one of this machine are in tests/ops/test_linear.py."""
 
 import shutil
 import subprocess
@@ -17,7 +17,9 @@ def test_no_byte_out_of_bounds_on_any_instruction_set(tmp_path: Path) -> None:
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     (tmp_path / "level.h").write_text("extern int highest_level;\n#define FASTGPT_HIGHEST_LEVEL highest_level\n")
-    sources = [str(p) for p in (ROOT / "tests" / "linear_cpu.cpp", ROOT / "csrc" / "linear" / "cpu.cpp")]
+    sources = [
+        str(p) for p in (ROOT / "tests" / "linear_cpu.cpp", *sorted((ROOT / "csrc" / "linear").glob("cpu*.cpp")))
+    ]
     flags = ["-std=c++17", "-O1", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp-simd"]
     flags += ["-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     flags += [f"-I{ROOT / 'csrc'}", "-include", str(tmp_path / "level.h"), "-o", str(tmp_path / "bounds")]

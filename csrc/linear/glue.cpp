@@ -1,4 +1,4 @@
-// Raw op of linear: check, allocate, fill the struct of the launcher, launch. The schema is in fastgpt/ops/linear.py.
+// Raw ops of linear: check, allocate, fill the struct of the launcher, launch. The schemas are in fastgpt/ops/linear.py.
 #include "glue/allocate.h"
 #include "glue/register.h"
 #include "glue/rows.h"
@@ -48,7 +48,43 @@ Tensor linear_fwd(Tensor x, Tensor weight, OptTensor scale, OptTensor bias) {
   return y;
 }
 
+// Checks that t is an fp32 matrix of this size.
+void check_matrix(const char* name, const Tensor& t, int64_t n_rows, int64_t n_cols) {
+  const char* op = "linear_product";
+  FASTGPT_CHECK(t.dim() == 2 && t.size(0) == n_rows && t.size(1) == n_cols, op, name, " must be (", n_rows, ", ", n_cols,
+                ")");
+  FASTGPT_CHECK(t.scalar_type() == ScalarType::Float, op, name, " must be float32");
+  FASTGPT_CHECK(t.stride(0) >= 0 && t.stride(1) >= 0, op, name, " has negative strides");
+}
+
+template <class Device>
+void linear_product(Tensor a, Tensor b, OptTensor bias, Tensor out, bool add) {
+  const char* op = "linear_product";
+  FASTGPT_CHECK(a.dim() == 2 && b.dim() == 2, op, "a and b must be matrices");
+  const int64_t n_rows = a.size(0), n_inner = a.size(1), n_cols = b.size(1);
+  check_matrix("a", a, n_rows, n_inner);
+  check_matrix("b", b, n_inner, n_cols);
+  check_matrix("out", out, n_rows, n_cols);
+  check_device(op, "b", b, a);
+  check_device(op, "out", out, a);
+  FASTGPT_CHECK(n_inner > 0, op, "a has no columns");
+  if (bias) {
+    make_contiguous(bias);
+    check_flat(op, "bias", *bias, ScalarType::Float, n_cols, a);
+  }
+  ProductArgs p{};
+  p.out_row = writable_row_stride(op, "out", out);
+  if (n_rows == 0 || n_cols == 0) return;
+  p.a = static_cast<const float*>(a.data_ptr()), p.a_row = a.stride(0), p.a_col = n_inner == 1 ? 1 : a.stride(1);
+  p.b = static_cast<const float*>(b.data_ptr()), p.b_row = b.stride(0), p.b_col = b.stride(1);
+  p.bias = static_cast<const float*>(data_or_null(bias)), p.out = static_cast<float*>(out.data_ptr());
+  p.n_rows = n_rows, p.n_cols = n_cols, p.n_inner = n_inner, p.add = add;
+  const Device device(a);
+  linear_product(p, device.stream);
+}
+
 }  // namespace
 }  // namespace fastgpt
 
 FASTGPT_REGISTER_CPU(linear_fwd)
+FASTGPT_REGISTER_CPU(linear_product)

@@ -1,4 +1,4 @@
-// Arguments and launcher of linear; formulas in fastgpt/ops/linear.py. Only the CPU has a kernel.
+// Arguments and launchers of linear; formulas in fastgpt/ops/linear.py. Only the CPU has a kernel.
 #pragma once
 #include "core/dtype.h"
 #include "core/stream.h"
@@ -19,8 +19,20 @@ struct LinearArgs {
   WeightType weight_type;
 };
 
+// out = a b + bias, or added to what out holds; strides in floats
+struct ProductArgs {
+  const float* a;     // (n_rows, n_inner)
+  const float* b;     // (n_inner, n_cols)
+  const float* bias;  // (n_cols,), or null
+  float* out;         // (n_rows, n_cols), contiguous rows
+  int64_t a_row, a_col, b_row, b_col, out_row;
+  int64_t n_rows, n_cols, n_inner;  // all > 0
+  bool add;
+};
+
 namespace cpu {
 void linear_fwd(const LinearArgs& a, Stream stream);
+void linear_product(const ProductArgs& p, Stream stream);
 }  // namespace cpu
 
 }  // namespace fastgpt

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from fastgpt import ops
 from fastgpt.models.cache import Cache
@@ -48,8 +47,14 @@ class Pass(NamedTuple):
 
 
 def make_module(kind: type[nn.Module], *args: Any, **options: Any) -> Any:
-    """Create a module without drawing initial values, which init_weights sets; the global generator stays unused."""
-    return skip_init(kind, *args, device=torch.get_default_device(), **options)
+    """Create a module without drawing initial values, which init_weights sets; the global generator stays unused.
+
+    torch.nn.utils.skip_init draws them on the meta device, which imports torch._dynamo: most of a second, and 50 MB.
+    """
+    undrawn = type(kind.__name__, (kind,), {"reset_parameters": lambda module: None})
+    module = undrawn(*args, device=torch.get_default_device(), **options)
+    module.__class__ = kind
+    return module
 
 
 def norm_of(c: ModelConfig, size: int) -> LayerNorm | RMSNorm:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastgpt.ops._common import define_driver, flop_formula
 from fastgpt.ops.cross_entropy import CROSS_ENTROPY_FWD, CROSS_ENTROPY_FWD_BWD, OPTIONS
+from fastgpt.ops.linear import product
 
 Gradients = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]  # after the loss
 
@@ -48,7 +49,7 @@ def multiplies_into_fp32(t: Tensor) -> bool:
 
 def logits_of(x: Tensor, w: Tensor, b: Tensor | None, out: Tensor | None = None) -> Tensor:
     """Return x W^T + b, (n, V)."""
-    return torch.mm(x, w.t(), out=out) if b is None else torch.addmm(b, x, w.t(), out=out)
+    return product(x, w.t(), b, out)
 
 
 def product_in_fp32(a: Tensor, b: Tensor, total: Tensor | None = None, add: bool = True) -> Tensor:
@@ -59,6 +60,8 @@ def product_in_fp32(a: Tensor, b: Tensor, total: Tensor | None = None, add: bool
         wide = {"out_dtype": torch.float32}
     elif a.dtype != torch.float32:
         a, b = a.float(), b.float()
+    if not wide:
+        return product(a.t(), b, out=total, add=total is not None and add)
     if total is None or not add:
         return torch.mm(a.t(), b, out=total, **wide)
     return torch.addmm(total, a.t(), b, out=total, **wide)
@@ -105,7 +108,7 @@ def loss_and_gradients(
             some = scale if scale.numel() == 1 else scale[rows]
             CROSS_ENTROPY_FWD_BWD[backend](dz, loss[rows], target[rows], weight, some, *options)
             if dx is not None:
-                torch.mm(dz, w, out=dx[rows])
+                product(dz, w, out=dx[rows])
             if wanted[1]:
                 dw = product_in_fp32(dz, x[rows], dw, add=filled or rows.start > 0)
             if db is not None:

@@ -59,7 +59,7 @@ from fastgpt.ops.cross_entropy import (
     widened,
 )
 from fastgpt.ops.cross_entropy import _self_check as check_cross_entropy
-from fastgpt.ops.linear import weight_gradient
+from fastgpt.ops.linear import product, weight_gradient
 
 
 def linear_cross_entropy_ref(
@@ -174,7 +174,7 @@ class LinearCrossEntropyFn(torch.autograd.Function):
         scale = _outer_scale(grad, count, expected, x.dtype)
         dx = dw = db = None
         if ctx.needs_input_grad[1]:
-            dx = torch.mm(dz, w)
+            dx = product(dz, w)
             if scale is not None:
                 SCALE_ROWS[ctx.backend](dx, scale)
         scale, top = _in_range(scale, x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,10 @@ from fastgpt.optim.state import (
     sum_over,
     write_master,
 )
+
+# PyTorch's methods without their wrapper, whose first call imports torch._dynamo: most of a second, and 50 MB for good
+_add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+_zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -119,7 +124,7 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             ValueError, TypeError: a setting or a parameter that the constructor would reject; nothing is added then.
         """
-        super().add_param_group(param_group)
+        _add_param_group(self, param_group)
         try:
             check_group(param_group)
             for p in param_group["params"]:
@@ -129,6 +134,10 @@ class AdamW(torch.optim.Optimizer):
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Set every gradient to None, or to zeros."""
+        _zero_grad(self, set_to_none)
 
     def _number(self) -> None:
         """Assign each parameter a slot in the step counters, of which state["step"] is a view, and each group a

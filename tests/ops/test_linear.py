@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgpt import nn, ops
 from fastgpt.core import backend
 from fastgpt.core.errors import UserError
-from fastgpt.ops.linear import LINEAR_FWD, MAX_ROWS, linear_ref
+from fastgpt.ops.linear import LEAST_WORK, LINEAR_FWD, LINEAR_PRODUCT, MAX_ROWS, linear_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -216,3 +216,90 @@ def test_a_choice_for_all_ops_leaves_linear_as_it_is(kernels: str) -> None:
         assert torch.equal(ops.linear(x, weight), torch.full((2, 4), 3.0))
     with pytest.raises(UserError, match="all='best'|='best': expected one of"):
         ops.use(all="best")
+
+
+# ---- the kernel of training ----
+
+SIZES = [(1, 1, 1), (7, 5, 17), (97, 257, 130), (5, 513, 15), (290, 64, 300), (600, 3, 70)]  # rows, inner, columns
+
+
+@needs_kernel
+@pytest.mark.parametrize("a_across", [False, True])
+@pytest.mark.parametrize("b_across", [False, True])
+@pytest.mark.parametrize("n, c, f", SIZES)
+def test_products_are_as_exact_as_pytorch_s(n: int, c: int, f: int, a_across: bool, b_across: bool) -> None:
+    a = rand(c, n).t() if a_across else rand(n, c)
+    b = rand(f, c, seed=1).t() if b_across else rand(c, f, seed=1)
+    bias, before = rand(f, seed=2), rand(n, f, seed=3)
+    memory = torch.full((n + 2, f + 3), 7.0)
+    out = memory[1:-1, 1:-2]
+    for add, wanted, own in (
+        (False, a.double() @ b.double() + bias, torch.addmm(bias, a, b)),
+        (True, before.double() + a.double() @ b.double(), torch.addmm(before, a, b)),
+    ):
+        out.copy_(before)
+        LINEAR_PRODUCT["cpu"](a, b, None if add else bias, out, add)
+        error, theirs = ((x.double() - wanted).abs().max().item() for x in (out, own))
+        assert error <= 2 * theirs + torch.finfo(torch.float32).eps * wanted.abs().max().item()
+        border = memory.clone()
+        border[1:-1, 1:-2] = 7.0
+        assert (border == 7.0).all()
+
+
+@needs_kernel
+def test_products_do_not_depend_on_the_threads_or_the_other_rows() -> None:
+    a, b = rand(301, 700), rand(700, 210, seed=1)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            for left, rows in ((a, 301), (a[:100], 100), (a.t().contiguous().t(), 301)):
+                out = torch.empty(rows, 210)
+                LINEAR_PRODUCT["cpu"](left, b, None, out, False)
+                found.append(out[:100])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Let the kernel compute the products of training wherever it is built; return the sizes of its outputs."""
+    module, sizes, real = sys.modules["fastgpt.ops.linear"], [], LINEAR_PRODUCT["cpu"]
+    monkeypatch.setattr(module, "MEASURED", True)
+    call = lambda a, b, bias, out, add: sizes.append(tuple(out.shape)) or real(a, b, bias, out, add)  # noqa: E731
+    monkeypatch.setitem(LINEAR_PRODUCT, "cpu", call)
+    return sizes
+
+
+@needs_kernel
+@pytest.mark.parametrize("kept", [False, True], ids=["fresh", "buffer"])
+def test_training_takes_the_kernel_s_products(trained: list[tuple[int, ...]], kept: bool) -> None:
+    n, c, f = 272, 160, 200
+    assert n * c * f >= LEAST_WORK
+    x, weight, bias = rand(2, n // 2, c).requires_grad_(), rand(f, c, seed=1), rand(f, seed=2).requires_grad_()
+    weight.requires_grad_()
+    if kept:
+        weight.grad_buffer = torch.empty_like(weight)  # type: ignore[attr-defined]
+    y, dy = ops.linear(x, weight, bias), rand(2, n // 2, f, seed=3)
+    y.backward(dy)
+    assert trained == [(n, f), (n, c), (f, c)]
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, bias)]
+    wanted = F.linear(*leaves)
+    wanted.backward(dy.double())
+    for got, exact in zip((y, x.grad, weight.grad, bias.grad), (wanted, *(t.grad for t in leaves)), strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-4)
+
+
+@needs_kernel
+def test_second_derivatives_and_forward_mode_are_pytorch_s(trained: list[tuple[int, ...]]) -> None:
+    x, weight = rand(256, 180).requires_grad_(), rand(190, 180, seed=1).requires_grad_()
+    first = lambda fn: torch.autograd.grad(fn(x, weight).square().sum(), x, create_graph=True)[0]  # noqa: E731
+    grads = [torch.autograd.grad(first(fn).square().sum(), (x, weight)) for fn in (ops.linear, F.linear)]
+    assert trained  # forward, in spite of what comes later
+    for ours, theirs in zip(*grads, strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        tangent = torch.autograd.forward_ad.unpack_dual(ops.linear(dual, weight)).tangent
+    assert tangent is not None and torch.equal(tangent, F.linear(torch.ones_like(x), weight))
