@@ -23,7 +23,7 @@ from fastgpt.core.device import default_device, keep_freed_memory
 from fastgpt.distributed.mesh import Mesh, connected, find_mesh
 from fastgpt.distributed.parallelize import Spread
 from fastgpt.evaluate import hook
-from fastgpt.ops._upstream import expected_gradient
+from fastgpt.ops._upstream import expected_gradient, run_backward
 from fastgpt.optim import AdamW
 from fastgpt.optim.muon import MuonAdamW
 from fastgpt.training import initial, plan
@@ -85,7 +85,7 @@ def forward_backward(
     upstream = share if scaling is None else share * scaling.scale
     with expected_gradient(upstream):
         sums = task.loss(model, Batch(*batch))
-    sums.backward(upstream.expand_as(sums))  # figures have no gradient
+    run_backward(sums, upstream.expand_as(sums))  # figures have no gradient
     sums = sums.detach()
     return sums * share if total is None else torch.addcmul(total, sums, share)
 
