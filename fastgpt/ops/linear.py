@@ -95,9 +95,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
     Autograd does not see it. It is the kernel's where that is faster, else PyTorch's product.
     """
     plain = b.dtype == a.dtype and (out is None or (out.dtype == a.dtype and out.stride(1) == 1))
-    if plain and _kernel_multiplies(a, *a.shape, b.shape[1]):
+    backend = _multiplier(a, a.shape[0], a.shape[1], b.shape[1]) if plain else "torch"
+    if backend != "torch":
         out = a.new_empty((a.shape[0], b.shape[1])) if out is None else out
-        LINEAR_PRODUCT["cpu"](a, b, bias, out, add)
+        LINEAR_PRODUCT[backend](a, b, bias, out, add)
         return out
     if add:
         assert out is not None and bias is None, "a sum needs its place"
@@ -105,11 +106,11 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
-def _kernel_multiplies(x: Tensor, n: int, c: int, f: int) -> bool:
-    """Return whether the kernel computes the product of x (N, C) with (C, F)."""
+def _multiplier(x: Tensor, n: int, c: int, f: int) -> str:
+    """Return the backend that computes the product of x (N, C) with (C, F) in training."""
     if not MEASURED or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return False
-    return min(n, f) >= LEAST_ROWS and n * c * f >= LEAST_WORK and select("linear", x) == "cpu"
+        return "torch"
+    return select("linear", x) if min(n, f) >= LEAST_ROWS and n * c * f >= LEAST_WORK else "torch"
 
 
 def weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
@@ -194,7 +195,7 @@ def _trains(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:  # PyTorch's product has a forward-mode derivative, LinearFn has none
         return False
     c = x.shape[-1]
-    return _kernel_multiplies(x, x.numel() // c, c, weight.shape[0])
+    return _multiplier(x, x.numel() // c, c, weight.shape[0]) != "torch"
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale: Tensor | None = None) -> Tensor:
