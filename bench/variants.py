@@ -122,10 +122,10 @@ def own_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
     PyTorch's op, the first kernel of the prior order."""
     found: dict[str, str] = {}
     for op, cells in backend.ops().items():
-        order = (b for b in backend.PRIOR_OF.get(op, backend.PRIOR) if b != "torch" and b in cells)
-        ready = [b for b in order if backend.refusal(op, b, device.type, dtype) is None]
-        if ready:
-            found[op] = ready[0]
+        for b in backend.PRIOR_OF.get(op, backend.PRIOR):
+            there = b in cells and backend.DEVICE_OF.get(b) == device.type
+            if op not in found and there and backend.refusal(op, b, device.type, dtype) is None:
+                found[op] = b
     return found
 
 
