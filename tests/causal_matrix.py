@@ -44,9 +44,9 @@ def inputs_of(name: str) -> dict[str, Any]:
     return {}
 
 
-def labels_for(name: str, seed: int = 0) -> Tensor:
+def labels_for(model: Any, name: str, seed: int = 0) -> Tensor:
     """Return labels; none where a token sees no key, which eager attention and ours differentiate differently."""
-    labels = causal_models.tokens(seed)
+    labels = causal_models.labels(model, seed)
     labels[1, 3:6] = -100
     if name == "left padding":
         labels[0, :5] = -100
@@ -55,7 +55,8 @@ def labels_for(name: str, seed: int = 0) -> Tensor:
 
 def run(model: Any, name: str, seed: int = 0, how: Any = outcome) -> dict[str, Tensor]:
     """Return the outcome of a model for one kind of input."""
-    return how(model, causal_models.tokens(seed), labels_for(name, seed), 2, VOCAB, **inputs_of(name))
+    given = causal_models.batch(model, seed) | inputs_of(name)
+    return how(model, given.pop("input_ids"), labels_for(model, name, seed), 2, VOCAB, **given)
 
 
 def _pattern(f: Found) -> str:
@@ -121,9 +122,8 @@ def _compare(row: Row, model: Any, name: str, quick: bool) -> None:
             worst = max(bad, key=lambda n: bad[n])
             row.wrong.append(f"{name}, {only or 'all parts'}: {worst} {bad[worst]:.3g} ({len(bad)} of {len(base)})")
         if only is None and name == "plain":
-            ids = causal_models.tokens()
-            calls = ({"input_ids": ids, "labels": labels} for labels in (labels_for("plain"), None))
-            matrix.call_strictly(row, patched, calls)
+            given = causal_models.batch(model)
+            matrix.call_strictly(row, patched, [{**given, "labels": labels_for(model, "plain")}, given])
             after = run(fastgpt.unpatch(patched), name)
             row.wrong += [f"unpatched: {n}" for n, t in base.items() if not torch.equal(after[n], t)][:3]
             row.error = float((base["logits"] - truth["logits"]).abs().max())
@@ -140,9 +140,10 @@ def _again(model: Any, patched: Any, name: str) -> dict[str, float]:
 
 def _generate(row: Row, model: Any) -> None:
     """Compare greedy generation."""
-    ids = causal_models.tokens()
     for name in INPUTS[:2]:
-        given = {"inputs": ids, "attention_mask": torch.ones_like(ids), **inputs_of(name)}
+        given = causal_models.batch(model)
+        given |= {"inputs": given.pop("input_ids"), "attention_mask": torch.ones(B, T, dtype=torch.long)}
+        given |= inputs_of(name) | causal_models.generation_settings(model)
         if not matrix.compare_generation(row, model, name, given, _first_line):
             return
 

@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 VOCAB, B, T, WINDOW = 197, 2, 12, 5
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INNER = 64, 4, 2, 16, 96
@@ -22,6 +22,7 @@ _VALUES: list[tuple[Any, str]] = [
         HIDDEN,
         "hidden_size d_model n_embd emb_dim embedding_size word_embed_proj_dim embedding_dim "
         "attention_hidden_size input_embedding_size output_embedding_size lru_width backbone_hidden_size "
+        "hidden_size_global "
         "max_position_embeddings n_positions n_ctx max_target_positions max_source_positions max_seq_len "
         "context_length original_max_position_embeddings",
     ),
@@ -92,17 +93,26 @@ ASSISTANT: dict[str, Any] = dict(  # the default is refused
     vocab_size_per_layer_input=0,
     hidden_size_per_layer_input=0,
 )
+CODES: dict[str, Any] = dict(num_codebooks=2, pad_token_id=VOCAB, bos_token_id=VOCAB)
 HYBRID: dict[str, Any] = dict(num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"])
 DIFFERENCES: dict[str, dict[str, Any]] = {
     "bamba": dict(attn_layer_indices=[1]),
     "big_bird": FULL,
     "bigbird_pegasus": FULL,
+    "blt": dict(
+        num_hidden_layers=2,
+        encoder_hash_byte_group_vocab=50,
+        encoder_hash_byte_group_size=[2, 3],
+        patching_threshold=4.6,
+        local_attention_window_len=WINDOW,
+        rope_parameters=None,
+    ),
     "cohere_compass_text": dict(layer_types=WINDOWS_AND_ALL, rope_parameters=dict.fromkeys(WINDOWS_AND_ALL, SECTIONS)),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=1e4),
         ffn_config=dict(ffn_hidden_size=INNER, moe_num_experts=4, moe_top_k=2, hidden_size=HIDDEN),
     ),
-    "falcon_h1": dict(mamba_d_ssm=128),
+    "falcon_h1": dict(mamba_d_ssm=128, mlp_multipliers=[0.7, 1.3]),
     "gemma3n": SHARED_3N,
     "gemma3n_text": SHARED_3N,
     "gemma4": SHARED_3N,
@@ -114,17 +124,21 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
-    "longcat_flash": dict(zero_expert_num=2, num_key_value_heads=HEADS),
+    "longcat_flash": dict(zero_expert_num=2, num_key_value_heads=HEADS, head_dim=8),
     "mamba2": dict(num_heads=8),
+    "musicgen": CODES,
+    "musicgen_melody": CODES,
     "recurrent_gemma": dict(num_hidden_layers=3),
     "reformer": dict(attn_layers=["local", "lsh"], axial_pos_shape=(3, 4), axial_pos_embds_dim=(32, 32)),
     "qwen4_exp": INDEXED,
     "qwen4_exp_text": INDEXED,
+    "xlstm": dict(hidden_size=128, embedding_dim=128, autocast_kernel_dtype="float32"),  # 64: its cache has other sizes
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(attention_hidden_size=None, **HYBRID),
     "zamba2": HYBRID,
     "zaya": dict(num_experts_per_tok=1),
 }
+AFTER_IMAGES = ("git",)  # types whose loss leaves out the places of an image before the text
 SEVERAL = ("layer_types", "mlp_layer_types", "layers_block_type")  # one layer of each kind
 
 
@@ -210,6 +224,33 @@ def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0, **extra: 
     return model.to(dtype).eval()
 
 
-def tokens(seed: int = 0) -> Tensor:
-    """Return tokens (B, T) that no type reads as padding."""
-    return torch.randint(5, VOCAB, (B, T), generator=torch.Generator().manual_seed(seed))
+def tokens(seed: int = 0, rows: int = B) -> Tensor:
+    """Return tokens (rows, T) that no type reads as padding."""
+    return torch.randint(5, VOCAB, (rows, T), generator=torch.Generator().manual_seed(seed))
+
+
+def codebooks(model: Any) -> int:
+    """Return how many tokens a model reads and predicts at a place: one for each of its heads; 0 if it has one head."""
+    heads = model.get_output_embeddings()
+    return len(heads) if isinstance(heads, nn.ModuleList) else 0
+
+
+def batch(model: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Return what a model reads: tokens (B, T), or (B codebooks, T), and an image where its text follows one."""
+    given = {"input_ids": tokens(seed, B * (codebooks(model) or 1))}
+    if model.config.model_type in AFTER_IMAGES:
+        size = model.config.vision_config.image_size
+        given["pixel_values"] = torch.randn(B, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return given
+
+
+def generation_settings(model: Any) -> dict[str, int]:
+    """Return what `generate` needs for a model with codebooks: the token where one of them has none yet."""
+    fill = dict.fromkeys(("pad_token_id", "decoder_start_token_id"), VOCAB)
+    return {**fill, "num_return_sequences": 1} if codebooks(model) else {}
+
+
+def labels(model: Any, seed: int = 0) -> Tensor:
+    """Return the tokens that a model predicts: (B, T), or (B, T, codebooks)."""
+    found = codebooks(model)
+    return tokens(seed, B * found).view(B, found, T).transpose(1, 2) if found else tokens(seed)

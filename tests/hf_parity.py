@@ -15,7 +15,16 @@ from torch.overrides import TorchFunctionMode
 
 
 class InFp64(TorchFunctionMode):
-    """Runs every step that transformers' code takes in fp32 in fp64 instead."""
+    """Runs every step that transformers' code takes in fp32 in fp64 instead, those in the default dtype too."""
+
+    def __enter__(self) -> Any:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        torch.set_default_dtype(self.default)
+        return super().__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         wide = {torch.float32: torch.float64, torch.Tensor.float: torch.Tensor.double}

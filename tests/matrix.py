@@ -69,12 +69,12 @@ def compare_generation(
     """Compare greedy generation with the cache, as far as no token is a close call; return whether the unpatched model
     generates at all. given: what generate gets; line: returns a sentence on an exception."""
     try:
-        wanted = model.generate(**given, **GREEDY)
+        wanted = model.generate(**{**GREEDY, **given})
     except Exception as e:
         row.notes.append(f"generation: {line(e)}")
         return False
     try:
-        got = fastgpt.patch(copy.deepcopy(model), quiet=True).generate(**given, **GREEDY)
+        got = fastgpt.patch(copy.deepcopy(model), quiet=True).generate(**{**GREEDY, **given})
     except Exception as e:
         row.wrong.append(f"generation, {name}: {line(e)}")
         return True
@@ -82,7 +82,8 @@ def compare_generation(
     top = logits.topk(2, -1).values
     allowed = 2 * row.error + EPS * float(logits.abs().max())
     clear = (top[..., 0] - top[..., 1] > 10 * allowed).long().cumprod(1).bool()
-    if (got.sequences[:, -NEW:] != wanted.sequences[:, -NEW:])[clear].any():
+    ours, theirs = (g.sequences.flatten(0, -2)[:, -NEW:] for g in (got, wanted))  # (B, ...), or (B, codebooks, ...)
+    if (ours != theirs)[clear].any():
         row.wrong.append(f"generation, {name}: other tokens")
     return True
 

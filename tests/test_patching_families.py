@@ -144,6 +144,87 @@ def test_eager_functions_are_judged_by_what_they_compute() -> None:
     assert not _eager._usual(plain_eager, True), "it does not read its module's sinks"
 
 
+class OwnAttention(nn.Module):
+    """Eager attention in a method, as in GPT-J and CodeGen."""
+
+    def __init__(self, dropped: str = "weights", later: float = 1.0) -> None:
+        super().__init__()
+        self.attn_dropout, self.resid_dropout = nn.Dropout(0.5), nn.Dropout(0.1)
+        self.scale_attn, self.heads, self.dropped, self.later = 3.0, 4, dropped, later
+
+    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> tuple[Tensor, Tensor]:
+        scores = query @ key.mT / self.scale_attn
+        p = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+        if self.training:
+            p = p * self.later
+        y = (self.attn_dropout(p) if self.dropped == "weights" else p) @ value
+        return self.attn_dropout(y) if self.dropped == "result" else y, p
+
+
+def test_methods_are_judged_by_what_they_compute() -> None:
+    assert _eager.method(OwnAttention()) == _eager.Method("scale_attn", True, "attn_dropout")
+    assert _eager.method(OwnAttention("nothing")) == _eager.Method("scale_attn", True)
+    assert _eager.method(OwnAttention("result")) is None, "dropout of the result is not dropout of the weights"
+    assert _eager.method(OwnAttention(later=2.0)) is None, "it differs in training"
+    other = OwnAttention()
+    other.scale_attn = torch.tensor(3.0)  # type: ignore[assignment]
+    assert _eager.method(other) is None, "no number of the module explains its scale"
+
+
+def test_a_method_reads_its_numbers_at_every_call() -> None:
+    torch.manual_seed(0)
+    module, (q, k, v) = OwnAttention().eval(), torch.randn(3, 2, 4, 5, 16)
+    how = _eager.method(module)
+    assert how is not None
+    module.scale_attn = 0.5
+    added = torch.full((5, 5), torch.finfo(torch.float32).min).triu(1)
+    nothing = torch.zeros(2, 0, 1, dtype=torch.long)  # causal order, without padding
+    torch.testing.assert_close(_eager.attend(module, how, q, k, v, nothing)[0], module._attn(q, k, v, added)[0])
+    with pytest.raises(RuntimeError, match="mask"), ops.use(strict=True):
+        _eager.attend(module, how, q, k, v, added)
+
+
+class Scaled(nn.Module):
+    """MLP with numbers before its activation and behind its last layer, dropout as a function, and casts."""
+
+    def __init__(self, gated: bool, narrow: bool = True) -> None:
+        super().__init__()
+        self.up, self.down, self.act = nn.Linear(8, 12), nn.Linear(12, 8), nn.SiLU() if gated else nn.GELU()
+        self.gate, self.p, self.first, self.last = nn.Linear(8, 12) if gated else None, 0.0, 0.7, 1.3
+        self.narrow = narrow
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            y = self.act(self.up(x) * self.first)
+        else:
+            gate = self.gate(x)
+            y = self.act(gate.float()) * self.up(x).float()
+            y = y.to(gate.dtype) if self.narrow else y
+        return nn.functional.dropout(self.down(y), p=self.p, training=self.training) * self.last
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_mlps_with_numbers_and_dropout(gated: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Scaled(gated), torch.randn(3, 8)
+    wanted = model(x)
+    fastgpt.patch(model, quiet=True)
+    report = fastgpt.patch_report(model)
+    assert [e.op for e in report.replaced] == ["swiglu" if gated else "bias_gelu"] and not report.left
+    with ops.use(strict=True):
+        torch.testing.assert_close(model(x), wanted)
+    model.p = 1.0
+    assert not model(x).any() and model.eval()(x).any()
+    model.last = 0.0
+    assert not model(x).any()
+
+
+def test_mlps_that_stay_in_fp32_are_left() -> None:
+    model = Scaled(True, narrow=False)
+    fastgpt.patch(model, quiet=True, dry_run=True)
+    assert [e.op for e in fastgpt.patch_report(model).left] == [""]
+
+
 class Packed(nn.Module):
     """A gated MLP whose gate is one half of a linear layer's output."""
 

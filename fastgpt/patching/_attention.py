@@ -372,15 +372,6 @@ def gpt_neo(module: Any, window: int, query: Tensor, key: Tensor, value: Tensor,
     return y.transpose(1, 2), None
 
 
-def gptj(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
-    """Replace GPTJAttention._attn. (B, H, T, D) -> the same, without weights."""
-    if not is_ours(attention_mask):
-        leave_to_torch("attention", OTHER_MASK)
-        return type(module)._attn(module, query, key, value, attention_mask)
-    y = masked(query, key, value, attention_mask, "all", scaling=1 / module.scale_attn, dropout=_dropout(module))
-    return y.transpose(1, 2), None
-
-
 def gpt2_upcast(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> Any:
     """Replace GPT2Attention._upcast_and_reordered_attn, eager attention in fp32, which the op always uses: (B, T, H,
     D)."""

@@ -1,8 +1,8 @@
 """Find what the ops can replace in models of Hugging Face transformers; imported only for such models.
 
 Attention is recognised by the registry of attention functions that its forward looks up, and by what its eager function
-computes on a few random numbers; see `_attention` for its replacement, and `_loss` for the head and the loss. A base
-model gets masks of ours only if no module below it computes with a mask.
+or method computes on a few random numbers; see `_attention` for its replacement, and `_loss` for the head and the loss.
+A base model gets masks of ours only if no module below it computes with a mask.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from fastgpt.patching import _attention, _eager, _loss, _masks, _rebind
 from fastgpt.patching._recognise import Found, name_of
 
-NO_REGISTRY: dict[str, Any] = {
-    "GPTJAttention": _attention.gptj,
-    "GPTNeoSelfAttention": _attention.gpt_neo,
-}  # eager, in `_attn`
+NEO = "GPTNeoSelfAttention"  # its `_attn` adds its own mask to that of the model
+METHOD = "_attn"  # eager attention, in models without a registry
 LAST_QUERIES = "_maybe_slice_kv_shared_inputs"  # Gemma 4's method that slices masks
 OWN_WAY = "it computes attention in its own way"
 
@@ -50,10 +48,13 @@ def _has_loss(model: Any) -> bool:
 def _attends(module: Any) -> Iterator[Found]:
     """Find the attention of a module of transformers: its attention function, or a method that computes it."""
     what, found = name_of(module), False
-    if what in NO_REGISTRY and _from_transformers(type(module).forward):
-        arguments = (_neo_window(module),) if what == "GPTNeoSelfAttention" else ()
-        yield Found("attention", what, "attention", attribute="_attn", call=NO_REGISTRY[what], arguments=arguments)
-        return
+    if hasattr(type(module), METHOD) and _from_transformers(type(module).forward):
+        neo = what == NEO
+        how: Any = _neo_window(module) if neo else _eager.method(module)
+        if how is not None:
+            call: Any = _attention.gpt_neo if neo else _eager.attend
+            yield Found("attention", what, "attention", attribute=METHOD, call=call, arguments=(how,))
+            return
     for attribute, f in _rebind.methods(module):
         inner = _rebind.innermost(f)
         if not _from_transformers(inner) or not _rebind.refers(inner, ALL_ATTENTION_FUNCTIONS):
@@ -107,7 +108,7 @@ def _base_model(name: str, model: Any) -> Iterator[tuple[str, nn.Module, Found]]
     if why := _strange(model, makers):  # it would get masks that it does not understand
         yield name, model, Found("attention", what, why=why)
         return
-    only_eager = any(name_of(m) in NO_REGISTRY for m in model.modules())
+    only_eager = any(f.attribute == METHOD for m in model.modules() for f in _attends(m))
     forward = makers.pop("forward", None)
     rebound = None if forward is None else _attention.with_our_masks(forward, only_eager)
     yield name, model, Found("attention", what, "attention", call=_attention.base_model, arguments=(rebound,))

@@ -7,6 +7,7 @@ import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fastgpt.ops.swiglu import swiglu_ref
@@ -70,7 +71,7 @@ def _traced(module: nn.Module, training: bool, alike: bool) -> tuple[fx.Graph, b
 
 def mlp(module: nn.Module) -> Found | None:
     """Recognise down(act(up(x))) and down(act(gate(x)) * up(x)), with gate and up in two linear layers or in one, each
-    followed by single-input modules (dropout); and experts."""
+    followed by single-input modules, dropout or factors; and experts."""
     what = name_of(module)
     if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
         return _encoder_mlp(module)
@@ -125,11 +126,11 @@ def _trace_mlp(module: nn.Module, what: str, training: bool, active: bool) -> Fo
         other = _traced(module, training, False)[0] if asked else None
     except Exception:  # control flow over values, several arguments: not a plain chain
         return Found("mlp", what, why="its forward cannot be traced") if active else None
-    found = _match(module, what, graph)
+    found = _match(module, what, graph, training)
     if found is None or not found.op:
         return found
     if other is not None:  # it may only cast to the dtype of the next weight
-        casting = _match(module, what, other, True)
+        casting = _match(module, what, other, training, casts=True)
         chain = dataclasses.replace(found.arguments[0], casts=True)
         found = dataclasses.replace(found, arguments=(chain,))
         if casting != found:
@@ -152,10 +153,13 @@ def _kind(module: nn.Module, node: fx.Node) -> str | None:
     return "gelu_tanh" if kind == "gelu" and node.kwargs.get("approximate", "none") == "tanh" else kind
 
 
-def _match(module: nn.Module, what: str, graph: fx.Graph, casts: bool = False) -> Found | None:
-    """Recognise an MLP in the graph of its forward; casts: with casts to the dtype of the next linear layer."""
+def _match(module: nn.Module, what: str, graph: fx.Graph, training: bool, casts: bool = False) -> Found | None:
+    """Recognise an MLP in the graph of its forward in this mode; casts: with casts to the dtype of the next linear
+    layer."""
+    acts = [n for n in graph.nodes if n.op in ("call_module", "call_function") and _kind(module, n)]
+    if len(acts) == 1:
+        _erase_fp32(graph, acts[0])
     nodes = [n for n in graph.nodes if n.op != "placeholder" or n.users]
-    acts = [n for n in nodes if n.op in ("call_module", "call_function") and _kind(module, n)]
     if nodes[0].op != "placeholder" or len(acts) != 1:
         return None
     x, act = nodes[0], acts[0]
@@ -163,35 +167,76 @@ def _match(module: nn.Module, what: str, graph: fx.Graph, casts: bool = False) -
     assert kind is not None
     named = (str(act.target) if act.op == "call_module" else "", kind)
     before = act.args[0]
-    half = _half(before)
-    first = before if half is None else half[0]
-    if not (isinstance(first, fx.Node) and _is_call(first, x)):
+    scaled = _scaled(before)
+    linear, factor = scaled or (before, 1.0)
+    half = _half(linear)
+    first = linear if half is None else half[0]
+    if not (isinstance(first, fx.Node) and _is_call(first, x)) or (half and scaled):
         return Found("mlp", what, why="its activation does not follow a linear layer")
     (after,) = act.users if len(act.users) == 1 else (None,)
-    seen = {x, before, act, first}
-    product = after is not None and after.op == "call_function" and after.target in (operator.mul, torch.mul)
-    if after is not None and product:
+    seen = {x, before, linear, act, first}
+    if after is not None and _is_product(after) and not _scaled(after):
         ups = [n for n in after.args if n is not act]
         up = ups[0] if len(ups) == 1 else None
-        gated = _gate(before, half, up, x)
+        gated = _gate(linear, half, up, x)
         if gated is None:
             return Found("mlp", what, why="its gate does not multiply a linear layer of the same input")
-        rest = _chain(module, after, seen | gated | {up, after}, nodes, casts)
+        rest = _chain(module, after, seen | gated | {up, after}, nodes, training, casts)
         roles = (str(first.target), "" if half else str(up.target), *named)  # type: ignore[union-attr]
         op, call = "swiglu", replace.gated_mlp
     else:
-        rest = None if half else _chain(module, act, seen, nodes, casts)
+        rest = None if half else _chain(module, act, seen, nodes, training, casts)
         if kind == "silu":
             return Found("mlp", what, why="bias_gelu has no SiLU")
         roles = (str(first.target), "", *named)
         op, call = ("swiglu" if kind == "relu2" else "bias_gelu"), replace.gelu_mlp  # type: ignore[assignment]
     if rest is None:
         return Found("mlp", what, why="more than a chain of modules follows its activation")
-    children = replace.Chain(*roles, rest, (), half[2] if half else None, casts)
+    children = replace.Chain(*roles, rest, (), half[2] if half else None, casts, factor)
     sizes = [(n, len(m)) for n in children.places() if isinstance(m := replace.child(module, n), CONTAINERS)]
     chain = dataclasses.replace(children, sizes=tuple(sizes))
     covers = (named[0],) if named[0] else ()
     return Found("mlp", what, op, call=call, arguments=(chain,), settings=settings(module), covers=covers)
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in (operator.mul, torch.mul)
+
+
+def _scaled(node: Any) -> tuple[fx.Node, float] | None:
+    """Return (other node, number) of a node that is the product of these."""
+    if not isinstance(node, fx.Node) or not _is_product(node):
+        return None
+    numbers = [float(a) for a in node.args if isinstance(a, (int, float))]
+    others = [a for a in node.args if isinstance(a, fx.Node)]
+    return (others[0], numbers[0]) if len(numbers) == len(others) == 1 else None
+
+
+def _dropout(node: fx.Node, training: bool) -> replace.Dropout | None:
+    """Return what F.dropout does in this mode; None if the node is another call."""
+    if node.op != "call_function" or node.target is not F.dropout:
+        return None
+    given = {**dict(zip(("input", "p", "training", "inplace"), node.args)), **node.kwargs}
+    usual = given.get("training", True) is training and isinstance(given.get("p", 0.5), (int, float))
+    return replace.Dropout(float(given.get("p", 0.5))) if usual else None  # type: ignore[arg-type]
+
+
+def _erase_fp32(graph: fx.Graph, act: fx.Node) -> None:
+    """Erase casts of the outputs of linear layers to fp32 for an activation and its product, and the cast of the result
+    to the dtype that they had: the ops compute in this way."""
+    wide = [n for n in graph.nodes if n.op == "call_method" and n.target == "float"]
+    product = next((u for u in act.users if _is_product(u)), act)
+    backs = [u for u in product.users if u.op == "call_method" and u.target == "to" and len(u.args) == 2]
+    before = all(n.args[0].op == "call_module" and set(n.users) <= {act, product} for n in wide)
+    if act.args[0] not in wide or not before or len(product.users) != 1 or len(backs) != 1 or backs[0].kwargs:
+        return
+    dtype: Any = backs[0].args[1]
+    if not _is_dtype(dtype) or dtype.args[0] not in [n.args[0] for n in wide]:
+        return
+    for cast in (*wide, backs[0]):
+        cast.replace_all_uses_with(cast.args[0])
+        graph.erase_node(cast)
+    graph.erase_node(dtype)
 
 
 def _half(node: Any) -> tuple[fx.Node, fx.Node, int] | None:
@@ -222,21 +267,23 @@ def _is_call(node: fx.Node, x: fx.Node) -> bool:
 
 
 def _chain(
-    module: nn.Module, node: fx.Node, seen: set[Any], nodes: list[fx.Node], casts: bool
-) -> tuple[str, ...] | None:
-    """Return the names of the single-input child modules from node to the output; None if the graph has other nodes."""
-    names: list[str] = []
+    module: nn.Module, node: fx.Node, seen: set[Any], nodes: list[fx.Node], training: bool, casts: bool
+) -> tuple[str | float | replace.Dropout, ...] | None:
+    """Return the steps of `Chain.rest` from node to the output; None if the graph has other nodes."""
+    steps: list[str | float | replace.Dropout] = []
     while len(node.users) == 1:
         (user,) = node.users
         seen.add(user)
         if user.op == "output":
-            return tuple(names) if user.args == (node,) and seen == set(nodes) else None
-        if casts and _is_cast(module, user, node):
-            node = user
-            continue
-        if not _is_call(user, node):
+            return tuple(steps) if user.args == (node,) and seen == set(nodes) else None
+        if scaled := _scaled(user):
+            steps.append(scaled[1])
+        elif dropout := _dropout(user, training):
+            steps.append(dropout)
+        elif _is_call(user, node):
+            steps.append(str(user.target))
+        elif not (casts and _is_cast(module, user, node)):
             return None
-        names.append(str(user.target))
         node = user
     return None
 

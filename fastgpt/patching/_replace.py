@@ -43,26 +43,36 @@ class GatedNorm:
 
 
 @dataclass(frozen=True)
+class Dropout:
+    """F.dropout with probability p, in training."""
+
+    p: float
+
+
+@dataclass(frozen=True)
 class Chain:
     """Names of children in rest(act(first(x))) or rest(act(first(x)) * up(x)); `up` is empty in the former.
 
-    act: name of the activation, empty if it is the function `kind`. sizes: (container, number of its children). packed:
-    which half of first(x) is the gate, if the other half is up(x). casts: what a linear layer in rest gets is cast to
-    the dtype of its weight.
+    act: name of the activation, empty if it is the function `kind`. rest: in place of a name also a number, which
+    multiplies, or Dropout. sizes: (container, number of its children). packed: which half of first(x) is the gate, if
+    the other half is up(x). casts: what a linear layer in rest gets is cast to the dtype of its weight. factor:
+    multiplies first(x).
     """
 
     first: str
     up: str
     act: str
     kind: str
-    rest: tuple[str, ...]
+    rest: tuple[str | float | Dropout, ...]
     sizes: tuple[tuple[str, int], ...]
     packed: int | None = None
     casts: bool = False
+    factor: float = 1.0
 
     def places(self) -> dict[str, None]:
         """Return the modules whose children these are."""
-        return dict.fromkeys(n.rpartition(".")[0] for n in ("", self.first, self.up, self.act, *self.rest))
+        rest = (n for n in self.rest if isinstance(n, str))
+        return dict.fromkeys(n.rpartition(".")[0] for n in ("", self.first, self.up, self.act, *rest))
 
     def kind_now(self, module: Any) -> str | None:
         """Return the current activation; None if the ops do not have it, it has hooks, or there are other children."""
@@ -222,7 +232,11 @@ def gelu_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Tens
     kind = chain.kind_now(module)
     if kind not in ALONE:
         return _leave("bias_gelu", ACTIVATION, module, args, kwargs)
-    y = _linear_activated(child(module, chain.first), kind, args[0])
+    first = child(module, chain.first)
+    if chain.factor == 1:
+        y = _linear_activated(first, kind, args[0])
+    else:
+        y = _activated(kind, first(args[0]) * chain.factor)
     return _through(module, chain.rest, y, chain.casts)
 
 
@@ -234,9 +248,12 @@ def _linear_activated(first: Any, kind: str, x: Tensor) -> Tensor:
     return _activated(kind, x, bias if bias.dtype in (x.dtype, torch.float32) else bias.to(x.dtype))
 
 
-def _through(module: nn.Module, names: tuple[str, ...], x: Tensor, casts: bool = False) -> Tensor:
-    for name in names:
-        following = child(module, name)
+def _through(module: nn.Module, steps: tuple[str | float | Dropout, ...], x: Tensor, casts: bool = False) -> Tensor:
+    for step in steps:
+        if not isinstance(step, str):
+            x = F.dropout(x, step.p, module.training) if isinstance(step, Dropout) else x * step
+            continue
+        following = child(module, step)
         weight = getattr(following, "weight", None) if casts else None
         if isinstance(weight, Tensor) and weight.is_floating_point():
             x = x.to(weight.dtype)
@@ -252,6 +269,7 @@ def gated_mlp(module: nn.Module, chain: Chain, *args: Any, **kwargs: Any) -> Ten
     if kind is None:
         return _leave("swiglu", ACTIVATION, module, args, kwargs)
     gate = child(module, chain.first)(args[0])
+    gate = gate if chain.factor == 1 else gate * chain.factor
     if chain.packed == 0:
         up = None
     elif chain.packed == 1:
