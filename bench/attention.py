@@ -99,7 +99,7 @@ def gate_cases(shape: Shape) -> list[tuple[Shape, dict[str, Any]]]:
 
 
 def others(setting: Setting) -> list[Provider]:
-    """Return the kernel for sm_90a where it can run, the SDPA backends and flash-attn."""
+    """Return the kernels for sm_90a where they can run, the SDPA backends and flash-attn."""
     on_gpu = setting.device.type == "cuda"
     names = SDPA if on_gpu else ("math", "flash")
     found = [Provider(f"sdpa {name}", functools.partial(sdpa, SDPA[name])) for name in names]

@@ -49,11 +49,15 @@ DYNAMIC = {
     "attention_dkdv_kernel<*, 96, false>": 73728,
     "attention_dkdv_kernel<*, 128, *>": 65536,
     "attention_dkdv_kernel<*, 256, *>": 98304,
+    "attention_dkdv_sm90_kernel<*, 64>": 135224,
+    "attention_dkdv_sm90_kernel<*, 128>": 166456,
     "attention_dq_kernel<*, 64, *>": 57344,
     "attention_dq_kernel<*, 96, false>": 73728,
     "attention_dq_kernel<*, 128, false>": 81920,
     "attention_dq_kernel<*, 128, true>": 65536,
     "attention_dq_kernel<*, 256, *>": 98304,
+    "attention_dq_sm90_kernel<*, 64>": 132200,
+    "attention_dq_sm90_kernel<*, 128>": 197704,
 }
 PER_KERNEL = 3  # Triton configurations without --all
 MACHINE = torch.device("cpu")  # the compilers run on the CPU, whatever device is present

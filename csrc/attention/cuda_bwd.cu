@@ -193,7 +193,7 @@ int64_t attention_bwd_workspace(int64_t n_batch, int64_t n_queries, int64_t n_he
   return n_batch * padded(n_queries) / kBlock * bytes / static_cast<int64_t>(sizeof(float));
 }
 
-static BackwardLaunch backward_launch(const AttentionArgs& a) {
+BackwardLaunch backward_launch(const AttentionArgs& a) {
   BackwardLaunch l{attention_launch(a, false), nullptr, nullptr, nullptr, padded(a.n_queries)};
   const auto aligned = [&](const void* x, const AttentionStrides& s) { return pieces_aligned(x, s, a.head_dim); };
   l.aligned = aligned(a.q, a.q_at) && aligned(a.k, a.k_at) && aligned(a.v, a.v_at) && aligned(a.dout, a.dout_at) &&
@@ -205,13 +205,16 @@ static BackwardLaunch backward_launch(const AttentionArgs& a) {
   return l;
 }
 
-static void prepare(const BackwardLaunch& l, Stream stream) {
+void prepare_rows(const BackwardLaunch& l, Stream stream) {
   const Grid rows{l.a.n_batch * l.a.n_heads * l.n_padded / 32};
   if (l.a.dtype == DType::bf16) {
     launch("attention_rows_kernel", attention_rows_kernel<bf16>, rows, dim3(256), 0, stream, l);
   } else {
     launch("attention_rows_kernel", attention_rows_kernel<f16>, rows, dim3(256), 0, stream, l);
   }
+}
+
+static void prepare_spans(const BackwardLaunch& l, Stream stream) {
   if (!has_options(l.a)) return;
   launch("attention_spans_kernel", attention_spans_kernel, Grid{l.a.n_batch * l.n_padded / kBlock}, dim3(kBlock), 0,
          stream, l);
@@ -220,7 +223,7 @@ static void prepare(const BackwardLaunch& l, Stream stream) {
 void attention_bwd(const AttentionArgs& a, Stream stream) {
   const BackwardLaunch l = backward_launch(a);
   const bool queries = a.n_batch * a.n_heads * a.n_queries > 0;
-  if (queries) prepare(l, stream);
+  if (queries) prepare_rows(l, stream), prepare_spans(l, stream);
   attention_dkdv(l, stream);
   if (!queries) return;
   with_kernel(a, [&](auto type, auto dim, auto full) {

@@ -41,6 +41,12 @@ __device__ __forceinline__ void grad_score(const BackwardLaunch& l, const Dropou
   z = keep ? p : 0.0f;
 }
 
+// Returns the argument of the kernels.
+BackwardLaunch backward_launch(const AttentionArgs& a);
+
+// Launches the kernel that sets `rows`.
+void prepare_rows(const BackwardLaunch& l, Stream stream);
+
 // Launches attention_dkdv_kernel (cuda_dkdv.cu).
 void attention_dkdv(const BackwardLaunch& l, Stream stream);
 

@@ -48,12 +48,6 @@ Tensor with_whole_pieces(const Tensor& t) {
   torch::stable::copy_(copy, t);
   return copy;
 }
-
-template <class Device>
-std::tuple<Tensor, Tensor> attention_fwd_sm90(Tensor q, Tensor k, Tensor v, FASTGPT_ATTENTION_OPTIONS) {
-  return forward<Device>("attention_fwd_sm90", q, k, v, FASTGPT_ATTENTION_PACK, with_whole_pieces,
-                         cuda::attention_fwd_sm90);
-}
 #endif
 
 // Allocates the scratch of backward, which the caller must keep.
@@ -65,36 +59,37 @@ Tensor workspace_of(const Device& device, AttentionArgs& a, const Tensor& like) 
   return t;
 }
 
-// Sets what both backward ops have besides q, k, v and their gradients; replaces the three tensors by dense ones.
-void backward_args(const char* op, AttentionArgs& a, Tensor& dout, Tensor& out, const Tensor& lse,
-                   const Tensor& like) {
+// Sets what both backward ops have besides q, k, v and their gradients; replaces the three tensors by readable ones.
+template <typename Readable>
+void backward_args(const char* op, AttentionArgs& a, Tensor& dout, Tensor& out, const Tensor& lse, const Tensor& like,
+                   Readable readable) {
   const std::array<int64_t, 4> sizes = {a.n_batch, a.n_queries, a.n_heads, a.head_dim};
   check_heads(op, "dout", dout, like, sizes);
   check_heads(op, "out", out, like, sizes);
   check_flat(op, "lse", lse, ScalarType::Float, a.n_batch * a.n_heads * a.n_queries, like);
-  dout = with_dense_heads(dout), out = with_dense_heads(out);
+  dout = readable(dout), out = readable(out);
   a.dout = dout.data_ptr(), a.dout_at = strides_of(dout);
   a.out = out.data_ptr(), a.out_at = strides_of(out);
   a.lse = static_cast<float*>(lse.data_ptr());
 }
 
-template <class Device>
-std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
-                                                 Tensor lse, FASTGPT_ATTENTION_OPTIONS) {
-  const char* op = "attention_bwd";
-  const AttentionOptions o = FASTGPT_ATTENTION_PACK;
+// Checks, allocates the gradients, and launches; `readable` as for `forward`.
+template <class Device, typename Readable, typename Launch>
+std::tuple<Tensor, Tensor, Tensor> backward(const char* op, Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v,
+                                            Tensor out, const Tensor& lse, const AttentionOptions& o,
+                                            Readable readable, Launch launch) {
   FASTGPT_CHECK(q.dim() == 4 && k.dim() == 4, op, "q and k must have four dimensions");
   check_heads(op, "k", k, q, {q.size(0), k.size(1), k.size(2), q.size(3)});
   check_heads(op, "v", v, q, {q.size(0), k.size(1), k.size(2), q.size(3)});
-  q = with_dense_heads(q), k = with_dense_heads(k), v = with_dense_heads(v);
+  const Device device(q);
+  q = readable(q), k = readable(k), v = readable(v);
   AttentionArgs a = attention_args(op, q, q.size(2), k.size(1), k.size(2), o);
-  backward_args(op, a, dout, out, lse, q);
+  backward_args(op, a, dout, out, lse, q, readable);
   if (dlse) {
     make_contiguous(*dlse);
     check_flat(op, "dlse", *dlse, ScalarType::Float, lse.numel(), q);
     a.dlse = static_cast<const float*>(dlse->data_ptr());
   }
-  const Device device(q);
   Tensor dq = allocate_like(q), dk = allocate_like(k), dv = allocate_like(v);
   if (dq.numel() == 0 && dk.numel() == 0) return {dq, dk, dv};
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr();
@@ -102,21 +97,21 @@ std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, OptTensor dlse, Te
   a.dq = dq.data_ptr(), a.dk = dk.data_ptr(), a.dv = dv.data_ptr();
   a.dq_at = strides_of(dq), a.dk_at = strides_of(dk), a.dv_at = strides_of(dv);
   const Tensor workspace = workspace_of(device, a, q);
-  attention_bwd(a, device.stream);
+  launch(a, device.stream);
   return {dq, dk, dv};
 }
 
-template <class Device>
-Tensor attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, FASTGPT_ATTENTION_OPTIONS, int64_t n_heads,
-                         int64_t n_kv_heads) {
-  const char* op = "attention_qkv_bwd";
-  const AttentionOptions o = FASTGPT_ATTENTION_PACK;
+// The same for one packed tensor.
+template <class Device, typename Readable, typename Launch>
+Tensor packed_backward(const char* op, Tensor dout, Tensor qkv, Tensor out, const Tensor& lse,
+                       const AttentionOptions& o, int64_t n_heads, int64_t n_kv_heads, Readable readable,
+                       Launch launch) {
   FASTGPT_CHECK(qkv.dim() == 4 && n_heads >= 0 && n_kv_heads >= 1 && qkv.size(2) == n_heads + 2 * n_kv_heads, op,
                 "qkv must be (B, T, n_heads + 2 n_kv_heads, D)");
-  qkv = with_dense_heads(qkv);
-  AttentionArgs a = attention_args(op, qkv, n_heads, qkv.size(1), n_kv_heads, o);
-  backward_args(op, a, dout, out, lse, qkv);
   const Device device(qkv);
+  qkv = readable(qkv);
+  AttentionArgs a = attention_args(op, qkv, n_heads, qkv.size(1), n_kv_heads, o);
+  backward_args(op, a, dout, out, lse, qkv, readable);
   Tensor dqkv = allocate_like(qkv);
   if (dqkv.numel() == 0) return dqkv;
   a.q = head_of(qkv, 0, a.dtype), a.k = head_of(qkv, n_heads, a.dtype);
@@ -126,9 +121,47 @@ Tensor attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, FASTGP
   a.q_at = a.k_at = a.v_at = strides_of(qkv);
   a.dq_at = a.dk_at = a.dv_at = strides_of(dqkv);
   const Tensor workspace = workspace_of(device, a, qkv);
-  attention_bwd(a, device.stream);
+  launch(a, device.stream);
   return dqkv;
 }
+
+constexpr auto kBackward = [](const AttentionArgs& a, auto stream) { attention_bwd(a, stream); };
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> attention_bwd(Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v, Tensor out,
+                                                 Tensor lse, FASTGPT_ATTENTION_OPTIONS) {
+  return backward<Device>("attention_bwd", dout, dlse, q, k, v, out, lse, FASTGPT_ATTENTION_PACK, with_dense_heads,
+                          kBackward);
+}
+
+template <class Device>
+Tensor attention_qkv_bwd(Tensor dout, Tensor qkv, Tensor out, Tensor lse, FASTGPT_ATTENTION_OPTIONS, int64_t n_heads,
+                         int64_t n_kv_heads) {
+  return packed_backward<Device>("attention_qkv_bwd", dout, qkv, out, lse, FASTGPT_ATTENTION_PACK, n_heads, n_kv_heads,
+                                 with_dense_heads, kBackward);
+}
+
+#if defined(FASTGPT_WITH_CUDA)
+template <class Device>
+std::tuple<Tensor, Tensor> attention_fwd_sm90(Tensor q, Tensor k, Tensor v, FASTGPT_ATTENTION_OPTIONS) {
+  return forward<Device>("attention_fwd_sm90", q, k, v, FASTGPT_ATTENTION_PACK, with_whole_pieces,
+                         cuda::attention_fwd_sm90);
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> attention_bwd_sm90(Tensor dout, OptTensor dlse, Tensor q, Tensor k, Tensor v,
+                                                      Tensor out, Tensor lse, FASTGPT_ATTENTION_OPTIONS) {
+  return backward<Device>("attention_bwd_sm90", dout, dlse, q, k, v, out, lse, FASTGPT_ATTENTION_PACK,
+                          with_whole_pieces, cuda::attention_bwd_sm90);
+}
+
+template <class Device>
+Tensor attention_qkv_bwd_sm90(Tensor dout, Tensor qkv, Tensor out, Tensor lse, FASTGPT_ATTENTION_OPTIONS,
+                              int64_t n_heads, int64_t n_kv_heads) {
+  return packed_backward<Device>("attention_qkv_bwd_sm90", dout, qkv, out, lse, FASTGPT_ATTENTION_PACK, n_heads,
+                                 n_kv_heads, with_whole_pieces, cuda::attention_bwd_sm90);
+}
+#endif
 
 }  // namespace
 }  // namespace fastgpt
@@ -137,3 +170,5 @@ FASTGPT_REGISTER(attention_fwd)
 FASTGPT_REGISTER_CUDA(attention_fwd_sm90)
 FASTGPT_REGISTER(attention_bwd)
 FASTGPT_REGISTER(attention_qkv_bwd)
+FASTGPT_REGISTER_CUDA(attention_bwd_sm90)
+FASTGPT_REGISTER_CUDA(attention_qkv_bwd_sm90)

@@ -18,10 +18,8 @@
 //            shared memory   registers: producer, consumers   blocks on a multiprocessor
 //   D =  64   81 KB           24, 240                          1
 //       128  161 KB           24, 240                          1
-#include "attention/cuda.cuh"
+#include "attention/sm90.cuh"
 #include "attention/sm90.h"
-#include "core/cuda/hopper.cuh"
-#include "core/cuda/wgmma.cuh"
 
 namespace fastgpt::cuda {
 namespace {
@@ -33,12 +31,8 @@ struct Sm90Launch {
 
 template <int D>
 struct Sm90Tile {
-  static constexpr int kGroup = 128, kConsumers = 2, kThreads = kGroup * (1 + kConsumers);
-  static constexpr int kOwn = 64, kRows = kOwn * kConsumers;  // queries of a warpgroup, of a block
-  static constexpr int kKeys = 128, kStages = 2;
-  static constexpr int kBlocks = D / kLineValues;  // of 64 columns; a tile has all its rows of one block, then the next
-  static constexpr int kQBlock = kRows * kLineBytes, kKeyBlock = kKeys * kLineBytes;
-  static constexpr int kQBytes = kBlocks * kQBlock, kKeyBytes = kBlocks * kKeyBlock;
+  static constexpr int kRows = kOwn * kConsumers, kKeys = 128, kStages = 2;
+  static constexpr int kQBytes = kTileBytes<kRows, D>, kKeyBytes = kTileBytes<kKeys, D>;
   static constexpr int kTiles = kQBytes + 2 * kStages * kKeyBytes;
   static constexpr int kBytes = kAtomBytes + kTiles + (1 + 4 * kStages) * 8;  // tiles start at a whole atom
 };
@@ -72,10 +66,7 @@ __device__ __forceinline__ void load_keys(const TensorMap& map, ptx::Shared tile
   using Tile = Sm90Tile<D>;
   ptx::mbarrier_wait(empty, (i / Tile::kStages & 1) ^ 1);
   ptx::mbarrier_arrive_expect(full, Tile::kKeyBytes);
-#pragma unroll
-  for (int b = 0; b < Tile::kBlocks; ++b) {
-    ptx::tma_load(tile + b * Tile::kKeyBlock, map, full, b * kLineValues, key0, at.kv_head, at.batch);
-  }
+  load_rows<D, Tile::kKeys>(map, tile, full, key0, at.kv_head, at.batch);
 }
 
 // Loads the queries, and n tiles of keys and values in the order in which the consumers use them.
@@ -83,10 +74,7 @@ template <int D>
 __device__ __forceinline__ void produce(const Sm90Launch& s, const Places<D>& p, const QueryTile& at, int n) {
   using Tile = Sm90Tile<D>;
   ptx::mbarrier_arrive_expect(p.q_full(), Tile::kQBytes);
-#pragma unroll
-  for (int b = 0; b < Tile::kBlocks; ++b) {
-    ptx::tma_load(p.q() + b * Tile::kQBlock, s.q, p.q_full(), b * kLineValues, at.query0, at.head, at.batch);
-  }
+  load_rows<D, Tile::kRows>(s.q, p.q(), p.q_full(), at.query0, at.head, at.batch);
 #pragma unroll 1
   for (int i = 0; i <= n; ++i) {
     const int stage = i % Tile::kStages, before = (i + Tile::kStages - 1) % Tile::kStages;
@@ -105,28 +93,6 @@ __device__ __forceinline__ void produce(const Sm90Launch& s, const Places<D>& p,
 struct Rows {
   float top[2], total[2];
 };
-
-// z = q k^T of the i-th tile of keys; issues and does not wait.
-template <typename T, int D>
-__device__ __forceinline__ void issue_scores(float (&z)[16][4], ptx::Shared q, ptx::Shared k) {
-  using Tile = Sm90Tile<D>;
-#pragma unroll
-  for (int c = 0; c < D / 16; ++c) {
-    const int block = c / 4, column = c % 4 * 32;  // bytes
-    ptx::wgmma_rows<T>(z, along_lines(q + block * Tile::kQBlock + column),
-                       along_lines(k + block * Tile::kKeyBlock + column), c > 0);
-  }
-}
-
-// out += p v; issues and does not wait.
-template <typename T, int D>
-__device__ __forceinline__ void issue_values(float (&out)[D / 8][4], const uint32_t (&p)[8][4], ptx::Shared v) {
-  using Tile = Sm90Tile<D>;
-#pragma unroll
-  for (int c = 0; c < Tile::kKeys / 16; ++c) {
-    ptx::wgmma_columns<T>(out, p[c], across_lines(v + c * 2 * kAtomBytes, Tile::kKeyBlock), true);
-  }
-}
 
 // Replaces z by 2^(c (z - top)), updates top and total, and sets the factors by which earlier sums shrink.
 __device__ __forceinline__ void exponentiate(Rows& rows, float (&z)[16][4], float (&shrink)[2], float c) {
@@ -151,24 +117,6 @@ __device__ __forceinline__ void exponentiate(Rows& rows, float (&z)[16][4], floa
   }
 }
 
-// Rounds probabilities to the first operand of the sum over values.
-template <typename T>
-__device__ __forceinline__ void round_scores(const float (&z)[16][4], uint32_t (&p)[8][4]) {
-#pragma unroll
-  for (int c = 0; c < 8; ++c) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float(&tile)[4] = z[2 * c + i / 2];
-      p[c][i] = pack2<T>(tile[i % 2 * 2], tile[i % 2 * 2 + 1]);
-    }
-  }
-}
-
-// Says that this warp no longer needs a stage.
-__device__ __forceinline__ void release(ptx::Shared empty) {
-  if (lane_id() == 0) ptx::mbarrier_arrive(empty);
-}
-
 // Turns of the two warpgroups at issuing products: named barriers 1 and 2.
 __device__ __forceinline__ void take_turn(int group) { ptx::named_sync(1 + group, 256); }
 __device__ __forceinline__ void pass_turn(int group) { ptx::named_arrive(2 - group, 256); }
@@ -191,11 +139,11 @@ __device__ __forceinline__ void step(const AttentionLaunch& l, const Places<D>& 
   ptx::mbarrier_wait(at.k_full(stage), i / Tile::kStages & 1);
   take_turn(group);
   ptx::wgmma_fence();
-  issue_scores<T, D>(s.z[0], at.q() + group * Tile::kOwn * kLineBytes, at.k(stage));
+  issue_rows<T, D, Tile::kRows>(s.z[0], at.q() + group * kBlockBytes<kOwn>, at.k(stage));
   ptx::wgmma_commit();
   ptx::mbarrier_wait(at.v_full(before), (i - 1) / Tile::kStages & 1);
   ptx::wgmma_fence();
-  issue_values<T, D>(s.out, s.p, at.v(before));
+  issue_columns<T>(s.out, s.p, at.v(before));
   ptx::wgmma_commit();
   pass_turn(group);
   ptx::wgmma_wait<1>();
@@ -224,7 +172,7 @@ __device__ __forceinline__ void consume(const AttentionLaunch& l, const Places<D
   ptx::mbarrier_wait(at.q_full(), 0);
   ptx::mbarrier_wait(at.k_full(0), 0);
   ptx::wgmma_fence();
-  issue_scores<T, D>(s.z[0], at.q() + group * Tile::kOwn * kLineBytes, at.k(0));
+  issue_rows<T, D, Tile::kRows>(s.z[0], at.q() + group * kBlockBytes<kOwn>, at.k(0));
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   ptx::settle(s.z[0]);
@@ -241,7 +189,7 @@ __device__ __forceinline__ void consume(const AttentionLaunch& l, const Places<D
   const int last = (n - 1) % Tile::kStages;
   ptx::mbarrier_wait(at.v_full(last), (n - 1) / Tile::kStages & 1);
   ptx::wgmma_fence();
-  issue_values<T, D>(s.out, s.p, at.v(last));
+  issue_columns<T>(s.out, s.p, at.v(last));
   ptx::wgmma_commit();
   ptx::wgmma_wait<0>();
   ptx::settle(s.out);
@@ -252,42 +200,29 @@ __device__ __forceinline__ void consume(const AttentionLaunch& l, const Places<D
 template <typename T, int D>
 __device__ __forceinline__ void finish(const AttentionLaunch& l, const QueryTile& at, unsigned char* tile,
                                        Consumer<D>& s, int group) {
-  using Tile = Sm90Tile<D>;
   const int64_t head = static_cast<int64_t>(at.batch) * l.a.n_heads + at.head;
-  const int own = group * Tile::kOwn, row = own + warp_id() % 4 * 16 + lane_id() / 4;
-  ptx::named_sync(3 + group, Tile::kGroup);  // no warp needs the queries any more
+  float factor[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float total = s.rows.total[h];
     total += __shfl_xor_sync(0xffffffffu, total, 1);
     total += __shfl_xor_sync(0xffffffffu, total, 2);
-    const float factor = total == 0.0f ? 0.0f : 1.0f / total;
-    const int query = at.query0 + row + 8 * h;
+    factor[h] = total == 0.0f ? 0.0f : 1.0f / total;
+    const int query = s.query + lane_id() / 4 + 8 * h;
     if (lane_id() % 4 == 0 && query < l.n_queries) {
       l.a.lse[head * l.n_queries + query] = total == 0.0f ? -INFINITY : s.rows.top[h] * l.natural + logf(total);
     }
-#pragma unroll
-    for (int m = 0; m < D / 8; ++m) {
-      unsigned char* line = tile + m / 8 * Tile::kQBlock + (row + 8 * h) * kLineBytes;
-      reinterpret_cast<uint32_t*>(line + (m % 8 ^ (row & 7)) * 16)[lane_id() % 4] =
-          pack2<T>(s.out[m][2 * h] * factor, s.out[m][2 * h + 1] * factor);
-    }
   }
-  ptx::named_sync(3 + group, Tile::kGroup);
   uint16_t* out = static_cast<uint16_t*>(l.a.out) + offset_of(l.a.out_at, at.batch, at.head);
-#pragma unroll 1
-  for (int i = threadIdx.x % Tile::kGroup; i < Tile::kOwn * D / 8; i += Tile::kGroup) {
-    const int r = own + i / (D / 8), piece = i % (D / 8), query = at.query0 + r;
-    if (query >= l.n_queries) break;
-    const unsigned char* from = tile + piece / 8 * Tile::kQBlock + r * kLineBytes + (piece % 8 ^ (r & 7)) * 16;
-    ptx::store16(out + query * l.a.out_at.row + piece * 8, *reinterpret_cast<const uint4*>(from));
-  }
+  sync_group(group);  // no warp needs the queries any more
+  store_own<T, D, Sm90Tile<D>::kRows>(tile, s.out, factor, group, out + at.query0 * l.a.out_at.row, l.a.out_at.row,
+                                      l.n_queries - at.query0);
 }
 
 #endif  // FASTGPT_SM90A
 
 template <typename T, int D>
-__global__ void __launch_bounds__(Sm90Tile<D>::kThreads, 1)
+__global__ void __launch_bounds__(kThreads, 1)
     attention_fwd_sm90_kernel(const __grid_constant__ Sm90Launch s) {
 #if defined(FASTGPT_SM90A)
   using Tile = Sm90Tile<D>;
@@ -296,12 +231,11 @@ __global__ void __launch_bounds__(Sm90Tile<D>::kThreads, 1)
   const Places<D> places{(start + kAtomBytes - 1) / kAtomBytes * kAtomBytes};
   const QueryTile at(s.l, Tile::kRows);
   const Sight sight = causal_sight(s.l, at.query0, Tile::kRows);
-  const int n = (sight.high + Tile::kKeys - 1) / Tile::kKeys, group = static_cast<int>(threadIdx.x) / Tile::kGroup - 1;
+  const int n = (sight.high + Tile::kKeys - 1) / Tile::kKeys, group = static_cast<int>(threadIdx.x) / kGroup - 1;
   if (threadIdx.x == 0) {
-    const int warps = Tile::kConsumers * Tile::kGroup / 32;
     ptx::prefetch_tensor_map(s.q), ptx::prefetch_tensor_map(s.k), ptx::prefetch_tensor_map(s.v);
     for (int i = 0; i < 1 + 4 * Tile::kStages; ++i) {
-      ptx::mbarrier_init(places.barrier(i), i < 1 + 2 * Tile::kStages ? 1 : warps);
+      ptx::mbarrier_init(places.barrier(i), i < 1 + 2 * Tile::kStages ? 1 : kConsumerWarps);
     }
     ptx::fence_mbarrier_init();
   }
@@ -313,38 +247,13 @@ __global__ void __launch_bounds__(Sm90Tile<D>::kThreads, 1)
     ptx::take_registers<240>();
     Consumer<D> state = {};
     state.rows = {{-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-    state.query = at.query0 + group * Tile::kOwn + warp_id() % 4 * 16;
+    state.query = at.query0 + group * kOwn + warp_id() % 4 * 16;
     if (n > 0) consume<T, D>(s.l, places, state, group, n, n - sight.to / Tile::kKeys);
     finish<T, D>(s.l, at, bytes + (places.tiles - start), state, group);
   }
 #else
   __trap();  // the launcher takes this kernel to devices of sm_90a only
 #endif
-}
-
-// (B, rows, heads, D) in boxes of `rows` x 64. A dimension of one element has no stride; TMA wants a valid one.
-TensorMap heads_map(const void* x, const AttentionStrides& at, int64_t n_batch, int64_t n_rows, int64_t n_heads,
-                    int64_t dim, int box_rows, DType dtype) {
-  const auto bytes = [&](int64_t size, int64_t stride) {
-    return static_cast<uint64_t>(size == 1 ? dim : stride) * 2;
-  };
-  return tensor_map({x,
-                     {static_cast<uint64_t>(dim), static_cast<uint64_t>(n_rows), static_cast<uint64_t>(n_heads),
-                      static_cast<uint64_t>(n_batch)},
-                     {bytes(n_rows, at.row), bytes(n_heads, at.head), bytes(n_batch, at.batch)},
-                     {kLineValues, static_cast<uint32_t>(box_rows), 1, 1},
-                     dtype == DType::bf16});
-}
-
-void check_device() {
-  int device = 0, major = 0, minor = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error != cudaSuccess) throw std::runtime_error(std::string("fastgpt: attention: ") + cudaGetErrorString(error));
-  if (major == 9 && minor == 0) return;
-  throw std::runtime_error("fastgpt: attention: cuda:sm_90a runs on compute capability 9.0 only, this device has " +
-                           std::to_string(major) + "." + std::to_string(minor));
 }
 
 }  // namespace
@@ -358,14 +267,10 @@ bool sm90_takes_layout(const void* x, const AttentionStrides& s, int64_t n_batch
 }
 
 void attention_fwd_sm90(const AttentionArgs& a, Stream stream) {
-  check_device();
-  if (has_options(a) || a.scale < 0.0f || (a.head_dim != 64 && a.head_dim != 128)) {
-    throw std::runtime_error("fastgpt: attention: cuda:sm_90a takes causal order or none without other options, head "
-                             "dimensions of 64 and 128, and scales of at least 0");
-  }
+  check_sm90(a);
   Sm90Launch s{};
   s.l = attention_launch(a, true);
-  const auto with_dim = [&](auto type, auto dim) {
+  with_sm90_kernel(a, [&](auto type, auto dim) {
     using Tile = Sm90Tile<dim()>;
     const int64_t blocks = (a.n_queries + Tile::kRows - 1) / Tile::kRows * a.n_batch * a.n_heads;
     if (blocks == 0) return;
@@ -374,11 +279,9 @@ void attention_fwd_sm90(const AttentionArgs& a, Stream stream) {
       s.k = heads_map(a.k, a.k_at, a.n_batch, a.n_keys, a.n_kv_heads, dim(), Tile::kKeys, a.dtype);
       s.v = heads_map(a.v, a.v_at, a.n_batch, a.n_keys, a.n_kv_heads, dim(), Tile::kKeys, a.dtype);
     }
-    launch("attention_fwd_sm90_kernel", attention_fwd_sm90_kernel<decltype(type), dim()>, Grid{blocks},
-           dim3(Tile::kThreads), Tile::kBytes, stream, s);
-  };
-  const auto with_type = [&](auto type) { a.head_dim == 64 ? with_dim(type, Dim<64>{}) : with_dim(type, Dim<128>{}); };
-  a.dtype == DType::bf16 ? with_type(bf16{}) : with_type(f16{});
+    launch("attention_fwd_sm90_kernel", attention_fwd_sm90_kernel<decltype(type), dim()>, Grid{blocks}, dim3(kThreads),
+           Tile::kBytes, stream, s);
+  });
 }
 
 }  // namespace fastgpt::cuda

@@ -1,4 +1,4 @@
-// The launcher of the forward kernel for sm_90a; a caller chooses it as cuda:sm_90a (fastgpt/ops/_attention_sm90.py).
+// The launchers of the kernels for sm_90a; a caller chooses them as cuda:sm_90a (fastgpt/ops/_attention_sm90.py).
 #pragma once
 #include "attention/op.h"
 
@@ -10,5 +10,8 @@ bool sm90_takes_layout(const void* x, const AttentionStrides& s, int64_t n_batch
 // Like attention_fwd, for tensors of such a layout. Throws std::runtime_error for other head dimensions than 64 and 128,
 // other options than causal order, and other devices than those of compute capability 9.0.
 void attention_fwd_sm90(const AttentionArgs& a, Stream stream);
+
+// Like attention_bwd, with the same workspace, for the same calls; q, k, v and dout have such a layout.
+void attention_bwd_sm90(const AttentionArgs& a, Stream stream);
 
 }  // namespace fastgpt::cuda

@@ -1,7 +1,7 @@
-"""The forward kernel of attention for sm_90a (csrc/attention/sm90.cu), a variant of the backend `cuda`.
+"""The kernels of attention for sm_90a (csrc/attention/sm90*.cu), a variant of the backend `cuda`.
 
-It takes causal order or none, grouped heads, head dimensions of 64 and 128, bf16 and fp16; backward is that of `cuda`.
-It has run in the host emulation only and never on a device, so nothing picks it unless a caller names it.
+They take causal order or none, grouped heads, head dimensions of 64 and 128, bf16 and fp16. They have run in the host
+emulation only and never on a device, so nothing picks them unless a caller names them.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 from fastgpt.core.cells import Variant, register_variant
 from fastgpt.core.fallback import report_once, strict_mode
 
-SM90, PLAIN = "cuda:sm_90a", "cuda"  # PLAIN serves backward, and the calls that the kernel does not take
+SM90, PLAIN = "cuda:sm_90a", "cuda"  # PLAIN serves the calls that the kernels do not take
 HEAD_DIMS = (64, 128)
 _ABSENT = ("window", "cu_seqlens_q", "cu_seqlens_k", "doc_ids", "kv_lens", "kv_start")
 
-register_variant("attention", SM90, Variant((torch.bfloat16, torch.float16), raw_op="attention_fwd_sm90.cuda"))
+register_variant("attention", SM90, Variant((torch.bfloat16, torch.float16), raw_op="attention_bwd_sm90.cuda"))
 
 
 def untaken(q: Tensor, o: dict[str, Any]) -> str | None:
-    """Return why the kernel does not take a call with queries q (B, T, H, D) and these options; None if it does."""
+    """Return why the kernels do not take a call with queries q (B, T, H, D) and these options; None if they do."""
     if q.shape[3] not in HEAD_DIMS:
         return "it takes head dimensions of 64 and 128 only"
     given = [name for name in _ABSENT if o[name] is not None]
@@ -35,7 +35,7 @@ def untaken(q: Tensor, o: dict[str, Any]) -> str | None:
 
 
 def or_plain(backend: str, q: Tensor, o: dict[str, Any]) -> str:
-    """Return `backend`, or `cuda` if that is the kernel for sm_90a and does not take the call.
+    """Return `backend`, or `cuda` if those are the kernels for sm_90a and do not take the call.
 
     Raises:
         RuntimeError: in strict mode, instead of falling back.

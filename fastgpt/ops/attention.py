@@ -13,9 +13,9 @@ Saved for backward: q, k, v, out, lse. Backward recomputes p from lse.
 Determinism: bitwise on fastgpt's kernels, dropout included. PyTorch's fused backward, which serves 16-bit calls first
 on sm_90 and newer, is not; `deterministic=True` and torch.use_deterministic_algorithms exclude it.
 
-`cuda:sm_90a` is a forward kernel with TMA and wgmma for Hopper GPUs (FlashAttention-3, arXiv:2407.08608), for bf16 and
-fp16, head dimensions of 64 and 128, causal order or none. It was tested in the host emulation and has not run on a
-device, so it runs only where `FASTGPT_KERNELS`, `--kernels` or `use` name it. Backward is that of `cuda`.
+`cuda:sm_90a` chooses kernels with TMA and wgmma for Hopper GPUs (FlashAttention-3, arXiv:2407.08608), forward and
+backward, for bf16 and fp16, head dimensions of 64 and 128, causal order or none. They were tested in the host emulation
+and have not run on a device, so they run only where `FASTGPT_KERNELS`, `--kernels` or `use` name them.
 
 Limits: heads wider than 256 columns run on PyTorch's op or the formula on a GPU; the CUDA kernels take 16 bits only.
 There is no additive mask or bias. First derivatives only.
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastgpt.core.backend import Cell, checks_values, register, select
 from fastgpt.ops._attention import attention_ref, attention_torch, sdpa_can
-from fastgpt.ops._attention_sm90 import PLAIN, SM90, or_plain
+from fastgpt.ops._attention_sm90 import SM90, or_plain
 from fastgpt.ops._common import (
     autocast,
     check_float,
@@ -64,21 +64,18 @@ def _qkv_bwd_fake(dout: Tensor, qkv: Tensor, *rest: Any) -> Tensor:
 
 _FWD_SCHEMA = f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)"
 ATTENTION_FWD = define("attention", "attention_fwd", _FWD_SCHEMA, _fwd_fake)
-ATTENTION_BWD = define(
-    "attention",
-    "attention_bwd",
+_BWD_SCHEMA = (
     f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor)",
-    _bwd_fake,
+    "-> (Tensor, Tensor, Tensor)"
 )
-ATTENTION_QKV_BWD = define(
-    "attention",
-    "attention_qkv_bwd",
-    f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}, int n_heads, int n_kv_heads) -> Tensor",
-    _qkv_bwd_fake,
+ATTENTION_BWD = define("attention", "attention_bwd", _BWD_SCHEMA, _bwd_fake)
+_QKV_BWD_SCHEMA = (
+    f"(Tensor dout, Tensor qkv, Tensor out, Tensor lse, {_OPTIONS}, int n_heads, int n_kv_heads) -> Tensor"
 )
+ATTENTION_QKV_BWD = define("attention", "attention_qkv_bwd", _QKV_BWD_SCHEMA, _qkv_bwd_fake)
 ATTENTION_FWD[SM90] = declare("attention_fwd_sm90.cuda", _FWD_SCHEMA, _fwd_fake)
-ATTENTION_BWD[SM90], ATTENTION_QKV_BWD[SM90] = ATTENTION_BWD[PLAIN], ATTENTION_QKV_BWD[PLAIN]
+ATTENTION_BWD[SM90] = declare("attention_bwd_sm90.cuda", _BWD_SCHEMA, _bwd_fake)
+ATTENTION_QKV_BWD[SM90] = declare("attention_qkv_bwd_sm90.cuda", _QKV_BWD_SCHEMA, _qkv_bwd_fake)
 
 
 class AttentionFn(torch.autograd.Function):

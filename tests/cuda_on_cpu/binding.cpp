@@ -207,6 +207,7 @@ PYBIND11_MODULE(kernels, m) {
   m.def("attention_fwd", planned(cuda::attention_fwd));
   m.def("attention_fwd_sm90", planned(cuda::attention_fwd_sm90));
   m.def("attention_bwd", planned(cuda::attention_bwd));
+  m.def("attention_bwd_sm90", planned(cuda::attention_bwd_sm90));
   m.def("attention_bwd_workspace", size<cuda::attention_bwd_workspace, int64_t, int64_t, int64_t>);
   m.def("attention_decode_fwd", planned(cuda::attention_decode_fwd));
   m.def("attention_decode_workspace", [](const py::kwargs& values) {

@@ -63,12 +63,8 @@ ONLY_64: Mutation = (
     "    with_dim(type, Dim<64>{});\n",
 )
 SM90: list[Mutation] = [
-    ("attention/sm90.cu", "a.dtype == DType::bf16 ? with_type(bf16{}) : with_type(f16{});", "with_type(bf16{});"),
-    (
-        "attention/sm90.cu",
-        "a.head_dim == 64 ? with_dim(type, Dim<64>{}) : with_dim(type, Dim<128>{});",
-        "with_dim(type, Dim<64>{});",
-    ),
+    ("attention/sm90.cuh", "a.dtype == DType::bf16 ? with_type(bf16{}) : with_type(f16{});", "with_type(bf16{});"),
+    ("attention/sm90.cuh", "a.head_dim == 64 ? f(type, Dim<64>{}) : f(type, Dim<128>{});", "f(type, Dim<64>{});"),
 ]
 NO_OPTIONS: Mutation = (
     "attention/cuda.cuh",
@@ -116,12 +112,21 @@ def build(op: str, planted: Mutation | None = None, all_dims: bool = False, opti
 
 
 def build_sm90(planted: Mutation | None = None) -> Path:
-    """Build the program of the kernel of attention for sm_90a, for heads of 64; `planted` breaks the kernel first."""
+    """Build the program of the kernels of attention for sm_90a, for heads of 64; `planted` breaks one of them first.
+
+    cuda_bwd.cu has the kernel that computes delta, and its other kernel calls cuda_dkdv.cu.
+    """
     CACHE.mkdir(exist_ok=True)
-    with sources([*SM90, *([planted] if planted else [])]) as root:
-        kernel = emulator.compiled(root / "attention" / "sm90.cu", ["-O1", WITH, *REPORTING], (RACES / "include",))
+    narrow = [*NARROW["attention"], ONLY_64, NO_OPTIONS, *SM90]
+    with sources([*narrow, *([planted] if planted else [])]) as root:
+        files = [*sorted((root / "attention").glob("sm90*.cu")), root / "attention" / "cuda_bwd.cu"]
+        kernels = [
+            emulator.compiled(file, ["-O1", WITH, *REPORTING], (RACES / "include",))
+            for file in (*files, root / "attention" / "cuda_dkdv.cu")
+        ]
         detector = emulator.compiled(DETECTOR, ["-O2", WITH], ())
-        return linked([kernel, detector, emulator.compiled(RACES / "attention_sm90.cpp", ["-O0", "-w"], ())], "sm90")
+        program = emulator.compiled(RACES / "attention_sm90.cpp", ["-O0", "-w"], ())
+        return linked([*kernels, detector, program], "sm90")
 
 
 def linked(objects: list[Path], op: str) -> Path:

@@ -1,5 +1,5 @@
-"""The forward kernel of attention for sm_90a under the emulation: parity, orders of threads, calls that it leaves to
-the plain kernel, and broken sources, which must be caught. It has never run on a device."""
+"""The kernels of attention for sm_90a under the emulation: parity of results and gradients, orders of threads, calls
+that they leave to the plain kernels, and broken sources, which must be caught. They have never run on a device."""
 
 from __future__ import annotations
 
@@ -55,21 +55,48 @@ def test_parity(hopper: ctypes.CDLL, case: parity.Case) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128])
 def test_orders_of_threads_agree_bitwise(hopper: ctypes.CDLL, dim: int) -> None:
-    q, k, v = (heads(1, 300, h, dim) for h in (2, 1, 1))
+    q, k, v = (heads(1, 300, h, dim).requires_grad_() for h in (2, 1, 1))
+    dout = heads(1, 300, 2, dim)
     found = []
     for schedule in range(3):
         hopper.fastgpt_set_schedule(schedule, 1)
         with backend.use(strict=True, attention=SM90):
-            found.append(ops.attention(q, k, v, causal=True, return_lse=True))
-    for out, lse in found[1:]:
-        assert torch.equal(out, found[0][0]) and torch.equal(lse, found[0][1])
+            out, lse = ops.attention(q, k, v, causal=True, return_lse=True)
+        found.append([out, lse, *torch.autograd.grad(out, (q, k, v), dout)])
+    for tensors in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(tensors, found[0], strict=True))
 
 
-def test_gradients_come_from_the_plain_kernel(hopper: ctypes.CDLL) -> None:
+def test_gradients_come_from_its_own_kernels(hopper: ctypes.CDLL) -> None:
+    library = Path(os.environ["FASTGPT_EMULATED_CUDA"])
+    kernels = emulator.load(library)
+    kernels.launched()
     qkv = heads(1, 40, 4, 64).requires_grad_()
     with backend.use(strict=True, attention=SM90):
         ops.attention_qkv(qkv, n_heads=2, n_kv_heads=1, causal=True).float().sum().backward()
+    names = emulator.kernel_names(library)
+    assert sorted(names[k] for k in kernels.launched()) == [
+        "attention_dkdv_sm90_kernel<bf16, 64>",
+        "attention_dq_sm90_kernel<bf16, 64>",
+        "attention_fwd_sm90_kernel<bf16, 64>",
+        "attention_rows_kernel<bf16>",
+    ]
     assert qkv.grad is not None and qkv.grad.isfinite().all() and qkv.grad.any()
+
+
+def test_queries_without_keys_may_be_uninitialised(hopper: ctypes.CDLL) -> None:
+    """The first 130 of 200 queries see none of the 70 keys: NaN in them reaches no gradient of a key."""
+    q, k, v = heads(1, 200, 1, 64), heads(1, 70, 1, 64).requires_grad_(), heads(1, 71, 1, 64)[:, 1:].requires_grad_()
+    grads = []
+    for value in (0.0, torch.nan):
+        q[:, :130] = value
+        with backend.use(strict=True, attention=SM90):
+            out = ops.attention(q.requires_grad_(), k, v, causal=True)
+        dout = torch.ones_like(out)
+        dout[:, :130] = value
+        grads.append(torch.autograd.grad(out, (q, k, v), dout))
+        q = q.detach()
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True)) and not grads[1][0][:, :130].any()
 
 
 def test_the_self_check_passes(hopper: ctypes.CDLL) -> None:
@@ -157,34 +184,81 @@ def test_launches_fit_the_device(hopper: ctypes.CDLL) -> None:
     kernels = emulator.load(Path(os.environ["FASTGPT_EMULATED_CUDA"]))
     for dim in (64, 128):
         sizes = dict(n_batch=3, n_queries=1000, n_keys=1000, n_heads=8, n_kv_heads=2, head_dim=dim, scale=0.1, dtype=1)
-        (launch,) = kernels.attention_fwd_sm90(**sizes, causal=True)
-        assert launch[:6] == [8 * 3 * 8, 1, 1, 384, 1, 1]
-        assert launch[6] == codegen.launched_shared(f"attention_fwd_sm90_kernel<bf16, {dim}>") <= 227 * 1024
+        (forward,) = kernels.attention_fwd_sm90(**sizes, causal=True)
+        _, dkdv, dq = kernels.attention_bwd_sm90(**sizes, causal=True)
+        for name, launch, n_heads in (("fwd", forward, 8), ("dkdv", dkdv, 2), ("dq", dq, 8)):
+            assert launch[:6] == [8 * 3 * n_heads, 1, 1, 384, 1, 1]
+            assert launch[6] == codegen.launched_shared(f"attention_{name}_sm90_kernel<bf16, {dim}>") <= 227 * 1024
+
+
+# file, a wait for products, the release of their stage after it
+EARLY = (
+    ("sm90.cu", "  ptx::wgmma_wait<1>();\n  ptx::settle(s.z[0]);\n", "  release(at.k_empty(stage));\n"),
+    (
+        "sm90_bwd.cu",
+        "  ptx::wgmma_wait<1>();  // dq of the tile before\n",
+        "  if (key0 > 0) release(at.k_empty(before));\n",
+    ),
+    (
+        "sm90_dkdv.cu",
+        "  ptx::wgmma_wait<1>();  // dk and dv of the step before\n",
+        "  if (before >= 0) release(at.empty(before));\n",
+    ),
+)
 
 
 @pytest.mark.slow
 def test_it_has_no_races_and_a_planted_one_is_found() -> None:
-    """Planted: a stage of keys is free before its products are done."""
-    wait, free = "  ptx::wgmma_wait<1>();\n  ptx::settle(s.z[0]);\n", "  release(at.k_empty(stage));\n"
+    """Planted: a stage is free before its products are done."""
     done = races.run(races.build_sm90())
     assert done.returncode == 0 and done.stdout == "causal: clean\n", done.stdout + done.stderr
-    done = races.run(races.build_sm90(("attention/sm90.cu", wait + free, free + wait)))
-    assert done.returncode == 1 and "race on" in done.stdout and "wgmma of warpgroup" in done.stdout, done.stdout
+    for file, wait, free in EARLY:
+        done = races.run(races.build_sm90((f"attention/{file}", wait + free, free + wait)))
+        assert done.returncode == 1 and "race on" in done.stdout and "wgmma of warpgroup" in done.stdout, done.stdout
 
 
-# What is broken -> the text of sm90.cu, its replacement
+# What is broken -> the file, its text, a replacement
 MUTATIONS = {
-    "scores that nobody waits for": ("ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),
-    "stage that is free too early": ("  ptx::mbarrier_wait(empty, (i / Tile::kStages & 1) ^ 1);\n", ""),
-    "keys that nobody waits for": ("  ptx::mbarrier_wait(at.k_full(stage), i / Tile::kStages & 1);\n", ""),
+    "scores that nobody waits for": ("sm90.cu", "ptx::wgmma_wait<1>();", "ptx::wgmma_wait<2>();"),
+    "stage that is free too early": ("sm90.cu", "  ptx::mbarrier_wait(empty, (i / Tile::kStages & 1) ^ 1);\n", ""),
+    "keys that nobody waits for": (
+        "sm90.cu",
+        "  ptx::mbarrier_wait(at.k_full(stage), i / Tile::kStages & 1);\n",
+        "",
+    ),
     "parity of the values": (
+        "sm90.cu",
         "at.v_full(before), (i - 1) / Tile::kStages & 1",
         "at.v_full(before), i / Tile::kStages & 1",
     ),
-    "one warp frees a stage": ("? 1 : warps)", "? 1 : 1)"),
-    "block of the values": ("c * 2 * kAtomBytes, Tile::kKeyBlock)", "c * 2 * kAtomBytes, kAtomBytes)"),
-    "a turn too many": ("  if (group == 0 && n > 1) take_turn(group);  // as many as were passed\n", ""),
-    "causal mask": ("i < masked; ++i) step<T, D, true>", "i < masked; ++i) step<T, D, false>"),
+    "one warp frees a stage": ("sm90.cu", "? 1 : kConsumerWarps)", "? 1 : 1)"),
+    "block of the values": ("sm90.cuh", "2 * kAtomBytes, kBlockBytes<16 * K>)", "2 * kAtomBytes, kAtomBytes)"),
+    "a turn too many": ("sm90.cu", "  if (group == 0 && n > 1) take_turn(group);  // as many as were passed\n", ""),
+    "causal mask": ("sm90.cu", "i < masked; ++i) step<T, D, true>", "i < masked; ++i) step<T, D, false>"),
+    "swizzle of what is stored": ("sm90.cuh", "(m % 8 ^ (row & 7)) * 16", "(m % 8 ^ (row & 3)) * 16"),
+    "dq: stage that is free too early": ("sm90_bwd.cu", "  ptx::mbarrier_wait(empty, parity ^ 1);\n", ""),
+    "dq: dp that nobody waits for": ("sm90_bwd.cu", "  ptx::wgmma_wait<0>();\n  ptx::settle(dz[0]);\n", ""),
+    "dq: keys that nobody waits for": ("sm90_bwd.cu", "  ptx::mbarrier_wait(at.k_full(i), stage.parity);\n", ""),
+    "dq: causal mask": ("sm90_bwd.cu", "if (key0 + Tile::kKeys > causal_end(l, c.query))", "if (key0 > 0)"),
+    "dq: the map of q begins at the first query": (
+        "sm90_bwd.cu",
+        "p.q(), p.rows_full(), at.query0 - s.low",
+        "p.q(), p.rows_full(), at.query0",
+    ),
+    "dk, dv: stage that is free too early": (
+        "sm90_dkdv.cu",
+        "  ptx::mbarrier_wait(p.empty(i), stage.parity ^ 1);\n",
+        "",
+    ),
+    "dk, dv: stage that is free one step early": (
+        "sm90_dkdv.cu",
+        "  if (before >= 0) release(at.empty(before));\n",
+        "  release(at.empty(i));\n",
+    ),
+    "dk, dv: dp that nobody waits for": ("sm90_dkdv.cu", "  ptx::wgmma_wait<0>();\n  ptx::settle(dz);\n", ""),
+    "dk, dv: keys of the other consumer": ("sm90_dkdv.cu", "before, group * kBlockBytes<kOwn>,", "before, 0,"),
+    "dk, dv: lse of the other column": ("sm90_dkdv.cu", "scales[column_of(n) + e % 2].lse", "scales[column_of(n)].lse"),
+    "dk, dv: heads of the group": ("sm90_dkdv.cu", "head < at.heads; ++head", "head < 1; ++head"),
 }
 
 
@@ -201,6 +275,7 @@ def test_a_broken_kernel_is_caught(name: str) -> None:
 
     right = digests(emulator.build(), {})
     assert right["forward"] == right["backward"] == right["random"] and all(len(d) == 64 for d in right["random"])
-    library = emulator.build(mutate=("attention/sm90.cu", *MUTATIONS[name]), op="attention")
+    file, *replacement = MUTATIONS[name]
+    library = emulator.build(mutate=(f"attention/{file}", *replacement), op="attention")
     found = digests(library, right)
     assert all(found.get(schedule) != digest for schedule, digest in right.items()), found

@@ -68,6 +68,15 @@ __device__ __forceinline__ void tma_load(Shared to, const cuda::TensorMap& map, 
       : "memory");
 }
 
+// Copies `bytes` bytes to shared memory and brings them to the barrier; all three are multiples of 16. One thread calls
+// this.
+__device__ __forceinline__ void bulk_load(Shared to, const void* from, uint32_t bytes, Shared barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+      "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
 // ---- barriers of `threads` threads, a multiple of 32; number 0 is __syncthreads ----
 
 __device__ __forceinline__ void named_sync(int number, int threads) {

@@ -71,8 +71,12 @@ __device__ __forceinline__ void settle(float (&c)[M][4]) {
 // c = a b^T, plus c if `add`: 16 columns of a (64 rows) and of b (8 M rows), both by along_lines.
 template <typename T, int M>
 __device__ __forceinline__ void wgmma_rows(float (&c)[M][4], uint64_t a, uint64_t b, bool add) {
-  static_assert(M == 16);
-  if constexpr (std::is_same_v<T, bf16>) {
+  static_assert(M == 8 || M == 16);
+  if constexpr (M == 8 && std::is_same_v<T, bf16>) {
+    FASTGPT_WGMMA_SHARED("64", "bf16", FASTGPT_TILES_8, FASTGPT_NUMBERS_32, "%32", "%33", "%34");
+  } else if constexpr (M == 8) {
+    FASTGPT_WGMMA_SHARED("64", "f16", FASTGPT_TILES_8, FASTGPT_NUMBERS_32, "%32", "%33", "%34");
+  } else if constexpr (std::is_same_v<T, bf16>) {
     FASTGPT_WGMMA_SHARED("128", "bf16", FASTGPT_TILES_16, FASTGPT_NUMBERS_64, "%64", "%65", "%66");
   } else {
     FASTGPT_WGMMA_SHARED("128", "f16", FASTGPT_TILES_16, FASTGPT_NUMBERS_64, "%64", "%65", "%66");

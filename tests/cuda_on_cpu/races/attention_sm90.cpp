@@ -1,4 +1,4 @@
-// Several tiles of queries and of keys, forward, on the kernel for sm_90a.
+// Several tiles of queries and of keys, forward and backward, on the kernels for sm_90a.
 #include "attention/sm90.h"
 #include "cases.h"
 
@@ -14,10 +14,15 @@ int main() {
     fastgpt::AttentionArgs a{};
     a.q = halves(n_queries * heads * dim), a.k = halves(n_keys * dim), a.v = halves(n_keys * dim);
     a.out = halves(n_queries * heads * dim), a.lse = floats(heads * n_queries);
-    a.q_at = a.out_at = {n_queries * heads * dim, heads * dim, dim}, a.k_at = a.v_at = {n_keys * dim, dim, dim};
+    a.dout = halves(n_queries * heads * dim), a.dq = halves(n_queries * heads * dim);
+    a.dk = halves(n_keys * dim), a.dv = halves(n_keys * dim);
+    a.q_at = a.out_at = a.dout_at = a.dq_at = {n_queries * heads * dim, heads * dim, dim};
+    a.k_at = a.v_at = a.dk_at = a.dv_at = {n_keys * dim, dim, dim};
+    a.workspace = floats(fastgpt::cuda::attention_bwd_workspace(1, n_queries, heads, {}));
     a.n_batch = 1, a.n_queries = n_queries, a.n_keys = n_keys, a.n_heads = heads, a.n_kv_heads = 1, a.head_dim = dim;
     a.scale = 0.125f, a.keep_scale = 1.0f, a.causal = true, a.dtype = DType::bf16;
     emulator::set_chip(90);
     fastgpt::cuda::attention_fwd_sm90(a, {});
+    fastgpt::cuda::attention_bwd_sm90(a, {});
   });
 }

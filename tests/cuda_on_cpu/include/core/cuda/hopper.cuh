@@ -84,6 +84,21 @@ __forceinline__ void tma_load(Shared to, const cuda::TensorMap& map, Shared barr
   });
 }
 
+__forceinline__ void bulk_load(Shared to, const void* from, uint32_t bytes, Shared barrier) {
+  const race::Work copy = emulator::copies_of(barrier);
+  race::read(reinterpret_cast<void*>(barrier), 8);
+  race::write_by(copy, reinterpret_cast<void*>(to), bytes);
+  race::read_by(copy, from, bytes);
+  emulator::hopper_aside([&](emulator::Hopper& h) {
+    if (to % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) {
+      emulator::stop("cp.async.bulk: both addresses and the number of bytes must be multiples of 16");
+    }
+    if (!emulator::Hopper::in_shared(to, bytes)) emulator::stop("cp.async.bulk: the target leaves shared memory");
+    std::memset(reinterpret_cast<void*>(to), emulator::kPoison, bytes);
+    h.copy({barrier, bytes, [=] { std::memcpy(reinterpret_cast<void*>(to), from, bytes); }});
+  });
+}
+
 inline void named_sync(int number, int threads) {
   emulator::hopper_aside([&](emulator::Hopper& h) { h.named_barrier(number, threads, true); });
 }
