@@ -29,7 +29,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Variant(Cell):
-    """Kernels for one kind of chip; `raw_op`: the newest overload that csrc registers, as in attention_bwd_sm90.cuda."""
+    """Kernels for one kind of chip; `raw_op` is the newest overload in csrc, as in attention_bwd_sm90.cuda."""
 
     raw_op: str = ""
 

@@ -124,6 +124,8 @@ __global__ void columns_kernel(const Problem s, const float* a, int fault) {
   store(s, c);
 }
 
+constexpr int kBytes = 1024 + 9216 + 16384 + 64;
+
 // Copies a box from anywhere in a tensor to out (64, 64), in the order of its lines.
 __global__ void box_kernel(const Problem s, int c0, int c1) {
   FASTGPT_DYNAMIC_SHARED(unsigned char, bytes);
@@ -140,6 +142,20 @@ __global__ void box_kernel(const Problem s, int c0, int c1) {
       s.out[i] = to_float(bf16{*reinterpret_cast<uint16_t*>(tile + row * 128 + at)});
     }
   }
+}
+
+// Copies 256 bytes of x to out.
+__global__ void bulk_kernel(const float* x, float* out, int fault) {
+  FASTGPT_DYNAMIC_SHARED(unsigned char, bytes);
+  const ptx::Shared full = ptx::shared_address(bytes + 512);
+  if (threadIdx.x != 0) return;
+  ptx::mbarrier_init(full, 1);
+  ptx::fence_mbarrier_init();
+  ptx::mbarrier_arrive_expect(full, 256);
+  const int off = fault == kOutside ? kBytes : fault == kMisplaced ? 8 : 0;
+  ptx::bulk_load(ptx::shared_address(bytes) + off, x, fault == kTooFewBytes ? 248 : 256, full);
+  ptx::mbarrier_wait(full, 0);
+  for (int i = 0; i < 64; ++i) out[i] = reinterpret_cast<const float*>(bytes)[i];
 }
 
 __global__ void turns_kernel(float* out, int arrivals) {
@@ -174,8 +190,6 @@ TensorMap map_of(const void* x, uint64_t rows, uint64_t columns) {
   return tensor_map({x, {columns, rows, 1, 1}, {columns * 2, columns * 2, columns * 2}, {64, 64, 1, 1}, true});
 }
 
-constexpr int kBytes = 1024 + 9216 + 16384 + 64;
-
 }  // namespace
 
 extern "C" const char* set_schedule(int schedule) {
@@ -199,6 +213,10 @@ extern "C" const char* box(const void* x, float* out, int rows, int columns, int
   return attempt([&] {
     launch("box", box_kernel, {1}, 32, kBytes, {}, Problem{map_of(x, rows, columns), {}, out}, c0, c1);
   });
+}
+
+extern "C" const char* bulk(const float* x, float* out, int fault) {
+  return attempt([&] { launch("bulk", bulk_kernel, {1}, 32, kBytes, {}, x, out, fault); });
 }
 
 extern "C" const char* turns(float* out, int arrivals) {

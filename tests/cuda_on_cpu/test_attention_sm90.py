@@ -53,7 +53,7 @@ def test_parity(hopper: ctypes.CDLL, case: parity.Case) -> None:
     assert not over, over
 
 
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 def test_orders_of_threads_agree_bitwise(hopper: ctypes.CDLL, dim: int) -> None:
     q, k, v = (heads(1, 300, h, dim).requires_grad_() for h in (2, 1, 1))
     dout = heads(1, 300, 2, dim)

@@ -78,6 +78,14 @@ def test_what_is_outside_of_the_tensor_is_zero(small: Call, start: tuple[int, in
     assert torch.equal(out, wide[100 + start[1] :, 100 + start[0] :][:64, :64])
 
 
+def test_copies_of_bytes(small: Call) -> None:
+    x, out = rand(64).float(), torch.zeros(64)
+    assert not small("bulk", x, out, 0) and torch.equal(out, x)
+    assert "must be multiples of 16" in small("bulk", x, out, FAULTS.index("misplaced"))
+    assert "must be multiples of 16" in small("bulk", x, out, FAULTS.index("too few bytes"))
+    assert "the target leaves shared memory" in small("bulk", x, out, FAULTS.index("outside"))
+
+
 def test_a_tensor_that_the_driver_refuses(small: Call) -> None:
     assert "refuses a tensor map" in small("box", rand(70, 100), torch.empty(64, 64), 70, 100, 0, 0)
 
