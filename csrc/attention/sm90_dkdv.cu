@@ -1,13 +1,14 @@
-// Attention, backward, with the instructions of sm_90a: dk and dv; the other gradient and the launcher are in
-// sm90_bwd.cu. It has not run on a device.
+// Attention, backward, with the instructions of sm_90a: dk and dv; dq and the launcher are in sm90_bwd.cu. It has not
+// run on a device.
 //
 // How: a block has 128 keys of one key head, 64 for each consumer, and processes the queries that see them, head by head
 // of the group, in a fixed order. The producer loads q, dout and their rows' lse and delta into the stages of a ring.
 // Scores are transposed, z = k q^T and dp = v dout^T, so that p and dz become first operands of dv += p dout and
 // dk += dz q in registers.
 //
-// Overlap: dv of a tile runs while dz is computed, and dk until the scores of the next tile are issued. While one
-// consumer computes p and dz, the tensor cores work for the other.
+// Overlap: the sums dv and dk of a tile run until the scores of the next are issued. While one consumer computes p and
+// dz, the tensor cores work for the other. Both are packed into registers while no product is in flight: ptxas would
+// serialize all products otherwise (C7513).
 //
 //            tile (keys x queries)   shared memory   stages   registers: producer, consumers   blocks on a multiprocessor
 //   D =  64  128 x 128               132 KB          3        24, 240                          1
