@@ -21,6 +21,8 @@ from fastgpt.core.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+MADV_HUGEPAGE, HUGE_PAGE = 14, 2**21  # sys/mman.h; bytes on x86-64
+HUGE_FROM = 2**25  # bytes; glibc never keeps a larger block that was freed
 
 
 def default_device(name: str = "auto") -> torch.device:
@@ -62,6 +64,33 @@ def return_freed_memory() -> None:
     """Return the CPU memory of freed tensors to the system now (glibc only; a no-op elsewhere)."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@functools.cache
+def _madvise() -> Any:
+    """Return madvise of the C library, or None on another system than Linux."""
+    if platform.system() != "Linux":
+        return None
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise
+
+
+def in_huge_pages(t: torch.Tensor) -> torch.Tensor:
+    """Return new tensor t after asking Linux for huge pages for its memory, if it is a CPU tensor of at least HUGE_FROM
+    bytes.
+
+    Such a tensor gets fresh memory from the system each time, which is faulted in at the first write: 512 times less
+    often with huge pages. Where the system does not have them, nothing changes.
+    """
+    if torch.compiler.is_compiling() or type(t) is not torch.Tensor or t.nbytes < HUGE_FROM or t.device.type != "cpu":
+        return t
+    start = -(-t.data_ptr() // HUGE_PAGE) * HUGE_PAGE
+    end = (t.data_ptr() + t.nbytes) // HUGE_PAGE * HUGE_PAGE
+    madvise = _madvise()
+    if madvise is not None:
+        madvise(start, end - start, MADV_HUGEPAGE)
+    return t
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgpt.core.device import in_huge_pages
 from fastgpt.ops._common import define_driver, flop_formula
 from fastgpt.ops.cross_entropy import CROSS_ENTROPY_FWD, CROSS_ENTROPY_FWD_BWD, OPTIONS
 from fastgpt.ops.linear import product
@@ -79,7 +80,7 @@ def _fwd(
     *options, chunk = rest
     n = x.shape[0]
     loss = torch.empty(n, dtype=torch.float32, device=x.device)
-    buffer = x.new_empty((min(chunk, n), w.shape[0]))  # (chunk, V)
+    buffer = in_huge_pages(x.new_empty((min(chunk, n), w.shape[0])))  # (chunk, V)
     with torch.autocast(x.device.type, enabled=False):
         for rows in _chunks(n, chunk):
             z = logits_of(x[rows], w, b, buffer[: rows.stop - rows.start])
@@ -98,7 +99,7 @@ def loss_and_gradients(
     *options, chunk, wanted = rest
     n, v, c = x.shape[0], *w.shape
     loss = torch.empty(n, dtype=torch.float32, device=x.device)
-    buffer = x.new_empty((min(chunk, n), v))  # (chunk, V): logits, then their gradient
+    buffer = in_huge_pages(x.new_empty((min(chunk, n), v)))  # (chunk, V): logits, then their gradient
     dx = x.new_empty((n, c)) if wanted[0] else None
     dw = place
     db = loss.new_zeros(v) if wanted[2] and b is not None else None

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastgpt.core.backend import Cell, register, select
+from fastgpt.core.device import in_huge_pages
 from fastgpt.ops._common import check_float, check_like, define, flop_formula, gradient_place, needs_grad, no_outputs
 
 MAX_ROWS = 64  # beyond them the kernel would read the weight again, and the library's product is tuned to the CPU
@@ -96,12 +97,12 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
     """
     plain = b.dtype == a.dtype and (out is None or (out.dtype == a.dtype and out.stride(1) == 1))
     backend = _multiplier(a, a.shape[0], a.shape[1], b.shape[1]) if plain else "torch"
+    out = in_huge_pages(a.new_empty((a.shape[0], b.shape[1]))) if out is None else out
     if backend != "torch":
-        out = a.new_empty((a.shape[0], b.shape[1])) if out is None else out
         LINEAR_PRODUCT[backend](a, b, bias, out, add)
         return out
     if add:
-        assert out is not None and bias is None, "a sum needs its place"
+        assert bias is None, "a sum has no bias"
         return torch.addmm(out, a, b, out=out)  # PyTorch's FLOP counter does not count addmm_
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 

@@ -35,7 +35,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.core.backend import Cell, register, select
-from fastgpt.ops._common import autocast, check_float, check_like, gradient_place, needs_grad, relative_error
+from fastgpt.core.device import in_huge_pages
+from fastgpt.ops._common import (
+    announce_dense,
+    autocast,
+    check_float,
+    check_like,
+    gradient_place,
+    needs_grad,
+    relative_error,
+)
 from fastgpt.ops._linear_cross_entropy import (
     LINEAR_CROSS_ENTROPY_FWD,
     LINEAR_CROSS_ENTROPY_FWD_BWD,
@@ -116,7 +125,7 @@ def _scaled(backend: str, t: Tensor, scale: Tensor | None) -> Tensor:
 
 def _product(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Return scale * grad in dtype, without an fp32 product (V C elements) in memory."""
-    return torch.mul(grad, scale, out=torch.empty_like(grad, dtype=dtype))
+    return torch.mul(grad, scale, out=in_huge_pages(torch.empty_like(grad, dtype=dtype)))
 
 
 def _deliver(weight: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor | None:
@@ -148,6 +157,13 @@ def _bias_gradient(dz: Tensor, scale: Tensor | None) -> Tensor:
     if scale.numel() == 1:
         return dz.sum(0, dtype=torch.float32) * scale
     return product_in_fp32(dz, scale[:, None].to(dz.dtype))[:, 0]
+
+
+def _announced(w: Tensor, dw: Tensor | None) -> Tensor | None:
+    """Return dw, the gradient of w, after `announce_dense`."""
+    if dw is not None:
+        announce_dense(w)
+    return dw
 
 
 class LinearCrossEntropyFn(torch.autograd.Function):
@@ -182,7 +198,7 @@ class LinearCrossEntropyFn(torch.autograd.Function):
             dw = _weight_gradient(w, dz, x if scale is None else _scaled(ctx.backend, x, scale), top)
         if ctx.needs_input_grad[3]:
             db = _deliver(b, _bias_gradient(dz, scale), top)
-        return None, dx, dw, db, None, None, None, None
+        return None, dx, _announced(w, dw), db, None, None, None, None
 
 
 class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
@@ -211,7 +227,7 @@ class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
         dx = None if dx is None else _scaled(ctx.backend, dx, scale)
         dw = None if dw is None else _deliver(w, dw, scale)
         db = None if db is None else _deliver(b, db, scale)
-        return None, dx, dw, db, None, None, None, None, None, None
+        return None, dx, _announced(w, dw), db, None, None, None, None, None, None
 
 
 class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
@@ -240,7 +256,7 @@ class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
         dx = dx if dx is None or top is None else _scaled(ctx.backend, dx, top)
         dw = None if dw is None else _deliver(w, dw, top)
         db = None if db is None else _deliver(b, db, top)
-        return None, dx, dw, db, None, None, None, None, None
+        return None, dx, _announced(w, dw), db, None, None, None, None, None
 
 
 def rows_at_once(n: int, v: int, itemsize: int, budget: int) -> int:
