@@ -136,7 +136,7 @@ def gradient_place(weight: Tensor) -> tuple[Tensor | None, bool]:
     return buffer, weight.grad is not None
 
 
-_dense_gradient: tuple[int, Any] = (-1, None)  # of `announce_dense`
+_dense_gradient: tuple[int, Any] = (-2, None)  # of `announce_dense`; -1 is the number of no backward
 
 
 def announce_dense(weight: Tensor) -> None:
@@ -150,12 +150,10 @@ def announce_dense(weight: Tensor) -> None:
         _dense_gradient = torch._C._current_graph_task_id(), weakref.ref(weight)
 
 
-def has_dense(weight: Tensor) -> bool:
+def has_dense(weight: Tensor | None) -> bool:
     """Return whether `announce_dense` was called for this weight in the running backward."""
     task, owner = _dense_gradient
-    if task < 0 or torch.compiler.is_compiling() or torch.is_anomaly_enabled():  # it looks for NaN in dense tensors
-        return False
-    return task == torch._C._current_graph_task_id() and owner() is weight
+    return weight is not None and task == torch._C._current_graph_task_id() and owner() is weight
 
 
 def mark_mutated(tensors: list[Tensor]) -> None:
