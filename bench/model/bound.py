@@ -77,7 +77,9 @@ def iterations(launch: Launch, found: Flow) -> dict[int, float]:
     """Return the iterations of every loop.
 
     A loop that the launch does not name and that does most of its products, or of its accesses to global memory, makes
-    as many as its FLOP, or its bytes, imply. Every other one makes one each time it is reached.
+    as many as its FLOP, or its bytes, imply. Of loops that do equally many, as for tiles with a mask and without one,
+    the longest makes `launch.masked` of them and the shortest the others. Every other one makes one each time it is
+    reached.
     """
     trips = dict(launch.trips)
     warps = launch.grid * _warps(launch)
@@ -89,17 +91,21 @@ def iterations(launch: Launch, found: Flow) -> dict[int, float]:
         per_warp = (max(launch.l2_read, launch.dram_read) + launch.dram_written) / warps
     inner = [loop for loop in found.loops if not found.children(loop.number)]
     sizes = {loop.number: _per_iteration(found, loop, values) for loop in inner}
-    hot = max(sizes, key=lambda n: sizes[n], default=None)
-    if hot is None or hot in trips or not sizes[hot] or not per_warp:
+    most = max((size for size, _ in sizes.values()), default=0)
+    hot = sorted((n for n in sizes if sizes[n][0] == most), key=lambda n: sizes[n][1])
+    if not most or not per_warp or not trips.keys().isdisjoint(hot):
         return trips
-    elsewhere = executions(found, trips | {hot: 0.0})
+    elsewhere = executions(found, trips | dict.fromkeys(hot, 0.0))
     rest = sum(often * values[n] for n, often in elsewhere.items())
-    return trips | {hot: max(0.0, per_warp - rest) / sizes[hot]}
+    total = max(0.0, per_warp - rest) / most
+    masked = launch.masked if len(hot) > 1 else 0.0
+    return trips | dict.fromkeys(hot, 0.0) | {hot[-1]: masked * total} | {hot[0]: (1 - masked) * total}
 
 
-def _per_iteration(found: Flow, loop: Loop, values: list[int]) -> int:
-    """Return the sum of the values of the instructions in one iteration of an innermost loop."""
-    return sum(values[number] for number in route(found, loop, {}))
+def _per_iteration(found: Flow, loop: Loop, values: list[int]) -> tuple[int, int]:
+    """Return the sum of the values of the instructions in one iteration of an innermost loop, and their number."""
+    numbers = list(route(found, loop, {}))
+    return sum(values[number] for number in numbers), len(numbers)
 
 
 def _warps(launch: Launch) -> int:

@@ -8,11 +8,13 @@ constants. Everything printed is modelled, not measured.
     fastgpt bench model --chip H200 --shape llama-1b 4x4096 --only norm
     fastgpt bench model --source ../other-checkout --json after.jsonl     (that checkout's kernels and step, this model)
     fastgpt bench model --json now.jsonl --compare before.jsonl
+    fastgpt bench model --chip A100 --sweep attention                     (launch shapes of its Triton kernels, by time)
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import json
 import re
@@ -28,17 +30,22 @@ from fastgpt.core.folders import write_text
 CHIPS = ("A100", "H100", "H200")
 HERE = "here"  # the GPU of this machine
 MODELS = ("gpt2-124m", "llama-1b")
-# Runs this model over another checkout: its fastgpt comes first, only this package is replaced.
+# Runs this model over another checkout, older or newer: its fastgpt comes first, and only this package and the modules
+# that it runs compilers with are replaced.
 BESIDE = """
-import importlib.util, sys
-source, model = sys.argv[1:3]
+import importlib, importlib.util, sys
+source, here = sys.argv[1:3]
 sys.path.insert(0, source)
-import fastgpt.bench
-spec = importlib.util.spec_from_file_location("fastgpt.bench.model", model + "/__init__.py",
-                                              submodule_search_locations=[model])
-module = importlib.util.module_from_spec(spec)
-sys.modules["fastgpt.bench.model"] = fastgpt.bench.model = module
-spec.loader.exec_module(module)
+def replace(name, file, folders=None):
+    above, _, last = name.rpartition(".")
+    spec = importlib.util.spec_from_file_location(name, here + file, submodule_search_locations=folders)
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    setattr(importlib.import_module(above), last, module)
+    spec.loader.exec_module(module)
+replace("fastgpt.core.cache", "/fastgpt/core/cache.py")
+replace("fastgpt.checks.cuda", "/fastgpt/checks/cuda.py")
+replace("fastgpt.bench.codegen", "/bench/codegen.py")
+replace("fastgpt.bench.model", "/bench/model/__init__.py", [here + "/bench/model"])
 from fastgpt.core.command import run_command
 from fastgpt.bench.model.command import main
 sys.exit(run_command(lambda: main(sys.argv[3:])))
@@ -60,11 +67,16 @@ def options() -> Parser:
         "--kernels", action="append", metavar="OP=BACKEND,...",
         help="backends, as in the trainer; may be repeated for several steps (default: auto, then attention=triton)",
     )  # fmt: skip
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="a setting of the trainer that is a flag or a text, as in epilogues=true; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--peers", action="store_true", help="also compare single ops with Liger's and PyTorch's")
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the rows to this file, as JSON lines")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write tables and plots to this file, as HTML")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="print the steps beside those of these rows")
     parser.add_argument("--source", type=Path, metavar="DIR", help="another checkout, whose kernels and step to model")
+    parser.add_argument("--sweep", choices=("attention",), help="launch shapes of these kernels instead of steps")
     return parser
 
 
@@ -82,6 +94,24 @@ def sizes_of(shapes: list[str]) -> tuple[list[str], tuple[int, int] | None]:
         raise UserError(f"model: --shape is {wrong!r}, expected {', '.join(MODELS)}, and at most one BxT, as in 8x2048")
     size = (int(found[0][1]), int(found[0][2])) if found and found[0] else None
     return models or list(MODELS), size
+
+
+def settings_of(words: list[str]) -> dict[str, bool | str]:
+    """Return the settings that were given as NAME=VALUE.
+
+    Raises:
+        UserError: it is not of this form, or no setting of the trainer that is a flag or a text.
+    """
+    from fastgpt.training.config import TrainConfig
+
+    kinds = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
+    found: dict[str, bool | str] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if kinds.get(name) not in (bool, str) or (kinds[name] is bool and value not in ("true", "false")):
+            raise UserError(f"model: --set is {word!r}, expected NAME=VALUE, as in graphs=false, of a flag or a text")
+        found[name] = value == "true" if kinds[name] is bool else value
+    return found
 
 
 def chips_of(names: list[str]) -> list[str]:
@@ -107,7 +137,7 @@ def of_source(source: Path, argv: list[str]) -> int:
     """
     if not (source / "csrc").is_dir() or not (source / "fastgpt").is_dir():
         raise UserError(f"model: --source is {source}, expected a checkout of fastgpt, with csrc and fastgpt")
-    command = [sys.executable, "-c", BESIDE, str(source.resolve()), str(Path(__file__).resolve().parent), *argv]
+    command = [sys.executable, "-c", BESIDE, str(source.resolve()), str(Path(__file__).resolve().parents[2]), *argv]
     return subprocess.run(command).returncode
 
 
@@ -142,6 +172,7 @@ def check(args: argparse.Namespace) -> None:
     from fastgpt.core import backend
 
     sizes_of(args.shape)
+    settings_of(args.set)
     args.chip = chips_of(args.chip)
     try:
         re.compile(args.only or "")
@@ -171,9 +202,9 @@ def main(argv: list[str] | None = None) -> int:
         return of_source(args.source, without(argv, "--source"))
     from fastgpt.bench._harness import append_rows
     from fastgpt.bench.model import tables
-    from fastgpt.bench.model.run import run
+    from fastgpt.bench.model.run import run, swept
 
-    rows = run(args, *sizes_of(args.shape))
+    rows = swept(args.chip) if args.sweep else run(args, *sizes_of(args.shape))
     print(tables.text(rows, args.only or ""))
     if before:
         print(tables.compared(before, rows))

@@ -41,6 +41,7 @@ class Launch:
     tensor_flop: float = 0.0  # executed, tiles that are partly masked included
     trips: Mapping[int, float] = field(default_factory=dict)
     slowest: float = 1.0  # work of the largest block over the mean block
+    masked: float = 0.0  # share of the work that is done in the longer one of two loops, which applies a mask
     computing: int | None = None  # threads of a block that do the work, if the others only copy for them
 
 

@@ -50,10 +50,15 @@ def seconds(call: Call, chip: Chip) -> float:
     """Return the time of a call of PyTorch, without the gaps around its kernels."""
     by_bytes = (call.bytes_read + call.bytes_written) / (chip.dram * DRAM_SHARE)
     if kind(call) == "product":
-        return max(call.flop / (peak(chip) * PRODUCT_SHARE[chip.capability]), by_bytes, LEAST)
+        return max(product_seconds(call.flop, chip), by_bytes, LEAST)
     if kind(call) == "attention":
         return max(attention_flop(call) / _attention_rate(call, chip), by_bytes, LEAST)
     return max(by_bytes, LEAST)
+
+
+def product_seconds(flop: float, chip: Chip) -> float:
+    """Return the time of a product of large 16-bit matrices, from its FLOP."""
+    return flop / (peak(chip) * PRODUCT_SHARE[chip.capability])
 
 
 def peak(chip: Chip) -> float:

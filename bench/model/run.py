@@ -12,6 +12,7 @@ import torch
 
 from fastgpt.bench._harness import provenance
 from fastgpt.bench.model import peers
+from fastgpt.bench.model.command import settings_of
 from fastgpt.bench.model.step import Modeller, Row, Step, chip_named, config_of, record, total
 from fastgpt.core import backend
 
@@ -23,9 +24,10 @@ def run(args: argparse.Namespace, models: list[str], size: tuple[int, int] | Non
     """Return the rows of all steps that were asked for; what they have in common is in each of them."""
     rows: list[Row] = []
     modeller = functools.cache(lambda chip: Modeller(chip_named(chip)))
+    given = settings_of(args.set)
     for chip, model in itertools.product(args.chip, models):
         for choice in args.kernels or CHOICES:
-            rows += rows_of(modeller(chip), model, size, choice)
+            rows += rows_of(modeller(chip), model, size, choice, given)
         if args.peers:
             step = Step(model, config_of(model, *(size or (None, None))), chip_named(chip), {})
             about = {"bench": "model", "chip": chip, "model": model, "figure": "op", "machine": _machine()}
@@ -35,14 +37,24 @@ def run(args: argparse.Namespace, models: list[str], size: tuple[int, int] | Non
     return rows
 
 
-def rows_of(modeller: Modeller, model: str, size: tuple[int, int] | None, choice: str) -> list[Row]:
+def rows_of(
+    modeller: Modeller, model: str, size: tuple[int, int] | None, choice: str, given: dict[str, bool | str]
+) -> list[Row]:
     """Return the kernels of one step and its sums."""
     kernels = {} if choice == "auto" else {op: str(name) for op, name in backend.parse_choices(choice).items()}
-    step = Step(model, config_of(model, *(size or (None, None))), modeller.chip, kernels)
+    step = Step(model, config_of(model, *(size or (None, None)), **given), modeller.chip, kernels)
     found = modeller.rows(record(step, modeller.planner))
     about: dict[str, Any] = {"bench": "model", "chip": modeller.chip.name, "model": model, "kernels": choice}
+    about |= {"settings": ", ".join(f"{name}={value}" for name, value in given.items())}
     about |= {"batch": step.cfg.sequences, "block": step.cfg.block_size, "machine": _machine()}
     return [*({**about, "figure": "kernel", **row} for row in found), {**about, **total(found, step)}]
+
+
+def swept(chips: list[str]) -> list[Row]:
+    """Return the rows of the launch shapes of attention's Triton kernels (sweep.py)."""
+    from fastgpt.bench.model import sweep
+
+    return [{"bench": "model", "machine": _machine(), **row} for row in sweep.sweep(chips)]
 
 
 @functools.cache

@@ -61,8 +61,13 @@ class Step:
         return self.cfg.batch_tokens
 
 
-def config_of(model: str, batch: int | None, length: int | None, layers: int | None = None) -> TrainConfig:
-    """Return the settings of a step of one micro-batch in bf16; batch and length default to those of the model."""
+def config_of(
+    model: str, batch: int | None, length: int | None, layers: int | None = None, **settings_: Any
+) -> TrainConfig:
+    """Return the settings of a step of one micro-batch in bf16; batch and length default to those of the model.
+
+    settings_: further fields of TrainConfig.
+    """
     if model == "gpt2-124m":
         cfg = settings(GPU_SHAPES[model], META)
     else:
@@ -71,7 +76,7 @@ def config_of(model: str, batch: int | None, length: int | None, layers: int | N
     shape = cfg.model if length <= (cfg.model.block_size or 0) else dataclasses.replace(cfg.model, block_size=length)
     shape = shape if layers is None else dataclasses.replace(shape, n_layers=layers)
     sizes: dict[str, Any] = dict(block_size=length, micro_batch=batch, batch_tokens=batch * length, max_steps=1000)
-    return dataclasses.replace(cfg, model=shape, dtype="bf16", **sizes)
+    return dataclasses.replace(cfg, model=shape, dtype="bf16", **sizes | settings_)
 
 
 def chosen(kernels: dict[str, str]) -> dict[str, str]:
@@ -111,13 +116,15 @@ def record(step: Step, planner: Planner | None) -> list[Call]:
 
 class Modeller:
     """Bounds for the kernels of one chip. Where the CUDA kernels cannot be built, `missing` says why, and their time is
-    that of their bytes alone."""
+    that of their bytes alone. Without `host` they are not built, and `rows` cannot plan their launches."""
 
-    def __init__(self, chip: Chip, root: Path = ROOT) -> None:
+    def __init__(self, chip: Chip, root: Path = ROOT, host: bool = True) -> None:
         self.chip, self.device, self.root = chip, DEVICES[chip.name], root
         self.instances = Instances(root / "csrc", chip.capability)
         self.missing = ""
         self.planner: Planner | None = None
+        if not host:
+            return
         try:
             self.planner = Planner(build(root), chip.multiprocessors)
         except (ToolMissing, OSError) as e:
@@ -157,7 +164,7 @@ class Modeller:
         for launch in call.launches:
             work = work_of(call, launch)
             what = launch.instance if isinstance(launch, TritonLaunch) else launch
-            yield (what, launch.grid, work), lambda launch=launch, work=work: self._of_kernel(call, launch, work)
+            yield (what, launch.grid, work), lambda launch=launch, work=work: self.of_kernel(call, launch, work)
 
     def _of_library(self, call: Call) -> Row:
         each = library.seconds(call, self.chip) / library.launches(call.name)
@@ -177,7 +184,8 @@ class Modeller:
         each = max(moved / (self.chip.dram * library.DRAM_SHARE), library.LEAST)
         return self._row(call, call.name, "own", each) | {"limit": "bytes alone", "gb": moved / 1e9}
 
-    def _of_kernel(self, call: Call, launch: AnyLaunch, work: Work) -> Row:
+    def of_kernel(self, call: Call, launch: AnyLaunch, work: Work) -> Row:
+        """Return the row of one launch."""
         gb = (work.read + work.written) / 1e9
         row = self._row(call, launch.name, "own", 0.0) | describe(launch) | {"gb": gb, "tflop": work.flop / 1e12}
         row["l2_gb"] = work.l2 / 1e9
@@ -192,7 +200,9 @@ class Modeller:
             each = max(gb * 1e9 / (self.chip.dram * library.DRAM_SHARE), library.LEAST)
             return row | {"us": each * 1e6, "limit": "bytes alone"}
         warps = launch.blocks * math.ceil(row["threads"] / 32)
-        return row | figures(found) | {"instructions": warps * sum(found.instructions.values())}
+        row |= figures(found) | {"instructions": warps * sum(found.instructions.values())}
+        slowest = 1e6 * library.product_seconds(work.flop, self.chip) if work.product else 0.0
+        return row | ({"us": slowest, "limit": "tensor"} if slowest > row["us"] else {})
 
     def _launch(self, call: Call, launch: AnyLaunch, work: Work) -> Launch:
         if isinstance(launch, TritonLaunch):
@@ -212,6 +222,7 @@ class Modeller:
             l2_read=work.l2,
             tensor_flop=work.flop,
             slowest=work.slowest,
+            masked=work.masked,
         )
 
     def _row(self, call: Call, kernel: str, kind: str, seconds: float) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastgpt.core.page import Plot, Section, Table, number, page
 
 NOTE = "model, not measured"
 HEAD = ["kernel", "op", "launches", "us", "ms", "limit", "GB", "TFLOP", "waves", "blocks/SM", "conflicts", "variant"]
+FASTEST = 5  # launch shapes of a kernel that are printed
 CLASSES = {"product": "matrix products", "attention": "attention", "own": "other kernels of fastgpt",
            "memory": "PyTorch's other kernels"}  # fmt: skip
 Row = dict[str, Any]
@@ -32,7 +34,8 @@ def steps(rows: list[Row]) -> dict[Key, tuple[Row, list[Row]]]:
 def title(step: Row) -> str:
     """Return the name of a step."""
     kernels = "" if step["kernels"] == "auto" else f", {step['kernels']}"
-    return f"{step['model']}, B {step['batch']} x T {step['block']}, {step['chip']}{kernels}"
+    settings = f", {step['settings']}" if step.get("settings") else ""
+    return f"{step['model']}, B {step['batch']} x T {step['block']}, {step['chip']}{kernels}{settings}"
 
 
 def sources(row: Row) -> str:
@@ -80,6 +83,8 @@ def text(rows: list[Row], only: str = "") -> str:
         parts.append(f"{title(step)} ({NOTE})\n{aligned(kernel_rows(kernels, only))}\n{step_line(step)}")
     if ops := op_rows(rows):
         parts.append(f"single ops, forward and backward, us ({NOTE})\n{aligned(ops)}")
+    if shapes := shape_rows(rows):
+        parts.append(f"launch shapes of attention's Triton kernels, us ({NOTE})\n{aligned(shapes)}")
     return "\n\n".join(parts)
 
 
@@ -91,6 +96,20 @@ def op_rows(rows: list[Row]) -> list[list[str]]:
         start = [r["op"], r["shape"], r["chip"], r["provider"]]
         rest = ["-", "-", "-", r["red"]] if "red" in r else []
         lines.append([*start, *(rest or [f"{r['us']:.1f}", str(r["launches"]), r["limit"], r["slowest"]])])
+    return lines
+
+
+def shape_rows(rows: list[Row]) -> list[list[str]]:
+    """Return the fastest launch shapes of each kernel, chip and head dimension, and the one in use, as cells."""
+    found = [r for r in rows if r["figure"] == "tile"]
+    head = "kernel chip D queries keys warps stages limit registers programs us bound"
+    lines = [[*head.split(), ""]] if found else []
+    for _, group in itertools.groupby(found, lambda r: (r["chip"], r["head_dim"], r["kernel"])):
+        best, *others = (r for r in group if "us" in r)
+        for r in [best, *others[: FASTEST - 1], *(r for r in others[FASTEST - 1 :] if r["in_use"])]:
+            start = [r["kernel"], r["chip"], str(r["head_dim"]), *map(str, r["tile"])]
+            rest = [str(r["registers_of_thread"]), str(r["blocks_per_sm"]), f"{r['us']:.1f}", r["limit"]]
+            lines.append([*start, *rest, "in use" if r["in_use"] else ""])
     return lines
 
 

@@ -34,8 +34,10 @@ class Work:
     l2: float
     flop: float = 0.0
     slowest: float = 1.0  # work of the largest block over the mean block
+    masked: float = 0.0  # share of the tiles that need a mask
     again: float = 0.0
     held: float = 0.0
+    product: bool = False  # a plain product of matrices: the library's share of the peak limits it too
 
 
 Rule = Callable[[Call, AnyLaunch], Work]
@@ -139,6 +141,19 @@ def queries_seen(heads: Heads, m: int, n: int) -> list[int]:
     return [math.ceil((heads.t - first) / m) * m for first in firsts]
 
 
+def keys_masked(heads: Heads, m: int, n: int) -> float:
+    """Return the share of the tiles of `keys_seen` that reach beyond the keys of their first query."""
+    seen = keys_seen(heads, m, n)
+    whole = [max(0, min(heads.s, first + 1 + heads.s - heads.t)) // n * n for first in range(0, heads.t, m)]
+    return 1 - sum(whole) / sum(seen) if heads.causal else 0.0
+
+
+def queries_masked(heads: Heads, m: int, n: int) -> float:
+    """Return the share of the tiles of `queries_seen` whose queries do not see all keys."""
+    seen = queries_seen(heads, m, n)
+    return sum(min(each, math.ceil((n - 1) / m) * m) for each in seen) / sum(seen) if heads.causal else 0.0
+
+
 def _over_queries(products: int, reads: int, writes: int) -> Rule:
     """Return the rule of a kernel with a block for each tile of queries."""
 
@@ -151,7 +166,8 @@ def _over_queries(products: int, reads: int, writes: int) -> Rule:
         again = heads.b * heads.h * sum(seen) * 2 * heads.d * heads.w
         written = writes * heads.queries + (2 - reads) * heads.rows
         slowest = max(seen) * len(seen) / sum(seen)
-        return Work(own + 2 * heads.keys, written, own + again, 2 * heads.d * products * pairs, slowest)
+        flop, masked = 2 * heads.d * products * pairs, keys_masked(heads, m, n)
+        return Work(own + 2 * heads.keys, written, own + again, flop, slowest, masked)
 
     return rule
 
@@ -165,7 +181,8 @@ def _dkdv(call: Call, launch: AnyLaunch) -> Work:
     again = heads.b * heads.h * sum(seen) * (2 * heads.d * heads.w + 2 * FP32)
     read = 2 * heads.queries + 2 * heads.keys + 2 * heads.rows
     slowest = max(seen) * len(seen) / sum(seen)
-    return Work(read, 2 * heads.keys, 2 * heads.keys + again, 8 * heads.d * pairs, slowest)
+    masked = queries_masked(heads, m, n)
+    return Work(read, 2 * heads.keys, 2 * heads.keys + again, 8 * heads.d * pairs, slowest, masked)
 
 
 def _rows_of_backward(call: Call, launch: AnyLaunch) -> Work:
@@ -201,6 +218,20 @@ def _embedding_keys(call: Call, launch: AnyLaunch) -> Work:
     return Work(ids.bytes, ids.elements * 4, ids.bytes)
 
 
+def _product(call: Call, launch: AnyLaunch) -> Work:
+    """A product (M, K) x (K, N) of a Triton kernel, a program for each tile; its other bytes are those of the op."""
+    assert isinstance(launch, TritonLaunch)
+    rows, columns, depth = (launch.numbers[name] for name in "MNK")
+    m, n = (launch.numbers[name] for name in ("BLOCK_M", "BLOCK_N"))
+    tiles = math.ceil(rows / m) * math.ceil(columns / n)
+    (factor, *_), itemsize = call.read.values(), call.read["weight"].itemsize
+    tensors = launch.tensors.items()
+    partials = sum(t.numel() * t.element_size() for name, t in tensors if name.startswith("partials"))
+    again = tiles * (m + n) * depth * itemsize - factor.bytes - call.read["weight"].bytes
+    flop = 2.0 * tiles * m * n * depth
+    return Work(call.bytes_read, call.bytes_written + partials, call.bytes_read + again, flop, product=True)
+
+
 RULES: dict[str, Rule] = {
     "add_partials_kernel": _sums_of_partials,
     "attention_fwd_kernel": _over_queries(products=2, reads=1, writes=1),
@@ -212,6 +243,8 @@ RULES: dict[str, Rule] = {
     "embedding_fwd_kernel": _embedding_fwd,
     "embedding_bwd_kernel": _embedding_bwd,
     "embedding_keys_kernel": _embedding_keys,
+    "gelu_mlp_bwd_kernel": _product,
+    "gelu_mlp_fwd_kernel": _product,
     "liger_cross_entropy_kernel": _loss_in_two_sweeps,
 }
 

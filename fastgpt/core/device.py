@@ -20,7 +20,7 @@ from fastgpt.core.cards import datasheet_peak
 from fastgpt.core.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CUDNN_AT_ODD_LENGTHS = 91500  # 9.15.0; PyTorch prefers newer ones (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp)
+CUDNN_AT_ODD_LENGTHS = 91500  # 9.15.0; PyTorch prefers newer ones (check_prefer_cudnn_attention of its sdp_utils.cpp)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 MADV_HUGEPAGE, HUGE_PAGE = 14, 2**21  # sys/mman.h; bytes on x86-64
 HUGE_FROM = 2**25  # bytes; glibc never keeps a larger block that was freed
@@ -228,8 +228,8 @@ def _commit() -> str | None:
 def library_attention() -> str:
     """Return which of its fused attentions PyTorch tries first on this GPU for 16 bits, as in "cuDNN first".
 
-    PyTorch (2.10 and newer) puts cuDNN before flash on compute capability 9 and 10, if cuDNN is newer than 9.15.0: older
-    ones are wrong at lengths that 128 does not divide. Its order is used as it is.
+    PyTorch (2.10 and newer) puts cuDNN before flash on compute capability 9 and 10, if cuDNN is newer than 9.15.0:
+    older ones are wrong at lengths that 128 does not divide. Its order is used as it is.
     """
     if torch.cuda.get_device_capability()[0] not in (9, 10):
         return "flash first"

@@ -121,6 +121,25 @@ def test_iterations_follow_from_bytes() -> None:
     assert iterations(named, flow(code)) == {0: 2.0}
 
 
+def test_loops_with_a_mask_and_without_share_the_products() -> None:
+    code = assemble("""
+    masked:
+    HMMA.16816.F32.BF16 R0, R4, R6, R0
+    SEL R8, R8, R9, P1
+    @P0 BRA `(masked)
+    whole:
+    HMMA.16816.F32.BF16 R0, R4, R6, R0
+    @P0 BRA `(whole)
+    EXIT
+    """)
+    flop = 10 * 4 * 8 * 2 * 16 * 8 * 16  # eight products of a warp
+    shares = {masked: iterations(Launch("k", code, 10, 128, tensor_flop=flop, masked=masked), flow(code))
+              for masked in (0.0, 0.25)}  # fmt: skip
+    assert shares == {0.0: {0: 0.0, 1: 8.0}, 0.25: {0: 2.0, 1: 6.0}}
+    named = Launch("k", code, 10, 128, tensor_flop=flop, trips={0: 3.0})
+    assert iterations(named, flow(code)) == {0: 3.0}
+
+
 def test_blocks_of_different_work() -> None:
     code = assemble("FFMA R0, R1, R2, R3\nEXIT")
     even = bound(Launch("k", code, 132, 128), H100)

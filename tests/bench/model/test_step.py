@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from fastgpt.bench.model.cuda_launches import CudaLaunch, Planner  # noqa: E402
 from fastgpt.bench.model.recording import Call, Part  # noqa: E402
 from fastgpt.bench.model.step import ROOT, Step, chip_named, config_of, record, total  # noqa: E402
-from fastgpt.bench.model.traffic import keys_seen, queries_seen, work_of  # noqa: E402
+from fastgpt.bench.model.traffic import keys_masked, keys_seen, queries_masked, queries_seen, work_of  # noqa: E402
 from fastgpt.core import backend  # noqa: E402
 
 
@@ -54,7 +54,12 @@ def test_tiles_of_causal_order() -> None:
     heads = Heads(1, 200, 200, 1, 1, 64, 2, True)
     assert keys_seen(heads, 128, 64) == [128, 256]
     assert queries_seen(heads, 64, 128) == [256, 128], "the second block of keys begins at query 128"
-    assert keys_seen(dataclasses.replace(heads, causal=False), 128, 64) == [256, 256]
+    full = dataclasses.replace(heads, causal=False)
+    assert keys_seen(full, 128, 64) == [256, 256]
+    # queries 0 to 127 need a mask for both tiles of keys, queries 128 to 255 for those from key 128 on
+    assert keys_masked(heads, 128, 64) == pytest.approx(4 / 6) and keys_masked(full, 128, 64) == 0
+    # keys 0 to 127: queries 0 to 127 of 256; keys 128 to 199: all
+    assert queries_masked(heads, 64, 128) == pytest.approx(4 / 6) and queries_masked(full, 64, 128) == 0
 
 
 def test_a_backward_and_its_sums_by_hand() -> None:
@@ -78,6 +83,27 @@ def test_a_loss_by_hand() -> None:
     work = work_of(call, kernel)
     assert work.read == logits.bytes + 512 * 12 + 4 and work.written == logits.bytes + 512 * 4
     assert work.l2 == work.read + logits.bytes and work.again == logits.bytes and work.held == 50304 * 2
+
+
+def test_a_product_by_hand() -> None:
+    """(512, 256) x (256, 1024) in tiles of 128 x 64; backward also writes fp32 sums of each row tile. No faster than a
+    product of PyTorch's."""
+    from fastgpt.bench.model.triton_launches import TritonLaunch
+
+    class Kernel:
+        __name__ = "gelu_mlp_bwd_kernel"
+
+    numbers = {"M": 512, "N": 1024, "K": 256, "BLOCK_M": 128, "BLOCK_N": 64}
+    partials = torch.empty(4, 1, 1024, device="meta")
+    launched = TritonLaunch(Kernel(), (64, 1, 1), {**numbers, "partials_ptr": partials}, {"num_warps": 8})
+    read = {"dy": part(512, 256), "weight": part(256, 1024), "u": part(512, 1024)}
+    call = Call("gelu_mlp_bwd", read, {"out0": part(512, 1024)}, own=True, launches=[launched])
+    work = work_of(call, launched)
+    assert work.flop == 2 * 512 * 256 * 1024 and work.product
+    assert work.read == call.bytes_read and work.written == 512 * 1024 * 2 + 4 * 1024 * 4
+    assert work.l2 == 512 * 1024 * 2 + 64 * (128 + 64) * 256 * 2
+    chip = chip_named("H200")
+    assert library.product_seconds(650e12, chip) == pytest.approx(1.0, rel=0.01)
 
 
 def small_step(**kernels: str) -> Step:
@@ -140,6 +166,13 @@ def rows_of(us: float) -> list[dict[str, Any]]:
     return [kernel, other, {**ROW, **total([kernel, other], step)}]
 
 
+def test_settings_of_the_trainer() -> None:
+    assert command.settings_of(["graphs=false", "kernels=all=torch"]) == {"graphs": False, "kernels": "all=torch"}
+    step = config_of("gpt2-124m", 2, 64, graphs=False)
+    assert not step.graphs and step.block_size == 64
+    assert tables.title({**ROW, "settings": "graphs=False"}).endswith("H200, graphs=False")
+
+
 def test_the_sum_of_a_step() -> None:
     """24 kernels of 50 us, 10 ms of attention, 36 gaps of 1 us; attention with its gaps is left out at the end."""
     step = rows_of(50.0)[-1]
@@ -166,6 +199,8 @@ def test_texts_and_page_say_that_nothing_was_measured() -> None:
         (["--shape", "8x"], "--shape is '8x', expected gpt2-124m, llama-1b"),
         (["--shape", "8x64", "8x32"], "--shape is '8x64 8x32'"),
         (["--only", "("], "--only is '('"),
+        (["--set", "graphs=no"], "--set is 'graphs=no', expected NAME=VALUE"),
+        (["--set", "lr=1"], "--set is 'lr=1', expected NAME=VALUE"),
         (["--source", "/nowhere"], "TRITON_INTERPRET is set"),
         (["--json", "/nowhere/x.jsonl"], "/nowhere/x.jsonl is in no folder"),
     ],
