@@ -1,7 +1,7 @@
 """Launch shapes of the attention kernels by head dimension, dtype, options and shared memory of the chip.
 
-These shapes compile without spills and with tensor cores for sm_80, 86, 89 and 90 (fastgpt/checks/triton.py). None has
-been chosen by timing yet.
+These shapes compile without spills and with tensor cores for sm_80, 86, 89 and 90 (fastgpt/checks/triton.py). Some were
+chosen by modelled time (docs/step-budget.md), none by timing yet.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DELTA_TILE = 2048  # elements per program of attention_delta_kernel, 16 per thre
 # BLOCK_M queries, BLOCK_N keys, warps, stages, and a limit of registers per thread if one more program then fits a
 # multiprocessor.
 Tile = tuple[int, ...]
-Tiles = dict[str, dict[int, Tile]]  # kernel -> largest BLOCK_D -> tile
+Tiles = dict[str, dict[int, Tile]]  # kernel -> largest head dimension -> tile
 PLAIN: dict[int, Tiles] = {  # shared memory in KB -> tiles of 16 bits with no mask but causal order
     227: {
         "fwd": {64: (128, 64, 8, 3, 128), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
@@ -56,6 +56,10 @@ OPTIONS[99] = {
     "dkdv": {**OPTIONS[163]["dkdv"], 64: (32, 32, 8, 2)},
     "dq": {**OPTIONS[163]["dq"], 256: (32, 32, 8, 2)},
 }
+if TRITON >= (3, 7):  # two programs on a multiprocessor, not one; with fewer than 64 columns they would spill 8 bytes
+    PLAIN[163]["dkdv"] = {56: (32, 128, 8, 2), 64: (32, 64, 4, 2), 128: (32, 32, 4, 2), 256: (32, 32, 8, 2)}
+if TRITON == (3, 7):  # the same; 3.9 would spill 8 bytes
+    PLAIN[163]["dq"][64] = (64, 64, 4, 2)
 if TRITON < (3, 7):  # (128, 64, 8, 2) would spill 8 bytes
     OPTIONS[163]["dq"][64] = (128, 32, 8, 2)
 if TRITON >= (3, 9):  # it allocates more registers, and the tiles above would spill 8 to 240 bytes
