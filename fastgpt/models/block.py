@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgpt import ops
+from fastgpt.core.backend import select
 from fastgpt.models.cache import Cache
 from fastgpt.models.config import GATED, ModelConfig
 from fastgpt.models.recompute import MadeAgain
@@ -40,6 +41,7 @@ class Pass(NamedTuple):
     cache: Cache | None
     again: MadeAgain | None  # records what backward recomputes
     tree: TokenTree | None = None
+    epilogues: bool = False  # whether ops apply activations in the epilogues of matrix products
 
     def note(self, t: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """Return t, which backward may recompute as make(*inputs)."""
@@ -137,6 +139,19 @@ class FeedForward(nn.Module):
         self.activation, self.resid_dropout = c.activation, c.resid_dropout
         self.up = make_module(Linear, c.width, c.d_mlp * (2 if c.activation in GATED else 1), bias=c.mlp_bias)
         self.down = make_module(Linear, c.d_mlp, c.width, bias=c.mlp_bias)
+        self.approximate = {"gelu_tanh": "tanh", "gelu": "none"}.get(c.activation)
+
+    def _in_epilogues(self, x: Tensor, run: Pass) -> bool:
+        """Return whether a kernel computes the activation in the epilogue of a product: with plain layers on both
+        sides."""
+        if not run.epilogues or self.approximate is None or select("gelu_mlp", x) == "torch":
+            return False
+        return fusable(self.up, Linear) and fusable(self.down, Linear)
+
+    def _whole(self, x: Tensor, bias: Tensor | None, run: Pass) -> Tensor:
+        """Return down(activation(up(x))) with this bias of `down`, from one op."""
+        options: dict[str, Any] = dict(approximate=self.approximate, recompute=run.again is not None)
+        return ops.gelu_mlp(x, self.up.weight, self.up.bias, self.down.weight, bias, **options)
 
     def _activate(self, x: Tensor, run: Pass) -> Tensor:
         """Return the input of `down`, (B, T, F)."""
@@ -146,16 +161,19 @@ class FeedForward(nn.Module):
             return run.note(gate(u), gate, u)
         if self.activation == "relu2":
             return F.relu(self.up(x)).square()  # fastgpt.ops has this only with a gate
-        approximate = "tanh" if self.activation == "gelu_tanh" else "none"
         u, bias = product_and_bias(self.up, x)
-        gelu = partial(ops.bias_gelu, approximate=approximate)
+        gelu = partial(ops.bias_gelu, approximate=self.approximate)
         return run.note(gelu(u, bias), gelu, u, bias)
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
-        return dropout(self.down(self._activate(x, run)), self.resid_dropout, self.training)
+        whole = self._in_epilogues(x, run)
+        y = self._whole(x, self.down.bias, run) if whole else self.down(self._activate(x, run))
+        return dropout(y, self.resid_dropout, self.training)
 
     def product(self, x: Tensor, run: Pass) -> tuple[Tensor, Tensor | None]:
         """Return what `forward` does without the bias of `down`, and this bias."""
+        if self._in_epilogues(x, run):
+            return self._whole(x, None, run), self.down.bias
         return product_and_bias(self.down, self._activate(x, run))
 
 

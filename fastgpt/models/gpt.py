@@ -67,6 +67,7 @@ class GPT(nn.Module):
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
         self.extended = 0  # positions beyond block_size: see `extend`
         self.recompute: Level = "none"  # what backward recomputes: fastgpt/models/recompute.py
+        self.epilogues = False  # whether ops apply activations in the epilogues of matrix products
         self.lora_dropout = 0.0  # of adapters in the blocks: fastgpt/finetune/lora.py
         self.wte = make_module(Embedding, c.padded_vocab_size, c.width)
         self.wpe = make_module(Embedding, self.block_size, c.width) if c.positions == "learned" else None
@@ -127,7 +128,7 @@ class GPT(nn.Module):
         again = MadeAgain() if kept == "norms" else None
         # restore the generator's state only for dropout: it costs host time and cannot be recorded in a CUDA graph
         random = max(self.config.attn_dropout, self.config.resid_dropout, self.lora_dropout) > 0
-        run = Pass(self.rotary, positions, doc_ids, kv_cache, again, tree)
+        run = Pass(self.rotary, positions, doc_ids, kv_cache, again, tree, self.epilogues)
         x = dropout(self._embed(ids, positions), self.config.embed_dropout, self.training)
         residual = bias = None  # x + bias + residual is the stream
         with again or nullcontext():

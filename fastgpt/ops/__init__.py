@@ -7,6 +7,7 @@ from fastgpt.ops.attention_decode import attention_decode
 from fastgpt.ops.bias_gelu import bias_gelu
 from fastgpt.ops.cross_entropy import cross_entropy
 from fastgpt.ops.embedding import embedding
+from fastgpt.ops.gelu_mlp import gelu_mlp
 from fastgpt.ops.layer_norm import layer_norm
 from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
@@ -23,6 +24,7 @@ __all__ = [
     "bias_gelu",
     "cross_entropy",
     "embedding",
+    "gelu_mlp",
     "layer_norm",
     "linear",
     "linear_cross_entropy",

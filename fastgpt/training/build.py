@@ -65,7 +65,7 @@ def build_model(cfg: TrainConfig, vocab_size: int, device: torch.device, mesh: M
     """Build an initialised model; a seed determines its weights, whatever the kernels and the device."""
     settings = dataclasses.replace(cfg.model, vocab_size=vocab_size)
     model = GPT(settings, generator=torch.Generator().manual_seed(cfg.seed))
-    model.recompute = cfg.recompute
+    model.recompute, model.epilogues = cfg.recompute, cfg.epilogues
     model.to(device=device, dtype=dtype_of(cfg.dtype, device.type))
     if not cfg.compile and mesh.world == 1:  # hooks of DDP and FSDP2 see no gradient that is kept
         keep_sums(model, cfg.accumulation)

@@ -49,6 +49,8 @@ class TrainConfig:
         kernels: backend of each op, as in 'attention=torch,adamw=triton'; empty chooses the best available.
         compile: compile the model with torch.compile.
         graphs: replay steps from CUDA graphs (on a GPU, with optimizer adamw); --no-graphs launches every kernel.
+        epilogues: apply the MLP's GELU, its slope and the sum of its bias's gradient in fastgpt's own matrix products
+            (on a GPU, with model.activation gelu or gelu_tanh) instead of passes after PyTorch's.
         recompute: activations to recompute in backward instead of keeping them; norms includes the MLP's activation,
             block is everything but the input of a block.
         parallel: how several processes (torchrun) share the model: ddp copies it, fsdp shards parameters, gradients and
@@ -123,6 +125,7 @@ class TrainConfig:
     kernels: str = ""
     compile: bool = False
     graphs: bool = True
+    epilogues: bool = False
     recompute: Literal["none", "norms", "block"] = "none"
     parallel: Literal["ddp", "fsdp"] = "ddp"
     reduce_dtype: Literal["auto", "fp32"] = "auto"
@@ -310,6 +313,10 @@ EFFECTS = SHARED_EFFECTS | {
         lambda c: find_mesh().world > 1 and c.parallel == "fsdp", "parallel fsdp in several processes (torchrun)"
     ),
     "graphs": Effect(lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),
+    "epilogues": Effect(
+        lambda c: c.device != "cpu" and c.model.activation in ("gelu", "gelu_tanh"),
+        "model.activation gelu or gelu_tanh on a GPU",
+    ),
     "model.norm_bias": Effect(lambda c: c.model.norm == "layer", "model.norm layer"),
     **{
         f"model.{name}": Effect(lambda c: c.model.positions == "rope", "model.positions rope")

@@ -31,7 +31,7 @@ log = logging.getLogger("fastgpt")
 MFU = 0.4
 # Settings that a plan depends on, in addition to the model's settings
 PLANNED = {"model", "out", "device", "dtype", "kernels", "compile", "graphs", "recompute", "optimizer", "master"}
-PLANNED |= {"init", "vocab_size", "block_size", "micro_batch", "batch_tokens"}
+PLANNED |= {"epilogues", "init", "vocab_size", "block_size", "micro_batch", "batch_tokens"}
 DEVICES = "auto, cpu, cuda, cuda:N or a card"
 
 
