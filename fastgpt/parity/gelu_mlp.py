@@ -39,7 +39,7 @@ def _bases(dtype: torch.dtype) -> Iterator[Variant]:
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     for shape in ((1, 1, 1, 1), (70, 64, 80, 64), (3, 130, 70, 40), (129, 16, 130, 16), (0, 4, 8, 4), (3, 4, 8, 0)):
         yield shape, {}
-    for n in (1, 2, 3, 8, 13, 16, 31, 63, 64, 65):
+    for n in (1, 2, 3, 5, 8, 13, 16, 31, 32, 48, 63, 64, 65):
         for approximate in ("none", "tanh"):
             yield (n, 8, 24, 8), {"approximate": approximate}
             yield (n, 17, 31, 5), {"approximate": approximate}
