@@ -152,27 +152,6 @@ def test_a_step_has_the_kernels_of_a_layer() -> None:
     assert products[1] - products[0] == 3 * 2 * 2 * 64 * 12 * 64 * 64, "a layer has 12 C^2 weights"
 
 
-def test_a_product_with_an_epilogue_by_hand() -> None:
-    """512 tokens of width 64: the product of `up` in tiles, each of which reads its rows and its columns."""
-    cfg = dataclasses.replace(small_step().cfg, epilogues=True, micro_batch=8, batch_tokens=512)
-    with_it, without = (
-        record(dataclasses.replace(small_step(attention="triton"), cfg=dataclasses.replace(cfg, epilogues=on)), None)
-        for on in (True, False)
-    )
-    names = [call.name for call in with_it]
-    assert names.count("gelu_mlp_fwd") == names.count("gelu_mlp_bwd") == 2 and "bias_gelu_fwd" not in names
-    products = [sum(library.kind(c) == "product" for c in calls) for calls in (with_it, without)]
-    assert products[1] - products[0] == 4, "two products of each layer are our own"
-    forward = next(call for call in with_it if call.name == "gelu_mlp_fwd")
-    (kernel,) = forward.launches
-    work, m, n = work_of(forward, kernel), 128, 128
-    assert kernel.blocks == (512 // m) * (256 // n) and work.flop == 2 * 512 * 64 * 256
-    assert work.read == 2 * (512 * 64 + 256 * 64 + 256) and work.written == 2 * 2 * 512 * 256
-    assert work.l2 == 2 * (kernel.blocks * (m + n) * 64 + 256)
-    backward = next(call for call in with_it if call.name == "gelu_mlp_bwd")
-    assert work_of(backward, backward.launches[0]).written == 2 * (512 * 256 + 256) + (512 // m) * 256 * 4
-
-
 ROW: dict[str, Any] = {"bench": "model", "chip": "H200", "model": "gpt2-124m", "kernels": "auto", "batch": 64}
 ROW |= {"block": 1024, "machine": {"commit": "abc", "sources": "123"}}
 KERNEL = {"figure": "kernel", "op": "layer_norm", "kernel": "layer_norm_fwd_kernel", "class": "own", "variant": "x"}
