@@ -95,6 +95,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
 
     Autograd does not see it. It is the kernel's where that is faster, else PyTorch's product.
     """
+    assert not add or (out is not None and bias is None), "a sum needs its place"
     plain = b.dtype == a.dtype and (out is None or (out.dtype == a.dtype and out.stride(1) == 1))
     backend = _multiplier(a, a.shape[0], a.shape[1], b.shape[1]) if plain else "torch"
     out = in_huge_pages(a.new_empty((a.shape[0], b.shape[1]))) if out is None else out
@@ -102,7 +103,6 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
         LINEAR_PRODUCT[backend](a, b, bias, out, add)
         return out
     if add:
-        assert bias is None, "a sum has no bias"
         return torch.addmm(out, a, b, out=out)  # PyTorch's FLOP counter does not count addmm_
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
