@@ -147,6 +147,19 @@ def readme_processes(rows: list[Row]) -> list[list[str]]:
     return lines
 
 
+def readme_patching(rows: list[Row]) -> list[list[str]]:
+    """Return the table of patched models on a CPU: every family before and after."""
+    lines = [["model", "before", "patched", "time: before / patched (20 % .. 80 %)", "memory: patched / before"]]
+    rows = [r for r in rows if r["bench"] == "patching" and "ms" in r and on_cpu(r)]
+    for name in dict.fromkeys(r["shape"] for r in rows):
+        by = {r["variant"]: r for r in rows if r["shape"] == name}
+        if {"transformers", "patched"} <= by.keys():
+            before, after = by["transformers"], by["patched"]
+            cells = [f"{number(r['ms'])} ms, {number(r['peak_mb'])} MB" for r in (before, after)]
+            lines.append([name, *cells, times(tuple(after["speed"])), f"{1 / after['memory']:.2f}"])
+    return lines
+
+
 README_TABLES = {
     "ops": readme_ops,
     "steps": readme_steps,
@@ -157,6 +170,7 @@ README_TABLES = {
     "evaluate": readme_evaluate,
     "serve": readme_serve,
     "processes": readme_processes,
+    "patching": readme_patching,
 }
 USED: dict[str, Callable[[Row], bool]] = {  # the rows of the tables that name their source
     "ops": lambda r: r["bench"] in OPS,
@@ -167,6 +181,7 @@ USED: dict[str, Callable[[Row], bool]] = {  # the rows of the tables that name t
     "evaluate": lambda r: r["bench"] == "evaluate" and r["shape"] == "gpt2-124m",
     "serve": lambda r: r["bench"] == "serve" and r["shape"] == "gpt2-124m",
     "processes": lambda r: r["bench"] == "processes",
+    "patching": lambda r: r["bench"] == "patching" and "ms" in r and on_cpu(r),
 }
 
 
