@@ -96,7 +96,7 @@ def sizes_of(shapes: list[str]) -> tuple[list[str], tuple[int, int] | None]:
     return models or list(MODELS), size
 
 
-def settings_of(words: list[str]) -> dict[str, bool | str]:
+def settings_of(words: list[str]) -> dict[str, Any]:
     """Return the settings that were given as NAME=VALUE.
 
     Raises:
@@ -105,7 +105,7 @@ def settings_of(words: list[str]) -> dict[str, bool | str]:
     from fastgpt.training.config import TrainConfig
 
     kinds = {f.name: type(f.default) for f in dataclasses.fields(TrainConfig)}
-    found: dict[str, bool | str] = {}
+    found: dict[str, Any] = {}
     for word in words:
         name, _, value = word.partition("=")
         if kinds.get(name) not in (bool, str) or (kinds[name] is bool and value not in ("true", "false")):

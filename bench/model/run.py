@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, models: list[str], size: tuple[int, int] | Non
 
 
 def rows_of(
-    modeller: Modeller, model: str, size: tuple[int, int] | None, choice: str, given: dict[str, bool | str]
+    modeller: Modeller, model: str, size: tuple[int, int] | None, choice: str, given: dict[str, Any]
 ) -> list[Row]:
     """Return the kernels of one step and its sums."""
     kernels = {} if choice == "auto" else {op: str(name) for op, name in backend.parse_choices(choice).items()}
