@@ -139,14 +139,13 @@ class FeedForward(nn.Module):
         self.activation, self.resid_dropout = c.activation, c.resid_dropout
         self.up = make_module(Linear, c.width, c.d_mlp * (2 if c.activation in GATED else 1), bias=c.mlp_bias)
         self.down = make_module(Linear, c.d_mlp, c.width, bias=c.mlp_bias)
-        self.approximate = {"gelu_tanh": "tanh", "gelu": "none"}.get(c.activation)
+        self.approximate = "tanh" if c.activation == "gelu_tanh" else "none"
 
     def _in_epilogues(self, x: Tensor, run: Pass) -> bool:
         """Return whether a kernel computes the activation in the epilogue of a product: with plain layers on both
         sides."""
-        if not run.epilogues or self.approximate is None or select("gelu_mlp", x) == "torch":
-            return False
-        return fusable(self.up, Linear) and fusable(self.down, Linear)
+        wanted = run.epilogues and self.activation in ("gelu", "gelu_tanh") and select("gelu_mlp", x) != "torch"
+        return wanted and fusable(self.up, Linear) and fusable(self.down, Linear)
 
     def _whole(self, x: Tensor, bias: Tensor | None, run: Pass) -> Tensor:
         """Return down(activation(up(x))) with this bias of `down`, from one op."""
