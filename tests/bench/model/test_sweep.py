@@ -78,4 +78,4 @@ def test_a_shape_is_compiled_and_modelled() -> None:
     environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTGPT_EMULATED_CUDA")}
     done = subprocess.run([sys.executable, "-c", ONE], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "'us'" in done.stdout and "'blocks_per_sm'" in done.stdout and "red" not in done.stdout
+    assert "'us'" in done.stdout and "'blocks_per_sm'" in done.stdout and "'red'" not in done.stdout
