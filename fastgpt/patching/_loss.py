@@ -59,7 +59,7 @@ def head(module: Any, *args: Any, target: Tensor | None = None, scale: float = 1
     """Run the LM head: return logits, or with a target (N,) the loss of hidden states (N, C) without logits."""
     if target is None:
         return replace.own(module, *args, **options)
-    if type(module.weight) not in (Tensor, nn.Parameter):  # a quantised tensor, whose product only its class knows
+    if type(module.weight) not in replace.ORDINARY:  # a quantised tensor, whose product only its class knows
         leave_to_torch("linear_cross_entropy", f"a head with a weight of the class {type(module.weight).__name__}")
         logits = replace.own(module, args[0])
         return ops.cross_entropy(logits if scale == 1 else logits * scale, target, **options)

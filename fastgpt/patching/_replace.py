@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastgpt import ops
 from fastgpt.core.fallback import leave_to_torch
@@ -17,6 +18,7 @@ from fastgpt.nn.attention import attend, uncovered
 from fastgpt.nn.embedding import uncovered as uncovered_embedding
 from fastgpt.nn.norms import epsilon
 
+ORDINARY = (Tensor, nn.Parameter, FakeTensor)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -107,8 +109,9 @@ ACTIVATION = "has another activation, hooks on it, or other children than when i
 
 
 def plain(*tensors: Any) -> bool:
-    """Return whether these are ordinary dense tensors or None: no DTensor, no nested tensor."""
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and not t.is_nested) for t in tensors)
+    """Return whether these are ordinary dense tensors, torch.export's stand-ins for them, or None: no DTensor, no
+    nested tensor."""
+    return all(t is None or (type(t) in ORDINARY and not t.is_nested) for t in tensors)
 
 
 def fits(args: tuple[Any, ...], kwargs: dict[str, Any], width: int | None, *vectors: Any) -> bool:
