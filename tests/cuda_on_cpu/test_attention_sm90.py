@@ -191,30 +191,33 @@ def test_launches_fit_the_device(hopper: ctypes.CDLL) -> None:
             assert launch[6] == codegen.launched_shared(f"attention_{name}_sm90_kernel<bf16, {dim}>") <= 227 * 1024
 
 
-# file, a wait for products, the release of their stage after it
-EARLY = (
-    ("sm90.cu", "  ptx::wgmma_wait<1>();\n  ptx::settle(s.z[0]);\n", "  release(at.k_empty(stage));\n"),
-    (
-        "sm90_bwd.cu",
+@pytest.mark.slow
+def test_they_have_no_races() -> None:
+    done = races.run(races.build_sm90())
+    assert done.returncode == 0 and done.stdout == "causal: clean\n", done.stdout + done.stderr
+
+
+# file -> a wait for products, the release of their stage after it
+EARLY = {
+    "sm90.cu": ("  ptx::wgmma_wait<1>();\n  ptx::settle(s.z[0]);\n", "  release(at.k_empty(stage));\n"),
+    "sm90_bwd.cu": (
         "  ptx::wgmma_wait<1>();  // dq of the tile before\n",
         "  if (key0 > 0) release(at.k_empty(before));\n",
     ),
-    (
-        "sm90_dkdv.cu",
+    "sm90_dkdv.cu": (
         "  ptx::wgmma_wait<1>();  // dk and dv of the step before\n",
         "  if (before >= 0) release(at.empty(before));\n",
     ),
-)
+}
 
 
-@pytest.mark.slow
-def test_it_has_no_races_and_a_planted_one_is_found() -> None:
+@pytest.mark.extended
+@pytest.mark.parametrize("file", EARLY)
+def test_a_planted_race_is_found(file: str) -> None:
     """Planted: a stage is free before its products are done."""
-    done = races.run(races.build_sm90())
-    assert done.returncode == 0 and done.stdout == "causal: clean\n", done.stdout + done.stderr
-    for file, wait, free in EARLY:
-        done = races.run(races.build_sm90((f"attention/{file}", wait + free, free + wait)))
-        assert done.returncode == 1 and "race on" in done.stdout and "wgmma of warpgroup" in done.stdout, done.stdout
+    wait, free = EARLY[file]
+    done = races.run(races.build_sm90((f"attention/{file}", wait + free, free + wait)))
+    assert done.returncode == 1 and "race on" in done.stdout and "wgmma of warpgroup" in done.stdout, done.stdout
 
 
 # What is broken -> the file, its text, a replacement
