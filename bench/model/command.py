@@ -196,10 +196,10 @@ def main(argv: list[str] | None = None) -> int:
     """Print the model's tables, write its rows and its page."""
     argv = sys.argv[1:] if argv is None else argv
     args = options().parse_args(argv)
+    if args.source is not None:  # it knows other settings and ops
+        return of_source(args.source, without(argv, "--source"))
     check(args)
     before = [] if args.compare is None else read(args.compare)
-    if args.source is not None:
-        return of_source(args.source, without(argv, "--source"))
     from fastgpt.bench._harness import append_rows
     from fastgpt.bench.model import tables
     from fastgpt.bench.model.run import run, swept

@@ -201,7 +201,8 @@ def test_texts_and_page_say_that_nothing_was_measured() -> None:
         (["--only", "("], "--only is '('"),
         (["--set", "graphs=no"], "--set is 'graphs=no', expected NAME=VALUE"),
         (["--set", "lr=1"], "--set is 'lr=1', expected NAME=VALUE"),
-        (["--source", "/nowhere"], "TRITON_INTERPRET is set"),
+        (["--source", "/nowhere", "--set", "of_its_own=true"], "--source is /nowhere, expected a checkout"),
+        (["--only", "norm"], "TRITON_INTERPRET is set"),
         (["--json", "/nowhere/x.jsonl"], "/nowhere/x.jsonl is in no folder"),
     ],
 )
