@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     from fastgpt.bench.model import tables
     from fastgpt.bench.model.run import run, swept
 
-    rows = swept(args.chip) if args.sweep else run(args, *sizes_of(args.shape))
+    rows = swept(args.chip) if args.sweep else run(args, *sizes_of(args.shape), settings_of(args.set))
     print(tables.text(rows, args.only or ""))
     if before:
         print(tables.compared(before, rows))

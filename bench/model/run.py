@@ -12,7 +12,6 @@ import torch
 
 from fastgpt.bench._harness import provenance
 from fastgpt.bench.model import peers
-from fastgpt.bench.model.command import settings_of
 from fastgpt.bench.model.step import Modeller, Row, Step, chip_named, config_of, record, total
 from fastgpt.core import backend
 
@@ -20,11 +19,11 @@ from fastgpt.core import backend
 CHOICES = ("auto", "attention=triton", "all=torch,adamw=cuda")
 
 
-def run(args: argparse.Namespace, models: list[str], size: tuple[int, int] | None) -> list[Row]:
-    """Return the rows of all steps that were asked for; what they have in common is in each of them."""
+def run(args: argparse.Namespace, models: list[str], size: tuple[int, int] | None, given: dict[str, Any]) -> list[Row]:
+    """Return the rows of all steps that were asked for, with these settings of the trainer; what they have in common is
+    in each of them."""
     rows: list[Row] = []
     modeller = functools.cache(lambda chip: Modeller(chip_named(chip)))
-    given = settings_of(args.set)
     for chip, model in itertools.product(args.chip, models):
         for choice in args.kernels or CHOICES:
             rows += rows_of(modeller(chip), model, size, choice, given)
