@@ -150,7 +150,7 @@ class OwnAttention(nn.Module):
     def __init__(self, dropped: str = "weights", later: float = 1.0) -> None:
         super().__init__()
         self.attn_dropout, self.resid_dropout = nn.Dropout(0.5), nn.Dropout(0.1)
-        self.scale_attn, self.heads, self.dropped, self.later = 3.0, 4, dropped, later
+        self.layer_idx, self.scale_attn, self.dropped, self.later = 3, 3.0, dropped, later
 
     def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None) -> tuple[Tensor, Tensor]:
         scores = query @ key.mT / self.scale_attn
@@ -167,7 +167,7 @@ def test_methods_are_judged_by_what_they_compute() -> None:
     assert _eager.method(OwnAttention("result")) is None, "dropout of the result is not dropout of the weights"
     assert _eager.method(OwnAttention(later=2.0)) is None, "it differs in training"
     other = OwnAttention()
-    other.scale_attn = torch.tensor(3.0)  # type: ignore[assignment]
+    other.scale_attn = torch.tensor(5.0)  # type: ignore[assignment]
     assert _eager.method(other) is None, "no number of the module explains its scale"
 
 

@@ -125,7 +125,8 @@ class _Times(nn.Module):
 def method(module: Any) -> Method | None:
     """Return what a module's `_attn(query, key, value, mask)` computes; None if it is not eager attention in which a
     query sees what the mask says."""
-    names = [n for n, v in vars(module).items() if type(v) in (int, float) and v > 0]
+    numbers = {n: v for n, v in vars(module).items() if type(v) in (int, float) and v > 0}
+    names = sorted(numbers, key=lambda n: type(numbers[n]) is int)  # the number of a layer may equal its scale
     q, k, v, _ = _numbers(4, 4)
     for how in (Method(), *(Method(n, inverse) for n in names for inverse in (True, False))):
         scaling = how.numbers(module)["scaling"]
