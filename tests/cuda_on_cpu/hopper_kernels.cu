@@ -13,7 +13,7 @@ enum Fault {
   kNone,
   // barriers and copies
   kUninitialised, kUnfenced, kWrongParity, kNoArrival, kTooManyArrivals, kTooManyBytes, kTooFewBytes, kMisplaced,
-  kLandsAfterwards,
+  kLandsAfterwards, kFencedElsewhere,
   // products
   kNoFence, kNoWait, kReadEarly, kOverwrite, kOperandRegister, kDivergent,
   // descriptors
@@ -45,8 +45,9 @@ Tiles load(const Problem& s, unsigned char* bytes, int a_bytes, int b_bytes, int
   const Tiles t{start, start + a_bytes, start + a_bytes + b_bytes};
   if (threadIdx.x == 0 && fault != kUninitialised) {
     ptx::mbarrier_init(t.full, fault == kNoArrival ? 2 : 1);
-    if (fault != kUnfenced) ptx::fence_mbarrier_init();
+    if (fault != kUnfenced && fault != kFencedElsewhere) ptx::fence_mbarrier_init();
   }
+  if (fault == kFencedElsewhere && threadIdx.x == 1) ptx::fence_mbarrier_init();
   __syncthreads();
   if (threadIdx.x == 0) {
     const int more = fault == kTooManyBytes ? 16 : fault == kTooFewBytes ? -16 : 0;

@@ -5,7 +5,7 @@ the detector; it needs neither Python nor torch. As a command, which takes up to
 
     python tests/cuda_on_cpu/races.py OP    runs the kernels of the op; exit code 1 after a race
 
-Kernels are compiled for bf16 only (races/include, NARROW): other types have the same barriers.
+Kernels are compiled for one element type at a time (races/include, NARROW): bf16, or one of ELEMENTS.
 """
 
 from __future__ import annotations
@@ -29,10 +29,18 @@ WITH = "-DFASTGPT_RACES"
 # Accesses are reported, but not to the compiler's run-time library. -w: narrowed sources do not use everything.
 REPORTING = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-w")
 
+# Other types of elements by op; most kernels have both
+BOTH = ("f16", "float")
+ELEMENTS = {"adamw": ("f16",), "attention": ("f16",)}
+
 # Replacements that leave out instances of kernels
 NARROW: dict[str, list[Mutation]] = {
     "attention": [
-        ("attention/cuda.cuh", "a.dtype == DType::bf16 ? with_tile(bf16{}) : with_tile(f16{});", "with_tile(bf16{});"),
+        (
+            "attention/cuda.cuh",
+            "a.dtype == DType::bf16 ? with_tile(bf16{}) : with_tile(f16{});",
+            "with_tile(FASTGPT_ELEMENT{});",
+        ),
     ],
     "attention_decode": [
         (
@@ -50,7 +58,11 @@ NARROW: dict[str, list[Mutation]] = {
         ),
     ],
     "adamw": [
-        ("adamw/cuda.cu", "  bool master = false;", "  with_grads<bf16, Master::f32>(a, table, stream);\n#if 0\n"),
+        (
+            "adamw/cuda.cu",
+            "  bool master = false;",
+            "  with_grads<FASTGPT_ELEMENT, Master::f32>(a, table, stream);\n#if 0\n",
+        ),
         ("adamw/cuda.cu", "takes no such masters\");\n}", "takes no such masters\");\n#endif\n}"),
     ],
 }  # fmt: skip
@@ -84,20 +96,27 @@ def sources(mutations: Iterable[Mutation]) -> Iterator[Path]:
         yield root
 
 
-def build(op: str, planted: Mutation | None = None, all_dims: bool = False, options: bool = True) -> Path:
+def of_type(element: str) -> str:
+    """The flag that chooses the type of elements."""
+    return f"-DFASTGPT_ELEMENT={element}"
+
+
+def build(
+    op: str, planted: Mutation | None = None, all_dims: bool = False, options: bool = True, element: str = "bf16"
+) -> Path:
     """Build the program of an op; `planted` breaks a kernel first.
 
     all_dims: attention for every head dimension instead of 64 only. options: also with the kernels of a planted race
-    that serve a window, documents and so on.
+    that serve a window, documents and so on. element: type of the tensors, "bf16", "f16" or "float".
     """
     CACHE.mkdir(exist_ok=True)
     narrow = NARROW.get(op, []) + ([ONLY_64] if op == "attention" and not all_dims else [])
     dims = "64, 96, 128, 256" if all_dims else "64"
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool, sources(narrow) as whole:
-        kernel = ["-O0", WITH, *REPORTING], (RACES / "include",)
+        kernel = ["-O0", WITH, of_type(element), *REPORTING], (RACES / "include",)
         parts = [(p, *kernel) for p in sorted(whole.glob(f"{op}/cuda*.cu"))]
         parts.append((DETECTOR, ["-O2", WITH], ()))
-        parts.append((RACES / f"{op}.cpp", ["-O0", "-w", f"-DFASTGPT_HEAD_DIMS={dims}"], ()))
+        parts.append((RACES / f"{op}.cpp", ["-O0", "-w", of_type(element), f"-DFASTGPT_HEAD_DIMS={dims}"], ()))
         if planted is None:
             return linked(list(pool.map(lambda p: emulator.compiled(*p), parts)), op)
         extra = [] if options or op != "attention" else [NO_OPTIONS]
@@ -121,11 +140,11 @@ def build_sm90(planted: Mutation | None = None) -> Path:
     with sources([*narrow, *([planted] if planted else [])]) as root:
         files = [*sorted((root / "attention").glob("sm90*.cu")), root / "attention" / "cuda_bwd.cu"]
         kernels = [
-            emulator.compiled(file, ["-O1", WITH, *REPORTING], (RACES / "include",))
+            emulator.compiled(file, ["-O1", WITH, of_type("bf16"), *REPORTING], (RACES / "include",))
             for file in (*files, root / "attention" / "cuda_dkdv.cu")
         ]
         detector = emulator.compiled(DETECTOR, ["-O2", WITH], ())
-        program = emulator.compiled(RACES / "attention_sm90.cpp", ["-O0", "-w"], ())
+        program = emulator.compiled(RACES / "attention_sm90.cpp", ["-O0", "-w", of_type("bf16")], ())
         return linked([*kernels, detector, program], "sm90")
 
 

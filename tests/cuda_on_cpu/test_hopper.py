@@ -20,8 +20,8 @@ if importlib.util.find_spec("pybind11") is None or shutil.which("g++") is None:
 import emulator
 
 FAULTS = ("none", "uninitialised", "unfenced", "wrong parity", "no arrival", "too many arrivals", "too many bytes",
-          "too few bytes", "misplaced", "lands afterwards", "no fence", "no wait", "read early", "overwrite",
-          "operand register", "divergent", "swizzle", "base offset", "address", "stride", "leading",
+          "too few bytes", "misplaced", "lands afterwards", "fenced elsewhere", "no fence", "no wait", "read early",
+          "overwrite", "operand register", "divergent", "swizzle", "base offset", "address", "stride", "leading",
           "outside")  # fmt: skip
 Call = Callable[..., str]
 
@@ -95,6 +95,7 @@ def test_a_tensor_that_the_driver_refuses(small: Call) -> None:
     [
         ("uninitialised", "no mbarrier was initialised at"),
         ("unfenced", "was not fenced after its initialisation"),
+        ("fenced elsewhere", "was not fenced after its initialisation"),
         ("wrong parity", "deadlock: .*, 128 for parity 1 of the mbarrier at"),
         ("no arrival", "deadlock: .*, 128 for parity 0 of the mbarrier at"),
         ("too many arrivals", "more arrivals than the 1 of a phase"),

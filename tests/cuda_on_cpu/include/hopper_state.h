@@ -16,6 +16,7 @@ namespace emulator {
 struct Mbarrier {
   uint32_t expected, pending;  // arrivals of a phase, those that are missing
   race::Agent copier;          // brings its bytes; its work is numbered by phases, from 1
+  const Fiber* by;             // the thread that initialised it
   int64_t bytes = 0;           // announced and not yet there
   unsigned phase = 0;          // phases that have ended
   bool known = false;          // to TMA: fenced after its initialisation
@@ -82,11 +83,13 @@ struct Hopper {
     if (at % 8 != 0 || !in_shared(at, 8)) stop("mbarrier.init: no 8 aligned bytes of shared memory at ", offset(at));
     if (arrivals == 0 || arrivals >= 1u << 20) stop("mbarrier.init: ", arrivals, " arrivals");
     if (barriers.count(at) > 0) stop("mbarrier.init: the barrier at ", offset(at), " is in use");
-    barriers[at] = {arrivals, arrivals, race::agent("TMA for mbarrier", static_cast<unsigned>(barriers.size()))};
+    const race::Agent copier = race::agent("TMA for mbarrier", static_cast<unsigned>(barriers.size()));
+    barriers[at] = {arrivals, arrivals, copier, machine().current};
   }
 
+  // Only for what this thread has initialised: another thread's fence does not wait for it.
   void fence_init() {
-    for (auto& [at, b] : barriers) b.known = true;
+    for (auto& [at, b] : barriers) b.known |= b.by == machine().current;
   }
 
   Mbarrier& find(uintptr_t at, const char* who) {

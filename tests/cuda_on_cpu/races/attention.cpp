@@ -15,7 +15,7 @@ void check(const char* name, int64_t dim, int64_t n_queries, int64_t n_keys, con
   run(name, [&] {
     const int64_t b = 1, heads = 2, kv_heads = 1;
     const auto heads_at = [&](int64_t t, int64_t h) { return fastgpt::AttentionStrides{t * h * dim, h * dim, dim}; };
-    const auto tensor = [&](int64_t t, int64_t h) { return halves(b * t * h * dim, o.off); };
+    const auto tensor = [&](int64_t t, int64_t h) { return elements(b * t * h * dim, o.off); };
     fastgpt::AttentionArgs a{};
     a.q = tensor(n_queries, heads), a.k = tensor(n_keys, kv_heads), a.v = tensor(n_keys, kv_heads);
     a.out = tensor(n_queries, heads), a.dout = tensor(n_queries, heads), a.dq = tensor(n_queries, heads);
@@ -25,7 +25,7 @@ void check(const char* name, int64_t dim, int64_t n_queries, int64_t n_keys, con
     a.workspace = floats(fastgpt::cuda::attention_bwd_workspace(b, n_queries, heads, {}));
     a.n_batch = b, a.n_queries = n_queries, a.n_keys = n_keys, a.n_heads = heads, a.n_kv_heads = kv_heads;
     a.head_dim = dim, a.scale = o.negative ? -0.125f : 0.125f, a.keep_scale = 1.0f, a.causal = o.causal;
-    a.window = o.window ? 40 : 0, a.softcap = o.softcap ? 2.0f : 0.0f, a.dtype = DType::bf16;
+    a.window = o.window ? 40 : 0, a.softcap = o.softcap ? 2.0f : 0.0f, a.dtype = kDtype;
     if (o.dropout) a.rng = values<int64_t>({7, 1}), a.drop_below = 1u << 30, a.keep_scale = 4.0f / 3.0f;
     if (o.documents) {
       int32_t* ids = room<int32_t>(b * n_queries);

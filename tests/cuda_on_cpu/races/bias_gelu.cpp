@@ -9,9 +9,9 @@ namespace {
 void check(const char* name, int64_t n, int64_t c, bool tanh, int off = 0) {
   run(name, [&] {
     fastgpt::BiasGeluArgs a{};
-    a.dy = halves(n * c, off), a.x = halves(n * c, off), a.bias = floats(c), a.out = halves(n * c, off);
+    a.dy = elements(n * c, off), a.x = elements(n * c, off), a.bias = floats(c), a.out = elements(n * c, off);
     a.dbias = floats(c), a.partials = floats(fastgpt::cuda::bias_gelu_bwd_blocks(n, c, {}) * c);
-    a.dy_row = a.x_row = a.n_cols = c, a.n_rows = n, a.tanh = tanh, a.dtype = DType::bf16;
+    a.dy_row = a.x_row = a.n_cols = c, a.n_rows = n, a.tanh = tanh, a.dtype = kDtype;
     fastgpt::cuda::bias_gelu_fwd(a, {});
     fastgpt::cuda::bias_gelu_bwd(a, {});
   });

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <exception>
 #include <initializer_list>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/math.h"
@@ -14,6 +15,10 @@ namespace cases {
 
 using fastgpt::bf16;
 using fastgpt::DType;
+using fastgpt::f16;
+using Element = FASTGPT_ELEMENT;  // of tensors, and of the kernels that the program is linked with (races.py)
+constexpr DType k16 = std::is_same_v<Element, f16> ? DType::f16 : DType::bf16;
+constexpr DType kDtype = std::is_same_v<Element, float> ? DType::f32 : k16;
 
 // Aligned memory, which is not freed: the process ends soon.
 template <typename T>
@@ -35,9 +40,9 @@ inline float* floats(int64_t n) {
 }
 
 // `off` elements after an aligned address, so that kernels take their path for unaligned rows.
-inline bf16* halves(int64_t n, int off = 0) {
-  bf16* x = room<bf16>(n + off) + off;
-  for (int64_t i = 0; i < n; ++i) x[i] = fastgpt::to_bf16(next_value());
+inline Element* elements(int64_t n, int off = 0) {
+  Element* x = room<Element>(n + off) + off;
+  for (int64_t i = 0; i < n; ++i) x[i] = fastgpt::from_float<Element>(next_value());
   return x;
 }
 

@@ -13,6 +13,8 @@
 //                               behind the next barrier
 //   ldmatrix                    a warp loads as one: what its lanes do next comes after the loads of all lanes
 //   shuffle, mma                order nothing: they exchange registers, and CUDA promises no order of memory
+//   fences                      of mbarriers and of wgmma: checked where they are used (include/hopper_state.h, products.h)
+//   atomics, other fences       none: no kernel has any, and a test says so when one gets them
 //   blocks of a launch          have no order
 //   launches                    run one after the other
 //

@@ -15,13 +15,13 @@ void check(const char* name, int64_t c, int off = 0) {
     int64_t* ids = room<int64_t>(n);
     for (int64_t i = 0; i < n; ++i) ids[i] = i * i % 11 % rows;
     fastgpt::EmbeddingFwdArgs f{};
-    f.ids = {ids, true}, f.weight = halves(rows * c, off), f.position_weight = halves(n * c, off);
-    f.y = halves(n * c, off), f.weight_row = f.position_row = f.n_cols = c, f.n_rows = rows;
-    f.n_tokens = f.n_positions = f.period = n, f.dtype = DType::bf16;
+    f.ids = {ids, true}, f.weight = elements(rows * c, off), f.position_weight = elements(n * c, off);
+    f.y = elements(n * c, off), f.weight_row = f.position_row = f.n_cols = c, f.n_rows = rows;
+    f.n_tokens = f.n_positions = f.period = n, f.dtype = kDtype;
     fastgpt::cuda::embedding_fwd(f, {});
     fastgpt::EmbeddingBwdArgs b{};
-    b.ids = f.ids, b.dy = halves(n * c, off), b.dweight = floats(rows * c);
-    b.dy_row = b.dweight_row = b.n_cols = c, b.n_tokens = n, b.n_rows = rows, b.dtype = DType::bf16;
+    b.ids = f.ids, b.dy = elements(n * c, off), b.dweight = floats(rows * c);
+    b.dy_row = b.dweight_row = b.n_cols = c, b.n_tokens = n, b.n_rows = rows, b.dtype = kDtype;
     int32_t *keys = room<int32_t>(n), *sorted = room<int32_t>(n);
     int64_t* order = room<int64_t>(n);
     fastgpt::cuda::embedding_keys(b, keys, {});

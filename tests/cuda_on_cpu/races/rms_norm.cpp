@@ -9,15 +9,16 @@ namespace {
 void check(const char* name, int64_t n, int64_t c, bool more, int off = 0) {
   run(name, [&] {
     fastgpt::RmsNormFwdArgs f{};
-    f.x = halves(n * c, off), f.residual = more ? halves(n * c, off) : nullptr, f.weight = floats(c);
-    f.y = halves(n * c, off), f.sum = more ? halves(n * c, off) : nullptr, f.rstd = floats(n);
-    f.x_row = f.residual_row = f.n_cols = c, f.n_rows = n, f.eps = 1e-6f, f.dtype = DType::bf16;
+    f.x = elements(n * c, off), f.residual = more ? elements(n * c, off) : nullptr, f.weight = floats(c);
+    f.y = elements(n * c, off), f.sum = more ? elements(n * c, off) : nullptr, f.rstd = floats(n);
+    f.x_bias = more ? floats(c) : nullptr;
+    f.x_row = f.residual_row = f.n_cols = c, f.n_rows = n, f.eps = 1e-6f, f.dtype = kDtype;
     fastgpt::cuda::rms_norm_fwd(f, {});
     fastgpt::RmsNormBwdArgs b{};
-    b.dy = halves(n * c, off), b.dsum = more ? halves(n * c, off) : nullptr, b.h = f.x, b.weight = f.weight;
-    b.rstd = f.rstd, b.dx = halves(n * c, off), b.dweight = floats(c);
-    b.partials = floats(fastgpt::cuda::rms_norm_bwd_blocks(n, c, {}) * c);
-    b.dy_row = b.dsum_row = b.h_row = b.n_cols = c, b.n_rows = n, b.eps = 1e-6f, b.dtype = DType::bf16;
+    b.dy = elements(n * c, off), b.dsum = more ? elements(n * c, off) : nullptr, b.h = f.x, b.weight = f.weight;
+    b.rstd = f.rstd, b.dx = elements(n * c, off), b.dweight = floats(c);
+    b.dx_bias = more ? floats(c) : nullptr, b.partials = floats(fastgpt::cuda::rms_norm_bwd_blocks(n, c, {}) * 2 * c);
+    b.dy_row = b.dsum_row = b.h_row = b.n_cols = c, b.n_rows = n, b.eps = 1e-6f, b.dtype = kDtype;
     fastgpt::cuda::rms_norm_bwd(b, {});
   });
 }

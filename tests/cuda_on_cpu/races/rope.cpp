@@ -10,12 +10,12 @@ void check(const char* name, bool in_place, bool interleaved, int off = 0) {
     const int64_t b = 2, t = 5, heads = 3, dim = 32;
     fastgpt::RopeArgs a{};
     for (fastgpt::RopePart& p : a.parts) {
-      bf16* x = halves(b * t * heads * dim, off);
+      Element* x = elements(b * t * heads * dim, off);
       const int64_t batch = t * heads * dim, time = heads * dim;
-      p = {x, in_place ? x : halves(b * t * heads * dim, off), batch, time, dim, batch, time, dim, heads, heads - 1};
+      p = {x, in_place ? x : elements(b * t * heads * dim, off), batch, time, dim, batch, time, dim, heads, heads - 1};
     }
     a.n_batch = b, a.n_time = a.n_positions = t, a.n_cols = dim, a.half = in_place ? dim / 2 : dim / 4, a.sign = 1.0f;
-    a.cos = floats(t * dim / 2), a.sin = floats(t * dim / 2), a.interleaved = interleaved, a.dtype = DType::bf16;
+    a.cos = floats(t * dim / 2), a.sin = floats(t * dim / 2), a.interleaved = interleaved, a.dtype = kDtype;
     fastgpt::cuda::rope(a, {});
   });
 }

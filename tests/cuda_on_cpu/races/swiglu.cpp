@@ -8,10 +8,10 @@ namespace {
 void check(const char* name, int64_t n, int64_t c, int off = 0) {
   run(name, [&] {
     fastgpt::SwigluArgs a{};
-    a.dy = halves(n * c, off), a.gate = halves(n * c, off), a.up = halves(n * c, off), a.y = halves(n * c, off);
-    bf16* packed = halves(n * 2 * c, off);  // both gradients, row by row
+    a.dy = elements(n * c, off), a.gate = elements(n * c, off), a.up = elements(n * c, off), a.y = elements(n * c, off);
+    Element* packed = elements(n * 2 * c, off);  // both gradients, row by row
     a.dgate = packed, a.dup = packed + c;
-    a.dy_row = a.gate_row = a.up_row = a.n_cols = c, a.grad_row = 2 * c, a.n_rows = n, a.dtype = DType::bf16;
+    a.dy_row = a.gate_row = a.up_row = a.n_cols = c, a.grad_row = 2 * c, a.n_rows = n, a.dtype = kDtype;
     fastgpt::cuda::swiglu_fwd(a, {});
     fastgpt::cuda::swiglu_bwd(a, {});
   });
