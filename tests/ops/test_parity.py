@@ -26,15 +26,17 @@ EVERY = [
 ]
 
 
-INTERPRETED = [
-    case for case, names in EVERY if (case.op, names) == ("gelu_mlp", ["triton"])
-]  # products in the interpreter
-APART = {case for number, case in enumerate(INTERPRETED) if DEVICE == "cpu" and number % 8}
+INTERPRETED = [case for case, names in EVERY if (case.op, names) == ("gelu_mlp", ["triton"])]  # products in the interpreter
+MARKS = {
+    case: [pytest.mark.extended if number % 4 else pytest.mark.slow]
+    for number, case in enumerate(INTERPRETED)
+    if DEVICE == "cpu" and number % 8
+}
 
 
 @pytest.mark.parametrize(
     "case,names",
-    [pytest.param(*both, marks=[pytest.mark.slow] if both[0] in APART else []) for both in EVERY],
+    [pytest.param(*both, marks=MARKS.get(both[0], [])) for both in EVERY],
     ids=[str(case) for case, _ in EVERY],
 )
 def test_parity(case: parity.Case, names: list[str], seed: int, record_property: Callable[[str, object], None]) -> None:
