@@ -26,7 +26,8 @@ EVERY = [
 ]
 
 
-INTERPRETED = [case for case, names in EVERY if (case.op, names) == ("gelu_mlp", ["triton"])]  # products in the interpreter
+# products in the interpreter take the longest
+INTERPRETED = [case for case, names in EVERY if (case.op, names) == ("gelu_mlp", ["triton"])]
 MARKS = {
     case: [pytest.mark.extended if number % 4 else pytest.mark.slow]
     for number, case in enumerate(INTERPRETED)
