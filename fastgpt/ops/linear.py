@@ -8,7 +8,7 @@ output (symmetric quantisation: W = round(w / s), s = max |w| / 127 of a row).
 Where nothing needs a gradient, the CPU kernel computes up to MAX_ROWS rows, and with a narrower weight any number of
 rows. It reads the weight once for 64 rows, in the layout of torch.nn.Linear, converts it in registers and sums in fp32.
 In training, a second kernel computes the three products of fp32 rows on CPUs with AVX2 and without AVX-512, where it
-was measured: by themselves, products take 0.87 to 0.89 of the time of MKL on 2 cores of an AMD EPYC with the best tasks;
+was measured: alone, products take 0.87 to 0.89 of the time of MKL on 2 cores of an AMD EPYC with the best tasks;
 docs/benchmarks.md has the step. Its threads take parts of the output one by one, so a core that other work slows down
 gets fewer of them. Other products are PyTorch's; the `torch` backend converts a narrower weight a block at a time.
 
