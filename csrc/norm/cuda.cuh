@@ -168,8 +168,11 @@ __device__ __forceinline__ void store_dx(const Args& a, int64_t row, int c, floa
 // Adds the sums over a group of rows to the partial of the block, which the first group sets.
 template <int L>
 __device__ __forceinline__ void add_group(float* partial, const float (&sums)[L], bool first) {
+  float total[L] = {};
+  if (!first) load(partial, total);
 #pragma unroll
-  for (int l = 0; l < L; ++l) partial[l] = first ? sums[l] : partial[l] + sums[l];
+  for (int l = 0; l < L; ++l) total[l] += sums[l];
+  store_whole(partial, total);
 }
 
 // Returns the threads of a backward kernel that the registers of a multiprocessor allow. Each has `sums` sums over its

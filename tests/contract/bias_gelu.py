@@ -29,7 +29,7 @@ RACES: Races = {
         "core/cuda/partials.cuh",
         "    if (!last) __syncthreads();\n",
         "",
-        ("shared[c + l] = total[l];", "total[l] = (y > 0 ? shared[c + l] : 0.0f)"),
+        ("else store_shared(shared, c, total);", "if (y > 0) load_shared(shared, c, total);"),
     ),
 }
 

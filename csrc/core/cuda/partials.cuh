@@ -15,8 +15,36 @@ __device__ __forceinline__ int column(int i) {
   return ((threadIdx.x / 32 * kPacks + i) * 32 + threadIdx.x % 32) * L;
 }
 
+// Index in shared memory of four sums, from l on, of the L that this thread has from column c on. With L = 8 every other
+// four threads swap the halves of theirs: eight threads, which access memory together, would reach each bank twice.
+template <int L>
+__device__ __forceinline__ int four_of(int c, int l) {
+  if constexpr (L == 8) return c + (l ^ (threadIdx.x & 4));
+  else return c + l;
+}
+
+template <int L>
+__device__ __forceinline__ void load_shared(const float* shared, int c, float (&sums)[L]) {
+  if constexpr (L == 1) {
+    sums[0] = shared[c];
+  } else {
+#pragma unroll
+    for (int l = 0; l < L; l += 4) unpack<float>(*reinterpret_cast<const uint4*>(shared + four_of<L>(c, l)), sums + l);
+  }
+}
+
+template <int L>
+__device__ __forceinline__ void store_shared(float* shared, int c, const float (&sums)[L]) {
+  if constexpr (L == 1) {
+    shared[c] = sums[0];
+  } else {
+#pragma unroll
+    for (int l = 0; l < L; l += 4) *reinterpret_cast<uint4*>(shared + four_of<L>(c, l)) = pack<float>(sums + l);
+  }
+}
+
 // Adds the sums of all threads into partial (n), the row groups in the order of threadIdx.y. `shared`: n floats that
-// nothing else uses; not needed with one row group. The whole block must call this.
+// nothing else uses, at a 16-byte boundary unless L is 1; not needed with one row group. The whole block must call this.
 template <int L, int kPacks>
 __device__ __forceinline__ void write_partial(const float (&sums)[kPacks][L], int n, float* shared, float* partial) {
   for (unsigned y = 0; y < blockDim.y; ++y) {
@@ -25,12 +53,12 @@ __device__ __forceinline__ void write_partial(const float (&sums)[kPacks][L], in
     for (int i = 0; i < kPacks; ++i) {
       const int c = column<L, kPacks>(i);
       if (c >= n || threadIdx.y != y) continue;
-      float total[L];
+      float total[L] = {};
+      if (y > 0) load_shared(shared, c, total);
 #pragma unroll
-      for (int l = 0; l < L; ++l) total[l] = (y > 0 ? shared[c + l] : 0.0f) + sums[i][l];
+      for (int l = 0; l < L; ++l) total[l] += sums[i][l];
       if (last) store_whole(partial + c, total);
-#pragma unroll
-      for (int l = 0; l < L && !last; ++l) shared[c + l] = total[l];
+      else store_shared(shared, c, total);
     }
     if (!last) __syncthreads();
   }
