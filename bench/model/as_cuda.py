@@ -27,7 +27,7 @@ class _Passing(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func == Tensor.device.__get__:
             return CUDA
-        if func == Tensor.is_cuda.__get__:
+        if func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
         if func is torch.equal:  # Liger asks whether the gradient of its loss is one, which it is here
             return True

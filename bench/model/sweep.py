@@ -75,7 +75,8 @@ def recorded(chip: str, head_dim: int) -> dict[str, tuple[Call, TritonLaunch]]:
         q, k, v = (torch.empty(b, t, h, d, dtype=torch.bfloat16, device=META, requires_grad=True) for _ in "qkv")
         out: Any = ops.attention(q, k, v, causal=True)
         out.backward(torch.empty_like(out))
-    found = {launch.name: (call, launch) for call in recorder.calls for launch in call.launches}
+    launches = ((call, launch) for call in recorder.calls for launch in call.launches)
+    found = {launch.name: (call, launch) for call, launch in launches if isinstance(launch, TritonLaunch)}
     return {which: found[name] for which, name in KERNELS.items()}
 
 

@@ -105,10 +105,10 @@ def accessed(kernel: Any) -> tuple[frozenset[str], frozenset[str]]:
                 pointers[name] = pointers.get(name, frozenset()) | _pointers(node.value, pointers)
     read: set[str] = set()
     written: set[str] = set()
-    for node in ast.walk(tree):
-        if _of_tl(node) in ACCESSES:
-            reads, writes = ACCESSES[_of_tl(node)]
-            found = _pointers(node.args[0], pointers)  # type: ignore[attr-defined]
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        if _of_tl(call) in ACCESSES:
+            reads, writes = ACCESSES[_of_tl(call)]
+            found = _pointers(call.args[0], pointers)
             read |= found if reads else set()
             written |= found if writes else set()
     return frozenset(read), frozenset(written)

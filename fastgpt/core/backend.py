@@ -276,7 +276,7 @@ def select(op: str, x: Tensor, measured: bool = True, dim: int = 0) -> str:
     measured=False is for calls that differ from those measured, or from those for which the library is preferred: the
     kernels' prior order applies.
     """
-    want, strict = _choice.get(op, "auto"), strict_mode[0]
+    want, strict = chosen(op), strict_mode[0]
     if torch.compiler.is_compiling():
         return _select(op, want, x.device.type, x.dtype, strict, measured, dim)
     key = (op, want, x.device.type, x.dtype, strict, measured, dim)
@@ -288,10 +288,15 @@ def select(op: str, x: Tensor, measured: bool = True, dim: int = 0) -> str:
     return found
 
 
+def chosen(op: str) -> str:
+    """Return the backend that `use` has chosen for `op`, or "auto"."""
+    return _choice.get(op, "auto")
+
+
 def explain(op: str, device: str, dtype: torch.dtype) -> tuple[str, str]:
     """Return what `op` resolves to on this device and dtype, and why ('chosen', 'measured', 'prior', or what is
     missing)."""
-    want = _choice.get(op, "auto")
+    want = chosen(op)
     picked = _select(op, want, device, dtype, False)
     if want == picked:
         return picked, "chosen"

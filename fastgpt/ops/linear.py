@@ -7,10 +7,10 @@ output (symmetric quantisation: W = round(w / s), s = max |w| / 127 of a row).
 
 Where nothing needs a gradient, the CPU kernel computes up to MAX_ROWS rows, and with a narrower weight any number of
 rows. It reads the weight once for 64 rows, in the layout of torch.nn.Linear, converts it in registers and sums in fp32.
-In training, a second kernel computes the three products of fp32 rows on CPUs with AVX2 and without AVX-512, where it
-was measured: alone, products take 0.87 to 0.89 of the time of MKL on 2 cores of an AMD EPYC with the best tasks;
-docs/benchmarks.md has the step. Its threads take parts of the output one by one, so a core that other work slows down
-gets fewer of them. Other products are PyTorch's; the `torch` backend converts a narrower weight a block at a time.
+In training, `use(linear="cpu")` lets a second kernel compute the three products of fp32 rows. `auto` leaves them to
+PyTorch: a step was not measured as faster with the kernel (docs/benchmarks.md). Its threads take parts of the output
+one by one, so a core that other work slows down gets fewer of them. Other products are PyTorch's; the `torch` backend
+converts a narrower weight a block at a time.
 
 If the weight has a `grad_buffer`, the matrix product of the backward writes dW there: the first backward of a step
 overwrites the buffer, later ones add to it (gradient accumulation fusion, as in Megatron-LM). For each weight and step
@@ -36,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastgpt.core.backend import Cell, register, select
+from fastgpt.core.backend import Cell, chosen, register, select
 from fastgpt.core.device import in_huge_pages
 from fastgpt.ops._common import check_float, check_like, define, flop_formula, gradient_place, needs_grad, no_outputs
 
@@ -44,7 +44,6 @@ MAX_ROWS = 64  # beyond them the kernel would read the weight again, and the lib
 BLOCK_NUMEL = 2**20  # of a narrower weight, converted at a time by the `torch` backend
 LEAST_ROWS = 32  # below them a product takes as long as reading its weight
 LEAST_WORK = 2**23  # multiplications of a product: fewer take less time than an autograd function in Python
-MEASURED = torch.backends.cpu.get_cpu_capability() == "AVX2"  # where the kernel of training was compared with MKL
 PLAIN = (Tensor, nn.Parameter)  # a subclass has its own F.linear
 
 
@@ -93,7 +92,7 @@ def linear_torch(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, scale
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None, add: bool = False) -> Tensor:
     """Return a b + bias (N, F) for a (N, C) and b (C, F), in `out` if given: instead of what it holds, or added to it.
 
-    Autograd does not see it. It is the kernel's where that is faster, else PyTorch's product.
+    Autograd does not see it. It is the kernel's if `use` has chosen it, else PyTorch's product.
     """
     assert not add or (out is not None and bias is None), "a sum needs its place"
     plain = b.dtype == a.dtype and (out is None or (out.dtype == a.dtype and out.stride(1) == 1))
@@ -109,7 +108,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None
 
 def _multiplier(x: Tensor, n: int, c: int, f: int) -> str:
     """Return the backend that computes the product of x (N, C) with (C, F) in training."""
-    if not MEASURED or x.dtype != torch.float32 or torch.compiler.is_compiling():
+    if chosen("linear") != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return "torch"
     return select("linear", x) if min(n, f) >= LEAST_ROWS and n * c * f >= LEAST_WORK else "torch"
 

@@ -27,7 +27,7 @@ class Method:
     inverse: bool = False
     dropout: str = ""
 
-    def numbers(self, module: Any) -> dict[str, float]:
+    def numbers(self, module: Any) -> dict[str, Any]:
         """Return the current scale and dropout as `masked` takes them."""
         scale = getattr(module, self.scale) if self.scale else 1.0
         p = getattr(module, self.dropout).p if self.dropout and module.training else 0.0

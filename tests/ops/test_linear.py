@@ -2,7 +2,7 @@
 kernel for few rows without gradients."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -263,13 +263,13 @@ def test_products_do_not_depend_on_the_threads_or_the_other_rows() -> None:
 
 
 @pytest.fixture
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Let the kernel compute the products of training wherever it is built; return the sizes of its outputs."""
-    module, sizes, real = sys.modules["fastgpt.ops.linear"], [], LINEAR_PRODUCT["cpu"]
-    monkeypatch.setattr(module, "MEASURED", True)
+def trained(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[int, ...]]]:
+    """Choose the kernel for the products of training; return the sizes of its outputs."""
+    sizes, real = [], LINEAR_PRODUCT["cpu"]
     call = lambda a, b, bias, out, add: sizes.append(tuple(out.shape)) or real(a, b, bias, out, add)  # noqa: E731
     monkeypatch.setitem(LINEAR_PRODUCT, "cpu", call)
-    return sizes
+    with ops.use(linear="cpu"):
+        yield sizes
 
 
 @needs_kernel
