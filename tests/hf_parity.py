@@ -15,7 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class InFp64(TorchFunctionMode):
-    """Runs every step that transformers' code takes in fp32 in fp64 instead, those in the default dtype too."""
+    """Runs every step that transformers' code takes in fp32 in fp64 instead, those in the default dtype too.
+
+    Make models outside, or they draw their weights in fp64.
+    """
 
     def __enter__(self) -> Any:
         self.default = torch.get_default_dtype()

@@ -139,8 +139,9 @@ def hold(kind: str, action: Callable[[Any], dict[str, Tensor]], **extra: Any) ->
         return action(models[-1])
 
     def truth() -> dict[str, Tensor]:
+        wide = in_fp64(make(kind, **extra))
         with InFp64():
-            return action(in_fp64(make(kind, **extra)))
+            return action(wide)
 
     obey(kind, ours, lambda: action(make(kind, **extra)), truth)
     return models[0]

@@ -250,8 +250,9 @@ def test_adapters_before_and_after(kind: str, head: bool) -> None:
         return lora(make(kind, **untied), **options)
 
     def truth() -> dict[str, Tensor]:
+        wide = in_fp64(base())
         with InFp64():
-            return step(in_fp64(base()))
+            return step(wide)
 
     wanted = truth()["logits"].float()
     for adapted in (lambda: lora(patched(make(kind, **untied)), **options), lambda: patched(base())):
