@@ -35,7 +35,8 @@ TEN: dict[str, dict[str, Any]] = {  # model type: settings of its config class
     "gemma3_text": GEMMA,
     "phi3": {name: value for name, value in GROUPED.items() if name != "head_dim"},
 }
-GROUPS = [kind for kind in causal_matrix.groups(causal_matrix.recorded()) if kind not in TEN]
+MORE_THAN_TOKENS = (*causal_models.AFTER_IMAGES, "musicgen", "musicgen_melody")  # read images or codebooks, too
+GROUPS = [k for k in causal_matrix.groups(causal_matrix.recorded()) if k not in (*TEN, *MORE_THAN_TOKENS)]
 COMMON: dict[str, Any] = dict(vocab_size=VOCAB, max_position_embeddings=64)
 NO_TOKENS = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
 
