@@ -149,13 +149,13 @@ def test_a_table_reorders_and_no_more(monkeypatch: pytest.MonkeyPatch, caplog: p
 
 
 def test_the_prior_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """If nothing was measured: CUDA kernels, but Triton's attention."""
+    """If nothing was measured: CUDA kernels, but Triton's attention, and what only Triton has."""
     monkeypatch.setattr(backend, "refusal", lambda *args: None)
     monkeypatch.setattr(backend, "tuned", lambda *args: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     found = {op: backend._select(op, "auto", "cuda", torch.bfloat16, False) for op in backend.ops()}
-    prior = {op: "triton" if op == "attention" else "cuda" for op, cells in backend.ops().items() if "cuda" in cells}
-    assert found == {**dict.fromkeys(backend.ops(), "torch"), **prior}
+    prior = {op: next((b for b in ("cuda", "triton") if b in cells), "torch") for op, cells in backend.ops().items()}
+    assert found == {**prior, "attention": "triton"}
 
 
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (12, 0)])

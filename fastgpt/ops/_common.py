@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,26 +133,6 @@ def gradient_place(weight: Tensor) -> tuple[Tensor | None, bool]:
     if (buffer.dtype, buffer.device, buffer.shape) != (dtype, weight.device, weight.shape):
         return None, False
     return buffer, weight.grad is not None
-
-
-_dense_gradient: tuple[int, Any] = (-2, None)  # of `announce_dense`; -1 is the number of no backward
-
-
-def announce_dense(weight: Tensor) -> None:
-    """Note that the running backward returns a dense gradient for `weight`, of the whole table.
-
-    An embedding that shares the weight, and whose backward runs later, then returns only the rows that it read: no
-    second table is filled, added up and freed, because autograd adds the rows to the dense gradient.
-    """
-    global _dense_gradient
-    if weight.is_leaf and not torch.compiler.is_compiling():
-        _dense_gradient = torch._C._current_graph_task_id(), weakref.ref(weight)
-
-
-def has_dense(weight: Tensor | None) -> bool:
-    """Return whether `announce_dense` was called for this weight in the running backward."""
-    task, owner = _dense_gradient
-    return weight is not None and task == torch._C._current_graph_task_id() and owner() is weight
 
 
 def mark_mutated(tensors: list[Tensor]) -> None:

@@ -5,8 +5,7 @@
 
 Forward reads both rows and writes their sum once. Backward sorts the tokens by table row and sums the gradients of each
 row in fp32, in the order of the tokens. If a weight has a `grad_buffer` (fastgpt.nn.keep_gradients), the rows are added
-to it, so a head that shares the weight needs no second table. Without a buffer, on a CPU, the rows that were read are
-all that is added to the gradient of such a head.
+to it, so a head that shares the weight needs no second table.
 
 Saved for backward: ids and positions only.
 
@@ -31,7 +30,6 @@ from fastgpt.ops._common import (
     define,
     fp64_results,
     gradient_place,
-    has_dense,
     mark_mutated,
     needs_grad,
     no_outputs,
@@ -125,25 +123,14 @@ def _place(table: Tensor | None) -> Tensor | None:
 def _gather(backend: str, table: Tensor | None, rows: int, dy: Tensor, ids: Tensor) -> Tensor | None:
     """Return the gradient of a table whose rows `ids` were read; None if it was written to its buffer."""
     buffer = _place(table)
-    if buffer is None and (backend != "cpu" or table is None):  # on a GPU `unique` would wait for the device
+    if buffer is None and backend == "cpu":
+        return _new_table(backend, rows, dy, ids)
+    if buffer is None:
         grad: Tensor = EMBEDDING_BWD[backend](dy, ids, rows)
         return grad
-    if buffer is None:
-        return _rows_alone(backend, rows, dy, ids) if has_dense(table) else _new_table(backend, rows, dy, ids)
     EMBEDDING_BWD_ADD[backend](buffer, dy, ids)
     mark_mutated([buffer])
     return None
-
-
-def _rows_alone(backend: str, rows: int, dy: Tensor, ids: Tensor) -> Tensor:
-    """Return the gradient of a table as a sparse tensor of the rows that were read."""
-    read, place = torch.unique(ids, return_inverse=True)
-    values = EMBEDDING_BWD[backend](dy, place, read.numel())
-    first = int((read < 0).sum())
-    size = (rows, dy.shape[-1])
-    return torch.sparse_coo_tensor(
-        read[None, first:].long(), values[first:], size, check_invariants=False, is_coalesced=True
-    )
 
 
 def _new_table(backend: str, rows: int, dy: Tensor, ids: Tensor) -> Tensor:

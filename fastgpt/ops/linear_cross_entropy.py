@@ -37,7 +37,6 @@ from torch import Tensor
 from fastgpt.core.backend import Cell, register, select
 from fastgpt.core.device import in_huge_pages
 from fastgpt.ops._common import (
-    announce_dense,
     autocast,
     check_float,
     check_like,
@@ -159,13 +158,6 @@ def _bias_gradient(dz: Tensor, scale: Tensor | None) -> Tensor:
     return product_in_fp32(dz, scale[:, None].to(dz.dtype))[:, 0]
 
 
-def _announced(w: Tensor, dw: Tensor | None) -> Tensor | None:
-    """Return dw, the gradient of w, after `announce_dense`."""
-    if dw is not None:
-        announce_dense(w)
-    return dw
-
-
 class LinearCrossEntropyFn(torch.autograd.Function):
     """Autograd in one piece: forward replaces the logits with dz, backward computes the products."""
 
@@ -198,7 +190,7 @@ class LinearCrossEntropyFn(torch.autograd.Function):
             dw = _weight_gradient(w, dz, x if scale is None else _scaled(ctx.backend, x, scale), top)
         if ctx.needs_input_grad[3]:
             db = _deliver(b, _bias_gradient(dz, scale), top)
-        return None, dx, _announced(w, dw), db, None, None, None, None
+        return None, dx, dw, db, None, None, None, None
 
 
 class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
@@ -227,7 +219,7 @@ class ChunkedLinearCrossEntropyFn(torch.autograd.Function):
         dx = None if dx is None else _scaled(ctx.backend, dx, scale)
         dw = None if dw is None else _deliver(w, dw, scale)
         db = None if db is None else _deliver(b, db, scale)
-        return None, dx, _announced(w, dw), db, None, None, None, None, None, None
+        return None, dx, dw, db, None, None, None, None, None, None
 
 
 class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
@@ -256,7 +248,7 @@ class RecomputedLinearCrossEntropyFn(torch.autograd.Function):
         dx = dx if dx is None or top is None else _scaled(ctx.backend, dx, top)
         dw = None if dw is None else _deliver(w, dw, top)
         db = None if db is None else _deliver(b, db, top)
-        return None, dx, _announced(w, dw), db, None, None, None, None, None
+        return None, dx, dw, db, None, None, None, None, None
 
 
 def rows_at_once(n: int, v: int, itemsize: int, budget: int) -> int:

@@ -1,6 +1,5 @@
 """embedding: registration, bounds, order of sums, and gradients that are written to the buffer of a weight."""
 
-import importlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -214,59 +213,6 @@ def test_a_tied_weight_gets_the_sum_in_its_buffer(name: str) -> None:
         HeadFn.apply(ops.embedding(IDS, weight), weight).backward(dy)
     assert weight.grad is buffer
     torch.testing.assert_close(buffer, wanted)
-
-
-def _tied_gradient(dtype: torch.dtype, chunk: int | str, padding_idx: int | None, tied: bool) -> Tensor:
-    """Return the gradient of an embedding's table after two backwards, of which each adds to it."""
-    weight = rand(31, 16, dtype=dtype).requires_grad_()
-    head = weight if tied else rand(31, 16, dtype=dtype).requires_grad_()
-    for _ in range(2):
-        x = ops.embedding(IDS, weight, padding_idx=padding_idx).flatten(0, 1)
-        ops.linear_cross_entropy(2 * x, head, IDS.flatten(), chunk=chunk).backward()
-    assert weight.grad is not None
-    return weight.grad
-
-
-@pytest.mark.skipif("cpu" not in parity.backends_here("embedding"), reason="needs the compiled CPU kernels")
-@DTYPES
-@pytest.mark.parametrize("chunk", ["auto", 3])
-@pytest.mark.parametrize("padding_idx", [None, 4])
-def test_beside_the_gradient_of_a_tied_head_only_rows_are_added(
-    dtype: torch.dtype, chunk: int | str, padding_idx: int | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compare with the gradient of the whole table, and see that its own head alone gets no rows."""
-    module, sparse = importlib.import_module("fastgpt.ops.embedding"), list[Tensor]()
-    rows_alone = module._rows_alone
-
-    def recorded(*args: Any) -> Tensor:
-        sparse.append(rows_alone(*args))
-        return sparse[-1]
-
-    monkeypatch.setattr(module, "_rows_alone", recorded)
-    with use(strict=True, embedding="cpu", linear_cross_entropy="cpu"):
-        got = _tied_gradient(dtype, chunk, padding_idx, tied=True)
-        assert len(sparse) == 2 and sparse[0]._nnz() == 4 - (padding_idx is not None)
-        assert _tied_gradient(dtype, chunk, padding_idx, tied=False).layout == torch.strided and len(sparse) == 2
-        monkeypatch.setattr(module, "has_dense", lambda weight: False)
-        assert torch.equal(got, _tied_gradient(dtype, chunk, padding_idx, tied=True)) and len(sparse) == 2
-
-
-@pytest.mark.skipif("cpu" not in parity.backends_here("embedding"), reason="needs the compiled CPU kernels")
-def test_a_backward_without_the_head_gets_the_whole_table() -> None:
-    """The head's gradient of an earlier backward, or of another graph, is no reason to return rows."""
-    weight = rand(31, 16).requires_grad_()
-    with use(strict=True, embedding="cpu", linear_cross_entropy="cpu"):
-        ops.linear_cross_entropy(rand(8, 16), weight, IDS.flatten()).backward()
-        weight.grad = None
-        ops.embedding(IDS, weight).sum().backward()
-        assert weight.grad is not None and weight.grad.layout == torch.strided
-        x = ops.embedding(IDS, weight).flatten(0, 1)
-        loss = ops.linear_cross_entropy(x, weight, IDS.flatten())
-        (alone,) = torch.autograd.grad(x.sum(), weight, retain_graph=True)
-        assert alone.layout == torch.strided
-        with torch.autograd.set_detect_anomaly(True):
-            (checked,) = torch.autograd.grad(loss, weight, retain_graph=True)
-        assert torch.equal(checked, torch.autograd.grad(loss, weight)[0])
 
 
 @ON
