@@ -190,7 +190,7 @@ def _fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _trains(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Return whether the kernel computes the products of this call and of its backward."""
-    if weight.dtype != x.dtype or not _fits(x, weight, bias):
+    if chosen("linear") != "cpu" or weight.dtype != x.dtype or not _fits(x, weight, bias):
         return False
     if forward_ad._current_level >= 0:  # PyTorch's product has a forward-mode derivative, LinearFn has none
         return False

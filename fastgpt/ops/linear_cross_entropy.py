@@ -36,14 +36,7 @@ from torch import Tensor
 
 from fastgpt.core.backend import Cell, register, select
 from fastgpt.core.device import in_huge_pages
-from fastgpt.ops._common import (
-    autocast,
-    check_float,
-    check_like,
-    gradient_place,
-    needs_grad,
-    relative_error,
-)
+from fastgpt.ops._common import autocast, check_float, check_like, gradient_place, needs_grad, relative_error
 from fastgpt.ops._linear_cross_entropy import (
     LINEAR_CROSS_ENTROPY_FWD,
     LINEAR_CROSS_ENTROPY_FWD_BWD,
