@@ -384,12 +384,17 @@ def test_export(kind: str) -> None:
 
 @kinds(others=pytest.mark.extended)  # test_patching_integrations compiles gpt2 and llama, with padding, too
 def test_compiled_in_one_graph(kind: str) -> None:
+    """One graph in training and one in evaluation, which serve other tokens, too."""
     torch._dynamo.reset()
     model = patched(make(kind))
-    wanted = step(model, use_cache=False)
-    got = step(torch.compile(model, fullgraph=True, backend="aot_eager"), use_cache=False)
-    for name, t in wanted.items():
-        torch.testing.assert_close(got[name.replace("d", "d_orig_mod.", 1) if name[0] == "d" else name], t)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for seed in (0, 2):
+        given: dict[str, Any] = dict(input_ids=tokens(seed=seed), use_cache=False)
+        wanted = step(model, **given)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            got = step(compiled, **given)
+        for name, t in wanted.items():
+            torch.testing.assert_close(got[name.replace("d", "d_orig_mod.", 1) if name[0] == "d" else name], t)
 
 
 @kinds("llama")
