@@ -629,6 +629,27 @@ def test_every_call_of_sdpa_is_replaced_and_what_the_op_does_not_cover_is_pytorc
     )
 
 
+class Losses(nn.Module):
+    """Makes a loss under every name that its class has."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        return nn.CrossEntropyLoss()(logits, target) + torch.nn.CrossEntropyLoss()(logits, target)
+
+
+def test_every_loss_that_a_method_makes_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, calls = _functions.cross_entropy_loss, list[Any]()
+
+    def counted(*args: Any) -> Tensor:
+        calls.append(args)
+        return ours(*args)
+
+    monkeypatch.setattr(_functions, "cross_entropy_loss", counted)
+    logits, target = torch.randn(6, 9, device=DEVICE), torch.tensor([0, 8, 3, 4, 4, 1], device=DEVICE)
+    model = fastgpt.patch(Losses())
+    torch.testing.assert_close(model(logits, target), Losses()(logits, target))
+    assert len(calls) == 2
+
+
 def holding(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -30,6 +30,7 @@ FUNCTIONS: dict[Any, tuple[str, str, Callable[..., Any]]] = {
     F.cross_entropy: ("loss", "cross_entropy", _functions.cross_entropy),
     nn.CrossEntropyLoss: ("loss", "cross_entropy", _functions.CrossEntropyLoss),
 }
+SPACES = (F, nn, torch)  # the modules in which code looks these up
 IN_TRANSFORMERS = (nn.CrossEntropyLoss, F.cross_entropy)  # of these, what is replaced in transformers' own modules
 
 
@@ -132,7 +133,7 @@ def rebind(f: types.FunctionType, places: list[tuple[Any, Any]]) -> types.Functi
     wrapped = f.__dict__.get("__wrapped__")
     if wrapped is not None:
         return _redecorate(f, wrapped, rebind(wrapped, places))
-    spaces = _namespaces(tuple(t for t, _ in places if any(t is known for known in FUNCTIONS)))
+    spaces = _namespaces(tuple((t, ours) for t, ours in places if any(_in(s, t) for s in SPACES)))
     scope = {name: _swap(value, places, spaces) for name, value in f.__globals__.items()}
     del scope["__name__"]  # torch.compile would look up the names in the module of this name
     return _copy(f, scope, f.__closure__)
@@ -165,15 +166,22 @@ def _swap(value: Any, places: list[tuple[Any, Any]], spaces: dict[int, Any]) -> 
     return next((ours for theirs, ours in places if theirs is value), value)
 
 
+def _in(space: types.ModuleType, target: Any) -> bool:
+    return vars(space).get(getattr(target, "__name__", "")) is target
+
+
 @functools.cache
-def _namespaces(targets: tuple[Any, ...]) -> dict[int, types.ModuleType]:
-    """Return copies of torch.nn.functional, torch.nn and torch with these functions replaced, by id of the original."""
-    if not targets:
+def _namespaces(places: tuple[tuple[Any, Any], ...]) -> dict[int, types.ModuleType]:
+    """Return copies of torch.nn.functional, torch.nn and torch with these functions replaced, by id of the original.
+
+    places: (target, replacement).
+    """
+    if not places:
         return {}
-    copies = {}
-    changes: dict[str, Any] = {t.__name__: FUNCTIONS[t][2] for t in targets}
-    for space, name in ((F, "functional"), (nn, "nn"), (torch, "torch")):
+    copies, inner = dict[int, types.ModuleType](), dict[str, Any]()
+    for space, name in zip(SPACES, ("functional", "nn", "torch")):
+        changes = {t.__name__: ours for t, ours in places if _in(space, t)}
         copies[id(space)] = copy = types.ModuleType(space.__name__)
-        copy.__dict__.update({**vars(space), **changes})
-        changes = {name: copy}
+        copy.__dict__.update({**vars(space), **changes, **inner})
+        inner = {name: copy}
     return copies
