@@ -2,12 +2,14 @@
 docs/encoders.md.
 
 `python tests/encoder_matrix.py [--kept FOLDER] [TYPE ...]` checks the types and keeps each result in a folder, from
-which the next run goes on. `--write` writes the page.
+which the next run goes on. `--write` writes the results to encoder_rows.jsonl, from which the page is made; rows of
+types that are not checked stay.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ import fastgpt
 from fastgpt.patching import PARTS
 
 PAGE = Path(__file__).parent.parent / "docs" / "encoders.md"
+ROWS = Path(__file__).with_name("encoder_rows.jsonl")
+RECORDED = ("kind", "ops", "left", "notes", "quick")  # of a row, in ROWS
 GROUPS = ("bart", "bert", "modernbert", "mt5", "t5gemma", "vit", "whisper")  # the patterns that others lack
 
 
@@ -53,7 +57,7 @@ def exact(model: Any, name: str, seed: int = 0) -> dict[str, Tensor]:
 def check(kind: str, quick: bool = False) -> Row:
     """Check one type; quick: all parts together on plain and right-padded input, without generation."""
     model = encoder_models.make(kind)
-    row = Row(kind, type(model).__name__)
+    row = Row(kind, type(model).__name__, quick=quick)
     report = fastgpt.patch_report(fastgpt.patch(copy.deepcopy(model), dry_run=True))
     for part in PARTS:
         row.ops[part] = sorted({e.op for e in report.replaced if e.part == part})
@@ -132,18 +136,39 @@ def kept(kind: str, folder: Path | None, quick: bool = False) -> Row:
     return matrix.kept(kind, folder, quick, check, _line)
 
 
-def page(rows: list[Row], quick: bool) -> str:
-    """Return docs/encoders.md; quick: how the rows were compared."""
+def record_of(row: Row) -> dict[str, Any]:
+    """Return what ROWS holds of a row."""
+    return {name: getattr(row, name) for name in RECORDED}
+
+
+def recorded() -> list[Row]:
+    """Return the rows of ROWS."""
+    return [Row(**json.loads(line)) for line in ROWS.read_text(encoding="utf-8").splitlines()]
+
+
+def page(rows: list[Row]) -> str:
+    """Return docs/encoders.md."""
     nothing = sum(bool(r.ops) and not any(r.ops.values()) and not any(r.left.values()) for r in rows)
     full, wrong = sum(r.full for r in rows) - nothing, sum(bool(r.wrong) for r in rows)
+    quick = sum(r.quick for r in rows)
     return ABOUT.format(
         full=full, partly=len(rows) - full - wrong - nothing, wrong=wrong, types=len(rows), nothing=nothing,
-        how=QUICK if quick else "", **matrix.table(rows),
+        how=QUICK.format(quick=quick) if quick else "", **matrix.table(rows),
     )  # fmt: skip
 
 
-QUICK = """ It was last written with `--quick`, which compares all parts together on plain and right-padded batches
-and nothing else; the rest is compared by that test."""
+def write(rows: list[Row]) -> None:
+    """Write ROWS and PAGE, with the rows that are there of other types."""
+    all_rows = {r.kind: r for r in [*(recorded() if ROWS.exists() else []), *rows]}
+    lines = (json.dumps(record_of(all_rows[kind]), ensure_ascii=False) + "\n" for kind in sorted(all_rows))
+    ROWS.write_text("".join(lines), encoding="utf-8")
+    PAGE.write_text(page(recorded()), encoding="utf-8")
+
+
+QUICK = """
+
+Of {quick} types, marked \\*, only all parts together were compared so far, on plain and right-padded batches and without
+generation."""
 ABOUT = """# Encoders and encoder-decoders
 
 What `fastgpt.patch(model)` replaces in the encoders and encoder-decoders of Hugging Face transformers 5.23, and by
@@ -160,8 +185,8 @@ not have.
 Attention in both directions runs on the op with padding on either side, with a window, and over the keys of an
 encoder. A bias of positions, as in T5, is left: the op has no bias.
 
-`python tests/encoder_matrix.py --write` writes this page, and a test marked `extended` fails if it differs from the
-results.{how}
+`python tests/encoder_matrix.py --write` writes this page, a test fails if it differs from the results that were
+recorded, and one marked `extended` checks every type again.{how}
 
 {table}
 
@@ -171,14 +196,14 @@ Left unchanged, because
 
 
 def main() -> None:
-    parser = matrix.arguments(__doc__, "all parts together alone, without generation", PAGE.name)
+    parser = matrix.arguments(__doc__, "all parts together alone, without generation", f"{ROWS.name} and {PAGE.name}")
     args = parser.parse_args()
-    if args.write and args.types:
-        parser.error("--write needs every type")
     kinds = args.types or encoder_models.types()
     rows = matrix.results(kinds, args.kept, lambda kind: kept(kind, args.kept, args.quick))
+    if any(row.wrong for row in rows):
+        raise SystemExit("some types are wrong; nothing was written")
     if args.write:
-        PAGE.write_text(page(rows, args.quick), encoding="utf-8")
+        write(rows)
 
 
 if __name__ == "__main__":

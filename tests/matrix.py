@@ -21,7 +21,7 @@ NEW = 6  # tokens to generate
 EPS = torch.finfo(torch.float32).eps
 GREEDY: dict[str, Any] = dict(
     max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True, eos_token_id=None,
-    pad_token_id=0, use_cache=True,
+    pad_token_id=0, use_cache=True, num_beams=1,
 )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ class Row:
     notes: list[str] = field(default_factory=list)
     patterns: list[str] = field(default_factory=list)
     error: float = 0.0  # of the unpatched model's logits
+    quick: bool = False  # whether only a part was compared
 
     @property
     def uncompared(self) -> str:
@@ -123,7 +124,8 @@ def table(rows: list[Row]) -> dict[str, str]:
             cells.append(f"{ops}{', ' if ops and left else ''}{'left' if left else ''}{left}" or "none")
         if not row.ops:
             cells = [f"left [{number(row.notes[0])}]"] * len(PARTS)
-        name = f"{row.kind}, not compared [{number(row.uncompared)}]" if row.uncompared else row.kind
+        name = row.kind + r"\*" * row.quick
+        name += f", not compared [{number(row.uncompared)}]" if row.uncompared else ""
         lines.append(f"| {name}{' **WRONG**' if row.wrong else ''} | {' | '.join(cells)} |")
     return {"table": "\n".join(lines), "notes": "".join(f"{i}. {note}\n" for i, note in enumerate(notes, 1))}
 
