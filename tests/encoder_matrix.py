@@ -167,7 +167,7 @@ def write(rows: list[Row]) -> None:
 
 QUICK = """
 
-Of {quick} types, marked \\*, only all parts together were compared so far, on plain and right-padded batches and without
+Of {quick} types, marked \\*, only all parts together were compared so far, on plain and right-padded batches, without
 generation."""
 ABOUT = """# Encoders and encoder-decoders
 
