@@ -69,6 +69,37 @@ def test_runs_are_bitwise_equal(name: str, columns: int, classes: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+@ON
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("smoothing,softcap", [(0.0, 0.0), (0.1, 0.0), (0.0, 300.0)])
+@pytest.mark.parametrize("step", [0.0, 60.0, -60.0, 200.0])
+def test_the_largest_logit_may_be_in_any_part_of_a_row(
+    name: str, dtype: torch.dtype, smoothing: float, softcap: float, step: float
+) -> None:
+    """The CPU kernel shifts exponentials by the largest logit of the 1024 columns so far, and rescales them later."""
+    columns, classes = 3010, 3001  # the last of three parts ends within a vector
+    generator = torch.Generator().manual_seed(1)
+    logits = 3 * torch.randn(6, columns, generator=generator) + torch.arange(columns) // 1024 * step
+    logits[2, :1100] = -math.inf if smoothing == 0 else -500.0
+    logits[:, classes:] = math.nan
+    logits = logits.to(dtype)
+    target, weight = torch.tensor([0, 3000, 1500, 1023, 1024, 2990]), torch.rand(classes, generator=generator) + 0.1
+    scale = torch.linspace(-1, 2, 6)
+    exact = logits.double()[:, :classes].requires_grad_()
+    options: dict[str, Any] = dict(label_smoothing=smoothing, z_loss=1e-3, softcap=softcap, reduction="none")
+    wanted = cross_entropy_ref(exact, target, weight=weight.double(), **options)
+    wanted.backward(scale.double())
+    assert exact.grad is not None
+    z, loss = logits.to(DEVICE), torch.empty(6, device=DEVICE)
+    moved = [t.to(DEVICE) for t in (target, weight, scale)]
+    CROSS_ENTROPY_FWD_BWD[name](z, loss, *moved, -100, smoothing, 1e-3, softcap, classes)
+    torch.testing.assert_close(loss.cpu().double(), wanted.detach(), rtol=2e-6, atol=1e-6)
+    error, grad = (z.cpu().double()[:, :classes] - exact.grad).abs(), exact.grad.abs()
+    unit = 0.0 if dtype == torch.float32 else 2.0**-8
+    absolute = 1e-6 + softcap * 2.0**-24  # capped logits are rounded, too
+    assert bool((error <= unit * grad + absolute * grad.amax(1, keepdim=True)).all()) and not z[:, classes:].any()
+
+
 @pytest.mark.parametrize(
     "columns,classes,step,offset,dtype,parts",
     [

@@ -82,58 +82,38 @@ inline int64_t slot_of(int64_t c, int64_t n) {
   return c < whole ? c : c + whole + kLanes - n;
 }
 
-// Sum and maximum of n columns in such a buffer. Written by hand: the reduction of a compiler adds the lanes one after
-// another, which takes half the time of a short row.
-#if defined(__GNUC__)
-typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
-typedef int32_t Mask __attribute__((vector_size(kLanes * sizeof(int32_t))));
-
+// Returns the combination of kLanes values, which it overwrites. Written by hand: the reduction of a compiler adds the
+// lanes one after another, which takes half the time of a short row. Arrays, not vector types: gcc compares vectors that
+// are wider than a register one lane at a time.
 template <class Combine>
-inline float combine_lanes(Lanes all, const Combine& combine) {
-  typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
-  typedef float Quarter __attribute__((vector_size(kLanes / 4 * sizeof(float))));
-  Half halves[2];
-  Quarter quarters[2];
-  memcpy(halves, &all, sizeof all);
-  const Half half = combine(halves[0], halves[1]);
-  memcpy(quarters, &half, sizeof half);
-  const Quarter q = combine(quarters[0], quarters[1]);
-  return combine(combine(q[0], q[1]), combine(q[2], q[3]));
+inline float combine_lanes(float* lanes, const Combine& combine) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    FASTGPT_SIMD
+    for (int64_t k = 0; k < half; ++k) lanes[k] = combine(lanes[k], lanes[k + half]);
+  }
+  return lanes[0];
 }
 
+// Returns the sum of n columns in such a buffer.
 inline float sum_of(const float* x, int64_t n) {
-  const Mask lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  Lanes all = {};
-  const Lanes none = {};
+  float lanes[kLanes] = {};
   for_vectors(n, [&](int64_t slot, int64_t column) {
-    const Lanes v = *reinterpret_cast<const Lanes*>(x + slot);
-    all += lane >= static_cast<int32_t>(slot - column) ? v : none;  // each column once
+    FASTGPT_SIMD
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] += k >= slot - column ? x[slot + k] : 0.0f;  // each column once
   });
-  return combine_lanes(all, [](auto a, auto b) { return a + b; });
+  return combine_lanes(lanes, [](float a, float b) { return a + b; });
 }
 
-// Ignores NaN unless it is in the first vector.
+// Returns the maximum of n columns in such a buffer. Ignores NaN unless it is in the first vector.
 inline float max_of(const float* x, int64_t n) {
-  Lanes all = *reinterpret_cast<const Lanes*>(x);
+  float lanes[kLanes];
+  memcpy(lanes, x, sizeof lanes);
   for_vectors(n, [&](int64_t slot, int64_t) {
-    const Lanes v = *reinterpret_cast<const Lanes*>(x + slot);
-    all = v > all ? v : all;
+    FASTGPT_SIMD
+    for (int64_t k = 0; k < kLanes; ++k) lanes[k] = x[slot + k] > lanes[k] ? x[slot + k] : lanes[k];
   });
-  return combine_lanes(all, [](auto a, auto b) { return b > a ? b : a; });
+  return combine_lanes(lanes, [](float a, float b) { return b > a ? b : a; });
 }
-#else
-inline float sum_of(const float* x, int64_t n) {
-  float total = 0.0f;
-  for (int64_t c = 0; c < n; ++c) total += x[slot_of(c, n)];
-  return total;
-}
-
-inline float max_of(const float* x, int64_t n) {
-  float top = x[0];
-  for (int64_t c = 1; c < n; ++c) top = x[slot_of(c, n)] > top ? x[slot_of(c, n)] : top;
-  return top;
-}
-#endif
 
 template <class T>
 inline void to_floats(const T* in, float* out, int64_t n) {
