@@ -9,7 +9,7 @@ memory, so backward computes the slope at the same place. dy V is not rounded.
 Fused: product and activation; product, slope and the sums of dbias. The passes of bias_gelu over (N, F) go: forward
 reads u (N, F) no more, backward neither writes nor reads dy V.
 Bytes: forward reads x and W, writes u and h; backward reads dy, V and u, writes du. Tiles of x, dy and the weights are
-read again from L2: programs are ordered in groups of GROUP row tiles, which share their columns.
+read again from L2 (_product.py).
 Saved for backward: u and bias.
 dbias is a sum of partials, one for each row tile (_partials.py), so results are bitwise deterministic.
 """
@@ -25,73 +25,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._attention_tiles import CHIPS, shared_memory
+from ._attention_tiles import CHIPS
 from ._math import gelu, gelu_tanh
 from ._partials import add_partials, add_partials_configuration
-from ._runtime import Configuration, as_rows, cast, dot, interpreted, jit_kernel, on_device, pointers
+from ._product import PARTS, SMALL, grid, launch_shape, near_rows, place, product, quarters, tile
+from ._runtime import Configuration, cast, jit_kernel, on_device, pointers
 
-GROUP = 8  # row tiles of a group
 PROGRAMS = 2  # that fit on a multiprocessor: the products of one run while the other is in its epilogue
-PARTS = tl.constexpr(
-    4
-)  # column blocks of a tile in the epilogue, one after another: all at once need over 128 registers
-MAX_STEP = 2**22  # elements from row to row of x and dy: a tile is addressed with 32 bits
-# BLOCK_M rows, BLOCK_N columns, BLOCK_K, warps, stages. By shared memory of the chip in KB, for 16 bits with aligned
-# rows of whole BLOCK_K; SMALL for all else, as unaligned rows do not fit in registers with the larger tiles, and exact
-# fp32 products run outside the tensor cores.
 WHOLE = {227: (128, 128, 64, 8, 3), 163: (128, 128, 32, 8, 4), 99: (128, 128, 32, 8, 3)}
-SMALL = (64, 64, 16, 8, 2)
-
-
-@triton.jit
-def _place(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Return the row tile and the column tile of this program: GROUP row tiles take the columns in turn."""
-    m_tiles, n_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = tl.program_id(0) // (GROUP * n_tiles)
-    within = tl.program_id(0) - group * (GROUP * n_tiles)
-    rows = tl.minimum(m_tiles - group * GROUP, GROUP)  # of this group; the last may be smaller
-    return group * GROUP + within % rows, within // rows
-
-
-@triton.jit
-def _product(
-    a_ptr, b_ptr, m, n, M, N, K, a_row, b_k, b_n,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Return tile (m, n) of a b in fp32, a (M, K) with rows a_row apart, b (K, N) with strides b_k and b_n; WHOLE: K is
-    a multiple of BLOCK_K. Rows and columns outside are 0."""
-    i = tl.arange(0, BLOCK_M)[:, None]
-    j = tl.arange(0, BLOCK_N)[None, :]
-    k = tl.arange(0, BLOCK_K)
-    a_ptr += (m * BLOCK_M).to(tl.int64) * a_row
-    b_ptr += (n * BLOCK_N).to(tl.int64) * b_n
-    in_m, in_n = i < M - m * BLOCK_M, j < N - n * BLOCK_N
-    a_at, b_at = i * a_row + k[None, :], k[:, None] * b_k + j * b_n
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if WHOLE:
-            a = tl.load(a_ptr + a_at, in_m, other=0.0)
-            b = tl.load(b_ptr + b_at, in_n, other=0.0)
-        else:
-            a = tl.load(a_ptr + a_at, in_m & (k[None, :] < K - start), other=0.0)
-            b = tl.load(b_ptr + b_at, in_n & (k[:, None] < K - start), other=0.0)
-        acc += dot(a, b)
-        a_ptr += BLOCK_K
-        b_ptr += BLOCK_K * b_k
-    return acc
-
-
-@triton.jit
-def _halves(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the left and the right half of a tile."""
-    return tl.split(tl.permute(tl.reshape(t, [BLOCK_M, 2, BLOCK_N // 2]), [0, 2, 1]))
-
-
-@triton.jit
-def _quarters(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Return the PARTS column blocks of a tile, from left to right."""
-    left, right = _halves(t, BLOCK_M, BLOCK_N)
-    return _halves(left, BLOCK_M, BLOCK_N // 2) + _halves(right, BLOCK_M, BLOCK_N // 2)
 
 
 @triton.jit
@@ -118,9 +59,9 @@ def gelu_mlp_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of u and h per program."""
-    m, n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
-    acc = _product(x_ptr, weight_ptr, m, n, M, N, K, x_row, 1, K, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
-    tiles = _quarters(acc, BLOCK_M, BLOCK_N)
+    m, n = place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    acc = product(x_ptr, weight_ptr, m, n, M, N, K, x_row, 1, K, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
+    tiles = quarters(acc, BLOCK_M, BLOCK_N)
     row = (m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)  # (BLOCK_M, 1)
     PART: tl.constexpr = BLOCK_N // PARTS
     for part in tl.static_range(PARTS):
@@ -144,9 +85,9 @@ def gelu_mlp_bwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of du and the sums of its columns per program."""
-    m, n = _place(M, N, BLOCK_M, BLOCK_N, GROUP)
-    acc = _product(dy_ptr, weight_ptr, m, n, M, N, K, dy_row, N, 1, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
-    tiles = _quarters(acc, BLOCK_M, BLOCK_N)
+    m, n = place(M, N, BLOCK_M, BLOCK_N, GROUP)
+    acc = product(dy_ptr, weight_ptr, m, n, M, N, K, dy_row, N, 1, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)
+    tiles = quarters(acc, BLOCK_M, BLOCK_N)
     row = (m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]).to(tl.int64)  # (BLOCK_M, 1)
     PART: tl.constexpr = BLOCK_N // PARTS
     for part in tl.static_range(PARTS):
@@ -161,45 +102,17 @@ def gelu_mlp_bwd_kernel(
             tl.store(partials_ptr + m.to(tl.int64) * N + c, total, c < N)
 
 
-def tile(shape: tuple[int, ...]) -> dict[str, Any]:
-    """Return a launch shape by its names; in the interpreter, few and large programs."""
-    m, n, k, warps, stages = (64, 64, 64, 4, 1) if interpreted() else shape
-    return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": GROUP, "num_warps": warps, "num_stages": stages}
-
-
-def _meta(K: int, step: int, *tensors: Tensor) -> dict[str, Any]:
-    """Return the launch shape for rows of K elements that are `step` apart, and tensors whose last dimension is
-    contiguous."""
-    even = all(t.data_ptr() % 16 == 0 and t.shape[-1] % 16 == 0 for t in tensors)
-    if even and step % 16 == 0 and tensors[0].dtype != torch.float32:
-        shape = WHOLE[shared_memory(tensors[0].device)]
-        if K % shape[2] == 0:
-            return {**tile(shape), "WHOLE": not interpreted() or K % 64 == 0}
-    return {**tile(SMALL), "WHOLE": False}
-
-
-def _near_rows(t: Tensor) -> Tensor:
-    """Return t (N, C) with contiguous columns, as a view if its rows are near enough to address a tile with 32
-    bits."""
-    t = as_rows(t)
-    return t if t.stride(0) <= MAX_STEP else t.contiguous()
-
-
-def _grid(M: int, N: int, meta: dict[str, Any]) -> tuple[int]:
-    return (triton.cdiv(M, meta["BLOCK_M"]) * triton.cdiv(N, meta["BLOCK_N"]),)
-
-
 def gelu_mlp_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool) -> tuple[Tensor, Tensor]:
     """Return u = x W^T and h = gelu(u + bias), (N, F) contiguous, for x (N, C) and weight (F, C)."""
-    x, weight = _near_rows(x), weight.contiguous()
+    x, weight = near_rows(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     (M, K), N = x.shape, weight.shape[0]
     u, h = x.new_empty((M, N)), x.new_empty((M, N))
     if u.numel() == 0:
         return u, h
-    meta = _meta(K, x.stride(0), x, weight, u, h, *(() if bias is None else (bias,)))
+    shape = launch_shape(WHOLE, (K,), (x.stride(0),), x, weight, u, h, *(() if bias is None else (bias,)))
     with on_device(x):
-        gelu_mlp_fwd_kernel[_grid(M, N, meta)](x, weight, bias, u, h, x.stride(0), M, N, K, TANH=tanh, **meta)
+        gelu_mlp_fwd_kernel[grid(M, N, shape)](x, weight, bias, u, h, x.stride(0), M, N, K, TANH=tanh, **shape)
     return u, h
 
 
@@ -207,18 +120,18 @@ def gelu_mlp_bwd(
     dy: Tensor, weight: Tensor, u: Tensor, bias: Tensor | None, tanh: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return du and dbias (None without bias) for dy (N, C), weight (C, F) and u (N, F)."""
-    dy, weight, u = _near_rows(dy), weight.contiguous(), u.contiguous()
+    dy, weight, u = near_rows(dy), weight.contiguous(), u.contiguous()
     bias = None if bias is None else bias.contiguous()
     (M, K), N = dy.shape, weight.shape[1]
     du = torch.empty_like(u)
     if du.numel() == 0:
         return du, None if bias is None else torch.zeros_like(bias)
     dbias = None if bias is None else torch.empty_like(bias)
-    meta = _meta(K, dy.stride(0), dy, weight, u, du, *(() if bias is None else (bias,)))
-    partials = None if bias is None else u.new_empty((triton.cdiv(M, meta["BLOCK_M"]), 1, N), dtype=torch.float32)
+    shape = launch_shape(WHOLE, (K,), (dy.stride(0),), dy, weight, u, du, *(() if bias is None else (bias,)))
+    partials = None if bias is None else u.new_empty((triton.cdiv(M, shape["BLOCK_M"]), 1, N), dtype=torch.float32)
     with on_device(dy):
-        gelu_mlp_bwd_kernel[_grid(M, N, meta)](
-            dy, weight, u, bias, du, partials, dy.stride(0), M, N, K, TANH=tanh, **meta
+        gelu_mlp_bwd_kernel[grid(M, N, shape)](
+            dy, weight, u, bias, du, partials, dy.stride(0), M, N, K, TANH=tanh, **shape
         )
         if partials is not None:
             add_partials(partials, dbias)
@@ -235,10 +148,10 @@ def configurations(dtype: torch.dtype, weight_dtype: torch.dtype | None = None) 
         w, partial = ((weight_dtype or dtype), torch.float32) if full else (None, None)
         whole = chips is not None
         case = f"{'whole' if whole else 'any'} {'tanh' if tanh else 'erf'} {'full' if full else 'plain'}"
-        meta = tile(shape)
-        options: dict[str, Any] = dict(num_warps=meta.pop("num_warps"), num_stages=meta.pop("num_stages"))
+        launch = tile(shape)
+        options: dict[str, Any] = dict(num_warps=launch.pop("num_warps"), num_stages=launch.pop("num_stages"))
         options |= dict(archs=chips, programs=PROGRAMS if whole else None, quick=full == tanh, aligned=whole)
-        flags = {**meta, "TANH": tanh, "WHOLE": whole}
+        flags = {**launch, "TANH": tanh, "WHOLE": whole}
         types = pointers(x_ptr=dtype, weight_ptr=dtype, bias_ptr=w, u_ptr=dtype, h_ptr=dtype)
         yield Configuration(gelu_mlp_fwd_kernel, case, {**types, **sizes, "x_row": "i32"}, constexprs=flags, **options)
         types = pointers(dy_ptr=dtype, weight_ptr=dtype, u_ptr=dtype, bias_ptr=w, du_ptr=dtype, partials_ptr=partial)

@@ -75,6 +75,52 @@ def test_the_model_is_the_same(name: str, level: Any, calls: list[bool]) -> None
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the columns of k of every call of linear_qkv."""
+    found: list[int] = []
+    original = ops.linear_qkv
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        found.append(kwargs["n_kv"])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(ops, "linear_qkv", spy)
+    return found
+
+
+@KERNEL
+@pytest.mark.parametrize("level", ["none", "norms", "block"])
+def test_before_the_library_s_attention_the_gradients_of_q_k_and_v_stay_apart(level: Any, in_parts: list[int]) -> None:
+    found = []
+    for epilogues in (False, True):
+        model = model_of({**SMALL, "n_heads": 4, "n_kv_heads": 2}, epilogues)
+        model.recompute = level
+        if level == "norms":
+            keep_gradients(model, min_numel=1)
+        with use(attention="torch", linear_qkv="triton"):
+            found.append(results(model))
+    assert in_parts == [8] * (4 if level == "block" else 2), "once a layer, and again where it is recomputed"
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@KERNEL
+def test_what_needs_a_packed_projection_keeps_it(in_parts: list[int]) -> None:
+    """fastgpt's attention returns a packed gradient; rotary embeddings and norms of heads come in between; a hook and
+    an adapter need the layer called."""
+    for name in ("attention", "rope", "norms", "hook", "adapter"):
+        extra = {"rope": {"positions": "rope"}, "norms": {"qk_norm": True}}.get(name, {})
+        model = model_of({**SMALL, "n_layers": 1, **extra}, epilogues=True)
+        if name == "hook":
+            model.blocks[0].attn.qkv.register_forward_hook(lambda *args: None)
+        if name == "adapter":
+            add_lora(model, Lora(rank=2, targets=("qkv",)))
+        with use(attention="triton" if name == "attention" else "torch", linear_qkv="triton"):
+            results(model)
+        assert not in_parts, name
+
+
 @KERNEL
 def test_layers_that_are_not_plain_are_called(calls: list[bool]) -> None:
     seen: list[str] = []

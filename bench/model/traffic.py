@@ -224,10 +224,10 @@ def _product(call: Call, launch: AnyLaunch) -> Work:
     rows, columns, depth = (launch.numbers[name] for name in "MNK")
     m, n = (launch.numbers[name] for name in ("BLOCK_M", "BLOCK_N"))
     tiles = math.ceil(rows / m) * math.ceil(columns / n)
-    (factor, *_), itemsize = call.read.values(), call.read["weight"].itemsize
+    itemsize = call.read["weight"].itemsize
     tensors = launch.tensors.items()
     partials = sum(t.numel() * t.element_size() for name, t in tensors if name.startswith("partials"))
-    again = tiles * (m + n) * depth * itemsize - factor.bytes - call.read["weight"].bytes
+    again = (tiles * (m + n) - rows - columns) * depth * itemsize
     flop = 2.0 * tiles * m * n * depth
     return Work(call.bytes_read, call.bytes_written + partials, call.bytes_read + again, flop, product=True)
 
@@ -245,6 +245,7 @@ RULES: dict[str, Rule] = {
     "embedding_keys_kernel": _embedding_keys,
     "gelu_mlp_bwd_kernel": _product,
     "gelu_mlp_fwd_kernel": _product,
+    "linear_qkv_bwd_kernel": _product,
     "liger_cross_entropy_kernel": _loss_in_two_sweeps,
 }
 

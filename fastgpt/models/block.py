@@ -41,7 +41,7 @@ class Pass(NamedTuple):
     cache: Cache | None
     again: MadeAgain | None  # records what backward recomputes
     tree: TokenTree | None = None
-    epilogues: bool = False  # whether ops apply activations in the epilogues of matrix products
+    epilogues: bool = False  # whether fastgpt's own matrix products do what passes around PyTorch's would
 
     def note(self, t: Tensor, make: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """Return t, which backward may recompute as make(*inputs)."""
@@ -102,25 +102,47 @@ class SelfAttention(nn.Module):
                 q, k = run.rotary(q, k, run.positions)
         return q, k, v
 
+    def _in_parts(self, x: Tensor, run: Pass) -> bool:
+        """Return whether q, k and v come from an op that takes their gradients apart: with a plain layer, where nothing
+        else needs them packed, and before PyTorch's attention. The gradient of fastgpt's is packed."""
+        alone = run.tree is None and run.cache is None and run.rotary is None and self.q_norm is None
+        plain = run.epilogues and alone and fusable(self.qkv, Linear)
+        return plain and select("attention", x) == "torch" and select("linear_qkv", x) != "torch"
+
+    def _parts(self, x: Tensor) -> list[Tensor]:
+        """Return q (B, T, H, D), k and v (B, T, G, D)."""
+        parts = ops.linear_qkv(x, self.qkv.weight, self.qkv.bias, n_kv=self.kv_heads * self.d_head)
+        return [part.view(*part.shape[:2], -1, self.d_head) for part in parts]
+
+    def _options(self, t: int, run: Pass) -> dict[str, Any]:
+        """Return the options of attention over t tokens without a cache."""
+        window = None if self.window is None or self.window >= t else self.window
+        return dict(
+            scale=self.scale,
+            softcap=self.softcap,
+            dropout_p=self.attn_dropout if self.training else 0.0,
+            causal=t > 1,
+            window=window,
+            doc_ids=run.doc_ids,
+        )
+
     def _mix(self, x: Tensor, run: Pass) -> Tensor:
         """Return the input of `proj`, (B, T, H D)."""
         b, t, _ = x.shape
+        if self._in_parts(x, run):
+            return ops.attention(*self._parts(x), **self._options(t, run)).reshape(b, t, -1)
         qkv = self.qkv(x).view(b, t, -1, self.d_head)
         options: dict[str, Any] = dict(scale=self.scale, softcap=self.softcap)
         if run.tree is not None:
             y = run.tree.attend(self.layer, *self._heads(qkv, run), self.window, **options)
-        else:
+        elif run.cache is not None:
             options["dropout_p"] = self.attn_dropout if self.training else 0.0
-            if run.cache is not None:
-                y = run.cache.attend(self.layer, *self._heads(qkv, run), self.window, **options)
-            else:
-                window = None if self.window is None or self.window >= t else self.window
-                options |= dict(causal=t > 1, window=window, doc_ids=run.doc_ids)
-                if self.q_norm is None:
-                    qkv = self._rotate(qkv, run)
-                    y = ops.attention_qkv(qkv, n_heads=self.n_heads, n_kv_heads=self.kv_heads, **options)
-                else:
-                    y = ops.attention(*self._heads(qkv, run), **options)
+            y = run.cache.attend(self.layer, *self._heads(qkv, run), self.window, **options)
+        elif self.q_norm is None:
+            heads: dict[str, Any] = dict(n_heads=self.n_heads, n_kv_heads=self.kv_heads)
+            y = ops.attention_qkv(self._rotate(qkv, run), **heads, **self._options(t, run))
+        else:
+            y = ops.attention(*self._heads(qkv, run), **self._options(t, run))
         return y.reshape(b, t, -1)
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:

@@ -67,7 +67,7 @@ class GPT(nn.Module):
         self.vocab_size, self.block_size = config.vocab_size, config.block_size
         self.extended = 0  # positions beyond block_size: see `extend`
         self.recompute: Level = "none"  # what backward recomputes: fastgpt/models/recompute.py
-        self.epilogues = False  # whether ops apply activations in the epilogues of matrix products
+        self.epilogues = False  # whether fastgpt's own matrix products do what passes around PyTorch's would
         self.lora_dropout = 0.0  # of adapters in the blocks: fastgpt/finetune/lora.py
         self.wte = make_module(Embedding, c.padded_vocab_size, c.width)
         self.wpe = make_module(Embedding, self.block_size, c.width) if c.positions == "learned" else None

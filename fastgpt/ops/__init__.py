@@ -13,6 +13,7 @@ from fastgpt.ops.linear import linear
 from fastgpt.ops.linear_cross_entropy import linear_cross_entropy
 from fastgpt.ops.linear_divergence import linear_divergence
 from fastgpt.ops.linear_log_probs import linear_log_probs
+from fastgpt.ops.linear_qkv import linear_qkv
 from fastgpt.ops.rms_norm import rms_norm
 from fastgpt.ops.rope import rope, rope_qkv
 from fastgpt.ops.swiglu import swiglu
@@ -30,6 +31,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_divergence",
     "linear_log_probs",
+    "linear_qkv",
     "rms_norm",
     "rope",
     "rope_qkv",

@@ -50,7 +50,8 @@ class TrainConfig:
         compile: compile the model with torch.compile.
         graphs: replay steps from CUDA graphs (on a GPU, with optimizer adamw); --no-graphs launches every kernel.
         epilogues: apply the MLP's GELU, its slope and the sum of its bias's gradient in fastgpt's own matrix products
-            (on a GPU, with model.activation gelu or gelu_tanh) instead of passes after PyTorch's.
+            (on a GPU, with model.activation gelu or gelu_tanh) instead of passes after PyTorch's; with
+            model.positions learned and PyTorch's attention, also take the gradients of q, k and v apart.
         recompute: activations to recompute in backward instead of keeping them; norms includes the MLP's activation,
             block is everything but the input of a block.
         parallel: how several processes (torchrun) share the model: ddp copies it, fsdp shards parameters, gradients and
@@ -314,8 +315,8 @@ EFFECTS = SHARED_EFFECTS | {
     ),
     "graphs": Effect(lambda c: c.optimizer == "adamw" and c.device != "cpu", "optimizer adamw on a GPU"),
     "epilogues": Effect(
-        lambda c: c.device != "cpu" and c.model.activation in ("gelu", "gelu_tanh"),
-        "model.activation gelu or gelu_tanh on a GPU",
+        lambda c: c.device != "cpu" and (c.model.activation in ("gelu", "gelu_tanh") or c.model.positions == "learned"),
+        "model.activation gelu or gelu_tanh, or model.positions learned, on a GPU",
     ),
     "model.norm_bias": Effect(lambda c: c.model.norm == "layer", "model.norm layer"),
     **{

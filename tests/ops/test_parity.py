@@ -27,7 +27,7 @@ EVERY = [
 
 
 # products in the interpreter take the longest
-INTERPRETED = [case for case, names in EVERY if (case.op, names) == ("gelu_mlp", ["triton"])]
+INTERPRETED = [case for case, names in EVERY if case.op in ("gelu_mlp", "linear_qkv") and names == ["triton"]]
 MARKS = {
     case: [pytest.mark.extended if number % 4 else pytest.mark.slow]
     for number, case in enumerate(INTERPRETED)
