@@ -268,8 +268,8 @@ def test_self_checks_pass_and_can_fail(op: str, name: str, monkeypatch: pytest.M
     if not {"cuda", "triton"} & set(backend.ops()[op]):  # only a GPU needs them
         return
     assert backend._self_checks[op](name, torch.device(DEVICE)) <= backend.SELF_CHECK_BOUND
-    first = f"{op.upper()}_{'PREPARE' if op == 'adamw' else 'FWD'}"
-    monkeypatch.setitem(getattr(module, first), name, lambda *args: None)
+    first = {"adamw": "PREPARE", "linear_qkv": "BWD"}.get(op, "FWD")
+    monkeypatch.setitem(getattr(module, f"{op.upper()}_{first}"), name, lambda *args: None)
     with pytest.raises((TypeError, AttributeError)) if op != "adamw" else contextlib.nullcontext():
         assert backend._self_checks[op](name, torch.device(DEVICE)) > backend.SELF_CHECK_BOUND
 
