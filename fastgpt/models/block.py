@@ -130,7 +130,8 @@ class SelfAttention(nn.Module):
         """Return the input of `proj`, (B, T, H D)."""
         b, t, _ = x.shape
         if self._in_parts(x, run):
-            return ops.attention(*self._parts(x), **self._options(t, run)).reshape(b, t, -1)
+            y: Tensor = ops.attention(*self._parts(x), **self._options(t, run))
+            return y.reshape(b, t, -1)
         qkv = self.qkv(x).view(b, t, -1, self.d_head)
         options: dict[str, Any] = dict(scale=self.scale, softcap=self.softcap)
         if run.tree is not None:
