@@ -168,7 +168,7 @@ def test_nan_and_infinity_reach_their_own_rows_only() -> None:
     assert torch.equal(got[0][:, ~rows], clean[0][:, ~rows]) and got[2][0, [3, 40]].isnan().any(-1).all()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_no_byte_out_of_bounds_on_any_instruction_set(tmp_path: Path) -> None:
     """Under AddressSanitizer, with buffers that end at the last element and with any strides, lengths and index
     values: every output is written, and the instruction sets agree."""

@@ -238,7 +238,7 @@ def test_ab_measures_in_turns_and_compares(tmp_path: Path, monkeypatch: pytest.M
         ab.main(command[:6])
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_ab_runs_both_sides_and_returns_the_verdict(tmp_path: Path, capsys: Any) -> None:
     """On a busy machine even the same install may differ from itself, so the verdict may be either one."""
     bench = ["bias_gelu", "--device", "cpu", "--shape", "64x768", "--phase", "both", "--seconds", "0.5"]

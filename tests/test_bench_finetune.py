@@ -12,8 +12,9 @@ from fastgpt.bench.results import read_rows
 pytest.importorskip("trl"), pytest.importorskip("peft")
 
 
-@pytest.mark.parametrize("kind", finetune.SIDES)
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow if k == "sft" else pytest.mark.extended) for k in finetune.SIDES]
+)
 def test_both_sides_have_the_same_losses(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     arguments = ["--quick", "--shape", "tiny-llama", "--kind", kind, "--threads", "1", "--json", str(file)]

@@ -108,7 +108,7 @@ def test_engines_generate_the_same(tmp_path: Path) -> None:
     assert sizes["parameters"] - sizes["read"] == TINY.context * TINY.width
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_command_in_processes(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     names = ["--variant", "fastgpt", "--variant", "transformers"]

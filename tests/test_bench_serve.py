@@ -48,7 +48,7 @@ def test_the_mix_of_a_soak_is_spread() -> None:
     assert len(set(kinds[:16])) > 5
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_both_servers_are_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

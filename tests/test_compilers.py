@@ -14,7 +14,7 @@ FLAGS = "-std=c++20 -O2 -fopenmp-simd -fno-math-errno -fno-trapping-math -ffp-co
 WARNINGS = "-Wall -Wextra -Werror -Wno-psabi".split()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("compiler", ["g++", "clang++", "aarch64-linux-gnu-g++"])
 @pytest.mark.parametrize("source", SOURCES, ids=lambda s: f"{s.parent.name}/{s.name}")
 def test_kernels_compile_without_warnings(compiler: str, source: Path) -> None:

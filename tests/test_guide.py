@@ -109,7 +109,7 @@ class Typist:
                 server.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_road(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of the guide does what the guide claims."""
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_no_byte_out_of_bounds_on_any_instruction_set(tmp_path: Path) -> None:
     """Under AddressSanitizer, with buffers that end at the last element, any strides and dtypes: every output is right.
     Errors are relative to the sum of the products' magnitudes, and to the precision of the output."""

@@ -268,7 +268,7 @@ def test_sdist_holds_the_native_sources(sources: Path, tmp_path: Path) -> None:
     assert not [name for name in names if name.endswith((".so", "_build_info.py"))]
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_cpu_wheel_builds_and_loads(sources: Path, tmp_path: Path) -> None:
     done, wheel = build(sources, tmp_path, FASTGPT_CUDA="0")
     assert last_line(done).startswith("fastgpt: built the cpu kernels; left out cuda: FASTGPT_CUDA=0 was set")

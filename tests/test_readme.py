@@ -56,7 +56,7 @@ def execute(command: str, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
-    [README, pytest.param(TRAINING, marks=pytest.mark.extended), BENCHMARKS],
+    [README, *(pytest.param(page, marks=pytest.mark.extended) for page in (TRAINING, BENCHMARKS))],
     ids=["README", "training", "benchmarks"],
 )
 def test_fastgpt_commands(folder: Path, page: str) -> None:

@@ -63,7 +63,7 @@ def test_public_functions_return_a_type(name: str) -> None:
     assert returned not in (inspect.Signature.empty, Any, "Any"), name
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_type_checker_sees_wrong_arguments_across_the_seams(tmp_path: Path) -> None:
     """In a copy, errors appear in the planted lines and nowhere else."""
     pytest.importorskip("mypy")

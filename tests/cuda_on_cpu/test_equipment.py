@@ -157,8 +157,11 @@ def run_under_asan(op: str, mutation: tuple[str, str, str] | None = None) -> sub
     return emulator.run(emulator.build(emulator.ASAN, mutation, op), op, {}, preload=" ".join(libraries))
 
 
+MINUTES = ("adamw", "attention_decode", "layer_norm", "rms_norm")  # the sanitizer compiles these longest
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [pytest.param(op, marks=[pytest.mark.extended] * (op in MINUTES)) for op in OPS])
 def test_address_sanitizer(op: str) -> None:
     done = run_under_asan(op)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -202,7 +202,7 @@ def test_a_wrong_address_does_not_hang(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_an_interrupted_build_and_a_killed_worker_lose_nothing(tmp_path: Path) -> None:
     whole = expected(tmp_path)

@@ -40,7 +40,7 @@ def expected(folder: Path) -> dict[str, bytes]:
     return shards(folder / "whole" / "out")
 
 
-@pytest.mark.parametrize("what", ["build", "worker"])
+@pytest.mark.parametrize("what", [pytest.param("build", marks=pytest.mark.extended), "worker"])
 def test_killed_at_any_moment_it_ends_in_the_same_shards(what: str, tmp_path: Path) -> None:
     whole = expected(tmp_path)
     out = tmp_path / "out"
@@ -103,6 +103,7 @@ def test_a_full_disk_ends_in_one_sentence(tmp_path: Path) -> None:
     assert shards(out) == whole
 
 
+@pytest.mark.extended
 def test_many_workers_give_the_same_bytes(tmp_path: Path) -> None:
     whole = expected(tmp_path)
     built(tmp_path, tmp_path / "other")  # another recipe, whose results must not be mixed in

@@ -380,7 +380,7 @@ def test_recall_is_that_of_the_formula_as_with_datasketch() -> None:
         assert measured.planted == len(pairs) > 100 and measured.recall >= least > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_memory_of_two_million_documents(tmp_path: Path) -> None:
     """The search needs less than 10 bytes a document above what 200,000 documents need; fingerprints are 136 bytes.
 

@@ -157,6 +157,7 @@ def checked_malloc(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, timeout=600)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_native_kernels_write_outputs_whole_and_not_over(name: str) -> None:
     """csrc allocates inside PyTorch, out of reach of Python, so all parity cases run under a malloc that checks."""

@@ -114,7 +114,7 @@ def test_options_without_a_shadow_are_an_error() -> None:
         main(["runs/tiny", "--shadow", "runs/new", "--shadow-share", "2"])
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_a_model_agrees_with_itself(tmp_path: Path) -> None:
     """A real engine: the log-probability of an answer is that which the engine gives for it."""
     folder = write_model(tmp_path / "model")

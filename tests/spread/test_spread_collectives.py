@@ -8,7 +8,7 @@ import torch
 from spread.launch import script, torchrun
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.extended)])
 def test_the_collectives_of_real_steps_are_those_of_the_formulas(count: int, tmp_path: Path) -> None:
     data = tmp_path / "ids_uint32.bin"
     data.write_bytes(torch.randint(63, (4000,), dtype=torch.int32).numpy())

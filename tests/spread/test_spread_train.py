@@ -41,7 +41,10 @@ def sentences(done: "subprocess.CompletedProcess[str]") -> list[str]:
     return re.findall("fastgpt: error: (.*)", done.stderr)
 
 
-@pytest.mark.parametrize("parallel, optimizer", [("ddp", "adamw"), ("fsdp", "adamw"), ("fsdp", "muon")])
+@pytest.mark.parametrize(
+    "parallel, optimizer",
+    [*(pytest.param(how, "adamw", marks=pytest.mark.extended) for how in ("ddp", "fsdp")), ("fsdp", "muon")],
+)
 def test_figures_are_those_of_one_process_and_other_numbers_resume(
     parallel: str, optimizer: str, tmp_path: Path
 ) -> None:
@@ -65,7 +68,8 @@ def test_figures_are_those_of_one_process_and_other_numbers_resume(
 
 
 @pytest.mark.parametrize(  # muon has AdamW for the rest
-    "parallel, optimizer, breaks", [("ddp", "adamw", "kill 10"), ("fsdp", "muon", "write 10")]
+    "parallel, optimizer, breaks",
+    [pytest.param("ddp", "adamw", "kill 10", marks=pytest.mark.extended), ("fsdp", "muon", "write 10")],
 )
 def test_a_killed_process_and_a_restart_change_no_bit(
     parallel: str, optimizer: str, breaks: str, tmp_path: Path

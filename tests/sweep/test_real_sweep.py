@@ -52,6 +52,7 @@ def results(out: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in row if key not in ("seconds", "tokens_per_second", "reason")} for row in rows]
 
 
+@pytest.mark.extended
 def test_a_killed_sweep_takes_its_runs_along_and_continues() -> None:
     Path("sweep.yaml").write_text(
         "config: small.yaml\noptions: {data: my.txt, max-steps: 400}\nsampler: grid\nparallel: 2\n"

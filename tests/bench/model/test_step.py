@@ -222,7 +222,7 @@ def test_a_file_of_other_rows_is_refused(tmp_path: Path) -> None:
         command.read(file)
 
 
-@pytest.mark.slow
+@pytest.mark.extended
 def test_the_command_models_a_step(tmp_path: Path) -> None:
     """With Triton's kernels alone, which compile here in seconds; of this checkout as of another one."""
     json_to, page = tmp_path / "rows.jsonl", tmp_path / "model.html"

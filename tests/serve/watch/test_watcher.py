@@ -282,7 +282,7 @@ def test_texts_are_kept_and_forgotten(served: Served, folder: Path, capsys: pyte
     parts.append(Feedback(store, (store,)).add)
     with serving({"m": served}, Limits(), parts=parts) as client:
         ids = [
-            client.post(route, json={**ROUTES[route], **user}).json()["id"]
+            client.post(route, json={**ROUTES[route], "temperature": 0, **user}).json()["id"]
             for route, user in zip(ROUTES, ({"user": "ann"}, {"safety_identifier": "ann"}, {"user": "bob"}, {}))
         ]
         client.post("/v1/messages", json={**ROUTES["/v1/messages"], "metadata": {"user_id": "ann"}})
