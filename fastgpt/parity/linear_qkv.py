@@ -34,11 +34,11 @@ def _bases(dtype: torch.dtype) -> Iterator[Variant]:
 def _variants(dtype: torch.dtype) -> Iterator[Variant]:
     for shape in ((1, 1, 1, 1), (70, 80, 128, 64), (3, 130, 70, 40), (129, 66, 64, 64), (0, 4, 8, 4), (3, 4, 8, 0)):
         yield shape, {}
-    for n in (1, 2, 5, 16, 31, 63, 64, 65):
-        yield (n, 24, 16, 16), {}
-        yield (n, 17, 31, 5), {}
-    for n, c, q, kv in ((66, 64, 64, 64), (7, 33, 40, 17)):
-        for o in ({"bias": False}, {"scale": 30.0}, {"mean": 100.0}):
+    for n in (1, 2, 3, 4, 5, 7, 8, 13, 16, 31, 32, 48, 63, 64, 65):
+        for widths in ((24, 16, 16), (17, 31, 5), (16, 48, 16), (33, 16, 1), (9, 0, 8)):
+            yield (n, *widths), {}
+    for n, c, q, kv in ((66, 64, 64, 64), (7, 33, 40, 17), (5, 40, 65, 33)):
+        for o in ({"bias": False}, {"scale": 30.0}, {"mean": 100.0}, {"scale": 1e-3}):
             yield (n, c, q, kv), o
 
 
