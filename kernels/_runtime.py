@@ -77,6 +77,18 @@ def row_dot(a, b):
 
 
 @triton.jit
+def column_sum(x):
+    """Return the sums of fp32 (rows, columns) over the rows, (1, columns).
+
+    A GPU adds them as a tree. The interpreter's numpy adds one row after another, with a larger error, so it adds in
+    fp64 and rounds once."""
+    if INTERPRETED:
+        return tl.sum(x.to(tl.float64), axis=0, keep_dims=True).to(tl.float32)
+    else:
+        return tl.sum(x, axis=0, keep_dims=True)
+
+
+@triton.jit
 def exp(x):
     """Return e^x of fp32."""
     if INTERPRETED:

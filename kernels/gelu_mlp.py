@@ -29,7 +29,7 @@ from ._attention_tiles import CHIPS
 from ._math import gelu, gelu_tanh
 from ._partials import add_partials, add_partials_configuration
 from ._product import PARTS, SMALL, grid, launch_shape, near_rows, place, product, quarters, tile
-from ._runtime import Configuration, cast, jit_kernel, on_device, pointers
+from ._runtime import Configuration, cast, column_sum, jit_kernel, on_device, pointers
 
 PROGRAMS = 2  # that fit on a multiprocessor: the products of one run while the other is in its epilogue
 WHOLE = {227: (128, 128, 64, 8, 3), 163: (128, 128, 32, 8, 4), 99: (128, 128, 32, 8, 3)}
@@ -98,7 +98,7 @@ def gelu_mlp_bwd_kernel(
         d = tiles[part] * slope
         tl.store(du_ptr + row * N + c, cast(d, du_ptr.dtype.element_ty), mask)
         if partials_ptr is not None:
-            total = tl.sum(tl.where(mask, d, 0.0), axis=0, keep_dims=True)  # the slope at a masked bias may be NaN
+            total = column_sum(tl.where(mask, d, 0.0))  # the slope at a masked bias may be NaN
             tl.store(partials_ptr + m.to(tl.int64) * N + c, total, c < N)
 
 
