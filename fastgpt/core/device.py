@@ -82,7 +82,8 @@ def in_huge_pages(t: torch.Tensor) -> torch.Tensor:
     bytes.
 
     Such a tensor gets fresh memory from the system each time, which is faulted in at the first write: 512 times less
-    often with huge pages. Where the system does not have them, nothing changes.
+    often with huge pages. Where the system does not have them, nothing changes. csrc/glue/allocate.h does the same for
+    the tensors that kernels allocate.
     """
     if torch.compiler.is_compiling() or type(t) is not torch.Tensor or t.nbytes < HUGE_FROM or t.device.type != "cpu":
         return t

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgpt.core.backend import Cell, checks_values, register, select
-from fastgpt.core.device import in_huge_pages
 from fastgpt.ops._common import (
     check_float,
     check_like,
@@ -123,21 +122,12 @@ def _place(table: Tensor | None) -> Tensor | None:
 def _gather(backend: str, table: Tensor | None, rows: int, dy: Tensor, ids: Tensor) -> Tensor | None:
     """Return the gradient of a table whose rows `ids` were read; None if it was written to its buffer."""
     buffer = _place(table)
-    if buffer is None and backend == "cpu":
-        return _new_table(backend, rows, dy, ids)
     if buffer is None:
         grad: Tensor = EMBEDDING_BWD[backend](dy, ids, rows)
         return grad
     EMBEDDING_BWD_ADD[backend](buffer, dy, ids)
     mark_mutated([buffer])
     return None
-
-
-def _new_table(backend: str, rows: int, dy: Tensor, ids: Tensor) -> Tensor:
-    """Return the gradient of a table, in huge pages if it is large."""
-    grad = in_huge_pages(dy.new_empty((rows, dy.shape[-1]))).zero_()
-    EMBEDDING_BWD_ADD[backend](grad, dy, ids)
-    return grad
 
 
 def _sum_batch(table: Tensor | None, rows: int, dy: Tensor) -> Tensor | None:
