@@ -151,9 +151,10 @@ def page(rows: list[Row]) -> str:
     nothing = sum(bool(r.ops) and not any(r.ops.values()) and not any(r.left.values()) for r in rows)
     full, wrong = sum(r.full for r in rows) - nothing, sum(bool(r.wrong) for r in rows)
     quick = sum(r.quick for r in rows)
+    fails = "".join(f"- {r.kind}, {n}\n" for r in rows for n in r.notes if r.ops and not r.uncompared)
     return ABOUT.format(
         full=full, partly=len(rows) - full - wrong - nothing, wrong=wrong, types=len(rows), nothing=nothing,
-        how=QUICK.format(quick=quick) if quick else "", **matrix.table(rows),
+        how=QUICK.format(quick=quick) if quick else "", fails=FAILS + fails if fails else "", **matrix.table(rows),
     )  # fmt: skip
 
 
@@ -192,7 +193,11 @@ recorded, and one marked `extended` checks every type again.{how}
 
 Left unchanged, because
 
-{notes}"""
+{notes}{fails}"""
+FAILS = """
+Not compared, because it fails without a patch
+
+"""
 
 
 def main() -> None:

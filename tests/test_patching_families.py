@@ -101,7 +101,7 @@ def test_attention_with_sinks_and_values_of_another_width() -> None:
     """A sink is one more score without a value; keys and values may differ in width."""
     torch.manual_seed(0)
     q, k, v, sinks = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 24), torch.randn(4)
-    y = _attention._attend(q, k, v, sinks=sinks, causal=True)
+    y = _attention.attend(q, k, v, sinks=sinks, causal=True)
     scores = q @ k.repeat_interleave(2, 1).mT / 8**0.5
     scores = scores.masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
     p = torch.cat((scores, sinks[None, :, None, None].expand(2, 4, 5, 1)), -1).softmax(-1)[..., :-1]

@@ -274,7 +274,7 @@ def attention(
     numbers = dict(scaling=options.get("scaling"), dropout=options.get("dropout", 0.0), softcap=options.get("softcap"))
     numbers |= dict(sinks=sinks)
     if attention_mask is None:
-        y = _attend(query, key, value, causal=causal, **numbers)
+        y = attend(query, key, value, causal=causal, **numbers)
     else:
         y = masked(query, key, value, attention_mask, "all" if eager and sinks is None else "", **numbers)
     return y.contiguous(), None  # models take views of it
@@ -294,12 +294,12 @@ def masked(
     span = window + ahead + both if window else None  # keys that it sees in all
     which: dict[str, Any] = dict(causal=not both or window > 0, window=span)
     if seen.shape[1] == 0:
-        return _attend(query, key, value, **which, **numbers)
+        return attend(query, key, value, **which, **numbers)
     start, end, ids = seen[:, 0, 0], seen[:, 1, 0], seen[:, 2:, 0]
     which |= dict(kv_start=start, kv_lens=end, doc_ids=ids if seen.shape[1] > 2 else None)
     # with `ahead` more keys, which are behind `end`, causal order ends `ahead` keys after each query
     k, v = (F.pad(t, (0, 0, 0, ahead)) if ahead else t for t in (key, value))
-    y = _attend(query, k, v, **which, **numbers)
+    y = attend(query, k, v, **which, **numbers)
     if not blind:
         return y
     last = torch.arange(query.shape[2], device=query.device) + keys - query.shape[2] + ahead
@@ -332,7 +332,7 @@ def _mean_of_neo(value: Tensor, start: Tensor, end: Tensor, last: Tensor, window
     return (total / count[:, None, :, None]).to(value.dtype)
 
 
-def _attend(
+def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,12 +1,14 @@
 """Find what the ops can replace in models of Hugging Face transformers; imported only for such models.
 
 Attention is recognised by the registry of attention functions that its forward looks up, and by what its eager function
-or method computes on a few random numbers; see `_attention` for its replacement, and `_loss` for the head and the loss.
+or method computes on a few random numbers, or by its source, see `_inline`; see `_attention` for its replacement, and
+`_loss` for the head and the loss.
 A base model gets masks of ours only if no module below it computes with a mask.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastgpt.patching import _attention, _eager, _loss, _masks, _rebind
+from fastgpt.patching import _attention, _eager, _inline, _loss, _masks, _rebind
 from fastgpt.patching._recognise import Found, name_of
 
 NEO = "GPTNeoSelfAttention"  # its `_attn` adds its own mask to that of the model
@@ -68,7 +70,12 @@ def _attends(module: Any) -> Iterator[Found]:
     if hasattr(module, "_upcast_and_reordered_attn"):
         attribute = "_upcast_and_reordered_attn"
         yield Found("attention", what, "attention", attribute=attribute, call=_attention.gpt2_upcast)
-    if not found and is_attention(module):
+    forward = _rebind.innermost(type(module).forward)
+    if not found and _from_transformers(forward) and _inline.writes_attention(forward, module):
+        rebound = _rebind.rebind(type(module).forward, _inline.REPLACEMENTS)
+        names = tuple(inspect.signature(forward).parameters)[1:]
+        yield Found("attention", what, "attention", call=_inline.inline, arguments=(rebound, names))
+    elif not found and is_attention(module):
         yield Found("attention", what, why=OWN_WAY)
 
 
@@ -108,7 +115,7 @@ def _base_model(name: str, model: Any) -> Iterator[tuple[str, nn.Module, Found]]
     if why := _strange(model, makers):  # it would get masks that it does not understand
         yield name, model, Found("attention", what, why=why)
         return
-    only_eager = any(f.attribute == METHOD for m in model.modules() for f in _attends(m))
+    only_eager = any(f.attribute == METHOD or f.call is _inline.inline for m in model.modules() for f in _attends(m))
     forward = makers.pop("forward", None)
     rebound = None if forward is None else _attention.with_our_masks(forward, only_eager)
     yield name, model, Found("attention", what, "attention", call=_attention.base_model, arguments=(rebound,))
@@ -135,6 +142,8 @@ def _strange(model: Any, makers: dict[str, Any]) -> str:
         found = list(_attends(m))
         if any(not f.op or f.attribute in m.__dict__ for f in found):
             return f"{n} ({name_of(m)}) has its own attention"
+        if any(f.call is _inline.inline for f in found):  # it only adds its mask
+            continue
         forward = _rebind.innermost(type(m).forward)
         if isinstance(m, (PreTrainedModel, nn.Embedding)) or n.split(".")[0] in first:  # they get the caller's mask
             continue

@@ -19,19 +19,20 @@ PADDING = ("apply_mask_to_padding_states",)  # takes the caller's (B, T) mask; m
 
 
 @functools.cache
-def computes(f: types.FunctionType, created: bool = False) -> bool:
+def computes(f: types.FunctionType, created: bool = False, added: bool = False) -> bool:
     """Return whether f computes with one of its arguments whose name contains 'mask'; created: with a mask that
-    transformers' functions create for it. A method without source is assumed to."""
-    tree = _tree(f)
-    if tree is None:
+    transformers' functions create for it; added: in another way than by adding it. A method without source is assumed
+    to."""
+    root = tree(f)
+    if root is None:
         return True
-    parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
-    names = _created(tree) if created else {a.arg for a in _arguments(tree) if "mask" in a.arg}
-    local = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    local |= {a.arg for a in _arguments(tree)}
-    for node in ast.walk(tree):  # from the outside in, so in about the order of the lines
+    parents = {child: node for node in ast.walk(root) for child in ast.iter_child_nodes(node)}
+    names = _created(root) if created else {a.arg for a in _arguments(root) if "mask" in a.arg}
+    local = {n.id for n in ast.walk(root) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    local |= {a.arg for a in _arguments(root)}
+    for node in ast.walk(root):  # from the outside in, so in about the order of the lines
         if isinstance(node, ast.Name) and node.id in names and isinstance(node.ctx, ast.Load):
-            if not _passes_on(node, parents, local):
+            if not (added and _is_added(node, parents[node])) and not _passes_on(node, parents, local):
                 return True
     return False
 
@@ -42,10 +43,10 @@ def called_before(f: types.FunctionType, makers: frozenset[str]) -> frozenset[st
 
     makers: names of methods that create one.
     """
-    tree = _tree(f)
+    root = tree(f)
     places: dict[str, list[int]] = {}
     created: list[int] = []
-    nodes: list[Any] = list(ast.walk(tree)) if tree else []
+    nodes: list[Any] = list(ast.walk(root)) if root else []
     for node in nodes:
         called: Any = node.func if isinstance(node, ast.Call) else None
         own = isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) and called.value.id == "self"
@@ -59,7 +60,11 @@ def called_before(f: types.FunctionType, makers: frozenset[str]) -> frozenset[st
     return frozenset(name for name, lines in places.items() if max(lines) < min(created))
 
 
-def _tree(f: types.FunctionType) -> Any:
+def _is_added(node: ast.Name, parent: Any) -> bool:
+    return isinstance(parent, ast.BinOp) and isinstance(parent.op, ast.Add) and node is parent.right
+
+
+def tree(f: types.FunctionType) -> Any:
     """Return the syntax tree of a method, or None if it has no source."""
     try:
         return ast.parse(textwrap.dedent(inspect.getsource(f))).body[0]
