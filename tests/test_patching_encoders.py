@@ -173,6 +173,20 @@ def test_beams_and_a_static_cache(kind: str) -> None:
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_attention_weights_without_padding(kind: str) -> None:
+    """Eager attention without a mask returns its weights if they are requested."""
+    model = encoder_models.make(kind).to(DEVICE)
+    model.set_attn_implementation("eager")
+    given = {n: t.to(DEVICE) for n, t in encoder_models.inputs_of(model, "plain").items()}
+    patched = fastgpt.patch(copy.deepcopy(model), quiet=True)
+    wanted, got = (m(**given, output_attentions=True).attentions for m in (model, patched))
+    assert len(wanted) == len(got) == model.config.num_hidden_layers
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    with ops.use(strict=True):
+        patched(**given)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "bart", "modernbert"])
 def test_compiled_whole(kind: str) -> None:

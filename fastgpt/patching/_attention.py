@@ -34,6 +34,7 @@ from transformers.masking_utils import (
     create_sliding_window_causal_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import output_capturing
 
 from fastgpt import ops
 from fastgpt.core.fallback import leave_to_torch
@@ -238,6 +239,13 @@ def is_ours(attention_mask: Any) -> bool:
     return attention_mask.dtype in (torch.int64, torch.int32)
 
 
+def _collects_weights() -> bool:
+    """Return whether a forward that runs now collects attention weights from the outputs of its modules."""
+    collector = output_capturing._active_collector  # a compiler cannot read its context variable
+    collected = collector.global_var if torch.compiler.is_compiling() else collector.get()
+    return any("attentions" in name for name in collected or ())
+
+
 def attention(
     own: Callable[..., Any],
     eager: bool,
@@ -264,6 +272,7 @@ def attention(
         ordered = options.get("is_causal")
         ordered = getattr(module, "is_causal", True) if ordered is None else ordered
         causal = not eager and query.shape[2] > 1 and bool(ordered)
+        why = "output_attentions" if eager and _collects_weights() else ""
         if causal and key.shape[2] > query.shape[2]:
             key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     elif not is_ours(attention_mask):
