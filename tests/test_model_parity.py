@@ -32,12 +32,23 @@ SHAPES = {
     ),
 }  # fmt: skip
 BACKENDS = [b for b in (*parity.backends_here("layer_norm"), "torch")]
+# the setting of this name, with PyTorch's kernels for all other ops: it needs a GPU or Triton's interpreter
+EPILOGUES = [("epilogues", "gpt2")] if parity.backends_here("gelu_mlp") else []
+ON = pytest.mark.parametrize(
+    "kernels,name",
+    [
+        *((b, name) for name in SHAPES for b in BACKENDS),
+        *(pytest.param(*both, marks=pytest.mark.extended) for both in EPILOGUES),
+    ],
+)
 LR, BETAS, DECAY, CLIP = 1e-2, (0.9, 0.95), 0.1, 0.5
 Params = dict[str, Tensor]
 
 
 def choice(kernels: str, dtype: torch.dtype) -> dict[str, Any]:
     """These kernels for every op, PyTorch's for those ops that have none of them for this dtype."""
+    if kernels == "epilogues":
+        return {"all": "torch", "gelu_mlp": "triton", "linear_qkv": "triton"}
     cells = {op: c[kernels] for op, c in backend.ops().items() if kernels in c}
     return {"all": kernels} | {op: "torch" for op, cell in cells.items() if not cell.takes(dtype, 0)}
 
@@ -119,12 +130,12 @@ def plain_step(c: ModelConfig, p: Params, ids: Tensor, targets: Tensor) -> dict[
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("kernels", BACKENDS)
+@ON
 @pytest.mark.parametrize("kept", [False, True], ids=["fresh", "kept"])
 def test_loss_logits_and_every_gradient(kernels: str, name: str, dtype: torch.dtype, kept: bool) -> None:
     c, (ids, targets) = SHAPES[name], batches(1)[0]
     model = model_of(name, dtype)
+    model.epilogues = kernels == "epilogues"
     exact_leaves = leaves(model, torch.float64)
     exact = plain_step(c, exact_leaves, ids, targets)
     baseline = plain_step(c, leaves(model, dtype), ids, targets)
@@ -148,7 +159,7 @@ def test_loss_logits_and_every_gradient(kernels: str, name: str, dtype: torch.dt
         allowed = parity.allowed_error(what, truth, base, ours[what].dtype, sensitivity)
         assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
     for n, p in model.named_parameters():
-        own = kept and p.dim() == 2 and (kernels != "torch" or n.startswith("blocks."))
+        own = kept and p.dim() == 2 and (kernels not in ("torch", "epilogues") or n.startswith("blocks."))
         assert not own or p.grad is p.grad_buffer, n
 
 
@@ -180,10 +191,10 @@ class Plain:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("kernels", BACKENDS)
+@ON
 def test_ten_steps(kernels: str, name: str, dtype: torch.dtype) -> None:
     c, model = SHAPES[name], model_of(name, dtype)
+    model.epilogues = kernels == "epilogues"
     start = copy.deepcopy(model)
     exact, base = Plain(model, torch.float64, torch.float64), Plain(model, dtype, torch.float32)
     shifts = range(1, parity.SHIFTS + 1) if dtype == torch.float32 else ()
