@@ -6,6 +6,7 @@ so tiles are read again from L2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ MAX_STEP = 2**22  # elements from row to row of a factor: a tile is addressed wi
 # BLOCK_M rows, BLOCK_N columns, BLOCK_K, warps, stages, by shared memory of the chip in KB: for 16 bits with aligned
 # rows of whole BLOCK_K. SMALL for all else, as unaligned rows do not fit in registers with the larger tiles, and exact
 # fp32 products run outside the tensor cores.
-Shapes = dict[int, tuple[int, ...]]
+Shapes = Mapping[int, tuple[int, ...]]
 SMALL = (64, 64, 16, 8, 2)
 # column blocks of a tile in an epilogue, one after another: all at once would need over 128 registers more
 PARTS = tl.constexpr(4)

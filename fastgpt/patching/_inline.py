@@ -130,7 +130,7 @@ def _attends(f: types.FunctionType, dropouts: frozenset[str]) -> bool:
     for node in sorted((n for n in ast.walk(tree) if isinstance(n, ast.Assign)), key=_end):
         if _step(node.value, names, dropouts) in tuple("m/+sd"):
             names |= {t.id for t in node.targets if isinstance(t, ast.Name)}
-    steps = [(node, step) for node in ast.walk(tree) if (step := _step(node, names, dropouts))]
+    steps: list[tuple[Any, str]] = [(node, step) for node in ast.walk(tree) if (step := _step(node, names, dropouts))]
     added = {node.right.id for node, step in steps if step == "+"}
     used = {id(_operand(node)) for node, _ in steps}
     others = [n for n in _uses(tree, names) if id(n) not in used and not _returned(n, tree)]
