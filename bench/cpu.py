@@ -26,12 +26,12 @@ def plan(fresh: Path, out: Path, python: str = sys.executable) -> list[Stage]:
     rows = ["--json", str(fresh)]
     module = [python, "-m"]
     steps = [*module, "fastgpt.bench.throughput", "--device", "cpu", *rows]
-    timed = ["--device", "cpu", "--seconds", "0.6", *rows]
+    timed = ["--device", "cpu", "--seconds", "0.5", *rows]
     shapes = {op: [DEFAULT_SHAPE[op], *more] for op, more in MORE_SHAPES.items()}
     arguments = {op: [f"--shape={shape}" for shape in shapes.get(op, [])] for op in OPS}
     return [
         Stage("doctor", [*module, "fastgpt.cli", "doctor"], 40, 6),
-        *(Stage(op, [*module, f"fastgpt.bench.{op}", *timed, *arguments[op]], 90, 16) for op in OPS),
+        *(Stage(op, [*module, f"fastgpt.bench.{op}", *timed, *arguments[op]], 90, 15) for op in OPS),
         Stage("small", [*steps, "--shape", "small", "--compile"], 150, 70),
         Stage("medium", [*steps, "--shape", "medium", "--steps", "4"], 120, 50),
         Stage("gpt2-124m", [*steps, "--shape", "gpt2-124m", "--steps", "5"], 120, 50),

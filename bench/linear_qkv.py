@@ -74,6 +74,7 @@ BENCH = Bench(
     tiny=(1, 8, 8, 8),
     gate_cases=gate_cases,
     flops=flops,
+    phases=("backward", "both"),  # the forward is PyTorch's product on every backend
 )
 pytest_generate_tests, test_linear_qkv = _op.pytest_generate_tests, _op.run_benchmark
 

@@ -172,7 +172,8 @@ def kernel_names(library: Path) -> dict[int, str]:
     here = ctypes.cast(ctypes.CDLL(str(library)).fastgpt_set_schedule, ctypes.c_void_p).value
     assert here is not None
     plain = re.compile(r"\(anonymous namespace\)::|fastgpt::|cuda::|^void ")
-    return {here - at + int(o, 16): plain.sub("", n).split("(")[0] for o, _, n in symbols if "_kernel" in n}
+    code = [(int(o, 16), n) for o, kind, n in symbols if kind in "tTW" and "_kernel" in n]  # not a kernel's variables
+    return {here - at + o: plain.sub("", n).split("(")[0] for o, n in code}
 
 
 def run(library: Path, op: str, known: Digests, preload: str = "") -> subprocess.CompletedProcess[str]:
