@@ -27,7 +27,7 @@ test-extended: $(VENV)/tested
 test-llama: $(VENV)/llama
 	$(PYTEST) -m llama_cpp $(ARGS)
 
-# Everything that can be tested without a GPU: two hours on two cores, then up to 12 runs of the numeric tests,
+# Everything that can be tested without a GPU: some hours on two cores, then up to 12 runs of the numeric tests,
 # some minutes each.
 test-all: test test-slow test-extended test-llama
 	$(BIN)/python -m fastgpt.checks.triton --all
