@@ -12,19 +12,13 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fastgpt import ops
 from fastgpt.bench import _command, _op
 from fastgpt.bench._op import Bench, Job, Provider, Setting, Shape, autograd_job, of_phase
 from fastgpt.core.command import run_command
 from fastgpt.models.config import ModelConfig
-
-
-def plain(x: Tensor, weight: Tensor, bias: Tensor, *, n_kv: int) -> tuple[Tensor, ...]:
-    """Compute PyTorch's layer and its split, whose backward concatenates."""
-    return F.linear(x, weight, bias).split([weight.shape[0] - 2 * n_kv, n_kv, n_kv], dim=-1)
+from fastgpt.ops.linear_qkv import linear_qkv_torch
 
 
 def job(provider: Provider, setting: Setting, phase: str, seed: int) -> Job:
@@ -66,7 +60,7 @@ BENCH = Bench(
     "linear_qkv",
     "NxCxQxG",
     ops.linear_qkv,
-    Provider("torch", plain),
+    Provider("torch", linear_qkv_torch),
     job,
     bytes_moved,
     of_model,

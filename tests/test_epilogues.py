@@ -42,67 +42,60 @@ def results(model: GPT) -> list[Tensor]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Return a list that gets `recompute` of every call of the op."""
-    found: list[bool] = []
-    original = ops.gelu_mlp
+def spied(monkeypatch: pytest.MonkeyPatch, op: str, argument: str) -> list[Any]:
+    """Return a list that gets one keyword argument of every call of an op."""
+    found: list[Any] = []
+    original = getattr(ops, op)
 
-    def spy(*args: Any, **kwargs: Any) -> Tensor:
-        found.append(kwargs["recompute"])
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        found.append(kwargs[argument])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(ops, "gelu_mlp", spy)
+    monkeypatch.setattr(ops, op, spy)
     return found
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Return a list that gets `recompute` of every call of gelu_mlp."""
+    return spied(monkeypatch, "gelu_mlp", "recompute")
+
+
+@pytest.fixture
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that gets the columns of k of every call of linear_qkv."""
+    return spied(monkeypatch, "linear_qkv", "n_kv")
+
+
+def check_both_ways(shape: dict[str, Any], level: Any, **kernels: str) -> None:
+    """Check that a model gives the same with the setting and without it; level: what backward recomputes."""
+    found = []
+    for epilogues in (False, True):
+        model = model_of(shape, epilogues)
+        model.recompute = level
+        if level == "norms":
+            keep_gradients(model, min_numel=1)
+        with use(**kernels):
+            found.append(results(model))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @KERNEL
 @pytest.mark.parametrize("level", ["none", "norms", "block"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_model_is_the_same(name: str, level: Any, calls: list[bool]) -> None:
-    found = []
-    for epilogues in (False, True):
-        model = model_of(SHAPES[name], epilogues)
-        model.recompute = level
-        if level == "norms":
-            keep_gradients(model, min_numel=1)
-        with use(gelu_mlp="triton"):
-            found.append(results(model))
+    check_both_ways(SHAPES[name], level, gelu_mlp="triton")
     assert calls == [level == "norms"] * (4 if level == "block" else 2), (
         "once a layer, and again where it is recomputed"
     )
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
-@pytest.fixture
-def in_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that gets the columns of k of every call of linear_qkv."""
-    found: list[int] = []
-    original = ops.linear_qkv
-
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        found.append(kwargs["n_kv"])
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(ops, "linear_qkv", spy)
-    return found
 
 
 @KERNEL
 @pytest.mark.parametrize("level", ["none", "norms", "block"])
 def test_before_the_library_s_attention_the_gradients_of_q_k_and_v_stay_apart(level: Any, in_parts: list[int]) -> None:
-    found = []
-    for epilogues in (False, True):
-        model = model_of({**SMALL, "n_heads": 4, "n_kv_heads": 2}, epilogues)
-        model.recompute = level
-        if level == "norms":
-            keep_gradients(model, min_numel=1)
-        with use(attention="torch", linear_qkv="triton"):
-            found.append(results(model))
+    check_both_ways({**SMALL, "n_heads": 4, "n_kv_heads": 2}, level, attention="torch", linear_qkv="triton")
     assert in_parts == [8] * (4 if level == "block" else 2), "once a layer, and again where it is recomputed"
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @KERNEL

@@ -46,7 +46,7 @@ def test_the_ops_ask_for_huge_pages_for_large_results() -> None:
     assert in_the_middle(logits_of(x, head, None))
     narrow = torch.ones(2, COLUMNS)
     assert in_the_middle(product_in_fp32(wide, narrow))
-    dw = weight_gradient(head, wide, narrow)
+    dw = weight_gradient(head, narrow, wide)
     assert dw is not None and in_the_middle(dw)
 
 

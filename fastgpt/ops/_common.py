@@ -103,6 +103,11 @@ def relative_error(got: list[Tensor], exact: list[Tensor]) -> float:
     return max(math.inf if math.isnan(e) else e for e in errors)
 
 
+def rows_of(t: Tensor) -> Tensor:
+    """Return t (..., C) as (N, C); C may be 0."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Return whether autograd must record an op over these inputs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

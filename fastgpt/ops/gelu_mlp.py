@@ -20,7 +20,6 @@ the same layers run one by one: `linear`, `bias_gelu`, `linear`.
 from __future__ import annotations
 
 import itertools
-import math
 from functools import partial
 from typing import Any
 
@@ -39,6 +38,7 @@ from fastgpt.ops._common import (
     fp64_results,
     needs_grad,
     relative_error,
+    rows_of,
 )
 from fastgpt.ops.bias_gelu import BIAS_GELU_FWD, bias_gelu, bias_gelu_ref
 from fastgpt.ops.linear import linear, weight_gradient
@@ -94,11 +94,6 @@ def gelu_mlp_torch(
     return F.linear(h, down_weight, down_bias)
 
 
-def _rows(t: Tensor) -> Tensor:
-    """Return t (..., C) as (N, C); C may be 0."""
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
-
-
 class GeluMlpFn(torch.autograd.Function):
     """Autograd over the raw ops: (backend, x, W1, b1, W2, b2, tanh, recompute) -> y."""
 
@@ -109,7 +104,7 @@ class GeluMlpFn(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.backend, ctx.tanh = backend, tanh
         ctx.owners = up, down  # saved-tensor hooks return copies without the buffers
-        u, h = GELU_MLP_FWD[backend](_rows(x), up, up_bias, tanh)
+        u, h = GELU_MLP_FWD[backend](rows_of(x), up, up_bias, tanh)
         ctx.save_for_backward(x, u, None if recompute else h, up, up_bias, down)
         return F.linear(h, down, down_bias).view(*x.shape[:-1], down.shape[0])
 
@@ -118,16 +113,16 @@ class GeluMlpFn(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, u, h, up, up_bias, down = ctx.saved_tensors
         _, of_x, of_up, of_up_bias, of_down, of_down_bias, *_ = ctx.needs_input_grad
-        dy = _rows(dy)
+        dy = rows_of(dy)
         dx = d_up = d_up_bias = d_down = None
         if of_down:
             h = BIAS_GELU_FWD[ctx.backend](u, up_bias, ctx.tanh) if h is None else h
-            d_down = weight_gradient(ctx.owners[1], dy, h)
+            d_down = weight_gradient(ctx.owners[1], h, dy)
         d_down_bias = dy.sum(0) if of_down_bias else None
         if of_x or of_up or of_up_bias:
             du, d_up_bias = GELU_MLP_BWD[ctx.backend](dy, down, u, up_bias, ctx.tanh)
             dx = (du @ up).view(x.shape) if of_x else None
-            d_up = weight_gradient(ctx.owners[0], du, _rows(x)) if of_up else None
+            d_up = weight_gradient(ctx.owners[0], rows_of(x), du) if of_up else None
         return None, dx, d_up, d_up_bias if of_up_bias else None, d_down, d_down_bias, None, None
 
 
@@ -220,5 +215,5 @@ def gelu_mlp(
     if needs_grad(x, up_weight, up_bias, down_weight, down_bias):
         y: Tensor = GeluMlpFn.apply(backend, x, up_weight, up_bias, down_weight, down_bias, tanh, recompute)
         return y
-    _, h = GELU_MLP_FWD[backend](_rows(x), up_weight, up_bias, tanh)
+    _, h = GELU_MLP_FWD[backend](rows_of(x), up_weight, up_bias, tanh)
     return F.linear(h, down_weight, down_bias).view(*x.shape[:-1], down_weight.shape[0])

@@ -113,12 +113,18 @@ def _multiplier(x: Tensor, n: int, c: int, f: int) -> str:
     return select("linear", x) if min(n, f) >= LEAST_ROWS and n * c * f >= LEAST_WORK else "torch"
 
 
-def weight_gradient(weight: Tensor, dy: Tensor, x: Tensor) -> Tensor | None:
-    """Return dy^T x (F, C) for rows dy (N, F) and x (N, C), or None if it was written to the buffer of the weight."""
+def weight_gradient(weight: Tensor, x: Tensor, *grads: Tensor) -> Tensor | None:
+    """Return dy^T x (F, C) for rows x (N, C) and dy (N, F), or None if it was written to the buffer of the weight.
+
+    grads: dy, or the parts of its columns in order.
+    """
     place, holds_sum = gradient_place(weight)
+    sizes = [dy.shape[1] for dy in grads]
+    out = in_huge_pages(x.new_empty((sum(sizes), x.shape[1]))) if place is None else place
+    for part, dy in zip(out.split(sizes), grads, strict=True):
+        product(dy.t(), x, out=part, add=holds_sum)
     if place is None:
-        return product(dy.t(), x)
-    product(dy.t(), x, out=place, add=holds_sum)
+        return out
     weight.grad = place
     return None
 
@@ -144,7 +150,7 @@ class LinearFn(torch.autograd.Function):
             dx = (rows @ weight).view(x.shape) if for_x else None
             return dx, rows.t() @ x_rows if for_weight else None, dbias
         dx = product(rows, weight).view(x.shape) if for_x else None
-        return dx, weight_gradient(ctx.owner, rows, x_rows) if for_weight else None, dbias
+        return dx, weight_gradient(ctx.owner, x_rows, rows) if for_weight else None, dbias
 
 
 def _check_narrow(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None) -> None:

@@ -138,7 +138,7 @@ def _weight_gradient(w: Tensor, dz: Tensor, x: Tensor, scale: Tensor | None) -> 
     has the dtype of the weight."""
     place, _ = gradient_place(w)
     if scale is None and (place is None or place.dtype == w.dtype):
-        return weight_gradient(w, dz, x)
+        return weight_gradient(w, x, dz)
     return _deliver(w, product_in_fp32(dz, x), scale)
 
 

@@ -17,7 +17,6 @@ a split.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -31,11 +30,11 @@ from fastgpt.ops._common import (
     check_like,
     define,
     flop_formula,
-    gradient_place,
     needs_grad,
     relative_error,
+    rows_of,
 )
-from fastgpt.ops.linear import linear, product
+from fastgpt.ops.linear import linear, weight_gradient
 
 
 def _bwd_fake(dq: Tensor, dk: Tensor, dv: Tensor, weight: Tensor) -> Tensor:
@@ -83,24 +82,11 @@ class LinearQkvFn(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         _, of_x, of_weight, of_bias, _ = ctx.needs_input_grad
-        n = math.prod(x.shape[:-1])
-        rows = [g.reshape(n, g.shape[-1]) for g in grads]
+        rows = [rows_of(g) for g in grads]
         dx = LINEAR_QKV_BWD[ctx.backend](*rows, weight).view(x.shape) if of_x else None
-        dweight = _weight_gradient(ctx.owner, rows, x.reshape(n, x.shape[-1])) if of_weight else None
+        dweight = weight_gradient(ctx.owner, rows_of(x), *rows) if of_weight else None
         dbias = torch.cat([g.sum(0) for g in rows]) if of_bias else None
         return None, dx, dweight, dbias, None
-
-
-def _weight_gradient(weight: Tensor, grads: list[Tensor], x: Tensor) -> Tensor | None:
-    """Return (dq^T x; dk^T x; dv^T x), or None if it was written to the buffer of the weight."""
-    place, holds_sum = gradient_place(weight)
-    out = torch.empty_like(weight) if place is None else place
-    for part, grad in zip(out.split([g.shape[1] for g in grads]), grads, strict=True):
-        product(grad.t(), x, out=part, add=holds_sum)
-    if place is None:
-        return out
-    weight.grad = place
-    return None
 
 
 def _self_check(backend: str, device: torch.device) -> float:

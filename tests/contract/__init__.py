@@ -63,6 +63,13 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
 
 
+def among_nans(t: Tensor) -> Tensor:
+    """Return a view with the values of t (N, C), fp32, in the middle of a buffer of NaN."""
+    wide = torch.full((t.shape[0] + 2, t.shape[1] + 6), math.nan, device=DEVICE)
+    wide[1:-1, 3:-3] = t
+    return wide[1:-1, 3:-3]
+
+
 def both_signs(low: float, high: float) -> Tensor:
     """Return 200 001 points from low to high, evenly spaced in their logarithms, then their negatives; fp32."""
     x = torch.logspace(math.log10(low), math.log10(high), 200_001, dtype=torch.float64).float().to(DEVICE)
